@@ -1,0 +1,92 @@
+"""A model that answers a label-ranking task: scorer and calibration together, used by infer, eval and serve alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common import models
+from common.calibration import Calibration, batch_calibration
+from common.cli import UserError
+from common.label_ranking import MAX_BATCH_TOKENS, LabelRanker, cached_prior
+from common.tasks import LabelTask
+
+CALIBRATION_FILE = "calibration.json"
+DIGITS = 6  # of the numbers in an answer
+
+
+class Classifier:
+    """One model (adapter on its base, or a plain model) with its label ranker, prior and calibration."""
+
+    def __init__(
+        self,
+        model_dir: str,
+        task: LabelTask,
+        *,
+        base: str | None = None,
+        load_in_4bit: str = "auto",
+        dtype: str = "auto",
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.model_dir, self.task = model_dir, task
+        model, tokenizer = models.load_for_inference(
+            model_dir, base=base, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        self.ranker = LabelRanker(model, tokenizer, task, max_batch_tokens)
+        self.prior = cached_prior(self.ranker, model_dir, models.adapter_hash(model_dir))
+
+    def raw_scores(self, texts: Sequence[str], **progress) -> np.ndarray:
+        """See `LabelRanker.raw_scores`."""
+        return self.ranker.raw_scores(texts, **progress)
+
+    def calibration(
+        self, method: str | None, raw: np.ndarray | None = None, label_bias: Mapping[str, float] | None = None
+    ) -> Calibration:
+        """The calibration of `--calibration`: None means fitted where the model folder has one, else prior.
+
+        Args:
+            raw: [n, K] scores of the rows to be labelled, which "batch" estimates from.
+
+        Raises:
+            UserError: "fitted" where nothing was fitted, "batch" without rows.
+        """
+        path = Path(self.model_dir) / CALIBRATION_FILE
+        if method is None:
+            method = "fitted" if path.is_file() else "prior"
+        if method == "fitted":
+            if not path.is_file():
+                raise UserError(
+                    f"{self.model_dir} has no fitted calibration; fit one with eval_creditmix.py --model_dir "
+                    f"{self.model_dir} --fit_calibration data/creditmix_dev.jsonl, or pass --calibration prior"
+                )
+            chosen = Calibration.load(path, self.task.labels)
+        elif method == "batch":
+            chosen = batch_calibration(np.empty((0, 0)) if raw is None else raw, self.task.labels)
+        else:
+            chosen = Calibration(self.task.labels, method, tuple(self.prior) if method == "prior" else ())
+        return chosen.with_label_bias(label_bias or {})
+
+    def answers(self, texts: Sequence[str], calibration: Calibration, raw: np.ndarray | None = None) -> list[dict]:
+        """One answer per text, with the keys that infer and serve promise; numbers rounded for reading."""
+        raw = self.raw_scores(texts) if raw is None else raw
+        result = calibration.apply(raw)
+
+        def named(vector: Sequence[float]) -> dict[str, float]:
+            return {label: round(float(value), DIGITS) for label, value in zip(self.task.labels, vector, strict=True)}
+
+        return [
+            {
+                "model_name": self.model_dir,
+                "prediction": self.task.labels[result.predictions[row]] if result.answered[row] else None,
+                "scores": named(result.scores[row]),
+                "raw_scores": named(raw[row]),
+                "prior": named(calibration.prior),
+                "probabilities": named(result.probabilities[row]),
+                "top2_margin": round(float(result.top2_margin[row]), DIGITS),
+            }
+            for row in range(len(texts))
+        ]
+

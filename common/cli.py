@@ -1,0 +1,158 @@
+"""What every script's command line shares: flags from YAML, one-sentence errors, exit codes.
+
+Nothing here imports torch, so `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class UserError(Exception):
+    """Bad usage or bad input: one sentence that names the remedy, exit code 2."""
+
+
+class _OneSentenceParser(argparse.ArgumentParser):
+    """argparse, except that a usage error is one line that names the remedy."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see: python {self.prog} --help)")
+
+
+def parser(doc: str, **kwargs) -> argparse.ArgumentParser:
+    """An argument parser whose help is the script's module docstring `doc`."""
+    return _OneSentenceParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
+    )
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse `argv`, with the keys of `--config FILE.yaml` read as flags that the command line overrides.
+
+    Raises:
+        UserError: unknown flag or YAML key, wrong type, missing required flag, unreadable YAML.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--config" in parser._option_string_actions:
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        config = finder.parse_known_args(argv)[0].config
+        if config:
+            argv = _flags_from_yaml(parser, config) + argv
+    return parser.parse_args(argv)
+
+
+def _flags_from_yaml(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} must be a mapping of flag names to values, e.g. `learning_rate: 0.001`")
+    known = {flag[2:]: action for flag, action in parser._option_string_actions.items() if flag.startswith("--")}
+    argv: list[str] = []
+    for key, value in settings.items():
+        if key not in known or key in ("help", "config"):
+            raise UserError(f"--config {path}: unknown key '{key}'; the keys are the flags of {parser.prog} without --")
+        if known[key].nargs == 0:  # a switch: present or absent
+            if not isinstance(value, bool):
+                raise UserError(f"--config {path}: {key} is a switch, give true or false")
+            argv += [f"--{key}"] if value else []
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            if known[key].nargs in ("+", "*"):
+                argv += [f"--{key}", *map(str, values)]
+            else:  # `=` keeps values that start with a dash in one piece
+                argv += [f"--{key}={item}" for item in values]
+    return argv
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number between 0 and 1, both excluded."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of everything that scores labels: precision, batches and calibration."""
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--base", help="base of the adapter, where it has moved from where it was trained")
+    scoring.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
+    scoring.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    scoring.add_argument("--max_batch_tokens", type=positive_int, default=8192, help="tokens in one forward pass")
+    scoring.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    scoring.add_argument(
+        "--calibration",
+        choices=("none", "prior", "batch", "fitted"),
+        help="default: fitted where the run folder has one, else prior",
+    )
+    scoring.add_argument(
+        "--label_bias", nargs="+", default=[], metavar="LABEL=NATS", help="offsets on the scores, e.g. Standard=0.3"
+    )
+
+
+def parse_label_bias(pairs: Sequence[str]) -> dict[str, float]:
+    """`["Standard=0.3"]` as a dict. Raises UserError for anything that is not LABEL=NUMBER."""
+    offsets = {}
+    for pair in pairs:
+        label, _, value = pair.rpartition("=")
+        try:
+            offsets[label] = float(value)
+        except ValueError:
+            label = ""
+        if not label or not math.isfinite(offsets[label]):
+            raise UserError(f"--label_bias {pair} is not LABEL=NUMBER, e.g. Standard=0.3")
+    return offsets
+
+
+def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call a script's `main` and turn what it raises into one sentence on stderr and an exit code.
+
+    2: bad usage or bad input (`UserError`). 1: the machine failed (disk full, a file that cannot be written).
+    130: interrupted. Programming errors keep their traceback: they are ours to fix.
+    """
+    try:
+        return main(argv) or DONE
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+            raise
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: cannot write{where}: {error.strerror}; {remedy} and run the same command again", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def log(message: str) -> None:
+    """Progress and notices: stderr, so that stdout stays results only."""
+    print(message, file=sys.stderr, flush=True)

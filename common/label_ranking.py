@@ -1,0 +1,293 @@
+"""The calibrated label ranker's model side: log-likelihoods of a fixed label set, at the cost of one prefill.
+
+raw(label) = max over its surface forms of the mean token log-probability of the form at the assistant turn (a relative
+of lm-evaluation-harness's acc_norm). Everything that is subtracted or scaled afterwards is in `common.calibration`.
+
+How one forward pass is enough: rows of similar length share a left-padded batch under a token budget; the tokens that
+all prompts start with are computed once and their key/value cache is reused; label tokens form a prefix tree, whose
+inner nodes are appended to each row as extra columns that see the prompt and their own ancestors only (tree attention,
+Cai et al. 2024, arXiv:2401.10774, section 3.1.2), so cost grows with distinct label tokens, not labels x forms; the LM head is
+applied at the scoring columns alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from common import records, tokenizers
+from common.cli import UserError, log
+from common.tasks import LabelTask
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_BATCH_TOKENS = 8192
+WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
+MIN_PREFIX = 4  # a shorter shared start is not worth a cache
+
+
+class LabelTree:
+    """Surface forms of all labels as a prefix tree over tokens.
+
+    Node 0 is the end of the prompt. `parents`, `tokens` and `depths` describe the inner nodes 1..N-1 (those that some
+    form continues after), which are the columns fed after the prompt; `forms[label]` lists, for each surface form, the
+    (node, next token) pairs whose log-probabilities make up its log-likelihood.
+    """
+
+    def __init__(self, token_lists: Sequence[Sequence[Sequence[int]]]) -> None:
+        self.parents, self.tokens, self.depths = [-1], [-1], [0]
+        children: dict[tuple[int, int], int] = {}
+        self.forms: list[list[list[tuple[int, int]]]] = []
+        for forms in token_lists:
+            paths = []
+            for form in forms:
+                node, path = 0, []
+                for position, token in enumerate(form):
+                    path.append((node, token))
+                    if position + 1 < len(form):  # the last token of a form needs no column of its own
+                        if (node, token) not in children:
+                            children[node, token] = len(self.parents)
+                            self.parents.append(node)
+                            self.tokens.append(token)
+                            self.depths.append(self.depths[node] + 1)
+                        node = children[node, token]
+                paths.append(path)
+            self.forms.append(paths)
+
+    @property
+    def columns(self) -> int:
+        """Columns appended to a prompt: inner nodes, the prompt's end not counted."""
+        return len(self.parents) - 1
+
+    def ancestors(self) -> torch.Tensor:
+        """Boolean [columns, columns]: which appended columns each appended column sees, itself included."""
+        sees = torch.zeros(self.columns, self.columns, dtype=torch.bool)
+        for node in range(1, self.columns + 1):
+            if self.parents[node] > 0:
+                sees[node - 1] = sees[self.parents[node] - 1]
+            sees[node - 1, node - 1] = True
+        return sees
+
+
+class LabelRanker:
+    """Scores rows against a task's labels with one model.
+
+    Raises:
+        UserError: a label without text, two labels that are the same tokens, a model whose sliding window is too short.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: LabelTask,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+    ) -> None:
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.max_batch_tokens = max_batch_tokens
+        self.tree = LabelTree(label_tokens(tokenizer, task))
+        config = model.config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            self.context = min(self.context, config.sliding_window)  # within it, full attention is the same
+        self._prefix: tuple[int, ...] = ()
+        self._prefix_cache: DynamicCache | None = None
+
+    def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
+        """Raw label scores [rows, labels] in nats a token, float32, in the order of `texts`.
+
+        Raises:
+            UserError: a row does not fit the context with its longest label, or the model answers NaN.
+        """
+        scores = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
+        for start in range(0, len(texts), WINDOW_ROWS):
+            window = texts[start : start + WINDOW_ROWS]
+            prompts = [tokenizers.encode_prompt(self.tokenizer, self.task.prompt(text)) for text in window]
+            self._check_lengths(prompts, start)
+            prefix = self._shared_prefix(prompts)
+            for rows in self._batches([len(prompt) - len(prefix) for prompt in prompts]):
+                suffixes = [prompts[row][len(prefix) :] for row in rows]
+                scores[[start + row for row in rows]] = self._score(prefix, suffixes)
+        if not np.isfinite(scores).all():
+            row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
+            raise UserError(f"the model answers NaN for row {row}; use --dtype float32, or train the adapter again")
+        return scores
+
+    def prior(self) -> np.ndarray:
+        """Mean raw score of the task's content-free inputs [labels] (contextual calibration, Zhao et al. 2021)."""
+        return self.raw_scores(self.task.null_inputs).mean(axis=0)
+
+    def _check_lengths(self, prompts: Sequence[list[int]], start: int) -> None:
+        room = self.context - max(self.tree.depths) - 1
+        for row, prompt in enumerate(prompts, start=start + 1):
+            if len(prompt) > room:
+                raise UserError(
+                    f"row {row} has {len(prompt)} tokens and with its longest label does not fit the model's context "
+                    f"of {self.context}; shorten the row"
+                )
+
+    def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
+        """Tokens that all prompts start with, short of the last one; () where a cache would not pay."""
+        first, last = min(prompts), max(prompts)
+        limit = min(map(len, prompts)) - 1
+        shared = 0
+        while shared < limit and first[shared] == last[shared]:
+            shared += 1
+        return tuple(first[:shared]) if len(prompts) > 1 and shared >= MIN_PREFIX else ()
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Rows sorted by length, cut where rows x longest would pass the token budget (one row always goes)."""
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        while order:
+            rows = max(1, self.max_batch_tokens // (lengths[order[0]] + self.tree.columns))
+            yield order[:rows]
+            order = order[rows:]
+
+    def _cache(self, prefix: tuple[int, ...], rows: int) -> DynamicCache:
+        """A key/value cache that holds `prefix` for `rows` rows, as views of one copy: appending copies anyway."""
+        from transformers import DynamicCache
+
+        if prefix != self._prefix or self._prefix_cache is None:
+            ids = torch.tensor([prefix], device=self.model.device)
+            self._prefix_cache = DynamicCache()
+            self.model(input_ids=ids, past_key_values=self._prefix_cache, use_cache=True, logits_to_keep=1)
+            self._prefix = prefix
+        cache = DynamicCache()
+        for index, layer in enumerate(self._prefix_cache.layers):
+            cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+        return cache
+
+    @torch.inference_mode()
+    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
+        device, tree, shared = self.model.device, self.tree, len(prefix)
+        rows, longest = len(suffixes), max(map(len, suffixes))
+        lengths = torch.tensor([len(suffix) for suffix in suffixes])
+        ids = torch.full((rows, longest + tree.columns), self.tokenizer.pad_token_id)
+        for row, suffix in enumerate(suffixes):
+            ids[row, longest - len(suffix) : longest] = torch.tensor(suffix)
+        ids[:, longest:] = torch.tensor(tree.tokens[1:], dtype=torch.long)
+        real = torch.arange(longest)[None] >= longest - lengths[:, None]  # left padding is False
+        prompt_positions = shared + (real.cumsum(1) - 1).clamp(min=0)
+        label_positions = shared + lengths[:, None] - 1 + torch.tensor(tree.depths[1:], dtype=torch.long)[None]
+        inputs = {
+            "input_ids": ids.to(device),
+            "position_ids": torch.cat([prompt_positions, label_positions], dim=1).to(device),
+            "use_cache": bool(shared),
+            "logits_to_keep": tree.columns + 1,
+        }
+        if tree.columns:
+            inputs["attention_mask"] = self._tree_mask(real, shared).to(device)
+        elif shared or not real.all():
+            visible = torch.cat([torch.ones(rows, shared, dtype=torch.bool), real], dim=1)
+            inputs["attention_mask"] = visible.long().to(device)
+        if shared:
+            inputs["past_key_values"] = self._cache(prefix, rows)
+        logits = self.model(**inputs).logits.float()  # [rows, 1 + columns, vocabulary]
+        return self._read(logits)
+
+    def _tree_mask(self, real: torch.Tensor, shared: int) -> torch.Tensor:
+        """Additive mask [rows, 1, queries, shared + queries] for a prompt followed by the label tree's columns."""
+        rows, longest = real.shape
+        queries = longest + self.tree.columns
+        sees = torch.zeros(rows, queries, shared + queries, dtype=torch.bool)
+        sees[:, :, :shared] = True
+        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+        sees[:, :longest, shared : shared + longest] = causal & real[:, None, :]
+        sees[:, longest:, shared : shared + longest] = real[:, None, :]
+        sees[:, longest:, shared + longest :] = self.tree.ancestors()
+        dtype = self.model.dtype
+        return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+
+    def _read(self, logits: torch.Tensor) -> np.ndarray:
+        """[rows, labels] from the scoring columns' logits: the mean over a form's tokens, the max over forms."""
+        norms = logits.logsumexp(dim=-1)
+        scores = torch.empty(len(logits), len(self.tree.forms))
+        for label, forms in enumerate(self.tree.forms):
+            means = []
+            for path in forms:
+                nodes, tokens = zip(*path, strict=True)
+                means.append((logits[:, nodes, tokens] - norms[:, nodes]).mean(dim=1))
+            scores[:, label] = torch.stack(means).amax(dim=0).cpu()
+        return scores.numpy()
+
+
+def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[list[list[int]]]:
+    """Distinct token sequences of every label's surface forms, [label][form][token].
+
+    Raises:
+        UserError: a form without tokens, or one sequence that stands for two labels.
+    """
+    owners: dict[tuple[int, ...], str] = {}
+    lists = []
+    for label in task.labels:
+        forms: dict[tuple[int, ...], None] = {}
+        for form in task.surface_forms(label):
+            ids = tuple(tokenizer.encode(form, add_special_tokens=False))
+            if not ids:
+                raise UserError(f"label '{label}' has no tokens; give every label a text")
+            if owners.setdefault(ids, label) != label:
+                raise UserError(f"labels '{owners[ids]}' and '{label}' are the same tokens; rename one")
+            forms[ids] = None
+        lists.append([list(form) for form in forms])
+    return lists
+
+
+def naive_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: LabelTask, texts: Sequence[str]
+) -> np.ndarray:
+    """The definition, one full forward pass per row, label and form: what `LabelRanker` is tested and timed against."""
+    scores = np.empty((len(texts), len(task.labels)), dtype=np.float32)
+    with torch.inference_mode():
+        for row, text in enumerate(texts):
+            prompt = tokenizers.encode_prompt(tokenizer, task.prompt(text))
+            for label, forms in enumerate(label_tokens(tokenizer, task)):
+                means = []
+                for form in forms:
+                    logits = model(input_ids=torch.tensor([prompt + form], device=model.device)).logits[0].float()
+                    logprobs = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
+                    means.append(logprobs[range(len(form)), form].mean().item())
+                scores[row, label] = max(means)
+    return scores
+
+
+def cached_prior(ranker: LabelRanker, folder: str | Path, model_hash: str) -> np.ndarray:
+    """The ranker's prior [labels], from `folder`/prior.json when nothing it depends on has changed, else computed.
+
+    The key covers the model's name, the adapter's hash, precision, the chat template, labels, surface forms and null
+    prompts. An unreadable cache is rebuilt with a warning; a folder that cannot be written to is no error.
+    """
+    task = ranker.task
+    null_ids = [tokenizers.encode_prompt(ranker.tokenizer, task.prompt(text)) for text in task.null_inputs]
+    facts = [
+        ranker.model.config.name_or_path,
+        model_hash,
+        str(ranker.model.dtype),
+        bool(getattr(ranker.model, "is_loaded_in_4bit", False)),
+        task.labels,
+        label_tokens(ranker.tokenizer, task),
+        null_ids,
+    ]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    path = Path(folder) / "prior.json"
+    if path.is_file():
+        try:
+            entry = json.loads(path.read_text())
+            if entry["key"] == key:
+                return np.array([entry["prior"][label] for label in task.labels], dtype=np.float32)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log(f"{path} is unreadable ({error}); computing the prior again")
+    prior = ranker.prior()
+    if Path(folder).is_dir():
+        try:
+            named = dict(zip(task.labels, map(float, prior), strict=True))
+            records.write_json(path, {"key": key, "prior": named, "null_inputs": task.null_inputs})
+        except OSError as error:
+            log(f"the prior could not be kept in {path} ({error.strerror}); it is computed at every start")
+    return prior

@@ -1,0 +1,276 @@
+"""Loading: a base in 4 or 16/32 bits, an adapter on its base, a fresh LoRA; CPU offload; the base's fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import UserError, log
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_CONFIG = "adapter_config.json"
+BF16_FROM_PARAMETERS = 50_000_000  # below this a CPU's bfloat16 kernels cost more in overhead than they save
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether `folder` holds a PEFT adapter."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model name is meant as a folder here, not as a Hub id (`owner/name` or `name`)."""
+    return Path(name).exists() or name.startswith(("/", ".", "~", "runs/", "models/")) or name.count("/") > 1
+
+
+def base_of(folder: str | Path) -> str:
+    """The base model that the adapter in `folder` was trained on.
+
+    Raises:
+        UserError: the base is a local folder that is no longer there, or the adapter's config is broken.
+    """
+    try:
+        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken ({error}); train the adapter again") from error
+    if looks_local(base) and not Path(base).is_dir():
+        raise UserError(f"the adapter {folder} needs its base {base}, which is not there; put it back or pass --base")
+    return base
+
+
+def check_model_dir(model_dir: str, base: str | None = None) -> None:
+    """Fail early, before torch is imported, on a folder that holds no model or an adapter without its base."""
+    if is_adapter(model_dir):
+        if base is None:
+            base_of(model_dir)
+    elif Path(model_dir).is_dir() and not (Path(model_dir) / "config.json").is_file():
+        raise UserError(f"{model_dir} holds neither {ADAPTER_CONFIG} nor config.json; give a run folder or a model")
+    elif looks_local(model_dir) and not Path(model_dir).is_dir():
+        raise UserError(f"{model_dir} does not exist; train it first or check the path")
+
+
+def use_4bit(load_in_4bit: str) -> bool:
+    """`--load_in_4bit auto|on|off`: auto is on where there is a CUDA device."""
+    import torch
+
+    return load_in_4bit == "on" or (load_in_4bit == "auto" and torch.cuda.is_available())
+
+
+def _inference_dtype(name_or_path: str, dtype: str, trust_remote_code: bool) -> torch.dtype:
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    size = 12 * getattr(config, "num_hidden_layers", 1) * getattr(config, "hidden_size", 1) ** 2
+    return torch.bfloat16 if size >= BF16_FROM_PARAMETERS else torch.float32
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    load_in_4bit: str = "auto",
+    dtype: str = "auto",
+    training: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model with the recipe's precision.
+
+    4-bit is NF4 with double quantisation and bfloat16 compute (Dettmers et al. 2023, QLoRA). Without it, training
+    uses bfloat16 on CUDA and float32 on CPU (autocast measured slower there), inference the fastest that the CPU has.
+    `OFFLOAD_FOLDER` in the environment turns CPU offload on for inference.
+
+    Raises:
+        UserError: no model under this name or path, or the 4-bit library is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    four_bit = use_4bit(load_in_4bit)
+    if training or four_bit:
+        chosen = torch.bfloat16 if torch.cuda.is_available() or four_bit else torch.float32
+        chosen = chosen if dtype == "auto" else getattr(torch, dtype)
+    offload = None if training else os.environ.get("OFFLOAD_FOLDER")
+    settings: dict = {"trust_remote_code": trust_remote_code, "use_safetensors": True}
+    if four_bit:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_enable_fp32_cpu_offload=bool(offload),
+        )
+    if offload:
+        Path(offload).mkdir(parents=True, exist_ok=True)
+        settings |= {"device_map": "auto", "offload_folder": offload}
+    elif torch.cuda.is_available():
+        settings["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    elif four_bit:
+        settings["device_map"] = {"": "cpu"}
+    try:
+        if not training and not four_bit:
+            chosen = _inference_dtype(name_or_path, dtype, trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, **settings)
+    except ImportError as error:
+        raise UserError(f"4-bit loading needs bitsandbytes ({error}); pip install -r requirements.txt") from error
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"cannot load {name_or_path} ({reason}); give a model folder or a Hub id, "
+            "or build the offline base with: python tiny_student.py"
+        ) from error
+    if four_bit:
+        _keep_weights_unpacked(model)
+    return model
+
+
+def _keep_weights_unpacked(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking weights for AVX512-BF16 at the first eval-mode forward.
+
+    The repacking is for good: training after it fails or is silently wrong, and saving writes garbage (0.50).
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell model and generation config the tokenizer's PAD and EOS, so that a trained model stops."""
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+
+
+def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, seed: int) -> PeftModel:
+    """A fresh LoRA adapter (Hu et al. 2021) on the projections of attention and MLP, base frozen."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in LORA_TARGETS if name in names] or "all-linear"
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM", target_modules=targets
+    )
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
+    """The adapter in `folder` on its base `model`.
+
+    Raises:
+        UserError: the base does not match the adapter, in shape or (by the run's fingerprint) in weights.
+    """
+    from peft import PeftModel
+
+    expected = None
+    record = Path(folder) / "run.json"
+    if record.is_file():
+        expected = json.loads(record.read_text()).get("base_fingerprint")
+    if expected and expected != fingerprint(model):
+        raise UserError(
+            f"the adapter {folder} was trained on other base weights than {model.name_or_path}; "
+            "give its own base with --base, or train it again on this one"
+        )
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the adapter {folder} does not fit the base {model.name_or_path} ({reason}); give its own base with --base"
+        ) from error
+    return adapted
+
+
+def load_for_inference(
+    model_dir: str,
+    *,
+    base: str | None = None,
+    load_in_4bit: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Model (adapter on its base, or a plain model) in eval mode and its aligned tokenizer.
+
+    Raises:
+        UserError: see `load_base` and `load_adapter`.
+    """
+    from common.tokenizers import load_tokenizer
+
+    check_model_dir(model_dir, base)
+    adapter = is_adapter(model_dir)
+    base = (base or base_of(model_dir)) if adapter else model_dir
+    tokenizer = load_tokenizer(model_dir if adapter else base, trust_remote_code=trust_remote_code)
+    model = load_base(base, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code)
+    align_model(model, tokenizer)
+    if adapter:
+        model = load_adapter(model, model_dir)
+    return model.eval(), tokenizer
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits that tell one base from another: its shape, some embedding rows and its norms, as bfloat16.
+
+    Those weights stay unquantised in a 4-bit model and bfloat16 in all, so every way of loading a base agrees.
+    """
+    import torch
+
+    config = model.config
+    shape = [config.model_type, config.vocab_size, getattr(config, "hidden_size", 0)]
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    samples = [model.get_input_embeddings().weight[:256]]
+    samples += [weight for name, weight in model.named_parameters() if "norm" in name or "ln_" in name]
+    for weight in samples:
+        if weight.device.type == "meta":  # offloaded to disk: not at hand
+            continue
+        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def adapter_hash(folder: str | Path) -> str:
+    """SHA-256 of the adapter's weights; of `config.json` for a plain model folder; of the name for a Hub id."""
+    from common.records import sha256_file
+
+    for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "config.json"):
+        if (Path(folder) / name).is_file():
+            return sha256_file(Path(folder) / name)
+    return hashlib.sha256(str(folder).encode()).hexdigest()
+
+
+def describe_device() -> str:
+    """The device in words, for run.json."""
+    import platform
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+
+
+def warn_if_offload_is_for_inference() -> None:
+    """Say that OFFLOAD_FOLDER does nothing in training."""
+    if os.environ.get("OFFLOAD_FOLDER"):
+        log("OFFLOAD_FOLDER is for inference, evaluation and serving; training keeps the model on its device")

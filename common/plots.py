@@ -1,0 +1,165 @@
+"""The figures of an evaluation, as PNG bytes, drawn from a stored result alone (`metrics.json`).
+
+matplotlib is imported when the first figure is drawn, and only its object interface is used: no global state, no
+display. Figures are narrow enough to be read on a phone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's palette: told apart by colour-blind readers too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C8C")
+RIGHT, WRONG = "#009E73", "#D55E00"
+INK, FAINT = "#30363d", "#c9d1d9"
+WIDTH = 5.2  # inches
+
+
+def _figure(height: float, width: float = WIDTH) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
+
+
+def _tidy(axes: Axes, xlabel: str, ylabel: str, grid: str = "both") -> None:
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.tick_params(colors=INK, length=0)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.grid(axis=grid, color=FAINT, linewidth=0.6, alpha=0.7)
+    axes.set_axisbelow(True)
+
+
+def _png(figure: Figure) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # same figure, same bytes
+    return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return str(text).replace("$", r"\$")
+
+
+def confusion_matrix(model: dict[str, Any], labels: Sequence[str]) -> bytes:
+    """Rows: true label, columns: predicted. Shade and percentage are shares of the row, so the diagonal is recall."""
+    counts = model["confusion_matrix"]
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    side = min(max(WIDTH, 0.22 * len(labels) + 2), 14)
+    figure = _figure(side * 0.82, side)
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = [_plain(label) for label in labels]
+    many = len(labels) > 8
+    axes.set_xticks(range(len(labels)), names, rotation=90 if many else 0)
+    axes.set_yticks(range(len(labels)), names)
+    if len(labels) <= 15:  # beyond that the numbers no longer fit their cells
+        for i, row in enumerate(counts):
+            for j, count in enumerate(row):
+                colour = "white" if shares[i][j] > 0.55 else INK
+                axes.text(j, i - 0.1, f"{shares[i][j]:.0%}", ha="center", va="center", color=colour,
+                          fontsize=7 if many else 13, fontweight="bold" if i == j else "normal")  # fmt: skip
+                axes.text(j, i + 0.25, f"{count:,}", ha="center", va="center", color=colour, fontsize=5 if many else 8.5)
+    _tidy(axes, "predicted", "true")
+    axes.grid(visible=False)
+    return _png(figure)
+
+
+def reliability_diagram(model: dict[str, Any]) -> bytes:
+    """Accuracy against confidence, before and after calibration, over the number of rows in each confidence bin."""
+    figure = _figure(5.0)
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.6)
+    curves = [(model.get("uncalibrated"), "before", "#8C8C8C", "s"), (model, "after calibration", COLOURS[0], "o")]
+    if curves[0][0] is None:
+        curves = [(model, str(model.get("calibration") or "model"), COLOURS[0], "o")]
+    for source, name, colour, marker in curves:
+        bins = source["curves"]["reliability"]
+        filled = [i for i, count in enumerate(bins["count"]) if count]
+        total = sum(bins["count"])
+        confidence = [bins["confidence"][i] for i in filled]
+        accuracy = [bins["accuracy"][i] for i in filled]
+        sizes = [12 + 170 * bins["count"][i] / total for i in filled]  # a dot of few rows should not shout
+        label = f"{name}: ECE {source['ece']['value']:.3f}"
+        axes.plot(confidence, accuracy, color=colour, linewidth=1.4)
+        axes.scatter(confidence, accuracy, s=sizes, color=colour, marker=marker, label=label, zorder=3)
+        width = 1 / len(bins["count"])
+        lefts = [i * width for i in range(len(bins["count"]))]
+        below.stairs(bins["count"], [*lefts, 1.0], color=colour, fill=source is model, alpha=0.75, linewidth=1.4)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    legend = axes.legend(frameon=False, loc="upper left", labelcolor=INK)
+    for handle in legend.legend_handles:
+        handle.set_sizes([36])
+    _tidy(axes, "", "share that is right")
+    _tidy(below, "confidence (probability of the answer)", "rows")
+    return _png(figure)
+
+
+def margin_histogram(model: dict[str, Any]) -> bytes:
+    """Top-2 margins of right and wrong answers, stacked; the last bin takes in all that is larger."""
+    margins = model["curves"]["margins"]
+    width = margins["width"]
+    right, wrong = ([sum(margins[kind][i : i + 2]) for i in range(0, 64, 2)] for kind in ("right", "wrong"))
+    used = max(i for i in range(len(right)) if right[i] + wrong[i]) + 1
+    centres = [(i + 0.5) * 2 * width for i in range(used)]
+    figure = _figure(3.4)
+    axes = figure.subplots()
+    axes.bar(centres, wrong[:used], 2 * width, color=WRONG, edgecolor="white", linewidth=0.5, label="wrong")
+    axes.bar(centres, right[:used], 2 * width, bottom=wrong[:used], color=RIGHT, edgecolor="white", linewidth=0.5,
+             label="right")  # fmt: skip
+    axes.set_xlim(0, used * 2 * width)
+    axes.legend(frameon=False, labelcolor=INK, reverse=True)
+    _tidy(axes, "top-2 margin (best minus second-best score, nats)", "rows", grid="y")
+    return _png(figure)
+
+
+def f1_bars(models: Sequence[dict[str, Any]], names: Sequence[str], labels: Sequence[str]) -> bytes:
+    """F1 per class, one bar per model, whiskers for the 95 % intervals."""
+    bar = 0.8 / len(models)
+    figure = _figure(min(0.9 + len(labels) * (0.2 + 0.2 * len(models)) + 0.17 * math.ceil(len(models) / 2), 60))
+    axes = figure.subplots()
+    for m, (model, name) in enumerate(zip(models, names, strict=True)):
+        f1 = [model["per_class"][label]["f1"] for label in labels]
+        places = [k + (m + 0.5) * bar - 0.4 for k in range(len(labels))]
+        values = [interval["value"] for interval in f1]
+        reach = [
+            [max(0.0, interval["value"] - interval["low"]) for interval in f1],
+            [max(0.0, interval["high"] - interval["value"]) for interval in f1],
+        ]
+        axes.barh(places, values, bar * 0.86, color=COLOURS[m % len(COLOURS)], label=_plain(name))
+        axes.errorbar(values, places, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2)
+    axes.set_yticks(range(len(labels)), [_plain(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first label on top
+    axes.set_xlim(0, 1)
+    if len(models) > 1:
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    _tidy(axes, "F1", "", grid="x")
+    return _png(figure)
+
+
+def risk_coverage(models: Sequence[dict[str, Any]], names: Sequence[str]) -> bytes:
+    """Error rate among the rows answered, as the least confident are left unanswered."""
+    figure = _figure(3.6)
+    axes = figure.subplots()
+    highest = 0.0
+    for m, (model, name) in enumerate(zip(models, names, strict=True)):
+        curve = model["curves"]["risk_coverage"]
+        axes.plot(curve["coverage"], curve["risk"], color=COLOURS[m % len(COLOURS)], linewidth=1.8, label=_plain(name))
+        highest = max(highest, *curve["risk"][4:], 0.02)  # the first few rows alone say little and would set the scale
+        if "coverage" in model:
+            axes.scatter(model["coverage"]["value"], model["selective_risk"]["value"], s=60, zorder=4,
+                         color=COLOURS[m % len(COLOURS)], edgecolor="white")  # fmt: skip
+    axes.set(xlim=(0, 1), ylim=(0, min(1.0, highest * 1.1)))
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _tidy(axes, "coverage (share of rows answered)", "error rate among answers")
+    return _png(figure)

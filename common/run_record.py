@@ -1,0 +1,113 @@
+"""`run.json`: what a run was made with and how it ended, written at its start, its end and its failure."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from common import records
+from common.cli import UserError
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
+FILE = "run.json"
+GROUPS_FILE = "train_groups.txt"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a result, and Python's."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The toolkit's commit, with `+changes` when tracked files differ from it; None outside a git checkout."""
+    root = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_data(path: str, rows: int) -> dict[str, Any]:
+    """Provenance of a data file: path, SHA-256 and the rows that were used of it."""
+    return {"path": path, "sha256": records.sha256_file(path), "rows": rows}
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """Peak memory of this process: resident (`ru_maxrss`) and, with CUDA, what torch allocated on the card."""
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def read(save_dir: str | Path) -> dict[str, Any] | None:
+    """The run.json of a folder; None when there is none.
+
+    Raises:
+        UserError: it is broken.
+    """
+    path = Path(save_dir) / FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is broken ({error}); train again with --overwrite") from error
+
+
+class RunRecord:
+    """The record of one run, kept on disk: `state` goes from running to done or failed."""
+
+    def __init__(self, save_dir: str, argv: list[str], settings: dict[str, Any], **facts: Any) -> None:
+        self.path = Path(save_dir) / FILE
+        self.started = time.time()
+        self.facts = {
+            "state": "running",
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "argv": argv,
+            "settings": settings,
+            "git_commit": git_commit(),
+            "versions": versions(),
+            **facts,
+        }
+        self.write()
+
+    def write(self, **facts: Any) -> None:
+        """Add facts and save."""
+        self.facts |= facts
+        records.write_json(self.path, self.facts)
+
+    def end(self, state: str, **facts: Any) -> None:
+        """Close with `state` "done" or "failed"."""
+        self.write(
+            state=state, seconds=round(time.time() - self.started, 1), peak_memory_bytes=peak_memory_bytes(), **facts
+        )
+
+
+def write_groups(save_dir: str | Path, groups: set[str]) -> None:
+    """Keep the group hashes that the run trains on: evaluators count the overlap with them."""
+    with records.atomic_write(Path(save_dir) / GROUPS_FILE) as handle:
+        handle.writelines(f"{group}\n" for group in sorted(groups))
+
+
+def read_groups(save_dir: str | Path) -> set[str] | None:
+    """Group hashes that the run was trained on; None when the folder keeps no such record."""
+    path = Path(save_dir) / GROUPS_FILE
+    return set(path.read_text().split()) if path.is_file() else None

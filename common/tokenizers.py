@@ -1,0 +1,108 @@
+"""Tokenizers: PAD and EOS that agree with the chat template, prompts and completions as token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.cli import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training row: `input_ids` is the prompt (its first `prompt_length` tokens) and then the completion."""
+
+    input_ids: list[int]
+    prompt_length: int
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant turn: what the chat template puts after the content, else the tokenizer's EOS.
+
+    Qwen's base (non-Instruct) tokenizers declare `<|endoftext|>` as EOS while their template ends turns with
+    `<|im_end|>`; a model trained on the one and stopped on the other never stops.
+    """
+    if tokenizer.chat_template:
+        mark = "\u2402"  # unlikely in any template, one piece in none
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
+        special = set(tokenizer.all_special_ids)
+        for token in tokenizer.encode(tail, add_special_tokens=False):
+            if token in special:
+                return token
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has neither an EOS token nor a chat template with one; use another base model")
+    return tokenizer.eos_token_id
+
+
+def align(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Make EOS the end of the assistant turn and PAD a token of its own where there is one; returns the tokenizer."""
+    eos = end_of_turn_id(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == eos:
+        spare = [name for name in ("<|endoftext|>", "<pad>", "[PAD]") if name in tokenizer.get_vocab()]
+        spare = [name for name in spare if tokenizer.convert_tokens_to_ids(name) != eos]
+        # EOS as PAD does no harm here: padding is masked by position, never by token id.
+        tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+    return tokenizer
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The aligned tokenizer of a model id or folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return align(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer can be loaded from {name_or_path} ({_first_line(error)})") from error
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a user turn up to where the assistant's answer starts (without a chat template: text, newline)."""
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return tokenizer.encode(rendered, add_special_tokens=False)
+    return tokenizer.encode(text + "\n", add_special_tokens=True)
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of an answer with the EOS that training must see, so that the trained model stops."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
+    """Prompt and completion in one sequence of token ids."""
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    return Encoded(prompt_ids + encode_completion(tokenizer, completion), len(prompt_ids))
+
+
+def truncate_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion_length: int, max_len: int
+) -> list[int] | None:
+    """Prompt ids cut to leave room for `completion_length` tokens in `max_len`; None when no prompt text would be left.
+
+    The cut falls on the end of the user's text, so that the instruction at its start and the chat template's frame
+    around it stay whole.
+    """
+    ids = encode_prompt(tokenizer, prompt)
+    room = max_len - completion_length
+    text = prompt
+    while len(ids) > room:
+        if not text:
+            return None
+        # A token is at least one character long in no tokenizer's favour: cut as many characters as tokens too many.
+        text = text[: max(0, len(text) - (len(ids) - room))]
+        ids = encode_prompt(tokenizer, text)
+    return ids
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

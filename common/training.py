@@ -1,0 +1,534 @@
+"""What all trainers share: flags, rows to batches, the completion loss, checkpoints, the life of a run.
+
+SFT and KD train with transformers' Trainer and the loss below rather than TRL's SFTTrainer: TRL's fused head scores
+every position, its collator and preparation would all be replaced, and nothing of it would be left. DPO uses TRL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import cli, models, records, run_record, tokenizers
+from common.cli import UserError, log
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+IGNORE = -100
+EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
+CPU_TOKENS_PER_BATCH = 16_384  # bounds the activations of a real batch on CPU
+CHECKPOINTS = "checkpoints"
+COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
+
+
+def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
+    """The flags that every trainer has; names are Hugging Face's where it has one."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--student", required=True, help="base model: a folder or a Hub id")
+    run.add_argument("--data", required=True, help="training rows, JSONL")
+    run.add_argument("--save_dir", required=True, help="run folder for adapter, tokenizer, run.json and loss curve")
+    run.add_argument("--eval_data", help="rows of the same kind; their loss is logged after every epoch")
+    run.add_argument("--config", metavar="FILE.yaml", help="settings; keys are these flags, the command line wins")
+    run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --save_dir")
+    run.add_argument("--overwrite", action="store_true", help="replace a run that --save_dir already holds")
+    run.add_argument("--init_adapter", metavar="DIR", help="start from this adapter instead of a fresh one")
+    run.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
+    run.add_argument("--idp_mode", action="store_true", help="structured output: leave a too long row out, never cut it")
+    run.add_argument("--max_len", type=cli.positive_int, default=1024, help="tokens a row, prompt and completion")
+    run.add_argument("--report_to", default="none", help="none, tensorboard, wandb, ... (as transformers)")
+    steps = parser.add_argument_group("optimisation")
+    steps.add_argument("--epochs", type=float, default=3.0)
+    steps.add_argument("--max_steps", type=int, default=-1, help="optimizer steps; -1 = use --epochs")
+    steps.add_argument("--learning_rate", type=float, default=learning_rate)
+    steps.add_argument("--lr_scheduler_type", default="cosine", help="as transformers: cosine, linear, constant, ...")
+    steps.add_argument("--warmup_steps", type=float, default=0.03, help="steps, or a share of them when below 1")
+    steps.add_argument("--weight_decay", type=float, default=0.0)
+    steps.add_argument("--max_grad_norm", type=float, default=1.0)
+    steps.add_argument(
+        "--per_device_train_batch_size", type=cli.positive_int, help=f"default: what fits, at most {EFFECTIVE_BATCH}"
+    )
+    steps.add_argument(
+        "--gradient_accumulation_steps", type=cli.positive_int, help=f"default: to reach {EFFECTIVE_BATCH} rows a step"
+    )
+    steps.add_argument("--gradient_checkpointing", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
+    steps.add_argument("--save_steps", type=cli.positive_int, default=500, help="optimizer steps between checkpoints")
+    steps.add_argument("--logging_steps", type=cli.positive_int, default=10)
+    steps.add_argument("--seed", type=int, default=0)
+    adapter = parser.add_argument_group("adapter and precision")
+    adapter.add_argument("--lora_r", type=cli.positive_int, default=16)
+    adapter.add_argument("--lora_alpha", type=cli.positive_int, default=32)
+    adapter.add_argument("--lora_dropout", type=float, default=0.05)
+    adapter.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
+    adapter.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is read.
+
+    Raises:
+        UserError: a value out of range, or a run folder that would be lost.
+    """
+    if args.epochs <= 0 or args.max_steps == 0 or args.learning_rate <= 0:
+        raise UserError("--epochs and --learning_rate must be above 0, --max_steps above 0 or -1")
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {args.lora_dropout} is not in [0, 1)")
+    models.check_model_dir(args.student)
+    if models.is_adapter(args.student):
+        raise UserError(f"--student {args.student} is an adapter; give its base, and this folder as --init_adapter")
+    if args.init_adapter and not models.is_adapter(args.init_adapter):
+        raise UserError(f"--init_adapter {args.init_adapter} holds no adapter; give a run folder")
+    found = run_record.read(args.save_dir)
+    if found and not args.overwrite:
+        if found["state"] == "done" and not args.resume:
+            raise UserError(f"{args.save_dir} holds a finished run; choose another --save_dir, or pass --overwrite")
+        if found["state"] != "done" and not args.resume and newest_checkpoint(args.save_dir):
+            raise UserError(f"{args.save_dir} holds an unfinished run; pass --resume to go on, or --overwrite")
+
+
+def newest_checkpoint(save_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end; a kill in mid-save leaves one without trainer_state.json."""
+    folders = sorted(Path(save_dir, CHECKPOINTS).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    for folder in reversed(folders):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if all((folder / name).is_file() for name in COMPLETE):
+            return str(folder)
+    return None
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    pairs: Sequence[tuple[str, str]],
+    max_len: int,
+    whole: bool,
+) -> list[tokenizers.Encoded | None]:
+    """Token ids of (prompt, completion) pairs within `max_len`.
+
+    A row that is too long loses prompt text, never completion. With `whole` (structured output), and where the
+    completion alone does not fit, the row becomes None and is listed: half a JSON teaches half a JSON.
+
+    Raises:
+        UserError: no row fits.
+    """
+    encoded: list[tokenizers.Encoded | None] = []
+    cut, left_out = 0, []
+    for number, (prompt, completion) in enumerate(pairs, start=1):
+        row = tokenizers.encode_pair(tokenizer, prompt, completion)
+        if len(row.input_ids) > max_len:
+            answer = row.input_ids[row.prompt_length :]
+            shorter = None if whole else tokenizers.truncate_prompt(tokenizer, prompt, len(answer), max_len)
+            row = None if shorter is None else tokenizers.Encoded(shorter + answer, len(shorter))
+            if row is None:
+                left_out.append(number)
+            else:
+                cut += 1
+        encoded.append(row)
+    if cut:
+        log(f"{path}: {cut} of {len(pairs)} prompts cut to fit --max_len {max_len}")
+    if left_out:
+        shown = ", ".join(map(str, left_out[:20])) + (", ..." if len(left_out) > 20 else "")
+        log(f"{path}: {len(left_out)} of {len(pairs)} rows left out, longer than --max_len {max_len}: rows {shown}")
+    if len(left_out) == len(pairs):
+        raise UserError(f"{path}: no row fits --max_len {max_len}; raise it")
+    return encoded
+
+
+def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded `input_ids`, `attention_mask` and `labels` [rows, longest]; labels are IGNORE outside completions."""
+    import torch
+
+    longest = max(len(row.input_ids) for row in batch)
+    input_ids = torch.full((len(batch), longest), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE)
+    for index, row in enumerate(batch):
+        ids = torch.tensor(row.input_ids)
+        input_ids[index, : len(ids)] = ids
+        attention_mask[index, : len(ids)] = 1
+        labels[index, row.prompt_length : len(ids)] = ids[row.prompt_length :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def completion_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
+) -> tuple[torch.Tensor, Any]:
+    """Cross-entropy of the completion tokens, in nats, with the LM head applied at those columns alone.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels`, each [rows, tokens]; labels IGNORE on prompt and padding.
+        num_items: completion tokens of the whole optimizer step, so that accumulation 2x1 equals 1x2; None: this batch.
+
+    Returns:
+        (scalar loss, model output). The loss of a batch without completion tokens is 0.
+    """
+    import torch
+
+    targets = batch["labels"][:, 1:]
+    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
+    if len(columns) == 0:  # keep the graph, so that backward still works
+        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
+    targets = targets[:, columns]
+    output = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=columns
+    )
+    if num_items is None:
+        num_items = (targets != IGNORE).sum().clamp(min=1)
+    loss = torch.nn.functional.cross_entropy(
+        output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return loss / num_items, output
+
+
+@dataclass
+class LengthGroupedOrder:
+    """Row order in which neighbours have similar lengths: a sampler with its own seed, so that resume is exact.
+
+    Rows are shuffled, cut into pools of 64 steps, each pool sorted by length and its steps shuffled. The unit is the
+    rows of one optimizer step, so the order does not depend on how a step is cut into processes and micro-batches.
+    """
+
+    lengths: Sequence[int]
+    rows_per_step: int
+    seed: int
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import random
+
+        draw = random.Random(self.seed * 1_000_003 + self.epoch)
+        rows = draw.sample(range(len(self.lengths)), len(self.lengths))
+        full = len(rows) - len(rows) % self.rows_per_step
+        rows, rest = rows[:full], rows[full:]  # an incomplete step, where there is one, comes last
+        pool = 64 * self.rows_per_step
+        for start in range(0, len(rows), pool):
+            ordered = sorted(rows[start : start + pool], key=lambda row: -self.lengths[row])
+            steps = [ordered[i : i + self.rows_per_step] for i in range(0, len(ordered), self.rows_per_step)]
+            draw.shuffle(steps)
+            for step in steps:
+                yield from step
+        yield from rest
+
+
+def fit_batch_size(args: argparse.Namespace, longest: int, try_batch: Callable[[int], None]) -> tuple[int, int]:
+    """(per-device batch, accumulation steps) from the flags, else the largest real batch that fits.
+
+    Args:
+        longest: tokens of the longest row.
+        try_batch: runs forward and backward on that many copies of the longest row (only called on CUDA).
+    """
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if per_device is None:
+        share = max(1, EFFECTIVE_BATCH // (world * (accumulation or 1)))
+        per_device = share
+        if torch.cuda.is_available():
+            while per_device > 1:
+                try:
+                    try_batch(per_device)
+                    break
+                except torch.OutOfMemoryError:
+                    per_device //= 2
+                torch.cuda.empty_cache()
+        else:
+            while per_device > 1 and per_device * longest > CPU_TOKENS_PER_BATCH:
+                per_device //= 2
+    if accumulation is None:
+        accumulation = max(1, math.ceil(EFFECTIVE_BATCH / (per_device * world)))
+    return per_device, accumulation
+
+
+def trainer_settings(args: argparse.Namespace, per_device: int, accumulation: int) -> dict[str, Any]:
+    """Keyword arguments that TrainingArguments and DPOConfig share, from the flags."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    checkpointing = args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and cuda)
+    return {
+        "output_dir": str(Path(args.save_dir, CHECKPOINTS)),
+        "per_device_train_batch_size": per_device,
+        "per_device_eval_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": args.epochs,
+        "max_steps": args.max_steps,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type,
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "eval_strategy": "epoch" if args.eval_data else "no",
+        "save_strategy": "steps",
+        "save_steps": args.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": args.logging_steps,
+        "report_to": args.report_to,
+        "seed": args.seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": cuda,
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": False,
+    }
+
+
+def interruption_callback() -> TrainerCallback:
+    """Save a checkpoint and stop after the running step on SIGINT or SIGTERM; a second signal kills as usual."""
+    from transformers import TrainerCallback
+
+    class Interruption(TrainerCallback):
+        received: int | None = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def _note(self, number, frame):
+            self.received = number
+            log("stopping after this step; a checkpoint will be saved (again to stop at once)")
+            self._restore()
+
+        def _restore(self):
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.received is not None:
+                control.should_save = control.should_training_stop = True
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self._restore()
+
+    return Interruption()
+
+
+def completion_trainer(*, rows: Sequence[tokenizers.Encoded], pad_id: int, **kwargs: Any) -> Any:
+    """A transformers Trainer on encoded rows with `completion_loss` and batches of similar length."""
+    from transformers import Trainer
+
+    class CompletionTrainer(Trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return LengthGroupedOrder([len(row.input_ids) for row in rows], step, self.args.seed)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, output = completion_loss(model, inputs, num_items_in_batch)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # DDP averages over processes what is already averaged
+            return (loss, output) if return_outputs else loss
+
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            import torch
+
+            with torch.no_grad():
+                loss, _ = completion_loss(model, self._prepare_inputs(inputs))
+            return loss.detach(), None, None
+
+        def _save(self, output_dir=None, state_dict=None):
+            save_adapter(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
+
+    return CompletionTrainer(
+        train_dataset=list(rows), data_collator=lambda batch: collate(batch, pad_id), **kwargs
+    )
+
+
+def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """The trained adapter alone (never DPO's frozen reference copy) and the tokenizer, as safetensors."""
+    model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The student with its adapter, ready to train: base frozen, no KV cache, inputs that require gradients."""
+    models.warn_if_offload_is_for_inference()
+    base = models.load_base(
+        args.student, load_in_4bit=args.load_in_4bit, training=True, trust_remote_code=args.trust_remote_code
+    )
+    models.align_model(base, tokenizer)
+    base.config.use_cache = False
+    limit = getattr(base.config, "max_position_embeddings", None)
+    if limit and args.max_len > limit:
+        log(f"--max_len {args.max_len} is more than the model's context; using {limit}")
+        args.max_len = limit
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    if args.init_adapter:
+        student = models.load_adapter(base, args.init_adapter, trainable=True)
+    else:
+        student = models.add_lora(
+            base, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, seed=args.seed
+        )
+    student.enable_input_require_grads()
+    return student
+
+
+def start(args: argparse.Namespace, method: str, rows: list[dict], argv: Sequence[str] | None) -> Any:
+    """Open the run folder: record, group hashes, nothing stale of an earlier run. Returns the RunRecord (rank 0)."""
+    folder = Path(args.save_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("RANK", 0)) != 0:
+        return None
+    if not args.resume:
+        import shutil
+
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in ("calibration.json", "loss.csv", "loss.png", "adapter_model.safetensors", models.ADAPTER_CONFIG):
+            (folder / name).unlink(missing_ok=True)
+    groups = {row["group"] for row in rows if row.get("group")}
+    if args.init_adapter:  # what the starting adapter was trained on counts as seen
+        groups |= run_record.read_groups(args.init_adapter) or set()
+    if groups:
+        run_record.write_groups(folder, groups)
+    return run_record.RunRecord(
+        args.save_dir,
+        argv=list(sys.argv if argv is None else [Path(sys.argv[0]).name, *argv]),
+        settings=vars(args).copy(),
+        method=method,
+        base_model=args.student,
+        seed=args.seed,
+        data=run_record.describe_data(args.data, len(rows)),
+    )
+
+
+def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.RunRecord | None) -> None:
+    """Train (or resume), then save adapter, tokenizer, loss curve and the closing record.
+
+    Raises:
+        KeyboardInterrupt: stopped by SIGINT or SIGTERM, with a resumable checkpoint.
+    """
+    import torch
+
+    checkpoint = newest_checkpoint(args.save_dir) if args.resume else None
+    if args.resume:
+        log(f"going on from {checkpoint}" if checkpoint else "no complete checkpoint to go on from; starting afresh")
+    interruption = interruption_callback()
+    trainer.add_callback(interruption)
+    if record:
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        record.write(
+            device=models.describe_device(),
+            base_fingerprint=models.fingerprint(student.get_base_model()),
+            trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
+            effective_batch=trainer.args.train_batch_size
+            * trainer.args.gradient_accumulation_steps
+            * trainer.args.world_size,
+        )
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if interruption.received is not None:
+            raise KeyboardInterrupt
+        if not math.isfinite(result.training_loss):
+            raise UserError(f"the loss became {result.training_loss}; lower --learning_rate {args.learning_rate}")
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device ran out of memory; lower --per_device_train_batch_size or --max_len, "
+            "or pass --gradient_checkpointing on"
+        ) from error
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, args.save_dir)
+        write_loss_curve(args.save_dir, history)
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        record.end(
+            "done",
+            steps=trainer.state.global_step,
+            train_loss=result.training_loss,
+            final_loss=losses[-1] if losses else None,
+            final_eval_loss=evals[-1] if evals else None,
+        )
+        log(f"saved {args.save_dir} ({trainer.state.global_step} steps, loss {result.training_loss:.4f})")
+
+
+def write_loss_curve(save_dir: str, history: list[dict]) -> None:
+    """`loss.csv` (step, loss, eval_loss, learning_rate) and `loss.png`."""
+    columns = ("step", "loss", "eval_loss", "learning_rate")
+    with records.atomic_write(Path(save_dir) / "loss.csv") as handle:
+        handle.write(",".join(columns) + "\n")
+        handle.writelines(",".join(str(entry.get(name, "")) for name in columns) + "\n" for entry in history)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, words in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=words)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)")
+    axes.legend()
+    figure.savefig(Path(save_dir) / "loss.png", dpi=120)
+
+
+def run_completion_training(
+    args: argparse.Namespace, method: str, keys: tuple[str, str], argv: Sequence[str] | None
+) -> None:
+    """SFT and KD: rows -> batches -> adapter. `keys` name prompt and completion in a row."""
+    check_flags(args)
+    rows = records.read_rows(args.data, keys, args.skip_bad_rows)
+    held_out = records.read_rows(args.eval_data, keys, args.skip_bad_rows) if args.eval_data else []
+    record = start(args, method, rows, argv)
+    with failing(record):
+        from transformers import TrainingArguments
+
+        tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
+        student = prepare_student(args, tokenizer)
+
+        def encoded(path: str, rows: list[dict]) -> list[tokenizers.Encoded]:
+            pairs = [(row[keys[0]], row[keys[1]]) for row in rows]
+            return [row for row in encode_rows(tokenizer, path, pairs, args.max_len, args.idp_mode) if row]
+
+        train_rows = encoded(args.data, rows)
+        longest = max(train_rows, key=lambda row: len(row.input_ids))
+
+        def try_batch(size: int) -> None:
+            batch = {name: tensor.to(student.device) for name, tensor in
+                     collate([longest] * size, tokenizer.pad_token_id).items()}
+            completion_loss(student, batch)[0].backward()
+            student.zero_grad(set_to_none=True)
+
+        per_device, accumulation = fit_batch_size(args, len(longest.input_ids), try_batch)
+        trainer = completion_trainer(
+            rows=train_rows,
+            pad_id=tokenizer.pad_token_id,
+            model=student,
+            args=TrainingArguments(**trainer_settings(args, per_device, accumulation)),
+            eval_dataset=encoded(args.eval_data, held_out) if held_out else None,
+            processing_class=tokenizer,
+        )
+        train_and_save(trainer, args, record)
+
+
+class failing:  # noqa: N801 - reads as a phrase: `with failing(record):`
+    """Context manager that closes the record as failed, with the reason, when its block raises."""
+
+    def __init__(self, record: run_record.RunRecord | None) -> None:
+        self.record = record
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None and self.record is not None:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind.__name__}: {error}"
+            self.record.end("failed", error=reason)

@@ -1,0 +1,122 @@
+"""Direct preference optimisation: a QLoRA adapter from rows {"prompt", "chosen", "rejected"}.
+
+    python dpo_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_dpo.jsonl \\
+        --save_dir runs/creditmix_dpo --epochs 5 --beta 0.1 --init_adapter runs/creditmix_sft
+
+Rafailov et al. 2023 (arXiv:2305.18290), by TRL's DPOTrainer. The reference is the base with the adapter off, or the
+adapter given as --init_adapter as it was. Writes the same files as sft_train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from common import cli, models, records, tokenizers, training
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="dpo_train.py")
+    training.add_flags(parser, learning_rate=5e-5)
+    parser.add_argument("--beta", type=float, default=0.1, help="strength of the pull towards the reference")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    if args.beta <= 0:
+        raise cli.UserError(f"--beta {args.beta} must be above 0")
+    training.check_flags(args)
+    rows = read_pairs(args.data, args.skip_bad_rows)
+    held_out = read_pairs(args.eval_data, args.skip_bad_rows) if args.eval_data else []
+    record = training.start(args, "dpo", rows, argv)
+    with training.failing(record):
+        tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
+        student = training.prepare_student(args, tokenizer)
+        train_rows = encode(tokenizer, args.data, rows, args)
+        eval_rows = encode(tokenizer, args.eval_data, held_out, args) if held_out else None
+        training.train_and_save(build_trainer(args, student, tokenizer, train_rows, eval_rows), args, record)
+
+
+def read_pairs(path: str, skip_bad_rows: bool) -> list[dict]:
+    """DPO rows; a pair whose two answers are the same teaches nothing and is bad input."""
+    rows = records.read_rows(path, records.DPO_KEYS, skip_bad_rows)
+    same = [number for number, row in enumerate(rows, start=1) if row["chosen"] == row["rejected"]]
+    if same and not skip_bad_rows:
+        raise cli.UserError(f"{path}: row {same[0]} has the same chosen and rejected answer; mend it, or --skip_bad_rows")
+    return [row for row in rows if row["chosen"] != row["rejected"]]
+
+
+def encode(tokenizer, path: str, rows: Sequence[dict], args: argparse.Namespace) -> list[dict[str, list[int]]]:
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of each row that fits, the form that DPOTrainer works on."""
+    sides = [
+        training.encode_rows(tokenizer, path, [(row["prompt"], row[side]) for row in rows], args.max_len, args.idp_mode)
+        for side in ("chosen", "rejected")
+    ]
+    encoded = []
+    for chosen, rejected in zip(*sides, strict=True):
+        if chosen is None or rejected is None:
+            continue
+        # Both answers must follow the same prompt: take the one that was cut more.
+        shorter = min(chosen, rejected, key=lambda row: row.prompt_length)
+        encoded.append(
+            {
+                "prompt_ids": shorter.input_ids[: shorter.prompt_length],
+                "chosen_ids": chosen.input_ids[chosen.prompt_length :],
+                "rejected_ids": rejected.input_ids[rejected.prompt_length :],
+            }
+        )
+    return encoded
+
+
+def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list[dict], eval_rows: list[dict] | None):
+    """TRL's DPOTrainer on rows that are encoded already, with reference log-probabilities computed once."""
+    from datasets import Dataset, disable_caching
+    from trl import DPOConfig, DPOTrainer
+
+    def length(row: dict) -> int:
+        return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+    lengths = [length(row) for row in train_rows]
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset  # encoded by common.tokenizers, as every other script does
+
+        def _get_train_sampler(self, train_dataset=None):
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return training.LengthGroupedOrder(lengths, step, self.args.seed)
+
+        def _save(self, output_dir=None, state_dict=None):
+            training.save_adapter(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
+
+    longest = train_rows[max(range(len(lengths)), key=lengths.__getitem__)]
+
+    def try_batch(size: int) -> None:
+        row = tokenizers.Encoded(longest["prompt_ids"] + longest["chosen_ids"], len(longest["prompt_ids"]))
+        batch = training.collate([row] * (2 * size), tokenizer.pad_token_id)
+        training.completion_loss(student, {k: v.to(student.device) for k, v in batch.items()})[0].backward()
+        student.zero_grad(set_to_none=True)
+
+    per_device, accumulation = training.fit_batch_size(args, 2 * max(lengths), try_batch)
+    disable_caching()
+    trainer = Trainer(
+        model=student,
+        args=DPOConfig(
+            **training.trainer_settings(args, per_device, accumulation),
+            beta=args.beta,
+            max_length=None,
+            precompute_ref_log_probs=True,
+            precompute_ref_batch_size=per_device,
+        ),
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        processing_class=tokenizer,
+    )
+    if not args.init_adapter and "ref" in student.peft_config:
+        student.delete_adapter("ref")  # a copy of the untrained adapter: the reference is the base itself
+    return trainer
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

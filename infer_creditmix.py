@@ -1,0 +1,140 @@
+"""Classify CreditMix rows by calibrated label ranking: one line of features, or a JSONL file of them.
+
+    python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, Occupation: Scientist, \\
+        Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, \\
+        Payment Behaviour: Low_spent_Small_value_payments"
+    python infer_creditmix.py --model_dir runs/creditmix_sft --input rows.jsonl --output answers.jsonl
+
+Rows of --input have the features under "features" or "question". Answers keep their order; an interrupted run goes on
+where it stopped. Each answer has model_name, prediction, scores, raw_scores, prior, probabilities and top2_margin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from common import cli, creditmix, models, records
+from common.tasks import CREDITMIX
+
+WINDOW = 4096  # rows in memory at a time
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="infer_creditmix.py")
+    parser.add_argument("--model_dir", required=True, help="run folder, or a base model's folder or Hub id")
+    parser.add_argument("--features", help="one line of features")
+    parser.add_argument("--input", help="JSONL rows to classify")
+    parser.add_argument("--output", help="JSONL answers, one per row of --input")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="list bad rows in OUTPUT.rejects.jsonl and go on")
+    cli.add_scoring_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    if (args.features is None) == (args.input is None) or (args.input is None) != (args.output is None):
+        raise cli.UserError("give either --features, or --input and --output together")
+    if args.features is not None and not args.features.strip():
+        raise cli.UserError('--features is empty; give a line such as "Age: 23.0, Occupation: Scientist, ..."')
+    label_bias = cli.parse_label_bias(args.label_bias)
+    models.check_model_dir(args.model_dir, args.base)
+    if args.input:
+        check_input(args.input, args.skip_bad_rows)
+
+    from common.classifier import Classifier
+
+    classifier = Classifier(
+        args.model_dir,
+        CREDITMIX,
+        base=args.base,
+        load_in_4bit=args.load_in_4bit,
+        dtype=args.dtype,
+        max_batch_tokens=args.max_batch_tokens,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.features is not None:
+        text = creditmix.clean_features(args.features)
+        calibration = classifier.calibration(args.calibration, label_bias=label_bias)
+        print(json.dumps(classifier.answers([text], calibration)[0], indent=2, ensure_ascii=False))
+    else:
+        classify_file(args, classifier, label_bias)
+
+
+def features_of(row: object) -> str | None:
+    """The features line of a row, cleaned; None when it has none."""
+    for key in ("features", "question"):
+        if records.row_fault(row, (key,)) is None:
+            return creditmix.clean_features(row[key])
+    return None
+
+
+def check_input(path: str, skip_bad_rows: bool) -> None:
+    """Read the file once, before a model loads: a bad row is found now, not in the middle of a night's work."""
+    good = False
+    for number, row in records.iter_jsonl(path):
+        if features_of(row) is not None:
+            good = True
+        elif not skip_bad_rows:
+            fault = str(row) if isinstance(row, ValueError) else "no text under 'features' or 'question'"
+            raise cli.UserError(f"{path}, line {number}: {fault}; mend the row, or pass --skip_bad_rows")
+    if not good:
+        raise cli.UserError(f"{path} has no usable rows; each needs its text under 'features' or 'question'")
+
+
+def classify_file(args: argparse.Namespace, classifier, label_bias: dict[str, float]) -> None:
+    """Stream --input to --output in windows; what is written under a .partial name survives an interruption."""
+    from tqdm import tqdm
+
+    partial, rejects = Path(args.output + ".partial"), Path(args.output + ".rejects.jsonl")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    done = whole_lines(partial)
+    if done:
+        cli.log(f"going on after {done:,} answers in {partial}")
+    bad: list[dict] = []
+
+    def good_rows() -> Iterator[str]:
+        for number, row in records.iter_jsonl(args.input):
+            text = features_of(row)
+            if text is None:
+                bad.append({"line": number, "row": str(row) if isinstance(row, ValueError) else row})
+            else:
+                yield text
+
+    rows = islice(good_rows(), done, None)
+    calibration = None
+    with partial.open("a", encoding="utf-8") as handle, tqdm(unit=" rows", initial=done) as progress:
+        while window := list(islice(rows, WINDOW)):
+            raw = classifier.raw_scores(window)
+            if calibration is None:  # "batch" estimates from the first window of a stream
+                calibration = classifier.calibration(args.calibration, raw, label_bias)
+            for answer in classifier.answers(window, calibration, raw):
+                handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            handle.flush()
+            progress.update(len(window))
+    os.replace(partial, args.output)
+    if bad:
+        records.write_jsonl(rejects, bad)
+        cli.log(f"{len(bad)} bad rows of {args.input} skipped; they are in {rejects}")
+
+
+def whole_lines(path: Path) -> int:
+    """Complete lines of an interrupted output; a last line without its end is cut off."""
+    if not path.is_file():
+        return 0
+    count = end = 0
+    with path.open("rb") as handle:
+        for line in handle:
+            if line.endswith(b"\n"):
+                count, end = count + 1, end + len(line)
+    with path.open("ab") as handle:
+        handle.truncate(end)
+    return count
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

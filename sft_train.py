@@ -1,0 +1,28 @@
+"""Supervised fine-tuning: a QLoRA adapter from rows {"input", "output"}, loss on the output alone.
+
+    python sft_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_sft.jsonl \\
+        --save_dir runs/creditmix_sft --epochs 5
+
+Writes the adapter, tokenizer, run.json and loss curve to --save_dir; go on after an interruption with --resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common import cli, records, training
+
+
+def build_parser():
+    parser = cli.parser(__doc__, prog="sft_train.py")
+    training.add_flags(parser, learning_rate=2e-4)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    training.run_completion_training(args, "sft", records.SFT_KEYS, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
