@@ -376,7 +376,7 @@ def fit_offsets(probabilities: np.ndarray, y: np.ndarray, metric: str, class_wei
             turns = shifted[np.arange(rows), rival] - log_p[:, k]  # the row goes to k once offset k exceeds this
             order = np.argsort(turns)
             turns, rival, true, weight = turns[order], rival[order], y[order], weights[order]
-            # moved[i]: what has left its rival label when the first i rows have turned to k
+            # row i of given and hits: answers and right answers per label when the first i rows have turned to k
             given = np.zeros((rows + 1, classes))
             hits = np.zeros((rows + 1, classes))
             given[np.arange(1, rows + 1), rival] = weight

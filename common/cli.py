@@ -145,6 +145,11 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: cannot write{where}: {error.strerror}; {remedy} and run the same command again", file=sys.stderr)
         return FAILED
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "common":
+            raise
+        print(f"error: the package {error.name} is missing; pip install -r requirements.txt", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

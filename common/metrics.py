@@ -158,7 +158,7 @@ def _row_features(
     answered: np.ndarray | None,
     costs: Sequence[Sequence[float]] | None,
 ) -> sparse.csr_matrix:
-    """[n, 3K + 3 BINS + totals]: what a row adds to hits, predicted and true per class, to its bin and to the totals."""
+    """[n, 3K + 3 BINS + totals]: what a row adds to hits, predicted and true per class, to its bin and the totals."""
     rows, classes = probabilities.shape
     every = np.arange(rows)
     top = probabilities.argmax(axis=1)
@@ -397,7 +397,7 @@ def _model_drift(before: dict, after: dict, baseline: dict, now: dict, order: np
 
 
 def _same_rows(baseline: dict, now: dict) -> np.ndarray | None:
-    """For each row of `now` its place in `baseline`; None unless both hold the same distinct ids with the same labels."""
+    """For each row of `now` its place in `baseline`; None unless both hold the same ids, once each, and labels."""
     if not (baseline.get("rows") and now.get("rows")):
         return None
     place = {row: i for i, row in enumerate(baseline["rows"]["ids"])}
@@ -409,7 +409,7 @@ def _same_rows(baseline: dict, now: dict) -> np.ndarray | None:
 
 
 def _unpaired(before: Interval, after: Interval) -> Interval:
-    z = stats.norm.ppf(0.975)
+    z = float(stats.norm.ppf(0.975))
     errors = [(interval["high"] - interval["low"]) / (2 * z) for interval in (before, after)]
     value, reach = after["value"] - before["value"], z * float(np.hypot(*errors))
     return {"value": round(value, 6), "low": round(value - reach, 6), "high": round(value + reach, 6)}

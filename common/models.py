@@ -98,9 +98,8 @@ def load_base(
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    quiet_libraries()
     four_bit = use_4bit(load_in_4bit)
     if training or four_bit:
         chosen = torch.bfloat16 if torch.cuda.is_available() or four_bit else torch.float32
@@ -257,6 +256,18 @@ def adapter_hash(folder: str | Path) -> str:
         if (Path(folder) / name).is_file():
             return sha256_file(Path(folder) / name)
     return hashlib.sha256(str(folder).encode()).hexdigest()
+
+
+def quiet_libraries() -> None:
+    """No weight-loading bars, and no notices on what this toolkit has already decided; errors still show."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
 def describe_device() -> str:

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C8C")
 RIGHT, WRONG = "#009E73", "#D55E00"
 INK, FAINT = "#30363d", "#c9d1d9"
-WIDTH = 5.2  # inches
+WIDE, NARROW = 5.2, 3.9  # inches; the narrow ones stand side by side on a large screen, so they are equally high
+HEIGHT = 3.9
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
+def _figure(height: float, width: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
@@ -47,16 +48,16 @@ def _png(figure: Figure) -> bytes:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return str(text).replace("$", r"\$")
+    """Text that fits a legend and that matplotlib does not read as mathematics."""
+    return (text if len(text) <= 28 else text[:27] + "…").replace("$", r"\$")
 
 
 def confusion_matrix(model: dict[str, Any], labels: Sequence[str]) -> bytes:
     """Rows: true label, columns: predicted. Shade and percentage are shares of the row, so the diagonal is recall."""
     counts = model["confusion_matrix"]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
-    side = min(max(WIDTH, 0.22 * len(labels) + 2), 14)
-    figure = _figure(side * 0.82, side)
+    growth = min(max(1.0, len(labels) / 12), 3.0)
+    figure = _figure(HEIGHT * growth, NARROW * growth)
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [_plain(label) for label in labels]
@@ -66,10 +67,10 @@ def confusion_matrix(model: dict[str, Any], labels: Sequence[str]) -> bytes:
     if len(labels) <= 15:  # beyond that the numbers no longer fit their cells
         for i, row in enumerate(counts):
             for j, count in enumerate(row):
-                colour = "white" if shares[i][j] > 0.55 else INK
-                axes.text(j, i - 0.1, f"{shares[i][j]:.0%}", ha="center", va="center", color=colour,
-                          fontsize=7 if many else 13, fontweight="bold" if i == j else "normal")  # fmt: skip
-                axes.text(j, i + 0.25, f"{count:,}", ha="center", va="center", color=colour, fontsize=5 if many else 8.5)
+                look = {"ha": "center", "va": "center", "color": "white" if shares[i][j] > 0.55 else INK}
+                weight = "bold" if i == j else "normal"
+                axes.text(j, i - 0.1, f"{shares[i][j]:.0%}", fontsize=7 if many else 13, fontweight=weight, **look)
+                axes.text(j, i + 0.25, f"{count:,}", fontsize=5 if many else 8.5, **look)
     _tidy(axes, "predicted", "true")
     axes.grid(visible=False)
     return _png(figure)
@@ -77,12 +78,12 @@ def confusion_matrix(model: dict[str, Any], labels: Sequence[str]) -> bytes:
 
 def reliability_diagram(model: dict[str, Any]) -> bytes:
     """Accuracy against confidence, before and after calibration, over the number of rows in each confidence bin."""
-    figure = _figure(5.0)
+    figure = _figure(HEIGHT, NARROW)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.6)
     curves = [(model.get("uncalibrated"), "before", "#8C8C8C", "s"), (model, "after calibration", COLOURS[0], "o")]
     if curves[0][0] is None:
-        curves = [(model, str(model.get("calibration") or "model"), COLOURS[0], "o")]
+        curves = [(model, f"calibration: {model.get('calibration', 'none')}", COLOURS[0], "o")]
     for source, name, colour, marker in curves:
         bins = source["curves"]["reliability"]
         filled = [i for i, count in enumerate(bins["count"]) if count]
@@ -97,7 +98,7 @@ def reliability_diagram(model: dict[str, Any]) -> bytes:
         lefts = [i * width for i in range(len(bins["count"]))]
         below.stairs(bins["count"], [*lefts, 1.0], color=colour, fill=source is model, alpha=0.75, linewidth=1.4)
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    legend = axes.legend(frameon=False, loc="upper left", labelcolor=INK)
+    legend = axes.legend(frameon=False, loc="upper left", labelcolor=INK, fontsize=9)
     for handle in legend.legend_handles:
         handle.set_sizes([36])
     _tidy(axes, "", "share that is right")
@@ -112,21 +113,22 @@ def margin_histogram(model: dict[str, Any]) -> bytes:
     right, wrong = ([sum(margins[kind][i : i + 2]) for i in range(0, 64, 2)] for kind in ("right", "wrong"))
     used = max(i for i in range(len(right)) if right[i] + wrong[i]) + 1
     centres = [(i + 0.5) * 2 * width for i in range(used)]
-    figure = _figure(3.4)
+    figure = _figure(HEIGHT, NARROW)
     axes = figure.subplots()
     axes.bar(centres, wrong[:used], 2 * width, color=WRONG, edgecolor="white", linewidth=0.5, label="wrong")
     axes.bar(centres, right[:used], 2 * width, bottom=wrong[:used], color=RIGHT, edgecolor="white", linewidth=0.5,
              label="right")  # fmt: skip
     axes.set_xlim(0, used * 2 * width)
     axes.legend(frameon=False, labelcolor=INK, reverse=True)
-    _tidy(axes, "top-2 margin (best minus second-best score, nats)", "rows", grid="y")
+    _tidy(axes, "top-2 margin (nats)", "rows", grid="y")
     return _png(figure)
 
 
 def f1_bars(models: Sequence[dict[str, Any]], names: Sequence[str], labels: Sequence[str]) -> bytes:
     """F1 per class, one bar per model, whiskers for the 95 % intervals."""
     bar = 0.8 / len(models)
-    figure = _figure(min(0.9 + len(labels) * (0.2 + 0.2 * len(models)) + 0.17 * math.ceil(len(models) / 2), 60))
+    height = 0.9 + len(labels) * (0.2 + 0.2 * len(models)) + 0.2 * math.ceil(len(models) / 2)
+    figure = _figure(min(height, 60), WIDE)
     axes = figure.subplots()
     for m, (model, name) in enumerate(zip(models, names, strict=True)):
         f1 = [model["per_class"][label]["f1"] for label in labels]
@@ -149,7 +151,7 @@ def f1_bars(models: Sequence[dict[str, Any]], names: Sequence[str], labels: Sequ
 
 def risk_coverage(models: Sequence[dict[str, Any]], names: Sequence[str]) -> bytes:
     """Error rate among the rows answered, as the least confident are left unanswered."""
-    figure = _figure(3.6)
+    figure = _figure(3.4, WIDE)
     axes = figure.subplots()
     highest = 0.0
     for m, (model, name) in enumerate(zip(models, names, strict=True)):

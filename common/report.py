@@ -159,7 +159,7 @@ def _worst_confusion(model: dict, labels: Sequence[str]) -> tuple[str, str, floa
 
 
 def format_table(result: Result) -> str:
-    """The comparison, the differences, and each model's per-class report and confusion matrix, as aligned plain text."""
+    """The comparison, the differences, and each model's per-class report and confusion matrix, in aligned text."""
     names, models = model_names(result), result["models"]
     blocks = [
         f"{result['evaluator']}, {result['split']}: {result['n']:,} rows of {result['data']}\n"
@@ -175,7 +175,7 @@ def format_table(result: Result) -> str:
          _contamination_text(model)]
         for i, (name, model) in enumerate(zip(names, models, strict=True))
     ]  # fmt: skip
-    blocks.append(_columns(["model", "calibration", "accuracy", "macro-F1", "rows seen in training"], rows))
+    blocks.append(_columns(["model", "calibration", "accuracy", "macro-F1", "shared with training"], rows))
     rows = [
         [name, *(cell(i, key) for key in ("ece", "brier", "nll"))] for i, name in enumerate(names)
     ]  # fmt: skip
@@ -213,9 +213,8 @@ def format_table(result: Result) -> str:
             for label in result["labels"]
         ]  # fmt: skip
         blocks.append(_columns([name, "precision", "recall", "F1", "rows"], rows))
-        rows = [
-            [label, *map(str, counts)] for label, counts in zip(result["labels"], model["confusion_matrix"], strict=True)
-        ]
+        matrix = zip(result["labels"], model["confusion_matrix"], strict=True)
+        rows = [[label, *(f"{count:,}" for count in counts)] for label, counts in matrix]
         blocks.append(_columns(["true \\ predicted", *result["labels"]], rows))
     return "\n\n".join(blocks)
 
@@ -235,7 +234,7 @@ def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     widths[0] = max(widths[0], 18)
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in (head, *rows)
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -276,25 +275,38 @@ def _percent(value: float) -> str:
 
 def _headline(result: Result, names: Sequence[str]) -> str:
     place = min(_best(result, "accuracy", True))
+    model, name = result["models"][place], f"<em>{escape(names[place])}</em>"
     rows = f"{result['n']:,} {'' if result['split'] == 'all' else escape(str(result['split'])) + ' '}rows"
-    right = _percent(result["models"][place]["accuracy"]["value"])
-    name = f"<em>{escape(names[place])}</em>"
+    right = _percent(model["accuracy"]["value"])
     if len(names) == 1:
-        return f"{name} labels {right} of {rows} correctly"
-    return f"{name} is the most accurate of {len(names)} models: {right} of {rows} labelled correctly"
+        text = f"{name} labels {right} of {rows} correctly"
+    else:
+        text = f"{name} is the most accurate of {len(names)} models: {right} of {rows} labelled correctly"
+    if _clean(model) is False:
+        text += f", {model['contamination']['rows']:,} of them of {escape(_group(result))}s that it was trained on"
+    return text
 
 
 def _lead(result: Result) -> str:
-    best = result["models"][min(_best(result, "accuracy", True))]
-    accuracy = best["accuracy"]
-    supports = [best["per_class"][label]["support"] for label in result["labels"]]
-    labels = ", ".join(escape(label) for label in result["labels"][:6])
-    labels += f" and {len(result['labels']) - 6} more" if len(result["labels"]) > 6 else ""
-    return (
-        f"The true figure lies between {_percent(accuracy['low'])} and {_percent(accuracy['high'])} with 95&nbsp;% "
-        f"confidence. Always giving the most frequent label would reach {_percent(max(supports) / result['n'])}. "
-        f"The labels are {labels}."
-    )
+    names, models = model_names(result), result["models"]
+    place = min(_best(result, "accuracy", True))
+    best, labels = models[place], result["labels"]
+    supports = [best["per_class"][label]["support"] for label in labels]
+    listed = ", ".join(map(escape, labels[:6])) + (f" and {len(labels) - 6} more" if len(labels) > 6 else "")
+    short = {model["model_dir"]: name for model, name in zip(models, names, strict=True)}
+    equals = [
+        escape(short.get(difference["b"] if difference["a"] == best["model_dir"] else difference["a"], ""))
+        for difference in result.get("differences") or []
+        if best["model_dir"] in (difference["a"], difference["b"]) and not _verdict(difference["accuracy"], True)
+    ]
+    sentences = [
+        f"On rows like these the true figure lies between {_percent(best['accuracy']['low'])} and "
+        f"{_percent(best['accuracy']['high'])}, with 95&nbsp;% confidence.",
+        f"These rows do not tell it apart from {' or '.join(equals)}." if equals else "",
+        f"Always giving the most frequent label would reach {_percent(max(supports) / result['n'])}.",
+        f"The labels are {listed}.",
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def _contamination_banner(result: Result, names: Sequence[str]) -> str:
@@ -337,17 +349,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") ->
 
 
 def _value(interval: dict[str, float], best: bool = False, signed: bool = False, gauge: bool = False) -> str:
-    spec = "+.3f" if signed else ".3f"
-    text = f"{interval['value']:{spec}}"
-    text = f'<span class="v best" title="best">{text}</span>' if best else f'<span class="v">{text}</span>'
-    text += f'<span class="ci">{interval["low"]:{spec}} to {interval["high"]:{spec}}</span>'
+    value, low, high = (f"{interval[key]:{'+.3f' if signed else '.3f'}}" for key in ("value", "low", "high"))
+    if signed:
+        value, low, high = (number.replace("-", "\u2212") for number in (value, low, high))
+    text = f'<span class="v best" title="best">{value}</span>' if best else f'<span class="v">{value}</span>'
+    text += f'<span class="ci">{low} to {high}</span>'
     if gauge:
-        low, high, value = (100 * min(max(interval[key], 0.0), 1.0) for key in ("low", "high", "value"))
+        shares = {key: 100 * min(max(share, 0.0), 1.0) for key, share in interval.items()}
         text += (
-            f'<span class="gauge" aria-hidden="true"><i style="width:{value:.1f}%"></i>'
-            f'<b style="left:{low:.1f}%;width:{high - low:.1f}%"></b></span>'
+            f'<span class="gauge" aria-hidden="true"><i style="width:{shares["value"]:.1f}%"></i>'
+            f'<b style="left:{shares["low"]:.1f}%;width:{shares["high"] - shares["low"]:.1f}%"></b></span>'
         )
-    return text.replace("-", "\u2212")  if signed else text
+    return text
 
 
 def _comparison_section(result: Result, names: Sequence[str]) -> str:
@@ -356,7 +369,8 @@ def _comparison_section(result: Result, names: Sequence[str]) -> str:
     speed = any(model.get("rows_per_s") for model in models)
     cost = any("mean_cost" in model for model in models)
     head = ["model", *(f"{heading} {'↑' if more else '↓'}" for _, heading, more, _ in METRICS)]
-    head += ["mean cost ↓"] * cost + [f"{escape(_group(result))} seen in training"] + ["rows/s"] * speed
+    shared = f"rows that share a<br>{escape(_group(result))} with training"
+    head += ["mean cost ↓"] * cost + [shared] + ["rows/s"] * speed
     rows = []
     for i, (name, model) in enumerate(zip(names, models, strict=True)):
         clean = _clean(model)
@@ -393,8 +407,8 @@ def _differences_section(result: Result, names: Sequence[str]) -> str:
     for difference in result["differences"]:
         a, b = (escape(str(short.get(difference[side], difference[side]))) for side in "ab")
         verdict = _verdict(difference["accuracy"], True)
-        word = {1: f"{a} is better", -1: f"{b} is better", 0: "no difference shown"}[verdict]
-        row = [f"{a} − {b}"]
+        word = {1: "the first", -1: "the second", 0: "no difference shown"}[verdict]
+        row = [f"{a} −&nbsp;{b}"]
         for key, _, more, _ in shown:
             sign = {1: "up", -1: "down", 0: ""}[_verdict(difference[key], more)]
             row.append(f'<span class="{sign}">{_value(difference[key], signed=True)}</span>')
@@ -403,7 +417,7 @@ def _differences_section(result: Result, names: Sequence[str]) -> str:
         "Differences, paired",
         "First model minus second on the same rows, so what makes a row hard for both cancels. An interval that "
         "contains 0 means that these rows do not show a difference.",
-        _table(["pair", *(heading for _, heading, _, _ in shown), "accuracy says"], rows, "wide"),
+        _table(["pair", *(heading for _, heading, _, _ in shown), "more accurate"], rows, "wide"),
     )
 
 
@@ -417,7 +431,8 @@ def _classes_section(result: Result, images: dict[str, bytes]) -> str:
 
 
 def _calibration_section(result: Result, names: Sequence[str]) -> str:
-    pairs = [(name, m["uncalibrated"], m) for name, m in zip(names, result["models"], strict=True) if m.get("uncalibrated")]
+    named = zip(names, result["models"], strict=True)
+    pairs = [(name, model["uncalibrated"], model) for name, model in named if model.get("uncalibrated")]
     if not pairs:
         return ""
 
@@ -425,7 +440,8 @@ def _calibration_section(result: Result, names: Sequence[str]) -> str:
         change = round(after["value"], 3) - round(before["value"], 3)
         css = "" if change == 0 else "up" if (change > 0) == more else "down"
         return (
-            f'<span class="ci inline">{before["value"]:.3f} →</span> <span class="v {css}">{after["value"]:.3f}</span>'
+            f'<span class="ci inline">{before["value"]:.3f} →&nbsp;</span>'
+            f'<span class="v {css}">{after["value"]:.3f}</span>'
             f'<span class="ci">{after["low"]:.3f} to {after["high"]:.3f}</span>'
         )
 
@@ -484,7 +500,7 @@ def _drift_section(result: Result) -> str:
         for key in ("accuracy", "macro_f1"):
             css = "down" if model[key]["dropped"] else ""
             cells.append(
-                f'<span class="ci inline">{model[key]["before"]:.3f} → {model[key]["now"]:.3f}</span> '
+                f'<span class="ci inline">{model[key]["before"]:.3f} → {model[key]["now"]:.3f}&nbsp;</span>'
                 f'<span class="{css}">{_value(model[key]["difference"], signed=True)}</span>'
             )
         kind = "same rows" if model["paired"] else "other rows"
@@ -538,7 +554,7 @@ def _models_section(result: Result, names: Sequence[str], images: dict[str, byte
             )
         )
         parts.append(
-            f"<details{' open' if i == opened else ''}><summary>{escape(name)}"
+            f"<details{' open' if i == opened else ''}><summary>{escape(name)} "
             f'<span class="ci inline">accuracy {model["accuracy"]["value"]:.3f}, macro-F1 '
             f"{model['macro_f1']['value']:.3f}</span></summary>\n"
             f"{_table(['label', 'precision', 'recall', 'F1', 'rows'], rows)}\n"
@@ -588,7 +604,7 @@ _PAGE = Template("""<!doctype html>
     --good: #6fd3a5; --good-paper: #12301f; --bad: #ff9a94; --bad-paper: #3a1719;
     --unknown: #e8c06a; --unknown-paper: #33270d; --mark: #17405c;
   }
-  figure img { filter: invert(0.9) hue-rotate(180deg); }  /* the plots are drawn on white */
+  figure img { filter: invert(0.91) hue-rotate(180deg); }  /* the plots are drawn on white */
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.55;
@@ -602,31 +618,33 @@ h2 { margin: 0 0 0.3rem; font-size: 1.3rem; }
 .lead { max-width: 46rem; color: var(--soft); }
 section { margin-top: 2.8rem; }
 section > p { max-width: 46rem; margin: 0 0 0.9rem; color: var(--soft); }
-.banner { margin: 0.6rem 0; padding: 0.6rem 0.9rem; border-left: 4px solid; border-radius: 4px; overflow-wrap: anywhere; }
+.banner { margin: 0.6rem 0; padding: 0.6rem 0.9rem; border-left: 4px solid; border-radius: 4px;
+  overflow-wrap: anywhere; }
 .good { color: var(--good); background: var(--good-paper); }
 .bad { color: var(--bad); background: var(--bad-paper); }
 .unknown { color: var(--unknown); background: var(--unknown-paper); }
 .pill { padding: 0.1rem 0.55rem; border-radius: 1rem; white-space: nowrap; font-size: 0.88rem; }
 .scroll { overflow-x: auto; margin-bottom: 1rem; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; min-width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.5rem 0.8rem; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }
+th, td { padding: 0.5rem 0.7rem; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }
 thead th { border-top: 0; background: var(--card); color: var(--soft); font-size: 0.85rem; font-weight: 600;
-  white-space: nowrap; }
+  line-height: 1.3; vertical-align: bottom; white-space: nowrap; }
 th:first-child { text-align: left; }
 tbody th { font-weight: 600; }
-.wide tbody th { min-width: 8rem; max-width: 16rem; overflow-wrap: anywhere; }
+.wide tbody th { min-width: 9.5rem; max-width: 18rem; overflow-wrap: break-word; }
 @media (min-width: 40rem) { .wide th:first-child { position: sticky; left: 0; background: var(--paper); }
   .wide thead th:first-child { background: var(--card); } }
 .ci { display: block; color: var(--soft); font-size: 0.8rem; font-weight: 400; white-space: nowrap; }
 .ci.inline { display: inline; }
+td { white-space: nowrap; }
 .best { background: var(--mark); border-radius: 4px; padding: 0 0.3rem; font-weight: 700; }
 .up, .up .v { color: var(--good); background: none; }
 .down, .down .v { color: var(--bad); background: none; }
-.gauge { position: relative; display: block; height: 5px; margin-top: 5px; min-width: 7rem; border-radius: 3px;
+.gauge { position: relative; display: block; height: 5px; margin-top: 5px; min-width: 5.5rem; border-radius: 3px;
   background: var(--line); overflow: hidden; }
 .gauge i, .gauge b { position: absolute; top: 0; bottom: 0; left: 0; background: var(--accent); opacity: 0.5; }
 .gauge b { opacity: 1; }
-.meanings { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 0.4rem 1.4rem; margin: 0;
+.meanings { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 0.4rem 1.4rem; margin: 0;
   font-size: 0.88rem; color: var(--soft); }
 .meanings dt { font-weight: 600; color: var(--ink); }
 .meanings dd { margin: 0; }

@@ -290,8 +290,32 @@ def trainer_settings(args: argparse.Namespace, per_device: int, accumulation: in
         "remove_unused_columns": False,
         "dataloader_pin_memory": cuda,
         "ddp_find_unused_parameters": False,
-        "disable_tqdm": False,
+        "disable_tqdm": True,  # `progress_callback` instead
     }
+
+
+def progress_callback() -> TrainerCallback:
+    """A progress bar with loss on stderr; transformers' own writes its losses to stdout, where only results belong."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit=" steps", disable=not state.is_world_process_zero
+            )
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            shown = {name: f"{logs[name]:.4f}" for name in ("loss", "eval_loss") if name in (logs or {})}
+            self.bar.set_postfix(shown)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    return Progress()
 
 
 def interruption_callback() -> TrainerCallback:
@@ -418,12 +442,15 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
         KeyboardInterrupt: stopped by SIGINT or SIGTERM, with a resumable checkpoint.
     """
     import torch
+    from transformers.trainer_callback import PrinterCallback
 
     checkpoint = newest_checkpoint(args.save_dir) if args.resume else None
     if args.resume:
         log(f"going on from {checkpoint}" if checkpoint else "no complete checkpoint to go on from; starting afresh")
     interruption = interruption_callback()
     trainer.add_callback(interruption)
+    trainer.add_callback(progress_callback())
+    trainer.remove_callback(PrinterCallback)
     if record:
         student = trainer.accelerator.unwrap_model(trainer.model)
         record.write(

@@ -1,0 +1,223 @@
+"""Prepare CreditMix data: clean, split by customer, balance, write the SFT, KD and DPO rows and the held-out rows.
+
+    python creditmix_prepare.py --src data/creditmix_dataset.json --outdir data
+    python creditmix_prepare.py --src credit_score.csv.gz --features all --outdir data
+    python creditmix_prepare.py --synthesize 6000 --outdir data
+
+Reads question/answer JSON or JSONL and the raw credit-score CSV (also gzipped), or makes synthetic rows. Writes into
+--outdir: creditmix_sft.jsonl, creditmix_kd.jsonl and creditmix_dpo.jsonl (training customers, every class as often as
+the rarest), creditmix_dev.jsonl and creditmix_val.jsonl (other customers, classes as they come) and
+creditmix_manifest.json (counts, cleaning rules, checksums). The same input and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+
+from common import cli, creditmix, records, splits
+from common.cli import UserError
+from common.tasks import CREDITMIX as TASK
+
+RAW_FILE = "creditmix_dataset.json"
+OUTPUT_FILES = [f"creditmix_{what}" for what in ("sft.jsonl", "kd.jsonl", "dpo.jsonl", "dev.jsonl", "val.jsonl")]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    parser = cli.parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--src", help="question/answer JSON or JSONL, or the raw credit-score CSV; .gz is fine")
+    source.add_argument(
+        "--synthesize", type=cli.positive_int, metavar="N", help="make N synthetic rows instead (some 3 per customer)"
+    )
+    parser.add_argument("--outdir", default="data", help="folder to write into (default: data)")
+    parser.add_argument("--features", choices=list(creditmix.FEATURES), default="six", help="columns of a CSV to use")
+    parser.add_argument(
+        "--teacher_file",
+        help="CSV or JSONL with question (or input) and teacher_label (or teacher_output): "
+        "the KD rows are then the training rows that this teacher answered",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the balancing draw, the order and --synthesize")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the data files and print what is in them."""
+    args = cli.parse_args(build_parser(), argv)
+    outdir = Path(args.outdir)
+    _check_outdir(outdir, args.src)
+    texts: dict[str, str] = {}
+    if args.synthesize:
+        if args.features != "six":
+            raise UserError("--synthesize makes the six features only; leave --features out")
+        _keep_real_data(outdir / RAW_FILE)
+        source = name = f"--synthesize {args.synthesize} --seed {args.seed}"
+        raw = creditmix.synthesize(args.synthesize, args.seed)
+        rows, counts = creditmix.clean_rows(raw, source)
+        texts[RAW_FILE] = records.json_text(raw)
+        digest = _sha256(texts[RAW_FILE])
+    else:
+        source, name = args.src, Path(args.src).name
+        rows, counts = creditmix.read_labelled(source, TASK, args.features, args.skip_bad_rows)
+        digest = records.sha256_file(source)
+
+    parts = _parts(rows, source)
+    train = splits.balanced(parts["train"], _label, TASK.labels, None, args.seed, f"the train part of {source}")
+    kd, teacher = _kd_rows(parts, train, args)
+    sft = [_with_prompt(row, "input", output=row["answer"]) for row in train]
+    for file, members in zip(OUTPUT_FILES, (sft, kd, _dpo_rows(train), parts["dev"], parts["validation"]), strict=True):
+        texts[file] = records.jsonl_text(members)
+    manifest = {
+        "task": TASK.name,
+        "source": {"name": name, "sha256": digest},
+        "synthetic": counts["rows synthetic"] > 0,
+        "seed": args.seed,
+        "features": args.features,
+        "instruction": TASK.instruction,
+        "group_key": creditmix.GROUP_KEY,
+        "shares": {
+            "train": round(1 - splits.DEV_SHARE - splits.VALIDATION_SHARE, 4),
+            "dev": splits.DEV_SHARE,
+            "validation": splits.VALIDATION_SHARE,
+        },
+        "parts": {
+            part: {
+                "groups": len(splits.groups_of(members)),
+                "rows": splits.class_counts(members, _label, TASK.labels),
+                "rows_written": splits.class_counts(train if part == "train" else members, _label, TASK.labels),
+            }
+            for part, members in parts.items()
+        },
+        "teacher": teacher,
+        "cleaning": counts,
+        "files": {file: {"rows": _row_count(text), "sha256": _sha256(text)} for file, text in texts.items()},
+    }
+    records.write_together(outdir, texts | {"creditmix_manifest.json": records.json_text(manifest)})
+    _print_summary(manifest, outdir)
+
+
+def _label(row: dict) -> str:
+    return row["answer"]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _row_count(text: str) -> int:
+    return len(json.loads(text)) if text.startswith("[") else text.count("\n")
+
+
+def _check_outdir(outdir: Path, src: str | None) -> None:
+    """Refuse an --outdir that cannot be a folder, or whose output would replace the source."""
+    nearest = next((folder for folder in (outdir, *outdir.parents) if folder.exists()), outdir)
+    if nearest.exists() and not nearest.is_dir():
+        raise UserError(f"--outdir {outdir}: {nearest} is a file; choose a folder")
+    if src and Path(src).resolve() in [(outdir / file).resolve() for file in OUTPUT_FILES]:
+        raise UserError(f"--src {src} would be overwritten by its own output; choose another --outdir")
+
+
+def _keep_real_data(path: Path) -> None:
+    """Refuse to write synthetic rows over a file that is not synthetic."""
+    if not path.exists():
+        return
+    try:
+        synthetic = all(row["synthetic"] is True for row in records.read_json(path))
+    except (UserError, TypeError, KeyError):
+        synthetic = False
+    if not synthetic:
+        raise UserError(f"{path} is there and not synthetic; choose another --outdir, or move the file away")
+
+
+def _parts(rows: list[dict], source: str) -> dict[str, list[dict]]:
+    """Rows of each part; every part must have every class."""
+    _need_every_class(rows, source)
+    parts: dict[str, list[dict]] = {part: [] for part in splits.PARTS}
+    for row in rows:
+        parts[splits.part_of(row["group"])].append(row)
+    for part, members in parts.items():
+        _need_every_class(members, f"the {part} part of {source}")
+    return parts
+
+
+def _need_every_class(rows: list[dict], what: str) -> None:
+    counts = splits.class_counts(rows, _label, TASK.labels)
+    if not all(counts.values()):
+        empty = ", ".join(label for label, count in counts.items() if not count)
+        told = ", ".join(f"{label} {count:,}" for label, count in counts.items())
+        raise UserError(f"{what} has no row of class {empty} ({told}); give more customers of that class")
+
+
+def _with_prompt(row: dict, key: str, **answers: str) -> dict:
+    return {key: TASK.prompt(row["question"]), **answers, "group": row["group"]}
+
+
+def _kd_rows(parts: dict[str, list[dict]], train: list[dict], args: argparse.Namespace) -> tuple[list[dict], dict]:
+    """KD rows and what the manifest says of their teacher: the gold labels, or a teacher's own answers."""
+    if not args.teacher_file:
+        return [_with_prompt(row, "input", teacher_output=row["answer"]) for row in train], {"name": "gold labels"}
+    answers = creditmix.read_teacher(args.teacher_file, TASK, args.skip_bad_rows)
+    matched = {part: [row for row in members if row["question"] in answers] for part, members in parts.items()}
+    questions = {row["question"] for members in matched.values() for row in members}
+    # Every training row that the teacher answered, not only those of the balanced draw: answers are scarce.
+    taught = matched["train"]
+    if not taught:
+        raise UserError(
+            f"--teacher_file {args.teacher_file} answers no training row ({len(questions):,} of its {len(answers):,} "
+            "questions are in the source); give the answers to this source's questions, with the same --features"
+        )
+    teacher = {
+        "name": Path(args.teacher_file).name,
+        "sha256": records.sha256_file(args.teacher_file),
+        "answers": len(answers),
+        "answers_without_row": len(answers) - len(questions),
+        "rows_taught": len(taught),
+        "rows_agreeing_with_gold": sum(answers[row["question"]] == row["answer"] for row in taught),
+        "rows_left_out_dev": len(matched["dev"]),
+        "rows_left_out_validation": len(matched["validation"]),
+    }
+    return [_with_prompt(row, "input", teacher_output=answers[row["question"]]) for row in taught], teacher
+
+
+def _dpo_rows(train: list[dict]) -> list[dict]:
+    """One pair a row; for each chosen label the other labels are rejected in turn, so equally often."""
+    others = {label: cycle([other for other in TASK.labels if other != label]) for label in TASK.labels}
+    return [_with_prompt(row, "prompt", chosen=row["answer"], rejected=next(others[row["answer"]])) for row in train]
+
+
+def _print_summary(manifest: dict, outdir: Path) -> None:
+    counts = manifest["cleaning"]
+    synthetic = " (SYNTHETIC)" if manifest["synthetic"] else ""
+    print(
+        f"{manifest['source']['name']}{synthetic}: {counts['rows read']:,} rows read, {counts['rows kept']:,} kept, "
+        f"{counts['rows unlabelled']:,} unlabelled, {counts['rows bad']:,} bad"
+    )
+    for rule, count in counts.items():
+        if not rule.startswith("rows "):
+            print(f"  {count:>8,}  {rule}")
+    print(f"{'part':<12}{'customers':>10}" + "".join(f"{label:>10}" for label in TASK.labels))
+    for part, told in manifest["parts"].items():
+        for name, key in ((part, "rows"), *([("  balanced", "rows_written")] if part == "train" else [])):
+            customers = f"{told['groups']:,}" if key == "rows" else ""
+            print(f"{name:<12}{customers:>10}" + "".join(f"{count:>10,}" for count in told[key].values()))
+    teacher = manifest["teacher"]
+    if "answers" in teacher:
+        print(
+            f"teacher {teacher['name']}: {teacher['answers']:,} answers, {teacher['rows_taught']:,} of training rows "
+            f"({teacher['rows_agreeing_with_gold']:,} agree with gold), {teacher['rows_left_out_dev']:,} of dev and "
+            f"{teacher['rows_left_out_validation']:,} of validation rows left out, "
+            f"{teacher['answers_without_row']:,} of no row of the source"
+        )
+    for file, told in manifest["files"].items():
+        print(f"{outdir / file}: {told['rows']:,} rows")
+    print(outdir / "creditmix_manifest.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

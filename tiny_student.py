@@ -1,0 +1,94 @@
+"""Build the miniature base, offline: Qwen2 architecture, byte-level BPE, pretrained on unlabelled prompts.
+
+    python tiny_student.py --save_dir models/tiny_student
+    python tiny_student.py --save_dir models/tiny_student --prompts data/creditmix_sft.jsonl
+    python tiny_student.py --save_dir models/tiny_teacher --size medium
+
+Of --prompts (SFT or KD rows) only "input" is read, never the answers, so the base itself stands at chance. Without
+--prompts it is made of synthetic ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import cli, creditmix, records, run_record
+from common.tasks import CREDITMIX
+
+SIZES = {  # hidden size, layers, heads
+    "small": (128, 3, 8),
+    "medium": (256, 5, 8),
+    "large": (384, 8, 12),
+}
+OTHER_SHARE = 0.1  # of the prompts: the other two tasks
+SYNTHETIC_PROMPTS = 12_000
+VOCABULARY = 1024
+TOKENIZER_PROMPTS = 4000  # more of the same changes no merge
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="tiny_student.py")
+    parser.add_argument("--save_dir", default="models/tiny_student")
+    parser.add_argument("--prompts", nargs="+", default=[], help='JSONL rows whose "input" is read, unlabelled')
+    parser.add_argument("--size", choices=tuple(SIZES), default="small")
+    parser.add_argument("--steps", type=cli.positive_int, default=600)
+    parser.add_argument("--rows_per_step", type=cli.positive_int, default=48)
+    parser.add_argument("--learning_rate", type=float, default=0.02, help="Muon's; embeddings and norms take a sixth")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    prompts = [row["input"] for path in args.prompts for row in records.read_rows(path, ("input",))]
+    if not prompts:
+        rows = creditmix.synthesize(SYNTHETIC_PROMPTS, args.seed)
+        prompts = [CREDITMIX.prompt(creditmix.clean_features(row["question"])) for row in rows]
+
+    from common import miniature, models, tokenizers
+
+    models.quiet_libraries()
+
+    prompts += miniature.other_prompts(max(1, round(OTHER_SHARE * len(prompts))), args.seed)
+    source = miniature.SelfSupervision(prompts, args.seed)
+    sample = source.draw.sample(prompts, min(len(prompts), TOKENIZER_PROMPTS))
+    tokenizer = tokenizers.align(miniature.build_tokenizer(sample, VOCABULARY))
+    hidden, layers, heads = SIZES[args.size]
+    model = miniature.build_model(tokenizer, hidden=hidden, layers=layers, heads=heads, seed=args.seed)
+    loss = miniature.pretrain(
+        model,
+        tokenizer,
+        source,
+        steps=args.steps,
+        rows_per_step=args.rows_per_step,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )
+    save(args, model, tokenizer, loss)
+
+
+def save(args: argparse.Namespace, model, tokenizer, loss: float) -> None:
+    """Write the model under a temporary name, then put it in place whole."""
+    target = Path(args.save_dir)
+    building = target.with_name(f".{target.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    model.save_pretrained(building)
+    tokenizer.save_pretrained(building)
+    facts = {
+        "settings": vars(args),
+        "parameters": model.num_parameters(),
+        "answer_loss": loss,
+        "prompts": [{"path": path, "sha256": records.sha256_file(path)} for path in args.prompts] or "synthetic",
+        "versions": run_record.versions(),
+    }
+    records.write_json(building / "base.json", facts)
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+    cli.log(f"saved {target}: {model.num_parameters():,} parameters, answer loss {loss:.3f} nats a token")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
