@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common import cli, models, records, tokenizers, training
+from common import cli, records, tokenizers, training
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="dpo_train.py")
     training.add_flags(parser, learning_rate=5e-5)
+    parser.set_defaults(lora_dropout=0.0)  # the reference has none, so dropout would be noise between the two
     parser.add_argument("--beta", type=float, default=0.1, help="strength of the pull towards the reference")
     return parser
 
@@ -40,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_pairs(path: str, skip_bad_rows: bool) -> list[dict]:
     """DPO rows; a pair whose two answers are the same teaches nothing and is bad input."""
-    rows = records.read_rows(path, records.DPO_KEYS, skip_bad_rows)
-    same = [number for number, row in enumerate(rows, start=1) if row["chosen"] == row["rejected"]]
-    if same and not skip_bad_rows:
-        raise cli.UserError(f"{path}: row {same[0]} has the same chosen and rejected answer; mend it, or --skip_bad_rows")
-    return [row for row in rows if row["chosen"] != row["rejected"]]
+
+    def fault(row: dict) -> str | None:
+        return "the chosen and the rejected answer are the same" if row["chosen"] == row["rejected"] else None
+
+    return records.check_rows(path, records.iter_jsonl(path), records.DPO_KEYS, skip_bad_rows, fault_of=fault)
 
 
 def encode(tokenizer, path: str, rows: Sequence[dict], args: argparse.Namespace) -> list[dict[str, list[int]]]:
@@ -66,12 +67,16 @@ def encode(tokenizer, path: str, rows: Sequence[dict], args: argparse.Namespace)
                 "rejected_ids": rejected.input_ids[rejected.prompt_length :],
             }
         )
+    if not encoded:
+        raise cli.UserError(f"{path}: no pair fits --max_len {args.max_len}; raise it")
     return encoded
 
 
 def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list[dict], eval_rows: list[dict] | None):
     """TRL's DPOTrainer on rows that are encoded already, with reference log-probabilities computed once."""
-    from datasets import Dataset, disable_caching
+    import torch
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
     from trl import DPOConfig, DPOTrainer
 
     def length(row: dict) -> int:
@@ -82,6 +87,17 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
     class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset  # encoded by common.tokenizers, as every other script does
+
+        def _precompute_ref_logps(self, dataset, name, batch_size):
+            """As TRL's, without its cache file (whose name differs from process to process) and without dropout."""
+            loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+            self.model.eval()
+            batches = [
+                self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch))
+                for batch in self.accelerator.prepare(loader)
+            ]
+            chosen, rejected = (torch.cat(parts).tolist() for parts in zip(*batches, strict=True))
+            return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
         def _get_train_sampler(self, train_dataset=None):
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -99,13 +115,13 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
         student.zero_grad(set_to_none=True)
 
     per_device, accumulation = training.fit_batch_size(args, 2 * max(lengths), try_batch)
-    disable_caching()
     trainer = Trainer(
         model=student,
         args=DPOConfig(
             **training.trainer_settings(args, per_device, accumulation),
             beta=args.beta,
             max_length=None,
+            disable_dropout=args.lora_dropout == 0,
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=per_device,
         ),

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--report_dir", help="write metrics.json, plots and report.html here")
     parser.add_argument("--fit_calibration", metavar="DEV.jsonl", help="fit bias and temperature on these dev rows")
     decision = parser.add_argument_group("decisions, fitted with --fit_calibration")
-    decision.add_argument("--optimize", choices=("accuracy", "macro_f1", "cost"), help="what the choice of label is for")
+    decision.add_argument("--optimize", choices=("accuracy", "macro_f1", "cost"), help="what labels are chosen for")
     decision.add_argument("--costs", help='JSON file: {"true label": {"predicted label": cost}}')
     decision.add_argument("--abstain_below", type=cli.fraction, help="no answer under this probability")
     decision.add_argument("--target_precision", type=cli.fraction, help="abstain so that dev answers are this precise")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
     check_flags(args)
     if args.fit_calibration:
-        dev, counts = creditmix.read_labelled(args.fit_calibration, CREDITMIX, args.features, args.skip_bad_rows)
+        dev, _ = creditmix.read_labelled(args.fit_calibration, CREDITMIX, args.features, args.skip_bad_rows)
         for model_dir in args.model_dir:
             fit(args, model_dir, dev)
         if not args.data:
@@ -100,12 +100,18 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UserError("--fail_on_drift needs --baseline with a stored metrics.json")
     if (args.baseline or args.report_dir) and not args.data:
         raise cli.UserError("--baseline and --report_dir need --data with the rows to judge on")
+    # what is read later is read once now: a mistake is found before an hour of scoring, not after it
+    cli.parse_label_bias(args.label_bias)
+    if args.baseline:
+        records.read_json(args.baseline)
+    if args.costs:
+        cost_matrix(args.costs)
 
 
 def choose_rows(args: argparse.Namespace) -> tuple[list[dict], dict[str, int]]:
     """The balanced draw that is judged on, and the class counts of the part that it was drawn from."""
     rows, _ = creditmix.read_labelled(args.data, CREDITMIX, args.features, args.skip_bad_rows)
-    what = f"{args.data}"
+    what = args.data
     if args.split != "all":
         rows = [row for row in rows if splits.part_of(row["group"]) == args.split]
         what = f"the {args.split} part of {args.data}"
@@ -187,55 +193,16 @@ def cost_matrix(path: str) -> list[list[float]]:
 
 
 def judge(args: argparse.Namespace, rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """One entry per model, and the paired differences of every later model to the first ones."""
-    import numpy as np
-
+    """One entry per model, and the paired differences of every later model to the earlier ones."""
     from common import metrics
 
-    label_bias = cli.parse_label_bias(args.label_bias)
-    texts, y = [row["question"] for row in rows], np.array(true_labels(rows))
-    groups = [row["group"] for row in rows]
     entries, scores = [], []
     for model_dir in args.model_dir:
         cli.log(f"{model_dir}: scoring {len(rows):,} rows")
-        classifier = load(args, model_dir)
-        started = time.perf_counter()
-        raw = classifier.raw_scores(texts)
-        seconds = time.perf_counter() - started
-        calibration = classifier.calibration(args.calibration, raw, label_bias)
-        after, before = calibration.apply(raw), classifier.calibration("prior").apply(raw)
-        trained = run_record.read_groups(model_dir)
-        if trained is None and not models.is_adapter(model_dir):
-            trained = set()  # a base model was trained on no row of ours
-        seen = None
-        if trained is not None:
-            seen = dict(zip(("rows", "of"), splits.overlap(groups, trained), strict=True))
-
-        def measured(result) -> dict:
-            return metrics.evaluate(
-                result.probabilities,
-                y,
-                CREDITMIX.labels,
-                predictions=result.predictions,
-                margins=result.top2_margin,
-                answered=result.answered,
-                groups=groups,
-                costs=calibration.decision.costs,
-                seed=args.seed,
-            )
-
-        entries.append(
-            {
-                "model_dir": model_dir,
-                "calibration": calibration.method,
-                "contamination": seen,
-                **measured(after),
-                "uncalibrated": {"calibration": "prior", **measured(before)},
-                "predictions": after.predictions.tolist(),
-                "rows_per_s": round(len(rows) / seconds, 1),
-            }
-        )
-        scores.append(after)
+        entry, calibrated = judge_one(args, model_dir, rows)
+        entries.append(entry)
+        scores.append(calibrated)
+    y, groups = true_labels(rows), [row["group"] for row in rows]
     differences = [
         {
             "a": args.model_dir[later],
@@ -246,6 +213,57 @@ def judge(args: argparse.Namespace, rows: list[dict]) -> tuple[list[dict], list[
         for earlier in range(later)
     ]
     return entries, differences
+
+
+def judge_one(args: argparse.Namespace, model_dir: str, rows: list[dict]):
+    """(entry for the result, calibrated scores) of one model."""
+    import dataclasses
+
+    from common import metrics
+
+    classifier = load(args, model_dir)
+    started = time.perf_counter()
+    raw = classifier.raw_scores([row["question"] for row in rows])
+    seconds = time.perf_counter() - started
+    calibration = classifier.calibration(args.calibration, raw, cli.parse_label_bias(args.label_bias))
+    calibrated = calibration.apply(raw)
+    y, groups = true_labels(rows), [row["group"] for row in rows]
+
+    def measured(scores) -> dict:
+        return metrics.evaluate(
+            scores.probabilities,
+            y,
+            CREDITMIX.labels,
+            predictions=scores.predictions,
+            margins=scores.top2_margin,
+            answered=scores.answered,
+            groups=groups,
+            costs=calibration.decision.costs,
+            seed=args.seed,
+        )
+
+    entry = {
+        "model_dir": model_dir,
+        "calibration": calibration.method,
+        "contamination": contamination(model_dir, groups),
+        **measured(calibrated),
+        "uncalibrated": {"calibration": "prior", **measured(classifier.calibration("prior").apply(raw))},
+        "decision": dataclasses.asdict(calibration.decision),
+        "predictions": calibrated.predictions.tolist(),
+        "rows_per_s": round(len(rows) / seconds, 1),
+    }
+    return entry, calibrated
+
+
+def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | None:
+    """Rows whose customer the run was trained on; None where an adapter keeps no record of that."""
+    trained = run_record.read_groups(model_dir)
+    if trained is None:
+        if models.is_adapter(model_dir):
+            return None
+        trained = set()  # a base model was trained on no labelled row of ours
+    seen, of = splits.overlap(groups, trained)
+    return {"rows": seen, "of": of}
 
 
 def publish(args: argparse.Namespace, result: dict) -> int | None:

@@ -22,6 +22,7 @@ from common import cli, creditmix, models, records
 from common.tasks import CREDITMIX
 
 WINDOW = 4096  # rows in memory at a time
+NEAR = 0.05  # nats: more than bfloat16 makes of a score in another batch
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError("give either --features, or --input and --output together")
     if args.features is not None and not args.features.strip():
         raise cli.UserError('--features is empty; give a line such as "Age: 23.0, Occupation: Scientist, ..."')
+    if args.output and Path(args.output).resolve() == Path(args.input).resolve():
+        raise cli.UserError(f"--output {args.output} would replace --input; choose another name")
     label_bias = cli.parse_label_bias(args.label_bias)
     models.check_model_dir(args.model_dir, args.base)
     if args.input:
@@ -86,54 +89,83 @@ def check_input(path: str, skip_bad_rows: bool) -> None:
         raise cli.UserError(f"{path} has no usable rows; each needs its text under 'features' or 'question'")
 
 
+def good_texts(path: str, bad: list[dict]) -> Iterator[str]:
+    """The features of each good row; the bad ones are added to `bad`."""
+    for number, row in records.iter_jsonl(path):
+        text = features_of(row)
+        if text is None:
+            bad.append({"line": number, "row": str(row) if isinstance(row, ValueError) else row})
+        else:
+            yield text
+
+
 def classify_file(args: argparse.Namespace, classifier, label_bias: dict[str, float]) -> None:
     """Stream --input to --output in windows; what is written under a .partial name survives an interruption."""
     from tqdm import tqdm
 
     partial, rejects = Path(args.output + ".partial"), Path(args.output + ".rejects.jsonl")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    done = whole_lines(partial)
-    if done:
-        cli.log(f"going on after {done:,} answers in {partial}")
+    # "batch" estimates from the first window, also where the answers of that window are there already
+    first = list(islice(good_texts(args.input, []), WINDOW)) if args.calibration == "batch" else []
+    first_raw = classifier.raw_scores(first) if first else None
+    calibration = classifier.calibration(args.calibration, first_raw, label_bias)
+    done = answers_to_keep(partial, args.input, classifier, calibration)
     bad: list[dict] = []
-
-    def good_rows() -> Iterator[str]:
-        for number, row in records.iter_jsonl(args.input):
-            text = features_of(row)
-            if text is None:
-                bad.append({"line": number, "row": str(row) if isinstance(row, ValueError) else row})
-            else:
-                yield text
-
-    rows = islice(good_rows(), done, None)
-    calibration = None
+    rows = islice(good_texts(args.input, bad), done, None)
     with partial.open("a", encoding="utf-8") as handle, tqdm(unit=" rows", initial=done) as progress:
         while window := list(islice(rows, WINDOW)):
-            raw = classifier.raw_scores(window)
-            if calibration is None:  # "batch" estimates from the first window of a stream
-                calibration = classifier.calibration(args.calibration, raw, label_bias)
-            for answer in classifier.answers(window, calibration, raw):
+            for answer in classifier.answers(window, calibration, first_raw if window == first else None):
                 handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
             handle.flush()
             progress.update(len(window))
     os.replace(partial, args.output)
+    rejects.unlink(missing_ok=True)
     if bad:
         records.write_jsonl(rejects, bad)
         cli.log(f"{len(bad)} bad rows of {args.input} skipped; they are in {rejects}")
 
 
-def whole_lines(path: Path) -> int:
-    """Complete lines of an interrupted output; a last line without its end is cut off."""
-    if not path.is_file():
+def answers_to_keep(partial: Path, rows: str, classifier, calibration) -> int:
+    """How many answers of an interrupted run stand: its whole lines, if the last is what is answered to that row now.
+
+    Otherwise the file is of another model, calibration or input, and goes.
+    """
+    if not partial.is_file():
         return 0
+    done, last = whole_lines(partial)
+    text = next(islice(good_texts(rows, []), done - 1, None), None) if done else None
+    if text is not None and same_answer(last, classifier.answers([text], calibration)[0]):
+        cli.log(f"going on after {done:,} answers in {partial}")
+        return done
+    if done:
+        cli.log(f"{partial} holds answers of another model, calibration or input; starting again")
+    partial.unlink()
+    return 0
+
+
+def same_answer(line: bytes, answer: dict) -> bool:
+    """Whether a line of an output file is this answer, but for the last digits, which depend on the batch."""
+    try:
+        found = json.loads(line)
+        near = all(
+            abs(found[key][label] - value) < NEAR for key in ("scores", "prior") for label, value in answer[key].items()
+        )
+        return near and found["model_name"] == answer["model_name"]
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def whole_lines(path: Path) -> tuple[int, bytes]:
+    """Complete lines of an interrupted output, and the last; a line without its end is cut off."""
     count = end = 0
+    last = b""
     with path.open("rb") as handle:
         for line in handle:
             if line.endswith(b"\n"):
-                count, end = count + 1, end + len(line)
+                count, end, last = count + 1, end + len(line), line
     with path.open("ab") as handle:
         handle.truncate(end)
-    return count
+    return count, last
 
 
 if __name__ == "__main__":

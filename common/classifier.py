@@ -89,4 +89,3 @@ class Classifier:
             }
             for row in range(len(texts))
         ]
-

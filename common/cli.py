@@ -9,6 +9,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--config" in parser._option_string_actions:
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder = _OneSentenceParser(prog=parser.prog, add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
         config = finder.parse_known_args(argv)[0].config
         if config:
@@ -57,7 +58,7 @@ def _flags_from_yaml(parser: argparse.ArgumentParser, path: str) -> list[str]:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--config {path} must be a mapping of flag names to values, e.g. `learning_rate: 0.001`")
@@ -71,11 +72,15 @@ def _flags_from_yaml(parser: argparse.ArgumentParser, path: str) -> list[str]:
                 raise UserError(f"--config {path}: {key} is a switch, give true or false")
             argv += [f"--{key}"] if value else []
         elif value is not None:
+            if isinstance(value, bool) and {"on", "off"} <= set(known[key].choices or ()):
+                value = "on" if value else "off"  # YAML 1.1 reads a bare on or off as true or false
             values = value if isinstance(value, list) else [value]
             if known[key].nargs in ("+", "*"):
                 argv += [f"--{key}", *map(str, values)]
-            else:  # `=` keeps values that start with a dash in one piece
-                argv += [f"--{key}={item}" for item in values]
+            elif isinstance(value, list | dict):
+                raise UserError(f"--config {path}: {key} takes one value, not {value}")
+            else:  # `=` keeps a value that starts with a dash in one piece
+                argv.append(f"--{key}={value}")
     return argv
 
 
@@ -134,17 +139,12 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     130: interrupted. Programming errors keep their traceback: they are ours to fix.
     """
     try:
-        return main(argv) or DONE
+        code = main(argv) or DONE
+        sys.stdout.flush()  # a reader that went away shows itself now, not when the interpreter shuts down
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
-            raise
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: cannot write{where}: {error.strerror}; {remedy} and run the same command again", file=sys.stderr)
-        return FAILED
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "common":
             raise
@@ -156,6 +156,31 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except Exception as error:
+        failure = _write_failure(error)
+        if failure is None:
+            raise
+        remedy = "free some space" if failure.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
+        where = f" ({failure.filename})" if failure.filename else ""
+        print(
+            f"error: cannot write{where}: {failure.strerror}; {remedy} and run the same command again", file=sys.stderr
+        )
+        return FAILED
+
+
+def _write_failure(error: Exception) -> OSError | None:
+    """The failed write behind an exception: an OSError, or what safetensors, tokenizers and torch.save make of one."""
+    if isinstance(error, OSError):
+        number = error.errno
+    elif found := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's
+        number = int(found[1])
+    elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+        number = errno.ENOSPC  # torch.save does not say why
+    else:
+        return None
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+        return None
+    return error if isinstance(error, OSError) else OSError(number, os.strerror(number))
 
 
 def log(message: str) -> None:

@@ -6,7 +6,7 @@ of lm-evaluation-harness's acc_norm). Everything that is subtracted or scaled af
 How one forward pass is enough: rows of similar length share a left-padded batch under a token budget; the tokens that
 all prompts start with are computed once and their key/value cache is reused; label tokens form a prefix tree, whose
 inner nodes are appended to each row as extra columns that see the prompt and their own ancestors only (tree attention,
-Cai et al. 2024, arXiv:2401.10774, section 3.1.2), so cost grows with distinct label tokens, not labels x forms; the LM head is
+as in Miao et al. 2023, arXiv:2305.09781), so cost grows with distinct label tokens, not labels x forms; the LM head is
 applied at the scoring columns alone.
 """
 

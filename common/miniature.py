@@ -1,16 +1,17 @@
-"""The offline miniature: Qwen2 architecture, byte-level BPE with single digits, ChatML, pretrained on unlabelled text."""
+"""The offline miniature: Qwen2 architecture, byte-level BPE with single digits, pretrained on unlabelled prompts."""
 
 from __future__ import annotations
 
 import random
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -24,43 +25,33 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(prompts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `prompts` as user turns, with Qwen's turn tokens and a ChatML template.
+def build_tokenizer(prompts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Qwen2's own tokenizer (byte-level BPE, digits single) trained on `prompts`, with its turn tokens and ChatML.
 
-    Digits stay single, so that a number is read digit by digit. Merges may cross spaces (but not the start of a new
-    `, field`), so the fixed words of a prompt become a few tokens and a row costs little more than its numbers.
+    The fixed text between the numbers of a prompt becomes one added token each, so that a row costs little more than
+    its digits. Added tokens survive every loader and export; merges across words would not, since the tokenizer that
+    transformers builds for this architecture splits words before it merges.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AddedToken, Qwen2Tokenizer
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(", "), behavior="merged_with_next"),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    frame = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    phrases = Counter(piece for prompt in prompts for piece in NUMBER.split(prompt) if len(piece) > 4)
+    often = [piece for piece, count in phrases.most_common(MOST_PHRASES) if count >= len(prompts) * PHRASE_SHARE]
+    words = [f"{word}\n {word}\n" for word in ANSWER_WORDS] * len(prompts)  # one token each, with a space or without
+    blank = Qwen2Tokenizer(vocab={}, merges=[], unk_token=END_OF_TEXT, eos_token=TURN_END, pad_token=END_OF_TEXT)
+    tokenizer = blank.train_new_from_iterator(
+        [*prompts, *words],
+        vocab_size - len(frame) - len(often),
+        new_special_tokens=[TURN_START, TURN_END],
+        show_progress=False,
     )
-    core.decoder = decoders.ByteLevel()
-    turns = [f"user\n{prompt}" for prompt in prompts]
-    # What frames every prompt, and answers in both forms, often enough to be one token each.
-    fixed = ["system\nYou are a helpful assistant.", "assistant\n", *(w for f in FILLER_WORDS for w in (f, f" {f}"))]
-    core.train_from_iterator(
-        turns + fixed * len(turns),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=TURN_END, pad_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE
-    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in frame + often])
+    return tokenizer
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     *,
     hidden: int,
     layers: int,
@@ -93,50 +84,58 @@ def build_model(
     return model
 
 
-LEVELS = "ABCDEFGHIJKLMNOP"  # the answer to a number in self-supervision: which sixteenth of its field it falls in
-MISSING = "?"
-FILLER_WORDS = ("Good", "Standard", "Bad", "Low", "Medium", "High", "Yes", "No")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+MOST_PHRASES, PHRASE_SHARE = 256, 0.002  # fixed texts that become tokens: how many at most, how often at least
+LEVELS = 32  # equal shares of a field's values, one of which a number is to be recognised as
+ANSWER_WORDS = ("Good", "Standard", "Bad", "Low", "Medium", "High", "Yes", "No")
+SAY = "Say this word: "
 NUMBER_FIELD = re.compile(r"([A-Z][\w /.()-]*): (-?\d+(?:\.\d+)?)(?=, |$)", re.MULTILINE)
-LANGUAGE_MODEL_SHARE = 0.3  # of the steps: loss on every token; in the others on the answer alone
+UNKNOWN = -100  # the level of a field that a prompt has no number for
 
 
 class SelfSupervision:
-    """Rows that teach a model to read numbers and to copy, made from unlabelled prompts alone.
+    """What a model can learn from unlabelled prompts: their text, an answer that is a random word or a copied span, and
+    how large each of their numbers is for its field.
 
-    After the assistant turn stands, for each numeric field in the prompt's order, a letter for the sixteenth of that
-    field's values it falls in, and then a word drawn at random: so numbers are understood, answers have the words
-    of the tasks, and nothing is known about which word is right. Prompts without numeric fields are answered with a
-    span of themselves.
+    Attributes:
+        fields: the numeric fields, in the order of their first appearance.
     """
 
     def __init__(self, prompts: Sequence[str], seed: int) -> None:
         self.prompts, self.draw = list(prompts), random.Random(seed)
         values: dict[str, list[float]] = {}
         for prompt in self.prompts:
-            for key, number in NUMBER_FIELD.findall(prompt):
-                values.setdefault(key, []).append(float(number))
-        self.cuts = {
-            key: quantiles(found, n=len(LEVELS)) for key, found in values.items() if len(set(found)) >= 2 * len(LEVELS)
-        }
+            for field, number in NUMBER_FIELD.findall(prompt):
+                values.setdefault(field, []).append(float(number))
+        self.cuts = {field: quantiles(v, n=LEVELS) for field, v in values.items() if len(set(v)) >= 2 * LEVELS}
+        self.fields = list(self.cuts)
+
+    def levels(self, prompt: str) -> list[int]:
+        """For each of `fields` the share (0 to LEVELS - 1) that the prompt's number falls into, or UNKNOWN."""
+        numbers = dict(NUMBER_FIELD.findall(prompt))
+        return [
+            bisect_right(cuts, float(numbers[field])) if field in numbers else UNKNOWN
+            for field, cuts in self.cuts.items()
+        ]
 
     def answer(self, prompt: str) -> str:
-        """The levels of the prompt's numbers and a random word, or a span of the prompt that has none."""
-        fields = dict(NUMBER_FIELD.findall(prompt))
-        known = [key for key in self.cuts if f"{key}: " in prompt]
-        if not known:
-            words = prompt.split(" ")
-            start = self.draw.randrange(len(words))
-            return " ".join(words[start : start + 6])
-        levels = [LEVELS[bisect_right(self.cuts[key], float(fields[key]))] if key in fields else MISSING for key in known]
-        return "".join(levels) + self.draw.choice(FILLER_WORDS)
+        """A random answer word; for a prompt without numeric fields a span of itself, to learn copying from.
 
-    def rows(self, count: int) -> list[tuple[str, str]]:
-        """`count` random (prompt, answer) pairs."""
-        return [(prompt, self.answer(prompt)) for prompt in self.draw.choices(self.prompts, k=count)]
+        Words that are only ever drawn at random would become one and the same to the model, and no adapter could tell
+        them apart through a frozen head; saying the word that was asked for keeps them distinct.
+        """
+        if prompt.startswith(SAY):
+            return prompt.removeprefix(SAY)
+        if any(f"{field}: " in prompt for field in self.fields):
+            return self.draw.choice(ANSWER_WORDS)
+        words = prompt.split(" ")
+        start = self.draw.randrange(len(words))
+        return " ".join(words[start : start + 6])
 
 
 def other_prompts(count: int, seed: int) -> list[str]:
-    """Made-up, unlabelled IDP and CodeGen prompts, so that the miniature has seen the other two tasks' kind of text."""
+    """Made-up prompts: half ask for a word to be said, the rest are like IDP's and CodeGen's, so that the miniature
+    has seen the other two tasks' kind of text."""
     draw = random.Random(seed)
     companies = ("Acme Co.", "Bar LLC", "Foo Ltd.", "Globex Inc.", "Initech GmbH", "Umbrella AG")
     goods = ("USB-C Cable", "65W Charger", "Desk Lamp", "Paper A4", "Coffee Beans", "Notebook")
@@ -144,7 +143,10 @@ def other_prompts(count: int, seed: int) -> list[str]:
     things = ("a list of numbers", "a string", "two integers", "the rows of a table", "a dictionary's keys")
     prompts = []
     for _ in range(count):
-        if draw.random() < 0.5:
+        kind = draw.random()
+        if kind < 0.5:
+            prompts.append(SAY + draw.choice(ANSWER_WORDS))
+        elif kind < 0.75:
             date = f"{draw.randint(2020, 2026)}-{draw.randint(1, 12):02}-{draw.randint(1, 28):02}"
             item = f"{draw.choice(goods)} x{draw.randint(1, 9)}"
             total = f"{draw.choice(('USD', 'EUR', 'INR'))} {draw.randint(1, 9999)}.{draw.randint(0, 99):02}"
@@ -158,51 +160,78 @@ def other_prompts(count: int, seed: int) -> list[str]:
 
 def pretrain(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     source: SelfSupervision,
     *,
     steps: int,
     rows_per_step: int,
     learning_rate: float,
-    seed: int,
-) -> float:
-    """Train all weights on `source`'s rows; returns the mean answer loss (nats a token) of the last tenth of the steps.
+) -> dict[str, float]:
+    """Train all weights as a language model that also knows, where its answer starts, how large the numbers are.
 
-    Matrices are trained by Muon (Jordan et al. 2024: momentum, then orthogonalised), which on this model reached in
-    400 steps what AdamW reached in 1,400; embeddings and norms by AdamW with a tenth of its learning rate.
+    The loss is cross-entropy over every token plus, at the last token of the prompt, that of a linear head on the last
+    two layers' inputs which names each number's level. The head is thrown away: what remains is a base whose hidden
+    state holds what the numbers say, and whose answers are random words.
+
+    Matrices are trained by Muon (Jordan et al. 2024: momentum, orthogonalised), which here needed under a third of
+    AdamW's steps; embeddings and norms by AdamW at a sixth of its learning rate.
+
+    Returns:
+        Mean losses of the last tenth of the steps, in nats: "language_model" a token, "levels" a number.
     """
     import torch
+    from torch.nn import functional
     from tqdm import trange
 
     from common import tokenizers, training
 
+    head = torch.nn.Linear(2 * model.config.hidden_size, max(1, len(source.fields)) * LEVELS)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
         torch.optim.Muon(hidden, lr=learning_rate, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=learning_rate / 6, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+        torch.optim.AdamW([*others, *head.parameters()], lr=learning_rate / 6, betas=(0.9, 0.95), fused=True),
     ]
-    rate = lambda step: min(1.0, (step + 1) / 30) * min(1.0, (1 - step / steps) / 0.4 + 0.02)  # noqa: E731
+
+    def rate(step: int) -> float:  # warm up, hold, and fall to almost nothing over the last 40 %
+        return min(1.0, (step + 1) / 30) * min(1.0, (1 - step / steps) / 0.4 + 0.02)
+
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    draw = random.Random(seed)
-    losses = []
+    encoded = {prompt: tokenizers.encode_prompt(tokenizer, prompt) for prompt in source.prompts}
+    ends: list[tuple[float, float]] = []
     model.train()
     with trange(steps, desc="pretraining", unit=" steps") as progress:
         for step in progress:
-            rows = [tokenizers.encode_pair(tokenizer, *pair) for pair in source.rows(rows_per_step)]
-            language_model = draw.random() < LANGUAGE_MODEL_SHARE
-            if language_model:
-                rows = [tokenizers.Encoded(row.input_ids, 1) for row in rows]
-            loss, _ = training.completion_loss(model, training.collate(rows, tokenizer.pad_token_id))
-            loss.backward()
+            prompts = source.draw.choices(source.prompts, k=rows_per_step)
+            answers = [tokenizers.encode_completion(tokenizer, source.answer(prompt)) for prompt in prompts]
+            rows = [tokenizers.Encoded(encoded[p] + a, 0) for p, a in zip(prompts, answers, strict=True)]
+            batch = training.collate(rows, tokenizer.pad_token_id)
+            output = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+            )
+            text = functional.cross_entropy(
+                output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=training.IGNORE
+            )
+            last = torch.tensor([len(encoded[prompt]) - 1 for prompt in prompts])
+            states = torch.cat([layer[range(len(last)), last] for layer in output.hidden_states[-3:-1]], dim=-1)
+            levels = torch.tensor([source.levels(prompt) or [UNKNOWN] for prompt in prompts])
+            known = (levels != UNKNOWN).sum().clamp(min=1)
+            numbers = (
+                functional.cross_entropy(
+                    head(states).view(-1, LEVELS), levels.flatten(), ignore_index=UNKNOWN, reduction="sum"
+                )
+                / known
+            )
+            (text + numbers).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 schedule.step()
             model.zero_grad(set_to_none=True)
-            if not language_model:
-                progress.set_postfix(loss=f"{loss.item():.3f}")
-                if step >= 0.9 * steps:
-                    losses.append(loss.item())
+            head.zero_grad(set_to_none=True)
+            progress.set_postfix(text=f"{text.item():.3f}", numbers=f"{numbers.item():.3f}")
+            if step >= 0.9 * steps:
+                ends.append((text.item(), numbers.item()))
     model.eval()
-    return sum(losses) / max(1, len(losses))
+    means = [sum(column) / len(ends) for column in zip(*ends, strict=True)]
+    return dict(zip(("language_model", "levels"), means, strict=True))

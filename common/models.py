@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # never the pickled adapter_model.bin
 BF16_FROM_PARAMETERS = 50_000_000  # below this a CPU's bfloat16 kernels cost more in overhead than they save
 
 
@@ -180,10 +181,12 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     """The adapter in `folder` on its base `model`.
 
     Raises:
-        UserError: the base does not match the adapter, in shape or (by the run's fingerprint) in weights.
+        UserError: no weights, or of another base, in shape or (by the run's fingerprint) in weights.
     """
     from peft import PeftModel
 
+    if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; copy it again, or train it again")
     expected = None
     record = Path(folder) / "run.json"
     if record.is_file():
@@ -196,7 +199,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     try:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "mismatch" in line), lines[0])
         raise UserError(
             f"the adapter {folder} does not fit the base {model.name_or_path} ({reason}); give its own base with --base"
         ) from error
@@ -221,7 +225,8 @@ def load_for_inference(
     check_model_dir(model_dir, base)
     adapter = is_adapter(model_dir)
     base = (base or base_of(model_dir)) if adapter else model_dir
-    tokenizer = load_tokenizer(model_dir if adapter else base, trust_remote_code=trust_remote_code)
+    own = (Path(model_dir) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(model_dir if own else base, trust_remote_code=trust_remote_code)
     model = load_base(base, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code)
     align_model(model, tokenizer)
     if adapter:
@@ -235,16 +240,18 @@ def fingerprint(model: PreTrainedModel) -> str:
     Those weights stay unquantised in a 4-bit model and bfloat16 in all, so every way of loading a base agrees.
     """
     import torch
+    from accelerate.utils import align_module_device
 
     config = model.config
     shape = [config.model_type, config.vocab_size, getattr(config, "hidden_size", 0)]
     digest = hashlib.sha256(json.dumps(shape).encode())
-    samples = [model.get_input_embeddings().weight[:256]]
-    samples += [weight for name, weight in model.named_parameters() if "norm" in name or "ln_" in name]
-    for weight in samples:
-        if weight.device.type == "meta":  # offloaded to disk: not at hand
-            continue
-        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    names = [name for name, _ in model.named_parameters() if "norm" in name or "ln_" in name]
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    for module, name in [(model.get_input_embeddings(), "weight"), *owners]:
+        with align_module_device(module):  # fetches a weight that is offloaded
+            weight = getattr(module, name).detach()
+            sample = (weight if weight.ndim == 1 else weight[:256]).to("cpu", torch.bfloat16)
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -36,9 +36,7 @@ class LabelTask:
 CREDITMIX = LabelTask(
     name="creditmix",
     labels=("Good", "Standard", "Bad"),
-    instruction=(
-        "Classify the credit mix of this customer as Good, Standard or Bad. Return only the label."
-    ),
+    instruction=("Classify the credit mix of this customer as Good, Standard or Bad. Return only the label."),
     null_inputs=(
         "N/A",
         "Unknown",

@@ -61,7 +61,10 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     try:
         return align(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code))
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {name_or_path} ({_first_line(error)})") from error
+        raise UserError(
+            f"no tokenizer can be loaded from {name_or_path} ({_first_line(error)}); give a model folder or a Hub id, "
+            "or build the offline base with: python tiny_student.py"
+        ) from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -92,16 +95,15 @@ def truncate_prompt(
     The cut falls on the end of the user's text, so that the instruction at its start and the chat template's frame
     around it stay whole.
     """
-    ids = encode_prompt(tokenizer, prompt)
     room = max_len - completion_length
-    text = prompt
-    while len(ids) > room:
-        if not text:
-            return None
-        # A token is at least one character long in no tokenizer's favour: cut as many characters as tokens too many.
-        text = text[: max(0, len(text) - (len(ids) - room))]
-        ids = encode_prompt(tokenizer, text)
-    return ids
+    fits, too_long = 0, len(prompt) + 1  # characters, by bisection: some have several tokens, most share one
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if len(encode_prompt(tokenizer, prompt[:middle])) <= room:
+            fits = middle
+        else:
+            too_long = middle
+    return encode_prompt(tokenizer, prompt[:fits]) if prompt[:fits].strip() else None
 
 
 def _first_line(error: Exception) -> str:

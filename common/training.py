@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ IGNORE = -100
 EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
 CPU_TOKENS_PER_BATCH = 16_384  # bounds the activations of a real batch on CPU
 CHECKPOINTS = "checkpoints"
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
 
 
@@ -43,14 +45,14 @@ def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
     run.add_argument("--overwrite", action="store_true", help="replace a run that --save_dir already holds")
     run.add_argument("--init_adapter", metavar="DIR", help="start from this adapter instead of a fresh one")
     run.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
-    run.add_argument("--idp_mode", action="store_true", help="structured output: leave a too long row out, never cut it")
+    run.add_argument("--idp_mode", action="store_true", help="structured output: leave a long row out, never cut it")
     run.add_argument("--max_len", type=cli.positive_int, default=1024, help="tokens a row, prompt and completion")
     run.add_argument("--report_to", default="none", help="none, tensorboard, wandb, ... (as transformers)")
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--epochs", type=float, default=3.0)
     steps.add_argument("--max_steps", type=int, default=-1, help="optimizer steps; -1 = use --epochs")
     steps.add_argument("--learning_rate", type=float, default=learning_rate)
-    steps.add_argument("--lr_scheduler_type", default="cosine", help="as transformers: cosine, linear, constant, ...")
+    steps.add_argument("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="as transformers")
     steps.add_argument("--warmup_steps", type=float, default=0.03, help="steps, or a share of them when below 1")
     steps.add_argument("--weight_decay", type=float, default=0.0)
     steps.add_argument("--max_grad_norm", type=float, default=1.0)
@@ -78,7 +80,8 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError: a value out of range, or a run folder that would be lost.
     """
-    if args.epochs <= 0 or args.max_steps == 0 or args.learning_rate <= 0:
+    numbers = (args.epochs, args.learning_rate)
+    if not all(0 < number < math.inf for number in numbers) or args.max_steps == 0 or args.max_steps < -1:
         raise UserError("--epochs and --learning_rate must be above 0, --max_steps above 0 or -1")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora_dropout {args.lora_dropout} is not in [0, 1)")
@@ -147,7 +150,7 @@ def encode_rows(
 
 
 def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and `labels` [rows, longest]; labels are IGNORE outside completions."""
+    """Right-padded `input_ids`, `attention_mask`, `labels` [rows, longest]; labels are IGNORE outside completions."""
     import torch
 
     longest = max(len(row.input_ids) for row in batch)
@@ -258,10 +261,22 @@ def fit_batch_size(args: argparse.Namespace, longest: int, try_batch: Callable[[
     return per_device, accumulation
 
 
+def check_report_to(report_to: str) -> None:
+    """Refuse a tracker that transformers does not know or that is not installed, with transformers' own words."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--report_to {report_to}: {' '.join(str(error).split())}") from error
+
+
 def trainer_settings(args: argparse.Namespace, per_device: int, accumulation: int) -> dict[str, Any]:
     """Keyword arguments that TrainingArguments and DPOConfig share, from the flags."""
     import torch
 
+    check_report_to(args.report_to)
     cuda = torch.cuda.is_available()
     checkpointing = args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and cuda)
     return {
@@ -285,6 +300,7 @@ def trainer_settings(args: argparse.Namespace, per_device: int, accumulation: in
         "save_steps": args.save_steps,
         "save_total_limit": 2,
         "logging_steps": args.logging_steps,
+        "logging_nan_inf_filter": False,  # it would hide that the loss became NaN
         "report_to": args.report_to,
         "seed": args.seed,
         "remove_unused_columns": False,
@@ -300,6 +316,9 @@ def progress_callback() -> TrainerCallback:
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
+        def __init__(self):
+            self.bar = tqdm(disable=True)
+
         def on_train_begin(self, args, state, control, **kwargs):
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit=" steps", disable=not state.is_world_process_zero
@@ -307,42 +326,50 @@ def progress_callback() -> TrainerCallback:
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
+            if state.global_step >= state.max_steps:
+                control.should_log = True  # the loss curve reaches to the end
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             shown = {name: f"{logs[name]:.4f}" for name in ("loss", "eval_loss") if name in (logs or {})}
             self.bar.set_postfix(shown)
 
-        def on_train_end(self, args, state, control, **kwargs):
-            self.bar.close()
-
     return Progress()
 
 
 def interruption_callback() -> TrainerCallback:
-    """Save a checkpoint and stop after the running step on SIGINT or SIGTERM; a second signal kills as usual."""
+    """Save a checkpoint and stop after the running step on SIGINT or SIGTERM; a second signal kills as usual.
+
+    With several processes all stop after the same step, whichever got the signal, and further signals change nothing:
+    torchrun passes on what a terminal has sent to every process already, and kills for good after half a minute.
+    """
+    import torch
     from transformers import TrainerCallback
 
     class Interruption(TrainerCallback):
-        received: int | None = None
+        def __init__(self):
+            self.received, self.previous = None, {}
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def _note(self, number, frame):
+            if self.received is None:
+                log("stopping after this step; a checkpoint will be saved (again to stop at once)")
             self.received = number
-            log("stopping after this step; a checkpoint will be saved (again to stop at once)")
-            self._restore()
+            if not torch.distributed.is_initialized():
+                self.restore()
 
-        def _restore(self):
+        def restore(self):
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
 
         def on_step_end(self, args, state, control, **kwargs):
+            if torch.distributed.is_initialized():
+                number = torch.tensor(self.received or 0, device=args.device)
+                torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+                self.received = int(number) or None
             if self.received is not None:
                 control.should_save = control.should_training_stop = True
-
-        def on_train_end(self, args, state, control, **kwargs):
-            self._restore()
 
     return Interruption()
 
@@ -372,15 +399,21 @@ def completion_trainer(*, rows: Sequence[tokenizers.Encoded], pad_id: int, **kwa
         def _save(self, output_dir=None, state_dict=None):
             save_adapter(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
 
-    return CompletionTrainer(
-        train_dataset=list(rows), data_collator=lambda batch: collate(batch, pad_id), **kwargs
-    )
+    return CompletionTrainer(train_dataset=list(rows), data_collator=lambda batch: collate(batch, pad_id), **kwargs)
 
 
 def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     """The trained adapter alone (never DPO's frozen reference copy) and the tokenizer, as safetensors."""
     model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
     tokenizer.save_pretrained(folder)
+
+
+def put_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """`save_adapter`, under a temporary name first: the folder gets whole files, its adapter's config last."""
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as saving:
+        save_adapter(model, tokenizer, saving)
+        for file in sorted(Path(saving).iterdir(), key=lambda file: file.name == models.ADAPTER_CONFIG):
+            os.replace(file, Path(folder) / file.name)
 
 
 def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -400,9 +433,7 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
     if args.init_adapter:
         student = models.load_adapter(base, args.init_adapter, trainable=True)
     else:
-        student = models.add_lora(
-            base, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, seed=args.seed
-        )
+        student = models.add_lora(base, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, seed=args.seed)
     student.enable_input_require_grads()
     return student
 
@@ -417,13 +448,16 @@ def start(args: argparse.Namespace, method: str, rows: list[dict], argv: Sequenc
         import shutil
 
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        for name in ("calibration.json", "loss.csv", "loss.png", "adapter_model.safetensors", models.ADAPTER_CONFIG):
+        for name in ("loss.csv", "loss.png", "adapter_model.safetensors", models.ADAPTER_CONFIG):
             (folder / name).unlink(missing_ok=True)
+    for name in ("calibration.json", run_record.GROUPS_FILE):  # of the adapter that was here before
+        (folder / name).unlink(missing_ok=True)
     groups = {row["group"] for row in rows if row.get("group")}
-    if args.init_adapter:  # what the starting adapter was trained on counts as seen
-        groups |= run_record.read_groups(args.init_adapter) or set()
-    if groups:
-        run_record.write_groups(folder, groups)
+    seen = run_record.read_groups(args.init_adapter) if args.init_adapter else set()
+    if seen is None:
+        log(f"{args.init_adapter} keeps no record of what it was trained on, so this run keeps none either")
+    elif groups or seen:  # what the starting adapter was trained on counts as seen
+        run_record.write_groups(folder, groups | seen)
     return run_record.RunRecord(
         args.save_dir,
         argv=list(sys.argv if argv is None else [Path(sys.argv[0]).name, *argv]),
@@ -447,9 +481,9 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
     checkpoint = newest_checkpoint(args.save_dir) if args.resume else None
     if args.resume:
         log(f"going on from {checkpoint}" if checkpoint else "no complete checkpoint to go on from; starting afresh")
-    interruption = interruption_callback()
+    interruption, progress = interruption_callback(), progress_callback()
     trainer.add_callback(interruption)
-    trainer.add_callback(progress_callback())
+    trainer.add_callback(progress)
     trainer.remove_callback(PrinterCallback)
     if record:
         student = trainer.accelerator.unwrap_model(trainer.model)
@@ -472,20 +506,31 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
             "the device ran out of memory; lower --per_device_train_batch_size or --max_len, "
             "or pass --gradient_checkpointing on"
         ) from error
+    finally:
+        interruption.restore()
+        progress.bar.close()
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     if trainer.is_world_process_zero():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, args.save_dir)
+        put_adapter(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, args.save_dir)
         write_loss_curve(args.save_dir, history)
         losses = [entry["loss"] for entry in history if "loss" in entry]
         evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        train_loss = mean_loss(history)
         record.end(
             "done",
             steps=trainer.state.global_step,
-            train_loss=result.training_loss,
+            train_loss=train_loss,
             final_loss=losses[-1] if losses else None,
             final_eval_loss=evals[-1] if evals else None,
         )
-        log(f"saved {args.save_dir} ({trainer.state.global_step} steps, loss {result.training_loss:.4f})")
+        log(f"saved {args.save_dir} ({trainer.state.global_step} steps, loss {train_loss:.4f})")
+
+
+def mean_loss(history: Sequence[dict]) -> float:
+    """The mean loss of all steps, those before an interruption included; each entry is a mean since the one before."""
+    entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    before = [0, *(step for step, _ in entries)]
+    return sum(loss * (step - last) for (step, loss), last in zip(entries, before, strict=False)) / max(before[-1], 1)
 
 
 def write_loss_curve(save_dir: str, history: list[dict]) -> None:
@@ -504,7 +549,8 @@ def write_loss_curve(save_dir: str, history: list[dict]) -> None:
             axes.plot(*zip(*points, strict=True), label=words)
     axes.set(xlabel="optimizer step", ylabel="loss (nats)")
     axes.legend()
-    figure.savefig(Path(save_dir) / "loss.png", dpi=120)
+    with records.atomic_write(Path(save_dir) / "loss.png", "wb") as handle:
+        figure.savefig(handle, dpi=120, format="png")
 
 
 def run_completion_training(
@@ -529,8 +575,10 @@ def run_completion_training(
         longest = max(train_rows, key=lambda row: len(row.input_ids))
 
         def try_batch(size: int) -> None:
-            batch = {name: tensor.to(student.device) for name, tensor in
-                     collate([longest] * size, tokenizer.pad_token_id).items()}
+            batch = {
+                name: tensor.to(student.device)
+                for name, tensor in collate([longest] * size, tokenizer.pad_token_id).items()
+            }
             completion_loss(student, batch)[0].backward()
             student.zero_grad(set_to_none=True)
 
@@ -546,7 +594,7 @@ def run_completion_training(
         train_and_save(trainer, args, record)
 
 
-class failing:  # noqa: N801 - reads as a phrase: `with failing(record):`
+class failing:
     """Context manager that closes the record as failed, with the reason, when its block raises."""
 
     def __init__(self, record: run_record.RunRecord | None) -> None:

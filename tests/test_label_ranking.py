@@ -43,7 +43,12 @@ def architecture(kind: str, tokenizer):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **shape
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **shape,
         )
         return LlamaForCausalLM(config).eval()
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -125,7 +130,8 @@ def test_prior_cache(model, tokenizer, tmp_path, capsys):
     assert cached_prior(ranker, tmp_path, "hash-a")[0] == 7.0  # read, not computed
     assert cached_prior(ranker, tmp_path, "hash-b")[0] == pytest.approx(prior[0])  # another adapter
     fewer = dataclasses.replace(CREDITMIX, null_inputs=CREDITMIX.null_inputs[:2])
-    assert cached_prior(LabelRanker(model, tokenizer, fewer), tmp_path, "hash-b")[0] != pytest.approx(prior[0], abs=1e-7)
+    of_fewer = cached_prior(LabelRanker(model, tokenizer, fewer), tmp_path, "hash-b")
+    assert of_fewer[0] != pytest.approx(prior[0], abs=1e-7)
     file.write_text("{broken")
     assert cached_prior(ranker, tmp_path, "hash-a")[0] == pytest.approx(prior[0])
     assert "computing the prior again" in capsys.readouterr().err
@@ -141,7 +147,7 @@ def test_bad_labels(model, tokenizer, labels, sentence):
 
 
 def test_a_row_longer_than_the_context(model, tokenizer):
-    with pytest.raises(UserError, match="row 2 .* does not fit the model's context of 2048"):
+    with pytest.raises(UserError, match=r"row 2 .* does not fit the model's context of 2048"):
         LabelRanker(model, tokenizer, CREDITMIX).raw_scores(["short", "9" * 3000])
 
 

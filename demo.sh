@@ -1,0 +1,338 @@
+#!/usr/bin/env bash
+# From a fresh machine to an honest table of base, SFT, KD and DPO, and a report:
+#
+#   ./demo.sh                                               # offline, on CPU: synthetic rows, miniature base
+#   CREDITMIX_SRC=path/to/creditmix_dataset.json ./demo.sh  # real rows: question/answer JSON, JSONL or the raw CSV
+#   STUDENT=Qwen/Qwen2.5-3B-Instruct CREDITMIX_SRC=... ./demo.sh    # a real base (folder or Hub id), on a GPU
+#   PYTHON=python3.12 ./demo.sh                             # make .venv with another Python (3.11 or newer)
+#
+# Stages: data, base, sft, kd, dpo, calibration, evaluation, contamination; their output is in runs/demo/logs.
+# Settings of the trainings: recipes/creditmix_tiny_*.yaml, and recipes/creditmix_3b_*.yaml with STUDENT.
+#
+# Interrupt it and run it again as you like: it goes on from there, in the middle of a training too. A finished
+# stage runs again when its command, the files it reads or the code it runs have changed.
+#
+# Options:
+#   --overwrite   replace what is not the demo's own: runs in runs/creditmix_{sft,kd,dpo} that it did not train or that
+#                 it trained on your STUDENT, and a models/tiny_student that other runs are adapters of
+#   --help        show this
+
+set -euo pipefail
+# shellcheck source=setup.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
+
+tiny=models/tiny_student
+work=runs/demo
+stages=(data base sft kd dpo calibration evaluation contamination)
+features="Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, \
+Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
+
+# What `stage` reads beside its arguments: the files that a command reads and writes, the run folder that it
+# trains in, and a check to make before it replaces anything.
+inputs=()
+outputs=()
+run_dir=""
+guard=true
+
+running="" # the stage at work, for the message of an interruption
+stage_started=0
+took=() # "data 3 s", ...
+overwrite=""
+
+# digest FILE...: one checksum of files. Size and time stand for what is above 256 MB.
+digest() {
+  {
+    find -L "$@" -maxdepth 0 -size -257M -print0 | LC_ALL=C sort -z | xargs -0 -r sha256sum
+    find -L "$@" -maxdepth 0 -size +256M -printf '%p %s %T@\n' | LC_ALL=C sort
+  } | sha256sum | cut -d ' ' -f 1
+}
+
+# A stamp has four lines: started or finished; the key (below); seconds; checksum of the outputs.
+read_stamp() {
+  state="" key_then="" seconds=0 made=""
+  [[ ! -f $work/stamps/$1 ]] ||
+    { read -r state && read -r key_then && read -r seconds && read -r made; } <"$work/stamps/$1" || true
+}
+
+write_stamp() {
+  local name=$1
+  shift
+  printf '%s\n' "$@" >"$work/stamps/.$name" && mv "$work/stamps/.$name" "$work/stamps/$name"
+}
+
+exist() {
+  local path
+  for path in "$@"; do
+    [[ -e $path ]] || return 1
+  done
+}
+
+# base_is_tiny DIR: whether the run in DIR was trained on the miniature.
+base_is_tiny() { grep -qsE "\"base_model\": *\"([^\"]*/)?$tiny/?\"" "$1/run.json"; }
+
+# replaceable DIR: whether DIR holds no training, or one that this demo did, in minutes, on the miniature.
+replaceable() {
+  local state key_then seconds made
+  [[ -e $1/adapter_model.safetensors ]] || compgen -G "$1/checkpoints/checkpoint-*" >/dev/null || return 0
+  case $1 in
+    runs/creditmix_sft | runs/creditmix_kd | runs/creditmix_dpo) read_stamp "${1#runs/creditmix_}" ;;
+    *) return 1 ;;
+  esac
+  base_is_tiny "$1" || return 1
+  [[ $state == started || ($state == finished && $made == "$(digest "$1/adapter_model.safetensors" 2>/dev/null)") ]]
+}
+
+guard_run() {
+  replaceable "$run_dir" ||
+    die 2 "$run_dir holds a run that is not the demo's to replace; move it away, or let it go: ./demo.sh --overwrite"
+}
+
+guard_base() { # adapters of the user's own would not fit a new base
+  local record
+  for record in runs/*/run.json; do
+    if base_is_tiny "${record%/run.json}" && ! replaceable "${record%/run.json}"; then
+      die 2 "$tiny has to be made again and ${record%/run.json} is an adapter of the present one; move both away, \
+or let them go: ./demo.sh --overwrite"
+    fi
+  done
+}
+
+# stage NAME WHAT SCRIPT ARGUMENT...: run a script unless that has been done: with the same arguments, on the same
+# inputs, by the same code, and its outputs are still as it left them.
+stage() {
+  local name=$1 what=$2 script=$3 state key_then seconds made key place log=$work/logs/$1.log code=0 words
+  shift 3
+  words="$name: $what"
+  for place in "${!stages[@]}"; do
+    [[ ${stages[place]} != "$name" ]] || words="$((place + 1))/${#stages[@]} $words"
+  done
+  # shellcheck disable=SC2312
+  key=$({ printf '%s\0' "$script" "$@" && digest "${inputs[@]}" "$script" common/*.py; } | sha256sum | cut -d ' ' -f 1)
+  read_stamp "$name"
+  if [[ $state == finished && $key_then == "$key" ]] && exist "${outputs[@]}" &&
+    [[ $made == "$(digest "${outputs[@]}")" ]]; then
+    say "$words (unchanged, took $(duration "$seconds"))"
+    took+=("$name unchanged")
+    return
+  fi
+  if [[ -n $run_dir ]]; then
+    if [[ $state == started && $key_then == "$key" ]]; then
+      set -- "$@" --resume
+      words+=" (going on)"
+    else
+      [[ -n $overwrite ]] || "$guard"
+      set -- "$@" --overwrite
+    fi
+  else
+    [[ -n $overwrite ]] || "$guard"
+  fi
+
+  say "$words"
+  write_stamp "$name" started "$key" 0 -
+  running=$name
+  stage_started=$SECONDS
+  : >"$log"
+  if [[ -t 2 ]]; then # tee ignores Ctrl-C, so that a script that stops in good order can still say so
+    "$python" "$script" "$@" 2>&1 >"$work/logs/$name.out" | tee -i -a "$log" >&2 || code=${PIPESTATUS[0]}
+  else
+    "$python" "$script" "$@" 2>"$log" >"$work/logs/$name.out" || code=$?
+  fi
+  cat "$work/logs/$name.out" >>"$log"
+  [[ $code != 130 ]] || on_interrupt # the signal reached the script alone
+  if ((code != 0)) || ! exist "${outputs[@]}"; then
+    failed "$name" "$code" "$log" "$script" "$@"
+  fi
+  seconds=$((SECONDS - stage_started))
+  write_stamp "$name" finished "$key" "$seconds" "$(digest "${outputs[@]}")"
+  running=""
+  say "$name: done ($(duration "$seconds"))"
+  took+=("$name $(duration "$seconds")")
+}
+
+failed() {
+  local name=$1 code=$2 log=$3
+  shift 3
+  {
+    echo
+    echo "error: stage $name failed with exit code $code; the last lines of $log:"
+    tr '\r' '\n' <"$log" | grep -v '^ *$' | tail -n 15 | cut -c 1-300 | sed 's/^/    /'
+    echo "run it alone:     cd $(printf %q "$root") && $python$(printf ' %q' "$@")"
+    echo "go on from there: the same ./demo.sh again"
+  } >&2
+  exit $((code == 2 ? 2 : 1))
+}
+
+on_interrupt() {
+  trap '' INT
+  echo >&2
+  if [[ -n $running ]]; then
+    say "interrupted in stage $running after $(duration $((SECONDS - stage_started))); the same command goes on"
+  else
+    say "interrupted; the same command goes on"
+  fi
+  exit 130
+}
+
+# check_environment: what can be known to be wrong before anything is installed or made.
+check_environment() {
+  for run_dir in runs/creditmix_{sft,kd,dpo}; do
+    [[ -n $overwrite || -e $work/stamps/${run_dir#runs/creditmix_} ]] || guard_run
+  done
+  run_dir=""
+  if [[ -n ${CREDITMIX_SRC:-} ]]; then
+    source_file=$(cd -- "$caller" && realpath -m -- "$CREDITMIX_SRC")
+    [[ -f $source_file && -r $source_file ]] ||
+      die 2 "CREDITMIX_SRC=$CREDITMIX_SRC is not a readable file; give the question/answer JSON or the raw CSV"
+  else
+    source_file=""
+    if [[ -f data/creditmix_dataset.json ]] && ! head -c 4096 data/creditmix_dataset.json | grep -q '"synthetic": *true'
+    then
+      die 2 "data/creditmix_dataset.json is not the demo's synthetic data; use it with \
+CREDITMIX_SRC=$root/data/creditmix_dataset.json ./demo.sh, or move it away"
+    fi
+  fi
+  base=${STUDENT:-$tiny}
+  settings=recipes/creditmix_tiny
+  if [[ -n ${STUDENT:-} ]]; then
+    settings=recipes/creditmix_3b
+    case $STUDENT in # a folder, seen from where the user stands; anything else is a Hub id
+      /*) ;;
+      ./* | ../* | models/* | */*/*) base=$caller/$STUDENT ;;
+      *) [[ ! -d $caller/$STUDENT ]] || base=$caller/$STUDENT ;;
+    esac
+    [[ $base != /* || -f $base/config.json ]] ||
+      die 2 "STUDENT=$STUDENT is not a model folder; give a folder with a config.json, or a Hub id"
+    [[ $base != /* ]] || base=$(realpath -- "$base")
+  fi
+}
+
+# rows_of_rarest_class PART...: rows of the rarest class in these parts of the source together.
+rows_of_rarest_class() {
+  "$python" -c '
+import json, sys
+from collections import Counter
+parts = json.load(open("data/creditmix_manifest.json"))["parts"]
+print(min(sum((Counter(parts[part]["rows"]) for part in sys.argv[1:]), Counter()).values()))' "$@"
+}
+
+make_data() {
+  local arguments=(--synthesize 9000)
+  inputs=()
+  if [[ -n $source_file ]]; then
+    arguments=(--src "$source_file")
+    inputs=("$source_file")
+  fi
+  outputs=(data/creditmix_{sft,kd,dpo,dev,val}.jsonl data/creditmix_manifest.json)
+  stage data "training rows and held-out rows" creditmix_prepare.py "${arguments[@]}" --outdir data
+}
+
+make_base() {
+  if [[ -n ${STUDENT:-} ]]; then
+    say "2/${#stages[@]} base: $base, as given"
+    return
+  fi
+  inputs=(data/creditmix_sft.jsonl)
+  outputs=("$tiny/base.json" "$tiny/model.safetensors")
+  guard=guard_base
+  stage base "miniature language model, pretrained without labels" tiny_student.py \
+    --prompts data/creditmix_sft.jsonl --save_dir "$tiny"
+  guard=true
+}
+
+# What decides a result in a base's folder; evaluation adds files of its own there.
+find_base_files() {
+  base_files=()
+  [[ ! -d $base ]] || mapfile -d '' -t base_files < <(find -L "$base" -maxdepth 1 -type f \( -name '*.safetensors' \
+    -o -name config.json -o -name 'tokenizer*' -o -name 'chat_template*' \) -print0)
+}
+
+# train METHOD WHAT ARGUMENT...
+train() {
+  local method=$1 what=$2
+  shift 2
+  run_dir=runs/creditmix_$method
+  inputs=("data/creditmix_$method.jsonl" "${settings}_$method.yaml" "${base_files[@]}")
+  [[ $method != dpo ]] || inputs+=(runs/creditmix_sft/adapter_model.safetensors)
+  outputs=("$run_dir/adapter_model.safetensors")
+  guard=guard_run
+  stage "$method" "$what" "${method}_train.py" --config "${settings}_$method.yaml" --student "$base" \
+    --data "data/creditmix_$method.jsonl" --save_dir "$run_dir" "$@"
+  run_dir=""
+  guard=true
+}
+
+evaluate() {
+  local adapters=(runs/creditmix_sft runs/creditmix_kd runs/creditmix_dpo) arguments=() rows fitted weights
+  weights=("${adapters[@]/%//adapter_model.safetensors}")
+  fitted=("${adapters[@]/%//calibration.json}")
+
+  inputs=(data/creditmix_dev.jsonl "${weights[@]}")
+  outputs=("${fitted[@]}")
+  stage calibration "bias and temperature, fitted on the dev rows" eval_creditmix.py \
+    --model_dir "${adapters[@]}" --fit_calibration data/creditmix_dev.jsonl
+
+  inputs=(data/creditmix_val.jsonl "${weights[@]}" "${fitted[@]}" "${base_files[@]}")
+  outputs=("$work/report/metrics.json" "$work/report/report.html")
+  rows=$(rows_of_rarest_class validation)
+  ((rows < 1500)) || arguments=(--val_per_class 1500)
+  stage evaluation "base and adapters on customers that none was trained on" eval_creditmix.py \
+    --model_dir "$base" "${adapters[@]}" --data data/creditmix_val.jsonl "${arguments[@]}" --report_dir $work/report
+
+  rows=$(rows_of_rarest_class train dev validation)
+  local source=${source_file:-data/creditmix_dataset.json}
+  inputs=("$source" "${weights[0]}" "${fitted[0]}" runs/creditmix_sft/train_groups.txt)
+  outputs=("$work/contaminated/metrics.json")
+  stage contamination "SFT again, on a draw from the file it was trained on" eval_creditmix.py \
+    --model_dir runs/creditmix_sft --data "$source" --split all --val_per_class $((rows < 1500 ? rows : 1500)) \
+    --report_dir $work/contaminated
+}
+
+# table STAGE: what its evaluation printed, without the JSON line at its end.
+table() { sed '$d' "$work/logs/$1.out"; }
+
+conclude() {
+  echo
+  table evaluation
+  echo
+  echo "The published recipe evaluates on a balanced draw from the file that it trained on. So measured, the same SFT"
+  echo "adapter has met the customers of many of its rows (last column), and its figures are not skill:"
+  echo
+  table contamination | awk 'BEGIN { RS = ""; ORS = "\n\n" } NR <= 2'
+  echo "Report: $root/$work/report/report.html"
+  echo
+  echo "Classify one row:"
+  echo "  cd $(printf %q "$root") && $python infer_creditmix.py --model_dir runs/creditmix_sft --features \"$features\""
+  echo
+  echo "Everything took $(duration "$SECONDS"):$(printf ' %s,' "${took[@]}" | sed 's/,$//')"
+}
+
+main() {
+  while (($#)); do
+    case $1 in
+      --help | -h) help_of "$root/demo.sh" && return ;;
+      --overwrite) overwrite=yes ;;
+      *) die 2 "unknown argument $1 (see: ./demo.sh --help)" ;;
+    esac
+    shift
+  done
+  check_environment
+  setup requirements.txt
+  took+=("setup $(duration "$SECONDS")")
+  mkdir -p $work/stamps $work/logs
+  exec {lock}<$work # held by the scripts too, so that one whose demo.sh was killed is not joined by another
+  flock -n -E 75 "$lock" || [[ $? != 75 ]] ||
+    die 1 "another demo.sh is at work in $root; wait for it, or stop it and run again"
+  trap on_interrupt INT
+  [[ -t 2 ]] || export TQDM_MININTERVAL=10 # a log is no place for ten lines a second
+
+  make_data
+  make_base
+  find_base_files
+  train sft "LoRA adapter on the labels"
+  train kd "LoRA adapter on a teacher's answers (the gold labels stand in)"
+  train dpo "SFT's adapter, tuned on preferences" --init_adapter runs/creditmix_sft
+  evaluate
+  conclude
+}
+
+main "$@"

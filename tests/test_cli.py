@@ -1,0 +1,212 @@
+"""The command line that every script shares: YAML settings, one-sentence errors, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import sft_train
+from common import cli, records
+from common.cli import UserError
+
+REQUIRED = ["--student", "s", "--data", "d", "--save_dir", "r"]
+
+
+def parse(yaml: str | bytes, *more: str, folder: Path):
+    path = folder / "settings.yaml"
+    path.write_bytes(yaml if isinstance(yaml, bytes) else yaml.encode())
+    return cli.parse_args(sft_train.build_parser(), [*REQUIRED, "--config", str(path), *more])
+
+
+@pytest.mark.parametrize(
+    ("yaml", "more", "expected"),
+    [
+        ("learning_rate: 0.5\nseed: 7", [], {"learning_rate": 0.5, "seed": 7}),
+        ("learning_rate: 1e-3", [], {"learning_rate": 0.001}),  # a string to YAML 1.1
+        ("learning_rate: 0.5\nseed: 7", ["--learning_rate", "0.25"], {"learning_rate": 0.25, "seed": 7}),
+        ("student: other", [], {"student": "s"}),
+        ("max_steps: -1", ["--max_steps=5"], {"max_steps": 5}),
+        ("max_steps: -1", [], {"max_steps": -1}),
+        ("idp_mode: true", [], {"idp_mode": True}),
+        ("idp_mode: false", [], {"idp_mode": False}),
+        ("load_in_4bit: on", [], {"load_in_4bit": "on"}),  # a bare on is true to YAML 1.1
+        ("gradient_checkpointing: off", [], {"gradient_checkpointing": "off"}),
+        ("load_in_4bit: auto", [], {"load_in_4bit": "auto"}),
+        ("eval_data: null", [], {"eval_data": None}),
+        ("report_to: none", [], {"report_to": "none"}),
+        ("", [], {"epochs": 3.0}),
+    ],
+)
+def test_yaml_settings(yaml, more, expected, tmp_path):
+    args = vars(parse(yaml, *more, folder=tmp_path))
+    assert {key: args[key] for key in expected} == expected
+
+
+def test_yaml_may_hold_everything(tmp_path):
+    path = tmp_path / "all.yaml"
+    path.write_text("student: s\ndata: d\nsave_dir: -r\n")
+    assert cli.parse_args(sft_train.build_parser(), ["--config", str(path)]).save_dir == "-r"
+    assert cli.parse_args(sft_train.build_parser(), [f"--config={path}"]).data == "d"
+
+
+def test_yaml_list(tmp_path):
+    parser = cli.parser("doc", prog="x.py")
+    parser.add_argument("--config")
+    parser.add_argument("--model_dir", nargs="+")
+    (tmp_path / "c.yaml").write_text("model_dir: [a, b]")
+    assert cli.parse_args(parser, ["--config", str(tmp_path / "c.yaml")]).model_dir == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sentence"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; the keys are the flags of sft_train.py without --"),
+        ("help: true", "unknown key 'help'"),
+        ("config: x.yaml", "unknown key 'config'"),
+        ("idp_mode: 1", "idp_mode is a switch, give true or false"),
+        ("seed: [1, 2]", "seed takes one value, not \\[1, 2\\]"),
+        ("seed: {a: 1}", "seed takes one value"),
+        ("seed: x", "argument --seed: invalid int value: 'x'"),
+        ("load_in_4bit: perhaps", "argument --load_in_4bit: invalid choice: 'perhaps'"),
+        ("- seed", "must be a mapping of flag names to values"),
+        ("seed: [", "is not YAML"),
+        (b"seed: \xff\xfe", "is not YAML"),
+    ],
+)
+def test_bad_yaml(yaml, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        parse(yaml, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "the following arguments are required: --student, --data, --save_dir (see: python sft_train.py --help)"),
+        ([*REQUIRED, "--sed", "1"], "unrecognized arguments: --sed 1 (see: python sft_train.py --help)"),
+        ([*REQUIRED, "--see", "1"], "unrecognized arguments: --see 1 (see: python sft_train.py --help)"),
+        ([*REQUIRED, "--config"], "argument --config: expected one argument (see: python sft_train.py --help)"),
+        ([*REQUIRED, "--config", "/none.yaml"], "--config /none.yaml: No such file or directory; give the path of a"),
+        ([*REQUIRED, "--config", "/"], "--config /: Is a directory; give the path of a YAML file"),
+        ([*REQUIRED, "--max_len", "0"], "argument --max_len: 0 is not above 0"),
+    ],
+)
+def test_usage_errors_are_one_sentence(argv, sentence, capsys):
+    assert cli.run(sft_train.main, argv) == cli.BAD_INPUT
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert sentence in told.err
+    assert told.err.count("\n") == 1
+
+
+class SafetensorError(Exception):
+    pass
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/adapter")
+
+
+FULL = "No space left on device"
+WRITE = "error: cannot write"
+AGAIN = "free some space and run the same command again"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (UserError("the file x is empty; fill it"), 2, "error: the file x is empty; fill it"),
+        (OSError(errno.ENOSPC, FULL, "a.json"), 1, f"{WRITE} (a.json): {FULL}; {AGAIN}"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, f"{WRITE}: Disk quota exceeded; {AGAIN}"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            1,
+            f"{WRITE} (/x): Permission denied; choose another",
+        ),
+        (SafetensorError(f"I/O error: {FULL} (os error 28)"), 1, f"{WRITE}: {FULL}; {AGAIN}"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64"), 1, f"{WRITE}: {FULL}; {AGAIN}"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ModuleNotFoundError("No module named 'a.b'", name="a.b"), 1, "the package a.b is missing; pip install -r req"),
+    ],
+)
+def test_exit_codes(error, code, sentence, capsys):
+    def main(argv):
+        raise error
+
+    assert cli.run(main, []) == code
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("size mismatch"),
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        ModuleNotFoundError("x", name="common.x"),
+        RuntimeError("something (os error 2)"),
+    ],
+)
+def test_programming_errors_keep_their_traceback(error):
+    def main(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        cli.run(main, [])
+
+
+def test_what_main_returns_is_the_exit_code():
+    assert [cli.run(lambda argv, code=code: code) for code in (None, 0, 3)] == [0, 0, 3]
+
+
+def test_a_closed_pipe_is_no_error():
+    """`python script.py | true`: the reader is gone before anything is written."""
+    program = (
+        "import time\nfrom common import cli\nraise SystemExit(cli.run(lambda argv: time.sleep(0.2) or print('x')))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    assert child.wait() == 0
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "facts.json"
+    records.write_json(path, {"old": 1})
+
+    def main(argv):
+        with records.atomic_write(path) as handle:
+            handle.write("half of ")
+            full_disk()
+
+    assert cli.run(main, []) == cli.FAILED
+    assert "cannot write (runs/x/adapter): No space left on device; free some space" in capsys.readouterr().err
+    assert records.read_json(path) == {"old": 1}
+    assert os.listdir(tmp_path) == ["facts.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_device_that_is_full(capsys):
+    def main(argv):
+        with open("/dev/full", "w") as handle:
+            handle.write("x" * 10)
+
+    assert cli.run(main, []) == cli.FAILED
+    assert "error: cannot write: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", ["Standard", "Standard=", "=0.3", "Standard=x", "Standard=nan", "Standard=inf", ""])
+def test_bad_label_bias(pair):
+    with pytest.raises(UserError, match="is not LABEL=NUMBER"):
+        cli.parse_label_bias([pair])
+
+
+def test_label_bias():
+    assert cli.parse_label_bias(["Standard=0.3", "a=b=-1"]) == {"Standard": 0.3, "a=b": -1.0}

@@ -1,0 +1,146 @@
+"""Every command that the project shows is one that its scripts understand, and every script answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from common import cli
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+ESTABLISHED = """
+python creditmix_prepare.py --src data/creditmix_dataset.json --outdir data
+python sft_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_sft.jsonl --save_dir runs/creditmix_sft \
+    --epochs 5 --max_steps 7115
+python kd_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_kd.jsonl --idp_mode \
+    --save_dir runs/creditmix_kd --epochs 5 --max_steps 7115
+python dpo_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_dpo.jsonl --save_dir runs/creditmix_dpo \
+    --epochs 5 --beta 0.1 --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --max_len 256 \
+    --max_steps 7115
+python eval_creditmix.py --model_dir runs/creditmix_sft --data data/creditmix_dataset.json --val_per_class 1500
+python eval_creditmix.py --model_dir runs/creditmix_sft --data data/creditmix_dataset.json --val_frac 0.2
+python eval_creditmix.py --model_dir Qwen/Qwen2.5-3B-Instruct --data data/creditmix_dataset.json --val_per_class 1500
+python eval_creditmix.py --model_dir runs/creditmix_sft --fit_calibration data/creditmix_dev.jsonl
+python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, Occupation: Scientist, Annual Income: \
+19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
+"""
+SHELL = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "2>&1"}
+
+
+def shown_commands() -> Iterator[tuple[str, str]]:
+    """(where, command line) of what the documents, recipes and docstrings tell a reader to run."""
+    texts = {"established": ESTABLISHED}
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        text = path.read_text()
+        texts[path.name] = "\n".join([text, *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)])
+    for path in ROOT.glob("recipes/*.y*ml"):
+        texts[path.name] = re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("bench/*.py")]:
+        texts[path.name] = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for where, text in texts.items():
+        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+            command = line.strip().removeprefix("$ ")
+            if re.match(r"([A-Z_]+=\S+ +)*(\S*python3? |torchrun |accelerate |\./\S)", command):
+                yield where, command
+
+
+COMMANDS = sorted(set(shown_commands()))
+
+
+def parser_of(script: Path) -> argparse.ArgumentParser | None:
+    spec = importlib.util.spec_from_file_location(f"shown_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build_parser() if hasattr(module, "build_parser") else None
+
+
+@pytest.mark.parametrize(("where", "command"), COMMANDS, ids=[f"{w}-{c[:40]}" for w, c in COMMANDS])
+def test_shown_commands_parse(where, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)
+    program = next((i for i, word in enumerate(words) if word.endswith((".py", ".sh"))), None)
+    if program is None:
+        return  # a tool of somebody else's
+    script = ROOT / words[program]
+    assert script.is_file(), f"{words[program]} is not there"
+    if script.suffix == ".sh":
+        assert os.access(script, os.X_OK)
+        return
+    argv = words[program + 1 :]
+    if "..." in argv:
+        return  # left to the reader
+    end = next((i for i, word in enumerate(argv) if word in SHELL), len(argv))
+    parser = parser_of(script)
+    if parser:
+        cli.parse_args(parser, argv[:end])
+
+
+def test_commands_are_found():
+    """The search itself: all established ones, and those of every trainer's docstring."""
+    assert sum(where == "established" for where, _ in COMMANDS) == 9
+    assert {where for where, _ in COMMANDS} >= {*SCRIPTS}
+    assert all("\\" not in command for _, command in COMMANDS)
+
+
+BLOCKER = """
+import runpy, sys
+for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "sklearn", "matplotlib"):
+    sys.modules[name] = None  # importing it fails
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(script: str, *argv: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-c", BLOCKER, script, *argv]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_usage_errors_come_without_torch(script):
+    told = run(script, "--help")
+    assert (told.returncode, told.stderr) == (0, "")
+    docstring = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    assert docstring.splitlines()[0] in told.stdout
+    told = run(script, "--no_such_flag")
+    assert (told.returncode, told.stdout) == (2, "")
+    assert re.fullmatch(rf"error: .* \(see: python {script} --help\)\n", told.stderr)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_does_something(script):
+    source = (ROOT / script).read_text()
+    for shared in re.findall(r"\b(training|cli)\.add_\w*flags", source):
+        source += (ROOT / "common" / f"{shared}.py").read_text()
+    parser = parser_of(ROOT / script)
+    for action in parser._actions:
+        if action.dest not in ("help", "config"):  # --config is read by cli.parse_args
+            assert re.search(rf"\bargs\.{action.dest}\b", source), f"--{action.dest} is never read"
+            assert action.help or action.choices or action.default is not None or action.required, action.dest
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.y*ml")), ids=lambda path: path.name)
+def test_recipes_are_settings_of_a_trainer(recipe):
+    faults = []
+    for script in SCRIPTS:
+        parser = parser_of(ROOT / script)
+        if "--config" not in parser._option_string_actions:
+            continue
+        try:
+            needed = ["--student", "s", "--data", "d", "--save_dir", "r"]
+            cli.parse_args(parser, [*needed, "--config", str(recipe)])
+            return
+        except cli.UserError as error:
+            faults.append(str(error))
+    pytest.fail(f"no trainer takes {recipe.name}: {faults}")
