@@ -155,7 +155,8 @@ failed() {
   {
     echo
     echo "error: stage $name failed with exit code $code; the last lines of $log:"
-    tr '\r' '\n' <"$log" | grep -v '^ *$' | tail -n 15 | cut -c 1-300 | sed 's/^/    /'
+    tr '\r' '\n' <"$log" | sed '/^ *$/d' | tail -n 15 | cut -c 1-300 | sed 's/^/    /'
+    ((code != 137)) || echo "the system killed it: most likely there was not enough memory"
     echo "run it alone:     cd $(printf %q "$root") && $python$(printf ' %q' "$@")"
     echo "go on from there: the same ./demo.sh again"
   } >&2
@@ -185,8 +186,8 @@ check_environment() {
       die 2 "CREDITMIX_SRC=$CREDITMIX_SRC is not a readable file; give the question/answer JSON or the raw CSV"
   else
     source_file=""
-    if [[ -f data/creditmix_dataset.json ]] && ! head -c 4096 data/creditmix_dataset.json | grep -q '"synthetic": *true'
-    then
+    if [[ -f data/creditmix_dataset.json ]] &&
+      ! grep -q '"synthetic": *true' < <(head -c 4096 data/creditmix_dataset.json); then
       die 2 "data/creditmix_dataset.json is not the demo's synthetic data; use it with \
 CREDITMIX_SRC=$root/data/creditmix_dataset.json ./demo.sh, or move it away"
     fi

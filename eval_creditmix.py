@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "versions": run_record.versions() | {"distill-slm": run_record.git_commit() or "unknown"},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    result["models"], result["differences"] = judge(args, rows)
+    entries, differences = judge(args, rows)
+    result |= {"contamination": worst([entry["contamination"] for entry in entries]), "models": entries}
+    result["differences"] = differences
     return publish(args, result)
 
 
@@ -101,11 +103,15 @@ def check_flags(args: argparse.Namespace) -> None:
     if (args.baseline or args.report_dir) and not args.data:
         raise cli.UserError("--baseline and --report_dir need --data with the rows to judge on")
     # what is read later is read once now: a mistake is found before an hour of scoring, not after it
-    cli.parse_label_bias(args.label_bias)
+    cli.parse_label_bias(args.label_bias, CREDITMIX.labels)
     if args.baseline:
         records.read_json(args.baseline)
     if args.costs:
         cost_matrix(args.costs)
+    if args.calibration == "fitted" and not args.fit_calibration:
+        for model_dir in args.model_dir:
+            if not (Path(model_dir) / "calibration.json").is_file():
+                raise cli.UserError(f"{model_dir} has no fitted calibration; fit one with --fit_calibration DEV.jsonl")
 
 
 def choose_rows(args: argparse.Namespace) -> tuple[list[dict], dict[str, int]]:
@@ -225,7 +231,7 @@ def judge_one(args: argparse.Namespace, model_dir: str, rows: list[dict]):
     started = time.perf_counter()
     raw = classifier.raw_scores([row["question"] for row in rows])
     seconds = time.perf_counter() - started
-    calibration = classifier.calibration(args.calibration, raw, cli.parse_label_bias(args.label_bias))
+    calibration = classifier.calibration(args.calibration, raw, cli.parse_label_bias(args.label_bias, CREDITMIX.labels))
     calibrated = calibration.apply(raw)
     y, groups = true_labels(rows), [row["group"] for row in rows]
 
@@ -264,6 +270,13 @@ def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | Non
         trained = set()  # a base model was trained on no labelled row of ours
     seen, of = splits.overlap(groups, trained)
     return {"rows": seen, "of": of}
+
+
+def worst(counts: Sequence[dict[str, int] | None]) -> dict[str, int] | None:
+    """The contamination of the model with the most; None where one is unknown and none is known to have any."""
+    known = [count for count in counts if count]
+    most = max(known, key=lambda count: count["rows"], default=None)
+    return None if most and not most["rows"] and len(known) < len(counts) else most
 
 
 def publish(args: argparse.Namespace, result: dict) -> int | None:

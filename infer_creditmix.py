@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError('--features is empty; give a line such as "Age: 23.0, Occupation: Scientist, ..."')
     if args.output and Path(args.output).resolve() == Path(args.input).resolve():
         raise cli.UserError(f"--output {args.output} would replace --input; choose another name")
-    label_bias = cli.parse_label_bias(args.label_bias)
+    label_bias = cli.parse_label_bias(args.label_bias, CREDITMIX.labels)
     models.check_model_dir(args.model_dir, args.base)
     if args.input:
         check_input(args.input, args.skip_bad_rows)

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save_dir", default="models/tiny_student")
     parser.add_argument("--prompts", nargs="+", default=[], help='JSONL rows whose "input" is read, unlabelled')
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
-    parser.add_argument("--steps", type=cli.positive_int, default=600)
+    parser.add_argument("--steps", type=cli.positive_int, default=800)
     parser.add_argument("--rows_per_step", type=cli.positive_int, default=48)
     parser.add_argument("--learning_rate", type=float, default=0.02, help="Muon's; embeddings and norms take a sixth")
     parser.add_argument("--seed", type=int, default=0)

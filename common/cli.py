@@ -118,8 +118,8 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_label_bias(pairs: Sequence[str]) -> dict[str, float]:
-    """`["Standard=0.3"]` as a dict. Raises UserError for anything that is not LABEL=NUMBER."""
+def parse_label_bias(pairs: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """`["Standard=0.3"]` as a dict. Raises UserError for anything that is not LABEL=NUMBER of one of the labels."""
     offsets = {}
     for pair in pairs:
         label, _, value = pair.rpartition("=")
@@ -129,6 +129,8 @@ def parse_label_bias(pairs: Sequence[str]) -> dict[str, float]:
             label = ""
         if not label or not math.isfinite(offsets[label]):
             raise UserError(f"--label_bias {pair} is not LABEL=NUMBER, e.g. Standard=0.3")
+        if label not in labels:
+            raise UserError(f"--label_bias: unknown label '{label}'; the labels are {', '.join(labels)}")
     return offsets
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -108,11 +109,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.002)
 
 
-def _child(main: Callable, argv: Sequence[str], log: str, file_size: int | None) -> None:
+def _child(main: Callable, argv: Sequence[str], log: str, file_size: int | None, environment: dict[str, str]) -> None:
     import resource
 
     from common import cli
 
+    os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -125,19 +127,31 @@ def _child(main: Callable, argv: Sequence[str], log: str, file_size: int | None)
 def spawn():
     """`spawn(main, argv, log)` starts a script's main in a process of its own, forked from one that has the imports.
 
-    With `file_size` no file can grow beyond that many bytes, as on a disk that is full.
+    With `file_size` no file can grow beyond that many bytes, as on a disk that is full. `ranks(main, argv, folder)`
+    starts two that work together, as torchrun does.
     """
     context = multiprocessing.get_context("forkserver")
     trainers = ["transformers.trainer", "trl.trainer.dpo_trainer", "transformers.models.qwen2.modeling_qwen2"]
     context.set_forkserver_preload(["torch", "peft", "datasets", "matplotlib.figure", *trainers])
     children: list = []
 
-    def start(main: Callable, argv: Sequence[str], log: Path, file_size: int | None = None):
-        child = context.Process(target=_child, args=(main, list(argv), str(log), file_size))
+    def start(main: Callable, argv: Sequence[str], log: Path, file_size: int | None = None, **environment: str):
+        child = context.Process(target=_child, args=(main, list(argv), str(log), file_size, environment))
         child.start()
         children.append(child)
         return child
 
+    def ranks(main: Callable, argv: Sequence[str], folder: Path) -> list:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            start(main, argv, folder / f"rank{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **common)
+            for rank in range(2)
+        ]
+
+    start.ranks = ranks
     yield start
     for child in children:
         if child.is_alive():

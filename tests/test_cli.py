@@ -205,8 +205,10 @@ def test_a_device_that_is_full(capsys):
 @pytest.mark.parametrize("pair", ["Standard", "Standard=", "=0.3", "Standard=x", "Standard=nan", "Standard=inf", ""])
 def test_bad_label_bias(pair):
     with pytest.raises(UserError, match="is not LABEL=NUMBER"):
-        cli.parse_label_bias([pair])
+        cli.parse_label_bias([pair], ["Standard", ""])
 
 
 def test_label_bias():
-    assert cli.parse_label_bias(["Standard=0.3", "a=b=-1"]) == {"Standard": 0.3, "a=b": -1.0}
+    assert cli.parse_label_bias(["Standard=0.3", "a=b=-1"], ["a=b", "Standard"]) == {"Standard": 0.3, "a=b": -1.0}
+    with pytest.raises(UserError, match="unknown label 'Good'; the labels are Bad, Standard"):
+        cli.parse_label_bias(["Bad=1", "Good=1"], ["Bad", "Standard"])

@@ -675,31 +675,54 @@ def test_4bit_dpo(four_bit, rows, tmp_path):
 # Two processes.
 
 
-@pytest.fixture(scope="module")
-def two_processes(base, rows, uneven, tmp_path_factory):
-    """The runs of `torchrun --nproc_per_node 2` with one row a device, and of one process with two."""
-    folder = tmp_path_factory.mktemp("two")
-    data = {"sft": uneven, "dpo": rows["dpo"]}
-    more = ("--max_steps", 6, "--lora_dropout", 0, "--seed", 1)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    children = {}
-    for kind, path in data.items():
-        argv = flags(base, path, folder / f"{kind}2", *more, "--per_device_train_batch_size", 1)
-        with open(folder / f"{kind}.log", "w") as log:
-            children[kind] = subprocess.Popen(
-                [*launcher, str(ROOT / f"{kind}_train.py"), *argv], stdout=log, stderr=log, cwd=ROOT
-            )
-    for kind, path in data.items():
-        train(SCRIPTS[kind], base, path, folder / f"{kind}1", *more, "--per_device_train_batch_size", 2)
-    for kind, child in children.items():
-        assert child.wait(timeout=300) == 0, (folder / f"{kind}.log").read_text()[-3000:]
-    return folder
+TOGETHER = ("--max_steps", 6, "--lora_dropout", 0, "--seed", 1)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_two_processes_equal_one(kind, two_processes):
-    two, one = two_processes / f"{kind}2", two_processes / f"{kind}1"
+def equal(two: Path, one: Path) -> None:
     assert distance(two, one) < 1e-5
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     assert run_json(two)["effective_batch"] == run_json(one)["effective_batch"] == 2
     assert run_json(two)["state"] == "done"
+
+
+def test_torchrun_equals_one_process(base, uneven, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sft_train.py"]
+    argv = flags(base, uneven, two, *TOGETHER, "--per_device_train_batch_size", 1)
+    with open(tmp_path / "log", "w") as log:
+        child = subprocess.Popen([sys.executable, *launcher, *argv], stdout=log, stderr=log, cwd=ROOT)
+        train(sft_train.main, base, uneven, one, *TOGETHER, "--per_device_train_batch_size", 2)
+        assert child.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    equal(two, one)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "dpo from sft"])
+def test_two_processes_of_dpo_equal_one(kind, unbroken, spawn, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    task = unbroken.task(kind)
+    start = unbroken.settings(kind)[len(RESUMABLE) :]
+    children = spawn.ranks(
+        task[0], flags(*task[1:], two, *TOGETHER, *start, "--per_device_train_batch_size", 1), tmp_path
+    )
+    train(*task, one, *TOGETHER, *start, "--per_device_train_batch_size", 2)
+    for rank, child in enumerate(children):
+        child.join()
+        assert child.exitcode == 0, (tmp_path / f"rank{rank}.log").read_text()[-3000:]
+    equal(two, one)
+
+
+def test_two_processes_stop_together(base, rows, spawn, tmp_path):
+    """Signals may reach one process only, or twice (from the terminal and from torchrun)."""
+    save_dir = tmp_path / "run"
+    more = ("--epochs", 100, "--per_device_train_batch_size", 1, "--save_steps", 10)
+    children = spawn.ranks(sft_train.main, flags(base, rows["sft"], save_dir, *more), tmp_path)
+    wait_for(lambda: checkpoint(save_dir, 10) or not children[0].is_alive())
+    for _ in range(2):
+        os.kill(children[0].pid, signal.SIGINT)
+    for rank, child in enumerate(children):
+        child.join()
+        assert child.exitcode == cli.INTERRUPTED, (tmp_path / f"rank{rank}.log").read_text()[-3000:]
+    assert run_json(save_dir)["error"] == "interrupted"
+    newest = max(int(path.name[11:]) for path in (save_dir / "checkpoints").glob("checkpoint-*"))
+    assert 10 < newest < 1200
+    assert training.newest_checkpoint(str(save_dir)).endswith(f"checkpoint-{newest}")
