@@ -131,9 +131,10 @@ def held_out_loss(model, tokenizer, rows: Sequence[dict]) -> float:
 
 def train_ours(args, train, held_out, per_device: int, _) -> tuple[float, float]:
     """(tokens a second, held-out loss) of this toolkit's trainer, with sft_train.py's own settings."""
+    from transformers import PrinterCallback, TrainingArguments
+
     import sft_train
     from common import tokenizers, training
-    from transformers import PrinterCallback, TrainingArguments
 
     model, tokenizer = load(args)
     model.enable_input_require_grads()
@@ -161,10 +162,11 @@ def train_ours(args, train, held_out, per_device: int, _) -> tuple[float, float]
 def train_trl(args, train, held_out, per_device: int, defaults: bool) -> tuple[float, float]:
     """(tokens a second, held-out loss) of TRL's SFTTrainer; `defaults` keeps its bf16 and gradient checkpointing."""
     import torch
-    from common import tokenizers
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
+
+    from common import tokenizers
 
     model, tokenizer = load(args)
     rows = [
@@ -201,7 +203,6 @@ def train_trl(args, train, held_out, per_device: int, defaults: bool) -> tuple[f
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    model.to(torch.float32) if not torch.cuda.is_available() else None
     return read(), held_out_loss(trainer.model, tokenizer, held_out)
 
 

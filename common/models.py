@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # never the pickled adapter_model.bin
 BF16_FROM_PARAMETERS = 50_000_000  # below this a CPU's bfloat16 kernels cost more in overhead than they save
+
+# It offers CPU kernels from the Hub at import, whoever imports it first.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -267,13 +271,11 @@ def adapter_hash(folder: str | Path) -> str:
 
 def quiet_libraries() -> None:
     """No weight-loading bars, and no notices on what this toolkit has already decided; errors still show."""
-    import logging
     import warnings
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 

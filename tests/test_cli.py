@@ -171,7 +171,13 @@ def test_a_closed_pipe_is_no_error():
     program = (
         "import time\nfrom common import cli\nraise SystemExit(cli.run(lambda argv: time.sleep(0.2) or print('x')))"
     )
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )
     child.stdout.close()
     assert child.stderr.read() == b""
     assert child.wait() == 0

@@ -263,20 +263,35 @@ def checkpoint(save_dir: Path, step: int) -> bool:
     return found is not None and int(found.rpartition("-")[2]) >= step
 
 
+@pytest.fixture
+def steps(unbroken, monkeypatch) -> list:
+    """Grows by one with every batch that is trained on in this process, once the unbroken runs are done."""
+    from transformers import Trainer
+
+    for kind in KINDS:
+        unbroken(kind)
+    seen: list = []
+    step = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda *args, **kwargs: seen.append(0) or step(*args, **kwargs))
+    return seen
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed_equals_unbroken(kind, unbroken, spawn, tmp_path):
+def test_killed_and_resumed_equals_unbroken(kind, unbroken, spawn, steps, tmp_path):
     main, base, data = unbroken.task(kind)
     save_dir = tmp_path / "run"
     child = spawn(main, flags(base, data, save_dir, *unbroken.settings(kind)), tmp_path / "log")
     wait_for(lambda: checkpoint(save_dir, 15) or not child.is_alive())
     child.kill()
-    child.join()
+    child.join(120)
     assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
     assert run_json(save_dir)["state"] == "running"
     assert not models.is_adapter(save_dir)
     with pytest.raises(UserError, match="holds an unfinished run; pass --resume"):
         train(main, base, data, save_dir, *unbroken.settings(kind))
+    before = int(training.newest_checkpoint(str(save_dir)).rpartition("-")[2])
     train(main, base, data, save_dir, *unbroken.settings(kind), "--resume")
+    assert len(steps) == 36 - before
     whole = unbroken(kind)
     assert distance(save_dir, whole) <= (1e-6 if kind == "sft" else 1e-5)
     assert losses(save_dir) == pytest.approx(losses(whole), abs=1e-6)
@@ -290,7 +305,7 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, spawn, tmp_path):
     child = spawn(main, flags(base, data, save_dir, *unbroken.settings("sft")), tmp_path / "log")
     wait_for(lambda: checkpoint(save_dir, 15) or not child.is_alive())
     os.kill(child.pid, signal.SIGINT)
-    child.join()
+    child.join(120)
     log = (tmp_path / "log").read_text()
     assert child.exitcode == cli.INTERRUPTED, log[-2000:]
     assert "a checkpoint will be saved" in log
@@ -331,7 +346,7 @@ def test_resuming_without_a_checkpoint_starts_afresh(base, rows, tmp_path, capsy
 def test_a_full_disk(base, rows, spawn, tmp_path):
     save_dir = tmp_path / "run"
     child = spawn(sft_train.main, flags(base, rows["sft"], save_dir, "--max_steps", 1), tmp_path / "log", 30_000)
-    child.join()
+    child.join(120)
     log = (tmp_path / "log").read_text()
     assert child.exitcode == cli.FAILED, log[-2000:]
     assert "error: cannot write" in log
@@ -341,18 +356,21 @@ def test_a_full_disk(base, rows, spawn, tmp_path):
     assert not list(save_dir.glob(".*"))
 
 
-def test_an_adapter_is_put_in_place_whole(unbroken, tokenizer, tmp_path):
-    class Full:
-        def save_pretrained(self, folder, **_):
-            Path(folder, "adapter_model.safetensors").write_bytes(b"half")
+def test_an_adapter_is_put_in_place_whole(base, rows, tmp_path, monkeypatch):
+    """The disk fills up after the last checkpoint, with the adapter written and the rest of its files not."""
+    save = training.save_adapter
+
+    def fill_up(model, tokenizer, folder):
+        save(model, tokenizer, folder)
+        if "checkpoint-" not in str(folder):
             raise OSError(28, "No space left on device")
 
-    folder = tmp_path / "run"
-    shutil.copytree(unbroken("sft"), folder)
+    monkeypatch.setattr(training, "save_adapter", fill_up)
     with pytest.raises(OSError, match="No space left"):
-        training.put_adapter(Full(), tokenizer, str(folder))
-    assert distance(folder, unbroken("sft")) == 0
-    assert not list(folder.glob(".*"))
+        train(sft_train.main, base, rows["sft"], tmp_path / "run", "--max_steps", 1)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"checkpoints", "run.json", "train_groups.txt"}
+    assert run_json(tmp_path / "run")["state"] == "failed"
 
 
 def test_a_loss_that_is_not_a_number_fails_the_run(base, rows, tmp_path):
@@ -706,7 +724,7 @@ def test_two_processes_of_dpo_equal_one(kind, unbroken, spawn, tmp_path):
     )
     train(*task, one, *TOGETHER, *start, "--per_device_train_batch_size", 2)
     for rank, child in enumerate(children):
-        child.join()
+        child.join(120)
         assert child.exitcode == 0, (tmp_path / f"rank{rank}.log").read_text()[-3000:]
     equal(two, one)
 
@@ -717,10 +735,11 @@ def test_two_processes_stop_together(base, rows, spawn, tmp_path):
     more = ("--epochs", 100, "--per_device_train_batch_size", 1, "--save_steps", 10)
     children = spawn.ranks(sft_train.main, flags(base, rows["sft"], save_dir, *more), tmp_path)
     wait_for(lambda: checkpoint(save_dir, 10) or not children[0].is_alive())
-    for _ in range(2):
-        os.kill(children[0].pid, signal.SIGINT)
+    os.kill(children[0].pid, signal.SIGINT)
+    wait_for(lambda: "stopping after this step" in (tmp_path / "rank0.log").read_text())
+    os.kill(children[0].pid, signal.SIGINT)
     for rank, child in enumerate(children):
-        child.join()
+        child.join(60)
         assert child.exitcode == cli.INTERRUPTED, (tmp_path / f"rank{rank}.log").read_text()[-3000:]
     assert run_json(save_dir)["error"] == "interrupted"
     newest = max(int(path.name[11:]) for path in (save_dir / "checkpoints").glob("checkpoint-*"))

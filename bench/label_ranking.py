@@ -1,0 +1,180 @@
+"""Label-ranking speed: this toolkit's ranker against the naive scorer, lm-evaluation-harness and the limit, in turn.
+
+    python bench/label_ranking.py --model models/tiny_student --data data/creditmix_val.jsonl --rows 512
+    python bench/label_ranking.py --shape 0.5b --layers 4 --tokenizer path/to/qwen2.5-tokenizer --dtype bfloat16 --rows 48
+
+Contestants, on the same rows and labels: one full forward pass per row, label and form (`naive`);
+lm-evaluation-harness's HF model class on the same token ids (`lm_eval`, where it is installed); the ranker (`ours`);
+and a bare forward pass over the tokens in which the rows differ, unpadded, head at one position (`limit`). Figures
+are rows a second, the median of the rounds. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import cli, creditmix
+from common.tasks import CREDITMIX
+
+SHAPES = {  # hidden, intermediate, layers, heads, key/value heads: Qwen2.5's
+    "0.5b": (896, 4864, 24, 14, 2),
+    "3b": (2048, 11008, 36, 16, 2),
+}
+VOCABULARY = 151_936
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="bench/label_ranking.py")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a model folder, a run folder or a Hub id")
+    what.add_argument("--shape", choices=tuple(SHAPES), help="random weights of Qwen2.5's shape; needs --tokenizer")
+    parser.add_argument("--tokenizer", help="tokenizer folder for --shape")
+    parser.add_argument("--layers", type=cli.positive_int, help="fewer layers than the shape has")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--data", help="labelled rows; default: synthetic ones")
+    parser.add_argument("--rows", type=cli.positive_int, default=256)
+    parser.add_argument("--naive_rows", type=cli.positive_int, default=16, help="rows that the naive scorer is timed on")
+    parser.add_argument("--rounds", type=cli.positive_int, default=3)
+    parser.add_argument("--max_batch_tokens", type=cli.positive_int, default=8192)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    if args.shape and not args.tokenizer:
+        raise cli.UserError("--shape needs --tokenizer with the folder of a Qwen2.5 tokenizer")
+    if args.data:
+        rows, _ = creditmix.read_labelled(args.data, CREDITMIX)
+    else:
+        rows = creditmix.synthesize(max(args.rows, 300), seed=0)
+    texts = [creditmix.clean_features(row["question"]) for row in rows][: args.rows]
+
+    import numpy as np
+
+    from common.label_ranking import LabelRanker, naive_scores
+
+    model, tokenizer = load(args)
+    ranker = LabelRanker(model, tokenizer, CREDITMIX, args.max_batch_tokens)
+    few = texts[: args.naive_rows]
+    contestants: dict[str, tuple[int, Callable[[], object]]] = {
+        "naive": (len(few), lambda: naive_scores(model, tokenizer, CREDITMIX, few)),
+        "ours": (len(texts), lambda: ranker.raw_scores(texts)),
+        "limit": (len(texts), bare_forward(args, model, tokenizer, texts)),
+    }
+    if importlib.util.find_spec("lm_eval"):
+        contestants["lm_eval"] = (len(texts), harness(args, model, tokenizer, texts))
+    exact, found = naive_scores(model, tokenizer, CREDITMIX, few), ranker.raw_scores(texts)[: len(few)]
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(args.rounds):
+        for name, (count, run) in contestants.items():
+            started = time.perf_counter()
+            run()
+            speeds[name].append(count / (time.perf_counter() - started))
+            cli.log(f"round {turn + 1}: {name} {speeds[name][-1]:,.1f} rows/s")
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    table = [
+        {"name": name, "rows_per_s": round(value, 2), "min": round(min(speeds[name]), 2), "max": round(max(speeds[name]), 2)}
+        for name, value in medians.items()
+    ]  # fmt: skip
+    for entry in table:
+        print("{name:10} {rows_per_s:>10,.1f} rows/s   [{min:,.1f}, {max:,.1f}]".format(**entry))
+    ratios = {
+        "vs_naive": round(medians["ours"] / medians["naive"], 2),
+        "vs_lm_eval": round(medians["ours"] / medians["lm_eval"], 2) if "lm_eval" in medians else None,
+        "of_limit": round(medians["ours"] / medians["limit"], 3),
+    }
+    agreement = {
+        "max_difference": float(np.abs(exact - found).max()),
+        "same_winner": float((exact.argmax(1) == found.argmax(1)).mean()),
+    }
+    settings = {**vars(args), "parameters": model.num_parameters()}
+    print(
+        json.dumps(
+            {"bench": "label_ranking", "settings": settings, "rows": table, "ratios": ratios, "vs_naive": agreement}
+        )
+    )
+
+
+def load(args: argparse.Namespace):
+    """(model in eval mode, tokenizer) of --model or --shape."""
+    import torch
+
+    from common import models, tokenizers
+
+    if args.model:
+        return models.load_for_inference(args.model, dtype=args.dtype)
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hidden, intermediate, layers, heads, groups = SHAPES[args.shape]
+    tokenizer = tokenizers.load_tokenizer(args.tokenizer)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=args.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=True,
+    )
+    model = Qwen2ForCausalLM(config).to(getattr(torch, args.dtype)).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def bare_forward(args: argparse.Namespace, model, tokenizer, texts: Sequence[str]) -> Callable[[], None]:
+    """The limit: rows of equal length together, only the tokens after the shared start, head at the last position.
+
+    It has no prefix to attend to and so computes no useful scores: it only counts what cannot be saved.
+    """
+    import torch
+
+    from common import tokenizers
+
+    prompts = [tokenizers.encode_prompt(tokenizer, CREDITMIX.prompt(text)) for text in texts]
+    shared = 0
+    while len({tuple(prompt[: shared + 1]) for prompt in prompts}) == 1:
+        shared += 1
+    by_length: dict[int, list[list[int]]] = {}
+    for prompt in prompts:
+        by_length.setdefault(len(prompt) - shared, []).append(prompt[shared:])
+    batches = []
+    for length, rows in by_length.items():
+        size = max(1, args.max_batch_tokens // length)
+        batches += [torch.tensor(rows[i : i + size], device=model.device) for i in range(0, len(rows), size)]
+
+    def run() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(input_ids=batch, use_cache=False, logits_to_keep=1)
+
+    return run
+
+
+def harness(args: argparse.Namespace, model, tokenizer, texts: Sequence[str]) -> Callable[[], None]:
+    """lm-evaluation-harness on the same token ids: every surface form of every label of every row is a request."""
+    from lm_eval.models.huggingface import HFLM
+
+    from common import tokenizers
+    from common.label_ranking import label_tokens
+
+    batch = max(1, args.max_batch_tokens // 128)
+    peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))
+    forms = [form for label in label_tokens(tokenizer, CREDITMIX) for form in label]
+    requests = []
+    for text in texts:
+        prompt = tokenizers.encode_prompt(tokenizer, CREDITMIX.prompt(text))
+        requests += [((text, str(form)), prompt, form) for form in forms]
+    return lambda: peer._loglikelihood_tokens(requests, disable_tqdm=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
