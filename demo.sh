@@ -269,8 +269,8 @@ evaluate() {
 
   inputs=(data/creditmix_dev.jsonl "${weights[@]}")
   outputs=("${fitted[@]}")
-  stage calibration "bias and temperature, fitted on the dev rows" eval_creditmix.py \
-    --model_dir "${adapters[@]}" --fit_calibration data/creditmix_dev.jsonl
+  stage calibration "bias, temperature and the choice of label, fitted on the dev rows" eval_creditmix.py \
+    --model_dir "${adapters[@]}" --fit_calibration data/creditmix_dev.jsonl --optimize macro_f1
 
   inputs=(data/creditmix_val.jsonl "${weights[@]}" "${fitted[@]}" "${base_files[@]}")
   outputs=("$work/report/metrics.json" "$work/report/report.html")

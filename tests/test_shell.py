@@ -277,7 +277,7 @@ def test_stages_read_what_they_are_given(checkout, tmp_path):
         assert call[call.index("--config") + 1] == f"recipes/creditmix_3b_{method}.yaml"
         assert ("--init_adapter" in call) == (method == "dpo")
     calibrate, evaluate, contaminated = found[4:]
-    assert calibrate[-2:] == ["--fit_calibration", "data/creditmix_dev.jsonl"]
+    assert calibrate[-4:] == ["--fit_calibration", "data/creditmix_dev.jsonl", "--optimize", "macro_f1"]
     assert evaluate[2] == str(student) and "--val_per_class" not in evaluate  # 800 of the rarest class
     assert contaminated[contaminated.index("--data") + 1] == source
     assert contaminated[contaminated.index("--split") + 1] == "all"

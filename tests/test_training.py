@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -263,6 +265,20 @@ def checkpoint(save_dir: Path, step: int) -> bool:
     return found is not None and int(found.rpartition("-")[2]) >= step
 
 
+def slowly(main, argv) -> int | None:
+    """`main` with a pause in every step, so that it can be caught in the middle."""
+    from transformers import Trainer
+
+    step = Trainer.training_step
+
+    def training_step(*args, **kwargs):
+        time.sleep(0.03)
+        return step(*args, **kwargs)
+
+    Trainer.training_step = training_step
+    return main(argv)
+
+
 @pytest.fixture
 def steps(unbroken, monkeypatch) -> list:
     """Grows by one with every batch that is trained on in this process, once the unbroken runs are done."""
@@ -280,7 +296,7 @@ def steps(unbroken, monkeypatch) -> list:
 def test_killed_and_resumed_equals_unbroken(kind, unbroken, spawn, steps, tmp_path):
     main, base, data = unbroken.task(kind)
     save_dir = tmp_path / "run"
-    child = spawn(main, flags(base, data, save_dir, *unbroken.settings(kind)), tmp_path / "log")
+    child = spawn(partial(slowly, main), flags(base, data, save_dir, *unbroken.settings(kind)), tmp_path / "log")
     wait_for(lambda: checkpoint(save_dir, 15) or not child.is_alive())
     child.kill()
     child.join(120)
@@ -302,7 +318,7 @@ def test_killed_and_resumed_equals_unbroken(kind, unbroken, spawn, steps, tmp_pa
 def test_interrupted_and_resumed_equals_unbroken(unbroken, spawn, tmp_path):
     main, base, data = unbroken.task("sft")
     save_dir = tmp_path / "run"
-    child = spawn(main, flags(base, data, save_dir, *unbroken.settings("sft")), tmp_path / "log")
+    child = spawn(partial(slowly, main), flags(base, data, save_dir, *unbroken.settings("sft")), tmp_path / "log")
     wait_for(lambda: checkpoint(save_dir, 15) or not child.is_alive())
     os.kill(child.pid, signal.SIGINT)
     child.join(120)
