@@ -1,7 +1,7 @@
 """Label-ranking speed: this toolkit's ranker against the naive scorer, lm-evaluation-harness and the limit, in turn.
 
     python bench/label_ranking.py --model models/tiny_student --data data/creditmix_val.jsonl --rows 512
-    python bench/label_ranking.py --shape 0.5b --layers 4 --tokenizer path/to/qwen2.5-tokenizer --dtype bfloat16 --rows 48
+    python bench/label_ranking.py --shape 0.5b --layers 4 --tokenizer QWEN_TOKENIZER_DIR --dtype bfloat16 --rows 48
 
 Contestants, on the same rows and labels: one full forward pass per row, label and form (`naive`);
 lm-evaluation-harness's HF model class on the same token ids (`lm_eval`, where it is installed); the ranker (`ours`);
@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from turns import print_table, take_turns  # first: it puts the project on the path
 
 from common import cli, creditmix
 from common.tasks import CREDITMIX
@@ -42,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--data", help="labelled rows; default: synthetic ones")
     parser.add_argument("--rows", type=cli.positive_int, default=256)
-    parser.add_argument("--naive_rows", type=cli.positive_int, default=16, help="rows that the naive scorer is timed on")
+    parser.add_argument("--naive_rows", type=cli.positive_int, default=16, help="rows the naive scorer is timed on")
     parser.add_argument("--rounds", type=cli.positive_int, default=3)
     parser.add_argument("--max_batch_tokens", type=cli.positive_int, default=8192)
     return parser
@@ -73,20 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("lm_eval"):
         contestants["lm_eval"] = (len(texts), harness(args, model, tokenizer, texts))
     exact, found = naive_scores(model, tokenizer, CREDITMIX, few), ranker.raw_scores(texts)[: len(few)]
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(args.rounds):
-        for name, (count, run) in contestants.items():
+
+    def timed(count: int, run: Callable[[], object]) -> Callable[[], float]:
+        def turn() -> float:
             started = time.perf_counter()
             run()
-            speeds[name].append(count / (time.perf_counter() - started))
-            cli.log(f"round {turn + 1}: {name} {speeds[name][-1]:,.1f} rows/s")
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    table = [
-        {"name": name, "rows_per_s": round(value, 2), "min": round(min(speeds[name]), 2), "max": round(max(speeds[name]), 2)}
-        for name, value in medians.items()
-    ]  # fmt: skip
-    for entry in table:
-        print("{name:10} {rows_per_s:>10,.1f} rows/s   [{min:,.1f}, {max:,.1f}]".format(**entry))
+            return count / (time.perf_counter() - started)
+
+        return turn
+
+    table = take_turns({name: timed(*contestant) for name, contestant in contestants.items()}, args.rounds, "rows")
+    print_table(table, "rows")
+    medians = {name: entry["rows_per_s"] for name, entry in table.items()}
     ratios = {
         "vs_naive": round(medians["ours"] / medians["naive"], 2),
         "vs_lm_eval": round(medians["ours"] / medians["lm_eval"], 2) if "lm_eval" in medians else None,
@@ -97,11 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "same_winner": float((exact.argmax(1) == found.argmax(1)).mean()),
     }
     settings = {**vars(args), "parameters": model.num_parameters()}
-    print(
-        json.dumps(
-            {"bench": "label_ranking", "settings": settings, "rows": table, "ratios": ratios, "vs_naive": agreement}
-        )
-    )
+    rows = [{"name": name, **entry} for name, entry in table.items()]
+    result = {"bench": "label_ranking", "settings": settings, "rows": rows, "ratios": ratios, "vs_naive": agreement}
+    print(json.dumps(result))
 
 
 def load(args: argparse.Namespace):

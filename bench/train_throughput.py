@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from turns import print_table, take_turns  # first: it puts the project on the path
 
 from common import cli, records
 
@@ -55,28 +53,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ours_batch_1": (train_ours, 1, None),
         "ours": (train_ours, batch, None),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
     losses: dict[str, float] = {}
-    for turn in range(args.rounds):
-        for name, (run, per_device, defaults) in contestants.items():
+
+    def contestant(name: str) -> Callable[[], float]:
+        run, per_device, defaults = contestants[name]
+
+        def turn() -> float:
             speed, losses[name] = run(args, train, held_out, per_device, defaults)
-            speeds[name].append(speed)
-            cli.log(f"round {turn + 1}: {name} {speed:,.0f} tokens/s, held-out loss {losses[name]:.4f}")
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    table = [
-        {"name": name, "tokens_per_s": round(value, 1), "min": round(min(speeds[name]), 1),
-         "max": round(max(speeds[name]), 1), "held_out_loss": round(losses[name], 4)}
-        for name, value in medians.items()
-    ]  # fmt: skip
-    for entry in table:
-        print("{name:14} {tokens_per_s:>10,.0f} tokens/s   held-out loss {held_out_loss:.4f}".format(**entry))
+            return speed
+
+        return turn
+
+    table = take_turns({name: contestant(name) for name in contestants}, args.rounds, "tokens")
+    for name, entry in table.items():
+        entry["held_out_loss"] = round(losses[name], 4)
+    print_table(table, "tokens")
+    medians = {name: entry["tokens_per_s"] for name, entry in table.items()}
     ratios = {
         "vs_trl_default": round(medians["ours"] / medians["trl_default"], 2),
         "vs_trl_default_at_batch_1": round(medians["ours_batch_1"] / medians["trl_default"], 2),
         "vs_trl_float32": round(medians["ours"] / medians["trl_float32"], 2),
     }
     settings = {**vars(args), "tokens_counted": "prompt and completion, unpadded"}
-    print(json.dumps({"bench": "train_throughput", "settings": settings, "rows": table, "ratios": ratios}))
+    rows = [{"name": name, **entry} for name, entry in table.items()]
+    print(json.dumps({"bench": "train_throughput", "settings": settings, "rows": rows, "ratios": ratios}))
 
 
 def load(args: argparse.Namespace):

@@ -1,0 +1,40 @@
+"""What the benches share: contestants take turns, so that a drift of the machine's speed hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benches are run by path, from anywhere
+
+from common import cli
+
+
+def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int, unit: str) -> dict[str, dict[str, float]]:
+    """Run every contestant once a round; each call returns its speed in `unit` a second.
+
+    Returns:
+        For each name the median, minimum and maximum, under `<unit>_per_s`, "min" and "max".
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name, run in contestants.items():
+            speeds[name].append(run())
+            cli.log(f"round {turn + 1} of {rounds}: {name} {speeds[name][-1]:,.1f} {unit}/s")
+    return {
+        name: {
+            f"{unit}_per_s": round(statistics.median(values), 2),
+            "min": round(min(values), 2),
+            "max": round(max(values), 2),
+        }
+        for name, values in speeds.items()
+    }
+
+
+def print_table(table: Mapping[str, Mapping[str, float]], unit: str) -> None:
+    """One line per contestant: median [minimum, maximum] and whatever else its entry has."""
+    for name, entry in table.items():
+        rest = "".join(f"   {key} {value:g}" for key, value in entry.items() if key not in (f"{unit}_per_s", "min", "max"))
+        print(f"{name:14} {entry[f'{unit}_per_s']:>10,.1f} {unit}/s [{entry['min']:,.1f}, {entry['max']:,.1f}]{rest}")
