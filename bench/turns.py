@@ -36,5 +36,6 @@ def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int, unit
 def print_table(table: Mapping[str, Mapping[str, float]], unit: str) -> None:
     """One line per contestant: median [minimum, maximum] and whatever else its entry has."""
     for name, entry in table.items():
-        rest = "".join(f"   {key} {value:g}" for key, value in entry.items() if key not in (f"{unit}_per_s", "min", "max"))
-        print(f"{name:14} {entry[f'{unit}_per_s']:>10,.1f} {unit}/s [{entry['min']:,.1f}, {entry['max']:,.1f}]{rest}")
+        speed = f"{entry[f'{unit}_per_s']:>10,.1f} {unit}/s [{entry['min']:,.1f}, {entry['max']:,.1f}]"
+        others = [key for key in entry if key not in (f"{unit}_per_s", "min", "max")]
+        print(f"{name:14} {speed}", *(f"  {key} {entry[key]:g}" for key in others))
