@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benches are run by path, from anywhere
 
 from common import cli
 
