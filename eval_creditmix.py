@@ -133,27 +133,12 @@ def true_labels(rows: Sequence[dict]) -> list[int]:
     return [CREDITMIX.labels.index(row["answer"]) for row in rows]
 
 
-def load(args: argparse.Namespace, model_dir: str):
-    """The classifier of a model folder with this command's scoring flags."""
-    from common.classifier import Classifier
-
-    return Classifier(
-        model_dir,
-        CREDITMIX,
-        base=args.base,
-        load_in_4bit=args.load_in_4bit,
-        dtype=args.dtype,
-        max_batch_tokens=args.max_batch_tokens,
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
 def fit(args: argparse.Namespace, model_dir: str, dev: list[dict]) -> None:
     """Fit bias, temperature and decision on dev rows, and keep them beside the adapter."""
     import dataclasses
 
     from common import calibration
-    from common.classifier import CALIBRATION_FILE
+    from common.classifier import CALIBRATION_FILE, Classifier
 
     trained = run_record.read_groups(model_dir) or set()
     seen, of = splits.overlap((row["group"] for row in dev), trained)
@@ -162,7 +147,7 @@ def fit(args: argparse.Namespace, model_dir: str, dev: list[dict]) -> None:
             f"{seen} of {of} rows of {args.fit_calibration} are of customers that {model_dir} was trained on; "
             "a calibration needs unseen ones: give the dev rows that creditmix_prepare.py wrote"
         )
-    classifier = load(args, model_dir)
+    classifier = Classifier.from_flags(args, model_dir, CREDITMIX)
     raw, y = classifier.raw_scores([row["question"] for row in dev]), true_labels(dev)
     source = {
         "file": args.fit_calibration,
@@ -226,8 +211,9 @@ def judge_one(args: argparse.Namespace, model_dir: str, rows: list[dict]):
     import dataclasses
 
     from common import metrics
+    from common.classifier import Classifier
 
-    classifier = load(args, model_dir)
+    classifier = Classifier.from_flags(args, model_dir, CREDITMIX)
     started = time.perf_counter()
     raw = classifier.raw_scores([row["question"] for row in rows])
     seconds = time.perf_counter() - started

@@ -51,15 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from common.classifier import Classifier
 
-    classifier = Classifier(
-        args.model_dir,
-        CREDITMIX,
-        base=args.base,
-        load_in_4bit=args.load_in_4bit,
-        dtype=args.dtype,
-        max_batch_tokens=args.max_batch_tokens,
-        trust_remote_code=args.trust_remote_code,
-    )
+    classifier = Classifier.from_flags(args, args.model_dir, CREDITMIX)
     if args.features is not None:
         text = creditmix.clean_features(args.features)
         calibration = classifier.calibration(args.calibration, label_bias=label_bias)

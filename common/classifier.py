@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,6 +38,19 @@ class Classifier:
         )
         self.ranker = LabelRanker(model, tokenizer, task, max_batch_tokens)
         self.prior = cached_prior(self.ranker, model_dir, models.adapter_hash(model_dir))
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, model_dir: str, task: LabelTask) -> Classifier:
+        """The classifier that a command's scoring flags ask for (`cli.add_scoring_flags`)."""
+        return cls(
+            model_dir,
+            task,
+            base=args.base,
+            load_in_4bit=args.load_in_4bit,
+            dtype=args.dtype,
+            max_batch_tokens=args.max_batch_tokens,
+            trust_remote_code=args.trust_remote_code,
+        )
 
     def raw_scores(self, texts: Sequence[str], **progress) -> np.ndarray:
         """See `LabelRanker.raw_scores`."""
