@@ -123,6 +123,8 @@ def test_every_flag_does_something(script):
     source = (ROOT / script).read_text()
     for shared in re.findall(r"\b(training|cli)\.add_\w*flags", source):
         source += (ROOT / "common" / f"{shared}.py").read_text()
+    if "Classifier.from_flags(args" in source:
+        source += (ROOT / "common" / "classifier.py").read_text()
     parser = parser_of(ROOT / script)
     for action in parser._actions:
         if action.dest not in ("help", "config"):  # --config is read by cli.parse_args

@@ -252,7 +252,7 @@ def test_the_report_folder(evaluate, base, trained, tmp_path):
     ],
 )
 def test_refused_before_a_model_is_loaded(more, sentence, trained, dataset, monkeypatch):
-    monkeypatch.setattr(eval_creditmix, "load", None)
+    monkeypatch.setattr(Classifier, "from_flags", None)
     with pytest.raises(UserError, match=sentence):
         eval_creditmix.main(["--model_dir", trained, "--data", dataset, *more])
 
