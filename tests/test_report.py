@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from common import report
+from common import page, report
 from common.calibration import Calibration, Decision
 from common.metrics import compare, drift, evaluate
 
@@ -160,4 +160,4 @@ def test_many_labels_and_a_bare_result(tmp_path):
 
 
 def test_names_that_end_alike_are_told_apart():
-    assert report.model_names(made(("a/sft", "b/sft"))) == ["a/sft", "b/sft"]
+    assert page.model_names(made(("a/sft", "b/sft"))) == ["a/sft", "b/sft"]
