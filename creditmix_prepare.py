@@ -1,13 +1,15 @@
-"""Prepare CreditMix data: clean, split by customer, balance, write the SFT, KD and DPO rows and the held-out rows.
+"""Prepare labelled data: clean, split by customer, balance, write the SFT, KD and DPO rows and the held-out rows.
 
     python creditmix_prepare.py --src data/creditmix_dataset.json --outdir data
     python creditmix_prepare.py --src credit_score.csv.gz --features all --outdir data
     python creditmix_prepare.py --synthesize 6000 --outdir data
+    python creditmix_prepare.py --task recipes/ticket_severity.yaml --src tickets.jsonl --outdir data
 
 Reads question/answer JSON or JSONL and the raw credit-score CSV (also gzipped), or makes synthetic rows. Writes into
 --outdir: creditmix_sft.jsonl, creditmix_kd.jsonl and creditmix_dpo.jsonl (training customers, every class as often as
 the rarest), creditmix_dev.jsonl and creditmix_val.jsonl (other customers, classes as they come) and
-creditmix_manifest.json (counts, cleaning rules, checksums). The same input and seed give the same bytes.
+creditmix_manifest.json (counts, cleaning rules, checksums). The same input and seed give the same bytes. With --task,
+the rows are those of its text, label and group fields, and its name stands in the file names.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
-from common import cli, creditmix, records, splits
+from common import cli, creditmix, labelled, records, splits, tasks
 from common.cli import UserError
-from common.tasks import CREDITMIX as TASK
+from common.tasks import CREDITMIX, LabelTask
 
 RAW_FILE = "creditmix_dataset.json"
-OUTPUT_FILES = [f"creditmix_{what}" for what in ("sft.jsonl", "kd.jsonl", "dpo.jsonl", "dev.jsonl", "val.jsonl")]
+OUTPUTS = ("sft", "kd", "dpo", "dev", "val")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--synthesize", type=cli.positive_int, metavar="N", help="make N synthetic rows instead (some 3 per customer)"
     )
+    parser.add_argument("--task", metavar="FILE.yaml", help="another label set; default: CreditMix")
     parser.add_argument("--outdir", default="data", help="folder to write into (default: data)")
     parser.add_argument("--features", choices=list(creditmix.FEATURES), default="six", help="columns of a CSV to use")
     parser.add_argument(
@@ -50,12 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the data files and print what is in them."""
     args = cli.parse_args(build_parser(), argv)
-    outdir = Path(args.outdir)
-    _check_outdir(outdir, args.src)
+    task, outdir = tasks.load(args.task), Path(args.outdir)
+    files = [f"{task.name}_{what}.jsonl" for what in OUTPUTS]
+    _check_outdir(outdir, args.src, files)
     texts: dict[str, str] = {}
     if args.synthesize:
-        if args.features != "six":
-            raise UserError("--synthesize makes the six features only; leave --features out")
+        if args.features != "six" or args.task:
+            raise UserError("--synthesize makes CreditMix's six features only; leave --features and --task out")
         _keep_real_data(outdir / RAW_FILE)
         source = name = f"--synthesize {args.synthesize} --seed {args.seed}"
         raw = creditmix.synthesize(args.synthesize, args.seed)
@@ -64,23 +68,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         digest = _sha256(texts[RAW_FILE])
     else:
         source, name = args.src, Path(args.src).name
-        rows, counts = creditmix.read_labelled(source, TASK, args.features, args.skip_bad_rows)
+        rows, counts = labelled.read(source, task, args.features, args.skip_bad_rows)
         digest = records.sha256_file(source)
 
-    parts = _parts(rows, source)
-    train = splits.balanced(parts["train"], _label, TASK.labels, None, args.seed, f"the train part of {source}")
-    kd, teacher = _kd_rows(parts, train, args)
-    sft = [_with_prompt(row, "input", output=row["answer"]) for row in train]
-    for file, members in zip(OUTPUT_FILES, (sft, kd, _dpo_rows(train), parts["dev"], parts["validation"]), strict=True):
+    def label(row: dict) -> str:
+        return row[task.label_field]
+
+    parts = _parts(task, rows, source)
+    train = splits.balanced(parts["train"], label, task.labels, None, args.seed, f"the train part of {source}")
+    kd, teacher = _kd_rows(task, parts, train, args)
+    sft = [_with_prompt(task, row, "input", output=label(row)) for row in train]
+    for file, members in zip(files, (sft, kd, _dpo_rows(task, train), parts["dev"], parts["validation"]), strict=True):
         texts[file] = records.jsonl_text(members)
     manifest = {
-        "task": TASK.name,
+        "task": task.name,
         "source": {"name": name, "sha256": digest},
         "synthetic": counts["rows synthetic"] > 0,
         "seed": args.seed,
         "features": args.features,
-        "instruction": TASK.instruction,
-        "group_key": creditmix.GROUP_KEY,
+        "instruction": task.instruction,
+        "group_key": creditmix.GROUP_KEY if task is CREDITMIX else task.group_key or task.text_field,
         "shares": {
             "train": round(1 - splits.DEV_SHARE - splits.VALIDATION_SHARE, 4),
             "dev": splits.DEV_SHARE,
@@ -89,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "parts": {
             part: {
                 "groups": len(splits.groups_of(members)),
-                "rows": splits.class_counts(members, _label, TASK.labels),
-                "rows_written": splits.class_counts(train if part == "train" else members, _label, TASK.labels),
+                "rows": splits.class_counts(members, label, task.labels),
+                "rows_written": splits.class_counts(train if part == "train" else members, label, task.labels),
             }
             for part, members in parts.items()
         },
@@ -98,12 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cleaning": counts,
         "files": {file: {"rows": _row_count(text), "sha256": _sha256(text)} for file, text in texts.items()},
     }
-    records.write_together(outdir, texts | {"creditmix_manifest.json": records.json_text(manifest)})
-    _print_summary(manifest, outdir)
-
-
-def _label(row: dict) -> str:
-    return row["answer"]
+    records.write_together(outdir, texts | {f"{task.name}_manifest.json": records.json_text(manifest)})
+    _print_summary(task, manifest, outdir)
 
 
 def _sha256(text: str) -> str:
@@ -114,12 +117,12 @@ def _row_count(text: str) -> int:
     return len(json.loads(text)) if text.startswith("[") else text.count("\n")
 
 
-def _check_outdir(outdir: Path, src: str | None) -> None:
+def _check_outdir(outdir: Path, src: str | None, files: Sequence[str]) -> None:
     """Refuse an --outdir that cannot be a folder, or whose output would replace the source."""
     nearest = next((folder for folder in (outdir, *outdir.parents) if folder.exists()), outdir)
     if nearest.exists() and not nearest.is_dir():
         raise UserError(f"--outdir {outdir}: {nearest} is a file; choose a folder")
-    if src and Path(src).resolve() in [(outdir / file).resolve() for file in OUTPUT_FILES]:
+    if src and Path(src).resolve() in [(outdir / file).resolve() for file in files]:
         raise UserError(f"--src {src} would be overwritten by its own output; choose another --outdir")
 
 
@@ -135,36 +138,40 @@ def _keep_real_data(path: Path) -> None:
         raise UserError(f"{path} is there and not synthetic; choose another --outdir, or move the file away")
 
 
-def _parts(rows: list[dict], source: str) -> dict[str, list[dict]]:
+def _parts(task: LabelTask, rows: list[dict], source: str) -> dict[str, list[dict]]:
     """Rows of each part; every part must have every class."""
-    _need_every_class(rows, source)
+    _need_every_class(task, rows, source)
     parts: dict[str, list[dict]] = {part: [] for part in splits.PARTS}
     for row in rows:
         parts[splits.part_of(row["group"])].append(row)
     for part, members in parts.items():
-        _need_every_class(members, f"the {part} part of {source}")
+        _need_every_class(task, members, f"the {part} part of {source}")
     return parts
 
 
-def _need_every_class(rows: list[dict], what: str) -> None:
-    counts = splits.class_counts(rows, _label, TASK.labels)
+def _need_every_class(task: LabelTask, rows: list[dict], what: str) -> None:
+    counts = splits.class_counts(rows, lambda row: row[task.label_field], task.labels)
     if not all(counts.values()):
         empty = ", ".join(label for label, count in counts.items() if not count)
         told = ", ".join(f"{label} {count:,}" for label, count in counts.items())
-        raise UserError(f"{what} has no row of class {empty} ({told}); give more customers of that class")
+        raise UserError(f"{what} has no row of class {empty} ({told}); give more {task.group_name}s of that class")
 
 
-def _with_prompt(row: dict, key: str, **answers: str) -> dict:
-    return {key: TASK.prompt(row["question"]), **answers, "group": row["group"]}
+def _with_prompt(task: LabelTask, row: dict, key: str, **answers: str) -> dict:
+    return {key: task.prompt(row[task.text_field]), **answers, "group": row["group"]}
 
 
-def _kd_rows(parts: dict[str, list[dict]], train: list[dict], args: argparse.Namespace) -> tuple[list[dict], dict]:
+def _kd_rows(
+    task: LabelTask, parts: dict[str, list[dict]], train: list[dict], args: argparse.Namespace
+) -> tuple[list[dict], dict]:
     """KD rows and what the manifest says of their teacher: the gold labels, or a teacher's own answers."""
+    text, label = task.text_field, task.label_field
     if not args.teacher_file:
-        return [_with_prompt(row, "input", teacher_output=row["answer"]) for row in train], {"name": "gold labels"}
-    answers = creditmix.read_teacher(args.teacher_file, TASK, args.skip_bad_rows)
-    matched = {part: [row for row in members if row["question"] in answers] for part, members in parts.items()}
-    questions = {row["question"] for members in matched.values() for row in members}
+        rows = [_with_prompt(task, row, "input", teacher_output=row[label]) for row in train]
+        return rows, {"name": "gold labels"}
+    answers = labelled.read_teacher(args.teacher_file, task, args.skip_bad_rows)
+    matched = {part: [row for row in members if row[text] in answers] for part, members in parts.items()}
+    questions = {row[text] for members in matched.values() for row in members}
     # Every training row that the teacher answered, not only those of the balanced draw: answers are scarce.
     taught = matched["train"]
     if not taught:
@@ -178,20 +185,24 @@ def _kd_rows(parts: dict[str, list[dict]], train: list[dict], args: argparse.Nam
         "answers": len(answers),
         "answers_without_row": len(answers) - len(questions),
         "rows_taught": len(taught),
-        "rows_agreeing_with_gold": sum(answers[row["question"]] == row["answer"] for row in taught),
+        "rows_agreeing_with_gold": sum(answers[row[text]] == row[label] for row in taught),
         "rows_left_out_dev": len(matched["dev"]),
         "rows_left_out_validation": len(matched["validation"]),
     }
-    return [_with_prompt(row, "input", teacher_output=answers[row["question"]]) for row in taught], teacher
+    return [_with_prompt(task, row, "input", teacher_output=answers[row[text]]) for row in taught], teacher
 
 
-def _dpo_rows(train: list[dict]) -> list[dict]:
+def _dpo_rows(task: LabelTask, train: list[dict]) -> list[dict]:
     """One pair a row; for each chosen label the other labels are rejected in turn, so equally often."""
-    others = {label: cycle([other for other in TASK.labels if other != label]) for label in TASK.labels}
-    return [_with_prompt(row, "prompt", chosen=row["answer"], rejected=next(others[row["answer"]])) for row in train]
+    others = {label: cycle([other for other in task.labels if other != label]) for label in task.labels}
+    labels = [row[task.label_field] for row in train]
+    return [
+        _with_prompt(task, row, "prompt", chosen=label, rejected=next(others[label]))
+        for row, label in zip(train, labels, strict=True)
+    ]
 
 
-def _print_summary(manifest: dict, outdir: Path) -> None:
+def _print_summary(task: LabelTask, manifest: dict, outdir: Path) -> None:
     counts = manifest["cleaning"]
     synthetic = " (SYNTHETIC)" if manifest["synthetic"] else ""
     print(
@@ -201,7 +212,7 @@ def _print_summary(manifest: dict, outdir: Path) -> None:
     for rule, count in counts.items():
         if not rule.startswith("rows "):
             print(f"  {count:>8,}  {rule}")
-    print(f"{'part':<12}{'customers':>10}" + "".join(f"{label:>10}" for label in TASK.labels))
+    print(f"{'part':<12}{task.group_name + 's':>10}" + "".join(f"{label:>10}" for label in task.labels))
     for part, told in manifest["parts"].items():
         for name, key in ((part, "rows"), *([("  balanced", "rows_written")] if part == "train" else [])):
             customers = f"{told['groups']:,}" if key == "rows" else ""
@@ -216,7 +227,7 @@ def _print_summary(manifest: dict, outdir: Path) -> None:
         )
     for file, told in manifest["files"].items():
         print(f"{outdir / file}: {told['rows']:,} rows")
-    print(outdir / "creditmix_manifest.json")
+    print(outdir / f"{task.name}_manifest.json")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Judge models on held-out CreditMix rows: calibrated label ranking, every figure with its interval.
+"""Judge models on held-out rows by calibrated label ranking, of CreditMix or another task: figures with intervals.
 
     python eval_creditmix.py --model_dir runs/creditmix_sft --data data/creditmix_dataset.json --val_per_class 1500
     python eval_creditmix.py --model_dir models/tiny_student runs/creditmix_sft runs/creditmix_dpo \\
@@ -6,7 +6,8 @@
     python eval_creditmix.py --model_dir runs/creditmix_sft --fit_calibration data/creditmix_dev.jsonl
 
 Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots and report.html. The split is by
-customer, the same that creditmix_prepare.py made, and rows whose customer was trained on are counted. With
+customer (with --task by its group key), the same that creditmix_prepare.py made, and rows whose customer was trained
+on are counted. With
 --fit_calibration, a per-class bias and a temperature are fitted on dev rows into runs/<name>/calibration.json.
 """
 
@@ -19,8 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import cli, creditmix, models, records, run_record, splits
-from common.tasks import CREDITMIX
+from common import cli, labelled, models, records, run_record, splits, tasks
+from common.tasks import LabelTask
 
 DRIFTED = 3  # exit code of --fail_on_drift
 
@@ -52,40 +53,41 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
-    check_flags(args)
+    task = tasks.load(args.task)
+    check_flags(args, task)
     if args.fit_calibration:
-        dev, _ = creditmix.read_labelled(args.fit_calibration, CREDITMIX, args.features, args.skip_bad_rows)
+        dev, _ = labelled.read(args.fit_calibration, task, args.features, args.skip_bad_rows)
         for model_dir in args.model_dir:
-            fit(args, model_dir, dev)
+            fit(args, model_dir, task, dev)
         if not args.data:
             return None
-    rows, class_counts = choose_rows(args)
+    rows, class_counts = choose_rows(args, task)
     result = {
-        "evaluator": "creditmix",
+        "evaluator": task.name,
         "version": 1,
         "data": args.data,
         "data_sha256": records.sha256_file(args.data),
         "split": args.split,
         "n": len(rows),
-        "labels": list(CREDITMIX.labels),
-        "group_name": "customer",
+        "labels": list(task.labels),
+        "group_name": task.group_name,
         "class_counts": class_counts,
         "rows": {
-            "ids": [splits.group_hash(row["question"]) for row in rows],
-            "y": true_labels(rows),
+            "ids": [splits.group_hash(row[task.text_field]) for row in rows],
+            "y": true_labels(task, rows),
             "groups": [row["group"] for row in rows],
         },
         "command": shlex.join(["python", "eval_creditmix.py", *(sys.argv[1:] if argv is None else argv)]),
         "versions": run_record.versions() | {"distill-slm": run_record.git_commit() or "unknown"},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    entries, differences = judge(args, rows)
-    result |= {"contamination": worst([entry["contamination"] for entry in entries]), "models": entries}
-    result["differences"] = differences
+    entries, differences = judge(args, task, rows)
+    contamination = run_record.worst_contamination([entry["contamination"] for entry in entries])
+    result |= {"contamination": contamination, "models": entries, "differences": differences}
     return publish(args, result)
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
     """Refuse what cannot work before anything is loaded."""
     if not args.data and not args.fit_calibration:
         raise cli.UserError("give --data with the rows to judge on, or --fit_calibration with dev rows, or both")
@@ -103,37 +105,37 @@ def check_flags(args: argparse.Namespace) -> None:
     if (args.baseline or args.report_dir) and not args.data:
         raise cli.UserError("--baseline and --report_dir need --data with the rows to judge on")
     # what is read later is read once now: a mistake is found before an hour of scoring, not after it
-    cli.parse_label_bias(args.label_bias, CREDITMIX.labels)
+    cli.parse_label_bias(args.label_bias, task.labels)
     if args.baseline:
         records.read_json(args.baseline)
     if args.costs:
-        cost_matrix(args.costs)
+        cost_matrix(args.costs, task.labels)
     if args.calibration == "fitted" and not args.fit_calibration:
         for model_dir in args.model_dir:
             if not (Path(model_dir) / "calibration.json").is_file():
                 raise cli.UserError(f"{model_dir} has no fitted calibration; fit one with --fit_calibration DEV.jsonl")
 
 
-def choose_rows(args: argparse.Namespace) -> tuple[list[dict], dict[str, int]]:
+def choose_rows(args: argparse.Namespace, task: LabelTask) -> tuple[list[dict], dict[str, int]]:
     """The balanced draw that is judged on, and the class counts of the part that it was drawn from."""
-    rows, _ = creditmix.read_labelled(args.data, CREDITMIX, args.features, args.skip_bad_rows)
+    rows, _ = labelled.read(args.data, task, args.features, args.skip_bad_rows)
     what = args.data
     if args.split != "all":
         rows = [row for row in rows if splits.part_of(row["group"]) == args.split]
         what = f"the {args.split} part of {args.data}"
-    counts = splits.class_counts(rows, lambda row: row["answer"], CREDITMIX.labels)
+    counts = splits.class_counts(rows, lambda row: row[task.label_field], task.labels)
     per_class = args.val_per_class
     if args.val_frac:
         per_class = max(1, round(args.val_frac * min(counts.values())))
-    return splits.balanced(rows, lambda row: row["answer"], CREDITMIX.labels, per_class, args.seed, what), counts
+    return splits.balanced(rows, lambda row: row[task.label_field], task.labels, per_class, args.seed, what), counts
 
 
-def true_labels(rows: Sequence[dict]) -> list[int]:
+def true_labels(task: LabelTask, rows: Sequence[dict]) -> list[int]:
     """Label indices of rows."""
-    return [CREDITMIX.labels.index(row["answer"]) for row in rows]
+    return [task.labels.index(row[task.label_field]) for row in rows]
 
 
-def fit(args: argparse.Namespace, model_dir: str, dev: list[dict]) -> None:
+def fit(args: argparse.Namespace, model_dir: str, task: LabelTask, dev: list[dict]) -> None:
     """Fit bias, temperature and decision on dev rows, and keep them beside the adapter."""
     import dataclasses
 
@@ -144,23 +146,23 @@ def fit(args: argparse.Namespace, model_dir: str, dev: list[dict]) -> None:
     seen, of = splits.overlap((row["group"] for row in dev), trained)
     if seen:
         raise cli.UserError(
-            f"{seen} of {of} rows of {args.fit_calibration} are of customers that {model_dir} was trained on; "
+            f"{seen} of {of} rows of {args.fit_calibration} are of {task.group_name}s that {model_dir} was trained on; "
             "a calibration needs unseen ones: give the dev rows that creditmix_prepare.py wrote"
         )
-    classifier = Classifier.from_flags(args, model_dir, CREDITMIX)
-    raw, y = classifier.raw_scores([row["question"] for row in dev]), true_labels(dev)
+    classifier = Classifier.from_flags(args, model_dir, task)
+    raw, y = classifier.raw_scores([row[task.text_field] for row in dev]), true_labels(task, dev)
     source = {
         "file": args.fit_calibration,
         "sha256": records.sha256_file(args.fit_calibration),
         "adapter_sha256": models.adapter_hash(model_dir),
     }
-    fitted = calibration.fit_vector_scaling(raw, y, CREDITMIX.labels, prior=classifier.prior, fitted_on=source)
+    fitted = calibration.fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=source)
     decision = calibration.fit_decision(
         fitted.apply(raw).probabilities,
         y,
-        CREDITMIX.labels,
+        task.labels,
         args.optimize,
-        cost_matrix(args.costs) if args.costs else None,
+        cost_matrix(args.costs, task.labels) if args.costs else None,
         args.abstain_below,
         args.target_precision,
     )
@@ -172,28 +174,28 @@ def fit(args: argparse.Namespace, model_dir: str, dev: list[dict]) -> None:
     )
 
 
-def cost_matrix(path: str) -> list[list[float]]:
+def cost_matrix(path: str, labels: Sequence[str]) -> list[list[float]]:
     """costs[true][predicted] from a JSON file of named labels; a pair that is left out costs 0."""
     named = records.read_json(path)
     if not isinstance(named, dict) or not all(isinstance(row, dict) for row in named.values()):
         raise cli.UserError(f'{path} must be {{"true label": {{"predicted label": cost, ...}}, ...}}')
-    unknown = sorted(({*named} | {label for row in named.values() for label in row}) - {*CREDITMIX.labels})
+    unknown = sorted(({*named} | {label for row in named.values() for label in row}) - {*labels})
     if unknown:
-        raise cli.UserError(f"{path}: unknown label '{unknown[0]}'; the labels are {', '.join(CREDITMIX.labels)}")
-    return [[named.get(true, {}).get(label, 0.0) for label in CREDITMIX.labels] for true in CREDITMIX.labels]
+        raise cli.UserError(f"{path}: unknown label '{unknown[0]}'; the labels are {', '.join(labels)}")
+    return [[named.get(true, {}).get(label, 0.0) for label in labels] for true in labels]
 
 
-def judge(args: argparse.Namespace, rows: list[dict]) -> tuple[list[dict], list[dict]]:
+def judge(args: argparse.Namespace, task: LabelTask, rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """One entry per model, and the paired differences of every later model to the earlier ones."""
     from common import metrics
 
     entries, scores = [], []
     for model_dir in args.model_dir:
         cli.log(f"{model_dir}: scoring {len(rows):,} rows")
-        entry, calibrated = judge_one(args, model_dir, rows)
+        entry, calibrated = judge_one(args, model_dir, task, rows)
         entries.append(entry)
         scores.append(calibrated)
-    y, groups = true_labels(rows), [row["group"] for row in rows]
+    y, groups = true_labels(task, rows), [row["group"] for row in rows]
     differences = [
         {
             "a": args.model_dir[later],
@@ -206,26 +208,26 @@ def judge(args: argparse.Namespace, rows: list[dict]) -> tuple[list[dict], list[
     return entries, differences
 
 
-def judge_one(args: argparse.Namespace, model_dir: str, rows: list[dict]):
+def judge_one(args: argparse.Namespace, model_dir: str, task: LabelTask, rows: list[dict]):
     """(entry for the result, calibrated scores) of one model."""
     import dataclasses
 
     from common import metrics
     from common.classifier import Classifier
 
-    classifier = Classifier.from_flags(args, model_dir, CREDITMIX)
+    classifier = Classifier.from_flags(args, model_dir, task)
     started = time.perf_counter()
-    raw = classifier.raw_scores([row["question"] for row in rows])
+    raw = classifier.raw_scores([row[task.text_field] for row in rows])
     seconds = time.perf_counter() - started
-    calibration = classifier.calibration(args.calibration, raw, cli.parse_label_bias(args.label_bias, CREDITMIX.labels))
+    calibration = classifier.calibration(args.calibration, raw, cli.parse_label_bias(args.label_bias, task.labels))
     calibrated = calibration.apply(raw)
-    y, groups = true_labels(rows), [row["group"] for row in rows]
+    y, groups = true_labels(task, rows), [row["group"] for row in rows]
 
     def measured(scores) -> dict:
         return metrics.evaluate(
             scores.probabilities,
             y,
-            CREDITMIX.labels,
+            task.labels,
             predictions=scores.predictions,
             margins=scores.top2_margin,
             answered=scores.answered,
@@ -237,7 +239,7 @@ def judge_one(args: argparse.Namespace, model_dir: str, rows: list[dict]):
     entry = {
         "model_dir": model_dir,
         "calibration": calibration.method,
-        "contamination": contamination(model_dir, groups),
+        "contamination": run_record.contamination(model_dir, groups),
         **measured(calibrated),
         "uncalibrated": {"calibration": "prior", **measured(classifier.calibration("prior").apply(raw))},
         "decision": dataclasses.asdict(calibration.decision),
@@ -245,24 +247,6 @@ def judge_one(args: argparse.Namespace, model_dir: str, rows: list[dict]):
         "rows_per_s": round(len(rows) / seconds, 1),
     }
     return entry, calibrated
-
-
-def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | None:
-    """Rows whose customer the run was trained on; None where an adapter keeps no record of that."""
-    trained = run_record.read_groups(model_dir)
-    if trained is None:
-        if models.is_adapter(model_dir):
-            return None
-        trained = set()  # a base model was trained on no labelled row of ours
-    seen, of = splits.overlap(groups, trained)
-    return {"rows": seen, "of": of}
-
-
-def worst(counts: Sequence[dict[str, int] | None]) -> dict[str, int] | None:
-    """The contamination of the model with the most; None where one is unknown and none is known to have any."""
-    known = [count for count in counts if count]
-    most = max(known, key=lambda count: count["rows"], default=None)
-    return None if most and not most["rows"] and len(known) < len(counts) else most
 
 
 def publish(args: argparse.Namespace, result: dict) -> int | None:

@@ -1,12 +1,15 @@
-"""Classify CreditMix rows by calibrated label ranking: one line of features, or a JSONL file of them.
+"""Classify rows by calibrated label ranking: one line of features, or a JSONL file of them.
 
     python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, Occupation: Scientist, \\
         Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, \\
         Payment Behaviour: Low_spent_Small_value_payments"
     python infer_creditmix.py --model_dir runs/creditmix_sft --input rows.jsonl --output answers.jsonl
+    python infer_creditmix.py --model_dir runs/ticket_sft --task recipes/ticket_severity.yaml \\
+        --features "Printer: slow to start. Users affected: 3"
 
-Rows of --input have the features under "features" or "question". Answers keep their order; an interrupted run goes on
-where it stopped. Each answer has model_name, prediction, scores, raw_scores, prior, probabilities and top2_margin.
+Rows of --input have the features under "features" or "question", with --task under the task's text field. Answers keep
+their order; an interrupted run goes on where it stopped. Each answer has model_name, prediction, scores, raw_scores,
+prior, probabilities and top2_margin.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from common import cli, creditmix, models, records
-from common.tasks import CREDITMIX
+from common import cli, labelled, models, records, tasks
+from common.tasks import LabelTask
 
 WINDOW = 4096  # rows in memory at a time
 NEAR = 0.05  # nats: more than bfloat16 makes of a score in another batch
@@ -28,7 +31,7 @@ NEAR = 0.05  # nats: more than bfloat16 makes of a score in another batch
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="infer_creditmix.py")
     parser.add_argument("--model_dir", required=True, help="run folder, or a base model's folder or Hub id")
-    parser.add_argument("--features", help="one line of features")
+    parser.add_argument("--features", help="one line of features, or the text of another task")
     parser.add_argument("--input", help="JSONL rows to classify")
     parser.add_argument("--output", help="JSONL answers, one per row of --input")
     parser.add_argument("--skip_bad_rows", action="store_true", help="list bad rows in OUTPUT.rejects.jsonl and go on")
@@ -44,47 +47,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError('--features is empty; give a line such as "Age: 23.0, Occupation: Scientist, ..."')
     if args.output and Path(args.output).resolve() == Path(args.input).resolve():
         raise cli.UserError(f"--output {args.output} would replace --input; choose another name")
-    label_bias = cli.parse_label_bias(args.label_bias, CREDITMIX.labels)
+    task = tasks.load(args.task)
+    label_bias = cli.parse_label_bias(args.label_bias, task.labels)
     models.check_model_dir(args.model_dir, args.base)
     if args.input:
-        check_input(args.input, args.skip_bad_rows)
+        check_input(args.input, task, args.skip_bad_rows)
 
     from common.classifier import Classifier
 
-    classifier = Classifier.from_flags(args, args.model_dir, CREDITMIX)
+    classifier = Classifier.from_flags(args, args.model_dir, task)
     if args.features is not None:
-        text = creditmix.clean_features(args.features)
+        text = labelled.clean(task, args.features)
         calibration = classifier.calibration(args.calibration, label_bias=label_bias)
         print(json.dumps(classifier.answers([text], calibration)[0], indent=2, ensure_ascii=False))
     else:
         classify_file(args, classifier, label_bias)
 
 
-def features_of(row: object) -> str | None:
-    """The features line of a row, cleaned; None when it has none."""
-    for key in ("features", "question"):
-        if records.row_fault(row, (key,)) is None:
-            return creditmix.clean_features(row[key])
-    return None
-
-
-def check_input(path: str, skip_bad_rows: bool) -> None:
+def check_input(path: str, task: LabelTask, skip_bad_rows: bool) -> None:
     """Read the file once, before a model loads: a bad row is found now, not in the middle of a night's work."""
     good = False
     for number, row in records.iter_jsonl(path):
-        if features_of(row) is not None:
+        if labelled.text_of(task, row) is not None:
             good = True
         elif not skip_bad_rows:
-            fault = str(row) if isinstance(row, ValueError) else "no text under 'features' or 'question'"
+            fault = str(row) if isinstance(row, ValueError) else f"no text under '{task.text_field}'"
             raise cli.UserError(f"{path}, line {number}: {fault}; mend the row, or pass --skip_bad_rows")
     if not good:
-        raise cli.UserError(f"{path} has no usable rows; each needs its text under 'features' or 'question'")
+        raise cli.UserError(f"{path} has no usable rows; each needs its text under '{task.text_field}'")
 
 
-def good_texts(path: str, bad: list[dict]) -> Iterator[str]:
-    """The features of each good row; the bad ones are added to `bad`."""
+def good_texts(path: str, task: LabelTask, bad: list[dict]) -> Iterator[str]:
+    """The text of each good row; the bad ones are added to `bad`."""
     for number, row in records.iter_jsonl(path):
-        text = features_of(row)
+        text = labelled.text_of(task, row)
         if text is None:
             bad.append({"line": number, "row": str(row) if isinstance(row, ValueError) else row})
         else:
@@ -98,12 +94,12 @@ def classify_file(args: argparse.Namespace, classifier, label_bias: dict[str, fl
     partial, rejects = Path(args.output + ".partial"), Path(args.output + ".rejects.jsonl")
     partial.parent.mkdir(parents=True, exist_ok=True)
     # "batch" estimates from the first window, also where the answers of that window are there already
-    first = list(islice(good_texts(args.input, []), WINDOW)) if args.calibration == "batch" else []
+    first = list(islice(good_texts(args.input, classifier.task, []), WINDOW)) if args.calibration == "batch" else []
     first_raw = classifier.raw_scores(first) if first else None
     calibration = classifier.calibration(args.calibration, first_raw, label_bias)
     done = answers_to_keep(partial, args.input, classifier, calibration)
     bad: list[dict] = []
-    rows = islice(good_texts(args.input, bad), done, None)
+    rows = islice(good_texts(args.input, classifier.task, bad), done, None)
     with partial.open("a", encoding="utf-8") as handle, tqdm(unit=" rows", initial=done) as progress:
         while window := list(islice(rows, WINDOW)):
             for answer in classifier.answers(window, calibration, first_raw if window == first else None):
@@ -125,7 +121,7 @@ def answers_to_keep(partial: Path, rows: str, classifier, calibration) -> int:
     if not partial.is_file():
         return 0
     done, last = whole_lines(partial)
-    text = next(islice(good_texts(rows, []), done - 1, None), None) if done else None
+    text = next(islice(good_texts(rows, classifier.task, []), done - 1, None), None) if done else None
     if text is not None and same_answer(last, classifier.answers([text], calibration)[0]):
         cli.log(f"going on after {done:,} answers in {partial}")
         return done

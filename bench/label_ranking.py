@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.shape and not args.tokenizer:
         raise cli.UserError("--shape needs --tokenizer with the folder of a Qwen2.5 tokenizer")
     if args.data:
-        rows, _ = creditmix.read_labelled(args.data, CREDITMIX)
+        rows, _ = creditmix.read_labelled(args.data)
     else:
         rows = creditmix.synthesize(max(args.rows, 300), seed=0)
     texts = [creditmix.clean_features(row["question"]) for row in rows][: args.rows]
@@ -164,7 +164,7 @@ def harness(args: argparse.Namespace, model, tokenizer, texts: Sequence[str]) ->
 
     batch = max(1, args.max_batch_tokens // 128)
     peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))
-    forms = [form for label in label_tokens(tokenizer, CREDITMIX) for form in label]
+    forms = [form for label in label_tokens(tokenizer, CREDITMIX) for word in label for form in word]
     requests = []
     for text in texts:
         prompt = tokenizers.encode_prompt(tokenizer, CREDITMIX.prompt(text))

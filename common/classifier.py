@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from common.calibration import Calibration, batch_calibration
 from common.cli import UserError
 from common.label_ranking import MAX_BATCH_TOKENS, LabelRanker, cached_prior
 from common.tasks import LabelTask
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CALIBRATION_FILE = "calibration.json"
 DIGITS = 6  # of the numbers in an answer
@@ -30,18 +35,38 @@ class Classifier:
         load_in_4bit: str = "auto",
         dtype: str = "auto",
         max_batch_tokens: int = MAX_BATCH_TOKENS,
+        num_null_prompts: int | None = None,
         trust_remote_code: bool = False,
+        loaded: tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase] | None = None,
+        model_hash: str | None = None,
+        prior_dir: str | Path | None = None,
     ) -> None:
+        """Loads the model, or takes a `loaded` one that others share and whose adapter is active at every call.
+
+        Args:
+            model_hash: `models.adapter_hash`, where it is known already.
+            prior_dir: where the prior is cached; default: `model_dir`.
+        """
         self.model_dir, self.task = model_dir, task
-        model, tokenizer = models.load_for_inference(
+        model, tokenizer = loaded or models.load_for_inference(
             model_dir, base=base, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code
         )
         self.ranker = LabelRanker(model, tokenizer, task, max_batch_tokens)
-        self.prior = cached_prior(self.ranker, model_dir, models.adapter_hash(model_dir))
+        model_hash = model_hash or models.adapter_hash(model_dir)
+        self.prior = cached_prior(self.ranker, prior_dir or model_dir, model_hash, num_null_prompts)
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, model_dir: str, task: LabelTask) -> Classifier:
-        """The classifier that a command's scoring flags ask for (`cli.add_scoring_flags`)."""
+        """The classifier that a command's scoring flags ask for (`cli.add_scoring_flags`).
+
+        Raises:
+            UserError: more null prompts than the task has; see `models.load_for_inference`.
+        """
+        if args.num_null_prompts and args.num_null_prompts > len(task.null_inputs):
+            raise UserError(
+                f"--num_null_prompts {args.num_null_prompts} is more than the {len(task.null_inputs)} null inputs of "
+                f"{task.name}; give fewer, or leave the flag out"
+            )
         return cls(
             model_dir,
             task,
@@ -49,6 +74,7 @@ class Classifier:
             load_in_4bit=args.load_in_4bit,
             dtype=args.dtype,
             max_batch_tokens=args.max_batch_tokens,
+            num_null_prompts=args.num_null_prompts,
             trust_remote_code=args.trust_remote_code,
         )
 
@@ -74,7 +100,7 @@ class Classifier:
             if not path.is_file():
                 raise UserError(
                     f"{self.model_dir} has no fitted calibration; fit one with eval_creditmix.py --model_dir "
-                    f"{self.model_dir} --fit_calibration data/creditmix_dev.jsonl, or pass --calibration prior"
+                    f"{self.model_dir} --fit_calibration data/{self.task.name}_dev.jsonl, or pass --calibration prior"
                 )
             chosen = Calibration.load(path, self.task.labels)
         elif method == "batch":

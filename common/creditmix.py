@@ -6,17 +6,16 @@ eval, infer and serve all pass through it, so a model never meets a spelling tha
 
 from __future__ import annotations
 
-import csv
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import records, splits
 from common.cli import UserError
-from common.tasks import LabelTask
+from common.tasks import CREDITMIX, label_fault
 
 MISSING = "N/A"
 UNLABELLED = ("", "_")
@@ -79,7 +78,6 @@ NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 PAIR_BREAK = re.compile(r",\s*(?=[A-Z][^,:\n]*:(?:\s|$))")
 KEY = re.compile(r"[A-Z][^,:\n]*")
 HISTORY = re.compile(r"(\d+) Years? and (\d+) Months?")
-GROUP = re.compile(r"[0-9a-f]{16}")
 
 
 def clean_value(key: str, text: str, tally: Counter[str] | None = None) -> str:
@@ -157,7 +155,7 @@ def _debt_group(debt: float) -> str:
 
 
 def read_labelled(
-    path: str | Path, task: LabelTask, features: str = "six", skip_bad_rows: bool = False
+    path: str | Path, features: str = "six", skip_bad_rows: bool = False
 ) -> tuple[list[dict], dict[str, int]]:
     """Cleaned labelled rows of a file, and what was done to get them.
 
@@ -177,10 +175,11 @@ def read_labelled(
     Raises:
         UserError: by file and line, whatever makes the file unusable.
     """
-    unit, numbered, header = _numbered_rows(path)
+    unit, numbered, header = records.numbered_rows(path)
     if header is not None and not {"question", "answer"} <= set(header):
-        return _read_raw_csv(path, numbered, header, task, features, skip_bad_rows)
-    good = records.check_rows(path, numbered, ("question", "answer"), skip_bad_rows, unit, _fault_of("answer", task))
+        return _read_raw_csv(path, numbered, header, features, skip_bad_rows)
+    fault_of = label_fault("answer", CREDITMIX, UNLABELLED)
+    good = records.check_rows(path, numbered, ("question", "answer"), skip_bad_rows, unit, fault_of)
     if features == "all" and all({key for key, _ in split_features(row["question"])} <= SIX_KEYS for row in good):
         raise UserError(f"{path} holds the six features only; --features all needs the raw credit-score CSV")
     return clean_rows(good, path, bad=len(numbered) - len(good))
@@ -216,81 +215,10 @@ def _counts(source: str | Path, good: int, kept: int, bad: int, synthetic: int, 
     }
 
 
-def read_teacher(path: str | Path, task: LabelTask, skip_bad_rows: bool = False) -> dict[str, str]:
-    """A teacher's labels by cleaned features line, from the CSV or JSON(L) that a teacher run wrote.
-
-    The features are under "question" or "input" (which may be the whole prompt), the label under "teacher_label" or
-    "teacher_output". Where a line occurs twice, the first answer counts.
-    """
-    unit, numbered, header = _numbered_rows(path)
-    keys = set(header or ()).union(*(row for _, row in numbered if isinstance(row, dict)))
-    key = "question" if "question" in keys else "input"
-    answer = "teacher_label" if "teacher_label" in keys else "teacher_output"
-    if not {key, answer} <= keys:
-        raise UserError(f"{path} needs a question (or input) and a teacher_label (or teacher_output) in every row")
-    rows = records.check_rows(path, numbered, (key, answer), skip_bad_rows, unit, _fault_of(answer, task))
-    labels: dict[str, str] = {}
-    for row in rows:
-        line = clean_features(row[key].removeprefix(task.prompt("")))
-        if (label := row[answer].strip()) not in UNLABELLED:
-            labels.setdefault(line, label)
-    return labels
-
-
-def _numbered_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str] | None]:
-    """(what the numbers count, numbered rows, CSV header or None) of a JSON list, JSONL or CSV."""
-    with records.open_text(path) as handle:
-        start = handle.read(4096).lstrip()
-    if not start:
-        raise UserError(f'{path} is empty; give a file with rows such as {{"question": "Age: 23, ...", "answer": ...}}')
-    suffixes = Path(path).suffixes
-    if start[0] == "[" or (".json" in suffixes and start[0] != "{"):
-        rows = records.read_json(path)
-        if not isinstance(rows, list):
-            raise UserError(f"{path} must hold a JSON list of rows, or one JSON object a line")
-        return "row", list(enumerate(rows, start=1)), None
-    if start[0] == "{" or ".jsonl" in suffixes:
-        return "line", list(records.iter_jsonl(path)), None
-    return _csv_rows(path)
-
-
-def _csv_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str]]:
-    numbered: list[tuple[int, Any]] = []
-    with records.open_text(path, newline="") as handle:
-        reader = csv.reader(handle, strict=True)
-        try:
-            header = [name.strip() for name in next(reader)]
-            for cells in reader:
-                if len(cells) == len(header):
-                    numbered.append((reader.line_num, dict(zip(header, cells, strict=True))))
-                elif cells:
-                    fault = ValueError(f"{len(cells)} cells where the header has {len(header)}")
-                    numbered.append((reader.line_num, fault))
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); mend the file") from error
-    if not numbered:
-        raise UserError(f"{path} has a header but no rows; give a file with rows")
-    return "line", numbered, header
-
-
-def _fault_of(key: str, task: LabelTask) -> Callable[[dict], str | None]:
-    allowed = {*task.labels, *UNLABELLED}
-
-    def fault(row: dict) -> str | None:
-        if row[key].strip() not in allowed:
-            return f"{key} '{row[key]}' is not one of {', '.join(task.labels)}"
-        if "group" in row and not GROUP.fullmatch(str(row["group"])):
-            return f"group '{row['group']}' is not the 16 hex digits that creditmix_prepare.py writes"
-        return None
-
-    return fault
-
-
 def _read_raw_csv(
     path: str | Path,
     numbered: list[tuple[int, Any]],
     header: Sequence[str],
-    task: LabelTask,
     features: str,
     skip_bad_rows: bool,
 ) -> tuple[list[dict], dict[str, int]]:
@@ -301,7 +229,8 @@ def _read_raw_csv(
             f"{path} has neither the columns question and answer nor those of the raw credit-score CSV "
             f"({', '.join(missing[:7])} missing); give one of the two"
         )
-    raw = records.check_rows(path, numbered, (), skip_bad_rows, "line", _fault_of("Credit_Mix", task))
+    fault_of = label_fault("Credit_Mix", CREDITMIX, UNLABELLED)
+    raw = records.check_rows(path, numbered, (), skip_bad_rows, "line", fault_of)
     tally: Counter[str] = Counter()
     customers = [row.get("Customer_ID", "").strip() for row in raw]
     table = [{key: clean_value(key, _history_months(row[source]), tally) for source, key, *_ in columns} for row in raw]

@@ -1,7 +1,8 @@
 """The calibrated label ranker's model side: log-likelihoods of a fixed label set, at the cost of one prefill.
 
-raw(label) = max over its surface forms of the mean token log-probability of the form at the assistant turn (a relative
-of lm-evaluation-harness's acc_norm). Everything that is subtracted or scaled afterwards is in `common.calibration`.
+A word (the label, or a verbalizer of it) scores as the better of its spellings with and without a leading space, each
+by its mean token log-probability at the assistant turn (a relative of lm-evaluation-harness's acc_norm); raw(label) is
+the max, or the mean, of its words. Everything that is subtracted or scaled afterwards is in `common.calibration`.
 
 How one forward pass is enough: rows of similar length share a left-padded batch under a token budget; the tokens that
 all prompts start with are computed once and their key/value cache is reused; label tokens form a prefix tree, whose
@@ -34,32 +35,31 @@ MIN_PREFIX = 4  # a shorter shared start is not worth a cache
 
 
 class LabelTree:
-    """Surface forms of all labels as a prefix tree over tokens.
+    """Surface forms of all labels' words as a prefix tree over tokens.
 
     Node 0 is the end of the prompt. `parents`, `tokens` and `depths` describe the inner nodes 1..N-1 (those that some
-    form continues after), which are the columns fed after the prompt; `forms[label]` lists, for each surface form, the
-    (node, next token) pairs whose log-probabilities make up its log-likelihood.
+    form continues after), which are the columns fed after the prompt; `forms[label][word]` lists, for each surface
+    form, the (node, next token) pairs whose log-probabilities make up its log-likelihood.
     """
 
-    def __init__(self, token_lists: Sequence[Sequence[Sequence[int]]]) -> None:
+    def __init__(self, token_lists: Sequence[Sequence[Sequence[Sequence[int]]]]) -> None:
         self.parents, self.tokens, self.depths = [-1], [-1], [0]
         children: dict[tuple[int, int], int] = {}
-        self.forms: list[list[list[tuple[int, int]]]] = []
-        for forms in token_lists:
-            paths = []
-            for form in forms:
-                node, path = 0, []
-                for position, token in enumerate(form):
-                    path.append((node, token))
-                    if position + 1 < len(form):  # the last token of a form needs no column of its own
-                        if (node, token) not in children:
-                            children[node, token] = len(self.parents)
-                            self.parents.append(node)
-                            self.tokens.append(token)
-                            self.depths.append(self.depths[node] + 1)
-                        node = children[node, token]
-                paths.append(path)
-            self.forms.append(paths)
+
+        def path_of(form: Sequence[int]) -> list[tuple[int, int]]:
+            node, path = 0, []
+            for position, token in enumerate(form):
+                path.append((node, token))
+                if position + 1 < len(form):  # the last token of a form needs no column of its own
+                    if (node, token) not in children:
+                        children[node, token] = len(self.parents)
+                        self.parents.append(node)
+                        self.tokens.append(token)
+                        self.depths.append(self.depths[node] + 1)
+                    node = children[node, token]
+            return path
+
+        self.forms = [[[path_of(form) for form in word] for word in words] for words in token_lists]
 
     @property
     def columns(self) -> int:
@@ -120,9 +120,13 @@ class LabelRanker:
             raise UserError(f"the model answers NaN for row {row}; use --dtype float32, or train the adapter again")
         return scores
 
-    def prior(self) -> np.ndarray:
-        """Mean raw score of the task's content-free inputs [labels] (contextual calibration, Zhao et al. 2021)."""
-        return self.raw_scores(self.task.null_inputs).mean(axis=0)
+    def prior(self, num_null_prompts: int | None = None) -> np.ndarray:
+        """Mean raw score of the task's first content-free inputs [labels] (contextual calibration, Zhao et al. 2021).
+
+        Args:
+            num_null_prompts: how many of them; None: all.
+        """
+        return self.raw_scores(self.task.null_inputs[:num_null_prompts]).mean(axis=0)
 
     def _check_lengths(self, prompts: Sequence[list[int]], start: int) -> None:
         room = self.context - max(self.tree.depths) - 1
@@ -206,20 +210,28 @@ class LabelRanker:
         return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
     def _read(self, logits: torch.Tensor) -> np.ndarray:
-        """[rows, labels] from the scoring columns' logits: the mean over a form's tokens, the max over forms."""
+        """[rows, labels] from the scoring columns' logits: means over a form's tokens, then `label_score`."""
         norms = logits.logsumexp(dim=-1)
-        scores = torch.empty(len(logits), len(self.tree.forms))
-        for label, forms in enumerate(self.tree.forms):
+        scores = []
+        for words in self.tree.forms:
             means = []
-            for path in forms:
-                nodes, tokens = zip(*path, strict=True)
-                means.append((logits[:, nodes, tokens] - norms[:, nodes]).mean(dim=1))
-            scores[:, label] = torch.stack(means).amax(dim=0).cpu()
-        return scores.numpy()
+            for word in words:
+                means.append([])
+                for path in word:
+                    nodes, tokens = zip(*path, strict=True)
+                    means[-1].append((logits[:, nodes, tokens] - norms[:, nodes]).mean(dim=1))
+            scores.append(label_score(means, self.task.aggregate))
+        return torch.stack(scores, dim=1).cpu().numpy()
 
 
-def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[list[list[int]]]:
-    """Distinct token sequences of every label's surface forms, [label][form][token].
+def label_score(forms: Sequence[Sequence[torch.Tensor]], aggregate: str) -> torch.Tensor:
+    """A label's score from those of its surface forms, [word][form]: the better form of each word, then `aggregate`."""
+    words = torch.stack([torch.stack(list(word)).amax(dim=0) for word in forms])
+    return words.amax(dim=0) if aggregate == "max" else words.mean(dim=0)
+
+
+def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[list[list[list[int]]]]:
+    """Distinct token sequences of the surface forms of every label's words, [label][word][form][token].
 
     Raises:
         UserError: a form without tokens, or one sequence that stands for two labels.
@@ -227,15 +239,17 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[li
     owners: dict[tuple[int, ...], str] = {}
     lists = []
     for label in task.labels:
-        forms: dict[tuple[int, ...], None] = {}
-        for form in task.surface_forms(label):
-            ids = tuple(tokenizer.encode(form, add_special_tokens=False))
-            if not ids:
-                raise UserError(f"label '{label}' has no tokens; give every label a text")
-            if owners.setdefault(ids, label) != label:
-                raise UserError(f"labels '{owners[ids]}' and '{label}' are the same tokens; rename one")
-            forms[ids] = None
-        lists.append([list(form) for form in forms])
+        lists.append([])
+        for word in task.words(label):
+            forms: dict[tuple[int, ...], None] = {}
+            for form in (word, " " + word):
+                ids = tuple(tokenizer.encode(form, add_special_tokens=False))
+                if not ids:
+                    raise UserError(f"label '{label}' has no tokens; give every label a text")
+                if owners.setdefault(ids, label) != label:
+                    raise UserError(f"labels '{owners[ids]}' and '{label}' are the same tokens; rename one")
+                forms[ids] = None
+            lists[-1].append([list(form) for form in forms])
     return lists
 
 
@@ -247,24 +261,29 @@ def naive_scores(
     with torch.inference_mode():
         for row, text in enumerate(texts):
             prompt = tokenizers.encode_prompt(tokenizer, task.prompt(text))
-            for label, forms in enumerate(label_tokens(tokenizer, task)):
-                means = []
-                for form in forms:
-                    logits = model(input_ids=torch.tensor([prompt + form], device=model.device)).logits[0].float()
-                    logprobs = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
-                    means.append(logprobs[range(len(form)), form].mean().item())
-                scores[row, label] = max(means)
+            for label, words in enumerate(label_tokens(tokenizer, task)):
+                means = [[_mean_logprob(model, prompt, form) for form in word] for word in words]
+                scores[row, label] = label_score(means, task.aggregate).item()
     return scores
 
 
-def cached_prior(ranker: LabelRanker, folder: str | Path, model_hash: str) -> np.ndarray:
+def _mean_logprob(model: PreTrainedModel, prompt: list[int], form: list[int]) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([prompt + form], device=model.device)).logits[0].float()
+    return logits[len(prompt) - 1 : -1].log_softmax(dim=-1)[range(len(form)), form].mean()
+
+
+def cached_prior(
+    ranker: LabelRanker, folder: str | Path, model_hash: str, num_null_prompts: int | None = None
+) -> np.ndarray:
     """The ranker's prior [labels], from `folder`/prior.json when nothing it depends on has changed, else computed.
 
-    The key covers the model's name, the adapter's hash, precision, the chat template, labels, surface forms and null
-    prompts. An unreadable cache is rebuilt with a warning; a folder that cannot be written to is no error.
+    The key covers the model's name, the adapter's hash, precision, the chat template, labels, surface forms, their
+    aggregate and the null prompts. An unreadable cache is rebuilt with a warning; a folder that cannot be written to
+    is no error.
     """
     task = ranker.task
-    null_ids = [tokenizers.encode_prompt(ranker.tokenizer, task.prompt(text)) for text in task.null_inputs]
+    null_inputs = task.null_inputs[:num_null_prompts]
+    null_ids = [tokenizers.encode_prompt(ranker.tokenizer, task.prompt(text)) for text in null_inputs]
     facts = [
         ranker.model.config.name_or_path,
         model_hash,
@@ -272,6 +291,7 @@ def cached_prior(ranker: LabelRanker, folder: str | Path, model_hash: str) -> np
         bool(getattr(ranker.model, "is_loaded_in_4bit", False)),
         task.labels,
         label_tokens(ranker.tokenizer, task),
+        task.aggregate,
         null_ids,
     ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -283,11 +303,11 @@ def cached_prior(ranker: LabelRanker, folder: str | Path, model_hash: str) -> np
                 return np.array([entry["prior"][label] for label in task.labels], dtype=np.float32)
         except (ValueError, KeyError, TypeError, OSError) as error:
             log(f"{path} is unreadable ({error}); computing the prior again")
-    prior = ranker.prior()
+    prior = ranker.prior(num_null_prompts)
     if Path(folder).is_dir():
         try:
             named = dict(zip(task.labels, map(float, prior), strict=True))
-            records.write_json(path, {"key": key, "prior": named, "null_inputs": task.null_inputs})
+            records.write_json(path, {"key": key, "prior": named, "null_inputs": null_inputs})
         except OSError as error:
             log(f"the prior could not be kept in {path} ({error.strerror}); it is computed at every start")
     return prior

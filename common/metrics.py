@@ -139,12 +139,26 @@ def mean_interval(
 ) -> Interval:
     """The mean of values[n] (0/1 for a rate) with its bootstrap interval: for any rate that is a mean over rows."""
     values = np.asarray(values, dtype=np.float64)
-    if not len(values):
+    return ratio_interval(np.stack([values, np.ones_like(values)], axis=1), groups, seed, replicates)
+
+
+def ratio_interval(
+    counts: np.ndarray, groups: Sequence[str] | None = None, seed: int = 0, replicates: int = REPLICATES
+) -> Interval:
+    """sum(counts[:, 0]) / sum(counts[:, 1]) over rows, 0 where there is nothing to divide by, with its interval.
+
+    With four columns the ratio of the last two is taken off: a paired difference, both sides on the same resamples.
+    """
+    if not len(counts):
         raise UserError("there is no row to evaluate; give a file with rows")
-    units, count = _units(groups, len(values))
-    features = sparse.csr_matrix(np.stack([values, np.ones_like(values)], axis=1))
-    samples = _resample(_sum_units(features, units, count), seed, replicates)
-    return _interval(values.mean(), samples[:, 0] / samples[:, 1])
+    units, count = _units(groups, len(counts))
+    sums = _sum_units(sparse.csr_matrix(np.asarray(counts, dtype=np.float64)), units, count)
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        first = _ratio(sums[:, 0], sums[:, 1])
+        return first - _ratio(sums[:, 2], sums[:, 3]) if sums.shape[1] == 4 else first
+
+    return _interval(ratio(np.asarray(sums.sum(axis=0)).reshape(1, -1))[0], ratio(_resample(sums, seed, replicates)))
 
 
 # The bootstrap: rows -> features -> sums per unit -> replicates -> metrics.

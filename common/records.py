@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import hashlib
 import json
@@ -127,6 +128,42 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
                     yield number, ValueError(f"not JSON ({error.msg})")
 
 
+def numbered_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str] | None]:
+    """(what the numbers count, numbered rows, CSV header or None) of a JSON list, JSONL or CSV."""
+    with open_text(path) as handle:
+        start = handle.read(4096).lstrip()
+    if not start:
+        raise UserError(f"{path} is empty; give a file with rows, as a JSON list, JSONL or CSV")
+    suffixes = Path(path).suffixes
+    if start[0] == "[" or (".json" in suffixes and start[0] != "{"):
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path} must hold a JSON list of rows, or one JSON object a line")
+        return "row", list(enumerate(rows, start=1)), None
+    if start[0] == "{" or ".jsonl" in suffixes:
+        return "line", list(iter_jsonl(path)), None
+    return _csv_rows(path)
+
+
+def _csv_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str]]:
+    numbered: list[tuple[int, Any]] = []
+    with open_text(path, newline="") as handle:
+        reader = csv.reader(handle, strict=True)
+        try:
+            header = [name.strip() for name in next(reader)]
+            for cells in reader:
+                if len(cells) == len(header):
+                    numbered.append((reader.line_num, dict(zip(header, cells, strict=True))))
+                elif cells:
+                    fault = ValueError(f"{len(cells)} cells where the header has {len(header)}")
+                    numbered.append((reader.line_num, fault))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); mend the file") from error
+    if not numbered:
+        raise UserError(f"{path} has a header but no rows; give a file with rows")
+    return "line", numbered, header
+
+
 def row_fault(row: Any, keys: Sequence[str]) -> str | None:
     """Why `row` is not an object with a non-empty text under each of `keys`; None when it is."""
     if isinstance(row, ValueError):
@@ -197,3 +234,12 @@ def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_outdir(outdir: Path, src: str | None, files: Sequence[str]) -> None:
+    """Refuse an --outdir that cannot be a folder, or whose `files` would replace the source."""
+    nearest = next((folder for folder in (outdir, *outdir.parents) if folder.exists()), outdir)
+    if nearest.exists() and not nearest.is_dir():
+        raise UserError(f"--outdir {outdir}: {nearest} is a file; choose a folder")
+    if src and Path(src).resolve() in [(outdir / file).resolve() for file in files]:
+        raise UserError(f"--src {src} would be overwritten by its own output; choose another --outdir")

@@ -7,11 +7,12 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common import records
+from common import models, records, splits
 from common.cli import UserError
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
@@ -111,3 +112,21 @@ def read_groups(save_dir: str | Path) -> set[str] | None:
     """Group hashes that the run was trained on; None when the folder keeps no such record."""
     path = Path(save_dir) / GROUPS_FILE
     return set(path.read_text().split()) if path.is_file() else None
+
+
+def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | None:
+    """{"rows", "of"}: rows whose group the run was trained on; None where an adapter keeps no record of that."""
+    trained = read_groups(model_dir)
+    if trained is None:
+        if models.is_adapter(model_dir):
+            return None
+        trained = set()  # a base model was trained on no labelled row of ours
+    seen, of = splits.overlap(groups, trained)
+    return {"rows": seen, "of": of}
+
+
+def worst_contamination(counts: Sequence[dict[str, int] | None]) -> dict[str, int] | None:
+    """The contamination of the model with the most; None where one is unknown and none is known to have any."""
+    known = [count for count in counts if count]
+    most = max(known, key=lambda count: count["rows"], default=None)
+    return None if most and not most["rows"] and len(known) < len(counts) else most

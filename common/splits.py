@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -21,6 +22,7 @@ Row = TypeVar("Row")
 VALIDATION_SHARE = 0.27
 DEV_SHARE = 0.08
 PARTS = ("train", "dev", "validation")
+GROUP_HASH = re.compile(r"[0-9a-f]{16}")
 
 
 def group_hash(group: str) -> str:
@@ -29,7 +31,7 @@ def group_hash(group: str) -> str:
 
 
 def part_of(group: str) -> str:
-    """"train", "dev" or "validation" for a group hash of `group_hash`: the hash read as a number in [0, 1)."""
+    """ "train", "dev" or "validation" for a group hash of `group_hash`: the hash read as a number in [0, 1)."""
     place = int(group, 16) / 16**16
     if place < VALIDATION_SHARE:
         return "validation"

@@ -68,17 +68,40 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a user turn up to where the assistant's answer starts (without a chat template: text, newline)."""
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": text}]
+    """Token ids of a user turn up to where the assistant's answer starts (without a chat template: text, newline).
+
+    Special tokens in `text`, such as `<|im_end|>`, are encoded as the plain text they are, so that no input can end
+    the user turn or begin another one.
+
+    Raises:
+        UserError: the tokenizer has no plain-text form for a special token in `text`.
+    """
+    if not tokenizer.chat_template:
+        return tokenizer.encode(text + "\n", add_special_tokens=True, split_special_tokens=True)
+    turn = [{"role": "user", "content": text}]
+    if not has_special_token(tokenizer, text):  # the same ids at half the cost
         rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return tokenizer.encode(rendered, add_special_tokens=False)
-    return tokenizer.encode(text + "\n", add_special_tokens=True)
+    try:
+        return tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
+    except ValueError as error:
+        raise UserError(f"a text cannot be encoded ({_first_line(error)}); take the special token out of it") from error
+
+
+def has_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether `text` holds one of the tokenizer's special tokens, letter by letter."""
+    return any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values())
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of an answer with the EOS that training must see, so that the trained model stops."""
-    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    """Token ids of an answer with the EOS that training must see, so that the trained model stops.
+
+    Special tokens in `text` are encoded as plain text, as in `encode_prompt`.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return [*ids, tokenizer.eos_token_id]
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:

@@ -65,7 +65,7 @@ def evaluate(dataset, capsys):
 
 
 def rows_of(file: str | Path, part: str | None = None) -> list[dict]:
-    rows, _ = creditmix.read_labelled(file, CREDITMIX)
+    rows, _ = creditmix.read_labelled(file)
     return [row for row in rows if part is None or splits.part_of(row["group"]) == part]
 
 

@@ -195,8 +195,8 @@ def test_csv_cells_become_the_six_and_the_all_line_and_every_rule_is_counted(tmp
 
     six = "Age: 23, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
     six += "Credit Utilization Ratio: 35.03, Payment Behaviour: N/A"
-    assert creditmix.read_labelled(path, TASK)[0][0]["question"] == six
-    rows, counts = creditmix.read_labelled(path, TASK, "all")
+    assert creditmix.read_labelled(path)[0][0]["question"] == six
+    rows, counts = creditmix.read_labelled(path, "all")
     assert [row["question"] for row in rows] == [
         f"{six}, Salary: 1825, Accounts: 3, Cards: 4, Interest: 3, Loans: 4, Days Late: 3, Late Payments: 7, "
         "Limit Change: 11.3, Inquiries: 4, History Months: 273, Pays Minimum: No, EMI: 50, Invested: N/A, Balance: N/A"
@@ -217,7 +217,7 @@ def test_a_gap_is_filled_with_the_commonest_value_of_the_same_customer_only(tmp_
     for line, owner in zip(lines, ["1", "1", "1", "1", "2"], strict=True):
         line["Customer_ID"] = owner
     (tmp_path / "raw.csv").write_text(csv_text(lines))
-    read_back = creditmix.read_labelled(tmp_path / "raw.csv", TASK)[0]
+    read_back = creditmix.read_labelled(tmp_path / "raw.csv")[0]
     assert [customer(row["question"]) for row in read_back] == ["a", "b", "b", "b", "N/A"]
 
 
@@ -228,7 +228,7 @@ def test_every_format_gives_a_customer_the_same_group(tmp_path):
     rows = customers(40)
     groups = []
     for name in FORMATS:
-        read_back, _ = creditmix.read_labelled(write_source(tmp_path / name, rows), TASK)
+        read_back, _ = creditmix.read_labelled(write_source(tmp_path / name, rows))
         groups.append([(customer(row["question"]), row["group"]) for row in read_back])
     assert groups[0] == groups[1] == groups[2] == groups[3]
     assert len(set(groups[0])) == len({name for name, _ in groups[0]}) > 30
@@ -258,7 +258,7 @@ def test_csv_rows_of_one_customer_or_one_debt_are_one_group(tmp_path):
     for line, (owner, debt) in zip(lines, table, strict=True):
         line |= {"Customer_ID": owner, "Outstanding_Debt": str(debt)}
     (tmp_path / "raw.csv").write_text(csv_text(lines))
-    groups = [row["group"] for row in creditmix.read_labelled(tmp_path / "raw.csv", TASK)[0]]
+    groups = [row["group"] for row in creditmix.read_labelled(tmp_path / "raw.csv")[0]]
     assert groups[0] == groups[1] == groups[2] == creditmix.group_of("Outstanding Debt: 20")  # the smallest of A, B
     assert groups[3] == groups[7] == creditmix.group_of("Age: 7, Outstanding Debt: 40")
     assert groups[4] == groups[5] and len({groups[0], groups[3], groups[4], groups[6]}) == 4
@@ -272,7 +272,7 @@ def test_without_a_debt_the_line_is_the_group():
 
 def test_a_group_that_a_row_brings_is_kept(tmp_path):
     rows = [{"question": "Age: 23.0", "answer": "Bad", "group": "0123456789abcdef"}]
-    read_back, _ = creditmix.read_labelled(write_source(tmp_path / "x.jsonl", rows), TASK)
+    read_back, _ = creditmix.read_labelled(write_source(tmp_path / "x.jsonl", rows))
     assert read_back == [{"question": "Age: 23", "answer": "Bad", "group": "0123456789abcdef"}]
 
 
@@ -475,7 +475,7 @@ ONE_CLASS = json.dumps([{"question": f"Age: 23, Outstanding Debt: {debt}", "answ
     ("name", "text", "parts"),
     [
         ("gone.json", None, ["gone.json does not exist", "check the path"]),
-        ("x.json", "", ["x.json is empty", "question"]),
+        ("x.json", "", ["x.json is empty", "JSON list, JSONL or CSV"]),
         ("x.csv", "\n \n", ["x.csv is empty"]),
         ("x.json", "[]", ["x.json has no usable rows", "question, answer"]),
         ("x.json", "hello", ["x.json, line 1: not JSON", "mend the file"]),
@@ -531,7 +531,7 @@ def _part(row: dict) -> str:
         (["--synthesize", "0"], ["0 is not above 0"]),
         (["--synthesize", "9"], ["--synthesize 9", "no row of class"]),
         (["--synthesize", "9000000"], ["300,000", "ask for fewer"]),
-        (["--synthesize", "900", "--features", "all"], ["six features only", "leave --features out"]),
+        (["--synthesize", "900", "--features", "all"], ["six features only", "leave --features and --task out"]),
         (["--src", "a", "--feature", "all"], ["unrecognized arguments: --feature"]),
     ],
 )
@@ -606,8 +606,8 @@ def test_help_needs_no_torch():
 
 @needs_real_data
 def test_the_public_json_and_csv_agree_on_every_customer(tmp_path):
-    questions, json_counts = creditmix.read_labelled(REAL / "creditmix_dataset.json", TASK)
-    cells, csv_counts = creditmix.read_labelled(REAL / "credit_score_raw.csv.gz", TASK)
+    questions, json_counts = creditmix.read_labelled(REAL / "creditmix_dataset.json")
+    cells, csv_counts = creditmix.read_labelled(REAL / "credit_score_raw.csv.gz")
     assert (json_counts["rows read"], json_counts["rows kept"]) == (25_568, 25_568)
     assert (csv_counts["rows read"], csv_counts["rows unlabelled"]) == (40_084, 7_838)
 

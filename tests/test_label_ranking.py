@@ -97,17 +97,18 @@ def test_bfloat16_agrees_on_the_winner(tiny_base, tokenizer):
 
 
 def test_tree_shares_tokens():
-    tree = LabelTree([[[5]], [[5, 6]], [[5, 6, 7], [8, 9]]])
+    tree = LabelTree([[[[5]]], [[[5, 6]]], [[[5, 6, 7], [8, 9]]]])
     assert tree.tokens[1:] == [5, 6, 8]  # inner nodes: 5, 5-6 and 8; the last token of a form costs no column
     assert tree.depths == [0, 1, 2, 1]
     assert tree.ancestors().tolist() == [[True, False, False], [True, True, False], [False, False, True]]
-    assert tree.forms[2][0] == [(0, 5), (1, 6), (2, 7)]
+    assert tree.forms[2][0][0] == [(0, 5), (1, 6), (2, 7)]
 
 
 def test_hand_computed_scores(tokenizer):
     """Two labels of one and two tokens on logits that are known."""
     ranker = LabelRanker.__new__(LabelRanker)
-    ranker.tree = LabelTree([[[0]], [[1, 2]]])
+    ranker.task = CREDITMIX
+    ranker.tree = LabelTree([[[[0]]], [[[1, 2]]]])
     logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]]))
     scores = ranker._read(logits)
     assert scores[0, 0] == pytest.approx(np.log(0.5), abs=1e-6)
