@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 from common import cli, records, tokenizers, training
 
+REFERENCE_TOKENS = 2048  # of a batch in the pass for the reference log-probabilities
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="dpo_train.py")
@@ -123,7 +125,8 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
             max_length=None,
             disable_dropout=args.lora_dropout == 0,
             precompute_ref_log_probs=True,
-            precompute_ref_batch_size=per_device,
+            # without gradients more fit at once, up to where their logits would weigh more than a training step
+            precompute_ref_batch_size=max(per_device, REFERENCE_TOKENS // (2 * max(lengths))),
         ),
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,

@@ -5,7 +5,7 @@
         Payment Behaviour: Low_spent_Small_value_payments"
     python infer_creditmix.py --model_dir runs/creditmix_sft --input rows.jsonl --output answers.jsonl
     python infer_creditmix.py --model_dir runs/ticket_sft --task recipes/ticket_severity.yaml \\
-        --features "Printer: slow to start. Users affected: 3"
+        --features "Mail. Users affected: 3, Hours open: 2, mails arrive an hour late"
 
 Rows of --input have the features under "features" or "question", with --task under the task's text field. Answers keep
 their order; an interrupted run goes on where it stopped. Each answer has model_name, prediction, scores, raw_scores,

@@ -4,9 +4,10 @@
     python bench/label_ranking.py --shape 0.5b --layers 4 --tokenizer QWEN_TOKENIZER_DIR --dtype bfloat16 --rows 48
 
 Contestants, on the same rows and labels: one full forward pass per row, label and form (`naive`);
-lm-evaluation-harness's HF model class on the same token ids (`lm_eval`, where it is installed); the ranker (`ours`);
-and a bare forward pass over the tokens in which the rows differ, unpadded, head at one position (`limit`). Figures
-are rows a second, the median of the rounds. The last line is JSON.
+lm-evaluation-harness's HF model class on the same token ids (`lm_eval`, where it is installed: pip install -r
+requirements-bench.txt); transformers' own pipeline("decision"), with its generic prompt, where labels are single tokens
+(`decision`); the ranker (`ours`); and a bare forward pass over the tokens in which the rows differ, unpadded, head at
+one position (`limit`). Figures are rows a second, the median of the rounds. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if importlib.util.find_spec("lm_eval"):
         contestants["lm_eval"] = (len(texts), harness(args, model, tokenizer, texts))
+    if decide := decision_pipeline(model, tokenizer, few):
+        contestants["decision"] = (len(few), decide)
     exact, found = naive_scores(model, tokenizer, CREDITMIX, few), ranker.raw_scores(texts)[: len(few)]
 
     def timed(count: int, run: Callable[[], object]) -> Callable[[], float]:
@@ -87,7 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     medians = {name: entry["rows_per_s"] for name, entry in table.items()}
     ratios = {
         "vs_naive": round(medians["ours"] / medians["naive"], 2),
-        "vs_lm_eval": round(medians["ours"] / medians["lm_eval"], 2) if "lm_eval" in medians else None,
+        **{
+            f"vs_{peer}": round(medians["ours"] / medians[peer], 2)
+            for peer in ("lm_eval", "decision")
+            if peer in medians
+        },
         "of_limit": round(medians["ours"] / medians["limit"], 3),
     }
     agreement = {
@@ -170,6 +177,24 @@ def harness(args: argparse.Namespace, model, tokenizer, texts: Sequence[str]) ->
         prompt = tokenizers.encode_prompt(tokenizer, CREDITMIX.prompt(text))
         requests += [((text, str(form)), prompt, form) for form in forms]
     return lambda: peer._loglikelihood_tokens(requests, disable_tqdm=True)
+
+
+def decision_pipeline(model, tokenizer, texts: Sequence[str]) -> Callable[[], object] | None:
+    """transformers' decision pipeline, which reads the next-token logits of the labels; None where they do not fit."""
+    import copy
+
+    from transformers import DecisionConfig, pipeline
+
+    if any(len(tokenizer.encode(label, add_special_tokens=False)) > 1 for label in CREDITMIX.labels):
+        cli.log('pipeline("decision") left out: it needs labels of one token each')
+        return None
+    config = DecisionConfig(labels={"choice": list(CREDITMIX.labels)})
+    own = copy.deepcopy(tokenizer)  # it adds tokens of its own
+    decide = pipeline("decision", model=model, tokenizer=own, decision_config=config)
+    choice = {label: label for label in CREDITMIX.labels}
+    question = {"type": "choice", "instructions": CREDITMIX.instruction, "criteria": choice}
+    requests = [{"state": text, "questions": {"label": question}} for text in texts]
+    return lambda: decide(requests)
 
 
 if __name__ == "__main__":

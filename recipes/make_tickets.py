@@ -1,6 +1,6 @@
 """Make up support tickets with a severity: the rows of recipes/ticket_severity.yaml.
 
-    python recipes/make_tickets.py --rows 12000 --out data/tickets.jsonl
+    python recipes/make_tickets.py --rows 24000 --out data/tickets.jsonl
 
 Each row has a ticket, its severity and its customer (some three tickets each). Severity follows from the symptom, the
 users affected, the hours open and whether there is a workaround, plus what no text tells: a customer's temper and
@@ -34,12 +34,12 @@ SYMPTOMS = {  # how bad each is by itself
     "orders are charged twice": 2.3,
     "data of other customers is shown": 2.8,
 }
-CUTS = {"Low": 1.8, "Medium": 3.0, "High": 4.2, "Critical": math.inf}  # severity below which each label holds
+CUTS = {"Low": 2.2, "Medium": 3.5, "High": 4.8, "Critical": math.inf}  # severity below which each label holds
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="recipes/make_tickets.py")
-    parser.add_argument("--rows", type=cli.positive_int, default=12_000)
+    parser.add_argument("--rows", type=cli.positive_int, default=24_000)
     parser.add_argument("--out", default="data/tickets.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -59,12 +59,12 @@ def ticket(draw: random.Random, tempers: Sequence[float]) -> dict:
     symptom = draw.choice(list(SYMPTOMS))
     users = max(1, round(10 ** draw.uniform(0, 4)))
     hours = max(1, round(draw.expovariate(1 / 20)))
-    workaround = draw.choice(("none", "found"))
-    severity = SYMPTOMS[symptom] + 0.6 * math.log10(users) + hours / 40 + 0.8 * (workaround == "none")
+    stuck = draw.random() < 0.5
+    severity = SYMPTOMS[symptom] + 0.9 * math.log10(users) + hours / 40 + 0.8 * stuck
     severity += tempers[customer] + draw.gauss(0, 0.4)
     return {
-        "ticket": f"{draw.choice(PRODUCTS)}: {symptom}. Users affected: {users}, Hours open: {hours}, "
-        f"Workaround: {workaround}",
+        "ticket": f"{draw.choice(PRODUCTS)}. Users affected: {users}, Hours open: {hours}, {symptom}, "
+        + ("no workaround" if stuck else "workaround known"),
         "severity": next(label for label, cut in CUTS.items() if severity < cut),
         "customer": f"C{customer:05d}",
         "synthetic": True,

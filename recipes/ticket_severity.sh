@@ -12,7 +12,7 @@ python=${PYTHON:-python}
 task=recipes/ticket_severity.yaml
 run=runs/ticket_severity_sft
 
-"$python" recipes/make_tickets.py --rows 12000 --out data/tickets.jsonl
+"$python" recipes/make_tickets.py --rows 24000 --out data/tickets.jsonl
 "$python" creditmix_prepare.py --task "$task" --src data/tickets.jsonl --outdir data
 "$python" tiny_student.py --prompts data/ticket_severity_sft.jsonl --save_dir models/tiny_tickets
 "$python" sft_train.py --config recipes/creditmix_tiny_sft.yaml --student models/tiny_tickets \
@@ -21,4 +21,4 @@ run=runs/ticket_severity_sft
 "$python" eval_creditmix.py --task "$task" --model_dir models/tiny_tickets "$run" \
   --data data/ticket_severity_val.jsonl --report_dir "$run/report"
 "$python" infer_creditmix.py --task "$task" --model_dir "$run" \
-  --features "Web shop: orders are charged twice. Users affected: 900, Hours open: 5, Workaround: none"
+  --features "Web shop. Users affected: 900, Hours open: 5, orders are charged twice, no workaround"
