@@ -61,6 +61,7 @@ COMMANDS = sorted(set(shown_commands()))
 def parser_of(script: Path) -> argparse.ArgumentParser | None:
     spec = importlib.util.spec_from_file_location(f"shown_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
     spec.loader.exec_module(module)
     return module.build_parser() if hasattr(module, "build_parser") else None
 
@@ -121,7 +122,7 @@ def test_help_and_usage_errors_come_without_torch(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_does_something(script):
     source = (ROOT / script).read_text()
-    for shared in re.findall(r"\b(training|cli)\.add_\w*flags", source):
+    for shared in re.findall(r"\b(training|cli|idp|code_writer)\.add_\w*flags", source):
         source += (ROOT / "common" / f"{shared}.py").read_text()
     if "Classifier.from_flags(args" in source:
         source += (ROOT / "common" / "classifier.py").read_text()
