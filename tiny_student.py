@@ -2,10 +2,14 @@
 
     python tiny_student.py --save_dir models/tiny_student
     python tiny_student.py --save_dir models/tiny_student --prompts data/creditmix_sft.jsonl
+    python tiny_student.py --save_dir models/tiny_coder --prompts data/codegen_sft.jsonl --texts data/codegen_sft.jsonl
+    python tiny_student.py --save_dir models/tiny_reader --prompts data/idp_sft.jsonl --copying --learning_rate 0.01
     python tiny_student.py --save_dir models/tiny_teacher --size medium
 
 Of --prompts (SFT or KD rows) only "input" is read, never the answers, so the base itself stands at chance. Without
---prompts it is made of synthetic ones.
+--prompts it is made of synthetic ones. A base for CodeGen has to have seen code: of --texts (SFT rows) only "output" is
+read, as text by itself that no prompt goes with, its names and numbers exchanged.
+A base for IDP has to copy: --copying gives it heads for that, digits in pairs and exercises.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="tiny_student.py")
     parser.add_argument("--save_dir", default="models/tiny_student")
     parser.add_argument("--prompts", nargs="+", default=[], help='JSONL rows whose "input" is read, unlabelled')
+    parser.add_argument("--texts", nargs="+", default=[], help='JSONL rows whose "output" is read, without its input')
+    parser.add_argument("--copying", action="store_true", help="for tasks that copy from their prompts, as IDP does")
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--steps", type=cli.positive_int, default=800)
     parser.add_argument("--rows_per_step", type=cli.positive_int, default=48)
@@ -43,21 +49,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
+    if args.copying and (args.texts or not args.prompts):
+        raise cli.UserError("--copying makes exercises of --prompts; give them, and leave --texts out")
     prompts = [row["input"] for path in args.prompts for row in records.read_rows(path, ("input",))]
     if not prompts:
         rows = creditmix.synthesize(SYNTHETIC_PROMPTS, args.seed)
         prompts = [CREDITMIX.prompt(creditmix.clean_features(row["question"])) for row in rows]
 
-    from common import miniature, models, tokenizers
+    texts = [row["output"] for path in args.texts for row in records.read_rows(path, ("output",))]
+
+    from common import copying, miniature, models, tokenizers
 
     models.quiet_libraries()
 
-    prompts += miniature.other_prompts(max(1, round(OTHER_SHARE * len(prompts))), args.seed)
-    source = miniature.SelfSupervision(prompts, args.seed)
-    sample = source.draw.sample(prompts, min(len(prompts), TOKENIZER_PROMPTS))
-    tokenizer = tokenizers.align(miniature.build_tokenizer(sample, VOCABULARY))
+    if args.copying:
+        source = copying.CopyExercises(prompts, args.seed)
+    else:
+        prompts += miniature.other_prompts(max(1, round(OTHER_SHARE * len(prompts))), args.seed)
+        source = miniature.SelfSupervision(prompts, args.seed, texts)
+    sample = source.draw.sample(source.prompts, min(len(source.prompts), TOKENIZER_PROMPTS))
+    sample += [source.texts[prompt] for prompt in sample if prompt in source.texts]
+    phrases = copying.tokens(prompts) if args.copying else None
+    tokenizer = tokenizers.align(miniature.build_tokenizer(sample, VOCABULARY, phrases))
     hidden, layers, heads = SIZES[args.size]
+    heads = hidden // copying.HEAD_SIZE if args.copying else heads
     model = miniature.build_model(tokenizer, hidden=hidden, layers=layers, heads=heads, seed=args.seed)
+    if args.copying:
+        copying.place_heads(model, args.seed)
     losses = miniature.pretrain(
         model,
         tokenizer,
@@ -81,6 +99,7 @@ def save(args: argparse.Namespace, model, tokenizer, losses: dict[str, float]) -
         "parameters": model.num_parameters(),
         "losses": losses,
         "prompts": [{"path": path, "sha256": records.sha256_file(path)} for path in args.prompts] or "synthetic",
+        "texts": [{"path": path, "sha256": records.sha256_file(path)} for path in args.texts],
         "versions": run_record.versions(),
     }
     records.write_json(building / "base.json", facts)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
@@ -25,28 +26,29 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(prompts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
+def build_tokenizer(prompts: Sequence[str], vocab_size: int, phrases: Sequence[str] | None = None) -> Qwen2Tokenizer:
     """Qwen2's own tokenizer (byte-level BPE, digits single) trained on `prompts`, with its turn tokens and ChatML.
 
-    The fixed text between the numbers of a prompt becomes one added token each, so that a row costs little more than
-    its digits. Added tokens survive every loader and export; merges across words would not, since the tokenizer that
-    transformers builds for this architecture splits words before it merges.
+    `phrases` become one added token each; by default they are the fixed text between the numbers of a prompt, so that a
+    row costs little more than its digits. Added tokens survive every loader and export; merges across words would not,
+    since the tokenizer that transformers builds for this architecture splits words before it merges.
     """
     from transformers import AddedToken, Qwen2Tokenizer
 
     frame = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    phrases = Counter(piece for prompt in prompts for piece in NUMBER.split(prompt) if len(piece) > 4)
-    often = [piece for piece, count in phrases.most_common(MOST_PHRASES) if count >= len(prompts) * PHRASE_SHARE]
+    if phrases is None:
+        pieces = Counter(piece for prompt in prompts for piece in NUMBER.split(prompt) if len(piece) > 4)
+        phrases = [piece for piece, count in pieces.most_common(MOST_PHRASES) if count >= len(prompts) * PHRASE_SHARE]
     words = [f"{word}\n {word}\n" for word in ANSWER_WORDS] * len(prompts)  # one token each, with a space or without
     blank = Qwen2Tokenizer(vocab={}, merges=[], unk_token=END_OF_TEXT, eos_token=TURN_END, pad_token=END_OF_TEXT)
     tokenizer = blank.train_new_from_iterator(
         [*prompts, *words],
-        vocab_size - len(frame) - len(often),
+        vocab_size - len(frame) - len(phrases),
         new_special_tokens=[TURN_START, TURN_END],
         show_progress=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in frame + often])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in [*frame, *phrases]])
     return tokenizer
 
 
@@ -90,19 +92,30 @@ LEVELS = 32  # equal shares of a field's values, one of which a number is to be 
 ANSWER_WORDS = ("Good", "Standard", "Bad", "Low", "Medium", "High", "Yes", "No")
 SAY = "Say this word: "
 NUMBER_FIELD = re.compile(r"([A-Z][\w /.()-]*): (-?\d+(?:\.\d+)?)(?=, |$)", re.MULTILINE)
+KEYWORDS = "Write a text with these: "
+# A tag, a bullet, a quoted word, a word or number, an operator.
+WORD = re.compile(r"</?\w+>|^ *- |'[^'\n]*'|\w+|[^\w\s'\"()\[\]{},.:;]+", re.MULTILINE)
+KEYWORD_SHARE = 0.15  # of the texts: a word in more of them says little
+RARE_SHARE = 0.004  # of the texts: a word in fewer of them is a name
+TEXT_VARIANTS = 3  # of each text
 UNKNOWN = -100  # the level of a field that a prompt has no number for
 
 
 class SelfSupervision:
     """What a model can learn from unlabelled prompts: their text, an answer that is a random word or a copied span, and
-    how large each of their numbers is for its field.
+    how large each of their numbers is for its field; and from texts without prompts: to write one from its keywords.
 
     Attributes:
         fields: the numeric fields, in the order of their first appearance.
+        learn_prompts: whether the text of the prompt is learnt too, or the answer alone.
     """
 
-    def __init__(self, prompts: Sequence[str], seed: int) -> None:
-        self.prompts, self.draw = list(prompts), random.Random(seed)
+    learn_prompts = True
+
+    def __init__(self, prompts: Sequence[str], seed: int, texts: Sequence[str] = ()) -> None:
+        self.draw = random.Random(seed)
+        self.texts = {prompt: text for _ in range(TEXT_VARIANTS) for prompt, text in keyword_prompts(texts, self.draw)}
+        self.prompts = [*prompts, *self.texts]
         values: dict[str, list[float]] = {}
         for prompt in self.prompts:
             for field, number in NUMBER_FIELD.findall(prompt):
@@ -118,12 +131,19 @@ class SelfSupervision:
             for field, cuts in self.cuts.items()
         ]
 
+    def example(self, prompt: str) -> tuple[str, str]:
+        """(prompt, answer) to learn from one of `prompts`."""
+        return prompt, self.answer(prompt)
+
     def answer(self, prompt: str) -> str:
-        """A random answer word; for a prompt without numeric fields a span of itself, to learn copying from.
+        """A random answer word; for a prompt without numeric fields a span of itself, to learn copying from; for the
+        keywords of a text that text.
 
         Words that are only ever drawn at random would become one and the same to the model, and no adapter could tell
         them apart through a frozen head; saying the word that was asked for keeps them distinct.
         """
+        if prompt in self.texts:
+            return self.texts[prompt]
         if prompt.startswith(SAY):
             return prompt.removeprefix(SAY)
         if any(f"{field}: " in prompt for field in self.fields):
@@ -131,6 +151,29 @@ class SelfSupervision:
         words = prompt.split(" ")
         start = self.draw.randrange(len(words))
         return " ".join(words[start : start + 6])
+
+
+def keyword_prompts(texts: Sequence[str], draw: random.Random) -> Iterator[tuple[str, str]]:
+    """(a prompt with the keywords of a text, the text) for each, a form of denoising (Lewis et al. 2019, BART).
+
+    First its numbers, its quoted words and its rare names are exchanged for those of other texts, the same for the
+    same: what a text says can then only be copied from its keywords, not remembered.
+    """
+    counts = Counter(word for text in texts for word in set(WORD.findall(text)))
+    pools = [
+        sorted(word for word in counts if kind(word))
+        for kind in (
+            str.isdigit,
+            lambda word: word.startswith("'"),
+            lambda word: word.isidentifier() and counts[word] < RARE_SHARE * len(texts),
+        )
+    ]
+    pool_of = {word: pool for pool in pools for word in pool}
+    for text in texts:
+        other = {word: draw.choice(pool_of[word]) for word in WORD.findall(text) if word in pool_of}
+        text = WORD.sub(lambda match, other=other: other.get(match[0], match[0]), text)
+        words = dict.fromkeys(WORD.findall(text))
+        yield KEYWORDS + " ".join(word for word in words if counts[word] < KEYWORD_SHARE * len(texts)), text
 
 
 def other_prompts(count: int, seed: int) -> list[str]:
@@ -197,14 +240,19 @@ def pretrain(
         return min(1.0, (step + 1) / 30) * min(1.0, (1 - step / steps) / 0.4 + 0.02)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    encoded = {prompt: tokenizers.encode_prompt(tokenizer, prompt) for prompt in source.prompts}
+    encode = functools.cache(functools.partial(tokenizers.encode_prompt, tokenizer))
     ends: list[tuple[float, float]] = []
     model.train()
     with trange(steps, desc="pretraining", unit=" steps") as progress:
         for step in progress:
-            prompts = source.draw.choices(source.prompts, k=rows_per_step)
-            answers = [tokenizers.encode_completion(tokenizer, source.answer(prompt)) for prompt in prompts]
-            rows = [tokenizers.Encoded(encoded[p] + a, 0) for p, a in zip(prompts, answers, strict=True)]
+            chosen = source.draw.choices(source.prompts, k=rows_per_step)
+            prompts, answers = zip(*(source.example(prompt) for prompt in chosen), strict=True)
+            answers = [tokenizers.encode_completion(tokenizer, answer) for answer in answers]
+            learnt_from = [0 if source.learn_prompts else len(encode(prompt)) for prompt in prompts]
+            rows = [
+                tokenizers.Encoded(encode(prompt) + answer, start)
+                for prompt, answer, start in zip(prompts, answers, learnt_from, strict=True)
+            ]
             batch = training.collate(rows, tokenizer.pad_token_id)
             output = model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
@@ -212,7 +260,7 @@ def pretrain(
             text = functional.cross_entropy(
                 output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=training.IGNORE
             )
-            last = torch.tensor([len(encoded[prompt]) - 1 for prompt in prompts])
+            last = torch.tensor([len(encode(prompt)) - 1 for prompt in prompts])
             states = torch.cat([layer[range(len(last)), last] for layer in output.hidden_states[-3:-1]], dim=-1)
             levels = torch.tensor([source.levels(prompt) or [UNKNOWN] for prompt in prompts])
             known = (levels != UNKNOWN).sum().clamp(min=1)
@@ -230,7 +278,7 @@ def pretrain(
             model.zero_grad(set_to_none=True)
             head.zero_grad(set_to_none=True)
             progress.set_postfix(text=f"{text.item():.3f}", numbers=f"{numbers.item():.3f}")
-            if step >= 0.9 * steps:
+            if step + 1 > 0.9 * steps:
                 ends.append((text.item(), numbers.item()))
     model.eval()
     means = [sum(column) / len(ends) for column in zip(*ends, strict=True)]

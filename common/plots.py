@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # Okabe & Ito's palette: told apart by colour-blind readers too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C8C")
 RIGHT, WRONG = "#009E73", "#D55E00"
+FAILURES = tuple(colour for colour in COLOURS if colour != RIGHT)
 INK, FAINT = "#30363d", "#c9d1d9"
 WIDE, NARROW = 5.2, 3.9  # inches; the narrow ones stand side by side on a large screen, so they are equally high
 HEIGHT = 3.9
@@ -126,26 +128,55 @@ def margin_histogram(model: dict[str, Any]) -> bytes:
 
 def f1_bars(models: Sequence[dict[str, Any]], names: Sequence[str], labels: Sequence[str]) -> bytes:
     """F1 per class, one bar per model, whiskers for the 95 % intervals."""
-    bar = 0.8 / len(models)
-    height = 0.9 + len(labels) * (0.2 + 0.2 * len(models)) + 0.2 * math.ceil(len(models) / 2)
+    values = [[model["per_class"][label]["f1"] for label in labels] for model in models]
+    return interval_bars(values, names, labels, "F1")
+
+
+def interval_bars(
+    values: Sequence[Sequence[dict[str, float]]], names: Sequence[str], labels: Sequence[str], xlabel: str
+) -> bytes:
+    """values[name][label] between 0 and 1 as bars, grouped by label, whiskers for the 95 % intervals."""
+    bar = 0.8 / len(names)
+    height = 0.9 + len(labels) * (0.2 + 0.2 * len(names)) + 0.2 * math.ceil(len(names) / 2)
     figure = _figure(min(height, 60), WIDE)
     axes = figure.subplots()
-    for m, (model, name) in enumerate(zip(models, names, strict=True)):
-        f1 = [model["per_class"][label]["f1"] for label in labels]
+    for m, (intervals, name) in enumerate(zip(values, names, strict=True)):
         places = [k + (m + 0.5) * bar - 0.4 for k in range(len(labels))]
-        values = [interval["value"] for interval in f1]
+        middles = [interval["value"] for interval in intervals]
         reach = [
-            [max(0.0, interval["value"] - interval["low"]) for interval in f1],
-            [max(0.0, interval["high"] - interval["value"]) for interval in f1],
+            [max(0.0, interval["value"] - interval["low"]) for interval in intervals],
+            [max(0.0, interval["high"] - interval["value"]) for interval in intervals],
         ]
-        axes.barh(places, values, bar * 0.86, color=COLOURS[m % len(COLOURS)], label=_plain(name))
-        axes.errorbar(values, places, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2)
+        axes.barh(places, middles, bar * 0.86, color=COLOURS[m % len(COLOURS)], label=_plain(name))
+        axes.errorbar(middles, places, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2)
     axes.set_yticks(range(len(labels)), [_plain(label) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first label on top
     axes.set_xlim(0, 1)
-    if len(models) > 1:
+    if len(names) > 1:
         figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
-    _tidy(axes, "F1", "", grid="x")
+    _tidy(axes, xlabel, "", grid="x")
+    return _png(figure)
+
+
+def outcome_bars(counts: Sequence[dict[str, int]], names: Sequence[str]) -> bytes:
+    """One bar per name, cut into the shares of its outcomes; "passed" comes first, the rest by frequency."""
+    totals = Counter()
+    for each in counts:
+        totals.update(each)
+    kinds = sorted(totals, key=lambda kind: (kind != "passed", -totals[kind]))
+    figure = _figure(1.3 + 0.45 * len(names) + 0.2 * math.ceil(len(kinds) / 2), WIDE)
+    axes = figure.subplots()
+    lefts = [0.0] * len(names)
+    for place, kind in enumerate(kinds):
+        shares = [each.get(kind, 0) / sum(each.values()) for each in counts]
+        colour = RIGHT if kind == "passed" else FAILURES[place % len(FAILURES)]
+        axes.barh(range(len(names)), shares, 0.6, left=lefts, color=colour, edgecolor="white", label=_plain(kind))
+        lefts = [left + share for left, share in zip(lefts, shares, strict=True)]
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
+    _tidy(axes, "share of answers", "", grid="x")
     return _png(figure)
 
 

@@ -1,0 +1,136 @@
+"""Write Python code for a task, or for a JSONL file of them: the code alone, checked to compile.
+
+    python infer_codegen.py --model_dir runs/kd_code --prompt "Write a function that sorts a list."
+    python infer_codegen.py --model_dir runs/kd_code --prompt "Write a function that sorts a list." --plan_then_code
+    python infer_codegen.py --model_dir runs/kd_code --input tasks.jsonl --output answers.jsonl
+
+With --plan_then_code the model writes a plan first, shown on stderr, and then the code for task and plan. Rows of
+--input have the task under "prompt" or "input", rows of --output model_name, prompt and answers: each with plan, code
+and error (null where the code compiles). An interrupted run goes on where it stopped. Nothing is run. The exit code is
+1 where code does not compile; it is kept all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import cli, code_writer, codegen, models, records
+
+WINDOW = 32  # tasks at a time
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="infer_codegen.py")
+    parser.add_argument("--model_dir", required=True, help="run folder, or a base model's folder or Hub id")
+    parser.add_argument("--prompt", help="the task, or a function stub to complete")
+    parser.add_argument("--input", help='JSONL rows with the task under "prompt" or "input"')
+    parser.add_argument("--output", help="JSONL answers to the rows of --input, in their order")
+    parser.add_argument("--plan_then_code", action="store_true", help="first a plan, then code for task and plan")
+    parser.add_argument("--show_plan", action="store_true", help="print the plan before the code, in comment lines")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
+    code_writer.add_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = cli.parse_args(build_parser(), argv)
+    if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
+        raise cli.UserError("give either --prompt, or --input and --output together")
+    if args.prompt is not None and not args.prompt.strip():
+        raise cli.UserError('--prompt is empty; give a task such as "Write a function that sorts a list."')
+    if args.output and Path(args.output).resolve() == Path(args.input).resolve():
+        raise cli.UserError(f"--output {args.output} would replace --input; choose another name")
+    if args.show_plan and (not args.plan_then_code or args.input):
+        raise cli.UserError("--show_plan goes with --plan_then_code and --prompt; rows of --output have their plan")
+    code_writer.check_flags(args)
+    models.check_model_dir(args.model_dir, args.base)
+    tasks = [args.prompt] if args.prompt else read_tasks(args.input, args.skip_bad_rows)
+
+    writer = code_writer.CodeWriter.from_flags(args, args.model_dir)
+    return write_one(args, writer) if args.prompt else write_file(args, writer, tasks)
+
+
+def read_tasks(path: str, skip_bad_rows: bool) -> list[str]:
+    """The tasks of a JSONL file."""
+
+    def fault(row: dict) -> str | None:
+        return None if task_of(row) else "no task under 'prompt' or 'input'"
+
+    rows = records.check_rows(path, records.iter_jsonl(path), (), skip_bad_rows, fault_of=fault)
+    return [task_of(row) for row in rows]
+
+
+def task_of(row: dict) -> str:
+    """The task of a row; "" where it has none."""
+    return next((row[key] for key in ("prompt", "input") if records.row_fault(row, (key,)) is None), "")
+
+
+def write_one(args: argparse.Namespace, writer: code_writer.CodeWriter) -> int | None:
+    """Print the code for --prompt, line by line where a person looks on."""
+    decoding = code_writer.decoding(args)
+    plans = writer.plan([args.prompt], **decoding) if args.plan_then_code else None
+    streamer = None
+    if sys.stdout.isatty() and args.num_samples == 1:
+        if plans:
+            tell_plan(plans[0][0], args.show_plan)
+        streamer = writer.streamer(sys.stdout)
+    (answers,) = writer.write([args.prompt], plans, **decoding, streamer=streamer)
+    if streamer is None:
+        for number, answer in enumerate(answers, start=1):
+            if args.num_samples > 1:
+                print(f"# sample {number} of {args.num_samples}")
+            if plans:
+                tell_plan(answer.plan, args.show_plan)
+            print(answer.code)
+    return report_errors([answer.code for answer in answers])
+
+
+def tell_plan(plan: str, on_stdout: bool) -> None:
+    """The plan on stderr, or on stdout in comment lines."""
+    if on_stdout:
+        print("".join(f"# {line}\n" for line in plan.splitlines()), end="")
+    else:
+        cli.log(plan + "\n")
+
+
+def report_errors(codes: Sequence[str]) -> int | None:
+    """Say which code does not compile; the exit code."""
+    errors = [codegen.compile_error(code) for code in codes]
+    for number, error in enumerate(errors, start=1):
+        if error:
+            which = f"sample {number}" if len(codes) > 1 else "the code"
+            cli.log(f"error: {which} does not compile ({error})")
+    return cli.FAILED if any(errors) else None
+
+
+def write_file(args: argparse.Namespace, writer: code_writer.CodeWriter, tasks: Sequence[str]) -> int | None:
+    """Answer --input into --output."""
+    from common.answer_file import write_answers
+
+    decoding = code_writer.decoding(args)
+
+    def answer(some: list[str]) -> list[dict]:
+        plans = writer.plan(some, **decoding) if args.plan_then_code else None
+        found = writer.write(some, plans, **decoding)
+        return [{"model_name": args.model_dir, "prompt": task, "answers": [told(one) for one in answers]}
+                for task, answers in zip(some, found, strict=True)]  # fmt: skip
+
+    def told(one: code_writer.CodeAnswer) -> dict:
+        return {"plan": one.plan, "code": one.code, "error": codegen.compile_error(one.code)}
+
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
+    decided_by = [settings, records.sha256_file(args.input), models.adapter_hash(args.model_dir)]
+    rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
+    errors = [one["error"] for row in rows for one in row["answers"]]
+    if any(errors):
+        count = sum(error is not None for error in errors)
+        cli.log(f"error: {count} of {len(errors)} answers do not compile; see {args.output}")
+        return cli.FAILED
+    return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
