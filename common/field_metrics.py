@@ -1,0 +1,185 @@
+"""Extracted fields against the true ones: which leaves of two JSON values agree, exactly and after normalising.
+
+A leaf is a number, text, true or false at some path. null, "" and empty containers are no leaves: a field that is
+left empty and one that is not there are the same. Items of a list (an invoice's lines) are paired so that most of
+their leaves agree, so an item that was missed costs its own leaves and not those of all that follow.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+Path = tuple[str | int, ...]
+
+MISSING = None
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_MONTH = rf"(?P<month>{'|'.join(MONTHS)})[a-z]*\.?"
+_DATE_FORMS = [
+    re.compile(form)
+    for form in (
+        r"(?P<y>\d{4})[-/. ](?P<m>\d{1,2})[-/. ](?P<d>\d{1,2})",
+        r"(?P<a>\d{1,2})[-/. ](?P<b>\d{1,2})[-/. ](?P<y>\d{4}|\d{2})",
+        rf"(?P<d>\d{{1,2}})(?:st|nd|rd|th)?[-/., ]*{_MONTH}[-/., ]*(?P<y>\d{{4}}|\d{{2}})",
+        rf"{_MONTH}[-/., ]*(?P<d>\d{{1,2}})(?:st|nd|rd|th)?[-/., ]+(?P<y>\d{{4}}|\d{{2}})",
+    )
+]
+_AMOUNT = re.compile(r"(?:[^\W\d]{1,3}\.?|[^\w\s.,-])?\s*(-?)\s*(\d[\d., ']*)\s*(?:[^\W\d]{1,3}|[^\w\s.,-])?")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One field as it should be and as it was found; MISSING (None) where a side has none.
+
+    Attributes:
+        field: its name without the numbers of list items, e.g. "line_items[].qty".
+    """
+
+    field: str
+    gold: Any
+    found: Any
+
+    @property
+    def exact(self) -> bool:
+        return self.gold is not MISSING and same(self.gold, self.found)
+
+    @property
+    def normalised(self) -> bool:
+        return self.gold is not MISSING and self.found is not MISSING and same_normalised(self.gold, self.found)
+
+
+def path_name(path: Path, numbers: bool = True) -> str:
+    """("lines", 0, "qty") as "lines[0].qty", or without numbers "lines[].qty"; the root is "$"."""
+    text = "".join(f"[{part if numbers else ''}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".") or "$"
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """(path, value) of every leaf, in order."""
+    if isinstance(value, dict):
+        for key, member in value.items():
+            yield from leaves(member, (*path, key))
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from leaves(item, (*path, place))
+    elif value is not None and value != "":
+        yield path, value
+
+
+def compare(gold: Any, found: Any, path: Path = ()) -> list[Leaf]:
+    """Every leaf of both values, paired where both have one at the same place."""
+    if isinstance(gold, dict) and isinstance(found, dict):
+        keys = [*gold, *(key for key in found if key not in gold)]
+        return [leaf for key in keys for leaf in compare(gold.get(key), found.get(key), (*path, key))]
+    if isinstance(gold, list) and isinstance(found, list):
+        pairs = _pair_items(gold, found)
+        return [leaf for place, pair in enumerate(pairs) for leaf in compare(*pair, (*path, place))]
+    if isinstance(gold, dict | list) or isinstance(found, dict | list):
+        only_gold = [Leaf(path_name(place, False), leaf, MISSING) for place, leaf in leaves(gold, path)]
+        return only_gold + [Leaf(path_name(place, False), MISSING, leaf) for place, leaf in leaves(found, path)]
+    gold, found = (MISSING if value == "" else value for value in (gold, found))
+    return [] if gold is found is MISSING else [Leaf(path_name(path, False), gold, found)]
+
+
+def _pair_items(gold: list, found: list) -> list[tuple[Any, Any]]:
+    """Items paired for the most agreeing leaves (an assignment problem), the others with None."""
+    if gold == found:
+        return list(zip(gold, found, strict=True))
+    agreeing = np.array([[sum(leaf.normalised for leaf in compare(g, f)) for f in found] for g in gold], ndmin=2)
+    nearness = -1e-6 * np.abs(np.subtract.outer(np.arange(len(gold)), np.arange(len(found))))
+    rows, columns = linear_sum_assignment((agreeing.reshape(len(gold), len(found)) + nearness), maximize=True)
+    pairs = [(gold[g], found[f]) for g, f in zip(rows, columns, strict=True)]
+    pairs += [(item, None) for place, item in enumerate(gold) if place not in rows]
+    return pairs + [(None, item) for place, item in enumerate(found) if place not in columns]
+
+
+def same(gold: Any, found: Any) -> bool:
+    """Equality of JSON leaves: 44.5 is 44.50, but 1 is neither true nor "1"."""
+    return type_of(gold) == type_of(found) and gold == found
+
+
+def type_of(leaf: Any) -> str:
+    """The JSON type of a leaf: "boolean", "number", "string" or "null"."""
+    if isinstance(leaf, bool):
+        return "boolean"
+    return {int: "number", float: "number", str: "string"}.get(type(leaf), "null")
+
+
+def same_normalised(gold: Any, found: Any) -> bool:
+    """Equality of what two leaves mean: white space does not count, nor how a date or an amount is written."""
+    if same(gold, found):
+        return True
+    if isinstance(gold, bool) or isinstance(found, bool):
+        return False
+    if isinstance(gold, int | float) or (isinstance(gold, str) and re.search(r"\d[.,]\d\d\b", gold)):
+        amounts = amount(gold), amount(found)
+        if None not in amounts:
+            return abs(amounts[0] - amounts[1]) < 1e-9 * max(1.0, abs(amounts[0]))
+    gold, found = str(gold), str(found)
+    return " ".join(gold.split()) == " ".join(found.split()) or (date(gold) is not None and date(gold) == date(found))
+
+
+def amount(leaf: Any) -> float | None:
+    """A number, or text such as "1.234,50 EUR", "$ 8.20" or "RM31.00", as a number; None for any other text.
+
+    A comma or point followed by three digits at the end groups thousands if it is a comma or stands there twice.
+    """
+    if not isinstance(leaf, str):
+        return float(leaf)
+    match = _AMOUNT.fullmatch(leaf.strip())
+    if not match:
+        return None
+    sign, digits = match[1], re.sub(r"[ ']", "", match[2]).rstrip(".,")
+    last = max(digits.rfind("."), digits.rfind(","))
+    grouped = last >= 0 and len(digits) - last == 4 and (digits[last] == "," or digits.count(".") > 1)
+    if last < 0 or grouped:
+        whole, decimals = digits, ""
+    else:
+        whole, decimals = digits[:last], digits[last + 1 :]
+    return float(f"{sign}{re.sub('[.,]', '', whole)}.{decimals or 0}")
+
+
+def date(text: str) -> tuple | None:
+    """A date, however it is written: (year, month, day), or None when `text` is none.
+
+    Where day and month cannot be told apart (09/01/2019), they stand in the order of the text, marked as such.
+    """
+    text = text.strip().lower()
+    for form in _DATE_FORMS:
+        if match := form.fullmatch(text):
+            parts = match.groupdict()
+            year = int(parts["y"]) + (2000 if len(parts["y"]) == 2 else 0)
+            if "a" in parts:
+                first, second = int(parts["a"]), int(parts["b"])
+                if first <= 12 and second <= 12 and first != second:
+                    return ("day or month", year, first, second)
+                month, day = (first, second) if second > 12 else (second, first)
+            else:
+                month = MONTHS.index(parts["month"]) + 1 if "month" in parts else int(parts["m"])
+                day = int(parts["d"])
+            try:
+                return tuple(datetime.date(year, month, day).timetuple()[:3])
+            except ValueError:
+                return None
+    return None
+
+
+def counts(rows: Sequence[Sequence[Leaf]], normalised: bool) -> np.ndarray:
+    """[rows, 3]: for each document how many leaves agree, were found, and should be found."""
+    return np.array(
+        [
+            [
+                sum(leaf.normalised if normalised else leaf.exact for leaf in row),
+                sum(leaf.found is not MISSING for leaf in row),
+                sum(leaf.gold is not MISSING for leaf in row),
+            ]
+            for row in rows
+        ],
+        dtype=np.float64,
+    ).reshape(-1, 3)

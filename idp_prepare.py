@@ -1,0 +1,135 @@
+"""Prepare IDP data: documents and their fields to SFT, KD and DPO rows and held-out documents.
+
+    python idp_prepare.py --src receipts.jsonl --schema data/idp_schema.json --outdir data
+    python idp_prepare.py --src scans/ --schema data/idp_schema.json --outdir data
+    python idp_prepare.py --synthesize 3000 --outdir data
+
+Reads rows {"document", "fields"} (JSONL or a JSON list), a folder of name.pdf or name.txt with name.json beside it, or
+makes invoices up. Writes into --outdir: idp_sft.jsonl, idp_kd.jsonl and idp_dpo.jsonl (training documents),
+idp_dev.jsonl and idp_val.jsonl (other documents with their fields) and idp_manifest.json (counts, checksums); with
+--synthesize and no --schema also idp_schema.json, the schema of its invoices. The split is by the document's text, case
+and punctuation aside. The same input and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import cli, idp, idp_rows, idp_synthesis, json_schema, records, splits
+from common.cli import UserError
+
+SCHEMA_FILE = "idp_schema.json"
+OUTPUT_FILES = [f"idp_{what}.jsonl" for what in ("sft", "kd", "dpo", "dev", "val")]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    parser = cli.parser(__doc__, prog="idp_prepare.py")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--src", help="JSONL or JSON list of documents with fields, or a folder of them")
+    source.add_argument("--synthesize", type=cli.positive_int, metavar="N", help="make N invoices up instead")
+    parser.add_argument("--schema", help="JSON Schema of the fields; --synthesize has one of its own")
+    parser.add_argument("--outdir", default="data", help="folder to write into (default: data)")
+    parser.add_argument("--seed", type=int, default=42, help="of the mistakes, the order and --synthesize")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the data files and print what is in them."""
+    args = cli.parse_args(build_parser(), argv)
+    outdir = Path(args.outdir)
+    if args.src and not args.schema:
+        raise UserError("--src needs --schema with the JSON Schema of its fields")
+    records.check_outdir(outdir, args.src, OUTPUT_FILES)
+    texts: dict[str, str] = {}
+    if args.schema:
+        schema = json_schema.load(args.schema)
+        json_schema.preflight(schema, best_effort=True)  # stops at a schema that no fields can satisfy
+    else:
+        schema = idp_synthesis.SCHEMA
+        texts[SCHEMA_FILE] = records.json_text(schema)
+        _keep_other_schema(outdir / SCHEMA_FILE, schema)
+    if args.src:
+        name = Path(args.src).name
+        rows = idp_rows.read(args.src, schema, args.skip_bad_rows)
+    else:
+        name = f"--synthesize {args.synthesize} --seed {args.seed}"
+        rows = _synthetic_rows(args, schema)
+
+    parts: dict[str, list[dict]] = {part: [] for part in splits.PARTS}
+    for row in rows:
+        parts[splits.part_of(row["group"])].append(row)
+    if not parts["train"] or not parts["validation"]:
+        raise UserError(f"{name} has {len(rows)} documents, too few for a held-out part; give more of them")
+    draw = random.Random(args.seed)
+    train = draw.sample(parts["train"], len(parts["train"]))
+    sft, kd, dpo = [], [], []
+    for row in train:
+        prompt, answer = idp.prompt(row["document"], schema), json_schema.dumps(row["fields"], schema)
+        group = {"group": row["group"]}
+        sft.append({"input": prompt, "output": answer, **group})
+        kd.append({"input": prompt, "teacher_output": answer, **group})
+        mistake = idp_rows.rejected(row["fields"], schema, draw)
+        dpo.append({"prompt": prompt, "chosen": answer, "rejected": mistake, **group})
+    for file, members in zip(OUTPUT_FILES, (sft, kd, dpo, parts["dev"], parts["validation"]), strict=True):
+        texts[file] = records.jsonl_text(members)
+    manifest = {
+        "task": "idp",
+        "source": {"name": name, "sha256": _sha256(records.jsonl_text(rows))},
+        "synthetic": args.src is None,
+        "seed": args.seed,
+        "instruction": idp.INSTRUCTION,
+        "schema": {"name": Path(args.schema or SCHEMA_FILE).name, "sha256": _sha256(records.json_text(schema))},
+        "group_key": "document",
+        "shares": {
+            "train": round(1 - splits.DEV_SHARE - splits.VALIDATION_SHARE, 4),
+            "dev": splits.DEV_SHARE,
+            "validation": splits.VALIDATION_SHARE,
+        },
+        "parts": {
+            part: {"groups": len(splits.groups_of(members)), "rows": len(members)} for part, members in parts.items()
+        },
+        "teacher": {"name": "gold fields"},
+        "files": {file: {"sha256": _sha256(text)} for file, text in texts.items()},
+    }
+    records.write_together(outdir, texts | {"idp_manifest.json": records.json_text(manifest)})
+    _print_summary(manifest, outdir)
+
+
+def _synthetic_rows(args: argparse.Namespace, schema: json_schema.Schema) -> list[dict]:
+    rows = idp_synthesis.synthesize(args.synthesize, args.seed)
+    for row in rows:
+        wrong = json_schema.errors(row["fields"], schema)
+        if wrong:
+            raise UserError(f"--schema {args.schema} is not one of the invoices that --synthesize makes: {wrong[0]}; "
+                            "leave it out")  # fmt: skip
+        row["group"] = idp.group_of(row["document"])
+    return rows
+
+
+def _keep_other_schema(path: Path, schema: json_schema.Schema) -> None:
+    """Refuse to write the synthetic invoices' schema over another one."""
+    if path.exists() and records.read_json(path) != schema:
+        raise UserError(f"{path} is there and is another schema; choose another --outdir, or move the file away")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _print_summary(manifest: dict, outdir: Path) -> None:
+    print(f"{manifest['source']['name']}{' (SYNTHETIC)' if manifest['synthetic'] else ''}")
+    print(f"{'part':<12}{'documents':>10}{'unlike':>10}")
+    for part, told in manifest["parts"].items():
+        print(f"{part:<12}{told['rows']:>10,}{told['groups']:>10,}")
+    for file in (*manifest["files"], "idp_manifest.json"):
+        print(outdir / file)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

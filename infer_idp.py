@@ -1,0 +1,117 @@
+"""Extract the fields of documents as JSON that is valid by construction: one document, a file, or JSONL of them.
+
+    python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json \\
+        --document "Invoice #INV1 date 2025-10-01 from Bar LLC total USD 50."
+    python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --document_file invoice.pdf
+    python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input docs.jsonl --output out.jsonl
+
+Prints the JSON object alone. Rows of --input have their text under "document"; each answer has "fields", the row's "id"
+if it has one, and in its place "error" and "text" where there is no valid one. Answers keep their order; an interrupted
+run goes on where it stopped. Exit code 1: a document got no valid answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common import cli, documents, idp, json_schema, models, records
+
+WINDOW = 64  # documents at a time
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="infer_idp.py")
+    parser.add_argument("--model_dir", required=True, help="run folder, or a base model's folder or Hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--document", help="the text of one document")
+    source.add_argument("--document_file", help="a .txt or .pdf")
+    source.add_argument("--input", help='JSONL rows {"document"[, "id"]}')
+    parser.add_argument("--output", help="JSONL answers, one per row of --input")
+    parser.add_argument("--confidence", action="store_true", help="add each field's: its tokens' mean probability")
+    parser.add_argument("--no_constraint", action="store_true", help="let the model write freely, for comparison")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
+    idp.add_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = cli.parse_args(build_parser(), argv)
+    if (args.input is None) != (args.output is None):
+        raise cli.UserError("--input and --output go together")
+    if args.output and Path(args.output).resolve() == Path(args.input).resolve():
+        raise cli.UserError(f"--output {args.output} would replace --input; choose another name")
+    schema = json_schema.load(args.schema)
+    found = json_schema.preflight(schema, args.best_effort or args.no_constraint)
+    if unenforced := [] if args.no_constraint else found.of("checked") + found.of("unsupported"):
+        cli.log(f"checked after decoding, not enforced by it: {', '.join(each.path for each in unenforced)}")
+    models.check_model_dir(args.model_dir, args.base)
+    if args.input:
+        # read through before a model loads: a bad row is found now, not in the middle of a night's work
+        records.check_rows(args.input, records.iter_jsonl(args.input), ("document",), args.skip_bad_rows)
+        text = None
+    elif args.document_file:
+        text = documents.read_document(args.document_file)
+    else:
+        text = documents.clean(args.document)
+        if not text.strip():
+            raise cli.UserError("--document is empty; give the text of a document")
+
+    extractor = idp.Extractor.from_flags(args, idp.load(args, args.model_dir), schema,
+                                         None if args.no_constraint else found)  # fmt: skip
+    if text is None:
+        return extract_file(args, extractor)
+    extraction = extractor.extract([text], args.confidence)[0]
+    if extraction.pieces > 1:
+        cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
+    if extraction.error:
+        cli.log(f"error: no valid answer: {extraction.error}\nwhat the model wrote: {extraction.text}")
+        return cli.FAILED
+    shown = {"fields": extraction.value, "confidence": rounded(extraction)} if args.confidence else extraction.value
+    print(json.dumps(shown, indent=2, ensure_ascii=False))
+    return None
+
+
+def rounded(extraction: idp.Extraction) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in extraction.confidence.items()}
+
+
+def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | None:
+    """Stream --input to --output; says how many documents were long, and how many got no valid answer."""
+    from common.answer_file import write_answers
+
+    def rows() -> Iterator[dict]:
+        for _, row in records.iter_jsonl(args.input):
+            if records.row_fault(row, ("document",)) is None:
+                yield row
+
+    def answer(rows: list[dict]) -> list[dict]:
+        found = extractor.extract([row["document"] for row in rows], args.confidence)
+        return [answer_of(row, extraction) for row, extraction in zip(rows, found, strict=True)]
+
+    def answer_of(row: dict, extraction: idp.Extraction) -> dict:
+        named = {"id": row["id"]} if "id" in row else {}
+        pieces = {"pieces": extraction.pieces} if extraction.pieces > 1 else {}
+        if extraction.error:
+            return named | {"error": extraction.error, "text": extraction.text} | pieces
+        confidence = {"confidence": rounded(extraction)} if args.confidence else {}
+        return named | {"fields": extraction.value} | confidence | pieces
+
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
+    decided_by = [settings, records.sha256_file(args.input), extractor.schema, models.adapter_hash(args.model_dir)]
+    counts = Counter()
+    for each in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
+        counts.update({"documents"} | ({"pieces", "error"} & each.keys()))
+    if counts["pieces"]:
+        cli.log(f"{counts['pieces']} of {counts['documents']} documents were read in pieces, merged by confidence")
+    if counts["error"]:
+        cli.log(f"error: {counts['error']} of {counts['documents']} documents have no valid answer; see {args.output}")
+        return cli.FAILED
+    return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

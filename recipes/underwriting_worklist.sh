@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Application letters -> JSON -> line of features -> credit class with its margin -> a work list for the underwriters:
+#
+#   recipes/underwriting_worklist.sh                  # offline: made-up letters, miniatures trained where there are none
+#   recipes/underwriting_worklist.sh letters.jsonl    # rows {"document"[, "id"]}
+#   READER=runs/sft_idp CLASSIFIER=runs/creditmix_sft recipes/underwriting_worklist.sh letters.jsonl
+#   PYTHON=.venv/bin/python recipes/underwriting_worklist.sh
+#
+# READER reads letters into recipes/application_schema.json, CLASSIFIER tells the class. The work list comes to
+# runs/underwriting/worklist.csv: letters that nobody could read first, then Bad before Standard before Good, and within
+# a class the least certain first.
+
+set -euo pipefail
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
+python=${PYTHON:-python}
+reader=${READER:-runs/sft_applications}
+classifier=${CLASSIFIER:-runs/creditmix_sft}
+schema=recipes/application_schema.json
+work=runs/underwriting
+
+is_model() { [[ -e $1/adapter_config.json || -e $1/config.json ]]; }
+
+if ! is_model "$reader"; then
+  "$python" recipes/make_applications.py --rows 4000 --out data/applications.jsonl
+  "$python" idp_prepare.py --src data/applications.jsonl --schema "$schema" --outdir "$work"
+  "$python" tiny_student.py --prompts "$work/idp_sft.jsonl" --copying --steps 600 --rows_per_step 24 \
+    --learning_rate 0.015 --save_dir models/tiny_applications
+  "$python" sft_train.py --config recipes/idp_tiny_sft.yaml --student models/tiny_applications \
+    --data "$work/idp_sft.jsonl" --save_dir "$reader"
+  "$python" eval_idp.py --model_dir "$reader" --data "$work/idp_val.jsonl" --val_frac 0.2 --schema "$schema" \
+    --report_dir "$reader/report"
+fi
+if ! is_model "$classifier"; then
+  "$python" creditmix_prepare.py --synthesize 9000 --outdir "$work"
+  "$python" tiny_student.py --prompts "$work/creditmix_sft.jsonl" --save_dir models/tiny_creditmix
+  "$python" sft_train.py --config recipes/creditmix_tiny_sft.yaml --student models/tiny_creditmix \
+    --data "$work/creditmix_sft.jsonl" --save_dir "$classifier"
+  "$python" eval_creditmix.py --model_dir "$classifier" --fit_calibration "$work/creditmix_dev.jsonl"
+fi
+
+letters=${1:-$work/letters.jsonl}
+[[ -n ${1:-} ]] || "$python" recipes/make_applications.py --rows 40 --seed 1 --out "$letters"
+"$python" infer_idp.py --model_dir "$reader" --schema "$schema" --input "$letters" --output "$work/read.jsonl" \
+  --confidence || [[ $? == 1 ]] # letters without a valid answer are part of the list
+"$python" recipes/worklist.py features --read "$work/read.jsonl" --out "$work/features.jsonl"
+"$python" infer_creditmix.py --model_dir "$classifier" --input "$work/features.jsonl" --output "$work/answers.jsonl"
+"$python" recipes/worklist.py list --read "$work/read.jsonl" --answers "$work/answers.jsonl" --out "$work/worklist.csv"
+head -n 11 "$work/worklist.csv"
