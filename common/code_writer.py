@@ -155,7 +155,7 @@ class CodeWriter:
         if self.style is codegen.CHAT:
             prompts = [tokenizers.encode_prompt(self.tokenizer, text) for text in texts]
         else:
-            prompts = [self.tokenizer.encode(text) for text in texts]
+            prompts = [self.tokenizer.encode(text, split_special_tokens=True) for text in texts]
         return generation.generate(
             self.model, self.tokenizer, prompts, max_batch_tokens=self.max_batch_tokens, **decoding
         )

@@ -181,13 +181,16 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, seed
     return adapted
 
 
-def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
-    """The adapter in `folder` on its base `model`.
+def load_adapter(
+    model: PreTrainedModel | PeftModel, folder: str, *, trainable: bool = False, name: str = "default"
+) -> PeftModel:
+    """The adapter in `folder` on its base `model`; where adapters are on it already, `name` is added to them.
 
     Raises:
         UserError: no weights, or of another base, in shape or (by the run's fingerprint) in weights.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; copy it again, or train it again")
@@ -200,15 +203,20 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
             f"the adapter {folder} was trained on other base weights than {model.name_or_path}; "
             "give its own base with --base, or train it again on this one"
         )
+    shared = isinstance(model, PeftModel)
     try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    except (RuntimeError, ValueError, OSError) as error:
+        if not shared:
+            return PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+        model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        if shared and name in model.peft_config:
+            model.delete_adapter(name)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if "mismatch" in line), lines[0])
         raise UserError(
             f"the adapter {folder} does not fit the base {model.name_or_path} ({reason}); give its own base with --base"
         ) from error
-    return adapted
+    return model
 
 
 def load_for_inference(

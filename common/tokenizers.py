@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from common.cli import UserError
 
@@ -78,16 +81,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     if not tokenizer.chat_template:
         return tokenizer.encode(text + "\n", add_special_tokens=True, split_special_tokens=True)
-    turn = [{"role": "user", "content": text}]
-    if not has_special_token(tokenizer, text):  # the same ids at half the cost
-        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return tokenizer.encode(rendered, add_special_tokens=False)
+    return encode_chat(tokenizer, [{"role": "user", "content": text}])
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of the turns of a chat, up to where the assistant's next answer starts (see `encode_prompt`).
+
+    Args:
+        messages: each with "role" ("system", "user" or "assistant") and "content".
+
+    Raises:
+        UserError: the template refuses the order of the roles, or a special token in a text has no plain-text form.
+    """
+    if not tokenizer.chat_template:
+        return encode_prompt(tokenizer, "\n".join(message["content"] for message in messages))
     try:
-        return tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-        )
-    except ValueError as error:
-        raise UserError(f"a text cannot be encoded ({_first_line(error)}); take the special token out of it") from error
+        if any(has_special_token(tokenizer, message["content"]) for message in messages):
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+            )
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (ValueError, TemplateError) as error:
+        raise UserError(f"the chat cannot be encoded ({_first_line(error)}); change its roles or its text") from error
+    return tokenizer.encode(rendered, add_special_tokens=False)  # the same ids at half the cost
 
 
 def has_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -1,0 +1,332 @@
+"""The inference server without its routes: settings, metrics, and requests on their way to a model and back."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from prometheus_client import Counter, Gauge, Histogram
+
+from common import json_schema, tasks, web
+from common.adapter_host import Host, Hosts, HostSettings, Unusable, Work
+from common.answering import WarmUp
+from common.audit import AuditLog
+from common.cli import UserError, log
+from common.micro_batches import Job, QueueClosed, QueueFull
+from common.run_registry import BASE, BadName, Registry, UnknownRun, Version, describe
+from common.web import Environment, Problem, WebMetrics
+
+POLL = 0.25  # seconds between looks whether the client is still there
+CHARACTERS_A_TOKEN = 3  # about; how many rows make a batch is decided before they are encoded
+FRAME_TOKENS = 40  # about, of the instruction and the chat template
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment may set; the defaults are in `from_environment`."""
+
+    runs_dir: str
+    base_model: str | None
+    idp_schema: str
+    max_bases: int
+    host: HostSettings
+    request_timeout: float
+    max_body_bytes: int
+    api_key: str | None
+    audit_log: str | None
+    audit_inputs: bool
+    audit_max_bytes: int
+    preload: bool
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Raises UserError for a value that cannot be."""
+        env = Environment()
+        runs_dir = env.text("RUNS_DIR", "runs")
+        task = tasks.load(env.text("TASK"))
+        nulls = env.whole("NUM_NULL_PROMPTS", len(task.null_inputs))
+        if nulls > len(task.null_inputs):
+            raise UserError(f"NUM_NULL_PROMPTS={nulls} is more than the {len(task.null_inputs)} that there are")
+        return cls(
+            runs_dir=runs_dir,
+            base_model=env.text("BASE_MODEL"),
+            idp_schema=env.text("IDP_SCHEMA", "data/idp_schema.json"),
+            max_bases=env.whole("MAX_BASES", 2),
+            host=HostSettings(
+                max_batch_tokens=env.whole("MAX_BATCH_TOKENS", 8192),
+                max_wait=env.number("MAX_WAIT_MS", 0) / 1000,
+                max_queue=env.whole("MAX_QUEUE", 1024),
+                task=task,
+                num_null_prompts=nulls,
+                runs_dir=runs_dir,
+            ),
+            request_timeout=env.number("REQUEST_TIMEOUT", 120, least=0.001),
+            max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 20),
+            api_key=env.text("API_KEY"),
+            audit_log=env.text("AUDIT_LOG"),
+            audit_inputs=env.switch("AUDIT_INPUTS"),
+            audit_max_bytes=env.whole("AUDIT_MAX_BYTES", 64 << 20),
+            preload=env.switch("PRELOAD"),
+        )
+
+
+class ServingMetrics:
+    """What /metrics shows beside requests and their latency by route."""
+
+    def __init__(self, registry, server: Server) -> None:
+        def histogram(name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
+        self.seconds = histogram(
+            "inference_seconds", "From request to answer, by adapter and task.", ("adapter", "task"), web.SECONDS
+        )
+        self.batch_rows = histogram(
+            "batch_rows", "Rows that shared a forward pass.", ("base", "task"), [2**i for i in range(12)]
+        )
+        self.margin = histogram(
+            "top2_margin", "Best minus second-best score, in nats.", ("adapter",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
+        )
+        self.predictions = Counter("predictions", "Predictions per class.", ("adapter", "label"), registry=registry)
+        self.loading = {
+            kind: Gauge(name, text, ("name",), registry=registry)
+            for kind, name, text in (
+                ("base", "base_load_seconds", "Loading a base model."),
+                ("adapter", "adapter_load_seconds", "Loading an adapter."),
+                ("prior", "prior_warmup_seconds", "Computing a prior, or reading it from the disk."),
+            )
+        }
+        depth = Gauge("queue_rows", "Rows that wait.", registry=registry)
+        depth.set_function(lambda: sum(host.queue.rows for host in server.hosts.loaded()))
+        bases = Gauge("bases_loaded", "Base models in memory.", registry=registry)
+        bases.set_function(lambda: sum(host.model is not None for host in server.hosts.loaded()))
+        failures = Gauge("audit_failures", "Audit lines that could not be written.", registry=registry)
+        failures.set_function(lambda: server.audit.failures if server.audit else 0)
+        memory = Gauge("gpu_memory_bytes", "GPU memory in use; 0 without one.", registry=registry)
+        memory.set_function(_gpu_memory)
+        self._children: dict[tuple, Any] = {}
+
+    def child(self, metric: Counter | Histogram, *labels: str) -> Any:
+        """`metric.labels`, looked up once."""
+        key = (metric, *labels)
+        if key not in self._children:
+            self._children[key] = metric.labels(*labels)
+        return self._children[key]
+
+
+def _gpu_memory() -> float:
+    torch = sys.modules.get("torch")
+    return torch.cuda.memory_allocated() if torch is not None and torch.cuda.is_available() else 0
+
+
+class Server:
+    """Takes a request to the host of its model and waits for the answer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.registry = Registry(settings.runs_dir, settings.base_model, settings.host.task.name)
+        self.audit = AuditLog(settings.audit_log, settings.audit_max_bytes) if settings.audit_log else None
+        self.web_metrics = WebMetrics()
+        self.hosts = Hosts(settings.max_bases, self._start_host)
+        self.metrics = ServingMetrics(self.web_metrics.registry, self)
+        self._preloading: list[Job] = []
+        self._waiting: dict[Job, tuple[Request, float]] = {}  # until when
+
+    def _start_host(self, base: str, after: Host | None) -> Host:
+        def timed(kind: str, name: str, seconds: float) -> None:
+            self.metrics.loading[kind].labels(name).set(seconds)
+
+        return Host(base, self.settings.host, self._deliver, timed, self.registry.versions, after)
+
+    def _deliver(self, jobs: list[Job]) -> None:
+        """From a host's thread: wake those who wait."""
+        version, work = jobs[0].key
+        self.metrics.child(self.metrics.batch_rows, version.base, work.name).observe(sum(job.rows for job in jobs))
+        try:
+            jobs[0].waiter.get_loop().call_soon_threadsafe(_settle, jobs)
+        except RuntimeError:  # the loop is closed: a start that was given up
+            log("an answer came after the server had stopped")
+
+    async def find(self, address: str, param: str = "run") -> Version:
+        """The version that a request names.
+
+        Raises:
+            Problem: 422, 404 or 409.
+        """
+        try:
+            return self.registry.known(address) or await asyncio.to_thread(self.registry.find, address)
+        except BadName as error:
+            raise Problem(422, str(error), param) from error
+        except UnknownRun as error:
+            raise Problem(404, str(error), param) from error
+        except UserError as error:
+            raise Problem(409, str(error), param) from error
+
+    async def answer(
+        self, request: Request, version: Version, work: Work, payload: Any, rows: int = 1, tokens: int = 0
+    ) -> Any:
+        """What the model makes of `payload`.
+
+        Raises:
+            Problem: 409, 422, 503 or 504.
+        """
+        started = time.monotonic()
+        host, job = self._enqueue(version, work, payload, rows, tokens)
+        self._waiting[job] = (request, started + self.settings.request_timeout)
+        try:
+            await job.waiter
+        finally:
+            del self._waiting[job]
+            if job.waiter.cancelled() or job.waiter.exception():  # nobody waits any more
+                host.queue.withdraw(job)
+        self.metrics.child(self.metrics.seconds, version.name, work.name).observe(time.monotonic() - started)
+        return outcome(job)
+
+    async def watch(self) -> None:
+        """End the wait of requests that are late or whose client has gone; one round for all costs each one nothing."""
+        late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
+        while True:
+            await asyncio.sleep(min(POLL, self.settings.request_timeout / 4))
+            for job, (request, deadline) in list(self._waiting.items()):
+                problem = None
+                if time.monotonic() > deadline:
+                    problem = Problem(504, late)
+                elif time.monotonic() - job.arrived > POLL and await request.is_disconnected():
+                    problem = Problem(499, "the client went away")
+                if problem and not job.waiter.done():
+                    job.waiter.set_exception(problem)
+
+    def _enqueue(self, version: Version, work: Work, payload: Any, rows: int, tokens: int) -> tuple[Host, Job]:
+        job = Job((version, work), payload, rows, tokens, work.urgent)
+        job.waiter = asyncio.get_running_loop().create_future()
+        for _ in range(2):  # the base may leave memory just now
+            host = self.hosts.get(version.base)
+            try:
+                host.queue.put(job)
+                return host, job
+            except QueueFull:
+                raise Problem(503, "the queue is full; try again", retry_after=1) from None
+            except QueueClosed:
+                if host.broken:
+                    raise Problem(409, host.broken) from None
+        raise Problem(503, "the server is stopping; try again", retry_after=5)
+
+    def preload(self) -> None:
+        """Have the base and what the named endpoints stand for loaded, with their priors."""
+        addresses = [(BASE, True), *((name, True) for name in self.registry.short)]
+        addresses += [(self.newest(part), False) for part in ("idp", "code")]
+        for address, prior in addresses:
+            try:
+                version = self.registry.find(address)
+                self._preloading.append(self._enqueue(version, WarmUp(prior), None, 1, 0)[1])
+            except UnknownRun:
+                continue  # not trained yet
+            except (UserError, Problem) as error:
+                log(f"{address} cannot be loaded in advance: {error}")
+
+    def ready(self) -> bool:
+        """The base is loaded and its prior known, and so is all that PRELOAD asks for."""
+        if not all(job.waiter.done() for job in self._preloading):
+            return False
+        base = self.registry.base_model()
+        return any(
+            view.warm and not view.version.adapter and view.version.model_dir == base
+            for host in self.hosts.loaded()
+            for view in list(host.views.values())
+        )
+
+    def newest(self, part: str) -> str:
+        """The newest run with `part` in its name, else the base."""
+        names = [name for name in self.registry.names() if part in name.lower()]
+        return max(names, key=lambda name: _changed(Path(self.settings.runs_dir) / name), default=BASE)
+
+    def models(self) -> dict[str, Any]:
+        """What /models answers; blocking."""
+        loaded = {version for host in self.hosts.loaded() for version in list(host.views)}
+        entries = []
+        for name in [BASE, *self.registry.names()]:
+            try:
+                newest = self.registry.find(name)
+                for version in self.registry.versions(name):
+                    about = describe(version) | {"loaded": version in loaded, "current": version == newest}
+                    if about["current"] or about["loaded"]:
+                        entries.append({**about, "error": None})
+            except UserError as error:
+                nothing = dict.fromkeys(("adapter_sha256", "method", "created", "metrics"))
+                entries.append(
+                    {
+                        "name": name,
+                        "address": name,
+                        "model_dir": str(Path(self.settings.runs_dir) / name),
+                        "base": "",
+                        **nothing,
+                        "loaded": False,
+                        "current": True,
+                        "error": str(error),
+                    }
+                )
+        found = {entry["name"] for entry in entries}
+        return {
+            "base_model": self.registry.base_model(),
+            "bases": [host.base for host in self.hosts.loaded() if host.model is not None],
+            "task": self.settings.host.task.name,
+            "labels": self.settings.host.task.labels,
+            "short_names": {short: name for short, name in self.registry.short.items() if name in found},
+            "models": entries,
+        }
+
+    def record(self, request: Request, version: Version, task: str, started: float, text: str, **facts: Any) -> None:
+        """One line of the audit log."""
+        if self.audit is None:
+            return
+        hashes = {"adapter": version.name, "adapter_sha256": version.sha256, "base": version.base}
+        hashes["base_hash"] = self.hosts.base_hash(version.base)
+        inputs = {"input": text} if self.settings.audit_inputs else {}
+        latency = round(1000 * (time.perf_counter() - started), 2)
+        self.audit.write(request_id=web.request_id(request), task=task, **hashes, **facts, **inputs, latency_ms=latency)
+
+
+def _changed(folder: Path) -> float:
+    try:
+        return max(entry.stat().st_mtime for entry in folder.iterdir() if entry.is_file())
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _settle(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        if not job.waiter.done():
+            job.waiter.set_result(None)
+
+
+def outcome(job: Job) -> Any:
+    """A finished job's answer.
+
+    Raises:
+        Problem: 409 for a model that cannot be used, 422 for a request that it cannot take.
+    """
+    if isinstance(job.answer, Unusable):
+        raise Problem(409, str(job.answer))
+    if isinstance(job.answer, UserError):
+        raise Problem(422, str(job.answer))
+    if isinstance(job.answer, BaseException):
+        raise job.answer
+    return job.answer
+
+
+def estimate(text: str) -> int:
+    """About how many tokens a prompt with this text has."""
+    return FRAME_TOKENS + len(text) // CHARACTERS_A_TOKEN
+
+
+def check_schema(schema: dict[str, Any], param: str) -> None:
+    """Raises Problem 422 for a schema that decoding cannot follow."""
+    try:
+        json_schema.preflight(schema)
+    except UserError as error:
+        raise Problem(422, str(error), param) from error

@@ -1,0 +1,51 @@
+"""Serve a base model and every adapter under runs/ over HTTP: CreditMix, IDP, CodeGen, and OpenAI's chat API.
+
+    uvicorn serve_creditmix:app --host 0.0.0.0 --port 8000
+    python serve_creditmix.py --port 8000        # the same, without uvicorn's line for every request
+
+The page is at /, the API's description at /docs. Settings come from the environment: RUNS_DIR (runs), BASE_MODEL (the
+base of the adapters found), PRELOAD=1, NUM_NULL_PROMPTS, OFFLOAD_FOLDER, IDP_SCHEMA (data/idp_schema.json), MAX_BASES
+(2), MAX_BATCH_TOKENS (8192), MAX_WAIT_MS (0), MAX_QUEUE (1024 rows), REQUEST_TIMEOUT (120 s), MAX_BODY_BYTES (1 MiB),
+API_KEY, AUDIT_LOG=path, AUDIT_INPUTS=1, AUDIT_MAX_BYTES (64 MiB).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from common import cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="serve_creditmix.py")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
+    parser.add_argument("--port", type=int, default=8000)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+
+    import uvicorn
+
+    from common.serve_api import create_app
+
+    uvicorn.run(create_app(), host=args.host, port=args.port, access_log=False)
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made when uvicorn asks for it, so that `--help` needs none."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from common.serve_api import create_app
+
+    try:
+        return create_app()
+    except cli.UserError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
