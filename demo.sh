@@ -4,9 +4,12 @@
 #   ./demo.sh                                               # offline, on CPU: synthetic rows, miniature base
 #   CREDITMIX_SRC=path/to/creditmix_dataset.json ./demo.sh  # real rows: question/answer JSON, JSONL or the raw CSV
 #   STUDENT=Qwen/Qwen2.5-3B-Instruct CREDITMIX_SRC=... ./demo.sh    # a real base (folder or Hub id), on a GPU
+#   ./demo.sh idp codegen                                   # the other tasks: documents to JSON, prompts to code
 #   PYTHON=python3.12 ./demo.sh                             # make .venv with another Python (3.11 or newer)
 #
-# Stages: data, base, sft, kd, dpo, calibration, evaluation, contamination; their output is in runs/demo/logs.
+# Tasks: creditmix (where none is named), idp, codegen; the last runs what its model wrote, in the sandbox.
+# Stages: data, base, sft, kd, dpo, calibration, evaluation, contamination; their output is in runs/demo/logs. Those of
+# idp and codegen (data, base, sft, evaluation) keep all they make in runs/demo/idp and runs/demo/codegen.
 # Settings of the trainings: recipes/creditmix_tiny_*.yaml, and recipes/creditmix_3b_*.yaml with STUDENT.
 #
 # Interrupt it and run it again as you like: it goes on from there, in the middle of a training too. A finished
@@ -23,7 +26,8 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
 
 tiny=models/tiny_student
 work=runs/demo
-stages=(data base sft kd dpo calibration evaluation contamination)
+tasks=()
+stages=()
 features="Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, \
 Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
 
@@ -177,7 +181,7 @@ on_interrupt() {
 # check_environment: what can be known to be wrong before anything is installed or made.
 check_environment() {
   for run_dir in runs/creditmix_{sft,kd,dpo}; do
-    [[ -n $overwrite || -e $work/stamps/${run_dir#runs/creditmix_} ]] || guard_run
+    [[ " ${tasks[*]} " != *" creditmix "* || -n $overwrite || -e $work/stamps/${run_dir#runs/creditmix_} ]] || guard_run
   done
   run_dir=""
   if [[ -n ${CREDITMIX_SRC:-} ]]; then
@@ -288,6 +292,75 @@ evaluate() {
     --report_dir $work/contaminated
 }
 
+# The other two tasks, each in a folder of its own. What they make is the demo's own, so nothing has to be guarded.
+
+# make_data_of TASK WHAT PREPARE_ARGUMENT...
+make_data_of() {
+  local task=$1 what=$2 place=$work/$1
+  shift 2
+  inputs=()
+  outputs=("$place/data/${task}_sft.jsonl" "$place/data/${task}_val.jsonl")
+  stage "${task}_data" "$what" "${task}_prepare.py" "$@" --outdir "$place/data"
+}
+
+# make_base_of TASK TINY_STUDENT_ARGUMENT...: unless STUDENT gives one.
+make_base_of() {
+  local task=$1 place=$work/$1
+  shift
+  settings=recipes/${task}_3b_sft.yaml
+  if [[ -z ${STUDENT:-} ]]; then
+    settings=recipes/${task}_tiny_sft.yaml
+    base=$place/base
+    inputs=("$place/data/${task}_sft.jsonl")
+    outputs=("$base/base.json" "$base/model.safetensors")
+    stage "${task}_base" "miniature language model of its own" tiny_student.py \
+      --prompts "$place/data/${task}_sft.jsonl" --save_dir "$base" "$@"
+  fi
+  find_base_files
+}
+
+train_sft_of() {
+  local task=$1 place=$work/$1
+  run_dir=$place/sft
+  inputs=("$place/data/${task}_sft.jsonl" "$settings" "${base_files[@]}")
+  outputs=("$run_dir/adapter_model.safetensors")
+  stage "${task}_sft" "LoRA adapter on the answers" sft_train.py --config "$settings" --student "$base" \
+    --data "$place/data/${task}_sft.jsonl" --save_dir "$run_dir"
+  run_dir=""
+}
+
+# evaluate_of TASK WHAT EVAL_ARGUMENT...
+evaluate_of() {
+  local task=$1 what=$2 place=$work/$1
+  shift 2
+  inputs=("$place/data/${task}_val.jsonl" "$place/sft/adapter_model.safetensors" "${base_files[@]}")
+  outputs=("$place/report/report.html")
+  stage "${task}_evaluation" "$what" "eval_$task.py" --model_dir "$place/sft" \
+    --data "$place/data/${task}_val.jsonl" --report_dir "$place/report" "$@"
+  echo
+  table "${task}_evaluation"
+  echo
+  echo "Report: $root/$place/report/report.html"
+}
+
+demo_idp() {
+  local base=$base settings
+  make_data_of idp "made-up invoices, held out by document" --synthesize 6000
+  make_base_of idp --copying --steps 600 --rows_per_step 24 --learning_rate 0.015
+  train_sft_of idp
+  evaluate_of idp "documents that it was not trained on, held to the schema and free" \
+    --schema "$work/idp/data/idp_schema.json" --val_frac 0.1 --max_new_tokens 200
+}
+
+demo_codegen() {
+  local base=$base settings
+  make_data_of codegen "made-up functions with tests, held out by problem" --synthesize 6000
+  make_base_of codegen --texts "$work/codegen/data/codegen_sft.jsonl" --rows_per_step 32
+  train_sft_of codegen
+  evaluate_of codegen "problems that it was not trained on, direct and with a plan first" --plan_then_code \
+    --max_problems 500 --max_new_tokens 120 --confirm_run_unsafe_code
+}
+
 # table STAGE: what its evaluation printed, without the JSON line at its end.
 table() { sed '$d' "$work/logs/$1.out"; }
 
@@ -303,8 +376,17 @@ conclude() {
   echo
   echo "Classify one row:"
   echo "  cd $(printf %q "$root") && $python infer_creditmix.py --model_dir runs/creditmix_sft --features \"$features\""
-  echo
-  echo "Everything took $(duration "$SECONDS"):$(printf ' %s,' "${took[@]}" | sed 's/,$//')"
+}
+
+demo_creditmix() {
+  make_data
+  make_base
+  find_base_files
+  train sft "LoRA adapter on the labels"
+  train kd "LoRA adapter on a teacher's answers (the gold labels stand in)"
+  train dpo "SFT's adapter, tuned on preferences" --init_adapter runs/creditmix_sft
+  evaluate
+  conclude
 }
 
 main() {
@@ -312,9 +394,18 @@ main() {
     case $1 in
       --help | -h) help_of "$root/demo.sh" && return ;;
       --overwrite) overwrite=yes ;;
+      creditmix | idp | codegen) tasks+=("$1") ;;
       *) die 2 "unknown argument $1 (see: ./demo.sh --help)" ;;
     esac
     shift
+  done
+  ((${#tasks[@]})) || tasks=(creditmix)
+  local task
+  for task in "${tasks[@]}"; do
+    case $task in
+      creditmix) stages+=(data base sft kd dpo calibration evaluation contamination) ;;
+      *) stages+=("${task}"_{data,base,sft,evaluation}) ;;
+    esac
   done
   check_environment
   setup requirements.txt
@@ -326,14 +417,11 @@ main() {
   trap on_interrupt INT
   [[ -t 2 ]] || export TQDM_MININTERVAL=10 # a log is no place for ten lines a second
 
-  make_data
-  make_base
-  find_base_files
-  train sft "LoRA adapter on the labels"
-  train kd "LoRA adapter on a teacher's answers (the gold labels stand in)"
-  train dpo "SFT's adapter, tuned on preferences" --init_adapter runs/creditmix_sft
-  evaluate
-  conclude
+  for task in "${tasks[@]}"; do
+    "demo_$task"
+  done
+  echo
+  echo "Everything took $(duration "$SECONDS"):$(printf ' %s,' "${took[@]}" | sed 's/,$//')"
 }
 
 main "$@"

@@ -49,7 +49,7 @@ if arguments[:2] == ["-m", "pip"] and os.environ.get("FAKE_PIP") and "install" i
     sys.exit(os.environ["FAKE_PIP"])
 if arguments[0] == "-m":
     sys.exit()
-name, data = arguments[0], pathlib.Path("data/creditmix_sft.jsonl")
+name = arguments[0]
 if name.endswith("_train.py"):
     record = dict(state="running", base_model=value("--student"))
     write(value("--save_dir") + "/run.json", json.dumps(record))
@@ -70,12 +70,16 @@ if name == "creditmix_prepare.py":
         write("data/creditmix_" + part + ".jsonl", seed)
     if "--synthesize" in arguments:
         write("data/creditmix_dataset.json", '[{{"question": "", "answer": "", "synthetic": true}}]')
+elif name.endswith("_prepare.py"):
+    for part in ("sft", "val"):
+        write(value("--outdir") + "/" + name.split("_")[0] + "_" + part + ".jsonl", seed)
 elif name == "tiny_student.py":
     write(value("--save_dir") + "/base.json", "")
     write(value("--save_dir") + "/config.json", "")
-    write(value("--save_dir") + "/model.safetensors", data.read_text())
+    write(value("--save_dir") + "/model.safetensors", open(value("--prompts")).read())
 elif name.endswith("_train.py"):
-    write(value("--save_dir") + "/adapter_model.safetensors", name + data.read_text() + open(value("--config")).read())
+    read = open(value("--data")).read() + open(value("--config")).read()
+    write(value("--save_dir") + "/adapter_model.safetensors", name + read)
     write(value("--save_dir") + "/train_groups.txt", "")
 elif "--fit_calibration" in arguments:
     for method in ("sft", "kd", "dpo"):
@@ -97,7 +101,7 @@ def checkout(tmp_path) -> Path:
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     (folder / "common").mkdir()
     (folder / "common/code.py").write_text("")
-    for name in ("creditmix_prepare", "tiny_student", "sft_train", "kd_train", "dpo_train", "eval_creditmix"):
+    for name in (*EVERYTHING, *IDP, *CODEGEN):
         (folder / f"{name}.py").write_text("")
     fake = folder / "bin/python3"
     fake.parent.mkdir()
@@ -135,6 +139,8 @@ def names(found: list[list[str]]) -> list[str]:
 
 
 EVERYTHING = ["creditmix_prepare", "tiny_student", "sft_train", "kd_train", "dpo_train", *["eval_creditmix"] * 3]
+IDP = ["idp_prepare", "tiny_student", "sft_train", "eval_idp"]
+CODEGEN = ["codegen_prepare", "tiny_student", "sft_train", "eval_codegen"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -255,6 +261,24 @@ def test_finished_stages_are_not_repeated_until_their_inputs_change(checkout):
     (checkout / "common/code.py").write_text("# changed\n")
     assert run(checkout).returncode == 0
     assert names(calls(checkout)) == EVERYTHING
+
+
+def test_the_other_tasks_have_folders_of_their_own(checkout):
+    done = run(checkout, "demo.sh", "codegen", "idp")
+    assert done.returncode == 0, done.stderr
+    assert "TABLE" in done.stdout and "1/8 codegen_data" in done.stdout + done.stderr
+    found = calls(checkout)
+    assert names(found) == [*CODEGEN, *IDP]
+    for call in found:
+        place = "runs/demo/idp/" if any("idp" in word for word in call) else "runs/demo/codegen/"
+        assert all(word.startswith(place) for word in call[1:] if "/" in word and not word.startswith("recipes/"))
+    assert run(checkout, "demo.sh", "idp").returncode == 0
+    assert names(calls(checkout)) == []  # finished
+    assert run(checkout, "demo.sh", "idp", "creditmix").returncode == 0
+    found = calls(checkout)
+    assert names(found) == EVERYTHING
+    bases = {call[call.index("--student") + 1] for call in found if "--student" in call}
+    assert bases == {"models/tiny_student"}
 
 
 def test_stages_read_what_they_are_given(checkout, tmp_path):
