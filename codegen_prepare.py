@@ -14,7 +14,6 @@ and only there; code that a model wrote is not run here, so no consent is asked.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.synthesize:
         problems = code_problems.problems_of(code_synthesis.synthesize(args.synthesize, args.seed))
         name = f"--synthesize {args.synthesize} --seed {args.seed}"
-        digest = _sha256(records.jsonl_text(problem.row() for problem in problems))
+        digest = records.sha256_text(records.jsonl_text(problem.row() for problem in problems))
     else:
         problems = code_problems.read(args.src, args.skip_bad_rows)
         name, digest = Path(args.src).name, records.sha256_file(args.src)
@@ -90,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for part, members in parts.items()
         },
         "teacher": {"name": "gold solutions"},
-        "files": {file: {"rows": text.count("\n"), "sha256": _sha256(text)} for file, text in texts.items()},
+        "files": {
+            file: {"rows": text.count("\n"), "sha256": records.sha256_text(text)} for file, text in texts.items()
+        },
     }
     records.write_together(outdir, texts | {"codegen_manifest.json": records.json_text(manifest)})
     print_summary(manifest, outdir)
@@ -160,10 +161,6 @@ def grade(what: str, pairs: Sequence[tuple[str, grading.Tests]], allow_unsafe: b
 
     with tqdm(total=len(pairs), desc=f"running {what}", unit=" runs") as progress:
         return grading.grade_many(pairs, progress=lambda verdict: progress.update(), allow_unsafe=allow_unsafe)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def print_summary(manifest: dict, outdir: Path) -> None:

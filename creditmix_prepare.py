@@ -15,7 +15,6 @@ the rows are those of its text, label and group fields, and its name stands in t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 from itertools import cycle
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     task, outdir = tasks.load(args.task), Path(args.outdir)
     files = [f"{task.name}_{what}.jsonl" for what in OUTPUTS]
-    _check_outdir(outdir, args.src, files)
+    records.check_outdir(outdir, args.src, files)
     texts: dict[str, str] = {}
     if args.synthesize:
         if args.features != "six" or args.task:
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raw = creditmix.synthesize(args.synthesize, args.seed)
         rows, counts = creditmix.clean_rows(raw, source)
         texts[RAW_FILE] = records.json_text(raw)
-        digest = _sha256(texts[RAW_FILE])
+        digest = records.sha256_text(texts[RAW_FILE])
     else:
         source, name = args.src, Path(args.src).name
         rows, counts = labelled.read(source, task, args.features, args.skip_bad_rows)
@@ -103,27 +102,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "teacher": teacher,
         "cleaning": counts,
-        "files": {file: {"rows": _row_count(text), "sha256": _sha256(text)} for file, text in texts.items()},
+        "files": {
+            file: {"rows": _row_count(text), "sha256": records.sha256_text(text)} for file, text in texts.items()
+        },
     }
     records.write_together(outdir, texts | {f"{task.name}_manifest.json": records.json_text(manifest)})
     _print_summary(task, manifest, outdir)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _row_count(text: str) -> int:
     return len(json.loads(text)) if text.startswith("[") else text.count("\n")
-
-
-def _check_outdir(outdir: Path, src: str | None, files: Sequence[str]) -> None:
-    """Refuse an --outdir that cannot be a folder, or whose output would replace the source."""
-    nearest = next((folder for folder in (outdir, *outdir.parents) if folder.exists()), outdir)
-    if nearest.exists() and not nearest.is_dir():
-        raise UserError(f"--outdir {outdir}: {nearest} is a file; choose a folder")
-    if src and Path(src).resolve() in [(outdir / file).resolve() for file in files]:
-        raise UserError(f"--src {src} would be overwritten by its own output; choose another --outdir")
 
 
 def _keep_real_data(path: Path) -> None:

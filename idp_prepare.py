@@ -14,7 +14,6 @@ and punctuation aside. The same input and seed give the same bytes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,11 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts[file] = records.jsonl_text(members)
     manifest = {
         "task": "idp",
-        "source": {"name": name, "sha256": _sha256(records.jsonl_text(rows))},
+        "source": {"name": name, "sha256": records.sha256_text(records.jsonl_text(rows))},
         "synthetic": args.src is None,
         "seed": args.seed,
         "instruction": idp.INSTRUCTION,
-        "schema": {"name": Path(args.schema or SCHEMA_FILE).name, "sha256": _sha256(records.json_text(schema))},
+        "schema": {
+            "name": Path(args.schema or SCHEMA_FILE).name,
+            "sha256": records.sha256_text(records.json_text(schema)),
+        },
         "group_key": "document",
         "shares": {
             "train": round(1 - splits.DEV_SHARE - splits.VALIDATION_SHARE, 4),
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             part: {"groups": len(splits.groups_of(members)), "rows": len(members)} for part, members in parts.items()
         },
         "teacher": {"name": "gold fields"},
-        "files": {file: {"sha256": _sha256(text)} for file, text in texts.items()},
+        "files": {file: {"sha256": records.sha256_text(text)} for file, text in texts.items()},
     }
     records.write_together(outdir, texts | {"idp_manifest.json": records.json_text(manifest)})
     _print_summary(manifest, outdir)
@@ -116,10 +118,6 @@ def _keep_other_schema(path: Path, schema: json_schema.Schema) -> None:
     """Refuse to write the synthetic invoices' schema over another one."""
     if path.exists() and records.read_json(path) != schema:
         raise UserError(f"{path} is there and is another schema; choose another --outdir, or move the file away")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _print_summary(manifest: dict, outdir: Path) -> None:

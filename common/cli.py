@@ -149,7 +149,20 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
 
     2: bad usage or bad input (`UserError`). 1: the machine failed (disk full, a file that cannot be written).
     130: interrupted. Programming errors keep their traceback: they are ours to fix.
+
+    One of several processes that train together ends here at once: the threads of torch's process group now and then
+    abort a process that goes on to tear itself down.
     """
+    code = _exit_code(main, argv)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _exit_code(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None) -> int:
     try:
         code = main(argv) or DONE
         sys.stdout.flush()  # a reader that went away shows itself now, not when the interpreter shuts down

@@ -230,6 +230,11 @@ def read_rows(path: str | Path, keys: Sequence[str], skip_bad_rows: bool = False
     return check_rows(path, iter_jsonl(path), keys, skip_bad_rows)
 
 
+def sha256_text(text: str) -> str:
+    """Hex SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as handle:
