@@ -19,8 +19,6 @@ import argparse
 import dataclasses
 import json
 import random
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,9 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             for later in range(len(firsts))
             for earlier in range(later)
         ],
-        "command": shlex.join(["python", "eval_codegen.py", *(sys.argv[1:] if argv is None else argv)]),
-        "versions": run_record.versions() | {"distill-slm": run_record.git_commit() or "unknown"},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **run_record.provenance("eval_codegen.py", argv),
     }
     print(codegen_report.format_tables(result))
     if args.report_dir:

@@ -14,8 +14,6 @@ on are counted. With
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             "y": true_labels(task, rows),
             "groups": [row["group"] for row in rows],
         },
-        "command": shlex.join(["python", "eval_creditmix.py", *(sys.argv[1:] if argv is None else argv)]),
-        "versions": run_record.versions() | {"distill-slm": run_record.git_commit() or "unknown"},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **run_record.provenance("eval_creditmix.py", argv),
     }
     entries, differences = judge(args, task, rows)
     contamination = run_record.worst_contamination([entry["contamination"] for entry in entries])

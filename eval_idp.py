@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for later in range(len(judged))
             for earlier in range(later)
         ],
-        "command": shlex.join(["python", "eval_idp.py", *(sys.argv[1:] if argv is None else argv)]),
-        "versions": run_record.versions() | {"distill-slm": run_record.git_commit() or "unknown"},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **run_record.provenance("eval_idp.py", argv),
     }
     print(idp_report.format_tables(result))
     if args.report_dir:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from common import cli, code_writer, codegen, models, records
 
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise cli.UserError("give either --prompt, or --input and --output together")
     if args.prompt is not None and not args.prompt.strip():
         raise cli.UserError('--prompt is empty; give a task such as "Write a function that sorts a list."')
-    if args.output and Path(args.output).resolve() == Path(args.input).resolve():
-        raise cli.UserError(f"--output {args.output} would replace --input; choose another name")
+    records.check_output(args.output, args.input)
     if args.show_plan and (not args.plan_then_code or args.input):
         raise cli.UserError("--show_plan goes with --plan_then_code and --prompt; rows of --output have their plan")
     code_writer.check_flags(args)

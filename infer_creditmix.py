@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError("give either --features, or --input and --output together")
     if args.features is not None and not args.features.strip():
         raise cli.UserError('--features is empty; give a line such as "Age: 23.0, Occupation: Scientist, ..."')
-    if args.output and Path(args.output).resolve() == Path(args.input).resolve():
-        raise cli.UserError(f"--output {args.output} would replace --input; choose another name")
+    records.check_output(args.output, args.input)
     task = tasks.load(args.task)
     label_bias = cli.parse_label_bias(args.label_bias, task.labels)
     models.check_model_dir(args.model_dir, args.base)

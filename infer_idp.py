@@ -16,7 +16,6 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from common import cli, documents, idp, json_schema, models, records
 
@@ -42,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
     if (args.input is None) != (args.output is None):
         raise cli.UserError("--input and --output go together")
-    if args.output and Path(args.output).resolve() == Path(args.input).resolve():
-        raise cli.UserError(f"--output {args.output} would replace --input; choose another name")
+    records.check_output(args.output, args.input)
     schema = json_schema.load(args.schema)
     found = json_schema.preflight(schema, args.best_effort or args.no_constraint)
     if unenforced := [] if args.no_constraint else found.of("checked") + found.of("unsupported"):

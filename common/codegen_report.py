@@ -50,7 +50,7 @@ def format_tables(result: Result) -> str:
         for name, mode, figures, model in _modes(result)
     ]
     blocks.append(page.columns(["model", *measures.values(), "trained on"], rows))
-    if pairs := _pairs(result):
+    if pairs := page.named_differences(result, "plan_difference", "plan-then-code - direct"):
         rows = [[name, *(text(each[key], signed=True) for key in _passes(result))] for name, each in pairs]
         blocks.append(page.columns(["paired difference", *_passes(result).values()], rows))
     kinds = list(dict.fromkeys(kind for _, _, figures, _ in _modes(result) for kind in figures["errors"]))
@@ -79,18 +79,6 @@ def _modes(result: Result) -> list[tuple[str, str, dict, dict]]:
         for mode, words in MODES
         if mode == "direct" or mode in model
     ]
-
-
-def _pairs(result: Result) -> list[tuple[str, dict]]:
-    """(what is compared, the differences): the modes of each model, then models."""
-    names = page.model_names(result)
-    short = {model["model_dir"]: name for model, name in zip(result["models"], names, strict=True)}
-    modes = [
-        (f"{name}: plan-then-code - direct", model["plan_difference"])
-        for name, model in zip(names, result["models"], strict=True)
-        if "plan_difference" in model
-    ]
-    return modes + [(f"{short[each['a']]} - {short[each['b']]}", each) for each in result["differences"]]
 
 
 def write_report(report_dir: str | Path, result: Result) -> Path:
@@ -172,7 +160,7 @@ def _comparison_section(result: Result) -> str:
 
 
 def _differences_section(result: Result) -> str:
-    pairs = _pairs(result)
+    pairs = page.named_differences(result, "plan_difference", "plan-then-code - direct")
     if not pairs:
         return ""
     passes = _passes(result)

@@ -58,7 +58,7 @@ def format_tables(result: Result) -> str:
         for decoding, figures in _decodings(model)
     ]  # fmt: skip
     blocks.append(page.columns(["model", *HEADINGS.values(), "tokens/s", "trained on"], rows))
-    if pairs := _pairs(result):
+    if pairs := page.named_differences(result, "constraint_difference", "constrained - unconstrained"):
         rows = [[name, *(text(difference[key], signed=True) for key in COMPARED)] for name, difference in pairs]
         blocks.append(page.columns(["paired difference", *(HEADINGS[key] for key in COMPARED)], rows))
     for name, model in zip(names, models, strict=True):
@@ -75,18 +75,6 @@ def _decodings(model: dict) -> list[tuple[str, dict]]:
     """(decoding, its figures) of a model."""
     free = [("unconstrained", model["unconstrained"])] if "unconstrained" in model else []
     return [(model["decoding"], model), *free]
-
-
-def _pairs(result: Result) -> list[tuple[str, dict]]:
-    """(what is compared, the differences): decodings of each model, then models."""
-    names = page.model_names(result)
-    short = {model["model_dir"]: name for model, name in zip(result["models"], names, strict=True)}
-    decodings = [
-        (f"{name}: constrained - unconstrained", model["constraint_difference"])
-        for name, model in zip(names, result["models"], strict=True)
-        if "constraint_difference" in model
-    ]
-    return decodings + [(f"{short[each['a']]} - {short[each['b']]}", each) for each in result["differences"]]
 
 
 def write_report(report_dir: str | Path, result: Result) -> Path:
@@ -158,7 +146,7 @@ def _comparison_section(result: Result, names: Sequence[str]) -> str:
 
 
 def _differences_section(result: Result) -> str:
-    pairs = _pairs(result)
+    pairs = page.named_differences(result, "constraint_difference", "constrained - unconstrained")
     if not pairs:
         return ""
     rows = [[escape(name), *(page.value(each[key], signed=True) for key in COMPARED)] for name, each in pairs]

@@ -63,6 +63,16 @@ def model_names(result: Result) -> list[str]:
     return [model.get("name") or name for model, name in zip(result["models"], short, strict=True)]
 
 
+def named_differences(result: Result, key: str, words: str) -> list[tuple[str, dict]]:
+    """(what is compared, the differences): within each model, under `key` and told in `words`, then between models."""
+    names = model_names(result)
+    short = {model["model_dir"]: name for model, name in zip(result["models"], names, strict=True)}
+    within = [
+        (f"{name}: {words}", model[key]) for name, model in zip(names, result["models"], strict=True) if key in model
+    ]
+    return within + [(f"{short[each['a']]} - {short[each['b']]}", each) for each in result["differences"]]
+
+
 def clean(model: dict) -> bool | None:
     """Whether no evaluated row shares a group with training; None where that is not known."""
     contamination = model.get("contamination")

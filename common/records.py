@@ -230,6 +230,12 @@ def read_rows(path: str | Path, keys: Sequence[str], skip_bad_rows: bool = False
     return check_rows(path, iter_jsonl(path), keys, skip_bad_rows)
 
 
+def check_output(output: str | None, source: str | None) -> None:
+    """Refuse an --output that is the --input itself."""
+    if output and source and Path(output).resolve() == Path(source).resolve():
+        raise UserError(f"--output {output} would replace --input; choose another name")
+
+
 def sha256_text(text: str) -> str:
     """Hex SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -42,6 +43,15 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def provenance(script: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """What an evaluation's result says of itself: "command", "versions" (this project's commit too) and "created"."""
+    return {
+        "command": shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)]),
+        "versions": versions() | {"distill-slm": git_commit() or "unknown"},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def describe_data(path: str, rows: int) -> dict[str, Any]:
