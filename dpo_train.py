@@ -106,7 +106,7 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
             return training.LengthGroupedOrder(lengths, step, self.args.seed)
 
         def _save(self, output_dir=None, state_dict=None):
-            training.save_adapter(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
+            training.save_student(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
 
     longest = train_rows[max(range(len(lengths)), key=lengths.__getitem__)]
 

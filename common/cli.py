@@ -92,6 +92,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def whole_number(text: str) -> int:
+    """argparse type: a whole number, 0 or above."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def fraction(text: str) -> float:
     """argparse type: a number between 0 and 1, both excluded."""
     value = float(text)

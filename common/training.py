@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import os
-import signal
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, models, records, run_record, tokenizers
+from common import cli, models, progress, records, run_record, tokenizers
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
@@ -30,7 +30,12 @@ EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
 CPU_TOKENS_PER_BATCH = 16_384  # bounds the activations of a real batch on CPU
 CHECKPOINTS = "checkpoints"
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
+COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # of a checkpoint, beside its weights
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+BEST = "best"  # among the checkpoints: the weights with the lowest held-out loss so far
+
+# (model, batch, items of the whole optimizer step) -> (scalar loss, its terms before weighting, by name)
+Loss = Callable[[Any, dict[str, Any], Any], tuple[Any, dict[str, Any]]]
 
 
 def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
@@ -39,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
     run.add_argument("--student", required=True, help="base model: a folder or a Hub id")
     run.add_argument("--data", required=True, help="training rows, JSONL")
     run.add_argument("--save_dir", required=True, help="run folder for adapter, tokenizer, run.json and loss curve")
-    run.add_argument("--eval_data", help="rows of the same kind; their loss is logged after every epoch")
+    run.add_argument("--eval_data", help="rows of the same kind, judged after every epoch; the best epoch is kept")
     run.add_argument("--config", metavar="FILE.yaml", help="settings; keys are these flags, the command line wins")
     run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --save_dir")
     run.add_argument("--overwrite", action="store_true", help="replace a run that --save_dir already holds")
@@ -67,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
     steps.add_argument("--logging_steps", type=cli.positive_int, default=10)
     steps.add_argument("--seed", type=int, default=0)
     adapter = parser.add_argument_group("adapter and precision")
-    adapter.add_argument("--lora_r", type=cli.positive_int, default=16)
+    adapter.add_argument("--lora_r", type=cli.whole_number, default=16, help="rank; 0 trains all weights, without LoRA")
     adapter.add_argument("--lora_alpha", type=cli.positive_int, default=32)
     adapter.add_argument("--lora_dropout", type=float, default=0.05)
     adapter.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
@@ -85,6 +90,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--epochs and --learning_rate must be above 0, --max_steps above 0 or -1")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora_dropout {args.lora_dropout} is not in [0, 1)")
+    if args.lora_r == 0 and (args.init_adapter or args.load_in_4bit == "on"):
+        raise UserError(
+            "--lora_r 0 trains all weights, which works neither in 4 bits nor from an adapter; leave "
+            f"{'--init_adapter' if args.init_adapter else '--load_in_4bit'} out, or give --lora_r 16"
+        )
     models.check_model_dir(args.student)
     if models.is_adapter(args.student):
         raise UserError(f"--student {args.student} is an adapter; give its base, and this folder as --init_adapter")
@@ -106,7 +116,8 @@ def newest_checkpoint(save_dir: str) -> str | None:
             json.loads((folder / "trainer_state.json").read_text())
         except (OSError, ValueError):
             continue
-        if all((folder / name).is_file() for name in COMPLETE):
+        files = {file.name for file in folder.iterdir()}
+        if files.issuperset(COMPLETE) and not files.isdisjoint(WEIGHTS):
             return str(folder)
     return None
 
@@ -310,117 +321,95 @@ def trainer_settings(args: argparse.Namespace, per_device: int, accumulation: in
     }
 
 
-def progress_callback() -> TrainerCallback:
-    """A progress bar with loss on stderr; transformers' own writes its losses to stdout, where only results belong."""
-    from tqdm import tqdm
-    from transformers import TrainerCallback
+def loss_trainer(*, rows: Sequence[Any], lengths: Sequence[int], collate: Callable, loss: Loss, **kwargs: Any) -> Any:
+    """A transformers Trainer on encoded rows with batches of similar length and a loss of its own.
 
-    class Progress(TrainerCallback):
-        def __init__(self):
-            self.bar = tqdm(disable=True)
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit=" steps", disable=not state.is_world_process_zero
-            )
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.bar.update(state.global_step - self.bar.n)
-            if state.global_step >= state.max_steps:
-                control.should_log = True  # the loss curve reaches to the end
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            shown = {name: f"{logs[name]:.4f}" for name in ("loss", "eval_loss") if name in (logs or {})}
-            self.bar.set_postfix(shown)
-
-    return Progress()
-
-
-def interruption_callback() -> TrainerCallback:
-    """Save a checkpoint and stop after the running step on SIGINT or SIGTERM; a second signal kills as usual.
-
-    With several processes all stop after the same step, whichever got the signal, and further signals change nothing:
-    torchrun passes on what a terminal has sent to every process already, and kills for good after half a minute.
+    Args:
+        lengths: tokens of each row.
+        collate: rows to a batch; its `labels` hold, besides IGNORE, the items that a step's loss is averaged over.
+        loss: see `Loss`; its terms are logged beside the loss, each a mean over the steps since the last log.
+        kwargs: of Trainer. Rows of `eval_dataset` are judged by `completion_loss`.
     """
     import torch
-    from transformers import TrainerCallback
+    from transformers import Trainer
 
-    class Interruption(TrainerCallback):
-        def __init__(self):
-            self.received, self.previous = None, {}
+    class LossTrainer(Trainer):
+        terms, logged_at = None, 0  # sums since the step of the last log
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        def _get_train_sampler(self, train_dataset=None):
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return LengthGroupedOrder(lengths, step, self.args.seed)
 
-        def _note(self, number, frame):
-            if self.received is None:
-                log("stopping after this step; a checkpoint will be saved (again to stop at once)")
-            self.received = number
-            if not torch.distributed.is_initialized():
-                self.restore()
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            value, terms = loss(model, inputs, num_items_in_batch)
+            if self.terms is None:
+                self.terms, self.logged_at = dict.fromkeys(terms, 0), self.state.global_step
+            self.terms = {name: self.terms[name] + term.detach() for name, term in terms.items()}
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                value = value * self.accelerator.num_processes  # DDP averages over processes what is already averaged
+            return value
 
-        def restore(self):
-            for number, handler in self.previous.items():
-                signal.signal(number, handler)
+        def log(self, logs, *args, **kwargs):
+            if "loss" in logs and self.terms:
+                steps = max(1, self.state.global_step - self.logged_at)
+                values = self.accelerator.reduce(self.terms, "sum")
+                logs |= {name: round(float(value) / steps, 6) for name, value in values.items()}
+                self.terms = None
+            super().log(logs, *args, **kwargs)
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if torch.distributed.is_initialized():
-                number = torch.tensor(self.received or 0, device=args.device)
-                torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-                self.received = int(number) or None
-            if self.received is not None:
-                control.should_save = control.should_training_stop = True
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            with torch.no_grad():
+                value, _ = completion_loss(model, self._prepare_inputs(inputs))
+            return value.detach(), None, None
 
-    return Interruption()
+        def _save(self, output_dir=None, state_dict=None):
+            save_student(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
+
+    return LossTrainer(train_dataset=list(rows), data_collator=collate, **kwargs)
 
 
 def completion_trainer(*, rows: Sequence[tokenizers.Encoded], pad_id: int, **kwargs: Any) -> Any:
-    """A transformers Trainer on encoded rows with `completion_loss` and batches of similar length."""
-    from transformers import Trainer
-
-    class CompletionTrainer(Trainer):
-        def _get_train_sampler(self, train_dataset=None):
-            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            return LengthGroupedOrder([len(row.input_ids) for row in rows], step, self.args.seed)
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss, output = completion_loss(model, inputs, num_items_in_batch)
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # DDP averages over processes what is already averaged
-            return (loss, output) if return_outputs else loss
-
-        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-            import torch
-
-            with torch.no_grad():
-                loss, _ = completion_loss(model, self._prepare_inputs(inputs))
-            return loss.detach(), None, None
-
-        def _save(self, output_dir=None, state_dict=None):
-            save_adapter(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
-
-    return CompletionTrainer(train_dataset=list(rows), data_collator=lambda batch: collate(batch, pad_id), **kwargs)
+    """`loss_trainer` on encoded rows with `completion_loss`."""
+    return loss_trainer(
+        rows=rows,
+        lengths=[len(row.input_ids) for row in rows],
+        collate=lambda batch: collate(batch, pad_id),
+        loss=lambda model, batch, num_items: (completion_loss(model, batch, num_items)[0], {}),
+        **kwargs,
+    )
 
 
-def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """The trained adapter alone (never DPO's frozen reference copy) and the tokenizer, as safetensors."""
-    model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
+def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """What was trained and the tokenizer, as safetensors: the adapter alone (never DPO's frozen reference copy), or,
+    after full fine-tuning, the model."""
+    adapter = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, safe_serialization=True, **adapter)
     tokenizer.save_pretrained(folder)
 
 
-def put_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """`save_adapter`, under a temporary name first: the folder gets whole files, its adapter's config last."""
+def put_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """`save_student`, under a temporary name first: the folder gets whole files, its config last."""
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as saving:
-        save_adapter(model, tokenizer, saving)
-        for file in sorted(Path(saving).iterdir(), key=lambda file: file.name == models.ADAPTER_CONFIG):
-            os.replace(file, Path(folder) / file.name)
+        save_student(model, tokenizer, saving)
+        put_files(Path(saving), Path(folder))
+
+
+def put_files(source: Path, folder: Path) -> None:
+    """Move a saved student's files into `folder`, its config last."""
+    for file in sorted(source.iterdir(), key=lambda file: file.name in (models.ADAPTER_CONFIG, "config.json")):
+        os.replace(file, folder / file.name)
 
 
 def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The student with its adapter, ready to train: base frozen, no KV cache, inputs that require gradients."""
+    """The student ready to train: its base frozen under the adapter, or, with --lora_r 0, all of it free."""
     models.warn_if_offload_is_for_inference()
+    full = args.lora_r == 0
     base = models.load_base(
-        args.student, load_in_4bit=args.load_in_4bit, training=True, trust_remote_code=args.trust_remote_code
+        args.student,
+        load_in_4bit="off" if full else args.load_in_4bit,
+        dtype="float32" if full else "auto",  # small updates are lost in bfloat16 weights; autocast is the trainer's
+        training=True,
+        trust_remote_code=args.trust_remote_code,
     )
     models.align_model(base, tokenizer)
     base.config.use_cache = False
@@ -428,6 +417,8 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
     if limit and args.max_len > limit:
         log(f"--max_len {args.max_len} is more than the model's context; using {limit}")
         args.max_len = limit
+    if full:
+        return base
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if args.init_adapter:
@@ -438,6 +429,39 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
     return student
 
 
+def best_callback(save: Callable[[str], None], folder: Path) -> TrainerCallback:
+    """Keep the weights of the evaluation with the lowest loss in `folder`, with best.json to tell which that was.
+
+    Args:
+        save: writes the weights as they are now into a folder.
+    """
+    from transformers import TrainerCallback
+
+    class Best(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            found = read_best(folder)
+            if not state.is_world_process_zero or (found and found["eval_loss"] <= metrics["eval_loss"]):
+                return
+            building = folder.with_name(f".{BEST}.building")
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            save(str(building))
+            records.write_json(
+                building / "best.json",
+                {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]},
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            building.rename(folder)
+
+    return Best()
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """The step, epoch and eval_loss of the weights in `folder`; None where there are none."""
+    path = folder / "best.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def start(args: argparse.Namespace, method: str, rows: list[dict], argv: Sequence[str] | None) -> Any:
     """Open the run folder: record, group hashes, nothing stale of an earlier run. Returns the RunRecord (rank 0)."""
     folder = Path(args.save_dir)
@@ -445,11 +469,10 @@ def start(args: argparse.Namespace, method: str, rows: list[dict], argv: Sequenc
     if int(os.environ.get("RANK", 0)) != 0:
         return None
     if not args.resume:
-        import shutil
-
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        for name in ("loss.csv", "loss.png", "adapter_model.safetensors", models.ADAPTER_CONFIG):
-            (folder / name).unlink(missing_ok=True)
+        stale = ("loss.csv", "loss.png", progress.LIVE_LOG, models.ADAPTER_CONFIG, "config.json", *WEIGHTS)
+        for file in [*(folder / name for name in stale), *folder.glob("model-*.safetensors")]:
+            file.unlink(missing_ok=True)
     for name in ("calibration.json", run_record.GROUPS_FILE):  # of the adapter that was here before
         (folder / name).unlink(missing_ok=True)
     groups = {row["group"] for row in rows if row.get("group")}
@@ -470,7 +493,7 @@ def start(args: argparse.Namespace, method: str, rows: list[dict], argv: Sequenc
 
 
 def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.RunRecord | None) -> None:
-    """Train (or resume), then save adapter, tokenizer, loss curve and the closing record.
+    """Train (or resume), then save what was trained (the best epoch of it, if judged), loss curve and closing record.
 
     Raises:
         KeyboardInterrupt: stopped by SIGINT or SIGTERM, with a resumable checkpoint.
@@ -481,15 +504,18 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
     checkpoint = newest_checkpoint(args.save_dir) if args.resume else None
     if args.resume:
         log(f"going on from {checkpoint}" if checkpoint else "no complete checkpoint to go on from; starting afresh")
-    interruption, progress = interruption_callback(), progress_callback()
-    trainer.add_callback(interruption)
-    trainer.add_callback(progress)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    best = Path(args.save_dir, CHECKPOINTS, BEST)
+    interruption, bar = progress.interruption_callback(), progress.bar_callback()
+    watching = [interruption, bar, progress.live_log_callback(args.save_dir)]
+    watching += [best_callback(lambda folder: save_student(student, trainer.processing_class, folder), best)]
+    for callback in watching:
+        trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     if record:
-        student = trainer.accelerator.unwrap_model(trainer.model)
         record.write(
             device=models.describe_device(),
-            base_fingerprint=models.fingerprint(student.get_base_model()),
+            base_fingerprint=models.fingerprint(student.get_base_model() if args.lora_r else student),
             trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
             effective_batch=trainer.args.train_batch_size
             * trainer.args.gradient_accumulation_steps
@@ -508,49 +534,29 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
         ) from error
     finally:
         interruption.restore()
-        progress.bar.close()
+        bar.bar.close()
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     if trainer.is_world_process_zero():
-        put_adapter(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, args.save_dir)
-        write_loss_curve(args.save_dir, history)
+        kept = read_best(best)
+        if kept:
+            log(f"keeping the weights of step {kept['step']}: the lowest held-out loss, {kept['eval_loss']:.4f}")
+            put_files(best, Path(args.save_dir))
+            Path(args.save_dir, "best.json").unlink()
+        else:
+            put_student(student, trainer.processing_class, args.save_dir)
+        progress.write_loss_curve(args.save_dir, history)
         losses = [entry["loss"] for entry in history if "loss" in entry]
         evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-        train_loss = mean_loss(history)
+        train_loss = progress.mean_loss(history)
         record.end(
             "done",
             steps=trainer.state.global_step,
             train_loss=train_loss,
             final_loss=losses[-1] if losses else None,
             final_eval_loss=evals[-1] if evals else None,
+            best=kept,
         )
         log(f"saved {args.save_dir} ({trainer.state.global_step} steps, loss {train_loss:.4f})")
-
-
-def mean_loss(history: Sequence[dict]) -> float:
-    """The mean loss of all steps, those before an interruption included; each entry is a mean since the one before."""
-    entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    before = [0, *(step for step, _ in entries)]
-    return sum(loss * (step - last) for (step, loss), last in zip(entries, before, strict=False)) / max(before[-1], 1)
-
-
-def write_loss_curve(save_dir: str, history: list[dict]) -> None:
-    """`loss.csv` (step, loss, eval_loss, learning_rate) and `loss.png`."""
-    columns = ("step", "loss", "eval_loss", "learning_rate")
-    with records.atomic_write(Path(save_dir) / "loss.csv") as handle:
-        handle.write(",".join(columns) + "\n")
-        handle.writelines(",".join(str(entry.get(name, "")) for name in columns) + "\n" for entry in history)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, words in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=words)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats)")
-    axes.legend()
-    with records.atomic_write(Path(save_dir) / "loss.png", "wb") as handle:
-        figure.savefig(handle, dpi=120, format="png")
 
 
 def run_completion_training(

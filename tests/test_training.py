@@ -374,18 +374,18 @@ def test_a_full_disk(base, rows, spawn, tmp_path):
 
 def test_an_adapter_is_put_in_place_whole(base, rows, tmp_path, monkeypatch):
     """The disk fills up after the last checkpoint, with the adapter written and the rest of its files not."""
-    save = training.save_adapter
+    save = training.save_student
 
     def fill_up(model, tokenizer, folder):
         save(model, tokenizer, folder)
         if "checkpoint-" not in str(folder):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "save_adapter", fill_up)
+    monkeypatch.setattr(training, "save_student", fill_up)
     with pytest.raises(OSError, match="No space left"):
         train(sft_train.main, base, rows["sft"], tmp_path / "run", "--max_steps", 1)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "run.json", "train_groups.txt"}
+    assert left == {"checkpoints", "progress.jsonl", "run.json", "train_groups.txt"}
     assert run_json(tmp_path / "run")["state"] == "failed"
 
 
