@@ -170,58 +170,74 @@ class LabelRanker:
 
     @torch.inference_mode()
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
-        device, tree, shared = self.model.device, self.tree, len(prefix)
-        rows, longest = len(suffixes), max(map(len, suffixes))
-        lengths = torch.tensor([len(suffix) for suffix in suffixes])
-        ids = torch.full((rows, longest + tree.columns), self.tokenizer.pad_token_id)
-        for row, suffix in enumerate(suffixes):
-            ids[row, longest - len(suffix) : longest] = torch.tensor(suffix)
-        ids[:, longest:] = torch.tensor(tree.tokens[1:], dtype=torch.long)
-        real = torch.arange(longest)[None] >= longest - lengths[:, None]  # left padding is False
-        prompt_positions = shared + (real.cumsum(1) - 1).clamp(min=0)
-        label_positions = shared + lengths[:, None] - 1 + torch.tensor(tree.depths[1:], dtype=torch.long)[None]
-        inputs = {
-            "input_ids": ids.to(device),
-            "position_ids": torch.cat([prompt_positions, label_positions], dim=1).to(device),
-            "use_cache": bool(shared),
-            "logits_to_keep": tree.columns + 1,
-        }
-        if tree.columns:
-            inputs["attention_mask"] = self._tree_mask(real, shared).to(device)
-        elif shared or not real.all():
-            visible = torch.cat([torch.ones(rows, shared, dtype=torch.bool), real], dim=1)
-            inputs["attention_mask"] = visible.long().to(device)
-        if shared:
-            inputs["past_key_values"] = self._cache(prefix, rows)
-        logits = self.model(**inputs).logits.float()  # [rows, 1 + columns, vocabulary]
-        return self._read(logits)
+        ids, positions, real = tree_columns(self.tree, suffixes, self.tokenizer.pad_token_id, len(prefix))
+        inputs = {"input_ids": ids, "position_ids": positions}
+        if self.tree.columns:
+            sees = tree_mask(self.tree, real, len(prefix))
+            dtype = self.model.dtype
+            inputs["attention_mask"] = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+        elif prefix or not real.all():
+            visible = torch.cat([torch.ones(len(real), len(prefix), dtype=torch.bool), real], dim=1)
+            inputs["attention_mask"] = visible.long()
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if prefix:
+            inputs["past_key_values"] = self._cache(prefix, len(suffixes))
+        output = self.model(**inputs, use_cache=bool(prefix), logits_to_keep=self.tree.columns + 1)
+        return label_scores(self.tree, output.logits.float(), self.task.aggregate).cpu().numpy()
 
-    def _tree_mask(self, real: torch.Tensor, shared: int) -> torch.Tensor:
-        """Additive mask [rows, 1, queries, shared + queries] for a prompt followed by the label tree's columns."""
-        rows, longest = real.shape
-        queries = longest + self.tree.columns
-        sees = torch.zeros(rows, queries, shared + queries, dtype=torch.bool)
-        sees[:, :, :shared] = True
-        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-        sees[:, :longest, shared : shared + longest] = causal & real[:, None, :]
-        sees[:, longest:, shared : shared + longest] = real[:, None, :]
-        sees[:, longest:, shared + longest :] = self.tree.ancestors()
-        dtype = self.model.dtype
-        return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
-    def _read(self, logits: torch.Tensor) -> np.ndarray:
-        """[rows, labels] from the scoring columns' logits: means over a form's tokens, then `label_score`."""
-        norms = logits.logsumexp(dim=-1)
-        scores = []
-        for words in self.tree.forms:
-            means = []
-            for word in words:
-                means.append([])
-                for path in word:
-                    nodes, tokens = zip(*path, strict=True)
-                    means[-1].append((logits[:, nodes, tokens] - norms[:, nodes]).mean(dim=1))
-            scores.append(label_score(means, self.task.aggregate))
-        return torch.stack(scores, dim=1).cpu().numpy()
+def tree_columns(
+    tree: LabelTree, prompts: Sequence[list[int]], pad_id: int, shared: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left-padded prompts with the tree's columns behind them.
+
+    Args:
+        shared: tokens before each prompt that a key/value cache holds.
+
+    Returns:
+        Token ids and positions, each [rows, longest + columns], and which prompt columns are no padding [rows, longest].
+    """
+    longest = max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.full((len(prompts), longest + tree.columns), pad_id)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
+    ids[:, longest:] = torch.tensor(tree.tokens[1:], dtype=torch.long)
+    real = torch.arange(longest)[None] >= longest - lengths[:, None]
+    prompt_positions = shared + (real.cumsum(1) - 1).clamp(min=0)
+    label_positions = shared + lengths[:, None] - 1 + torch.tensor(tree.depths[1:], dtype=torch.long)[None]
+    return ids, torch.cat([prompt_positions, label_positions], dim=1), real
+
+
+def tree_mask(tree: LabelTree, real: torch.Tensor, shared: int = 0) -> torch.Tensor:
+    """What each query sees, boolean [rows, 1, queries, shared + queries], in a batch of `tree_columns`."""
+    rows, longest = real.shape
+    queries = longest + tree.columns
+    sees = torch.zeros(rows, queries, shared + queries, dtype=torch.bool)
+    sees[:, :, :shared] = True
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    sees[:, :longest, shared : shared + longest] = causal & real[:, None, :]
+    sees[:, longest:, shared : shared + longest] = real[:, None, :]
+    sees[:, longest:, shared + longest :] = tree.ancestors()
+    return sees[:, None]
+
+
+def label_scores(tree: LabelTree, logits: torch.Tensor, aggregate: str) -> torch.Tensor:
+    """Raw scores [rows, labels] from the logits [rows, 1 + columns, vocabulary] at a prompt's end and the tree's columns.
+
+    A form's score is the mean over its tokens; see `label_score` for the rest. Differentiable.
+    """
+    norms = logits.logsumexp(dim=-1)
+    scores = []
+    for words in tree.forms:
+        means = []
+        for word in words:
+            means.append([])
+            for path in word:
+                nodes, tokens = zip(*path, strict=True)
+                means[-1].append((logits[:, nodes, tokens] - norms[:, nodes]).mean(dim=1))
+        scores.append(label_score(means, aggregate))
+    return torch.stack(scores, dim=1)
 
 
 def label_score(forms: Sequence[Sequence[torch.Tensor]], aggregate: str) -> torch.Tensor:
