@@ -195,7 +195,7 @@ def tree_columns(
         shared: tokens before each prompt that a key/value cache holds.
 
     Returns:
-        Token ids and positions, each [rows, longest + columns], and which prompt columns are no padding [rows, longest].
+        Ids and positions, each [rows, longest + columns], and which prompt columns are not padding [rows, longest].
     """
     longest = max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -223,7 +223,7 @@ def tree_mask(tree: LabelTree, real: torch.Tensor, shared: int = 0) -> torch.Ten
 
 
 def label_scores(tree: LabelTree, logits: torch.Tensor, aggregate: str) -> torch.Tensor:
-    """Raw scores [rows, labels] from the logits [rows, 1 + columns, vocabulary] at a prompt's end and the tree's columns.
+    """Raw scores [rows, labels] from logits [rows, 1 + columns, vocabulary] at the prompt's end and the tree's columns.
 
     A form's score is the mean over its tokens; see `label_score` for the rest. Differentiable.
     """

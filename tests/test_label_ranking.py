@@ -11,7 +11,7 @@ import torch
 
 from common import label_ranking, models
 from common.cli import UserError
-from common.label_ranking import LabelRanker, LabelTree, cached_prior, naive_scores
+from common.label_ranking import LabelRanker, LabelTree, cached_prior, label_scores, naive_scores
 from common.tasks import CREDITMIX, LabelTask
 
 TEXTS = [
@@ -106,11 +106,9 @@ def test_tree_shares_tokens():
 
 def test_hand_computed_scores(tokenizer):
     """Two labels of one and two tokens on logits that are known."""
-    ranker = LabelRanker.__new__(LabelRanker)
-    ranker.task = CREDITMIX
-    ranker.tree = LabelTree([[[[0]]], [[[1, 2]]]])
+    tree = LabelTree([[[[0]]], [[[1, 2]]]])
     logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]]))
-    scores = ranker._read(logits)
+    scores = label_scores(tree, logits, CREDITMIX.aggregate)
     assert scores[0, 0] == pytest.approx(np.log(0.5), abs=1e-6)
     assert scores[0, 1] == pytest.approx((np.log(0.25) + np.log(0.6)) / 2, abs=1e-6)
 
