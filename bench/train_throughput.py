@@ -147,9 +147,8 @@ def train_ours(args, train, held_out, per_device: int, _) -> tuple[float, float]
         flags += ["--max_steps", str(args.steps), "--learning_rate", str(args.learning_rate), "--save_steps", "100000"]
         settings = cli.parse_args(sft_train.build_parser(), [*flags, "--seed", str(args.seed)])
         clock, read = timer(args.effective_batch * statistics.mean(len(row.input_ids) for row in encoded))
-        trainer = training.completion_trainer(
-            rows=encoded,
-            pad_id=tokenizer.pad_token_id,
+        trainer = training.loss_trainer(
+            **training.completion_parts(encoded, tokenizer.pad_token_id),
             model=model,
             args=TrainingArguments(
                 **training.trainer_settings(settings, per_device, args.effective_batch // per_device)

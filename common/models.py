@@ -14,7 +14,7 @@ from common.cli import UserError, log
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -59,6 +59,22 @@ def check_model_dir(model_dir: str, base: str | None = None) -> None:
         raise UserError(f"{model_dir} holds neither {ADAPTER_CONFIG} nor config.json; give a run folder or a model")
     elif looks_local(model_dir) and not Path(model_dir).is_dir():
         raise UserError(f"{model_dir} does not exist; train it first or check the path")
+
+
+def load_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A language model's shape, of an adapter that of its base; nothing else is loaded.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoConfig
+
+    name = base_of(model_dir) if is_adapter(model_dir) else model_dir
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} has no readable config.json ({reason}); give a model folder or a Hub id") from error
 
 
 def use_4bit(load_in_4bit: str) -> bool:

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PROBES = (
+    "The total is  1,234.50 EUR, due 2026-11-21.",
+    "def f(x):\n\treturn x**2  # \u00e9\u00df\u4f60\u597d \U0001f44b",
+    "don't\n\n - A1b2",
+)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One training row: `input_ids` is the prompt (its first `prompt_length` tokens) and then the completion."""
@@ -104,6 +111,25 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     except (ValueError, TemplateError) as error:
         raise UserError(f"the chat cannot be encoded ({_first_line(error)}); change its roles or its text") from error
     return tokenizer.encode(rendered, add_special_tokens=False)  # the same ids at half the cost
+
+
+def same_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str | None:
+    """Why two tokenizers' ids do not mean the same; None when they do.
+
+    Every token that both have must have one id, only added tokens may be in one alone, and probes must be cut alike.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    added = student.get_added_vocab().keys() | teacher.get_added_vocab().keys()
+    for token in sorted(ours.keys() | theirs.keys()):
+        if token in ours and token in theirs:
+            if ours[token] != theirs[token]:
+                return f"{token!r} is token {theirs[token]} for the teacher and {ours[token]} for the student"
+        elif token not in added:
+            return f"only the {'student' if token in ours else 'teacher'} has the token {token!r}"
+    for probe in PROBES:
+        if student.encode(probe, add_special_tokens=False) != teacher.encode(probe, add_special_tokens=False):
+            return f"they cut {probe!r} differently"
+    return None
 
 
 def has_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

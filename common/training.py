@@ -23,7 +23,7 @@ from common.cli import UserError, log
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 
 IGNORE = -100
 EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
@@ -32,18 +32,21 @@ CHECKPOINTS = "checkpoints"
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # of a checkpoint, beside its weights
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+EXTRA, EXTRA_FILE = "extra", "extra.safetensors"  # a module trained along with the student, kept in checkpoints alone
 BEST = "best"  # among the checkpoints: the weights with the lowest held-out loss so far
 
 # (model, batch, items of the whole optimizer step) -> (scalar loss, its terms before weighting, by name)
 Loss = Callable[[Any, dict[str, Any], Any], tuple[Any, dict[str, Any]]]
 
 
-def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
-    """The flags that every trainer has; names are Hugging Face's where it has one."""
+def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float, data_required: bool = True) -> None:
+    """The flags that every trainer has; names are Hugging Face's where it has one, others' are accepted."""
     run = parser.add_argument_group("run")
-    run.add_argument("--student", required=True, help="base model: a folder or a Hub id")
-    run.add_argument("--data", required=True, help="training rows, JSONL")
-    run.add_argument("--save_dir", required=True, help="run folder for adapter, tokenizer, run.json and loss curve")
+    names = ("--student", "--student_model", "--student_model_name")
+    run.add_argument(*names, required=True, help="base model: a folder or a Hub id")
+    run.add_argument("--data", required=data_required, help="training rows, JSONL")
+    names = ("--save_dir", "--output_dir")
+    run.add_argument(*names, required=True, help="run folder for adapter, tokenizer, run.json and loss curve")
     run.add_argument("--eval_data", help="rows of the same kind, judged after every epoch; the best epoch is kept")
     run.add_argument("--config", metavar="FILE.yaml", help="settings; keys are these flags, the command line wins")
     run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --save_dir")
@@ -56,19 +59,18 @@ def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--epochs", type=float, default=3.0)
     steps.add_argument("--max_steps", type=int, default=-1, help="optimizer steps; -1 = use --epochs")
-    steps.add_argument("--learning_rate", type=float, default=learning_rate)
+    steps.add_argument("--learning_rate", "--lr", type=float, default=learning_rate)
     steps.add_argument("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="as transformers")
     steps.add_argument("--warmup_steps", type=float, default=0.03, help="steps, or a share of them when below 1")
     steps.add_argument("--weight_decay", type=float, default=0.0)
     steps.add_argument("--max_grad_norm", type=float, default=1.0)
-    steps.add_argument(
-        "--per_device_train_batch_size", type=cli.positive_int, help=f"default: what fits, at most {EFFECTIVE_BATCH}"
-    )
-    steps.add_argument(
-        "--gradient_accumulation_steps", type=cli.positive_int, help=f"default: to reach {EFFECTIVE_BATCH} rows a step"
-    )
+    names = ("--per_device_train_batch_size", "--per_device_batch_size")
+    steps.add_argument(*names, type=cli.positive_int, help=f"default: what fits, at most {EFFECTIVE_BATCH}")
+    names = ("--gradient_accumulation_steps", "--grad_accum_steps")
+    steps.add_argument(*names, type=cli.positive_int, help=f"default: to reach {EFFECTIVE_BATCH} rows a step")
     steps.add_argument("--gradient_checkpointing", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
-    steps.add_argument("--save_steps", type=cli.positive_int, default=500, help="optimizer steps between checkpoints")
+    names = ("--save_steps", "--save_every")
+    steps.add_argument(*names, type=cli.positive_int, default=500, help="optimizer steps between checkpoints")
     steps.add_argument("--logging_steps", type=cli.positive_int, default=10)
     steps.add_argument("--seed", type=int, default=0)
     adapter = parser.add_argument_group("adapter and precision")
@@ -321,16 +323,26 @@ def trainer_settings(args: argparse.Namespace, per_device: int, accumulation: in
     }
 
 
-def loss_trainer(*, rows: Sequence[Any], lengths: Sequence[int], collate: Callable, loss: Loss, **kwargs: Any) -> Any:
+def loss_trainer(
+    *,
+    rows: Sequence[Any],
+    lengths: Sequence[int],
+    collate: Callable,
+    loss: Loss,
+    eval_loss: Loss | None = None,
+    **kwargs: Any,
+) -> Any:
     """A transformers Trainer on encoded rows with batches of similar length and a loss of its own.
 
     Args:
         lengths: tokens of each row.
         collate: rows to a batch; its `labels` hold, besides IGNORE, the items that a step's loss is averaged over.
         loss: see `Loss`; its terms are logged beside the loss, each a mean over the steps since the last log.
-        kwargs: of Trainer. Rows of `eval_dataset` are judged by `completion_loss`.
+        eval_loss: judges the rows of `eval_dataset`; default: `loss`.
+        kwargs: of Trainer.
     """
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import Trainer
 
     class LossTrainer(Trainer):
@@ -353,37 +365,81 @@ def loss_trainer(*, rows: Sequence[Any], lengths: Sequence[int], collate: Callab
             if "loss" in logs and self.terms:
                 steps = max(1, self.state.global_step - self.logged_at)
                 values = self.accelerator.reduce(self.terms, "sum")
-                logs |= {name: round(float(value) / steps, 6) for name, value in values.items()}
+                logs |= {name: float(f"{float(value) / steps:.6g}") for name, value in values.items()}
                 self.terms = None
             super().log(logs, *args, **kwargs)
 
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
             with torch.no_grad():
-                value, _ = completion_loss(model, self._prepare_inputs(inputs))
+                value, _ = (eval_loss or loss)(model, self._prepare_inputs(inputs), None)
             return value.detach(), None, None
 
         def _save(self, output_dir=None, state_dict=None):
-            save_student(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
+            student = self.accelerator.unwrap_model(self.model)
+            save_student(student, self.processing_class, output_dir)
+            if extra := getattr(student, EXTRA, None):
+                save_file(extra.state_dict(), Path(output_dir) / EXTRA_FILE)
+
+        def _load_from_checkpoint(self, checkpoint, model=None):
+            super()._load_from_checkpoint(checkpoint, model)
+            if extra := getattr(self.model, EXTRA, None):
+                extra.load_state_dict(load_file(Path(checkpoint) / EXTRA_FILE))
 
     return LossTrainer(train_dataset=list(rows), data_collator=collate, **kwargs)
 
 
-def completion_trainer(*, rows: Sequence[tokenizers.Encoded], pad_id: int, **kwargs: Any) -> Any:
-    """`loss_trainer` on encoded rows with `completion_loss`."""
+def completion_parts(rows: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, Any]:
+    """`loss_trainer`'s own arguments for encoded rows and `completion_loss`."""
+    return {
+        "rows": rows,
+        "lengths": [len(row.input_ids) for row in rows],
+        "collate": lambda batch: collate(batch, pad_id),
+        "loss": lambda model, batch, num_items: (completion_loss(model, batch, num_items)[0], {}),
+    }
+
+
+def fitted_trainer(
+    args: argparse.Namespace,
+    student: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    eval_rows: Sequence[Any],
+    **parts: Any,
+) -> Any:
+    """`loss_trainer` with the settings of the flags, in the largest real batch that fits.
+
+    Args:
+        eval_rows: judged after every epoch; none: no evaluation.
+        parts: `loss_trainer`'s own arguments.
+    """
+    from accelerate.utils import send_to_device
+    from transformers import TrainingArguments
+
+    longest = max(range(len(parts["rows"])), key=parts["lengths"].__getitem__)
+
+    def try_batch(size: int) -> None:
+        batch = send_to_device(parts["collate"]([parts["rows"][longest]] * size), student.device)
+        parts["loss"](student, batch, None)[0].backward()
+        student.zero_grad(set_to_none=True)
+
+    per_device, accumulation = fit_batch_size(args, parts["lengths"][longest], try_batch)
     return loss_trainer(
-        rows=rows,
-        lengths=[len(row.input_ids) for row in rows],
-        collate=lambda batch: collate(batch, pad_id),
-        loss=lambda model, batch, num_items: (completion_loss(model, batch, num_items)[0], {}),
-        **kwargs,
+        **parts,
+        model=student,
+        args=TrainingArguments(**trainer_settings(args, per_device, accumulation)),
+        eval_dataset=list(eval_rows) or None,
+        processing_class=tokenizer,
     )
 
 
 def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     """What was trained and the tokenizer, as safetensors: the adapter alone (never DPO's frozen reference copy), or,
     after full fine-tuning, the model."""
-    adapter = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(folder, safe_serialization=True, **adapter)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
+    else:
+        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(EXTRA)}
+        model.save_pretrained(folder, state_dict=own, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
 
@@ -413,10 +469,7 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
     )
     models.align_model(base, tokenizer)
     base.config.use_cache = False
-    limit = getattr(base.config, "max_position_embeddings", None)
-    if limit and args.max_len > limit:
-        log(f"--max_len {args.max_len} is more than the model's context; using {limit}")
-        args.max_len = limit
+    limit_length(args, base.config)
     if full:
         return base
     for parameter in base.parameters():
@@ -427,6 +480,14 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
         student = models.add_lora(base, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, seed=args.seed)
     student.enable_input_require_grads()
     return student
+
+
+def limit_length(args: argparse.Namespace, config: PreTrainedConfig) -> None:
+    """Bring --max_len down to a model's context, and say so."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and args.max_len > limit:
+        log(f"--max_len {args.max_len} is more than the model's context; using {limit}")
+        args.max_len = limit
 
 
 def best_callback(save: Callable[[str], None], folder: Path) -> TrainerCallback:
@@ -488,7 +549,7 @@ def start(args: argparse.Namespace, method: str, rows: list[dict], argv: Sequenc
         method=method,
         base_model=args.student,
         seed=args.seed,
-        data=run_record.describe_data(args.data, len(rows)),
+        data=run_record.describe_data(args.data, len(rows)) if args.data else {"path": args.dataset, "rows": len(rows)},
     )
 
 
@@ -568,8 +629,6 @@ def run_completion_training(
     held_out = records.read_rows(args.eval_data, keys, args.skip_bad_rows) if args.eval_data else []
     record = start(args, method, rows, argv)
     with failing(record):
-        from transformers import TrainingArguments
-
         tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
         student = prepare_student(args, tokenizer)
 
@@ -577,26 +636,9 @@ def run_completion_training(
             pairs = [(row[keys[0]], row[keys[1]]) for row in rows]
             return [row for row in encode_rows(tokenizer, path, pairs, args.max_len, args.idp_mode) if row]
 
-        train_rows = encoded(args.data, rows)
-        longest = max(train_rows, key=lambda row: len(row.input_ids))
-
-        def try_batch(size: int) -> None:
-            batch = {
-                name: tensor.to(student.device)
-                for name, tensor in collate([longest] * size, tokenizer.pad_token_id).items()
-            }
-            completion_loss(student, batch)[0].backward()
-            student.zero_grad(set_to_none=True)
-
-        per_device, accumulation = fit_batch_size(args, len(longest.input_ids), try_batch)
-        trainer = completion_trainer(
-            rows=train_rows,
-            pad_id=tokenizer.pad_token_id,
-            model=student,
-            args=TrainingArguments(**trainer_settings(args, per_device, accumulation)),
-            eval_dataset=encoded(args.eval_data, held_out) if held_out else None,
-            processing_class=tokenizer,
-        )
+        parts = completion_parts(encoded(args.data, rows), tokenizer.pad_token_id)
+        eval_rows = encoded(args.eval_data, held_out) if held_out else []
+        trainer = fitted_trainer(args, student, tokenizer, eval_rows=eval_rows, **parts)
         train_and_save(trainer, args, record)
 
 

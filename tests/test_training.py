@@ -143,9 +143,8 @@ def test_order_does_not_depend_on_how_a_step_is_cut(tokenizer, base, tmp_path):
             use_cpu=True,
             report_to="none",
         )
-        trainer = training.completion_trainer(
-            rows=rows, pad_id=0, model=models.load_base(base, training=True), args=settings
-        )
+        parts = training.completion_parts(rows, pad_id=0)
+        trainer = training.loss_trainer(**parts, model=models.load_base(base, training=True), args=settings)
         orders.append(list(trainer._get_train_sampler()))
     assert orders[0] == orders[1] == orders[2]
 

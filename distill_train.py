@@ -1,0 +1,302 @@
+"""Distillation from a teacher's own distributions: token by token, its hidden states too, or label by label.
+
+    python distill_train.py --teacher gpt2 --student distilgpt2 --dataset wikitext --subset wikitext-2-raw-v1 \\
+        --save_dir runs/distilgpt2 --max_steps 200 --temperature 2.0 --forward_kl 0.7 --teacher_ce 0.3 --hidden_mse 0.05
+    python distill_train.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-3B-Instruct --data squad.json \\
+        --save_dir runs/squad --teacher_cache runs/cache/qwen7b_squad
+    python distill_train.py --labels --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_labels.jsonl \\
+        --save_dir runs/creditmix_labels
+
+--data is rows {"input", "output"} or {"input", "teacher_output"}, SQuAD's JSON, or a text file; --dataset a data set of
+the Hub or a folder. With --teacher_cache the teacher runs first, alone, and training reads what it wrote; a cache that
+is complete needs no teacher. Teacher and student must share a vocabulary. Where they do not, two ways work: its text
+(teacher_generate.py, then kd_train.py), or for labels its probabilities (teacher_generate.py --probabilities, then
+--labels with rows {"input", "probabilities": {label: p}[, "output"]}), which any model can give.
+
+A loss term counts with the weight given; with none given, forward_kl and ce count half each. The terms' names in two
+other recipes are accepted, also as keys of --config: alpha_kl and gamma_kl are forward_kl, alpha_ce is ce, beta_ce is
+teacher_ce, beta_mse and gamma_mse are hidden_mse, delta_cos is hidden_cosine, epsilon_attn is attention_mse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from common import cli, distill_rows, models, tasks, tokenizers, training
+from common.cli import UserError, log
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from common.distillation import Objective, Reader, Used
+    from common.tasks import LabelTask
+    from common.teacher_cache import TeacherCache
+
+DEFAULT_WEIGHTS = {"forward_kl": 0.5, "ce": 0.5}
+WEIGHTS = {  # flag: names of it in other recipes, what it weighs
+    "forward_kl": (("alpha_kl", "gamma_kl"), "KL(teacher || student)"),
+    "reverse_kl": ((), "KL(student || teacher)"),
+    "jsd": ((), "generalised Jensen-Shannon divergence"),
+    "ce": (("alpha_ce",), "cross-entropy of the data's own tokens"),
+    "teacher_ce": (("beta_ce",), "cross-entropy of the teacher's likeliest tokens"),
+    "hidden_mse": (("beta_mse", "gamma_mse"), "mean squared difference of hidden states"),
+    "hidden_cosine": (("delta_cos",), "1 - cosine of hidden states"),
+    "attention_mse": (("epsilon_attn",), "squared difference of attention maps (live teacher only)"),
+}
+OF_LABELS = ("forward_kl", "reverse_kl", "jsd", "ce", "teacher_ce")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="distill_train.py")
+    training.add_flags(parser, learning_rate=2e-4, data_required=False)
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument("--teacher", "--teacher_model", "--teacher_model_name", help="a folder or a Hub id")
+    teacher.add_argument("--load_teacher_in_4bit", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
+    teacher.add_argument("--teacher_cache", metavar="DIR", help="first write here what the teacher says; train from it")
+    teacher.add_argument("--cache_targets", choices=("topk", "sampled"), default="topk")
+    teacher.add_argument("--cache_k", type=cli.positive_int, default=64, help="tokens kept, or drawn, at each place")
+    teacher.add_argument("--max_batch_tokens", type=cli.positive_int, default=8192, help="of the teacher's pass")
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", metavar="NAME", help="a data set of the Hub, or a folder, instead of --data")
+    data.add_argument("--subset", help="of --dataset")
+    data.add_argument("--split", default="train", help="of --dataset")
+    data.add_argument("--text_column", default="text", help="of --dataset, where it has no input and output")
+    loss = parser.add_argument_group("loss")
+    for name, (aliases, words) in WEIGHTS.items():
+        loss.add_argument(f"--{name}", *(f"--{alias}" for alias in aliases), type=float, metavar="WEIGHT", help=words)
+    loss.add_argument("--temperature", type=float, default=1.0, help="of the divergences")
+    loss.add_argument("--jsd_beta", type=cli.fraction, default=0.5, help="the teacher's share of the mixture")
+    loss.add_argument("--layer_map", default="last", help="layers compared: last, uniform, or pairs 1:2,3:6")
+    labels = parser.add_argument_group("labels")
+    labels.add_argument("--labels", action="store_true", help="learn label probabilities, by the label ranker's scores")
+    labels.add_argument("--task", metavar="FILE.yaml", help="the label set; default: CreditMix")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    weights = resolve_weights(args)
+    check_flags(args, weights)
+    task = tasks.load(args.task)
+    rows, held_out = read_rows(args, task)
+    record = training.start(args, "distill", rows, argv)
+    with training.failing(record):
+        from common.distillation import Objective
+
+        objective = Objective(weights, args.temperature, args.jsd_beta)
+        log(f"loss = {objective}")
+        if record:
+            record.write(objective=str(objective))
+        tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
+        if args.labels:
+            trainer = label_trainer(args, objective, tokenizer, task, rows, held_out)
+        else:
+            trainer = token_trainer(args, objective, tokenizer, rows, held_out)
+        training.train_and_save(trainer, args, record)
+
+
+def resolve_weights(args: argparse.Namespace) -> dict[str, float]:
+    """The terms that count, by name."""
+    given = {name: getattr(args, name) for name in WEIGHTS if getattr(args, name) is not None}
+    if not all(0 <= weight < math.inf for weight in given.values()):
+        raise UserError("a loss term's weight must be 0 or above; mend the flag")
+    if given and not any(given.values()):
+        raise UserError("every loss term has the weight 0; give one of them more, e.g. --forward_kl 1.0")
+    return {name: weight for name, weight in (given or DEFAULT_WEIGHTS).items() if weight}
+
+
+def check_flags(args: argparse.Namespace, weights: dict[str, float]) -> None:
+    """Refuse what cannot work together, before anything is read. Raises UserError."""
+    training.check_flags(args)
+    if not 0 < args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature} must be above 0")
+    if (args.data is None) == (args.dataset is None):
+        raise UserError("give either --data FILE or --dataset NAME")
+    if args.labels:
+        if args.teacher or args.teacher_cache or args.dataset:
+            raise UserError(
+                "with --labels the rows of --data carry the teacher's probabilities: write them with "
+                "teacher_generate.py --probabilities, and leave --teacher, --teacher_cache and --dataset out"
+            )
+        if other := sorted(weights.keys() - set(OF_LABELS)):
+            raise UserError(f"--{other[0]} compares what is inside models; with --labels use {', '.join(OF_LABELS)}")
+        return
+    if args.task:
+        raise UserError("--task names a label set; give --labels with it")
+    if not args.teacher:
+        raise UserError("--teacher is missing; give the model whose distributions are to be learnt")
+    models.check_model_dir(args.teacher)
+    if args.teacher_cache and "attention_mse" in weights:
+        raise UserError("--attention_mse needs a live teacher; leave --teacher_cache out, or the weight")
+    other = sorted(weights.keys() & {"reverse_kl", "jsd", "teacher_ce"})
+    if args.teacher_cache and args.cache_targets == "sampled" and other:
+        raise UserError(f"--{other[0]} needs --cache_targets topk; draws serve forward_kl alone")
+
+
+def read_rows(args: argparse.Namespace, task: LabelTask) -> tuple[list[dict], list[dict]]:
+    """Training rows, and those to judge by."""
+
+    def read(path: str, part: str) -> list[dict]:
+        if args.labels:
+            return distill_rows.read_labelled(path, task, args.skip_bad_rows)
+        return distill_rows.read(path, part, args.skip_bad_rows)
+
+    held_out = read(args.eval_data, "dev") if args.eval_data else []
+    if args.dataset:
+        return distill_rows.read_dataset(args.dataset, args.subset, args.split, args.text_column), held_out
+    return read(args.data, "train"), held_out
+
+
+def token_trainer(
+    args: argparse.Namespace,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
+) -> Any:
+    """A trainer whose student learns the teacher's next-token distributions."""
+    from common import distillation, teacher_pass
+
+    theirs = tokenizers.load_tokenizer(args.teacher, trust_remote_code=args.trust_remote_code)
+    if reason := tokenizers.same_vocabulary(theirs, tokenizer):
+        raise UserError(
+            f"{args.teacher} and {args.student} have different vocabularies ({reason}); two ways work: the teacher's "
+            "text (teacher_generate.py, then kd_train.py), and label probabilities (teacher_generate.py "
+            "--probabilities, then --labels)"
+        )
+    ours, teachers = (models.load_config(name, args.trust_remote_code) for name in (args.student, args.teacher))
+    for config in (ours, teachers):
+        training.limit_length(args, config)
+    pairs = distillation.layer_pairs(args.layer_map, ours.num_hidden_layers, teachers.num_hidden_layers)
+    shared = min(ours.vocab_size, teachers.vocab_size, *(max(t.get_vocab().values()) + 1 for t in (tokenizer, theirs)))
+
+    def encoded(path: str, rows: Sequence[dict]) -> list[tokenizers.Encoded]:
+        return distill_rows.encode(tokenizer, path, rows, args.max_len, args.idp_mode)
+
+    train_rows = encoded(args.data or args.dataset, rows)
+    eval_rows = encoded(args.eval_data, held_out) if held_out else []
+    used = distillation.Used(objective, pairs, shared)
+    cache = written_cache(args, used, teachers, tokenizer, train_rows) if args.teacher_cache else None
+    student = training.prepare_student(args, tokenizer)
+    reader = distillation.Reader(student.get_base_model() if args.lora_r else student)
+    teacher = None if cache else distillation.LiveTeacher(load_teacher(args), used)
+    if used.attentions:
+        for model in (reader.model, teacher.reader.model):
+            model.set_attn_implementation("eager")
+    projections = None
+    if used.hidden and ours.hidden_size != teachers.hidden_size:
+        projections = distillation.projections(ours.hidden_size, teachers.hidden_size, len(pairs), args.seed)
+        student.add_module(training.EXTRA, projections.to(student.device))
+    return training.fitted_trainer(
+        args,
+        student,
+        tokenizer,
+        eval_rows=eval_rows,
+        rows=train_rows,
+        lengths=[len(row.input_ids) for row in train_rows],
+        collate=lambda batch: teacher_pass.collate(batch, tokenizer.pad_token_id, cache),
+        loss=distillation.DistillationLoss(used, reader, teacher, projections),
+        eval_loss=lambda *batch: (training.completion_loss(*batch)[0], {}),
+    )
+
+
+def load_teacher(args: argparse.Namespace) -> Reader:
+    """The teacher, ready to be read."""
+    from common.distillation import Reader
+
+    model, _ = models.load_for_inference(
+        args.teacher, load_in_4bit=args.load_teacher_in_4bit, trust_remote_code=args.trust_remote_code
+    )
+    return Reader(model.requires_grad_(False))
+
+
+def written_cache(
+    args: argparse.Namespace,
+    used: Used,
+    teachers: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tokenizers.Encoded],
+) -> TeacherCache:
+    """The cache with all of `rows` in it. The teacher is loaded only if some are missing, and is gone afterwards.
+
+    Each of several processes writes its share.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from common import teacher_cache, teacher_pass
+
+    draws = args.cache_targets == "sampled"
+    k = (args.cache_k if draws else min(args.cache_k, used.vocabulary)) if used.distributions else 0
+    layers = sorted({theirs for _, theirs in used.pairs}) if used.hidden else []
+    cache = teacher_cache.TeacherCache(
+        args.teacher_cache,
+        {
+            "teacher": models.adapter_hash(args.teacher),
+            "precision": "NF4" if models.use_4bit(args.load_teacher_in_4bit) else "16 or 32 bits",
+            "vocabulary": used.vocabulary,
+            "targets": args.cache_targets,
+            "k": k,
+            "temperature": args.temperature if used.distributions else None,
+            "layers": layers,
+        },
+        teacher_cache.record_type(k, logprobs=not draws, hidden=(len(layers), teachers.hidden_size)),
+    )
+    state = PartialState(cpu=not torch.cuda.is_available())
+    missing = cache.missing(rows)
+    if missing:
+        log(f"{len(missing):,} of {len(rows):,} rows are not in {args.teacher_cache}; the teacher reads them first")
+        teacher_pass.fill_cache(
+            cache,
+            load_teacher(args),
+            missing[state.process_index :: state.num_processes],
+            pad_id=tokenizer.pad_token_id,
+            targets=args.cache_targets,
+            temperature=args.temperature,
+            vocabulary=used.vocabulary,
+            layers=layers,
+            max_batch_tokens=args.max_batch_tokens,
+            seed=args.seed + state.process_index,
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+    state.wait_for_everyone()
+    cache.refresh()
+    return cache
+
+
+def label_trainer(
+    args: argparse.Namespace,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    task: LabelTask,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
+) -> Any:
+    """A trainer whose student's label scores learn the teacher's label probabilities."""
+    from common.distillation import Objective
+    from common.label_distillation import LabelDistillation
+
+    student = training.prepare_student(args, tokenizer)
+    loss = LabelDistillation(objective, tokenizer, task)
+    train_rows = loss.encode(args.data, rows, args.max_len)
+    eval_rows = loss.encode(args.eval_data, held_out, args.max_len) if held_out else []
+    return training.fitted_trainer(
+        args,
+        student,
+        tokenizer,
+        eval_rows=eval_rows,
+        rows=train_rows,
+        lengths=[len(row.prompt) for row in train_rows],
+        collate=loss.collate,
+        loss=loss,
+        eval_loss=LabelDistillation(Objective({"ce": 1.0}), tokenizer, task),
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
