@@ -13,9 +13,10 @@ is complete needs no teacher. Teacher and student must share a vocabulary. Where
 (teacher_generate.py, then kd_train.py), or for labels its probabilities (teacher_generate.py --probabilities, then
 --labels with rows {"input", "probabilities": {label: p}[, "output"]}), which any model can give.
 
-A loss term counts with the weight given; with none given, forward_kl and ce count half each. The terms' names in two
-other recipes are accepted, also as keys of --config: alpha_kl and gamma_kl are forward_kl, alpha_ce is ce, beta_ce is
-teacher_ce, beta_mse and gamma_mse are hidden_mse, delta_cos is hidden_cosine, epsilon_attn is attention_mse.
+A loss term counts with the weight given; with none given, forward_kl and ce count half each. With --ce alone this is
+plain training, of running text too, and needs no teacher. The names of the terms in two other recipes are accepted, also
+as keys of --config: alpha_kl and gamma_kl are forward_kl, alpha_ce is ce, beta_ce is teacher_ce, beta_mse and gamma_mse
+are hidden_mse, delta_cos is hidden_cosine, epsilon_attn is attention_mse.
 """
 
 from __future__ import annotations
@@ -94,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
         if args.labels:
             trainer = label_trainer(args, objective, tokenizer, task, rows, held_out)
-        else:
+        elif args.teacher:
             trainer = token_trainer(args, objective, tokenizer, rows, held_out)
+        else:
+            trainer = plain_trainer(args, tokenizer, rows, held_out)
         training.train_and_save(trainer, args, record)
 
 
@@ -127,8 +130,13 @@ def check_flags(args: argparse.Namespace, weights: dict[str, float]) -> None:
         return
     if args.task:
         raise UserError("--task names a label set; give --labels with it")
+    asked = sorted(weights.keys() - {"ce"})
+    if asked and not args.teacher:
+        raise UserError(f"--teacher is missing; {asked[0]} needs one (with --ce alone, none is needed)")
+    if not asked and args.teacher:
+        raise UserError("--ce alone asks nothing of the teacher; give another term a weight, or leave --teacher out")
     if not args.teacher:
-        raise UserError("--teacher is missing; give the model whose distributions are to be learnt")
+        return
     models.check_model_dir(args.teacher)
     if args.teacher_cache and "attention_mse" in weights:
         raise UserError("--attention_mse needs a live teacher; leave --teacher_cache out, or the weight")
@@ -149,6 +157,28 @@ def read_rows(args: argparse.Namespace, task: LabelTask) -> tuple[list[dict], li
     if args.dataset:
         return distill_rows.read_dataset(args.dataset, args.subset, args.split, args.text_column), held_out
     return read(args.data, "train"), held_out
+
+
+def encoded_rows(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], held_out: Sequence[dict]
+) -> tuple[list[tokenizers.Encoded], list[tokenizers.Encoded]]:
+    """Token ids of the rows, and of those to judge by."""
+
+    def encoded(path: str, rows: Sequence[dict]) -> list[tokenizers.Encoded]:
+        return distill_rows.encode(tokenizer, path, rows, args.max_len, args.idp_mode)
+
+    return encoded(args.data or args.dataset, rows), encoded(args.eval_data, held_out) if held_out else []
+
+
+def plain_trainer(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], held_out: Sequence[dict]
+) -> Any:
+    """A trainer on the data's own tokens alone."""
+    training.limit_length(args, models.load_config(args.student, args.trust_remote_code))
+    train_rows, eval_rows = encoded_rows(args, tokenizer, rows, held_out)
+    student = training.prepare_student(args, tokenizer)
+    parts = training.completion_parts(train_rows, tokenizer.pad_token_id)
+    return training.fitted_trainer(args, student, tokenizer, eval_rows=eval_rows, **parts)
 
 
 def token_trainer(
@@ -174,11 +204,7 @@ def token_trainer(
     pairs = distillation.layer_pairs(args.layer_map, ours.num_hidden_layers, teachers.num_hidden_layers)
     shared = min(ours.vocab_size, teachers.vocab_size, *(max(t.get_vocab().values()) + 1 for t in (tokenizer, theirs)))
 
-    def encoded(path: str, rows: Sequence[dict]) -> list[tokenizers.Encoded]:
-        return distill_rows.encode(tokenizer, path, rows, args.max_len, args.idp_mode)
-
-    train_rows = encoded(args.data or args.dataset, rows)
-    eval_rows = encoded(args.eval_data, held_out) if held_out else []
+    train_rows, eval_rows = encoded_rows(args, tokenizer, rows, held_out)
     used = distillation.Used(objective, pairs, shared)
     cache = written_cache(args, used, teachers, tokenizer, train_rows) if args.teacher_cache else None
     student = training.prepare_student(args, tokenizer)

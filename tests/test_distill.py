@@ -254,6 +254,12 @@ def test_two_processes_equal_one(lora, base, teacher, uneven, spawn, tmp_path):
     assert column(tmp_path / "two", "ce")[0] == pytest.approx(column(one, "ce")[0], abs=1e-5)
 
 
+def test_without_a_teacher_it_is_plain_training(base, uneven, tmp_path):
+    run = distill(base, tmp_path / "run", "--ce", 1, "--data", uneven)
+    sft_train.main(["--data", uneven, *flags(base, tmp_path / "sft")])
+    assert distance(run, tmp_path / "sft") == 0
+
+
 def test_text_and_squad_and_teacher_text_are_read(base, teacher, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(CORPUS[:3]))
@@ -367,7 +373,8 @@ def test_weights_of_two_other_recipes_have_one_meaning(tmp_path):
         (("--forward_kl", -1), "weight must be 0 or above"),
         (("--forward_kl", 0), "every loss term has the weight 0"),
         (("--temperature", 0), "--temperature 0.0 must be above 0"),
-        ((), "--teacher is missing"),
+        ((), "--teacher is missing; forward_kl needs one"),
+        (("--ce", 1, "--teacher", "BASE"), "--ce alone asks nothing of the teacher"),
         (("--teacher", "t", "--dataset", "wikitext"), "either --data FILE or --dataset NAME"),
         (("--teacher", "t", "--task", "f.yaml"), "give --labels with it"),
         (("--labels", "--teacher", "t"), "teacher_generate.py --probabilities"),
