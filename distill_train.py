@@ -14,9 +14,9 @@ is complete needs no teacher. Teacher and student must share a vocabulary. Where
 --labels with rows {"input", "probabilities": {label: p}[, "output"]}), which any model can give.
 
 A loss term counts with the weight given; with none given, forward_kl and ce count half each. With --ce alone this is
-plain training, of running text too, and needs no teacher. The names of the terms in two other recipes are accepted, also
-as keys of --config: alpha_kl and gamma_kl are forward_kl, alpha_ce is ce, beta_ce is teacher_ce, beta_mse and gamma_mse
-are hidden_mse, delta_cos is hidden_cosine, epsilon_attn is attention_mse.
+plain training, of running text too, and needs no teacher. Two other recipes' names of the terms are accepted, also as
+keys of --config: alpha_kl and gamma_kl mean forward_kl, alpha_ce means ce, beta_ce means teacher_ce, beta_mse and
+gamma_mse mean hidden_mse, delta_cos means hidden_cosine, epsilon_attn means attention_mse.
 """
 
 from __future__ import annotations
