@@ -208,8 +208,9 @@ def token_trainer(
     used = distillation.Used(objective, pairs, shared)
     cache = written_cache(args, used, teachers, tokenizer, train_rows) if args.teacher_cache else None
     student = training.prepare_student(args, tokenizer)
-    reader = distillation.Reader(student.get_base_model() if args.lora_r else student)
-    teacher = None if cache else distillation.LiveTeacher(load_teacher(args), used)
+    compared = [layer for layer, _ in pairs] if used.hidden else []
+    reader = distillation.Reader(student.get_base_model() if args.lora_r else student, compared)
+    teacher = None if cache else distillation.LiveTeacher(load_teacher(args, used), used)
     if used.attentions:
         for model in (reader.model, teacher.reader.model):
             model.set_attn_implementation("eager")
@@ -230,14 +231,14 @@ def token_trainer(
     )
 
 
-def load_teacher(args: argparse.Namespace) -> Reader:
+def load_teacher(args: argparse.Namespace, used: Used) -> Reader:
     """The teacher, ready to be read."""
     from common.distillation import Reader
 
     model, _ = models.load_for_inference(
         args.teacher, load_in_4bit=args.load_teacher_in_4bit, trust_remote_code=args.trust_remote_code
     )
-    return Reader(model.requires_grad_(False))
+    return Reader(model.requires_grad_(False), [theirs for _, theirs in used.pairs] if used.hidden else [])
 
 
 def written_cache(
@@ -278,7 +279,7 @@ def written_cache(
         log(f"{len(missing):,} of {len(rows):,} rows are not in {args.teacher_cache}; the teacher reads them first")
         teacher_pass.fill_cache(
             cache,
-            load_teacher(args),
+            load_teacher(args, used),
             missing[state.process_index :: state.num_processes],
             pad_id=tokenizer.pad_token_id,
             targets=args.cache_targets,

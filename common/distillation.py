@@ -89,37 +89,67 @@ class Used:
         return "attention_mse" in self.objective.weights
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a model made of a batch: states [rows, tokens, width] after its last norm, and by layer where asked for."""
+
+    last: torch.Tensor
+    layers: Sequence[torch.Tensor] | None
+    attentions: Sequence[torch.Tensor] | None
+
+    def hidden_at(self, mask: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """Hidden states [n, layers, width] of the columns in `mask` [rows, tokens - 1]; layers count from 1."""
+        states = [self.last if self.layers is None else self.layers[layer] for layer in layers]
+        return torch.stack([state[:, :-1][mask] for state in states], dim=1)
+
+
 class Reader:
     """A model's hidden states, and its logits from the last of them, made only where and when they are needed."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises UserError where the logits are more than the LM head (and a soft cap) of the last hidden state."""
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
+        """
+        Args:
+            layers: those whose states are compared; they are kept if one is not the last.
+
+        Raises:
+            UserError: the logits are more than the LM head (and a soft cap) of the last hidden state.
+        """
         self.model = model
         config = model.config.get_text_config()
         self.head = model.get_output_embeddings()
         self.cap = getattr(config, "final_logit_softcapping", None)
+        self.keep_layers = any(layer != config.num_hidden_layers for layer in layers)
+        self._last: torch.Tensor | None = None
+        # From the decoder itself: mixed precision turns all that the model hands out into float32.
+        model.get_decoder().register_forward_hook(self._keep)
         with torch.no_grad():
-            output = self.read(model, {"input_ids": torch.arange(1, 5, device=model.device)[None]})
-            expected, made = output.logits[0, -1].float(), self.logits(output.hidden_states[-1][0, -1]).float()
+            batch = {"input_ids": torch.arange(1, 5, device=model.device)[None]}
+            expected = model(**batch, use_cache=False).logits[0, -1].float()
+            made = self.logits(self.read(model, batch).last[0, -1]).float()
         if not torch.allclose(made, expected, atol=1e-2, rtol=1e-2):
             raise UserError(
                 f"{model.name_or_path}: logits of {config.model_type} models cannot be distilled; use another"
             )
 
-    def read(self, model: Any, batch: dict[str, torch.Tensor], attentions: bool = False) -> Any:
+    def _keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self._last = output[0]
+
+    def read(self, model: Any, batch: dict[str, torch.Tensor], attentions: bool = False) -> Reading:
         """A forward pass through `model` (this one, or the wrapper it trains in) with the LM head at one column."""
-        return model(
+        output = model(
             input_ids=batch["input_ids"],
             attention_mask=batch.get("attention_mask"),
             use_cache=False,
-            output_hidden_states=True,
+            output_hidden_states=self.keep_layers,
             output_attentions=attentions,
             logits_to_keep=1,
         )
+        last, self._last = self._last, None
+        return Reading(last, output.hidden_states if self.keep_layers else None, output.attentions)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, vocabulary] of last hidden states [n, width]."""
-        logits = self.head(hidden)
+        logits = self.head(hidden.to(self.head.weight.dtype))
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 
 
@@ -153,11 +183,6 @@ def predicted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return batch["labels"][:, 1:] != training.IGNORE
 
 
-def hidden_at(output: Any, mask: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Hidden states [n, layers, width] of the columns in `mask`; layer 0 is the embedding."""
-    return torch.stack([output.hidden_states[layer][:, :-1][mask] for layer in layers], dim=1)
-
-
 class LiveTeacher:
     """A teacher that reads each batch along with the student."""
 
@@ -167,11 +192,11 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, Any]:
         """Of the columns in `mask`: "last" [n, width] and, where used, "hidden" [n, layers, width], "attentions"."""
-        output = self.reader.read(self.reader.model, batch, self.used.attentions)
-        found = {"last": hidden_at(output, mask, [-1])[:, 0]}
+        reading = self.reader.read(self.reader.model, batch, self.used.attentions)
+        found = {"last": reading.last[:, :-1][mask], "attentions": reading.attentions}
         if self.used.hidden:
-            found["hidden"] = hidden_at(output, mask, [theirs for _, theirs in self.used.pairs])
-        return found | ({"attentions": output.attentions} if self.used.attentions else {})
+            found["hidden"] = reading.hidden_at(mask, [theirs for _, theirs in self.used.pairs])
+        return found
 
 
 class DistillationLoss:
@@ -197,11 +222,11 @@ class DistillationLoss:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(scalar loss, its terms); both 0 for a batch without completion tokens."""
         mask = predicted(batch)
-        output = self.student.read(model, batch, self.used.attentions)
+        reading = self.student.read(model, batch, self.used.attentions)
         teacher = batch.get("teacher") if self.teacher is None else self.teacher(batch, mask)
         terms = {}
         if self.used.of_logits:
-            per_token = [hidden_at(output, mask, [-1])[:, 0], batch["labels"][:, 1:][mask]]
+            per_token = [reading.last[:, :-1][mask], batch["labels"][:, 1:][mask]]
             if self.teacher is not None:
                 per_token.append(teacher["last"])
             elif teacher is not None:
@@ -211,14 +236,14 @@ class DistillationLoss:
             )
             terms = dict(zip(self.used.of_logits, sums, strict=True))
         if self.used.hidden:
-            ours = hidden_at(output, mask, [layer for layer, _ in self.used.pairs])
+            ours = reading.hidden_at(mask, [layer for layer, _ in self.used.pairs])
             if self.projections is not None:
                 ours = torch.stack([project(ours[:, i]) for i, project in enumerate(self.projections)], dim=1)
             for name in OF_HIDDEN:
                 if name in self.objective.weights:
                     terms[name] = getattr(distill_losses, name)(ours, teacher["hidden"]).mean(dim=1).sum()
         if self.used.attentions:
-            ours, theirs = output.attentions, teacher["attentions"]
+            ours, theirs = reading.attentions, teacher["attentions"]
             maps = [(ours[i - 1], theirs[j - 1]) for i, j in self.used.pairs] if ours and theirs else []
             queries = functional.pad(mask, (0, 1))
             terms["attention_mse"] = distill_losses.attention_mse(maps, queries).sum()

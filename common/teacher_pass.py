@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common import distill_losses, training
 from common.cli import log
-from common.distillation import Reader, hidden_at, predicted
+from common.distillation import Reader, predicted
 from common.teacher_cache import TeacherCache, pack, unpack
 from common.tokenizers import Encoded
 
@@ -76,12 +76,12 @@ def fill_cache(
             while rows and (len(batch_rows) + 1) * len(batch_rows[0].input_ids) <= max_batch_tokens:
                 batch_rows.append(rows.pop())
             batch = {name: tensor.to(device) for name, tensor in training.collate(batch_rows, pad_id).items()}
-            output, mask = teacher.read(teacher.model, batch), predicted(batch)
-            last = hidden_at(output, mask, [-1])[:, 0]
+            reading, mask = teacher.read(teacher.model, batch), predicted(batch)
+            last = reading.last[:, :-1][mask]
             parts = [outcomes(last[start : start + size]) for start in range(0, len(last), size)]
             found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             if layers:
-                found["hidden"] = hidden_at(output, mask, layers)
+                found["hidden"] = reading.hidden_at(mask, layers)
             packed.append(pack(cache.record, **{name: tensor.cpu().float().numpy() for name, tensor in found.items()}))
             shard += batch_rows
             if sum(map(len, packed)) >= SHARD_TOKENS:

@@ -122,7 +122,7 @@ def test_a_complete_cache_needs_no_teacher(base, teacher, uneven, tmp_path, monk
     shutil.copytree(teacher, gone)
     more = ("--teacher", gone, "--data", uneven, "--teacher_cache", tmp_path / "cache", "--cache_k", 8)
     first = distill(base, tmp_path / "first", *more)
-    monkeypatch.setattr(distill_train, "load_teacher", lambda args: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(distill_train, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
     again = distill(base, tmp_path / "again", *more, "--per_device_train_batch_size", 2,
                     "--gradient_accumulation_steps", 2)  # fmt: skip
     assert distance(first, again) < 1e-5  # accumulation changes nothing
@@ -406,3 +406,41 @@ def test_layer_maps():
     assert layer_pairs("last", 4, 12) == [(4, 12)]
     assert layer_pairs("uniform", 4, 12) == [(1, 3), (2, 6), (3, 9), (4, 12)]
     assert layer_pairs("2:5,4:9", 4, 12) == [(2, 5), (4, 9)]
+
+
+def test_mixed_precision(base, uneven, tokenizer):
+    """As on CUDA: bfloat16 weights, and a forward pass whose outputs, but not its insides, are turned into float32."""
+    from accelerate import Accelerator
+
+    from common.distillation import DistillationLoss, LiveTeacher, Reader, Used
+
+    rows = [json.loads(line) for line in Path(uneven).read_text().splitlines()]
+    batch = training.collate([tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows[:4]], 0)
+    student = models.load_base(base, dtype="bfloat16", training=True)
+    used = Used(Objective({"forward_kl": 1.0, "ce": 1.0, "hidden_mse": 1.0}), [(1, 1), (2, 2)], len(tokenizer))
+    reader = Reader(student, [1, 2])
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare(student)
+    teacher = LiveTeacher(Reader(models.load_base(base, dtype="float32").eval(), [1, 2]), used)
+    loss, terms = DistillationLoss(used, reader, teacher)(wrapped, batch)
+    loss.backward()
+    assert 0 <= terms["forward_kl"] < 0.01  # the teacher is the student, in float32
+    assert 0 <= terms["hidden_mse"] < 0.01
+    assert terms["ce"] > 1
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
+def test_other_architectures_are_read(kind):
+    """Gemma 2 caps its logits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from common.distillation import Reader
+
+    shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    other = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.05}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **shape, **(other if kind != "gpt2" else {}))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    reader = Reader(model)
+    ids = torch.arange(20).view(2, 10)
+    made = reader.logits(reader.read(model, {"input_ids": ids}).last)
+    assert torch.allclose(made, model(input_ids=ids).logits, atol=1e-5)
