@@ -436,9 +436,13 @@ def test_other_architectures_are_read(kind):
     from common.distillation import Reader
 
     shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    other = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.05}
+    other = {
+        "gpt2": {},
+        "llama": {"intermediate_size": 64, "num_key_value_heads": 2},
+        "gemma2": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.05},
+    }
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **shape, **(other if kind != "gpt2" else {}))
+    config = AutoConfig.for_model(kind, **shape, **other[kind])
     model = AutoModelForCausalLM.from_config(config).eval()
     reader = Reader(model)
     ids = torch.arange(20).view(2, 10)
