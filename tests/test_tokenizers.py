@@ -12,7 +12,7 @@ import torch
 from conftest import PROMPTS, SHARED, build_base, distance
 
 import sft_train
-from common import models, tokenizers
+from common import miniature, models, tokenizers
 from common.cli import UserError
 from common.label_ranking import LabelRanker, naive_scores
 from common.tasks import CREDITMIX
@@ -299,3 +299,27 @@ def test_offload_is_not_for_training(base, rows, run, tmp_path, monkeypatch, cap
     assert "OFFLOAD_FOLDER is for inference" in capsys.readouterr().err
     assert not (tmp_path / "offload").exists()
     assert distance(tmp_path / "again", run) == 0
+
+
+def test_same_vocabulary(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "same")
+    same = tokenizers.load_tokenizer(str(tmp_path / "same"))
+    assert tokenizers.same_vocabulary(same, tokenizer) is None
+    same.add_tokens(["<|tool|>"], special_tokens=True)  # one of the two may know more added tokens
+    assert tokenizers.same_vocabulary(same, tokenizer) is None
+    assert tokenizers.same_vocabulary(tokenizer, same) is None
+    file = tmp_path / "same" / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    ids = whole["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    file.write_text(json.dumps(whole))
+    swapped = tokenizers.load_tokenizer(str(tmp_path / "same"))
+    assert tokenizers.same_vocabulary(swapped, tokenizer) == "'a' is token 68 for the teacher and 67 for the student"
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    whole["model"]["merges"] = whole["model"]["merges"][:5]
+    file.write_text(json.dumps(whole))
+    assert tokenizers.same_vocabulary(tokenizers.load_tokenizer(str(tmp_path / "same")), tokenizer).startswith(
+        "they cut"
+    )
+    other = tokenizers.align(miniature.build_tokenizer(["QUITE OTHER TEXT 123"] * 20, vocab_size=300))
+    assert "only the" in tokenizers.same_vocabulary(other, tokenizer)
