@@ -4,7 +4,7 @@
         --save_dir runs/creditmix_dpo --epochs 5 --beta 0.1 --init_adapter runs/creditmix_sft
 
 Rafailov et al. 2023 (arXiv:2305.18290), by TRL's DPOTrainer. The reference is the base with the adapter off, or the
-adapter given as --init_adapter as it was. Writes the same files as sft_train.py.
+adapter given as --init_adapter as it was; its log-probabilities are computed once, so --lora_r 0 needs no copy of it. Writes the same files as sft_train.py.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
     )
-    if not args.init_adapter and "ref" in student.peft_config:
+    if args.lora_r and not args.init_adapter and "ref" in student.peft_config:
         student.delete_adapter("ref")  # a copy of the untrained adapter: the reference is the base itself
     return trainer
 

@@ -468,7 +468,6 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
         trust_remote_code=args.trust_remote_code,
     )
     models.align_model(base, tokenizer)
-    base.config.use_cache = False
     limit_length(args, base.config)
     if full:
         return base
@@ -621,16 +620,25 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
 
 
 def run_completion_training(
-    args: argparse.Namespace, method: str, keys: tuple[str, str], argv: Sequence[str] | None
+    args: argparse.Namespace,
+    method: str,
+    keys: tuple[str, str],
+    argv: Sequence[str] | None,
+    ready: Callable[[Any], Any] = lambda student: student,
 ) -> None:
-    """SFT and KD: rows -> batches -> adapter. `keys` name prompt and completion in a row."""
+    """SFT and KD: rows -> batches -> adapter.
+
+    Args:
+        keys: of prompt and completion in a row.
+        ready: the last word on the student that `prepare_student` made.
+    """
     check_flags(args)
     rows = records.read_rows(args.data, keys, args.skip_bad_rows)
     held_out = records.read_rows(args.eval_data, keys, args.skip_bad_rows) if args.eval_data else []
     record = start(args, method, rows, argv)
     with failing(record):
         tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
-        student = prepare_student(args, tokenizer)
+        student = ready(prepare_student(args, tokenizer))
 
         def encoded(path: str, rows: list[dict]) -> list[tokenizers.Encoded]:
             pairs = [(row[keys[0]], row[keys[1]]) for row in rows]

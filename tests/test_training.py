@@ -564,6 +564,17 @@ def test_reference_log_probs(start, dpo, base, unbroken):
         assert list(trainer.train_dataset[f"ref_{side}_logps"]) == pytest.approx(expected, abs=1e-4)
 
 
+def test_dpo_of_all_weights(base, rows, tmp_path):
+    """The reference log-probabilities come from the student as it was, before the first step."""
+    run = train(dpo_train.main, base, rows["dpo"], tmp_path / "run", "--lora_r", 0, "--max_steps", 12,
+                "--learning_rate", 0.001)  # fmt: skip
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(run)[-1] < 0.6
+    assert not models.is_adapter(run)
+    model, _ = models.load_for_inference(str(run))
+    assert model.config.use_cache
+
+
 def test_the_reference_stays_and_the_policy_moves(dpo, unbroken):
     trainer, encoded = dpo("--init_adapter", unbroken("sft"), "--max_steps", 10, "--learning_rate", 0.003)
     model = trainer.model
