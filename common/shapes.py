@@ -1,0 +1,138 @@
+"""A decoder's sizes, from its config alone: no weights, no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+
+QWEN_3B = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+    "model_type": "qwen2",
+}
+QWEN_7B = QWEN_3B | {
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+KNOWN = {  # so that these need neither weights nor network
+    "Qwen/Qwen2.5-3B-Instruct": QWEN_3B,
+    "Qwen/Qwen2.5-Coder-3B": QWEN_3B,
+    "Qwen/Qwen2.5-7B-Instruct": QWEN_7B,
+}
+
+
+class UnknownShape(UserError):
+    """No config, or one of another architecture than a dense decoder with gated MLPs (Llama, Mistral, Qwen, ...)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a dense decoder with grouped-query attention and gated MLPs."""
+
+    vocabulary: int  # rows of the embedding, padding included
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool  # the LM head is the embedding
+    qkv_bias: bool
+    context: int  # tokens
+
+    @property
+    def query(self) -> int:
+        """Width of the queries of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        """Width of the keys, or the values, of all their heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def projections(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of a layer's matrices: q, k, v, o, gate, up, down."""
+        d, f = self.hidden, self.intermediate
+        attention = [(d, self.query), (d, self.key), (d, self.key), (self.query, d)]
+        return [*attention, (d, f), (d, f), (f, d)]
+
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters by part: "embeddings", "head" (0 where tied), "linear", "biases", "norms"."""
+        return {
+            "embeddings": self.vocabulary * self.hidden,
+            "head": 0 if self.tied else self.vocabulary * self.hidden,
+            "linear": self.layers * sum(inputs * outputs for inputs, outputs in self.projections),
+            "biases": self.layers * (self.query + 2 * self.key) * self.qkv_bias,
+            "norms": (2 * self.layers + 1) * self.hidden,
+        }
+
+    def lora_parameters(self, rank: int) -> int:
+        """Of an adapter on all `projections`: A is [rank, inputs], B [outputs, rank]."""
+        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.projections)
+
+
+def from_config(config: dict[str, Any]) -> Shape:
+    """The shape that config.json's keys describe.
+
+    Raises:
+        UnknownShape: another architecture.
+    """
+    config = config.get("text_config", config)
+    kind = config.get("model_type", "a model without model_type")
+    dense = not any("expert" in name and config[name] for name in config)
+    if not dense or not {"hidden_size", "intermediate_size"} <= config.keys():
+        raise UnknownShape(f"the memory of {kind} cannot be predicted; only dense decoders with gated MLPs are known")
+    heads = config["num_attention_heads"]
+    return Shape(
+        vocabulary=config["vocab_size"],
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        # what transformers takes for a key that is not there
+        tied=config.get("tie_word_embeddings", kind.startswith("gemma")),
+        qkv_bias=config.get("attention_bias", kind == "qwen2"),
+        context=config.get("max_position_embeddings") or 1 << 30,
+    )
+
+
+def of(name_or_path: str, *, trust_remote_code: bool = False) -> Shape:
+    """The shape of a model folder, of one of the KNOWN, or of a Hub id whose config can be had.
+
+    Raises:
+        UnknownShape: see there.
+    """
+    path = Path(name_or_path) / "config.json"
+    if path.is_file():
+        try:
+            return from_config(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnknownShape(f"{path} is not a model's config ({error})") from error
+    if name_or_path in KNOWN:
+        return from_config(KNOWN[name_or_path])
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnknownShape(f"no config of {name_or_path} ({reason}); give a model folder or a Hub id") from error
+    return from_config(config.get_text_config().to_dict())
