@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from common.distillation import Objective, Reader, Used
+    from common.run_record import RunRecord
     from common.tasks import LabelTask
     from common.teacher_cache import TeacherCache
 
@@ -94,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             record.write(objective=str(objective))
         tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
         if args.labels:
-            trainer = label_trainer(args, objective, tokenizer, task, rows, held_out)
+            trainer = label_trainer(args, record, objective, tokenizer, task, rows, held_out)
         elif args.teacher:
-            trainer = token_trainer(args, objective, tokenizer, rows, held_out)
+            trainer = token_trainer(args, record, objective, tokenizer, rows, held_out)
         else:
-            trainer = plain_trainer(args, tokenizer, rows, held_out)
+            trainer = plain_trainer(args, record, tokenizer, rows, held_out)
         training.train_and_save(trainer, args, record)
 
 
@@ -160,22 +161,31 @@ def read_rows(args: argparse.Namespace, task: LabelTask) -> tuple[list[dict], li
 
 
 def encoded_rows(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], held_out: Sequence[dict]
+    args: argparse.Namespace,
+    record: RunRecord | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
 ) -> tuple[list[tokenizers.Encoded], list[tokenizers.Encoded]]:
-    """Token ids of the rows, and of those to judge by."""
+    """Token ids of the rows, which training on fits the memory, and of those to judge by."""
 
     def encoded(path: str, rows: Sequence[dict]) -> list[tokenizers.Encoded]:
         return distill_rows.encode(tokenizer, path, rows, args.max_len, args.idp_mode)
 
-    return encoded(args.data or args.dataset, rows), encoded(args.eval_data, held_out) if held_out else []
+    train_rows = training.fitting_rows(args, record, "distill", lambda: encoded(args.data or args.dataset, rows))
+    return train_rows, encoded(args.eval_data, held_out) if held_out else []
 
 
 def plain_trainer(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], held_out: Sequence[dict]
+    args: argparse.Namespace,
+    record: RunRecord | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
 ) -> Any:
     """A trainer on the data's own tokens alone."""
-    training.limit_length(args, models.load_config(args.student, args.trust_remote_code))
-    train_rows, eval_rows = encoded_rows(args, tokenizer, rows, held_out)
+    training.limit_length(args)
+    train_rows, eval_rows = encoded_rows(args, record, tokenizer, rows, held_out)
     student = training.prepare_student(args, tokenizer)
     parts = training.completion_parts(train_rows, tokenizer.pad_token_id)
     return training.fitted_trainer(args, student, tokenizer, eval_rows=eval_rows, **parts)
@@ -183,6 +193,7 @@ def plain_trainer(
 
 def token_trainer(
     args: argparse.Namespace,
+    record: RunRecord | None,
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
@@ -199,12 +210,11 @@ def token_trainer(
             "--probabilities, then --labels)"
         )
     ours, teachers = (models.load_config(name, args.trust_remote_code) for name in (args.student, args.teacher))
-    for config in (ours, teachers):
-        training.limit_length(args, config)
+    training.limit_length(args, args.teacher)
     pairs = distillation.layer_pairs(args.layer_map, ours.num_hidden_layers, teachers.num_hidden_layers)
     shared = min(ours.vocab_size, teachers.vocab_size, *(max(t.get_vocab().values()) + 1 for t in (tokenizer, theirs)))
 
-    train_rows, eval_rows = encoded_rows(args, tokenizer, rows, held_out)
+    train_rows, eval_rows = encoded_rows(args, record, tokenizer, rows, held_out)
     used = distillation.Used(objective, pairs, shared)
     cache = written_cache(args, used, teachers, tokenizer, train_rows) if args.teacher_cache else None
     student = training.prepare_student(args, tokenizer)
@@ -298,6 +308,7 @@ def written_cache(
 
 def label_trainer(
     args: argparse.Namespace,
+    record: RunRecord | None,
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
     task: LabelTask,
@@ -308,9 +319,13 @@ def label_trainer(
     from common.distillation import Objective
     from common.label_distillation import LabelDistillation
 
-    student = training.prepare_student(args, tokenizer)
+    training.limit_length(args)
     loss = LabelDistillation(objective, tokenizer, task)
     train_rows = loss.encode(args.data, rows, args.max_len)
+    columns = loss.tree.columns
+    if training.check_memory(args, record, "sft", max(len(row.prompt) for row in train_rows) + columns, columns + 1):
+        train_rows = loss.encode(args.data, rows, args.max_len)
+    student = training.prepare_student(args, tokenizer)
     eval_rows = loss.encode(args.eval_data, held_out, args.max_len) if held_out else []
     return training.fitted_trainer(
         args,

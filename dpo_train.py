@@ -4,7 +4,8 @@
         --save_dir runs/creditmix_dpo --epochs 5 --beta 0.1 --init_adapter runs/creditmix_sft
 
 Rafailov et al. 2023 (arXiv:2305.18290), by TRL's DPOTrainer. The reference is the base with the adapter off, or the
-adapter given as --init_adapter as it was; its log-probabilities are computed once, so --lora_r 0 needs no copy of it. Writes the same files as sft_train.py.
+adapter given as --init_adapter as it was; its log-probabilities are computed once, so --lora_r 0 needs no copy of it.
+Writes the same files as sft_train.py.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = training.start(args, "dpo", rows, argv)
     with training.failing(record):
         tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
-        student = training.prepare_student(args, tokenizer)
+        training.limit_length(args)
         train_rows = encode(tokenizer, args.data, rows, args)
+        answer = max(answer_length(row) for row in train_rows)
+        if training.check_memory(args, record, "dpo", max(length(row) for row in train_rows), answer):
+            train_rows = encode(tokenizer, args.data, rows, args)
+        student = training.prepare_student(args, tokenizer)
         eval_rows = encode(tokenizer, args.eval_data, held_out, args) if held_out else None
         training.train_and_save(build_trainer(args, student, tokenizer, train_rows, eval_rows), args, record)
 
@@ -74,15 +79,22 @@ def encode(tokenizer, path: str, rows: Sequence[dict], args: argparse.Namespace)
     return encoded
 
 
+def answer_length(row: dict) -> int:
+    """Tokens of the longer answer."""
+    return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def length(row: dict) -> int:
+    """Tokens of the prompt with the longer answer."""
+    return len(row["prompt_ids"]) + answer_length(row)
+
+
 def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list[dict], eval_rows: list[dict] | None):
     """TRL's DPOTrainer on rows that are encoded already, with reference log-probabilities computed once."""
     import torch
     from datasets import Dataset
     from torch.utils.data import DataLoader
     from trl import DPOConfig, DPOTrainer
-
-    def length(row: dict) -> int:
-        return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
     lengths = [length(row) for row in train_rows]
 

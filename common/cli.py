@@ -115,6 +115,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     model.add_argument("--max_batch_tokens", type=positive_int, default=8192, help="tokens in one forward pass")
+    model.add_argument(
+        "--auto_fit", action="store_true", help="where memory is short, take settings that fit, and say so"
+    )
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
 
 
@@ -183,6 +186,12 @@ def _exit_code(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
             raise
         print(f"error: the package {error.name} is missing; pip install -r requirements.txt", file=sys.stderr)
         return FAILED
+    except MemoryError as error:
+        print(
+            f"error: {error}" if str(error) else "error: the machine ran out of memory; use less data at a time",
+            file=sys.stderr,
+        )
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -190,6 +199,10 @@ def _exit_code(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            remedy = "take smaller batches or shorter rows, pass --auto_fit, or set OFFLOAD_FOLDER for inference"
+            print(f"error: the device ran out of memory; {remedy}", file=sys.stderr)
+            return FAILED
         failure = _write_failure(error)
         if failure is None:
             raise

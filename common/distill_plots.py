@@ -20,7 +20,7 @@ COSTS = (
 def trade_off(result: dict[str, Any]) -> bytes:
     """The main measure with its interval against latency, from median to 95 % quantile; one colour a model."""
     measure = result["measures"][0]
-    figure = plots._figure(3.6, plots.WIDE)
+    figure = plots.new_figure(3.6, plots.WIDE)
     axes = figure.subplots()
     for model, colour in zip(result["models"], plots.COLOURS, strict=False):
         interval, latency = model[measure["key"]], model["latency_s"]
@@ -32,15 +32,15 @@ def trade_off(result: dict[str, Any]) -> bytes:
     axes.margins(y=0.15)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=plots.INK, fontsize=9)
     arrow = "lower" if measure["lower_is_better"] else "higher"
-    plots._tidy(axes, "latency of a row, p50 to p95 (ms; less is better)", f"{measure['heading']} ({arrow} is better)")
-    return plots._png(figure)
+    plots.tidy(axes, "latency of a row, p50 to p95 (ms; less is better)", f"{measure['heading']} ({arrow} is better)")
+    return plots.png(figure)
 
 
 def relative_costs(result: dict[str, Any]) -> bytes:
     """What the others cost, the teacher being 1; a bar that ends left of the line is a saving."""
     teacher, *others = result["models"]
     bar = 0.8 / len(others)
-    figure = plots._figure(1.1 + len(COSTS) * (0.15 + 0.25 * len(others)), plots.WIDE)
+    figure = plots.new_figure(1.1 + len(COSTS) * (0.15 + 0.25 * len(others)), plots.WIDE)
     axes = figure.subplots()
     for m, (model, colour) in enumerate(zip(others, plots.COLOURS[1:], strict=False)):
         shares = [cost(model) / cost(teacher) for _, cost in COSTS]
@@ -56,5 +56,5 @@ def relative_costs(result: dict[str, Any]) -> bytes:
     axes.set_ylim(len(COSTS) - 0.5, -0.5)
     axes.margins(x=0.12)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=plots.INK, fontsize=9)
-    plots._tidy(axes, "share of the teacher's (dashed: 1; less is better)", "", grid="x")
-    return plots._png(figure)
+    plots.tidy(axes, "share of the teacher's (dashed: 1; less is better)", "", grid="x")
+    return plots.png(figure)

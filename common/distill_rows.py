@@ -22,7 +22,8 @@ def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
     """Rows {"input", "output"} or {"text"} of a file.
 
     Args:
-        path: SQuAD's JSON, a text file (`.txt`, one row), or JSONL with an "output" or a "teacher_output".
+        path: SQuAD's JSON, a text file (`.txt`, one row), or JSONL, a JSON list or CSV with "input" and "output" or
+            "teacher_output".
         part: of SQuAD's articles, "train" or "dev".
 
     Raises:
@@ -33,11 +34,12 @@ def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
         if not text.strip():
             raise UserError(f"{path} is empty; give a text file with text in it")
         return [{"text": text}]
-    if Path(path).suffix == ".json" and squad.is_squad(path):
-        return squad.rows(path, part)
-    first = next((row for _, row in records.iter_jsonl(path) if isinstance(row, dict)), {})
+    if squad.is_squad(path):
+        return squad.rows(path, part, skip_bad_rows)
+    unit, numbered, _ = records.numbered_rows(path)
+    first = next((row for _, row in numbered if isinstance(row, dict)), {})
     keys = records.KD_KEYS if "teacher_output" in first else records.SFT_KEYS
-    rows = records.read_rows(path, keys, skip_bad_rows)
+    rows = records.check_rows(path, numbered, keys, skip_bad_rows, unit)
     return [{**row, "output": row[keys[1]]} for row in rows]
 
 
@@ -100,7 +102,7 @@ def read_labelled(path: str, task: LabelTask, skip_bad_rows: bool = False) -> li
 def encode(
     tokenizer: PreTrainedTokenizerBase, path: str, rows: Sequence[dict], max_len: int, whole: bool
 ) -> list[tokenizers.Encoded]:
-    """Token ids of rows as `read` gives them: text in pieces of `max_len`, of which all is learnt but the first token.
+    """Token ids of rows as `read` gives them; running text in windows of `max_len` (see `tokenizers.windows`).
 
     Args:
         whole: leave a row that is too long out instead of cutting its prompt.
@@ -108,9 +110,7 @@ def encode(
     if "text" not in rows[0]:
         pairs = [(row["input"], row["output"]) for row in rows]
         return [row for row in training.encode_rows(tokenizer, path, pairs, max_len, whole) if row]
-    ids = [token for row in rows for token in tokenizer.encode(row["text"], add_special_tokens=False)]
-    pieces = [ids[start : start + max_len] for start in range(0, len(ids), max_len)]
-    encoded = [tokenizers.Encoded(piece, 1) for piece in pieces if len(piece) > 1]
+    encoded = [piece for row in rows for piece in tokenizers.windows(tokenizer, row["text"], max_len)]
     if not encoded:
         raise UserError(f"{path} has a single token; give more text")
     return encoded

@@ -203,7 +203,7 @@ class Contestant:
         from common import perplexity, training
 
         if self.job.kind == TEXT:
-            rows = [perplexity.windows(self.tokenizer, row["text"], self.limit) for row in self.job.rows]
+            rows = [tokenizers.windows(self.tokenizer, row["text"], self.limit) for row in self.job.rows]
         else:
             pairs = [(row["input"], row["output"]) for row in self.job.rows]
             encoded = training.encode_rows(self.tokenizer, self.job.model_dir, pairs, self.limit, whole=False)

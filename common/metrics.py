@@ -75,10 +75,10 @@ def evaluate(
     predictions = top if predictions is None else np.asarray(predictions)
     margins = _log_margins(probabilities) if margins is None else margins
     features = _row_features(probabilities, y, predictions, margins, answered, costs)
-    units, count = _units(groups, rows)
-    sums = _sum_units(features, units, count)
+    units, count = unit_of_rows(groups, rows)
+    sums = sum_units(features, units, count)
     values = _metrics(np.asarray(sums.sum(axis=0)).reshape(1, -1), classes)
-    samples = _metrics(_resample(sums, seed, replicates), classes)
+    samples = _metrics(resample(sums, seed, replicates), classes)
     if answered is None or np.all(answered):
         del values["coverage"], values["selective_risk"]
     if costs is None:
@@ -88,11 +88,11 @@ def evaluate(
     per_class = {name: values.pop(name) for name in ("precision", "recall", "f1")}
     samples["ece"] = np.maximum(_centred(samples["ece"], values["ece"][0]), 0.0)
     for name, value in values.items():
-        result[name] = _interval(value[0], samples[name])
+        result[name] = interval(value[0], samples[name])
     support = np.bincount(y, minlength=classes)
     result["per_class"] = {
         label: {
-            **{name: _interval(value[0, k], samples[name][:, k]) for name, value in per_class.items()},
+            **{name: interval(value[0, k], samples[name][:, k]) for name, value in per_class.items()},
             "support": int(support[k]),
         }
         for k, label in enumerate(labels)
@@ -119,18 +119,18 @@ def compare(
     """a minus b in accuracy, macro_f1, ece, brier and nll on the same rows: paired, both see the same resamples."""
     y = np.asarray(y, dtype=np.int64)
     classes = a.probabilities.shape[1]
-    units, count = _units(groups, len(y))
+    units, count = unit_of_rows(groups, len(y))
     values, samples = [], []
     for model in (a, b):
         features = _row_features(model.probabilities, y, model.predictions, model.top2_margin, None, None)
-        sums = _sum_units(features, units, count)
+        sums = sum_units(features, units, count)
         values.append(_metrics(np.asarray(sums.sum(axis=0)).reshape(1, -1), classes))
-        samples.append(_metrics(_resample(sums, seed, replicates), classes))
+        samples.append(_metrics(resample(sums, seed, replicates), classes))
     differences = {}
     for name in ("accuracy", "macro_f1", "ece", "brier", "nll"):
         value = values[0][name][0] - values[1][name][0]
         replicas = samples[0][name] - samples[1][name]
-        differences[name] = _interval(value, _centred(replicas, value) if name == "ece" else replicas)
+        differences[name] = interval(value, _centred(replicas, value) if name == "ece" else replicas)
     return differences
 
 
@@ -151,14 +151,14 @@ def ratio_interval(
     """
     if not len(counts):
         raise UserError("there is no row to evaluate; give a file with rows")
-    units, count = _units(groups, len(counts))
-    sums = _sum_units(sparse.csr_matrix(np.asarray(counts, dtype=np.float64)), units, count)
+    units, count = unit_of_rows(groups, len(counts))
+    sums = sum_units(sparse.csr_matrix(np.asarray(counts, dtype=np.float64)), units, count)
 
     def ratio(sums: np.ndarray) -> np.ndarray:
         first = _ratio(sums[:, 0], sums[:, 1])
         return first - _ratio(sums[:, 2], sums[:, 3]) if sums.shape[1] == 4 else first
 
-    return _interval(ratio(np.asarray(sums.sum(axis=0)).reshape(1, -1))[0], ratio(_resample(sums, seed, replicates)))
+    return interval(ratio(np.asarray(sums.sum(axis=0)).reshape(1, -1))[0], ratio(resample(sums, seed, replicates)))
 
 
 # The bootstrap: rows -> features -> sums per unit -> replicates -> metrics.
@@ -206,7 +206,7 @@ def _row_features(
     return sparse.csr_matrix((values, (np.tile(every, len(entries)), columns)), shape=shape)
 
 
-def _units(groups: Sequence[str] | None, rows: int) -> tuple[np.ndarray, int]:
+def unit_of_rows(groups: Sequence[str] | None, rows: int) -> tuple[np.ndarray, int]:
     """(unit of each row, number of units): its group, or itself."""
     if groups is None:
         return np.arange(rows), rows
@@ -214,13 +214,13 @@ def _units(groups: Sequence[str] | None, rows: int) -> tuple[np.ndarray, int]:
     return units, len(names)
 
 
-def _sum_units(features: sparse.csr_matrix, units: np.ndarray, count: int) -> sparse.csr_matrix:
+def sum_units(features: sparse.csr_matrix, units: np.ndarray, count: int) -> sparse.csr_matrix:
     """[units, features]."""
     rows = len(units)
     return sparse.csr_matrix((np.ones(rows), (units, np.arange(rows))), shape=(count, rows)) @ features
 
 
-def _resample(sums: sparse.csr_matrix, seed: int, replicates: int) -> np.ndarray:
+def resample(sums: sparse.csr_matrix, seed: int, replicates: int) -> np.ndarray:
     """[replicates, features]: sums over as many units as there are, drawn with replacement."""
     rng = np.random.default_rng(seed)
     units = sums.shape[0]
@@ -263,7 +263,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
-def _interval(value: float, samples: np.ndarray) -> Interval:
+def interval(value: float, samples: np.ndarray) -> Interval:
     """Value and 2.5 and 97.5 % percentiles of its replicates, rounded to six digits."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return {"value": round(float(value), 6), "low": round(float(low), 6), "high": round(float(high), 6)}

@@ -84,7 +84,7 @@ def use_4bit(load_in_4bit: str) -> bool:
     return load_in_4bit == "on" or (load_in_4bit == "auto" and torch.cuda.is_available())
 
 
-def _inference_dtype(name_or_path: str, dtype: str, trust_remote_code: bool) -> torch.dtype:
+def inference_dtype(name_or_path: str, dtype: str, trust_remote_code: bool) -> torch.dtype:
     import torch
 
     if dtype != "auto":
@@ -144,7 +144,7 @@ def load_base(
         settings["device_map"] = {"": "cpu"}
     try:
         if not training and not four_bit:
-            chosen = _inference_dtype(name_or_path, dtype, trust_remote_code)
+            chosen = inference_dtype(name_or_path, dtype, trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, **settings)
     except ImportError as error:
         raise UserError(f"4-bit loading needs bitsandbytes ({error}); pip install -r requirements.txt") from error

@@ -13,7 +13,7 @@ from common.cli import UserError
 from common.tokenizers import Encoded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 PASSAGE = 16_384  # characters; long, so that few windows are cut short at its end
 TITLE = re.compile(r" ?= [^=].* = ?\n?")  # of an article in wikitext
@@ -52,17 +52,6 @@ def passages(path: str) -> list[dict]:
     if not rows:
         raise UserError(f"{path} has no text; give a text file with text in it")
     return rows
-
-
-def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_len: int) -> list[Encoded]:
-    """A text in windows of `max_len` tokens, none of which sees another.
-
-    The first token of a window is only read: the tokenizer's BOS, where it puts one, else the text's.
-    """
-    bos = [token for token in tokenizer.encode("") if token == tokenizer.bos_token_id]
-    ids, room = tokenizer.encode(text, add_special_tokens=False), max_len - len(bos)
-    pieces = [bos + ids[start : start + room] for start in range(0, len(ids), room)]
-    return [Encoded(piece, 1) for piece in pieces if len(piece) > 1]
 
 
 def negative_log_likelihood(

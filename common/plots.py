@@ -25,13 +25,13 @@ WIDE, NARROW = 5.2, 3.9  # inches; the narrow ones stand side by side on a large
 HEIGHT = 3.9
 
 
-def _figure(height: float, width: float) -> Figure:
+def new_figure(height: float, width: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
 
 
-def _tidy(axes: Axes, xlabel: str, ylabel: str, grid: str = "both") -> None:
+def tidy(axes: Axes, xlabel: str, ylabel: str, grid: str = "both") -> None:
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.tick_params(colors=INK, length=0)
@@ -40,7 +40,7 @@ def _tidy(axes: Axes, xlabel: str, ylabel: str, grid: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -59,7 +59,7 @@ def confusion_matrix(model: dict[str, Any], labels: Sequence[str]) -> bytes:
     counts = model["confusion_matrix"]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
     growth = min(max(1.0, len(labels) / 12), 3.0)
-    figure = _figure(HEIGHT * growth, NARROW * growth)
+    figure = new_figure(HEIGHT * growth, NARROW * growth)
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [_plain(label) for label in labels]
@@ -73,14 +73,14 @@ def confusion_matrix(model: dict[str, Any], labels: Sequence[str]) -> bytes:
                 weight = "bold" if i == j else "normal"
                 axes.text(j, i - 0.1, f"{shares[i][j]:.0%}", fontsize=7 if many else 13, fontweight=weight, **look)
                 axes.text(j, i + 0.25, f"{count:,}", fontsize=5 if many else 8.5, **look)
-    _tidy(axes, "predicted", "true")
+    tidy(axes, "predicted", "true")
     axes.grid(visible=False)
-    return _png(figure)
+    return png(figure)
 
 
 def reliability_diagram(model: dict[str, Any]) -> bytes:
     """Accuracy against confidence, before and after calibration, over the number of rows in each confidence bin."""
-    figure = _figure(HEIGHT, NARROW)
+    figure = new_figure(HEIGHT, NARROW)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.6)
     curves = [(model.get("uncalibrated"), "before", "#8C8C8C", "s"), (model, "after calibration", COLOURS[0], "o")]
@@ -103,9 +103,9 @@ def reliability_diagram(model: dict[str, Any]) -> bytes:
     legend = axes.legend(frameon=False, loc="upper left", labelcolor=INK, fontsize=9)
     for handle in legend.legend_handles:
         handle.set_sizes([36])
-    _tidy(axes, "", "share that is right")
-    _tidy(below, "confidence (probability of the answer)", "rows")
-    return _png(figure)
+    tidy(axes, "", "share that is right")
+    tidy(below, "confidence (probability of the answer)", "rows")
+    return png(figure)
 
 
 def margin_histogram(model: dict[str, Any]) -> bytes:
@@ -115,15 +115,15 @@ def margin_histogram(model: dict[str, Any]) -> bytes:
     right, wrong = ([sum(margins[kind][i : i + 2]) for i in range(0, 64, 2)] for kind in ("right", "wrong"))
     used = max(i for i in range(len(right)) if right[i] + wrong[i]) + 1
     centres = [(i + 0.5) * 2 * width for i in range(used)]
-    figure = _figure(HEIGHT, NARROW)
+    figure = new_figure(HEIGHT, NARROW)
     axes = figure.subplots()
     axes.bar(centres, wrong[:used], 2 * width, color=WRONG, edgecolor="white", linewidth=0.5, label="wrong")
     axes.bar(centres, right[:used], 2 * width, bottom=wrong[:used], color=RIGHT, edgecolor="white", linewidth=0.5,
              label="right")  # fmt: skip
     axes.set_xlim(0, used * 2 * width)
     axes.legend(frameon=False, labelcolor=INK, reverse=True)
-    _tidy(axes, "top-2 margin (nats)", "rows", grid="y")
-    return _png(figure)
+    tidy(axes, "top-2 margin (nats)", "rows", grid="y")
+    return png(figure)
 
 
 def f1_bars(models: Sequence[dict[str, Any]], names: Sequence[str], labels: Sequence[str]) -> bytes:
@@ -138,7 +138,7 @@ def interval_bars(
     """values[name][label] between 0 and 1 as bars, grouped by label, whiskers for the 95 % intervals."""
     bar = 0.8 / len(names)
     height = 0.9 + len(labels) * (0.2 + 0.2 * len(names)) + 0.2 * math.ceil(len(names) / 2)
-    figure = _figure(min(height, 60), WIDE)
+    figure = new_figure(min(height, 60), WIDE)
     axes = figure.subplots()
     for m, (intervals, name) in enumerate(zip(values, names, strict=True)):
         places = [k + (m + 0.5) * bar - 0.4 for k in range(len(labels))]
@@ -154,8 +154,8 @@ def interval_bars(
     axes.set_xlim(0, 1)
     if len(names) > 1:
         figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
-    _tidy(axes, xlabel, "", grid="x")
-    return _png(figure)
+    tidy(axes, xlabel, "", grid="x")
+    return png(figure)
 
 
 def outcome_bars(counts: Sequence[dict[str, int]], names: Sequence[str]) -> bytes:
@@ -164,7 +164,7 @@ def outcome_bars(counts: Sequence[dict[str, int]], names: Sequence[str]) -> byte
     for each in counts:
         totals.update(each)
     kinds = sorted(totals, key=lambda kind: (kind != "passed", -totals[kind]))
-    figure = _figure(1.3 + 0.45 * len(names) + 0.2 * math.ceil(len(kinds) / 2), WIDE)
+    figure = new_figure(1.3 + 0.45 * len(names) + 0.2 * math.ceil(len(kinds) / 2), WIDE)
     axes = figure.subplots()
     lefts = [0.0] * len(names)
     for place, kind in enumerate(kinds):
@@ -176,13 +176,13 @@ def outcome_bars(counts: Sequence[dict[str, int]], names: Sequence[str]) -> byte
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
-    _tidy(axes, "share of answers", "", grid="x")
-    return _png(figure)
+    tidy(axes, "share of answers", "", grid="x")
+    return png(figure)
 
 
 def risk_coverage(models: Sequence[dict[str, Any]], names: Sequence[str]) -> bytes:
     """Error rate among the rows answered, as the least confident are left unanswered."""
-    figure = _figure(3.4, WIDE)
+    figure = new_figure(3.4, WIDE)
     axes = figure.subplots()
     highest = 0.0
     for m, (model, name) in enumerate(zip(models, names, strict=True)):
@@ -194,5 +194,5 @@ def risk_coverage(models: Sequence[dict[str, Any]], names: Sequence[str]) -> byt
                          color=COLOURS[m % len(COLOURS)], edgecolor="white")  # fmt: skip
     axes.set(xlim=(0, 1), ylim=(0, min(1.0, highest * 1.1)))
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    _tidy(axes, "coverage (share of rows answered)", "error rate among answers")
-    return _png(figure)
+    tidy(axes, "coverage (share of rows answered)", "error rate among answers")
+    return png(figure)

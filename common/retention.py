@@ -97,15 +97,15 @@ def figures(
         the difference to the base, and of the student "gap_closed". All are intervals; a share is None where some
         resample leaves nothing to take a share of.
     """
-    units, count = metrics._units(groups, len(groups))
+    units, count = metrics.unit_of_rows(groups, len(groups))
     point, samples = {}, {}
     for role, each in features.items():
-        sums = metrics._sum_units(sparse.csr_matrix(each), units, count)
+        sums = metrics.sum_units(sparse.csr_matrix(each), units, count)
         point[role] = measure.value(np.asarray(sums.sum(axis=0)).reshape(1, -1))
-        samples[role] = measure.value(metrics._resample(sums, seed, metrics.REPLICATES))
+        samples[role] = measure.value(metrics.resample(sums, seed, metrics.REPLICATES))
 
     def interval(of: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Interval:
-        return metrics._interval(of(point)[0], of(samples))
+        return metrics.interval(of(point)[0], of(samples))
 
     def difference(one: str, other: str) -> Interval:
         return interval(lambda values: values[one] - values[other])

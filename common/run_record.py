@@ -125,10 +125,10 @@ def read_groups(save_dir: str | Path) -> set[str] | None:
 
 
 def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | None:
-    """{"rows", "of"}: rows whose group the run was trained on; None where an adapter keeps no record of that."""
+    """{"rows", "of"}: rows whose group the run was trained on; None where a run keeps no record of that."""
     trained = read_groups(model_dir)
     if trained is None:
-        if models.is_adapter(model_dir):
+        if models.is_adapter(model_dir) or (Path(model_dir) / FILE).is_file():
             return None
         trained = set()  # a base model was trained on no labelled row of ours
     seen, of = splits.overlap(groups, trained)

@@ -31,8 +31,11 @@ def prompt(question: str, passage: str) -> str:
 
 
 def is_squad(path: str | Path) -> bool:
-    """Whether a data file is read as SQuAD's JSON: by its name, *.json or *.json.gz (rows are *.jsonl)."""
-    return ".json" in Path(path).suffixes
+    """Whether a file is SQuAD's JSON: *.json or *.json.gz with one object in it (rows are *.jsonl, or a list)."""
+    if ".json" not in Path(path).suffixes:
+        return False
+    with records.open_text(path) as handle:
+        return handle.read(4096).lstrip().startswith("{")
 
 
 def rows(path: str | Path, split: str = "all", skip_bad_rows: bool = False) -> list[dict]:

@@ -152,6 +152,17 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     return Encoded(prompt_ids + encode_completion(tokenizer, completion), len(prompt_ids))
 
 
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_len: int) -> list[Encoded]:
+    """A text in windows of `max_len` tokens, none of which sees another.
+
+    The first token of a window is only read: the tokenizer's BOS, where it puts one, else the text's.
+    """
+    bos = [token for token in tokenizer.encode("") if token == tokenizer.bos_token_id]
+    ids, room = tokenizer.encode(text, add_special_tokens=False), max_len - len(bos)
+    pieces = [bos + ids[start : start + room] for start in range(0, len(ids), room)]
+    return [Encoded(piece, 1) for piece in pieces if len(piece) > 1]
+
+
 def truncate_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completion_length: int, max_len: int
 ) -> list[int] | None:

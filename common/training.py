@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, models, progress, records, run_record, tokenizers
+from common import cli, models, progress, records, run_record, tokenizers, vram
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 IGNORE = -100
 EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
@@ -33,6 +33,7 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial
 COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # of a checkpoint, beside its weights
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 EXTRA, EXTRA_FILE = "extra", "extra.safetensors"  # a module trained along with the student, kept in checkpoints alone
+STEPPED_DOWN = "DISTILL_SLM_STEPPED_DOWN"  # in the environment of a run that has run out of memory once
 BEST = "best"  # among the checkpoints: the weights with the lowest held-out loss so far
 
 # (model, batch, items of the whole optimizer step) -> (scalar loss, its terms before weighting, by name)
@@ -79,6 +80,7 @@ def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float, data_req
     adapter.add_argument("--lora_dropout", type=float, default=0.05)
     adapter.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
     adapter.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    adapter.add_argument("--auto_fit", action="store_true", help="where memory is short, change settings, and say so")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -438,6 +440,7 @@ def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) ->
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
     else:
+        model.config.use_cache = True  # TRL turns it off
         own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(EXTRA)}
         model.save_pretrained(folder, state_dict=own, safe_serialization=True)
     tokenizer.save_pretrained(folder)
@@ -468,7 +471,6 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
         trust_remote_code=args.trust_remote_code,
     )
     models.align_model(base, tokenizer)
-    limit_length(args, base.config)
     if full:
         return base
     for parameter in base.parameters():
@@ -481,11 +483,13 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
     return student
 
 
-def limit_length(args: argparse.Namespace, config: PreTrainedConfig) -> None:
-    """Bring --max_len down to a model's context, and say so."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and args.max_len > limit:
-        log(f"--max_len {args.max_len} is more than the model's context; using {limit}")
+def limit_length(args: argparse.Namespace, *others: str) -> None:
+    """Bring --max_len down to the context of the student (and of `others` that read along), and say so."""
+    for name in (args.student, *others):
+        limit = getattr(models.load_config(name, args.trust_remote_code), "max_position_embeddings", None)
+        if not limit or args.max_len <= limit:
+            continue
+        log(f"--max_len {args.max_len} is more than the context of {name}; using {limit}")
         args.max_len = limit
 
 
@@ -588,10 +592,7 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
         if not math.isfinite(result.training_loss):
             raise UserError(f"the loss became {result.training_loss}; lower --learning_rate {args.learning_rate}")
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the device ran out of memory; lower --per_device_train_batch_size or --max_len, "
-            "or pass --gradient_checkpointing on"
-        ) from error
+        raise UserError(f"the device ran out of memory; try {step_down(args, record)}") from error
     finally:
         interruption.restore()
         bar.bar.close()
@@ -638,16 +639,74 @@ def run_completion_training(
     record = start(args, method, rows, argv)
     with failing(record):
         tokenizer = tokenizers.load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
-        student = ready(prepare_student(args, tokenizer))
+        limit_length(args)
 
         def encoded(path: str, rows: list[dict]) -> list[tokenizers.Encoded]:
             pairs = [(row[keys[0]], row[keys[1]]) for row in rows]
             return [row for row in encode_rows(tokenizer, path, pairs, args.max_len, args.idp_mode) if row]
 
-        parts = completion_parts(encoded(args.data, rows), tokenizer.pad_token_id)
+        train_rows = fitting_rows(args, record, method, lambda: encoded(args.data, rows))
+        student = ready(prepare_student(args, tokenizer))
+        parts = completion_parts(train_rows, tokenizer.pad_token_id)
         eval_rows = encoded(args.eval_data, held_out) if held_out else []
         trainer = fitted_trainer(args, student, tokenizer, eval_rows=eval_rows, **parts)
         train_and_save(trainer, args, record)
+
+
+def check_memory(
+    args: argparse.Namespace, record: run_record.RunRecord | None, method: str, longest: int, completion_len: int
+) -> bool:
+    """Whether --auto_fit changed --max_len, so that rows have to be encoded again, to make a training fit the memory.
+
+    Args:
+        longest, completion_len: tokens of the longest row and of the longest completion.
+
+    Raises:
+        UserError: it does not fit; the message names what would.
+    """
+    changed = vram.before_training(args, method, longest=longest, completion_len=completion_len)
+    if record and changed:
+        record.write(auto_fit=changed)
+    return "max_len" in changed
+
+
+def fitting_rows(
+    args: argparse.Namespace,
+    record: run_record.RunRecord | None,
+    method: str,
+    encode: Callable[[], list[tokenizers.Encoded]],
+) -> list[tokenizers.Encoded]:
+    """Training rows, once it is known that training on them fits the memory (see `check_memory`).
+
+    Args:
+        encode: the rows under --max_len.
+    """
+    rows = encode()
+    longest = max(len(row.input_ids) for row in rows)
+    completion = max(len(row.input_ids) - row.prompt_length for row in rows)
+    return encode() if check_memory(args, record, method, longest, completion) else rows
+
+
+def step_down(args: argparse.Namespace, record: run_record.RunRecord | None) -> str:
+    """After running out of memory: with --auto_fit go on from the checkpoint under milder settings, in a new process.
+
+    Returns:
+        Without it, or the second time, or where others train along: the flags to take instead.
+    """
+    plan = vram.training_plan(args, record.facts["method"] if record else "sft")
+    try:
+        changes = vram.advise(plan, args, int(0.9 * vram.predict(plan).total))
+    except UserError:
+        return "a smaller student"
+    flags = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if args.auto_fit and alone and STEPPED_DOWN not in os.environ:
+        log(f"the device ran out of memory; going on from the last checkpoint with {vram.words(changes)}")
+        record.end("failed", error="out of memory")
+        os.environ[STEPPED_DOWN] = "1"
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, sys.argv[0], *record.facts["argv"][1:], *flags, "--resume"])
+    return vram.words(changes)
 
 
 class failing:

@@ -130,7 +130,7 @@ def inference_plan(
 
     name = (base or models.base_of(model_dir)) if models.is_adapter(model_dir) else model_dir
     four_bit = models.use_4bit(load_in_4bit)
-    width = BFLOAT16 if four_bit else models._inference_dtype(name, dtype, trust_remote_code).itemsize
+    width = BFLOAT16 if four_bit else models.inference_dtype(name, dtype, trust_remote_code).itemsize
     return Inference(
         shapes.of(name, trust_remote_code=trust_remote_code),
         batch_tokens=max_batch_tokens,

@@ -87,7 +87,10 @@ def test_bad_yaml(yaml, sentence, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([], "the following arguments are required: --student, --data, --save_dir (see: python sft_train.py --help)"),
+        (
+            [],
+            "--data, --save_dir/--output_dir (see: python sft_train.py --help)",
+        ),
         ([*REQUIRED, "--sed", "1"], "unrecognized arguments: --sed 1 (see: python sft_train.py --help)"),
         ([*REQUIRED, "--see", "1"], "unrecognized arguments: --see 1 (see: python sft_train.py --help)"),
         ([*REQUIRED, "--config"], "argument --config: expected one argument (see: python sft_train.py --help)"),

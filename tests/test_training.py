@@ -34,7 +34,7 @@ from conftest import (
 import dpo_train
 import kd_train
 import sft_train
-from common import cli, models, run_record, tokenizers, training
+from common import cli, models, run_record, tokenizers, training, vram
 from common.cli import UserError
 from common.tokenizers import Encoded
 
@@ -771,3 +771,61 @@ def test_two_processes_stop_together(base, rows, spawn, tmp_path):
     newest = max(int(path.name[11:]) for path in (save_dir / "checkpoints").glob("checkpoint-*"))
     assert 10 < newest < 1200
     assert training.newest_checkpoint(str(save_dir)).endswith(f"checkpoint-{newest}")
+
+
+# Memory.
+
+
+@pytest.fixture
+def milder(monkeypatch) -> None:
+    """A batch of two would help (a miniature is too small for that to be true)."""
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    monkeypatch.setattr(vram, "advise", lambda plan, args, free: changes)
+
+
+def test_what_does_not_fit_is_said_before_anything_loads(base, rows, tmp_path, milder, monkeypatch):
+    monkeypatch.setattr(vram, "free_bytes", lambda: 1000)
+    with (
+        monkeypatch.context() as before,
+        pytest.raises(UserError, match=r"0.0 are free; --per_device_train_batch_size 2"),
+    ):
+        before.setattr(models, "load_base", lambda *args, **kwargs: pytest.fail("loaded"))
+        train(sft_train.main, base, rows["sft"], tmp_path / "run")
+    run = train(sft_train.main, base, rows["sft"], tmp_path / "run", "--max_steps", 1, "--auto_fit")
+    assert run_json(run)["auto_fit"]["per_device_train_batch_size"] == 2
+    assert run_json(run)["effective_batch"] == 4
+
+
+@pytest.mark.parametrize("auto_fit", [True, False])
+def test_out_of_memory_all_the_same(auto_fit, base, rows, tmp_path, milder, monkeypatch):
+    """With --auto_fit it goes on from the checkpoint under milder settings, once; without, they are named."""
+    from transformers import Trainer
+
+    step, seen, restarts = Trainer.training_step, [], []
+
+    def exhausted(*args, **kwargs):
+        seen.append(0)
+        if len(seen) == 4:
+            raise torch.OutOfMemoryError
+        return step(*args, **kwargs)
+
+    def restart(program, argv):
+        restarts.append(argv)
+        raise SystemExit
+
+    monkeypatch.setattr(Trainer, "training_step", exhausted)
+    monkeypatch.setattr(os, "execv", restart)
+    monkeypatch.delenv(training.STEPPED_DOWN, raising=False)
+    more = ["--per_device_train_batch_size", 4, "--save_steps", 2, *(["--auto_fit"] if auto_fit else [])]
+    with pytest.raises(SystemExit if auto_fit else UserError, match="" if auto_fit else "ran out of memory; try --per"):
+        train(sft_train.main, base, rows["sft"], tmp_path / "run", *more)
+    assert len(restarts) == auto_fit
+    assert (training.STEPPED_DOWN in os.environ) == auto_fit
+    if auto_fit:
+        assert restarts[0][-1] == "--resume"
+        args = cli.parse_args(sft_train.build_parser(), restarts[0][2:])
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 2)
+        seen.clear()
+        with pytest.raises(UserError, match="ran out of memory; try"):
+            sft_train.main(restarts[0][2:])
+        monkeypatch.delenv(training.STEPPED_DOWN)
