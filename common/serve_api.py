@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from common import codegen, json_schema, web
@@ -23,11 +23,6 @@ from common.serving import Server, Settings, check_schema, estimate
 from common.web import ALWAYS, Guard, Problem, responses
 
 PAGE = Path(__file__).with_name("serve_page.html")
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-cache",
-}
 MAX_FEATURES, MAX_TEXT = 20_000, 1_000_000  # characters
 MAX_ROWS = 1024  # of a batch
 MAX_ANSWER_TOKENS = 4096
@@ -154,7 +149,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         metrics=server.web_metrics,
         max_body_bytes=server.settings.max_body_bytes,
         api_key=server.settings.api_key,
-        open_paths=frozenset(("/", "/favicon.ico", "/healthz", "/readyz", "/docs", "/openapi.json")),
+        open_paths=web.open_paths(),
     )
     _add_inference(app, server)  # first, since routes are tried in order
     _add_about(app, server)
@@ -163,19 +158,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _add_about(app: FastAPI, server: Server) -> None:
-    page = PAGE.read_bytes()
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def the_page() -> Response:
-        return HTMLResponse(page, headers=PAGE_HEADERS)
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def favicon() -> Response:
-        return Response(status_code=204)
-
-    @app.get("/healthz")
-    async def alive() -> dict[str, str]:
-        return {"status": "alive"}
+    web.add_about(app, server.web_metrics, PAGE)
 
     @app.get("/readyz", responses=responses(503))
     async def ready() -> dict[str, str]:
@@ -183,11 +166,6 @@ def _add_about(app: FastAPI, server: Server) -> None:
         if not server.ready():
             raise Problem(503, "the base is not loaded yet; PRELOAD=1 loads it at the start", retry_after=1)
         return {"status": "ready"}
-
-    @app.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
-        """Prometheus' text format."""
-        return server.web_metrics.page()
 
     @app.get("/models", response_model=ModelsAnswer)
     async def registry() -> Response:

@@ -1,4 +1,4 @@
-"""What the servers share: request ids, API key, body limit, one shape of error, health, Prometheus.
+"""What the servers share: request ids, API key, body limit, one shape of error, page, health, Prometheus.
 
 `Guard` is one plain ASGI layer around the application. An error's body is `{"error": {"message", "type", "param",
 "request_id"}}`, the shape of OpenAI's, so that their clients show the message.
@@ -13,12 +13,13 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -28,6 +29,11 @@ from common.cli import UserError, log
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # what is taken over from a client; anything else is replaced
 DRAIN = 32 << 20  # bytes of a refused body that are read, so that the client gets to see the answer
 MAX_FAULTS = 5  # of a body that breaks many rules, as many are named
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # buckets of every latency
 
 Scope = dict[str, Any]
@@ -74,8 +80,12 @@ def error_response(request_id: str, status: int, message: str, param: str | None
     return JSONResponse({"error": detail}, status, headers)
 
 
-def responses(*statuses: int) -> dict[int, dict[str, Any]]:
-    """For a route's `responses`: the errors it may answer with, beside those that `Guard` gives."""
+def responses(*statuses: int, own: Mapping[int, str] | None = None) -> dict[int, dict[str, Any]]:
+    """For a route's `responses`: the errors it may answer with, beside those that `Guard` gives.
+
+    Args:
+        own: what a status means on this server, where that is not what it means on the inference server.
+    """
     sentences = {
         404: "No such run or base; the message lists those there are",
         409: "The model on the disk cannot be used",
@@ -83,6 +93,7 @@ def responses(*statuses: int) -> dict[int, dict[str, Any]]:
         503: "The queue is full or the server is stopping; try again after `Retry-After` seconds",
         504: "The time limit of a request has passed",
     }
+    sentences |= own or {}
     return {status: {"model": ErrorBody, "description": sentences[status]} for status in statuses}
 
 
@@ -97,6 +108,36 @@ ALWAYS = {
 def request_id(request: Request) -> str:
     """The id of a request: the client's own `X-Request-ID`, where it is a plain one, else a new one."""
     return request.scope["state"]["request_id"]
+
+
+def open_paths(prefix: str = "") -> frozenset[str]:
+    """Paths that need no API key: the page (it asks for the key), the API's description, health."""
+    public = ("/", "/favicon.ico", "/docs", "/openapi.json")
+    return frozenset(("/healthz", "/readyz", *(prefix + path for path in public)))
+
+
+def add_about(app: FastAPI, metrics: WebMetrics, page: Path, prefix: str = "") -> None:
+    """The routes that every server has: its page at `prefix`/, /healthz, /metrics."""
+    content = page.read_text(encoding="utf-8")
+    for name in ("web_page.css", "web_page.js"):
+        content = content.replace(f"/* {name} */\n", page.with_name(name).read_text(encoding="utf-8"))
+
+    @app.get(f"{prefix}/", response_class=HTMLResponse, include_in_schema=False)
+    async def the_page() -> Response:
+        return HTMLResponse(content, headers=PAGE_HEADERS)
+
+    @app.get(f"{prefix}/favicon.ico", include_in_schema=False)
+    async def favicon() -> Response:
+        return Response(status_code=204)
+
+    @app.get("/healthz")
+    async def alive() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/metrics", response_class=Response)
+    async def prometheus() -> Response:
+        """Prometheus' text format."""
+        return metrics.page()
 
 
 class WebMetrics:

@@ -1,0 +1,35 @@
+# The job service and its workers (and every script). Build and run on one machine:
+#
+#   docker build -t distill-slm:0.1.0 .
+#   docker run --init -p 8000:8000 -v slm:/data distill-slm:0.1.0             # add --gpus all for cards
+#
+# PIP_EXTRA_INDEX_URL chooses another build of torch, e.g. the one for CPUs, which is much smaller.
+FROM python:3.12.12-slim-bookworm AS build
+ARG PIP_EXTRA_INDEX_URL
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+COPY requirements.txt requirements-export.txt requirements-k8s.txt /tmp/
+RUN pip install --no-cache-dir --no-compile \
+    -r /tmp/requirements.txt -r /tmp/requirements-export.txt -r /tmp/requirements-k8s.txt
+
+FROM python:3.12.12-slim-bookworm
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/app \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp \
+    HF_HOME=/data/huggingface \
+    DATA_DIR=/data \
+    ALLOWED_ROOTS=/data
+WORKDIR /app
+COPY *.py LICENSE ./
+COPY common common
+COPY recipes recipes
+COPY k8s k8s
+RUN install -d -o 10001 -g 10001 /data
+USER 10001:10001
+VOLUME /data
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=6s --start-period=60s --retries=3 CMD ["python", "serve_distill.py", "--health"]
+CMD ["uvicorn", "serve_distill:app", "--host", "0.0.0.0", "--port", "8000", "--no-access-log"]

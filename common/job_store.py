@@ -1,0 +1,259 @@
+"""The jobs that a service knows, in SQLite: what was asked for, in which state it is, how it ended.
+
+A job is queued, running, succeeded, failed or cancelled. `handed` says that it was given to the backend and not yet
+taken back; only one that is queued and not handed can be claimed. The process that runs jobs is the only one that
+claims and finishes; any process may submit, cancel, resume and read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+ENDED = (SUCCEEDED, FAILED, CANCELLED)
+WAIT = 10  # seconds for the write lock
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS job (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given twice
+    id TEXT NOT NULL UNIQUE,
+    method TEXT NOT NULL,
+    request TEXT NOT NULL,                     -- JSON, as it was sent
+    commands TEXT NOT NULL,                    -- JSON, see job_request.Plan
+    key TEXT UNIQUE,                           -- of idempotency
+    place INTEGER NOT NULL,                    -- in the queue
+    state TEXT NOT NULL DEFAULT 'queued',
+    handed INTEGER NOT NULL DEFAULT 0,
+    attempt INTEGER NOT NULL DEFAULT 0,
+    slot INTEGER,                              -- which of the cards, while it is handed
+    cancel INTEGER NOT NULL DEFAULT 0,
+    created REAL NOT NULL,
+    started REAL,
+    ended REAL,
+    error TEXT,                                -- JSON
+    artifacts TEXT NOT NULL DEFAULT '[]',      -- JSON
+    bytes INTEGER NOT NULL DEFAULT 0           -- of its folder, once it has ended
+);
+CREATE INDEX IF NOT EXISTS waiting ON job (state, handed, place);
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row. Times are seconds since 1970."""
+
+    number: int
+    id: str
+    method: str
+    request: dict[str, Any]
+    commands: list[dict[str, Any]]
+    key: str | None
+    place: int
+    state: str
+    handed: bool
+    attempt: int
+    slot: int | None
+    cancel: bool
+    created: float
+    started: float | None
+    ended: float | None
+    error: dict[str, Any] | None
+    artifacts: list[dict[str, Any]]
+    bytes: int
+
+
+JSON_COLUMNS = ("request", "commands", "error", "artifacts")
+
+
+def _job(row: sqlite3.Row) -> Job:
+    values = dict(row)
+    for name in JSON_COLUMNS:
+        values[name] = None if values[name] is None else json.loads(values[name])
+    return Job(**values | {"handed": bool(values["handed"]), "cancel": bool(values["cancel"])})
+
+
+class KeyTaken(Exception):
+    """The idempotency key belongs to a job with another request."""
+
+
+class Store:
+    """The table, for any number of threads and processes; every method is one transaction.
+
+    Raises (all of its methods):
+        sqlite3.OperationalError: the disk is full, or the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._local = threading.local()
+        with self._transaction() as connection:
+            for statement in SCHEMA.split(";\n"):
+                connection.execute(statement)
+
+    def _connection(self) -> sqlite3.Connection:
+        """This thread's own: readers and the writer never wait for one another."""
+        if not hasattr(self._local, "connection"):
+            connection = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")  # an accepted job outlives a power cut
+            self._local.connection = connection
+        return self._local.connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        connection = self._connection()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+        return self._connection().execute(sql, values).fetchall()
+
+    # Asked by anybody.
+
+    def submit(
+        self, method: str, request: dict[str, Any], commands: Sequence[dict[str, Any]], job_id: str, key: str | None
+    ) -> Job:
+        """Put a job at the end of the queue; with the key of an earlier one, that one comes back and nothing is added.
+
+        Raises:
+            KeyTaken: the earlier one's request was another.
+        """
+        with self._transaction() as connection:
+            if key is not None and (known := self.by_key(key, request)):
+                return known
+            connection.execute(
+                "INSERT INTO job (id, method, request, commands, key, place, created) VALUES (?, ?, ?, ?, ?, "
+                "(SELECT coalesce(max(place), 0) + 1 FROM job), ?)",
+                (job_id, method, json.dumps(request), json.dumps(commands), key, time.time()),
+            )
+            return self.find(job_id)
+
+    def by_key(self, key: str, request: dict[str, Any]) -> Job | None:
+        """The job that was submitted under an idempotency key. Raises KeyTaken for another request than this."""
+        rows = self._rows("SELECT * FROM job WHERE key = ?", key)
+        if rows and json.loads(rows[0]["request"]) != request:
+            raise KeyTaken(key)
+        return _job(rows[0]) if rows else None
+
+    def find(self, job_id: str) -> Job | None:
+        rows = self._rows("SELECT * FROM job WHERE id = ?", job_id)
+        return _job(rows[0]) if rows else None
+
+    def page(self, limit: int, before: int | None = None, state: str | None = None) -> list[Job]:
+        """The newest jobs, those with a number below `before`."""
+        rows = self._rows(
+            "SELECT * FROM job WHERE (?1 IS NULL OR number < ?1) AND (?2 IS NULL OR state = ?2) "
+            "ORDER BY number DESC LIMIT ?3",
+            before, state, limit,
+        )  # fmt: skip
+        return [_job(row) for row in rows]
+
+    def ahead_of(self, job: Job) -> int:
+        """How many jobs come before one that waits."""
+        sql = "SELECT count(*) FROM job WHERE state = 'queued' AND handed = 0 AND place < ?"
+        return self._rows(sql, job.place)[0][0]
+
+    def counts(self) -> dict[str, int]:
+        """Jobs by state; every state is there."""
+        found = dict(self._rows("SELECT state, count(*) FROM job GROUP BY state"))
+        return {state: found.get(state, 0) for state in STATES}
+
+    def cancel(self, job_id: str) -> Job | None:
+        """A job that waits is cancelled; one that is handed gets a mark, for the runner. Others stay as they are."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE job SET state = 'cancelled', ended = ? WHERE id = ? AND state = 'queued' AND handed = 0",
+                (time.time(), job_id),
+            )
+            connection.execute("UPDATE job SET cancel = 1 WHERE id = ? AND handed = 1", (job_id,))
+            return self.find(job_id)
+
+    def resume(self, job_id: str) -> bool:
+        """Put a failed or cancelled job at the end of the queue again; False where it is neither."""
+        with self._transaction() as connection:
+            changed = connection.execute(
+                "UPDATE job SET state = 'queued', cancel = 0, started = NULL, ended = NULL, error = NULL, "
+                "artifacts = '[]', place = (SELECT max(place) + 1 FROM job) "
+                "WHERE id = ? AND state IN ('failed', 'cancelled')",
+                (job_id,),
+            )
+            return changed.rowcount == 1
+
+    def delete(self, job_id: str) -> bool:
+        """Forget a job that has ended; False where it has not."""
+        with self._transaction() as connection:
+            sql = "DELETE FROM job WHERE id = ? AND state IN ('succeeded', 'failed', 'cancelled')"
+            return connection.execute(sql, (job_id,)).rowcount == 1
+
+    # Asked by the one that runs jobs.
+
+    def claim(self, slot: int, state: str) -> Job | None:
+        """Hand the next job in the queue to the backend; it is in `state` from now on."""
+        with self._transaction() as connection:
+            rows = connection.execute(
+                "UPDATE job SET handed = 1, attempt = attempt + 1, slot = ?1, state = ?2, "
+                "started = CASE ?2 WHEN 'running' THEN ?3 END "
+                "WHERE number = (SELECT number FROM job WHERE state = 'queued' AND handed = 0 ORDER BY place LIMIT 1) "
+                "RETURNING *",
+                (slot, state, time.time()),
+            ).fetchall()
+            return _job(rows[0]) if rows else None
+
+    def handed(self) -> list[Job]:
+        """The jobs that the backend has, in the order of the queue."""
+        return [_job(row) for row in self._rows("SELECT * FROM job WHERE handed = 1 ORDER BY place")]
+
+    def begin(self, job: Job) -> None:
+        """The backend has begun to work on a job that it was handed."""
+        with self._transaction() as connection:
+            sql = "UPDATE job SET state = 'running', started = ? WHERE id = ? AND state = 'queued' AND handed = 1"
+            connection.execute(sql, (time.time(), job.id))
+
+    def finish(
+        self, job: Job, state: str, error: dict[str, Any] | None, artifacts: Sequence[dict[str, Any]], size: int
+    ) -> None:
+        """Take a job back from the backend; `size` is the bytes of its folder."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE job SET state = ?, handed = 0, slot = NULL, cancel = 0, ended = ?, error = ?, artifacts = ?, "
+                "bytes = ? WHERE id = ? AND handed = 1 AND attempt = ?",
+                (
+                    state, time.time(), None if error is None else json.dumps(error), json.dumps(artifacts), size,
+                    job.id, job.attempt,
+                ),
+            )  # fmt: skip
+
+    def ended(self) -> list[tuple[str, float, int]]:
+        """(id, when, bytes) of every ended job, the oldest first."""
+        sql = "SELECT id, ended, bytes FROM job WHERE state IN ('succeeded', 'failed', 'cancelled') ORDER BY ended"
+        return [tuple(row) for row in self._rows(sql)]
+
+    def ids(self) -> set[str]:
+        return {row["id"] for row in self._rows("SELECT id FROM job")}
+
+
+def new_id() -> str:
+    """A job's id: 16 hex digits that cannot be guessed."""
+    return secrets.token_hex(8)
+
+
+def open_store(data_dir: str | Path) -> Store:
+    """The store under `data_dir`, which only its owner may enter."""
+    os.makedirs(data_dir, mode=0o700, exist_ok=True)
+    return Store(Path(data_dir) / "jobs.db")

@@ -1,0 +1,76 @@
+"""Distillation as a service: submit jobs over HTTP, watch them, download the student; on one machine or on Kubernetes.
+
+    uvicorn serve_distill:app --host 0.0.0.0 --port 8000
+    python serve_distill.py --port 8000 --keep_days 30      # the same, without uvicorn's line for every request
+
+The page is at /, the API's description at /docs. Settings come from the environment: DATA_DIR (runs/jobs), BACKEND
+(local, or kubernetes), MAX_RUNNING (1, or one a GPU), MAX_QUEUE (1000 jobs), ALLOWED_ROOTS (runs:data:DATA_DIR; local
+models and data are read from these folders alone), KEEP_DAYS and DATA_QUOTA (bytes; ended jobs are deleted after so
+many days, or when all together have more), API_PREFIX, API_KEY, MAX_BODY_BYTES (256 KiB); for Kubernetes also
+JOB_TEMPLATE (k8s/distill-job.yaml), NAMESPACE, IMAGE and GPU_MEMORY (bytes of the cluster's cards).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from common import cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="serve_distill.py")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--health", action="store_true", help="ask a running server instead; exit code 1: not alive")
+    parser.add_argument("--keep_days", type=float, help="delete a job so long after its end; default: KEEP_DAYS")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = cli.parse_args(build_parser(), argv)
+    if args.health:
+        return is_alive(args.port)
+    if args.keep_days is not None and args.keep_days <= 0:
+        raise cli.UserError(f"--keep_days {args.keep_days} must be above 0")
+
+    import uvicorn
+
+    from common.job_api import create_app
+    from common.job_service import Settings
+
+    settings = Settings.from_environment()
+    if args.keep_days is not None:
+        settings = dataclasses.replace(settings, keep_days=args.keep_days)
+    uvicorn.run(create_app(settings), host=args.host, port=args.port, access_log=False)
+    return None
+
+
+def is_alive(port: int) -> int:
+    """Exit code for a container's health check."""
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
+            return cli.DONE
+    except OSError as error:
+        cli.log(f"no server answers on port {port} ({error})")
+        return cli.FAILED
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made when uvicorn asks for it, so that `--help` needs none."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from common.job_api import create_app
+
+    try:
+        return create_app()
+    except cli.UserError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
