@@ -102,7 +102,7 @@ def judge(args: argparse.Namespace, model_dir: str, rows: list[dict], schema: js
     """(entry for the result, what `idp_metrics.differences` compares) of one model."""
     from common import idp_metrics
 
-    loaded = idp.load(args, model_dir)
+    loaded = models.load_by_flags(args, model_dir)
     groups = [row["group"] for row in rows]
     entries, judged = {}, {}
     for decoding in ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,):

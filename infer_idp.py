@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if not text.strip():
             raise cli.UserError("--document is empty; give the text of a document")
 
-    extractor = idp.Extractor.from_flags(args, idp.load(args, args.model_dir), schema,
+    extractor = idp.Extractor.from_flags(args, models.load_by_flags(args, args.model_dir), schema,
                                          None if args.no_constraint else found)  # fmt: skip
     if text is None:
         return extract_file(args, extractor)

@@ -254,13 +254,7 @@ def build_teacher(args: argparse.Namespace, task: Labels | Documents | Code) -> 
             timeout=args.timeout,
             max_attempts=args.max_attempts,
         )
-    loaded = models.load_for_inference(
-        args.teacher,
-        base=args.base,
-        load_in_4bit=args.load_in_4bit,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
+    loaded = models.load_by_flags(args, args.teacher)
     identity = [models.adapter_hash(args.teacher), str(loaded[0].dtype), models.use_4bit(args.load_in_4bit)]
     if args.probabilities:
         from common.classifier import Classifier

@@ -90,13 +90,7 @@ class CodeWriter:
     @classmethod
     def from_flags(cls, args: argparse.Namespace, model_dir: str) -> CodeWriter:
         """The writer that a command's flags ask for (`add_flags`)."""
-        model, tokenizer = models.load_for_inference(
-            model_dir,
-            base=args.base,
-            load_in_4bit=args.load_in_4bit,
-            dtype=args.dtype,
-            trust_remote_code=args.trust_remote_code,
-        )
+        model, tokenizer = models.load_by_flags(args, model_dir)
         eos = None if models.is_adapter(model_dir) else plain_base_eos(model_dir, tokenizer, args.trust_remote_code)
         if args.prompt_style == "chat" or (args.prompt_style == "auto" and eos is None):
             return cls(model, tokenizer, codegen.CHAT, args.max_batch_tokens)

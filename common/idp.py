@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from common import cli, documents, json_schema, models, splits, tokenizers
+from common import cli, documents, json_schema, splits, tokenizers
 from common.cli import UserError
 from common.field_metrics import path_name
 
@@ -189,17 +189,6 @@ class Extractor:
             sum(len(answer.tokens) for answer in answers),
             len(answers),
         )
-
-
-def load(args: argparse.Namespace, model_dir: str) -> tuple:
-    """(model, tokenizer) as a command's model flags say."""
-    return models.load_for_inference(
-        model_dir,
-        base=args.base,
-        load_in_4bit=args.load_in_4bit,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
 
 
 def read_json(answer: Generation, schema: json_schema.Schema) -> tuple[Any, str | None]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
+    import argparse
+
     import torch
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -260,6 +262,26 @@ def load_for_inference(
     if adapter:
         model = load_adapter(model, model_dir)
     return model.eval(), tokenizer
+
+
+def load_by_flags(
+    args: argparse.Namespace, model_dir: str
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """`load_for_inference` as a command's model flags say (`cli.add_model_flags`), once it is known to fit the memory.
+
+    Raises:
+        UserError: see there; too little memory is free, and what would fit.
+    """
+    from common import vram
+
+    vram.before_inference(args, model_dir)
+    return load_for_inference(
+        model_dir,
+        base=args.base,
+        load_in_4bit=args.load_in_4bit,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def fingerprint(model: PreTrainedModel) -> str:

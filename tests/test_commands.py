@@ -125,6 +125,8 @@ def test_every_flag_does_something(script):
     source = (ROOT / script).read_text()
     for shared in re.findall(r"\b(training|cli|idp|code_writer)\.add_\w*flags", source):
         source += (ROOT / "common" / f"{shared}.py").read_text()
+    if re.search(r"from_flags\(args|load_by_flags\(args|cli\.add_model_flags", source):
+        source += (ROOT / "common" / "models.py").read_text() + (ROOT / "common" / "vram.py").read_text()
     if "Classifier.from_flags(args" in source:
         source += (ROOT / "common" / "classifier.py").read_text()
     parser = parser_of(ROOT / script)
