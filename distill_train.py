@@ -27,7 +27,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from common import cli, distill_rows, models, tasks, tokenizers, training
+from common import cli, completions, distill_rows, models, tasks, tokenizers, training
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def token_trainer(
         lengths=[len(row.input_ids) for row in train_rows],
         collate=lambda batch: teacher_pass.collate(batch, tokenizer.pad_token_id, cache),
         loss=distillation.DistillationLoss(used, reader, teacher, projections),
-        eval_loss=lambda *batch: (training.completion_loss(*batch)[0], {}),
+        eval_loss=lambda *batch: (completions.completion_loss(*batch)[0], {}),
     )
 
 

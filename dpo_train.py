@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common import cli, records, tokenizers, training
+from common import cli, completions, records, tokenizers, training
 
 REFERENCE_TOKENS = 2048  # of a batch in the pass for the reference log-probabilities
 
@@ -58,7 +58,9 @@ def read_pairs(path: str, skip_bad_rows: bool) -> list[dict]:
 def encode(tokenizer, path: str, rows: Sequence[dict], args: argparse.Namespace) -> list[dict[str, list[int]]]:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of each row that fits, the form that DPOTrainer works on."""
     sides = [
-        training.encode_rows(tokenizer, path, [(row["prompt"], row[side]) for row in rows], args.max_len, args.idp_mode)
+        completions.encode_rows(
+            tokenizer, path, [(row["prompt"], row[side]) for row in rows], args.max_len, args.idp_mode
+        )
         for side in ("chosen", "rejected")
     ]
     encoded = []
@@ -115,7 +117,7 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
 
         def _get_train_sampler(self, train_dataset=None):
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            return training.LengthGroupedOrder(lengths, step, self.args.seed)
+            return completions.LengthGroupedOrder(lengths, step, self.args.seed)
 
         def _save(self, output_dir=None, state_dict=None):
             training.save_student(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
@@ -124,8 +126,8 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
 
     def try_batch(size: int) -> None:
         row = tokenizers.Encoded(longest["prompt_ids"] + longest["chosen_ids"], len(longest["prompt_ids"]))
-        batch = training.collate([row] * (2 * size), tokenizer.pad_token_id)
-        training.completion_loss(student, {k: v.to(student.device) for k, v in batch.items()})[0].backward()
+        batch = completions.collate([row] * (2 * size), tokenizer.pad_token_id)
+        completions.completion_loss(student, {k: v.to(student.device) for k, v in batch.items()})[0].backward()
         student.zero_grad(set_to_none=True)
 
     per_device, accumulation = training.fit_batch_size(args, 2 * max(lengths), try_batch)

@@ -343,14 +343,14 @@ def from_cache(plan: Training, student: Any, collate: Callable[[Sequence[Any]], 
     """The parts of a trainer on forward KL to the few outcomes that a teacher's cache holds, here random ones."""
     import torch
 
-    from common import training
+    from common import completions
     from common.distillation import DistillationLoss, Objective, Reader, Used
 
     vocabulary = plan.student.vocabulary
 
     def with_teacher(batch: Sequence[Any]) -> dict[str, Any]:
         tensors = collate(batch)
-        n = int((tensors["labels"][:, 1:] != training.IGNORE).sum())
+        n = int((tensors["labels"][:, 1:] != completions.IGNORE).sum())
         logprobs = torch.randn(n, CACHED).log_softmax(-1) - 0.1
         ids = torch.randint(0, vocabulary, (n, CACHED))
         return tensors | {"teacher": {"ids": ids, "rest": 1 - logprobs.exp().sum(-1), "logprobs": logprobs}}

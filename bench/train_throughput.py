@@ -115,7 +115,7 @@ def held_out_loss(model, tokenizer, rows: Sequence[dict]) -> float:
     """Mean completion loss on the held-out rows, in nats a token."""
     import torch
 
-    from common import tokenizers, training
+    from common import completions, tokenizers
 
     model.eval()
     total = count = 0.0
@@ -124,10 +124,10 @@ def held_out_loss(model, tokenizer, rows: Sequence[dict]) -> float:
             encoded = [
                 tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows[start : start + 32]
             ]
-            batch = training.collate(encoded, tokenizer.pad_token_id)
+            batch = completions.collate(encoded, tokenizer.pad_token_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            tokens = int((batch["labels"][:, 1:] != training.IGNORE).sum())
-            total += training.completion_loss(model, batch)[0].item() * tokens
+            tokens = int((batch["labels"][:, 1:] != completions.IGNORE).sum())
+            total += completions.completion_loss(model, batch)[0].item() * tokens
             count += tokens
     return total / count
 

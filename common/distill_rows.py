@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import records, squad, tokenizers, training
+from common import completions, records, squad, tokenizers
 from common.cli import UserError, log
 from common.tasks import LabelTask
 
@@ -109,7 +109,7 @@ def encode(
     """
     if "text" not in rows[0]:
         pairs = [(row["input"], row["output"]) for row in rows]
-        return [row for row in training.encode_rows(tokenizer, path, pairs, max_len, whole) if row]
+        return [row for row in completions.encode_rows(tokenizer, path, pairs, max_len, whole) if row]
     encoded = [piece for row in rows for piece in tokenizers.windows(tokenizer, row["text"], max_len)]
     if not encoded:
         raise UserError(f"{path} has a single token; give more text")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from common import distill_losses, training
+from common import completions, distill_losses
 from common.cli import UserError
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def layer_pairs(layer_map: str, student_layers: int, teacher_layers: int) -> lis
 
 def predicted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Boolean [rows, tokens - 1]: the columns whose next token belongs to a completion."""
-    return batch["labels"][:, 1:] != training.IGNORE
+    return batch["labels"][:, 1:] != completions.IGNORE
 
 
 class LiveTeacher:

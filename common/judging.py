@@ -200,13 +200,13 @@ class Contestant:
 
     def _surprise(self) -> dict[str, Any]:
         """ "nll" in nats, "tokens" and "bytes" of each row's output or text."""
-        from common import perplexity, training
+        from common import completions, perplexity
 
         if self.job.kind == TEXT:
             rows = [tokenizers.windows(self.tokenizer, row["text"], self.limit) for row in self.job.rows]
         else:
             pairs = [(row["input"], row["output"]) for row in self.job.rows]
-            encoded = training.encode_rows(self.tokenizer, self.job.model_dir, pairs, self.limit, whole=False)
+            encoded = completions.encode_rows(self.tokenizer, self.job.model_dir, pairs, self.limit, whole=False)
             if None in encoded:
                 raise UserError(f"an output does not fit --max_len {self.limit}; raise it")
             rows = [[row] for row in encoded]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common import label_ranking, tokenizers, training
+from common import completions, label_ranking, tokenizers
 from common.cli import UserError, log
 from common.distill_rows import PROBABILITIES
 from common.distillation import Objective
@@ -79,8 +79,8 @@ class LabelDistillation:
             "position_ids": positions,
             "attention_mask": sees,
             PROBABILITIES: torch.tensor([row.probabilities or nothing for row in batch]),
-            "gold": torch.tensor([training.IGNORE if row.gold is None else row.gold for row in batch]),
-            "labels": torch.tensor([[training.IGNORE, 0]] * len(batch)),
+            "gold": torch.tensor([completions.IGNORE if row.gold is None else row.gold for row in batch]),
+            "labels": torch.tensor([[completions.IGNORE, 0]] * len(batch)),
         }
 
     def __call__(
@@ -106,7 +106,7 @@ class LabelDistillation:
         teacher = (batch[PROBABILITIES][taught].log() / temperature).log_softmax(dim=-1)
         terms = self.objective.divergences((scores[taught] / temperature).log_softmax(dim=-1), teacher)
         if "ce" in self.objective.weights:
-            known = batch["gold"] != training.IGNORE
+            known = batch["gold"] != completions.IGNORE
             terms["ce"] = -answers[known].gather(1, batch["gold"][known][:, None])
         if "teacher_ce" in self.objective.weights:
             terms["teacher_ce"] = -answers[taught].gather(1, teacher.argmax(dim=1)[:, None])

@@ -226,7 +226,7 @@ def pretrain(
     from torch.nn import functional
     from tqdm import trange
 
-    from common import tokenizers, training
+    from common import completions, tokenizers
 
     head = torch.nn.Linear(2 * model.config.hidden_size, max(1, len(source.fields)) * LEVELS)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -253,12 +253,12 @@ def pretrain(
                 tokenizers.Encoded(encode(prompt) + answer, start)
                 for prompt, answer, start in zip(prompts, answers, learnt_from, strict=True)
             ]
-            batch = training.collate(rows, tokenizer.pad_token_id)
+            batch = completions.collate(rows, tokenizer.pad_token_id)
             output = model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
             )
             text = functional.cross_entropy(
-                output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=training.IGNORE
+                output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=completions.IGNORE
             )
             last = torch.tensor([len(encode(prompt)) - 1 for prompt in prompts])
             states = torch.cat([layer[range(len(last)), last] for layer in output.hidden_states[-3:-1]], dim=-1)

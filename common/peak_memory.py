@@ -166,7 +166,7 @@ def weight_bytes(shape: Shape, *, four_bit: bool, width: int) -> int:
 
 
 def kept_by_layer(plan: Training) -> float:
-    """Bytes a token that one decoder layer keeps for its backward pass, in `training.completion_loss`.
+    """Bytes a token that one decoder layer keeps for its backward pass, in `completions.completion_loss`.
 
     By autograd's own list (torch.autograd.graph.saved_tensors_hooks) these are, with d hidden, q and k the widths of
     queries and keys, f intermediate:

@@ -65,7 +65,7 @@ def negative_log_likelihood(
     import torch
     from tqdm import tqdm
 
-    from common import training
+    from common import completions
 
     budget = min(max_batch_tokens, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row].input_ids))
@@ -74,10 +74,10 @@ def negative_log_likelihood(
         while order:
             size = max(1, budget // len(rows[order[0]].input_ids))
             batch_rows, order = order[:size], order[size:]
-            batch = training.collate([rows[row] for row in batch_rows], pad_id)
+            batch = completions.collate([rows[row] for row in batch_rows], pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             targets = batch["labels"][:, 1:]
-            columns = (targets != training.IGNORE).any(0).nonzero()[:, 0]
+            columns = (targets != completions.IGNORE).any(0).nonzero()[:, 0]
             logits = model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -86,7 +86,7 @@ def negative_log_likelihood(
             ).logits
             for place, row in enumerate(batch_rows):  # one at a time: float32 is twice as large
                 sums[row] = torch.nn.functional.cross_entropy(
-                    logits[place].float(), targets[place, columns], ignore_index=training.IGNORE, reduction="sum"
+                    logits[place].float(), targets[place, columns], ignore_index=completions.IGNORE, reduction="sum"
                 )
             progress.update(len(batch_rows))
     return sums

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import distill_losses, training
+from common import completions, distill_losses
 from common.cli import log
 from common.distillation import Reader, predicted
 from common.teacher_cache import TeacherCache, pack, unpack
@@ -19,11 +19,11 @@ SHARD_TOKENS = 1 << 16  # at most so many are lost when the writing of a cache i
 
 
 def collate(batch: Sequence[Encoded], pad_id: int, cache: TeacherCache | None = None) -> dict[str, Any]:
-    """`training.collate`, and under "teacher" what the cache holds of the rows' completion tokens, in their order.
+    """`completions.collate`, and under "teacher" what the cache holds of the rows' completion tokens, in their order.
 
     Rows that it does not hold (those that a run is judged by) get none.
     """
-    made = training.collate(batch, pad_id)
+    made = completions.collate(batch, pad_id)
     found = [cache.get(row) for row in batch] if cache else [None]
     if all(packed is not None for packed in found):
         made["teacher"] = {name: torch.from_numpy(array) for name, array in unpack(np.concatenate(found)).items()}
@@ -75,7 +75,7 @@ def fill_cache(
             batch_rows = [rows.pop()]
             while rows and (len(batch_rows) + 1) * len(batch_rows[0].input_ids) <= max_batch_tokens:
                 batch_rows.append(rows.pop())
-            batch = {name: tensor.to(device) for name, tensor in training.collate(batch_rows, pad_id).items()}
+            batch = {name: tensor.to(device) for name, tensor in completions.collate(batch_rows, pad_id).items()}
             reading, mask = teacher.read(teacher.model, batch), predicted(batch)
             last = reading.last[:, :-1][mask]
             parts = [outcomes(last[start : start + size]) for start in range(0, len(last), size)]

@@ -13,19 +13,16 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, models, progress, records, run_record, tokenizers, vram
+from common import cli, completions, models, progress, records, run_record, tokenizers, vram
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-IGNORE = -100
 EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
 CPU_TOKENS_PER_BATCH = 16_384  # bounds the activations of a real batch on CPU
 CHECKPOINTS = "checkpoints"
@@ -126,126 +123,6 @@ def newest_checkpoint(save_dir: str) -> str | None:
     return None
 
 
-def encode_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    path: str,
-    pairs: Sequence[tuple[str, str]],
-    max_len: int,
-    whole: bool,
-) -> list[tokenizers.Encoded | None]:
-    """Token ids of (prompt, completion) pairs within `max_len`.
-
-    A row that is too long loses prompt text, never completion. With `whole` (structured output), and where the
-    completion alone does not fit, the row becomes None and is listed: half a JSON teaches half a JSON.
-
-    Raises:
-        UserError: no row fits.
-    """
-    encoded: list[tokenizers.Encoded | None] = []
-    cut, left_out = 0, []
-    for number, (prompt, completion) in enumerate(pairs, start=1):
-        row = tokenizers.encode_pair(tokenizer, prompt, completion)
-        if len(row.input_ids) > max_len:
-            answer = row.input_ids[row.prompt_length :]
-            shorter = None if whole else tokenizers.truncate_prompt(tokenizer, prompt, len(answer), max_len)
-            row = None if shorter is None else tokenizers.Encoded(shorter + answer, len(shorter))
-            if row is None:
-                left_out.append(number)
-            else:
-                cut += 1
-        encoded.append(row)
-    if cut:
-        log(f"{path}: {cut} of {len(pairs)} prompts cut to fit --max_len {max_len}")
-    if left_out:
-        shown = ", ".join(map(str, left_out[:20])) + (", ..." if len(left_out) > 20 else "")
-        log(f"{path}: {len(left_out)} of {len(pairs)} rows left out, longer than --max_len {max_len}: rows {shown}")
-    if len(left_out) == len(pairs):
-        raise UserError(f"{path}: no row fits --max_len {max_len}; raise it")
-    return encoded
-
-
-def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `attention_mask`, `labels` [rows, longest]; labels are IGNORE outside completions."""
-    import torch
-
-    longest = max(len(row.input_ids) for row in batch)
-    input_ids = torch.full((len(batch), longest), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORE)
-    for index, row in enumerate(batch):
-        ids = torch.tensor(row.input_ids)
-        input_ids[index, : len(ids)] = ids
-        attention_mask[index, : len(ids)] = 1
-        labels[index, row.prompt_length : len(ids)] = ids[row.prompt_length :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def completion_loss(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
-) -> tuple[torch.Tensor, Any]:
-    """Cross-entropy of the completion tokens, in nats, with the LM head applied at those columns alone.
-
-    Args:
-        batch: `input_ids`, `attention_mask`, `labels`, each [rows, tokens]; labels IGNORE on prompt and padding.
-        num_items: completion tokens of the whole optimizer step, so that accumulation 2x1 equals 1x2; None: this batch.
-
-    Returns:
-        (scalar loss, model output). The loss of a batch without completion tokens is 0.
-    """
-    import torch
-
-    targets = batch["labels"][:, 1:]
-    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
-    if len(columns) == 0:  # keep the graph, so that backward still works
-        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
-    targets = targets[:, columns]
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=columns
-    )
-    if num_items is None:
-        num_items = (targets != IGNORE).sum().clamp(min=1)
-    loss = torch.nn.functional.cross_entropy(
-        output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return loss / num_items, output
-
-
-@dataclass
-class LengthGroupedOrder:
-    """Row order in which neighbours have similar lengths: a sampler with its own seed, so that resume is exact.
-
-    Rows are shuffled, cut into pools of 64 steps, each pool sorted by length and its steps shuffled. The unit is the
-    rows of one optimizer step, so the order does not depend on how a step is cut into processes and micro-batches.
-    """
-
-    lengths: Sequence[int]
-    rows_per_step: int
-    seed: int
-    epoch: int = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        import random
-
-        draw = random.Random(self.seed * 1_000_003 + self.epoch)
-        rows = draw.sample(range(len(self.lengths)), len(self.lengths))
-        full = len(rows) - len(rows) % self.rows_per_step
-        rows, rest = rows[:full], rows[full:]  # an incomplete step, where there is one, comes last
-        pool = 64 * self.rows_per_step
-        for start in range(0, len(rows), pool):
-            ordered = sorted(rows[start : start + pool], key=lambda row: -self.lengths[row])
-            steps = [ordered[i : i + self.rows_per_step] for i in range(0, len(ordered), self.rows_per_step)]
-            draw.shuffle(steps)
-            for step in steps:
-                yield from step
-        yield from rest
-
-
 def fit_batch_size(args: argparse.Namespace, longest: int, try_batch: Callable[[int], None]) -> tuple[int, int]:
     """(per-device batch, accumulation steps) from the flags, else the largest real batch that fits.
 
@@ -338,7 +215,7 @@ def loss_trainer(
 
     Args:
         lengths: tokens of each row.
-        collate: rows to a batch; its `labels` hold, besides IGNORE, the items that a step's loss is averaged over.
+        collate: rows to a batch; its `labels` hold the items that a step's loss is averaged over, else IGNORE.
         loss: see `Loss`; its terms are logged beside the loss, each a mean over the steps since the last log.
         eval_loss: judges the rows of `eval_dataset`; default: `loss`.
         kwargs: of Trainer.
@@ -352,7 +229,7 @@ def loss_trainer(
 
         def _get_train_sampler(self, train_dataset=None):
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            return LengthGroupedOrder(lengths, step, self.args.seed)
+            return completions.LengthGroupedOrder(lengths, step, self.args.seed)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             value, terms = loss(model, inputs, num_items_in_batch)
@@ -391,12 +268,12 @@ def loss_trainer(
 
 
 def completion_parts(rows: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, Any]:
-    """`loss_trainer`'s own arguments for encoded rows and `completion_loss`."""
+    """`loss_trainer`'s own arguments for encoded rows and `completions.completion_loss`."""
     return {
         "rows": rows,
         "lengths": [len(row.input_ids) for row in rows],
-        "collate": lambda batch: collate(batch, pad_id),
-        "loss": lambda model, batch, num_items: (completion_loss(model, batch, num_items)[0], {}),
+        "collate": lambda batch: completions.collate(batch, pad_id),
+        "loss": lambda model, batch, num_items: (completions.completion_loss(model, batch, num_items)[0], {}),
     }
 
 
@@ -643,7 +520,7 @@ def run_completion_training(
 
         def encoded(path: str, rows: list[dict]) -> list[tokenizers.Encoded]:
             pairs = [(row[keys[0]], row[keys[1]]) for row in rows]
-            return [row for row in encode_rows(tokenizer, path, pairs, args.max_len, args.idp_mode) if row]
+            return [row for row in completions.encode_rows(tokenizer, path, pairs, args.max_len, args.idp_mode) if row]
 
         train_rows = fitting_rows(args, record, method, lambda: encoded(args.data, rows))
         student = ready(prepare_student(args, tokenizer))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import distill_train
 import sft_train
-from common import cli, distill_losses, label_ranking, models, tokenizers, training
+from common import cli, completions, distill_losses, label_ranking, models, tokenizers
 from common.cli import UserError
 from common.distillation import Objective, layer_pairs
 from common.label_distillation import LabelDistillation
@@ -71,9 +71,9 @@ def test_the_terms_are_their_definitions(base, teacher, uneven, tmp_path):
     tokenizer = tokenizers.load_tokenizer(base)
     rows = [json.loads(line) for line in Path(uneven).read_text().splitlines()]
     encoded = [tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows]
-    inputs = training.collate(encoded, tokenizer.pad_token_id)
+    inputs = completions.collate(encoded, tokenizer.pad_token_id)
     gold = inputs.pop("labels")[:, 1:]
-    mask = gold != training.IGNORE
+    mask = gold != completions.IGNORE
     sums: dict[str, float] = dict.fromkeys(
         ("forward_kl", "reverse_kl", "jsd", "ce", "teacher_ce", "attention_mse"), 0.0
     )
@@ -205,7 +205,7 @@ def test_the_best_epoch_is_kept(base, uneven, tmp_path):
     assert best["step"] == 2 * (held_out.index(min(held_out)) + 1)
     model, tokenizer = models.load_for_inference(str(tmp_path / "run"), dtype="float32")
     rows = [tokenizers.encode_pair(tokenizer, p, "Bad") for p in PROMPTS[:8]]
-    loss = [training.completion_loss(model, training.collate(rows[i : i + 4], 0))[0].item() for i in (0, 4)]
+    loss = [completions.completion_loss(model, completions.collate(rows[i : i + 4], 0))[0].item() for i in (0, 4)]
     assert sum(loss) / 2 == pytest.approx(best["eval_loss"], abs=1e-3)
     assert not (tmp_path / "run" / "best.json").exists()
 
@@ -314,7 +314,7 @@ def test_label_scores_in_training_are_the_rankers(base):
         float(4 * (soft * (soft.log() - q)).sum(dim=-1).mean()), abs=1e-4
     )
     answers = [tokenizers.encode_pair(tokenizer, row["input"], "Bad") for row in rows]
-    single = [training.completion_loss(model, training.collate([row], 0))[0].item() for row in answers]
+    single = [completions.completion_loss(model, completions.collate([row], 0))[0].item() for row in answers]
     assert float(terms["ce"]) == pytest.approx(sum(single) / len(single), abs=1e-4)
     assert float(total) == pytest.approx(float(terms["forward_kl"] + terms["ce"]), abs=1e-6)
 
@@ -415,7 +415,7 @@ def test_mixed_precision(base, uneven, tokenizer):
     from common.distillation import DistillationLoss, LiveTeacher, Reader, Used
 
     rows = [json.loads(line) for line in Path(uneven).read_text().splitlines()]
-    batch = training.collate([tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows[:4]], 0)
+    batch = completions.collate([tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows[:4]], 0)
     student = models.load_base(base, dtype="bfloat16", training=True)
     used = Used(Objective({"forward_kl": 1.0, "ce": 1.0, "hidden_mse": 1.0}), [(1, 1), (2, 2)], len(tokenizer))
     reader = Reader(student, [1, 2])

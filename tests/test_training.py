@@ -34,7 +34,7 @@ from conftest import (
 import dpo_train
 import kd_train
 import sft_train
-from common import cli, models, run_record, tokenizers, training, vram
+from common import cli, completions, models, run_record, tokenizers, training, vram
 from common.cli import UserError
 from common.tokenizers import Encoded
 
@@ -68,35 +68,35 @@ def model(base):
 def batch():
     draw = random.Random(0)
     rows = [Encoded([draw.randrange(400) for _ in range(n)], prompt) for n, prompt in ((9, 4), (14, 11), (6, 1))]
-    return training.collate(rows, pad_id=0)
+    return completions.collate(rows, pad_id=0)
 
 
 def test_completion_loss_is_the_full_models(model, batch):
-    loss, output = training.completion_loss(model, batch)
+    loss, output = completions.completion_loss(model, batch)
     assert loss.item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
-    columns = {t - 1 for row in batch["labels"].tolist() for t, label in enumerate(row) if label != training.IGNORE}
+    columns = {t - 1 for row in batch["labels"].tolist() for t, label in enumerate(row) if label != completions.IGNORE}
     assert output.logits.shape == (3, len(columns), model.config.vocab_size)
     assert len(columns) < batch["labels"].shape[1] - 1
 
 
 def test_completion_loss_of_parts_adds_up(model, batch):
-    items = (batch["labels"] != training.IGNORE).sum()
+    items = (batch["labels"] != completions.IGNORE).sum()
     parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
-    total = sum(training.completion_loss(model, part, items)[0].item() for part in parts)
-    assert total == pytest.approx(training.completion_loss(model, batch)[0].item(), abs=1e-6)
+    total = sum(completions.completion_loss(model, part, items)[0].item() for part in parts)
+    assert total == pytest.approx(completions.completion_loss(model, batch)[0].item(), abs=1e-6)
 
 
 def test_an_all_masked_batch_gives_zero(base, batch):
     model = models.load_base(base, training=True)
-    masked = batch | {"labels": torch.full_like(batch["labels"], training.IGNORE)}
-    loss, _ = training.completion_loss(model, masked)
+    masked = batch | {"labels": torch.full_like(batch["labels"], completions.IGNORE)}
+    loss, _ = completions.completion_loss(model, masked)
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_collate_pads_right_and_masks_prompts():
-    batch = training.collate([Encoded([5, 6, 7], 2), Encoded([8, 9], 1)], pad_id=3)
+    batch = completions.collate([Encoded([5, 6, 7], 2), Encoded([8, 9], 1)], pad_id=3)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7], [-100, 9, -100]]
@@ -104,15 +104,15 @@ def test_collate_pads_right_and_masks_prompts():
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 100, 3000])
 def test_every_row_once_an_epoch(rows):
-    order = training.LengthGroupedOrder([row % 7 for row in range(rows)], 16, seed=3)
+    order = completions.LengthGroupedOrder([row % 7 for row in range(rows)], 16, seed=3)
     epochs = []
     for epoch in range(3):
         order.set_epoch(epoch)
         epochs.append(list(order))
         assert sorted(epochs[-1]) == list(range(rows))
-        again = training.LengthGroupedOrder(order.lengths, 16, seed=3, epoch=epoch)
+        again = completions.LengthGroupedOrder(order.lengths, 16, seed=3, epoch=epoch)
         assert list(again) == epochs[-1]
-    other_seed = list(training.LengthGroupedOrder(order.lengths, 16, seed=4))
+    other_seed = list(completions.LengthGroupedOrder(order.lengths, 16, seed=4))
     if rows > 1:
         assert epochs[0] != epochs[1] != epochs[2]
         assert other_seed != epochs[0]
@@ -121,7 +121,7 @@ def test_every_row_once_an_epoch(rows):
 def test_neighbours_are_of_similar_length():
     draw = random.Random(0)
     lengths = [draw.randrange(1, 1000) for _ in range(2048)]
-    order = list(training.LengthGroupedOrder(lengths, 16, seed=0))
+    order = list(completions.LengthGroupedOrder(lengths, 16, seed=0))
 
     def spread(rows):
         steps = [[lengths[row] for row in rows[i : i + 16]] for i in range(0, len(rows), 16)]
@@ -190,7 +190,7 @@ def test_kd_on_the_same_texts_is_sft(base, rows, tmp_path):
 
 def test_the_prompt_is_cut_and_the_completion_is_not(tokenizer, capsys):
     pairs = [("Which? " + "word " * n, "Standard") for n in (1, 50, 500)] + [("Which? é日本" + "語" * 90, "Bad")]
-    encoded = training.encode_rows(tokenizer, "rows.jsonl", pairs, max_len=64, whole=False)
+    encoded = completions.encode_rows(tokenizer, "rows.jsonl", pairs, max_len=64, whole=False)
     frame = tokenizer.decode(tokenizers.encode_prompt(tokenizer, "\u2402"))
     before, after = frame.split("\u2402")
     for (prompt, completion), row in zip(pairs, encoded, strict=True):
@@ -210,13 +210,13 @@ def test_a_row_without_room_for_its_completion_is_left_out(tokenizer, capsys):
     answer = len(tokenizers.encode_completion(tokenizer, "9" * 40))
     pairs = [("7 7 7", "Bad"), ("7 7 7", "9" * 40), ("7 7 7 7", "9" * 80)]
     # exactly the frame and the completion: no prompt text would be left
-    encoded = training.encode_rows(tokenizer, "rows.jsonl", pairs, frame + answer, whole=False)
+    encoded = completions.encode_rows(tokenizer, "rows.jsonl", pairs, frame + answer, whole=False)
     assert [row is None for row in encoded] == [False, True, True]
     assert "2 of 3 rows left out, longer than --max_len" in capsys.readouterr().err
-    encoded = training.encode_rows(tokenizer, "rows.jsonl", pairs, frame + answer + 1, whole=False)
+    encoded = completions.encode_rows(tokenizer, "rows.jsonl", pairs, frame + answer + 1, whole=False)
     assert [row is None for row in encoded] == [False, False, True]
     with pytest.raises(UserError, match="no row fits --max_len 8; raise it"):
-        training.encode_rows(tokenizer, "rows.jsonl", pairs, 8, whole=False)
+        completions.encode_rows(tokenizer, "rows.jsonl", pairs, 8, whole=False)
 
 
 def test_idp_mode_leaves_long_rows_out(base, tmp_path, capsys):
@@ -507,7 +507,7 @@ def test_eval_data_is_measured_and_changes_nothing(base, rows, uneven, tmp_path)
     pairs = [(p, LABELS[i % 3]) for i, p in enumerate(PROMPTS)]
     encoded = [tokenizers.encode_pair(tokenizer, *pair) for pair in pairs]
     with torch.no_grad():
-        loss, _ = training.completion_loss(model, training.collate(encoded, tokenizer.pad_token_id))
+        loss, _ = completions.completion_loss(model, completions.collate(encoded, tokenizer.pad_token_id))
     assert run_json(judged)["final_eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
@@ -682,7 +682,7 @@ def test_a_4bit_adapter_loads_in_either_precision(four_bit):
             assert not any(getattr(m, "base_layer", m).support_avx512bf16_for_cpu for m in four)
             encoded = [tokenizers.encode_pair(tokenizer, p, LABELS[i % 3]) for i, p in enumerate(PROMPTS)]
             with torch.no_grad():
-                loss, _ = training.completion_loss(model, training.collate(encoded, tokenizer.pad_token_id))
+                loss, _ = completions.completion_loss(model, completions.collate(encoded, tokenizer.pad_token_id))
             mean[switch, folder] = loss.item()
     for switch in ("on", "off"):
         assert mean[switch, str(run)] < mean[switch, base] - 1

@@ -54,11 +54,11 @@ def student_of(plan: Training, settings: dict):
 
 def batch_of(plan: Training) -> dict:
     """Rows of falling lengths with completions at their ends; `completion_len` is that of all of them together."""
-    from common import tokenizers, training
+    from common import completions, tokenizers
 
     lengths = [plan.max_len - 3 * row for row in range(plan.rows)]
     answer = plan.completion_len - 3 * (plan.rows - 1)
-    return training.collate([tokenizers.Encoded([1] * length, length - answer) for length in lengths], 0)
+    return completions.collate([tokenizers.Encoded([1] * length, length - answer) for length in lengths], 0)
 
 
 def measured(student, optimizer, step) -> int:
@@ -82,12 +82,12 @@ def measured(student, optimizer, step) -> int:
 )
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_training_peak(settings, plan, checkpointing):
-    from common import training
+    from common import completions
 
     plan = Training(shapes.from_config(settings), checkpointing=checkpointing, **CPU, **plan)
     student, optimizer = student_of(plan, settings)
     batch = batch_of(plan)
-    peak = measured(student, optimizer, lambda: training.completion_loss(student, batch)[0].backward())
+    peak = measured(student, optimizer, lambda: completions.completion_loss(student, batch)[0].backward())
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
@@ -97,7 +97,7 @@ def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypa
     import peft.tuners.lora.bnb
     import torch
 
-    from common import training
+    from common import completions
 
     class Torch:
         is_autocast_enabled = staticmethod(lambda: True)  # PEFT asks for CUDA's
@@ -113,7 +113,7 @@ def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypa
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = training.completion_loss(student, batch)[0]
+            loss = completions.completion_loss(student, batch)[0]
         loss.backward()
 
     assert 0.97 <= predict(plan).tensors / measured(student, optimizer, step) <= 1.10
