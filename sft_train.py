@@ -3,25 +3,37 @@
     python sft_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_sft.jsonl \\
         --save_dir runs/creditmix_sft --epochs 5
 
-Writes the adapter, tokenizer, run.json and loss curve to --save_dir; go on after an interruption with --resume.
+Writes the adapter, tokenizer, run.json and loss curve to --save_dir; go on after an interruption with --resume. With
+--lora_r 0 it is a whole model, which --quantization_aware int8 (or int4) prepares for being quantised:
+
+    python sft_train.py --student models/tiny_student --data data/creditmix_sft.jsonl --save_dir runs/creditmix_qat \\
+        --lora_r 0 --quantization_aware int8 --learning_rate 3e-4
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import cli, records, training
+from common import cli, quantization_aware, records, training
 
 
 def build_parser():
     parser = cli.parser(__doc__, prog="sft_train.py")
     training.add_flags(parser, learning_rate=2e-4)
+    parser.add_argument(
+        "--quantization_aware", choices=quantization_aware.KINDS, help="with --lora_r 0: learn to bear rounding"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
-    training.run_completion_training(args, "sft", records.SFT_KEYS, argv)
+    quantization_aware.check_flags(args)
+
+    def ready(student):
+        return quantization_aware.prepare(student, args.quantization_aware) if args.quantization_aware else student
+
+    training.run_completion_training(args, "sft", records.SFT_KEYS, argv, ready)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def harness(args: argparse.Namespace, model, tokenizer, texts: Sequence[str]) ->
     from lm_eval.models.huggingface import HFLM
 
     from common import tokenizers
-    from common.label_ranking import label_tokens
+    from common.ranker import label_tokens
 
     batch = max(1, args.max_batch_tokens // 128)
     peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))

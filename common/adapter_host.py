@@ -30,6 +30,7 @@ from common import models, records
 from common.calibration import Calibration
 from common.cli import UserError, log
 from common.micro_batches import BatchQueue, Job
+from common.onnx_model import OnnxModel, is_onnx
 from common.run_registry import LOOK, Version, file_signature, signature_of
 from common.tasks import LabelTask
 
@@ -81,6 +82,13 @@ class View:
 
     @property
     def model(self):
+        """The torch model.
+
+        Raises:
+            Unusable: it is an ONNX export, which gives no text here.
+        """
+        if isinstance(self.host.model, OnnxModel):
+            raise Unusable(f"{self.version.name} is an ONNX export, which ranks labels alone; ask for the run it is of")
         return self.host.model
 
     def classifier(self, task: LabelTask) -> Classifier:
@@ -92,7 +100,7 @@ class View:
             self._classifiers[task.name] = Classifier(
                 self.version.model_dir,
                 task,
-                loaded=(self.model, self.tokenizer),
+                loaded=(self.host.model, self.tokenizer),
                 max_batch_tokens=self.host.settings.max_batch_tokens,
                 num_null_prompts=self.host.settings.num_null_prompts,
                 model_hash=self.version.sha256,
@@ -263,6 +271,9 @@ class Host:
         self._signature = signature_of(self.base)
         self.views.clear()
         self._active, self._layers = None, []
+        if is_onnx(self.base):
+            self.model = OnnxModel(self.base)
+            return
         self.model = models.load_base(self.base).eval()
         self.base_hash = models.fingerprint(self.model)
         models.align_model(self.model, self._tokenizer(self.base))

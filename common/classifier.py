@@ -1,4 +1,7 @@
-"""A model that answers a label-ranking task: scorer and calibration together, used by infer, eval and serve alike."""
+"""A model that answers a label-ranking task: scorer and calibration together, used by infer, eval and serve alike.
+
+Torch is imported only for a model that needs it: an ONNX export answers without.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import models
+from common import models, onnx_model, vram
 from common.calibration import Calibration, batch_calibration
 from common.cli import UserError
-from common.label_ranking import MAX_BATCH_TOKENS, LabelRanker, cached_prior
+from common.ranker import MAX_BATCH_TOKENS, cached_prior
 from common.tasks import LabelTask
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from common.onnx_model import OnnxModel
+
 CALIBRATION_FILE = "calibration.json"
 DIGITS = 6  # of the numbers in an answer
 
 
 class Classifier:
-    """One model (adapter on its base, or a plain model) with its label ranker, prior and calibration."""
+    """One model (adapter on its base, plain model or ONNX export) with its label ranker, prior and calibration."""
 
     def __init__(
         self,
@@ -37,7 +42,7 @@ class Classifier:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         num_null_prompts: int | None = None,
         trust_remote_code: bool = False,
-        loaded: tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase] | None = None,
+        loaded: tuple[PreTrainedModel | PeftModel | OnnxModel, PreTrainedTokenizerBase] | None = None,
         model_hash: str | None = None,
         prior_dir: str | Path | None = None,
     ) -> None:
@@ -48,10 +53,18 @@ class Classifier:
             prior_dir: where the prior is cached; default: `model_dir`.
         """
         self.model_dir, self.task = model_dir, task
-        model, tokenizer = loaded or models.load_for_inference(
-            model_dir, base=base, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        self.ranker = LabelRanker(model, tokenizer, task, max_batch_tokens)
+        if onnx_model.is_onnx(model_dir):
+            if base or load_in_4bit == "on" or dtype != "auto":
+                raise UserError(f"{model_dir} is an ONNX export; leave --base, --load_in_4bit and --dtype out")
+            model, tokenizer = loaded or onnx_model.load(model_dir)
+            self.ranker = model.ranker(tokenizer, task, max_batch_tokens)
+        else:
+            from common.label_ranking import LabelRanker
+
+            model, tokenizer = loaded or models.load_for_inference(
+                model_dir, base=base, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+            self.ranker = LabelRanker(model, tokenizer, task, max_batch_tokens)
         model_hash = model_hash or models.adapter_hash(model_dir)
         self.prior = cached_prior(self.ranker, prior_dir or model_dir, model_hash, num_null_prompts)
 
@@ -67,6 +80,8 @@ class Classifier:
                 f"--num_null_prompts {args.num_null_prompts} is more than the {len(task.null_inputs)} null inputs of "
                 f"{task.name}; give fewer, or leave the flag out"
             )
+        if not onnx_model.is_onnx(model_dir):
+            vram.before_inference(args, model_dir)
         return cls(
             model_dir,
             task,

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import models
+from common import models, records
 from common.cli import UserError, log
 
 DEFAULT_BASE = "Qwen/Qwen2.5-3B-Instruct"
 BASE = "base"  # the name of the base model among the runs
 METHODS = ("sft", "kd", "dpo")
+EXPORT_RECORD = "export.json"  # of `export_model.py`; it has the hashes of all files
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 KEPT_VERSIONS = 3  # of one run's adapter, the one on the disk included
@@ -160,7 +161,7 @@ class Registry:
                     return list(versions)
             models.check_model_dir(model_dir)
             base = models.base_of(model_dir) if models.is_adapter(model_dir) else model_dir
-            version = Version(name, model_dir, base, models.adapter_hash(model_dir), signature)
+            version = Version(name, model_dir, base, _hash(model_dir), signature)
             # a touched file is not a new version, and of one that came back only the newest stays
             kept = [old for old in versions if old.sha256 != version.sha256 and old.model_dir == model_dir]
             self._versions[name] = [version, *kept][:KEPT_VERSIONS]
@@ -171,9 +172,15 @@ def _holds_model(folder: Path) -> bool:
     return models.is_adapter(folder) or (folder / "config.json").is_file()
 
 
+def _hash(model_dir: str) -> str:
+    """Of the adapter's weights; of an export the hash of its record, which has those of all its files."""
+    record = Path(model_dir) / EXPORT_RECORD
+    return records.sha256_file(record) if record.is_file() else models.adapter_hash(model_dir)
+
+
 def signature_of(model_dir: str) -> tuple:
     """The `file_signature`s of what makes a model."""
-    names = (models.ADAPTER_WEIGHTS, models.ADAPTER_CONFIG, "config.json", "model.safetensors")
+    names = (models.ADAPTER_WEIGHTS, models.ADAPTER_CONFIG, "config.json", "model.safetensors", EXPORT_RECORD)
     return tuple(file_signature(os.path.join(model_dir, name)) for name in names)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import label_ranking, models
+from common import models, ranker
 from common.cli import UserError
-from common.label_ranking import LabelRanker, LabelTree, cached_prior, label_scores, naive_scores
+from common.label_ranking import LabelRanker, label_scores, naive_scores
+from common.ranker import LabelTree, cached_prior
 from common.tasks import CREDITMIX, LabelTask
 
 TEXTS = [
@@ -80,7 +81,7 @@ def test_independent_of_batches_and_order(model, tokenizer, task, budget):
 
 def test_windows_keep_the_order(model, tokenizer, monkeypatch):
     expected = LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
-    monkeypatch.setattr(label_ranking, "WINDOW_ROWS", 2)
+    monkeypatch.setattr(ranker, "WINDOW_ROWS", 2)
     assert np.abs(LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS) - expected).max() < 1e-4
 
 

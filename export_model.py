@@ -1,0 +1,159 @@
+"""Export a run for where its users run models, with a proof that it still does what it did.
+
+    python export_model.py --model_dir runs/creditmix_sft --format merged --save_dir runs/creditmix_sft_merged
+    python export_model.py --model_dir runs/creditmix_sft --format onnx --save_dir exports/onnx
+    python export_model.py --model_dir runs/creditmix_sft --format int8 --save_dir exports/int8
+    python export_model.py --model_dir runs/creditmix_sft --format gguf --quant Q8_0 --save_dir exports/gguf
+
+merged is a plain transformers folder, onnx and int8 are for ONNX Runtime, gguf is for llama.cpp and Ollama (a Modelfile
+lies beside it). The proof runs the exported files in that runtime, and the run itself, on --proof_data: rows of a label
+task (default: its dev rows) or rows of input and output. It goes to export.json with the SHA-256 of every file. Where
+the metric has fallen by more than --max_metric_drop, the exit code is 1 and the files are kept apart in
+SAVE_DIR.rejected. The table goes to stdout, and last one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import cli, models, records, run_record, tasks
+
+FORMATS = ("merged", "onnx", "int8", "gguf")
+QUANTS = ("Q8_0", "F16")
+SCALES = ("block", "channel")
+DTYPES = {"merged": ("float32", "bfloat16", "float16"), "onnx": ("float32", "float16")}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="export_model.py")
+    parser.add_argument("--model_dir", required=True, help="run folder: an adapter, or a whole model")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--save_dir", required=True, help="where the export goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --save_dir")
+    parser.add_argument("--base", help="base of the adapter, where it has moved from where it was trained")
+    parser.add_argument(
+        "--load_in_4bit",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="what an adapter is compared on: its base in NF4 or not; auto: as it was trained",
+    )
+    parser.add_argument("--dtype", help="of merged (default: the base's own) or onnx (float32, float16)")
+    parser.add_argument("--max_shard_gb", type=float, default=2.0, help="of one file of weights; bounds the memory")
+    parser.add_argument("--quant", choices=QUANTS, help="of gguf; default: Q8_0")
+    parser.add_argument(
+        "--scales",
+        choices=SCALES,
+        help="of int8: one for each 32 weights (the default: answers are closer, and a row's are its own), or for each "
+        "channel, as quantize_dynamic has it",
+    )
+    parser.add_argument("--keep_lm_head", action="store_true", help="int8: leave the head in floating point")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    proof = parser.add_argument_group("proof")
+    proof.add_argument("--task", metavar="FILE.yaml", help="another label set; default: CreditMix")
+    proof.add_argument("--proof_data", help="rows to compare on; default: data/TASK_dev.jsonl")
+    proof.add_argument("--proof_rows", type=cli.positive_int, help="so many of them, evenly spaced; default: all")
+    proof.add_argument("--max_metric_drop", type=float, default=0.01, help="more than this and the export is rejected")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = cli.parse_args(build_parser(), argv)
+    task = tasks.load(args.task)
+    check_flags(args)
+    data = args.proof_data or f"data/{task.name}_dev.jsonl"
+    if not Path(data).is_file():
+        raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
+
+    from common import export, parity
+
+    material = parity.read_material(data, task, args.model_dir, args.proof_rows)
+    base = export.base_folder(args.model_dir, args.base, args.format)
+    request = export.Request(
+        format=args.format,
+        model_dir=args.model_dir,
+        base=base,
+        four_bit=export.trained_in_4bit(args.model_dir, args.load_in_4bit),
+        dtype=args.dtype or (export.own_dtype(base) if args.format == "merged" else "float32"),
+        quant=args.quant or QUANTS[0],
+        scales=args.scales or SCALES[0],
+        keep_lm_head=args.keep_lm_head,
+        max_shard_bytes=int(args.max_shard_gb * 1e9),
+        trust_remote_code=args.trust_remote_code,
+    )
+    save_dir = Path(args.save_dir)
+    export.check_room(save_dir, request.bytes_needed())
+    with export.staging(save_dir) as stage:
+        folder, record = export.Export(request, material).make(stage)
+        metric = record["proof"]["metric"]
+        passed = -metric["difference"]["value"] <= args.max_metric_drop
+        record |= {"max_metric_drop": args.max_metric_drop, "passed": passed}
+        records.write_json(folder / export.RECORD, record | run_record.provenance("export_model.py", argv))
+        target = save_dir if passed else save_dir.with_name(f"{save_dir.name}.rejected")
+        export.put_in_place(folder, target)
+    print_table(record)
+    print(json.dumps({"export": args.format, "save_dir": str(target), **summary(record)}))
+    if not passed:
+        cli.log(
+            f"error: {metric['name']} has fallen by {-metric['difference']['value']:.4f}, more than --max_metric_drop "
+            f"{args.max_metric_drop:g}; the files are kept apart in {target}"
+        )
+    return cli.DONE if passed else cli.FAILED
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    models.check_model_dir(args.model_dir, args.base)
+    if args.dtype and args.dtype not in DTYPES.get(args.format, ()):
+        those = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items())
+        raise cli.UserError(f"--dtype {args.dtype} is not for --format {args.format}; there are {those}")
+    if args.quant and args.format != "gguf":
+        raise cli.UserError(f"--quant is for --format gguf; leave it out with {args.format}")
+    for flag in ("scales", "keep_lm_head"):
+        if getattr(args, flag) and args.format != "int8":
+            raise cli.UserError(f"--{flag} is for --format int8; leave it out with {args.format}")
+    if args.max_shard_gb <= 0:
+        raise cli.UserError("--max_shard_gb must be above 0")
+    if not args.max_metric_drop >= 0:
+        raise cli.UserError("--max_metric_drop must be 0 or above")
+    save_dir = Path(args.save_dir)
+    if save_dir.exists() and not args.overwrite:
+        raise cli.UserError(
+            f"{save_dir} is there already; pass --overwrite to replace it, or choose another --save_dir"
+        )
+    if save_dir.resolve() == Path(args.model_dir).resolve():
+        raise cli.UserError("--save_dir would replace --model_dir; choose another folder")
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """What the last line says of an export."""
+    proof = record["proof"]
+    kept = {key: record[key] for key in ("merged_into", "dtype", "runtime", "passed", "max_metric_drop")}
+    return kept | {key: proof[key] for key in ("rows", "metric", "logits", "generated", "speed")}
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """The proof for reading: the run beside its export."""
+    proof, metric = record["proof"], record["proof"]["metric"]
+    columns = proof["speed"]
+    print(f"{'':24}" + "".join(f"{name:>16}" for name in columns))
+    values = {name: f"{metric[name]['value']:.4f}" for name in ("reference", "export")}
+    print(f"{metric['name']:24}" + "".join(f"{values.get(name, ''):>16}" for name in columns))
+    for key, title in (("bytes", "bytes"), ("seconds_to_load", "seconds to load"), ("tokens_per_s", "tokens/s")):
+        print(f"{title:24}" + "".join(f"{speed[key]:>16,}" for speed in columns.values()))
+    if columns["export"]["rows_per_s"]:
+        print(f"{'rows/s':24}" + "".join(f"{speed['rows_per_s']:>16,}" for speed in columns.values()))
+    change = metric["difference"]
+    print(f"difference {change['value']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f})")
+    if "label_agreement" in proof:
+        print(f"labels that agree {proof['label_agreement']['value']:.2%} of {proof['rows']:,} rows")
+    logits, generated = proof["logits"], proof["generated"]
+    print(f"logits differ by at most {logits['max_difference']:.3g}, mean KL {logits['mean_kl']:.3g} nats")
+    print(f"greedy texts that are equal {generated['equal']} of {generated['prompts']}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
