@@ -4,12 +4,14 @@
         Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, \\
         Payment Behaviour: Low_spent_Small_value_payments"
     python infer_creditmix.py --model_dir runs/creditmix_sft --input rows.jsonl --output answers.jsonl
+    python infer_creditmix.py --model_dir runs/creditmix_sft --engine ray --input 'rows/*.parquet' --output answers
     python infer_creditmix.py --model_dir runs/ticket_sft --task recipes/ticket_severity.yaml \\
         --features "Mail. Users affected: 3, Hours open: 2, mails arrive an hour late"
 
 Rows of --input have the features under "features" or "question", with --task under the task's text field. Answers keep
 their order; an interrupted run goes on where it stopped. Each answer has model_name, prediction, scores, raw_scores,
-prior, probabilities and top2_margin.
+prior, probabilities and top2_margin. With --engine ray, --input is also a folder, a pattern, Parquet or an address such
+as s3://bucket/rows, --output is a folder of part files, and each answer has an id too.
 """
 
 from __future__ import annotations
@@ -30,11 +32,15 @@ NEAR = 0.05  # nats: more than bfloat16 makes of a score in another batch
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="infer_creditmix.py")
-    parser.add_argument("--model_dir", required=True, help="run folder, or a base model's folder or Hub id")
+    parser.add_argument("--model_dir", required=True, help="run folder, ONNX export, or a base (folder or Hub id)")
     parser.add_argument("--features", help="one line of features, or the text of another task")
     parser.add_argument("--input", help="JSONL rows to classify")
     parser.add_argument("--output", help="JSONL answers, one per row of --input")
     parser.add_argument("--skip_bad_rows", action="store_true", help="list bad rows in OUTPUT.rejects.jsonl and go on")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: many files, many machines")
+    parser.add_argument(
+        "--workers", type=cli.positive_int, help="models at work under --engine ray; default: one per GPU, else machine"
+    )
     cli.add_scoring_flags(parser)
     return parser
 
@@ -45,10 +51,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError("give either --features, or --input and --output together")
     if args.features is not None and not args.features.strip():
         raise cli.UserError('--features is empty; give a line such as "Age: 23.0, Occupation: Scientist, ..."')
+    if args.engine == "ray" and args.input is None:
+        raise cli.UserError("--engine ray is for --input and --output; leave it out with --features")
+    if args.engine == "local" and args.workers:
+        raise cli.UserError("--workers goes with --engine ray; add it, or leave --workers out")
     records.check_output(args.output, args.input)
     task = tasks.load(args.task)
     label_bias = cli.parse_label_bias(args.label_bias, task.labels)
     models.check_model_dir(args.model_dir, args.base)
+    if args.engine == "ray":
+        from common import ray_scoring
+
+        ray_scoring.score(args, task, label_bias)
+        return
     if args.input:
         check_input(args.input, task, args.skip_bad_rows)
 
