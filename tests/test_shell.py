@@ -95,7 +95,7 @@ else:
 def checkout(tmp_path) -> Path:
     """A copy of what the shell scripts touch, and a stand-in Python under `bin/`."""
     folder = tmp_path / "check out"  # paths have spaces in real life
-    for name in (*SCRIPTS, "requirements.txt", "requirements-dev.txt"):
+    for name in (*SCRIPTS, *(f"requirements{kind}.txt" for kind in ("", "-k8s", "-dev"))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
