@@ -92,17 +92,17 @@ def test_a_long_article_is_several_passages_of_one_group(tmp_path):
 
 def test_windows_cut_a_text_without_loss(tokenizer):
     ids = tokenizer.encode(PROMPTS[0])
-    windows = perplexity.windows(tokenizer, PROMPTS[0], 10)
+    windows = tokenizers.windows(tokenizer, PROMPTS[0], 10)
     assert [token for window in windows for token in window.input_ids] == ids[: 10 * len(windows)]
     assert all(window.prompt_length == 1 for window in windows)
-    assert len(perplexity.windows(tokenizer, PROMPTS[0], len(ids) - 1)) == 1  # a last token alone predicts nothing
+    assert len(tokenizers.windows(tokenizer, PROMPTS[0], len(ids) - 1)) == 1  # a last token alone predicts nothing
 
 
 @pytest.mark.skipif(not (SHARED / "models/stories260k").is_dir(), reason="needs stories260k")
 def test_windows_start_with_bos_where_the_tokenizer_has_it_so():
     tokenizer = tokenizers.load_tokenizer(str(SHARED / "models/stories260k"))
     text = "Once upon a time there was a cat. " * 5
-    windows = perplexity.windows(tokenizer, text, 16)
+    windows = tokenizers.windows(tokenizer, text, 16)
     assert all(window.input_ids[0] == tokenizer.bos_token_id for window in windows)
     own = [token for window in windows for token in window.input_ids[window.prompt_length :]]
     assert own == tokenizer.encode(text, add_special_tokens=False)
@@ -380,7 +380,7 @@ def test_text_gets_perplexity_of_all_its_windows(evaluate, folders, here, tmp_pa
     data.write_text("\n".join(PROMPTS))
     result = evaluate("--data", str(data), "--max_len", "64")
     model, tokenizer = models.load_for_inference(folders["student"])
-    windows = perplexity.windows(tokenizer, "\n".join(PROMPTS), 64)
+    windows = tokenizers.windows(tokenizer, "\n".join(PROMPTS), 64)
     losses, counts = [], []
     with torch.inference_mode():
         for window in windows:
