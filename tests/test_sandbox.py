@@ -260,7 +260,7 @@ def is_open(fd):
     try: os.fstat(fd)
     except OSError: return False
     return True
-send(repr((dict(os.environ), [fd for fd in range(64) if is_open(fd)], os.getuid())).encode())
+send(repr((dict(os.environ), [fd for fd in range(1024) if is_open(fd)], os.getuid())).encode())
 """
     with open(__file__) as handle:
         os.set_inheritable(handle.fileno(), True)
