@@ -14,26 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import cli, quantization_aware, records, training
+from common import cli, records, training
 
 
 def build_parser():
     parser = cli.parser(__doc__, prog="sft_train.py")
     training.add_flags(parser, learning_rate=2e-4)
-    parser.add_argument(
-        "--quantization_aware", choices=quantization_aware.KINDS, help="with --lora_r 0: learn to bear rounding"
-    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
-    quantization_aware.check_flags(args)
-
-    def ready(student):
-        return quantization_aware.prepare(student, args.quantization_aware) if args.quantization_aware else student
-
-    training.run_completion_training(args, "sft", records.SFT_KEYS, argv, ready)
+    training.run_completion_training(args, "sft", records.SFT_KEYS, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import cli, quantization_aware, training
+from common import cli, training
 from common.cli import UserError
 from common.job_checks import Reach
 from common.web import Problem
@@ -27,7 +27,7 @@ METHODS = {DISTILL: "distill_train.py", "sft": "sft_train.py", "kd": "kd_train.p
 EXPORTER = "export_model.py"
 EXPORTS = {"post_training_quant": "int8", "export_onnx": "onnx"}  # field: format of the exporter
 SWITCHES = {
-    "use_qat": "train all weights with int8 rounding simulated, as sft_train.py --quantization_aware int8 does",
+    "use_qat": "train all weights with int8 rounding simulated, as --quantization_aware int8 does",
     "post_training_quant": "export an int8 model after the training",
     "export_onnx": "export an ONNX model after the training",
 }
@@ -143,8 +143,6 @@ class Planner:
             if field == "use_qat":
                 if not switch(payload, field):
                     continue
-                if QAT not in fields:
-                    raise Problem(422, f"use_qat: {METHODS[method]} cannot do that", field)
                 value = "int8"
             action = fields.get(QAT if field == "use_qat" else field)
             if action is None:
@@ -181,8 +179,6 @@ class Planner:
                 script.check_flags(args, script.resolve_weights(args))
             else:
                 training.check_flags(args)
-            if QAT in vars(args):
-                quantization_aware.check_flags(args)
         except UserError as error:
             message = str(error).partition(" (see: ")[0]
             known = self.fields(method)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, completions, models, progress, records, run_record, tokenizers, vram
+from common import cli, completions, models, progress, quantization_aware, records, run_record, tokenizers, vram
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ def add_flags(parser: argparse.ArgumentParser, *, learning_rate: float, data_req
     adapter.add_argument("--lora_alpha", type=cli.positive_int, default=32)
     adapter.add_argument("--lora_dropout", type=float, default=0.05)
     adapter.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
+    adapter.add_argument(
+        "--quantization_aware", choices=quantization_aware.KINDS, help="with --lora_r 0: learn to bear rounding"
+    )
     adapter.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     adapter.add_argument("--auto_fit", action="store_true", help="where memory is short, change settings, and say so")
 
@@ -96,6 +99,7 @@ def check_flags(args: argparse.Namespace) -> None:
             "--lora_r 0 trains all weights, which works neither in 4 bits nor from an adapter; leave "
             f"{'--init_adapter' if args.init_adapter else '--load_in_4bit'} out, or give --lora_r 16"
         )
+    quantization_aware.check_flags(args)
     models.check_model_dir(args.student)
     if models.is_adapter(args.student):
         raise UserError(f"--student {args.student} is an adapter; give its base, and this folder as --init_adapter")
@@ -349,7 +353,7 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
     )
     models.align_model(base, tokenizer)
     if full:
-        return base
+        return quantization_aware.prepare(base, args.quantization_aware) if args.quantization_aware else base
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if args.init_adapter:
@@ -498,18 +502,9 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
 
 
 def run_completion_training(
-    args: argparse.Namespace,
-    method: str,
-    keys: tuple[str, str],
-    argv: Sequence[str] | None,
-    ready: Callable[[Any], Any] = lambda student: student,
+    args: argparse.Namespace, method: str, keys: tuple[str, str], argv: Sequence[str] | None
 ) -> None:
-    """SFT and KD: rows -> batches -> adapter.
-
-    Args:
-        keys: of prompt and completion in a row.
-        ready: the last word on the student that `prepare_student` made.
-    """
+    """SFT and KD: rows -> batches -> adapter. `keys` name prompt and completion in a row."""
     check_flags(args)
     rows = records.read_rows(args.data, keys, args.skip_bad_rows)
     held_out = records.read_rows(args.eval_data, keys, args.skip_bad_rows) if args.eval_data else []
@@ -523,7 +518,7 @@ def run_completion_training(
             return [row for row in completions.encode_rows(tokenizer, path, pairs, args.max_len, args.idp_mode) if row]
 
         train_rows = fitting_rows(args, record, method, lambda: encoded(args.data, rows))
-        student = ready(prepare_student(args, tokenizer))
+        student = prepare_student(args, tokenizer)
         parts = completion_parts(train_rows, tokenizer.pad_token_id)
         eval_rows = encoded(args.eval_data, held_out) if held_out else []
         trainer = fitted_trainer(args, student, tokenizer, eval_rows=eval_rows, **parts)

@@ -197,14 +197,15 @@ def test_a_cache_is_a_name_in_the_services_own_folder(planner, data):
     assert plan.args.teacher_cache == str(data / "service" / "caches" / "squad-gpt2")
 
 
-def test_quantisation_aware_training_where_the_script_has_it(planner, data, monkeypatch):
+def test_quantisation_aware_training(planner, data, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if torchao were installed
     body = {"method": "sft", "student": str(data / "student"), "data": str(data / "rows.jsonl"), "use_qat": True}
     args = planner.plan(body, Path("run")).args
     assert (args.quantization_aware, args.lora_r) == ("int8", 0)
     assert refused(planner, body | {"lora_r": 8})[0] == "use_qat"
-    assert refused(planner, body | {"method": "dpo"})[1] == "use_qat: dpo_train.py cannot do that"
-    assert planner.plan(body | {"method": "dpo", "use_qat": False}, Path("run")).method == "dpo"
+    args = planner.plan(payload(data, use_qat=True), Path("run")).args
+    assert (args.quantization_aware, args.lora_r, bool(args.teacher)) == ("int8", 0, True)
+    assert planner.plan(body | {"use_qat": False}, Path("run")).args.quantization_aware is None
 
 
 # Names and places.

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import run_json
 
+import distill_train
+import dpo_train
 import sft_train
 from common import models, quantization_aware
 from common.cli import UserError
@@ -51,3 +53,17 @@ def test_training_sees_the_quantised_model(kind, base, rows, tmp_path):
     rounded = logits(prepared)
     assert (rounded - exact).abs().max() > 1e-4
     assert (rounded - logits(quantization_aware.quantized(plain, kind))).abs().max() < 1e-5
+
+
+@TORCHAO
+def test_distillation_and_dpo_learn_to_bear_it_too(base, rows, tmp_path):
+    more = ["--student", base, "--lora_r", "0", "--max_steps", "2", "--quantization_aware", "int8"]
+    argv = [*more, "--data", rows["sft"], "--save_dir", str(tmp_path / "distill"), "--teacher", base]
+    distill_train.main([*argv, "--forward_kl", "1", "--hidden_mse", "1"])
+    lines = (tmp_path / "distill" / "loss.csv").read_text().splitlines()
+    first = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
+    assert 0 < float(first["forward_kl"]) < 0.1  # the student is its teacher, but for the rounding
+    dpo_train.main([*more, "--data", rows["dpo"], "--save_dir", str(tmp_path / "dpo")])
+    for name in ("distill", "dpo"):
+        plain = models.load_for_inference(str(tmp_path / name), dtype="float32")[0]
+        assert not any("quant" in key for key in plain.state_dict())
