@@ -9,7 +9,7 @@
 
 --data is rows {"input", "output"} or {"input", "teacher_output"}, SQuAD's JSON, or a text file; --dataset a data set of
 the Hub or a folder. With --teacher_cache the teacher runs first, alone, and training reads what it wrote; a cache that
-is complete needs no teacher. Teacher and student must share a vocabulary. Where they do not, two ways work: its text
+is complete loads no teacher. Teacher and student must share a vocabulary. Where they do not, two ways work: its text
 (teacher_generate.py, then kd_train.py), or for labels its probabilities (teacher_generate.py --probabilities, then
 --labels with rows {"input", "probabilities": {label: p}[, "output"]}), which any model can give.
 
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     weights = resolve_weights(args)
     check_flags(args, weights)
+    vars(args).update(weights)  # run.json and the memory preflight read those that count
     task = tasks.load(args.task)
     rows, held_out = read_rows(args, task)
     record = training.start(args, "distill", rows, argv)
@@ -110,7 +111,8 @@ def resolve_weights(args: argparse.Namespace) -> dict[str, float]:
         raise UserError("a loss term's weight must be 0 or above; mend the flag")
     if given and not any(given.values()):
         raise UserError("every loss term has the weight 0; give one of them more, e.g. --forward_kl 1.0")
-    return {name: weight for name, weight in (given or DEFAULT_WEIGHTS).items() if weight}
+    weights = {name: weight for name, weight in (given or DEFAULT_WEIGHTS).items() if weight}
+    return {"ce": 1.0} if weights.keys() == {"ce"} else weights  # alone, a weight says nothing
 
 
 def check_flags(args: argparse.Namespace, weights: dict[str, float]) -> None:
@@ -136,6 +138,10 @@ def check_flags(args: argparse.Namespace, weights: dict[str, float]) -> None:
         raise UserError(f"--teacher is missing; {asked[0]} needs one (with --ce alone, none is needed)")
     if not asked and args.teacher:
         raise UserError("--ce alone asks nothing of the teacher; give another term a weight, or leave --teacher out")
+    if args.cache_targets == "sampled" and not args.teacher_cache:
+        raise UserError("--cache_targets is of --teacher_cache; give that too, or leave it out")
+    if not args.teacher and args.teacher_cache:
+        raise UserError("--teacher_cache without --teacher; give both, or leave it out")
     if not args.teacher:
         return
     models.check_model_dir(args.teacher)
@@ -151,12 +157,19 @@ def read_rows(args: argparse.Namespace, task: LabelTask) -> tuple[list[dict], li
 
     def read(path: str, part: str) -> list[dict]:
         if args.labels:
-            return distill_rows.read_labelled(path, task, args.skip_bad_rows)
+            rows = distill_rows.read_labelled(path, task, args.skip_bad_rows)
+            if part == "dev" and not (rows := [row for row in rows if row.get("output")]):
+                raise UserError(
+                    f"{path} has no row with an output to judge by; add gold labels, or leave --eval_data out"
+                )
+            return rows
         return distill_rows.read(path, part, args.skip_bad_rows)
 
     held_out = read(args.eval_data, "dev") if args.eval_data else []
     if args.dataset:
-        return distill_rows.read_dataset(args.dataset, args.subset, args.split, args.text_column), held_out
+        return distill_rows.read_dataset(
+            args.dataset, args.subset, args.split, args.text_column, args.skip_bad_rows
+        ), held_out
     return read(args.data, "train"), held_out
 
 
@@ -202,7 +215,7 @@ def token_trainer(
     """A trainer whose student learns the teacher's next-token distributions."""
     from common import distillation, teacher_pass
 
-    theirs = tokenizers.load_tokenizer(args.teacher, trust_remote_code=args.trust_remote_code)
+    theirs = tokenizers.load_tokenizer(models.tokenizer_folder(args.teacher), trust_remote_code=args.trust_remote_code)
     if reason := tokenizers.same_vocabulary(theirs, tokenizer):
         raise UserError(
             f"{args.teacher} and {args.student} have different vocabularies ({reason}); two ways work: the teacher's "
@@ -267,9 +280,9 @@ def written_cache(
 
     from common import teacher_cache, teacher_pass
 
-    draws = args.cache_targets == "sampled"
+    draws = args.cache_targets == "sampled" and used.distributions
     k = (args.cache_k if draws else min(args.cache_k, used.vocabulary)) if used.distributions else 0
-    layers = sorted({theirs for _, theirs in used.pairs}) if used.hidden else []
+    layers = [theirs for _, theirs in used.pairs] if used.hidden else []
     cache = teacher_cache.TeacherCache(
         args.teacher_cache,
         {
@@ -287,22 +300,29 @@ def written_cache(
     missing = cache.missing(rows)
     if missing:
         log(f"{len(missing):,} of {len(rows):,} rows are not in {args.teacher_cache}; the teacher reads them first")
-        teacher_pass.fill_cache(
-            cache,
-            load_teacher(args, used),
-            missing[state.process_index :: state.num_processes],
-            pad_id=tokenizer.pad_token_id,
-            targets=args.cache_targets,
-            temperature=args.temperature,
-            vocabulary=used.vocabulary,
-            layers=layers,
-            max_batch_tokens=args.max_batch_tokens,
-            seed=args.seed + state.process_index,
-        )
+        try:
+            teacher_pass.fill_cache(
+                cache,
+                load_teacher(args, used),
+                missing[state.process_index :: state.num_processes],
+                pad_id=tokenizer.pad_token_id,
+                targets="sampled" if draws else "topk",
+                temperature=args.temperature,
+                vocabulary=used.vocabulary,
+                layers=layers,
+                max_batch_tokens=args.max_batch_tokens,
+                seed=args.seed + state.process_index,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the device ran out of memory while the teacher read; lower --max_batch_tokens {args.max_batch_tokens}"
+            ) from error
         gc.collect()
         torch.cuda.empty_cache()
     state.wait_for_everyone()
     cache.refresh()
+    if cache.missing(rows):
+        raise UserError(f"{args.teacher_cache} lacks rows that other processes wrote; give a folder that all share")
     return cache
 
 

@@ -127,8 +127,8 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
     def try_batch(size: int) -> None:
         row = tokenizers.Encoded(longest["prompt_ids"] + longest["chosen_ids"], len(longest["prompt_ids"]))
         batch = completions.collate([row] * (2 * size), tokenizer.pad_token_id)
-        completions.completion_loss(student, {k: v.to(student.device) for k, v in batch.items()})[0].backward()
-        student.zero_grad(set_to_none=True)
+        batch = {name: tensor.to(student.device) for name, tensor in batch.items()}
+        training.try_step(args, student, lambda: completions.completion_loss(student, batch)[0])
 
     per_device, accumulation = training.fit_batch_size(args, 2 * max(lengths), try_batch)
     trainer = Trainer(

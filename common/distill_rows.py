@@ -43,7 +43,9 @@ def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
     return [{**row, "output": row[keys[1]]} for row in rows]
 
 
-def read_dataset(name: str, subset: str | None, split: str, text_column: str) -> list[dict]:
+def read_dataset(
+    name: str, subset: str | None, split: str, text_column: str, skip_bad_rows: bool = False
+) -> list[dict]:
     """The same of a data set of the Hub, or of a folder of files, by the datasets library."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
@@ -58,7 +60,7 @@ def read_dataset(name: str, subset: str | None, split: str, text_column: str) ->
         ) from error
     columns = set(found.column_names)
     if columns.issuperset(records.SFT_KEYS):
-        return records.check_rows(name, enumerate(found, start=1), records.SFT_KEYS, unit="row")
+        return records.check_rows(name, enumerate(found, start=1), records.SFT_KEYS, skip_bad_rows, "row")
     if text_column not in columns:
         raise UserError(
             f"--dataset {name} has the columns {', '.join(sorted(columns))}; name that of the text by --text_column"
@@ -107,7 +109,7 @@ def encode(
     Args:
         whole: leave a row that is too long out instead of cutting its prompt.
     """
-    if "text" not in rows[0]:
+    if "input" in rows[0]:
         pairs = [(row["input"], row["output"]) for row in rows]
         return [row for row in completions.encode_rows(tokenizer, path, pairs, max_len, whole) if row]
     encoded = [piece for row in rows for piece in tokenizers.windows(tokenizer, row["text"], max_len)]

@@ -123,9 +123,9 @@ class Reader:
         # From the decoder itself: mixed precision turns all that the model hands out into float32.
         model.get_decoder().register_forward_hook(self._keep)
         with torch.no_grad():
-            batch = {"input_ids": torch.arange(1, 5, device=model.device)[None]}
-            expected = model(**batch, use_cache=False).logits[0, -1].float()
-            made = self.logits(self.read(model, batch).last[0, -1]).float()
+            ids = torch.arange(1, 5, device=model.device)[None]
+            expected = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            made = self.logits(self._last[0, -1]).float()  # of the same pass: an adapter may have dropout
         if not torch.allclose(made, expected, atol=1e-2, rtol=1e-2):
             raise UserError(
                 f"{model.name_or_path}: logits of {config.model_type} models cannot be distilled; use another"
@@ -163,7 +163,9 @@ def layer_pairs(layer_map: str, student_layers: int, teacher_layers: int) -> lis
     if layer_map == "last":
         return [(student_layers, teacher_layers)]
     if layer_map == "uniform":
-        return [(layer, round(layer * teacher_layers / student_layers)) for layer in range(1, student_layers + 1)]
+        return [
+            (layer, max(1, round(layer * teacher_layers / student_layers))) for layer in range(1, student_layers + 1)
+        ]
     try:
         pairs = [tuple(int(part) for part in pair.split(":")) for pair in layer_map.split(",")]
         assert all(len(pair) == 2 for pair in pairs)
@@ -238,7 +240,7 @@ class DistillationLoss:
         if self.used.hidden:
             ours = reading.hidden_at(mask, [layer for layer, _ in self.used.pairs])
             if self.projections is not None:
-                ours = torch.stack([project(ours[:, i]) for i, project in enumerate(self.projections)], dim=1)
+                ours = torch.stack([project(ours[:, i].float()) for i, project in enumerate(self.projections)], dim=1)
             for name in OF_HIDDEN:
                 if name in self.objective.weights:
                     terms[name] = getattr(distill_losses, name)(ours, teacher["hidden"]).mean(dim=1).sum()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LEAST = 1e-6  # of a teacher's probability; a 0 would make the reverse KL infinite
+
+
 @dataclass(frozen=True)
 class LabelRow:
     """A prompt's token ids, the teacher's probability of each label or None, the gold label's index or None."""
@@ -103,7 +106,7 @@ class LabelDistillation:
         scores, answers = scores[:, :count], scores[:, count:]
         taught = batch[PROBABILITIES].sum(dim=1) > 0
         temperature = self.objective.temperature
-        teacher = (batch[PROBABILITIES][taught].log() / temperature).log_softmax(dim=-1)
+        teacher = (batch[PROBABILITIES][taught].clamp(min=LEAST).log() / temperature).log_softmax(dim=-1)
         terms = self.objective.divergences((scores[taught] / temperature).log_softmax(dim=-1), teacher)
         if "ce" in self.objective.weights:
             known = batch["gold"] != completions.IGNORE

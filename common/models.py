@@ -237,6 +237,13 @@ def load_adapter(
     return model
 
 
+def tokenizer_folder(model_dir: str, base: str | None = None) -> str:
+    """Where a model's tokenizer is: beside an adapter, else beside its base."""
+    if is_adapter(model_dir) and not (Path(model_dir) / "tokenizer_config.json").is_file():
+        return base or base_of(model_dir)
+    return model_dir
+
+
 def load_for_inference(
     model_dir: str,
     *,
@@ -255,8 +262,7 @@ def load_for_inference(
     check_model_dir(model_dir, base)
     adapter = is_adapter(model_dir)
     base = (base or base_of(model_dir)) if adapter else model_dir
-    own = (Path(model_dir) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(model_dir if own else base, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_folder(model_dir, base), trust_remote_code=trust_remote_code)
     model = load_base(base, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code)
     align_model(model, tokenizer)
     if adapter:
@@ -311,6 +317,9 @@ def adapter_hash(folder: str | Path) -> str:
 
     for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "config.json"):
         if (Path(folder) / name).is_file():
+            if name.endswith("index.json"):  # which names the shards and knows nothing of what is in them
+                shards = sorted(Path(folder).glob("model-*.safetensors"))
+                return hashlib.sha256("".join(map(sha256_file, shards)).encode()).hexdigest()
             return sha256_file(Path(folder) / name)
     return hashlib.sha256(str(folder).encode()).hexdigest()
 

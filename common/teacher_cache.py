@@ -101,7 +101,7 @@ class TeacherCache:
                         "name another folder, or delete this one"
                     )
         else:
-            if any(not file.name.startswith(".") for file in self.folder.glob("*")):
+            if any(file.name != META for file in self.folder.glob("[!.]*")):
                 raise UserError(f"{folder} holds files that are no teacher cache; name a new folder")
             records.write_json(path, facts)
         self._where: dict[bytes, tuple[np.ndarray, int, int]] = {}
@@ -154,7 +154,7 @@ class TeacherCache:
     def sizes(self) -> dict[str, int | float]:
         """{"rows", "tokens", "bytes", "bytes_per_token"} of all that is in the folder."""
         tokens = sum(stop - start for _, start, stop in self._where.values())
-        size = sum(os.stat(path).st_size for path in self.folder.iterdir())
+        size = sum(os.stat(path).st_size for path in self.folder.glob("[!.]*"))
         return {
             "rows": len(self._where),
             "tokens": tokens,

@@ -21,6 +21,7 @@ from common import cli, completions, models, progress, quantization_aware, recor
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
@@ -155,6 +156,19 @@ def fit_batch_size(args: argparse.Namespace, longest: int, try_batch: Callable[[
     if accumulation is None:
         accumulation = max(1, math.ceil(EFFECTIVE_BATCH / (per_device * world)))
     return per_device, accumulation
+
+
+def try_step(args: argparse.Namespace, student: Any, loss: Callable[[], torch.Tensor]) -> None:
+    """A forward and a backward pass as the trainer will do them on a card: checkpointed, in mixed precision."""
+    import torch
+
+    if args.gradient_checkpointing != "off":
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student.train()
+    with torch.autocast(student.device.type, torch.bfloat16):
+        value = loss()
+    value.backward()
+    student.zero_grad(set_to_none=True)
 
 
 def check_report_to(report_to: str) -> None:
@@ -302,8 +316,7 @@ def fitted_trainer(
 
     def try_batch(size: int) -> None:
         batch = send_to_device(parts["collate"]([parts["rows"][longest]] * size), student.device)
-        parts["loss"](student, batch, None)[0].backward()
-        student.zero_grad(set_to_none=True)
+        try_step(args, student, lambda: parts["loss"](student, batch, None)[0])
 
     per_device, accumulation = fit_batch_size(args, parts["lengths"][longest], try_batch)
     return loss_trainer(

@@ -161,7 +161,7 @@ def options(plan: Plan) -> dict[str, list[Any]]:
     return {
         "batch": halves(plan.batch, 1),
         "checkpointing": [plan.checkpointing, True],
-        "teacher": [plan.teacher, None],
+        "teacher": [plan.teacher, plan.teacher if plan.maps else None],
         "four_bit": [plan.four_bit, not plan.full],
         "max_len": [plan.max_len, *range((plan.max_len - 1) // 64 * 64, LEAST_LEN - 1, -64)],
     }

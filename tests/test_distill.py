@@ -107,8 +107,9 @@ def test_the_terms_are_their_definitions(base, teacher, uneven, tmp_path):
     )
 
 
-def test_a_cache_of_everything_equals_the_live_teacher(base, teacher, uneven, tmp_path):
-    more = ("--teacher", teacher, "--data", uneven, *ALL_TERMS, "--layer_map", "uniform")
+@pytest.mark.parametrize("layers", ["uniform", "2:1,1:3,2:3"])
+def test_a_cache_of_everything_equals_the_live_teacher(layers, base, teacher, uneven, tmp_path):
+    more = ("--teacher", teacher, "--data", uneven, *ALL_TERMS, "--layer_map", layers)
     live = distill(base, tmp_path / "live", *more)
     cached = distill(base, tmp_path / "cached", *more, "--teacher_cache", tmp_path / "cache", "--cache_k", 100_000)
     assert column(cached) == pytest.approx(column(live), abs=1e-3)
@@ -273,8 +274,9 @@ def test_text_and_squad_and_teacher_text_are_read(base, teacher, tmp_path):
     articles = [{"title": f"article {i}", "paragraphs": [paragraph]} for i in range(12)]
     (tmp_path / "squad.json").write_text(json.dumps({"version": "1.1", "data": articles}))
     distill(base, tmp_path / "squad", "--teacher", teacher, "--data", tmp_path / "squad.json", "--max_steps", 1)
-    rows = write_rows(tmp_path / "kd.jsonl", [{"input": p, "teacher_output": "Good"} for p in PROMPTS[:4]])
-    distill(base, tmp_path / "kd", "--teacher", teacher, "--data", rows, "--max_steps", 1)
+    rows = write_rows(tmp_path / "kd.jsonl", [{"input": p, "teacher_output": "Good", "text": "?"} for p in PROMPTS[:4]])
+    run = distill(base, tmp_path / "kd", "--teacher", teacher, "--data", rows, "--max_steps", 1)
+    assert run_json(run)["settings"]["forward_kl"] == 0.5  # what counted, also by default
     folder = tmp_path / "dataset"
     folder.mkdir()
     write_rows(folder / "train.jsonl", [{"text": line} for line in CORPUS[:4]])
@@ -329,6 +331,17 @@ def test_labels_learn_the_teachers_distribution(base, labelled, tmp_path):
     assert column(parts)[:3] == pytest.approx(column(run)[:3], abs=1e-4)
 
 
+def test_judging_needs_gold(base, labelled, tmp_path):
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"input": PROMPTS[0], "probabilities": dict(zip(LABELS, (1, 0, 0), strict=True))}]
+    )
+    with pytest.raises(UserError, match="no row with an output to judge by"):
+        distill(base, tmp_path / "run", "--labels", "--data", labelled, "--eval_data", rows)
+    assert not (tmp_path / "run").exists()
+    run = distill(base, tmp_path / "run", "--labels", "--data", rows, "--reverse_kl", 1)
+    assert all(0 <= value < 100 for value in column(run))  # a label that the teacher rules out is no infinity
+
+
 def test_every_row_says_something(base, labelled, tmp_path):
     good = {"input": PROMPTS[0], "output": "Good"}
     for row, words in (
@@ -374,6 +387,8 @@ def test_weights_of_two_other_recipes_have_one_meaning(tmp_path):
         (("--forward_kl", 0), "every loss term has the weight 0"),
         (("--temperature", 0), "--temperature 0.0 must be above 0"),
         ((), "--teacher is missing; forward_kl needs one"),
+        (("--ce", 1, "--teacher_cache", "c"), "--teacher_cache without --teacher"),
+        (("--teacher", "BASE", "--cache_targets", "sampled"), "--cache_targets is of --teacher_cache"),
         (("--ce", 1, "--teacher", "BASE"), "--ce alone asks nothing of the teacher"),
         (("--teacher", "t", "--dataset", "wikitext"), "either --data FILE or --dataset NAME"),
         (("--teacher", "t", "--task", "f.yaml"), "give --labels with it"),
@@ -405,14 +420,23 @@ def test_another_tokenizer_is_refused_with_the_ways_that_work(base, uneven, tmp_
 def test_layer_maps():
     assert layer_pairs("last", 4, 12) == [(4, 12)]
     assert layer_pairs("uniform", 4, 12) == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    assert layer_pairs("uniform", 4, 2) == [(1, 1), (2, 1), (3, 2), (4, 2)]  # layer 0 would be the embeddings
     assert layer_pairs("2:5,4:9", 4, 12) == [(2, 5), (4, 9)]
 
 
-def test_mixed_precision(base, uneven, tokenizer):
+def test_an_adapter_with_dropout_goes_on_learning(base, teacher, uneven, tmp_path):
+    """Large weights and much of dropout: two passes through it never agree."""
+    more = ("--teacher", teacher, "--data", uneven, "--lora_dropout", 0.5)
+    first = distill(base, tmp_path / "first", *more, "--learning_rate", 0.5)
+    again = distill(base, tmp_path / "again", *more, "--init_adapter", first)
+    assert run_json(again)["state"] == "done"
+
+
+def test_mixed_precision(base, teacher, uneven, tokenizer):
     """As on CUDA: bfloat16 weights, and a forward pass whose outputs, but not its insides, are turned into float32."""
     from accelerate.utils.operations import convert_outputs_to_fp32
 
-    from common.distillation import DistillationLoss, LiveTeacher, Reader, Used
+    from common.distillation import DistillationLoss, LiveTeacher, Reader, Used, projections
 
     rows = [json.loads(line) for line in Path(uneven).read_text().splitlines()]
     batch = completions.collate([tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows[:4]], 0)
@@ -420,12 +444,16 @@ def test_mixed_precision(base, uneven, tokenizer):
     used = Used(Objective({"forward_kl": 1.0, "ce": 1.0, "hidden_mse": 1.0}), [(1, 1), (2, 2)], len(tokenizer))
     reader = Reader(student, [1, 2])
     student.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(student.forward))
-    teacher = LiveTeacher(Reader(models.load_base(base, dtype="float32").eval(), [1, 2]), used)
-    loss, terms = DistillationLoss(used, reader, teacher)(student, batch)
+    equal = LiveTeacher(Reader(models.load_base(base, dtype="float32").eval(), [1, 2]), used)
+    loss, terms = DistillationLoss(used, reader, equal)(student, batch)
     loss.backward()
     assert 0 <= terms["forward_kl"] < 0.01  # the teacher is the student, in float32
     assert 0 <= terms["hidden_mse"] < 0.01
     assert terms["ce"] > 1
+    wider = LiveTeacher(Reader(models.load_base(teacher, dtype="float32").eval(), [1, 2]), used)
+    loss, terms = DistillationLoss(used, reader, wider, projections(32, 48, 2, seed=0))(student, batch)
+    loss.backward()
+    assert terms["hidden_mse"] > 0
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
