@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LIVE_LOG = "progress.jsonl"
 # What else transformers and TRL log with a loss; so is all that has a "/" in its name.
-NOT_LOSSES = ("loss", "step", "epoch", "learning_rate", "grad_norm", "entropy", "num_tokens", "mean_token_accuracy")
+NOT_LOSSES = ("step", "epoch", "learning_rate", "grad_norm", "entropy", "num_tokens", "mean_token_accuracy")
 
 
 def bar_callback() -> TrainerCallback:
@@ -118,7 +118,7 @@ def mean_loss(history: Sequence[dict]) -> float:
 def write_loss_curve(save_dir: str, history: Sequence[dict]) -> None:
     """`loss.csv` (step, loss and its terms where it has several, eval_loss, learning_rate) and `loss.png`."""
     logged = dict.fromkeys(name for entry in history if "loss" in entry for name in entry)
-    terms = [name for name in logged if name not in NOT_LOSSES and "/" not in name]
+    terms = [name for name in logged if name not in ("loss", *NOT_LOSSES) and "/" not in name]
     columns = ("step", "loss", *terms, "eval_loss", "learning_rate")
     with records.atomic_write(Path(save_dir) / "loss.csv") as handle:
         handle.write(",".join(columns) + "\n")
