@@ -356,8 +356,7 @@ class Host:
         self._layers = [module for module in self.model.modules() if hasattr(module, "_active_adapter")]
         if signature_of(version.model_dir) != version.signature:
             raise UserError(f"{version.model_dir} changed while it was being loaded; send the request again")
-        own = (Path(version.model_dir) / "tokenizer_config.json").is_file()
-        return name, self._tokenizer(version.model_dir if own else self.base)
+        return name, self._tokenizer(models.tokenizer_folder(version.model_dir, self.base))
 
     def _detach_old(self, name: str) -> None:
         """Drop the versions of a run that are too old to be asked for."""

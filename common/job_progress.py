@@ -11,13 +11,13 @@ from typing import Any
 
 from common.job_folder import JobFolder, log_lines
 from common.job_store import ENDED, Job
-from common.progress import LIVE_LOG, NOT_LOSSES
+from common.progress import LIVE_LOG, is_loss
 
 TAIL = 1 << 14  # bytes of the live log behind a status
 CHUNK = 1 << 18  # bytes of a log that are sent at once
 POLL = 0.25  # seconds between two looks for something new
 BEAT = 15.0  # seconds of silence before a sign of life
-NO_LOSSES = {*NOT_LOSSES, "max_steps", "time"}
+OF_THE_LOG = {"max_steps", "time"}  # what each of its lines has beside what was logged
 
 
 def parse(content: bytes) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def parse(content: bytes) -> list[dict[str, Any]]:
 def losses_of(entry: dict[str, Any]) -> dict[str, float | None]:
     """The loss, its terms and the held-out loss of a line; none in one that marks a start."""
     timings = {name for name in entry if name.startswith("eval_") and name != "eval_loss"}
-    return {name: value for name, value in entry.items() if name not in NO_LOSSES | timings}
+    return {name: value for name, value in entry.items() if is_loss(name) and name not in OF_THE_LOG | timings}
 
 
 def is_finite(value: Any) -> bool:

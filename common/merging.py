@@ -216,8 +216,7 @@ def merge(
         total = checkpoint.numbers * number_type.itemsize
         records.write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    own = (Path(model_dir) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(model_dir if own else str(base), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(models.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
     if (base / "generation_config.json").is_file():
         empty.generation_config = GenerationConfig.from_pretrained(base)
     models.align_model(empty, tokenizer)

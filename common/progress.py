@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 LIVE_LOG = "progress.jsonl"
-# What else transformers and TRL log with a loss; so is all that has a "/" in its name.
 NOT_LOSSES = ("step", "epoch", "learning_rate", "grad_norm", "entropy", "num_tokens", "mean_token_accuracy")
 
 
@@ -108,6 +107,11 @@ def interruption_callback() -> TrainerCallback:
     return Interruption()
 
 
+def is_loss(name: str) -> bool:
+    """Whether something that is logged is a loss or a term of one, not what transformers and TRL log beside it."""
+    return name not in NOT_LOSSES and "/" not in name
+
+
 def mean_loss(history: Sequence[dict]) -> float:
     """The mean loss of all steps, those before an interruption included; each entry is a mean since the one before."""
     entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
@@ -118,7 +122,7 @@ def mean_loss(history: Sequence[dict]) -> float:
 def write_loss_curve(save_dir: str, history: Sequence[dict]) -> None:
     """`loss.csv` (step, loss and its terms where it has several, eval_loss, learning_rate) and `loss.png`."""
     logged = dict.fromkeys(name for entry in history if "loss" in entry for name in entry)
-    terms = [name for name in logged if name not in ("loss", *NOT_LOSSES) and "/" not in name]
+    terms = [name for name in logged if name != "loss" and is_loss(name)]
     columns = ("step", "loss", *terms, "eval_loss", "learning_rate")
     with records.atomic_write(Path(save_dir) / "loss.csv") as handle:
         handle.write(",".join(columns) + "\n")
