@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": args.seed,
         "features": args.features,
         "instruction": task.instruction,
-        "group_key": creditmix.GROUP_KEY if task is CREDITMIX else task.group_key or task.text_field,
+        "group_key": creditmix.GROUP_KEY if task == CREDITMIX else task.group_key or task.text_field,
         "shares": {
             "train": round(1 - splits.DEV_SHARE - splits.VALIDATION_SHARE, 4),
             "dev": splits.DEV_SHARE,

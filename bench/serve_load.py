@@ -182,9 +182,12 @@ class Server:
             return False
 
     def resident(self) -> int:
-        """Resident memory in bytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+        """Resident memory in bytes of the server and its models' processes; what they share counts once."""
+        found, wanted = 0, [self.process.pid]
+        for pid in wanted:
+            found += int(Path(f"/proc/{pid}/smaps_rollup").read_text().partition("Pss:")[2].split()[0]) * 1024
+            wanted += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""One base model with many adapters on it, in a thread of its own.
+"""One base model with many adapters on it, in a process of its own, which the server starts (`common.model_process`).
 
 PEFT adapters are not thread-safe: neither `set_adapter` nor `adapter_names=` may be used from two threads at once; that
-gives wrong answers without an error. So each base model belongs to one thread (`Host`), which takes batches from a
-queue and switches adapters between them.
+gives wrong answers without an error. So each base model belongs to one process that does one thing after the other
+(`Host`): it takes batches from a queue and switches adapters between them. The server's own process keeps Python's lock
+to itself that way, and so does the model; memory is given back when a process ends, and one that is killed takes
+nobody along.
 
 A batch has one adapter. PEFT can mix them in one pass, but on two cores with the miniature and four adapters that was
 faster only with few rows of each (4 rows: 28 ms against 30 for a pass per adapter; 16 rows, as with 64 clients: 94
@@ -12,22 +14,24 @@ against 78; 32 rows: 190 against 139).
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import json
 import os
 import re
-import threading
+import socket
+import sys
 import time
+import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from common import models, records
+from common import models, records, vram
 from common.calibration import Calibration
+from common.channel import Channel
 from common.cli import UserError, log
 from common.micro_batches import BatchQueue, Job
 from common.onnx_model import OnnxModel, is_onnx
@@ -39,7 +43,6 @@ if TYPE_CHECKING:
 
     from common.classifier import Classifier
 
-RETRY = 10.0  # seconds until a base that could not be loaded is tried again
 PRIORS = ".priors"  # in the folder of the runs: priors of base models that have no folder of their own
 
 
@@ -69,10 +72,12 @@ class HostSettings:
     task: LabelTask
     num_null_prompts: int | None
     runs_dir: str
+    load_in_4bit: str = "auto"
+    auto_fit: bool = False  # where memory is short, take a smaller batch or 4 bits, and say so
 
 
 class View:
-    """A model as requests see it: a base with one adapter, or none, active. For the host's thread alone."""
+    """A model as requests see it: a base with one adapter, or none, active. For the host alone."""
 
     def __init__(self, host: Host, version: Version, adapter: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
         self.host, self.version, self.adapter, self.tokenizer = host, version, adapter, tokenizer
@@ -152,119 +157,120 @@ class Abandoned(Exception):
     """Nobody waits for the batch any more."""
 
 
-class _Turnstile:
-    """Any number may work at once, but nobody while one loads.
+class Fault(Exception):
+    """Something that the program did wrong in a model's process; its text is the traceback there."""
 
-    transformers sets torch's default dtype, device and initialisers while it loads a model, for all threads: another
-    host would compute in the wrong precision, or on no device at all.
+
+@dataclass(frozen=True)
+class State:
+    """What the server is told of a model's process whenever it changes.
+
+    Attributes:
+        base_hash: `models.fingerprint` of the base; None while it is not loaded, and for an export.
+        views: the versions that are loaded, and whether their prior is known.
+        gpu_bytes: that torch has given out.
     """
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._working = self._loading = 0
-
-    def enter(self) -> None:
-        """Begin to work; waits for those who load or want to."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._loading)
-            self._working += 1
-
-    def leave(self) -> None:
-        with self._changed:
-            self._working -= 1
-            self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
-
-    @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """Be alone; not from within `working`."""
-        with self._changed:
-            self._loading += 1
-            self._changed.wait_for(lambda: not self._working)
-            try:
-                yield
-            finally:
-                self._loading -= 1
-                self._changed.notify_all()
+    base_hash: str | None = None
+    views: dict[Version, bool] = field(default_factory=dict)
+    gpu_bytes: int = 0
 
 
-_turnstile = _Turnstile()
-
-
-@dataclass
 class Host:
-    """A thread that owns one base model and the adapters on it.
+    """A base model and the adapters on it.
+
+    Messages that come: `job` (a Job), `withdraw` (its number), `versions` (a run's name, and those of its versions that
+    may stay loaded), `close`. Messages that go: `broken` (why the base cannot be loaded), `state` (a State), `timed`
+    ("base" | "adapter" | "prior", name, seconds), `taken` (the numbers of a batch), `text` (a part of an answer, for
+    the job with that number), `done` (the numbers and the answers of a batch; an answer can be an exception).
 
     Args:
         base: folder or Hub id.
-        after: a host that is closing; its memory is waited for.
-        deliver: called from the thread with the jobs of a batch once their `answer` is set (an exception, or a value).
-        timed: called from it with ("base" | "adapter" | "prior", name, seconds) for each thing that was loaded.
-        versions: the versions of a run that may stay loaded, by its name.
+        adapters: about how many there will be on it, to tell whether the memory is enough.
     """
 
-    base: str
-    settings: HostSettings
-    deliver: Callable[[list[Job]], None]
-    timed: Callable[[str, str, float], None]
-    versions: Callable[[str], list[Version]]
-    after: Host | None = None
-    model: Any = None
-    broken: str | None = None  # why the base cannot be loaded
-    broken_since: float = 0.0
-    views: dict[Version, View] = field(default_factory=dict)
-    batch: list[Job] = field(default_factory=list)  # what is being worked on
-
-    def __post_init__(self) -> None:
-        self.queue = BatchQueue(self.settings.max_queue, self.settings.max_batch_tokens, self.settings.max_wait)
+    def __init__(self, base: str, settings: HostSettings, adapters: int, channel: Channel) -> None:
+        self.base, self.settings, self.adapters, self.channel = base, settings, adapters, channel
+        self.queue = BatchQueue(settings.max_batch_tokens, settings.max_wait)
+        self.model: Any = None
+        self.batch: list[Job] = []  # what is being worked on
+        self.views: dict[Version, View] = {}
+        self._versions: dict[str, list[Version]] = {}
+        self._closing = False
         self._refused: dict[Version, str] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-        self.base_hash: str | None = None  # `models.fingerprint`
+        self._base_hash: str | None = None
         self._signature: tuple = ()  # of the base's files when it was loaded
         self._active: str | None = None
         self._layers: list[Any] = []  # those that adapters are in
         self._attached = 0
-        self.thread = threading.Thread(target=self._work, name=f"model {self.base}", daemon=True)
-        self.thread.start()
 
-    def close(self) -> None:
-        """Take no more jobs; those accepted are still done, then the memory is given back."""
-        self.queue.close()
-
-    def _work(self) -> None:
-        if self.after:
-            self.after.thread.join()
-            self.after = None
+    def serve(self) -> None:
+        """Load the base, then work until the server closes the channel or goes away."""
         try:
             started = time.perf_counter()
-            with _turnstile.loading():
-                self._load()
-            self.timed("base", self.base, time.perf_counter() - started)
-            # Rounds of the garbage collector over all of torch's and the model's objects took a fifth of the time of
-            # a request; from here on they leave alone what is there now.
-            gc.collect(1)
-            gc.freeze()
-        except Exception as error:  # of a library, too: the thread has to go on and say so
-            self.broken = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.broken_since = time.monotonic()
-            log(f"the base {self.base} cannot be loaded: {self.broken}")
-            self.queue.close()
-        while jobs := self.queue.take():
-            self._answer(jobs)
-        self.views.clear()
-        self._layers.clear()
-        self.model = None
-        gc.unfreeze()
+            self._check_memory()
+            self._load()
+        except Exception as error:  # of a library, too: the server has to be told
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            log(f"the base {self.base} cannot be loaded: {reason}")
+            self.channel.send("broken", reason)
+            return
+        self.timed("base", self.base, time.perf_counter() - started)
+        self._tell()
+        # Rounds of the garbage collector over all of torch's and the model's objects took a fifth of the time of a
+        # request; from here on they leave alone what is there now.
         gc.collect()
         gc.freeze()
-        _empty_cuda_cache()
+        while True:
+            self._receive(self.queue.due())
+            if self.queue and (self._closing or self.queue.due() == 0):
+                self._begin(self.queue.take())
+            elif self._closing:
+                return
+
+    def timed(self, kind: str, name: str, seconds: float) -> None:
+        """Tell how long something took to load."""
+        self.channel.send("timed", kind, name, seconds)
+
+    def emit(self, text: str) -> None:
+        """Send a part of the answer that is being written; the job is alone in its batch."""
+        self.channel.send("text", self.batch[0].number, text)
+
+    def _receive(self, wait: float | None) -> None:
+        for kind, *fields in self.channel.receive(0.0 if self._closing else wait):
+            match kind:
+                case "job":
+                    self.queue.put(*fields)
+                case "withdraw":
+                    (number,) = fields
+                    if not self.queue.withdraw(number):
+                        for job in self.batch:
+                            job.abandoned = job.abandoned or job.number == number
+                case "versions":
+                    name, versions = fields
+                    self._versions[name] = versions
+                case "close":
+                    self._closing = True
+
+    def _tell(self) -> None:
+        views = {version: view.warm for version, view in self.views.items()}
+        self.channel.send("state", State(self._base_hash, views, _gpu_bytes()))
+
+    def _check_memory(self) -> None:
+        """Raises UserError where the base and its adapters need more memory than is free, with what would fit."""
+        changed = vram.before_serving(
+            self.base,
+            adapters=self.adapters,
+            max_batch_tokens=self.settings.max_batch_tokens,
+            load_in_4bit=self.settings.load_in_4bit,
+            auto_fit=self.settings.auto_fit,
+        )
+        if changed:
+            names = {"MAX_BATCH_TOKENS": "max_batch_tokens", "LOAD_IN_4BIT": "load_in_4bit"}
+            fitting = {names[name]: value for name, value in changed.items() if name in names}
+            self.settings = replace(self.settings, **fitting)
+            self.queue.max_batch_tokens = self.settings.max_batch_tokens
 
     def _load(self) -> None:
         models.check_model_dir(self.base)
@@ -274,48 +280,47 @@ class Host:
         if is_onnx(self.base):
             self.model = OnnxModel(self.base)
             return
-        self.model = models.load_base(self.base).eval()
-        self.base_hash = models.fingerprint(self.model)
+        self.model = models.load_base(self.base, load_in_4bit=self.settings.load_in_4bit).eval()
+        self._base_hash = models.fingerprint(self.model)
         models.align_model(self.model, self._tokenizer(self.base))
         # Runs before every forward pass, also those within `generate`, whoever calls it.
         self.model.register_forward_pre_hook(lambda module, inputs: self._between_steps())
 
+    def _begin(self, jobs: list[Job]) -> None:
+        self.channel.send("taken", [job.number for job in jobs])
+        self._answer(jobs)
+
     def _answer(self, jobs: list[Job]) -> None:
-        """Do a batch and deliver it; where it fails, one by one, so that a bad request harms itself alone."""
+        """Do a batch and send its answers; where it fails, one by one, so that a bad request harms itself alone."""
         outer, self.batch = self.batch, jobs
         version, work = jobs[0].key
         try:
-            if self.broken:
-                raise Unusable(self.broken)
             view = self._view(version)
-            with _turnstile.working():
-                self._activate(view.adapter)
-                answers = work.run(view, [job.payload for job in jobs])
-            for job, answer in zip(jobs, answers, strict=True):
-                job.answer = answer
+            self._activate(view.adapter)
+            warm = view.warm
+            answers = work.run(view, [job.payload for job in jobs])
+            if view.warm != warm:
+                self._tell()
         except Exception as error:
             if len(jobs) > 1 and not isinstance(error, Unusable | Abandoned):
                 self.batch = outer
                 for job in jobs:
                     self._answer([job])
                 return
-            for job in jobs:
-                job.answer = error
+            known = isinstance(error, UserError | Abandoned)
+            answers = [error if known else Fault(traceback.format_exc()) for _ in jobs]
         finally:
             self.batch = outer
-        self.deliver(jobs)
+        self.channel.send("done", [job.number for job in jobs], answers)
 
     def _between_steps(self) -> None:
         """Within a longer piece of work: stop when nobody waits for it, and let short ones go first."""
         if not self.batch or self.batch[0].urgent:
             return
+        self._receive(0.0)
         active = self._active
-        _turnstile.leave()
-        try:
-            if jobs := self.queue.take_urgent():  # one batch a step, so that the longer work goes on, too
-                self._answer(jobs)
-        finally:
-            _turnstile.enter()
+        if jobs := self.queue.take(urgent=True):  # one batch a step, so that the longer work goes on, too
+            self._begin(jobs)
             self._activate(active)
         if all(job.abandoned for job in self.batch):
             raise Abandoned
@@ -326,13 +331,13 @@ class Host:
         if version not in self.views:
             try:
                 started = time.perf_counter()
-                with _turnstile.loading():
-                    self.views[version] = View(self, version, *self._attach(version))
+                self.views[version] = View(self, version, *self._attach(version))
                 self.timed("adapter", version.name, time.perf_counter() - started)
             except UserError as error:
                 self._refused[version] = str(error)
                 raise Unusable(str(error)) from error
             self._detach_old(version.name)
+            self._tell()
         return self.views[version]
 
     def _attach(self, version: Version) -> tuple[str | None, PreTrainedTokenizerBase]:
@@ -360,7 +365,7 @@ class Host:
 
     def _detach_old(self, name: str) -> None:
         """Drop the versions of a run that are too old to be asked for."""
-        current = self.versions(name)
+        current = self._versions.get(name, ())
         running = {job.key[0] for job in self.batch}
         for version, view in list(self.views.items()):
             if version.name == name and version not in current and version not in running:
@@ -406,54 +411,22 @@ def _tokenizer_key(folder: str) -> str:
     return json.dumps(facts)
 
 
-def _empty_cuda_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _gpu_bytes() -> int:
+    torch = sys.modules.get("torch")  # an export's runtime needs none
+    return torch.cuda.memory_allocated() if torch is not None and torch.cuda.is_available() else 0
 
 
-@functools.lru_cache(maxsize=256)
-def _base_key(base: str) -> str:
-    """One key for the spellings of a folder's path."""
-    return os.path.realpath(base) if models.looks_local(base) else base
+def main(end: socket.socket) -> None:
+    """A model's process: the first message tells what to load."""
+    channel = Channel(end)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the server is gone, and so are we
+        kind, *fields = next(channel.receive(None))
+        assert kind == "start"
+        Host(*fields, channel).serve()
 
 
-class Hosts:
-    """The bases in memory, at most `most`; the least recently used leaves first."""
+if __name__ == "__main__":
+    # Under the name by which the server knows this module's classes.
+    from common import adapter_host
 
-    def __init__(self, most: int, start: Callable[[str, Host | None], Host]) -> None:
-        self.most, self._start = most, start
-        self._hosts: OrderedDict[str, Host] = OrderedDict()
-
-    def get(self, base: str) -> Host:
-        """The host of a base; started where there is none, also in place of one that failed to load a while ago."""
-        key = _base_key(base)
-        host = self._hosts.pop(key, None)
-        leaving = None
-        if host is None or (host.broken and time.monotonic() - host.broken_since > RETRY):
-            if host is None and len(self._hosts) >= self.most:
-                leaving = self._hosts.popitem(last=False)[1]
-                log(f"the base {leaving.base} leaves memory to make room for {base}")
-                leaving.close()
-            host = self._start(base, leaving)
-        self._hosts[key] = host
-        return host
-
-    def base_hash(self, base: str) -> str | None:
-        """The fingerprint of a base that is in memory."""
-        host = self._hosts.get(_base_key(base))
-        return host.base_hash if host else None
-
-    def loaded(self) -> list[Host]:
-        """The hosts there are, the least recently used first; some may still be loading."""
-        return list(self._hosts.values())
-
-    def close(self) -> None:
-        """Finish what was accepted and stop."""
-        hosts = self.loaded()
-        for host in hosts:
-            host.close()
-        for host in hosts:
-            host.thread.join()
-        gc.unfreeze()
+    adapter_host.main(socket.socket(fileno=int(sys.argv[1])))

@@ -119,10 +119,10 @@ def _code_writer(view: View) -> CodeWriter:
 
 @dataclass(frozen=True)
 class ChatTurn:
-    """A request of `Chat`: its messages, and where the text goes as it comes (None: nowhere)."""
+    """A request of `Chat`: its messages, and whether the text is sent as it comes."""
 
     messages: list[dict[str, str]]
-    emit: Callable[[str], None] | None = None
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Chat:
             seed=self.seed,
             processors=self._processors(view, budget),
             stop=(lambda text: any(stop in text for stop in self.stop)) if self.stop else None,
-            streamer=_streamer(view, payloads[0].emit) if payloads[0].emit else None,
+            streamer=_streamer(view) if payloads[0].stream else None,
             max_batch_tokens=view.host.settings.max_batch_tokens,
         )
         return [ChatAnswer(answers, len(prompt)) for answers, prompt in zip(found, prompts, strict=True)]
@@ -198,11 +198,11 @@ class Chat:
         return text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text))]
 
 
-def _streamer(view: View, emit: Callable[[str], None]) -> BaseStreamer:
+def _streamer(view: View) -> BaseStreamer:
     from transformers import TextStreamer
 
     class Emitter(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            emit(text)
+            view.host.emit(text)
 
     return Emitter(view.tokenizer, skip_prompt=True, skip_special_tokens=True)

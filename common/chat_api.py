@@ -97,7 +97,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The runs, as OpenAI lists models."""
-        known = await asyncio.to_thread(server.models)
+        known = await asyncio.to_thread(server.about_models)
         made = [
             {"id": entry["name"], "object": "model", "created": _seconds(entry["created"]), "owned_by": "distill-slm"}
             for entry in known["models"]
@@ -172,11 +172,7 @@ async def _events(
     server: Server, request: Request, body: ChatRequest, version, work: Chat, turn: ChatTurn, head, started: float
 ) -> AsyncIterator[str]:
     """Server-sent events: the role, the text as it comes, the reason for the end, the usage if asked for, [DONE]."""
-    loop = asyncio.get_running_loop()
     texts: asyncio.Queue[str | None] = asyncio.Queue()
-
-    def emit(text: str) -> None:
-        loop.call_soon_threadsafe(texts.put_nowait, text)
 
     def event(**fields: Any) -> str:
         chunk = {**head, "object": "chat.completion.chunk", **fields}
@@ -188,9 +184,10 @@ async def _events(
 
     async def answer() -> ChatAnswer:
         try:
-            return await server.answer(request, version, work, ChatTurn(turn.messages, emit))
+            streamed = ChatTurn(turn.messages, stream=True)
+            return await server.answer(request, version, work, streamed, emit=texts.put_nowait)
         finally:
-            texts.put_nowait(None)  # after all texts: they and the answer are handed over by one thread, in order
+            texts.put_nowait(None)  # after all texts: they and the answer come through one channel, in order
 
     task = asyncio.create_task(answer())
     whole = sent = ""

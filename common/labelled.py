@@ -13,12 +13,12 @@ from common.tasks import CREDITMIX, LabelTask, label_fault
 
 def clean(task: LabelTask, text: str, tally: Counter[str] | None = None) -> str:
     """A row's text as the model is to see it, in training and in use alike."""
-    return creditmix.clean_features(text, tally) if task is CREDITMIX else text.strip()
+    return creditmix.clean_features(text, tally) if task == CREDITMIX else text.strip()
 
 
 def text_of(task: LabelTask, row: Any) -> str | None:
     """The clean text of a row without a label; None where it has none. CreditMix rows may have it under "features"."""
-    for key in ("features", task.text_field) if task is CREDITMIX else (task.text_field,):
+    for key in ("features", task.text_field) if task == CREDITMIX else (task.text_field,):
         if records.row_fault(row, (key,)) is None:
             return clean(task, row[key])
     return None
@@ -40,7 +40,7 @@ def read(
     Raises:
         UserError: by file and line, whatever makes the file unusable.
     """
-    if task is CREDITMIX:
+    if task == CREDITMIX:
         return creditmix.read_labelled(path, features, skip_bad_rows)
     if features != "six":
         raise UserError(f"--features {features} is for CreditMix's CSV; leave it out with --task")
@@ -83,7 +83,7 @@ def read_teacher(path: str | Path, task: LabelTask, skip_bad_rows: bool = False)
         raise UserError(
             f"{path} needs a {task.text_field} (or input) and a teacher_label (or teacher_output) in every row"
         )
-    unlabelled = creditmix.UNLABELLED if task is CREDITMIX else ()
+    unlabelled = creditmix.UNLABELLED if task == CREDITMIX else ()
     fault_of = label_fault(answer, task, unlabelled)
     labels: dict[str, str] = {}
     for row in records.check_rows(path, numbered, (key, answer), skip_bad_rows, unit, fault_of):

@@ -91,16 +91,15 @@ class Registry:
         """What "base" stands for: as set, else what most adapters stood on when it was first asked for."""
         if self._base_model:
             return self._base_model
-        found = []
-        for name in self.names():
-            folder = Path(self.runs_dir) / name
-            if models.is_adapter(folder):
-                try:
-                    found.append(models.base_of(folder))
-                except UserError as error:
-                    log(str(error))
+        folders = [Path(self.runs_dir) / name for name in self.names()]
+        found = [base for folder in folders if models.is_adapter(folder) and (base := _base_of(folder))]
         self._base_model = max(found, key=found.count) if found else None
         return self._base_model or DEFAULT_BASE
+
+    def adapters_of(self, base: str) -> int:
+        """How many runs are adapters on a base; blocking."""
+        folders = [Path(self.runs_dir) / name for name in self.names()]
+        return sum(_base_of(folder) == base for folder in folders if models.is_adapter(folder))
 
     def find(self, address: str) -> Version:
         """The version that `name` or `name@hash` stands for; blocking, since a changed adapter is hashed.
@@ -166,6 +165,14 @@ class Registry:
             kept = [old for old in versions if old.sha256 != version.sha256 and old.model_dir == model_dir]
             self._versions[name] = [version, *kept][:KEPT_VERSIONS]
             return list(self._versions[name])
+
+
+def _base_of(folder: Path) -> str | None:
+    try:
+        return models.base_of(folder)
+    except UserError as error:
+        log(str(error))
+        return None
 
 
 def _holds_model(folder: Path) -> bool:

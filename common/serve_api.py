@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,7 +25,6 @@ PAGE = Path(__file__).with_name("serve_page.html")
 MAX_FEATURES, MAX_TEXT = 20_000, 1_000_000  # characters
 MAX_ROWS = 1024  # of a batch
 MAX_ANSWER_TOKENS = 4096
-SWITCH = 0.0002  # seconds until a thread gives up Python's lock: the default, 0.005, cost a tenth of the throughput
 
 # What comes in and goes out.
 
@@ -124,17 +122,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH)
         watch = asyncio.create_task(server.watch())
         if server.settings.preload:
             server.preload()
         yield
         watch.cancel()
-        await asyncio.to_thread(server.hosts.close)
+        await server.models.close()
         if server.audit:
             server.audit.close()
-        sys.setswitchinterval(before)
 
     app = FastAPI(
         title="distill-slm inference",
@@ -170,7 +165,7 @@ def _add_about(app: FastAPI, server: Server) -> None:
     @app.get("/models", response_model=ModelsAnswer)
     async def registry() -> Response:
         """Every run: base, method, hash, when it was made, figures if it was evaluated, and whether it is loaded."""
-        return JSONResponse(await asyncio.to_thread(server.models))
+        return JSONResponse(await asyncio.to_thread(server.about_models))
 
 
 def _add_inference(app: FastAPI, server: Server) -> None:

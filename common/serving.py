@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from fastapi import Request
 from prometheus_client import Counter, Gauge, Histogram
 
 from common import json_schema, tasks, web
-from common.adapter_host import Host, Hosts, HostSettings, Unusable, Work
+from common.adapter_host import HostSettings, Unusable, Work
 from common.answering import WarmUp
 from common.audit import AuditLog
 from common.cli import UserError, log
-from common.micro_batches import Job, QueueClosed, QueueFull
+from common.model_process import Gone, ModelProcess, Models, Pending, QueueFull
 from common.run_registry import BASE, BadName, Registry, UnknownRun, Version, describe
 from common.web import Environment, Problem, WebMetrics
 
@@ -65,6 +64,8 @@ class Settings:
                 task=task,
                 num_null_prompts=nulls,
                 runs_dir=runs_dir,
+                load_in_4bit=env.choice("LOAD_IN_4BIT", ("auto", "on", "off")),
+                auto_fit=env.switch("AUTO_FIT"),
             ),
             request_timeout=env.number("REQUEST_TIMEOUT", 120, least=0.001),
             max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 20),
@@ -102,13 +103,13 @@ class ServingMetrics:
             )
         }
         depth = Gauge("queue_rows", "Rows that wait.", registry=registry)
-        depth.set_function(lambda: sum(host.queue.rows for host in server.hosts.loaded()))
+        depth.set_function(lambda: sum(process.rows for process in server.models.all()))
         bases = Gauge("bases_loaded", "Base models in memory.", registry=registry)
-        bases.set_function(lambda: sum(host.model is not None for host in server.hosts.loaded()))
+        bases.set_function(lambda: sum(process.loaded for process in server.models.all()))
         failures = Gauge("audit_failures", "Audit lines that could not be written.", registry=registry)
         failures.set_function(lambda: server.audit.failures if server.audit else 0)
-        memory = Gauge("gpu_memory_bytes", "GPU memory in use; 0 without one.", registry=registry)
-        memory.set_function(_gpu_memory)
+        memory = Gauge("gpu_memory_bytes", "GPU memory of what is loaded; 0 without one.", registry=registry)
+        memory.set_function(lambda: sum(process.state.gpu_bytes for process in server.models.all()))
         self._children: dict[tuple, Any] = {}
 
     def child(self, metric: Counter | Histogram, *labels: str) -> Any:
@@ -119,38 +120,29 @@ class ServingMetrics:
         return self._children[key]
 
 
-def _gpu_memory() -> float:
-    torch = sys.modules.get("torch")
-    return torch.cuda.memory_allocated() if torch is not None and torch.cuda.is_available() else 0
-
-
 class Server:
-    """Takes a request to the host of its model and waits for the answer."""
+    """Takes a request to the process of its model and waits for the answer."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.registry = Registry(settings.runs_dir, settings.base_model, settings.host.task.name)
         self.audit = AuditLog(settings.audit_log, settings.audit_max_bytes) if settings.audit_log else None
         self.web_metrics = WebMetrics()
-        self.hosts = Hosts(settings.max_bases, self._start_host)
+        self.models = Models(settings.max_bases, self._start)
         self.metrics = ServingMetrics(self.web_metrics.registry, self)
-        self._preloading: list[Job] = []
-        self._waiting: dict[Job, tuple[Request, float]] = {}  # until when
+        self._preloading: list[Pending] = []
+        self._waiting: dict[Pending, tuple[Request, float]] = {}  # until when
 
-    def _start_host(self, base: str, after: Host | None) -> Host:
+    def _start(self, base: str, after: ModelProcess | None) -> ModelProcess:
         def timed(kind: str, name: str, seconds: float) -> None:
             self.metrics.loading[kind].labels(name).set(seconds)
 
-        return Host(base, self.settings.host, self._deliver, timed, self.registry.versions, after)
+        def batch(key: Any, rows: int) -> None:
+            version, work = key
+            self.metrics.child(self.metrics.batch_rows, version.base, work.name).observe(rows)
 
-    def _deliver(self, jobs: list[Job]) -> None:
-        """From a host's thread: wake those who wait."""
-        version, work = jobs[0].key
-        self.metrics.child(self.metrics.batch_rows, version.base, work.name).observe(sum(job.rows for job in jobs))
-        try:
-            jobs[0].waiter.get_loop().call_soon_threadsafe(_settle, jobs)
-        except RuntimeError:  # the loop is closed: a start that was given up
-            log("an answer came after the server had stopped")
+        adapters = self.registry.adapters_of(base)
+        return ModelProcess(base, self.settings.host, adapters, on_batch=batch, on_timed=timed, after=after)
 
     async def find(self, address: str, param: str = "run") -> Version:
         """The version that a request names.
@@ -168,53 +160,58 @@ class Server:
             raise Problem(409, str(error), param) from error
 
     async def answer(
-        self, request: Request, version: Version, work: Work, payload: Any, rows: int = 1, tokens: int = 0
+        self,
+        request: Request,
+        version: Version,
+        work: Work,
+        payload: Any,
+        *,
+        rows: int = 1,
+        tokens: int = 0,
+        emit: Callable[[str], None] | None = None,
     ) -> Any:
         """What the model makes of `payload`.
+
+        Args:
+            rows, tokens: about what it takes of a queue and of a batch.
+            emit: called with the parts of a text as they are written, where `work` streams.
 
         Raises:
             Problem: 409, 422, 503 or 504.
         """
         started = time.monotonic()
-        host, job = self._enqueue(version, work, payload, rows, tokens)
-        self._waiting[job] = (request, started + self.settings.request_timeout)
+        process, pending = self._enqueue(version, work, payload, rows=rows, tokens=tokens, emit=emit)
+        self._waiting[pending] = (request, started + self.settings.request_timeout)
         try:
-            await job.waiter
+            answer = await pending.answer
         finally:
-            del self._waiting[job]
-            if job.waiter.cancelled() or job.waiter.exception():  # nobody waits any more
-                host.queue.withdraw(job)
+            del self._waiting[pending]
+            process.withdraw(pending)  # has no effect once it is answered
         self.metrics.child(self.metrics.seconds, version.name, work.name).observe(time.monotonic() - started)
-        return outcome(job)
+        return outcome(answer)
 
     async def watch(self) -> None:
         """End the wait of requests that are late or whose client has gone; one round for all costs each one nothing."""
-        late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
         while True:
             await asyncio.sleep(min(POLL, self.settings.request_timeout / 4))
-            for job, (request, deadline) in list(self._waiting.items()):
+            late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
+            for pending, (request, deadline) in list(self._waiting.items()):
                 problem = None
                 if time.monotonic() > deadline:
                     problem = Problem(504, late)
-                elif time.monotonic() - job.arrived > POLL and await request.is_disconnected():
+                elif time.monotonic() - pending.job.arrived > POLL and await request.is_disconnected():
                     problem = Problem(499, "the client went away")
-                if problem and not job.waiter.done():
-                    job.waiter.set_exception(problem)
+                if problem and not pending.answer.done():
+                    pending.answer.set_exception(problem)
 
-    def _enqueue(self, version: Version, work: Work, payload: Any, rows: int, tokens: int) -> tuple[Host, Job]:
-        job = Job((version, work), payload, rows, tokens, work.urgent)
-        job.waiter = asyncio.get_running_loop().create_future()
-        for _ in range(2):  # the base may leave memory just now
-            host = self.hosts.get(version.base)
-            try:
-                host.queue.put(job)
-                return host, job
-            except QueueFull:
-                raise Problem(503, "the queue is full; try again", retry_after=1) from None
-            except QueueClosed:
-                if host.broken:
-                    raise Problem(409, host.broken) from None
-        raise Problem(503, "the server is stopping; try again", retry_after=5)
+    def _enqueue(self, version: Version, work: Work, payload: Any, **more: Any) -> tuple[ModelProcess, Pending]:
+        process = self.models.get(version.base)
+        try:
+            return process, process.put(version, work, payload, versions=self.registry.versions(version.name), **more)
+        except QueueFull:
+            raise Problem(503, "the queue is full; try again", retry_after=1) from None
+        except Unusable as error:
+            raise Problem(409, str(error)) from None
 
     def preload(self) -> None:
         """Have the base and what the named endpoints stand for loaded, with their priors."""
@@ -223,7 +220,7 @@ class Server:
         for address, prior in addresses:
             try:
                 version = self.registry.find(address)
-                self._preloading.append(self._enqueue(version, WarmUp(prior), None, 1, 0)[1])
+                self._preloading.append(self._enqueue(version, WarmUp(prior), None)[1])
             except UnknownRun:
                 continue  # not trained yet
             except (UserError, Problem) as error:
@@ -231,13 +228,13 @@ class Server:
 
     def ready(self) -> bool:
         """The base is loaded and its prior known, and so is all that PRELOAD asks for."""
-        if not all(job.waiter.done() for job in self._preloading):
+        if not all(pending.answer.done() for pending in self._preloading):
             return False
         base = self.registry.base_model()
         return any(
-            view.warm and not view.version.adapter and view.version.model_dir == base
-            for host in self.hosts.loaded()
-            for view in list(host.views.values())
+            warm and not version.adapter and version.model_dir == base
+            for process in self.models.all()
+            for version, warm in process.state.views.items()
         )
 
     def newest(self, part: str) -> str:
@@ -245,9 +242,10 @@ class Server:
         names = [name for name in self.registry.names() if part in name.lower()]
         return max(names, key=lambda name: _changed(Path(self.settings.runs_dir) / name), default=BASE)
 
-    def models(self) -> dict[str, Any]:
+    def about_models(self) -> dict[str, Any]:
         """What /models answers; blocking."""
-        loaded = {version for host in self.hosts.loaded() for version in list(host.views)}
+        processes = [process for process in self.models.all() if process.loaded]
+        loaded = {version for process in processes for version in process.state.views}
         entries = []
         for name in [BASE, *self.registry.names()]:
             try:
@@ -273,7 +271,7 @@ class Server:
         found = {entry["name"] for entry in entries}
         return {
             "base_model": self.registry.base_model(),
-            "bases": [host.base for host in self.hosts.loaded() if host.model is not None],
+            "bases": [process.base for process in processes],
             "task": self.settings.host.task.name,
             "labels": self.settings.host.task.labels,
             "short_names": {short: name for short, name in self.registry.short.items() if name in found},
@@ -285,7 +283,7 @@ class Server:
         if self.audit is None:
             return
         hashes = {"adapter": version.name, "adapter_sha256": version.sha256, "base": version.base}
-        hashes["base_hash"] = self.hosts.base_hash(version.base)
+        hashes["base_hash"] = self.models.base_hash(version.base)
         inputs = {"input": text} if self.settings.audit_inputs else {}
         latency = round(1000 * (time.perf_counter() - started), 2)
         self.audit.write(request_id=web.request_id(request), task=task, **hashes, **facts, **inputs, latency_ms=latency)
@@ -298,25 +296,22 @@ def _changed(folder: Path) -> float:
         return 0.0
 
 
-def _settle(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        if not job.waiter.done():
-            job.waiter.set_result(None)
-
-
-def outcome(job: Job) -> Any:
-    """A finished job's answer.
+def outcome(answer: Any) -> Any:
+    """What a model's process has answered, unless that is an exception.
 
     Raises:
-        Problem: 409 for a model that cannot be used, 422 for a request that it cannot take.
+        Problem: 409 for a model that cannot be used, 422 for a request that it cannot take, 503 where the process
+            ended over it.
     """
-    if isinstance(job.answer, Unusable):
-        raise Problem(409, str(job.answer))
-    if isinstance(job.answer, UserError):
-        raise Problem(422, str(job.answer))
-    if isinstance(job.answer, BaseException):
-        raise job.answer
-    return job.answer
+    if isinstance(answer, Unusable):
+        raise Problem(409, str(answer))
+    if isinstance(answer, UserError):
+        raise Problem(422, str(answer))
+    if isinstance(answer, Gone):
+        raise Problem(503, str(answer), retry_after=1)
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def estimate(text: str) -> int:

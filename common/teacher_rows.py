@@ -126,7 +126,7 @@ class Labels:
     def __init__(self, task: LabelTask) -> None:
         self.task, self.name = task, task.name
         self._words = {word: label for label in task.labels for word in task.words(label)}
-        self._unlabelled = creditmix.UNLABELLED if task is CREDITMIX else ("",)
+        self._unlabelled = creditmix.UNLABELLED if task == CREDITMIX else ("",)
 
     def fault(self, row: dict) -> str | None:
         """Why a row cannot be asked: no text under "input" or the task's field, or gold that is no label."""
@@ -149,7 +149,7 @@ class Labels:
         if "input" in row:
             return Item(number, row["input"], gold, _kept(row, gold, row.get("group")))
         text = labelled.text_of(self.task, row)
-        if self.task is CREDITMIX:
+        if self.task == CREDITMIX:
             group = creditmix.group_of(text)
         else:
             group = splits.group_hash(str(row.get(self.task.group_key) or "").strip() or text)

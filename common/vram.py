@@ -213,7 +213,7 @@ def changed_flags(plan: Plan, fitted: Plan, args: argparse.Namespace) -> dict[st
         if fitted.max_len != plan.max_len:
             changes["max_len"] = fitted.max_len
     if fitted.four_bit != plan.four_bit:
-        changes["load_in_4bit"] = "on"
+        changes["load_in_4bit" if hasattr(args, "load_in_4bit") else "LOAD_IN_4BIT"] = "on"
     return changes
 
 
@@ -242,6 +242,18 @@ def before_inference(args: argparse.Namespace, model_dir: str, adapters: int = 1
         log(str(error))
         return {}
     return preflight(plan, args)
+
+
+def before_serving(
+    base: str, *, adapters: int, max_batch_tokens: int, load_in_4bit: str, auto_fit: bool
+) -> dict[str, Any]:
+    """`preflight` of the server's settings, for a base with so many adapters on it; exports pass."""
+    try:
+        plan = inference_plan(base, max_batch_tokens=max_batch_tokens, load_in_4bit=load_in_4bit)
+    except shapes.UnknownShape as error:
+        log(str(error))
+        return {}
+    return preflight(replace(plan, adapters=adapters), argparse.Namespace(auto_fit=auto_fit))
 
 
 def preflight(plan: Plan, args: argparse.Namespace, *, free: int | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +305,13 @@ class Environment:
         if value != int(value):
             raise UserError(f"{name}={value:g} is not a whole number; set it to one or unset it")
         return int(value)
+
+    def choice(self, name: str, choices: Sequence[str]) -> str:
+        """One of `choices`; the first where nothing is set."""
+        value = self.text(name, choices[0])
+        if value not in choices:
+            raise UserError(f"{name}={value} is none of {', '.join(choices)}; set it to one or unset it")
+        return value
 
     def switch(self, name: str) -> bool:
         """Off unless set to something else than 0, false, no or off."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -123,6 +124,15 @@ def _child(main: Callable, argv: Sequence[str], log: str, file_size: int | None,
     sys.exit(cli.run(main, argv))
 
 
+@functools.cache
+def fork_server():
+    """Where processes are forked from one that has the heavy imports: a start in some milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    trainers = ["transformers.trainer", "trl.trainer.dpo_trainer", "transformers.models.qwen2.modeling_qwen2"]
+    context.set_forkserver_preload(["torch", "peft", "datasets", "matplotlib.figure", *trainers])
+    return context
+
+
 @pytest.fixture(scope="session")
 def spawn():
     """`spawn(main, argv, log)` starts a script's main in a process of its own, forked from one that has the imports.
@@ -130,9 +140,7 @@ def spawn():
     With `file_size` no file can grow beyond that many bytes, as on a disk that is full. `ranks(main, argv, folder)`
     starts two that work together, as torchrun does.
     """
-    context = multiprocessing.get_context("forkserver")
-    trainers = ["transformers.trainer", "trl.trainer.dpo_trainer", "transformers.models.qwen2.modeling_qwen2"]
-    context.set_forkserver_preload(["torch", "peft", "datasets", "matplotlib.figure", *trainers])
+    context = fork_server()
     children: list = []
 
     def start(main: Callable, argv: Sequence[str], log: Path, file_size: int | None = None, **environment: str):

@@ -7,15 +7,20 @@ import http.client
 import json
 import os
 import shutil
+import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from conftest import CORPUS
+from conftest import CORPUS, fork_server
 
+from common import adapter_host, model_process
 from common.adapter_host import HostSettings
+from common.model_process import ModelProcess
 from common.serve_api import create_app
 from common.serving import Settings
 from common.tasks import CREDITMIX
@@ -66,6 +71,8 @@ def settings(runs_dir: Path | str, **changes: Any) -> Settings:
         "max_queue": 512,
         "task": CREDITMIX,
         "num_null_prompts": len(CREDITMIX.null_inputs),
+        "load_in_4bit": "auto",
+        "auto_fit": False,
         "runs_dir": str(runs_dir),
     }
     host |= {name: changes.pop(name) for name in list(changes) if name in host}
@@ -86,12 +93,43 @@ def settings(runs_dir: Path | str, **changes: Any) -> Settings:
     return Settings(**(every | changes))
 
 
+def fork(end: socket.socket) -> SimpleNamespace:
+    """`model_process.launch`, without the seconds that the imports take."""
+    child = fork_server().Process(target=adapter_host.main, args=(end,), daemon=True)
+    child.start()
+    return SimpleNamespace(pid=child.pid, wait=lambda: (child.join(), child.exitcode)[1])
+
+
 class Served:
     """A running server: `ask` and `post` talk to it, `app` and `server` are its insides."""
 
     def __init__(self, app, uvicorn_server) -> None:
         self.app, self.server, self.uvicorn = app, app.state.server, uvicorn_server
         self.port = 0
+
+    @property
+    def processes(self) -> list[ModelProcess]:
+        """Those of the bases that are in memory or on their way there."""
+        return self.server.models.all()
+
+    def waiting(self) -> int:
+        """Rows in the queues."""
+        return sum(process.rows for process in self.processes)
+
+    def busy(self) -> int:
+        """Jobs that are being worked on."""
+        return sum(process.busy for process in self.processes)
+
+    @contextlib.contextmanager
+    def held(self, run: str = "sft") -> Iterator[None]:
+        """The model's process stands still, so that what is sent to it waits."""
+        self.post(f"/infer/{run}", {"features": ROWS[0]})
+        (process,) = self.processes
+        os.kill(process.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(process.process.pid, signal.SIGCONT)
 
     @property
     def url(self) -> str:
@@ -127,6 +165,9 @@ class Served:
         assert set(answer["error"]) == {"message", "type", "param", "request_id"}
         assert answer["error"]["request_id"] == headers["x-request-id"]
         return answer["error"]["message"]
+
+
+model_process.launch = fork
 
 
 @contextlib.contextmanager

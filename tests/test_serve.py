@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import random
 import shutil
+import signal
 import socket
-import threading
+import subprocess
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +22,12 @@ import pytest
 from conftest import LABELS, ROOT, build_base, wait_for
 from served import ROWS, make_run, make_runs, replace_adapter, serve, settings
 
-from common import answering, creditmix, serving, tasks
-from common.adapter_host import View
+from common import answering, creditmix, model_process, serve_api, serving, tasks
+from common.adapter_host import Abandoned, View
 from common.answering import Classify
 from common.classifier import Classifier
 from common.cli import UserError
-from common.label_ranking import LabelRanker
-from common.run_registry import BadName, Registry, UnknownRun, Version
+from common.run_registry import LOOK, BadName, Registry, UnknownRun, Version
 from common.tasks import CREDITMIX
 
 NAMES = ["base", "sft", "kd", "dpo"]
@@ -126,7 +128,7 @@ def test_text_goes_on_while_rows_are_answered_between_its_tokens(served, expecte
     order = []
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(lambda: (served.post("/v1/chat/completions", chat), order.append("text"))[0])
-        wait_for(lambda: any(host.batch for host in served.server.hosts.loaded()))
+        wait_for(served.busy)
         for turn in range(6):
             name = NAMES[turn % 4]
             same(served.post(f"/infer/{name}", {"features": ROWS[turn]}), expected[name][turn])
@@ -222,10 +224,9 @@ def test_only_the_last_versions_stay_loaded(own, tmp_path, base, monkeypatch):
         for seed in range(5):
             replace_adapter(own / "creditmix_sft", make_run(tmp_path / f"other{seed}", base, seed=10 + seed))
             answers.append(served.post("/infer/sft", {"features": ROWS[0]})["raw_scores"]["Good"])
-        (host,) = served.server.hosts.loaded()
+        (process,) = served.processes
         assert len({*answers}) == 5
-        assert len([version for version in host.views if version.name == "creditmix_sft"]) == 3
-        assert len(host.model.peft_config) == 3
+        assert len([version for version in process.state.views if version.name == "creditmix_sft"]) == 3
 
 
 def test_files_that_are_being_written_are_left_alone(own, runs, monkeypatch):
@@ -241,16 +242,17 @@ def test_files_that_are_being_written_are_left_alone(own, runs, monkeypatch):
         wait_for(lambda: served.post("/infer/sft", {"features": ROWS[0]}) != before, 20)
 
 
-def test_a_new_calibration_is_picked_up(own, monkeypatch):
+def test_a_new_calibration_is_picked_up(own):
     from common.calibration import Calibration
 
-    monkeypatch.setattr("common.adapter_host.LOOK", 0.0)
     with serve(own) as served:
         before = served.post("/infer/sft", {"features": ROWS[0]})
         Calibration(LABELS, "fitted", bias=(0.0, 40.0, 0.0)).save(own / "creditmix_sft" / "calibration.json")
+        time.sleep(1.1 * LOOK)
         after = served.post("/infer/sft", {"features": ROWS[0]})
         assert (after["prediction"], after["raw_scores"]) == ("Standard", before["raw_scores"])
         (own / "creditmix_sft" / "calibration.json").write_text("{}")
+        time.sleep(1.1 * LOOK)
         assert "is not a calibration file" in served.refused(409, "/infer/sft", {"features": ROWS[0]})
 
 
@@ -368,20 +370,23 @@ def test_a_missing_base_is_said(tmp_path):
 # Start and stop.
 
 
-def test_a_second_start_computes_no_prior(own, base, expected, monkeypatch):
+def test_a_second_start_computes_no_prior(own):
     with serve(own) as served:
         assert served.refused(503, "/readyz", None, "GET").endswith("PRELOAD=1 loads it at the start")
         for name in NAMES:
             served.post(f"/infer/{name}", {"features": ROWS[0]})
         assert served.ask("GET", "/readyz")[1] == {"status": "ready"}
-    monkeypatch.setattr(LabelRanker, "prior", None)
+    made_up = dict(zip(LABELS, (-1.0, -2.0, -4.0), strict=True))
+    for name in NAMES[1:]:  # what a computed prior would not be
+        file = own / f"creditmix_{name}" / "prior.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"prior": made_up}))
     with serve(own, preload=True) as served:
         assert served.ask("GET", "/healthz")[1] == {"status": "alive"}
         wait_for(lambda: served.ask("GET", "/readyz")[0] == 200)
-        (host,) = served.server.hosts.loaded()
-        assert len(host.views) == 4
-        for name in NAMES:
-            assert served.post(f"/infer/{name}", {"features": ROWS[0]})["prior"] == expected[name][0]["prior"]
+        (process,) = served.processes
+        assert list(process.state.views.values()) == [True] * 4
+        for name in NAMES[1:]:
+            assert served.post(f"/infer/{name}", {"features": ROWS[0]})["prior"] == made_up
 
 
 def test_the_prior_of_a_base_without_a_folder_is_kept_beside_the_runs(tmp_path):
@@ -405,92 +410,108 @@ def mean_of_nulls(base: str, count: int) -> dict[str, float]:
     return dict(zip(LABELS, map(float, raw), strict=True))
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    """Work that takes until `gate.set()`."""
-    opened = threading.Event()
-    run = Classify.run
-
-    def slow(self, view, payloads):
-        opened.wait(30)
-        return run(self, view, payloads)
-
-    monkeypatch.setattr(Classify, "run", slow)
-    yield opened
-    opened.set()
-
-
-def test_stopping_finishes_what_was_accepted(runs, gate, expected):
+def test_stopping_finishes_what_was_accepted(runs, expected):
     with ThreadPoolExecutor(8) as pool, serve(runs) as served:
-        asked = [pool.submit(served.post, f"/infer/{NAMES[i % 4]}", {"features": ROWS[i]}) for i in range(8)]
-        wait_for(lambda: working(served) + waiting(served) == 8)
-        served.uvicorn.should_exit = True
-        time.sleep(0.1)
-        gate.set()
+        with served.held():
+            asked = [pool.submit(served.post, f"/infer/{NAMES[i % 4]}", {"features": ROWS[i]}) for i in range(8)]
+            wait_for(lambda: served.waiting() == 8)
+            served.uvicorn.should_exit = True
+            time.sleep(0.1)
         for number, each in enumerate(asked):
             same(each.result(), expected[NAMES[number % 4]][number])
 
 
-def waiting(served) -> int:
-    return sum(host.queue.rows for host in served.server.hosts.loaded())
+def test_a_model_whose_process_is_killed_is_started_again(own):
+    row = {"features": ROWS[0]}
+    with ThreadPoolExecutor(2) as pool, serve(own) as served:
+        before = served.post("/infer/sft", row)
+        (process,) = served.processes
+        os.kill(process.process.pid, signal.SIGSTOP)
+        asked = [pool.submit(served.ask, "POST", f"/infer/{name}", row) for name in ("sft", "kd")]
+        wait_for(lambda: served.waiting() == 2)
+        os.kill(process.process.pid, signal.SIGKILL)
+        for each in asked:
+            status, answer, headers = each.result()
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "ended (SIGKILL, as where memory runs out); the next request" in answer["error"]["message"]
+        assert served.ask("GET", "/models")[1]["bases"] == []
+        assert served.post("/infer/sft", row) == before
 
 
-def working(served) -> int:
-    return sum(len(host.batch) for host in served.server.hosts.loaded())
+def test_a_server_that_is_killed_leaves_no_process(runs):
+    """The real start of both processes, and the real end of one."""
+    words = [sys.executable, str(ROOT / "serve_creditmix.py"), "--port", "0"]
+    environment = os.environ | {"RUNS_DIR": str(runs), "PRELOAD": "1"}
+    server = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    try:
+        wait_for(lambda: children.read_text().strip())
+        (model,) = map(int, children.read_text().split())
+        modules = subprocess.run(["grep", "-c", "libtorch_cpu", f"/proc/{server.pid}/maps"], stdout=subprocess.PIPE)
+        assert int(modules.stdout) == 0  # the server's own process needs no torch
+    finally:
+        server.kill()
+        server.wait()
+    wait_for(lambda: not Path(f"/proc/{model}").exists() or "zombie" in Path(f"/proc/{model}/status").read_text())
 
 
 # Limits.
 
 
-def test_a_full_queue(runs, gate):
+def test_a_full_queue(runs):
     with ThreadPoolExecutor(8) as pool, serve(runs, max_queue=3) as served:
-        asked = [pool.submit(served.post, "/infer/sft", {"features": ROWS[0]})]
-        wait_for(lambda: working(served) == 1)
-        asked += [pool.submit(served.post, "/infer/sft", {"features": row}) for row in ROWS[1:4]]
-        wait_for(lambda: waiting(served) == 3)
-        status, answer, headers = served.ask("POST", "/infer/kd", {"features": ROWS[0]})
-        assert (status, headers["retry-after"]) == (503, "1")
-        assert answer["error"]["message"] == "the queue is full; try again"
-        gate.set()
+        with served.held():
+            asked = [pool.submit(served.post, "/infer/sft", {"features": row}) for row in ROWS[1:4]]
+            wait_for(lambda: served.waiting() == 3)
+            status, answer, headers = served.ask("POST", "/infer/kd", {"features": ROWS[0]})
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert answer["error"]["message"] == "the queue is full; try again"
         assert len({each.result()["model_name"] for each in asked}) == 1
 
 
-def test_the_time_limit_frees_the_place(runs, gate):
-    with ThreadPoolExecutor(2) as pool, serve(runs, request_timeout=0.3) as served:
+def test_a_backlog_of_bytes_counts_as_a_full_queue(runs, monkeypatch):
+    """Of a process that reads nothing, requests that have timed out would pile up in the server."""
+    monkeypatch.setattr(model_process, "MAX_BACKLOG", 1_000_000)
+    with serve(runs) as served:
+        with served.held():
+            monkeypatch.setattr(served.server, "settings", settings("x", request_timeout=0.1))
+            body = {"document": "x" * 900_000, "schema": {}, "run": "sft"}
+            found = [served.ask("POST", "/infer/idp", body)[0] for _ in range(4)]
+        assert found[0] == 504
+        assert found[-1] == 503
+
+
+def test_the_time_limit_frees_the_place(runs, monkeypatch):
+    with ThreadPoolExecutor(2) as pool, serve(runs) as served:
         row = {"features": ROWS[0]}
-        asked = [pool.submit(served.refused, 504, f"/infer/{name}", row) for name in ("sft", "kd")]
-        assert {each.result() for each in asked} == {"no answer within 0.3 s; send less, or raise REQUEST_TIMEOUT"}
-        assert waiting(served) == 0
-        gate.set()
+        with served.held():
+            monkeypatch.setattr(served.server, "settings", settings("x", request_timeout=0.3))
+            asked = [pool.submit(served.refused, 504, f"/infer/{name}", row) for name in ("sft", "kd")]
+            assert {each.result() for each in asked} == {"no answer within 0.3 s; send less, or raise REQUEST_TIMEOUT"}
+            assert served.waiting() == 0
         wait_for(lambda: served.ask("POST", "/infer/sft", row)[0] == 200)
 
 
-def test_a_client_that_goes_away_frees_its_place(runs, gate):
-    with ThreadPoolExecutor(1) as pool, serve(runs) as served:
-        first = pool.submit(served.post, "/infer/sft", {"features": ROWS[0]})
-        wait_for(lambda: working(served) == 1)
+def test_a_client_that_goes_away_frees_its_place(runs):
+    with serve(runs) as served, served.held():
         connection = served.connect()
         connection.request("POST", "/infer/kd", json.dumps({"features": ROWS[0]}), JSON)
-        wait_for(lambda: waiting(served) == 1)
+        wait_for(lambda: served.waiting() == 1)
         connection.close()
-        wait_for(lambda: waiting(served) == 0)
-        gate.set()
-        assert first.result()["prediction"] in LABELS
+        wait_for(lambda: served.waiting() == 0)
 
 
 def test_an_abandoned_text_stops(served, monkeypatch):
-    """The worker is free again long before the text would have been done."""
-    monkeypatch.setattr(served.server, "settings", settings("x", request_timeout=0.2))  # of requests from now on
-    steps = []
+    """The worker gives it up instead of writing it to its end."""
     served.post("/infer/sft", {"features": ROWS[0]})
-    (host,) = [host for host in served.server.hosts.loaded() if host.model is not None]
-    handle = host.model.get_base_model().register_forward_pre_hook(
-        lambda module, inputs: steps.append(time.sleep(0.02))
-    )
-    served.refused(504, "/v1/chat/completions", {"model": "base", **LONG})
-    wait_for(lambda: not host.batch)
-    handle.remove()
-    assert 0 < len(steps) < 45
+    (process,) = served.processes
+    answers = []
+    on_done = process.on_done
+    monkeypatch.setattr(process, "on_done", lambda numbers, found: (answers.extend(found), on_done(numbers, found)))
+    monkeypatch.setattr(served.server, "settings", settings("x", request_timeout=0.2))  # of requests from now on
+    served.refused(504, "/v1/chat/completions", {"model": "base", **LONG, "max_tokens": 1500})
+    wait_for(lambda: answers)
+    assert [type(answer) for answer in answers] == [Abandoned]
 
 
 def test_an_api_key(runs):
@@ -551,24 +572,19 @@ def test_bad_input_names_its_field(served, path, body, field, message):
     assert answer["error"]["param"] == field
 
 
-def test_one_bad_row_among_others_fails_alone(runs, gate, expected):
-    with ThreadPoolExecutor(3) as pool, serve(runs) as served:
-        first = pool.submit(served.post, "/infer/sft", {"features": ROWS[0]})
-        wait_for(lambda: working(served) == 1)
-        bad = pool.submit(served.refused, 422, "/infer/sft", {"features": "Age: " + "7 " * 2500})
-        good = pool.submit(served.post, "/infer/sft", {"features": ROWS[1]})
-        wait_for(lambda: waiting(served) == 2)
-        gate.set()
-        same(first.result(), expected["sft"][0])
+def test_one_bad_row_among_others_fails_alone(runs, expected):
+    with ThreadPoolExecutor(3) as pool, serve(runs, max_batch_tokens=8192) as served:
+        with served.held():
+            bad = pool.submit(served.refused, 422, "/infer/sft", {"features": "Age: " + "7 " * 2500})
+            good = pool.submit(served.post, "/infer/sft", {"features": ROWS[1]})
+            wait_for(lambda: served.waiting() == 2)
         same(good.result(), expected["sft"][1])
         assert "row 1 has" in bad.result()
+        assert (served.waiting(), served.busy()) == (0, 0)
 
 
 def test_a_fault_of_the_server_shows_no_trace(served, monkeypatch, capfd):
-    def fault(self, view, payloads):
-        raise RuntimeError("the secret of /etc/passwd")
-
-    monkeypatch.setattr(Classify, "run", fault)
+    monkeypatch.setattr(serve_api, "Classify", Faulty)
     status, answer, headers = served.ask("POST", "/infer/sft", {"features": "a"}, {"X-Request-ID": "my-id.7"})
     assert (status, headers["x-request-id"]) == (500, "my-id.7")
     assert "secret" not in json.dumps(answer)
@@ -578,6 +594,11 @@ def test_a_fault_of_the_server_shows_no_trace(served, monkeypatch, capfd):
     assert "the secret of /etc/passwd" in logged
     monkeypatch.undo()
     assert served.post("/infer/sft", {"features": "a"})["prediction"] in LABELS
+
+
+class Faulty(Classify):
+    def run(self, view, payloads):
+        raise RuntimeError("the secret of /etc/passwd")
 
 
 def test_request_ids(served):
@@ -654,18 +675,21 @@ def test_the_audit_log_is_rotated_and_its_faults_fail_no_request(runs, tmp_path,
 
 def test_settings(monkeypatch):
     given = {"RUNS_DIR": "r", "BASE_MODEL": "b", "MAX_WAIT_MS": "2.5", "MAX_QUEUE": "9", "AUDIT_INPUTS": "1",
-             "PRELOAD": "no", "NUM_NULL_PROMPTS": "2", "REQUEST_TIMEOUT": "7"}  # fmt: skip
+             "PRELOAD": "no", "NUM_NULL_PROMPTS": "2", "REQUEST_TIMEOUT": "7", "LOAD_IN_4BIT": "off",
+             "AUTO_FIT": "1"}  # fmt: skip
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     found = serving.Settings.from_environment()
     assert (found.runs_dir, found.base_model, found.audit_inputs, found.preload) == ("r", "b", True, False)
     assert (found.host.max_wait, found.host.max_queue, found.host.num_null_prompts) == (0.0025, 9, 2)
+    assert (found.host.load_in_4bit, found.host.auto_fit) == ("off", True)
     assert (found.request_timeout, found.max_bases, found.api_key) == (7, 2, None)
     for name, value, sentence in (
         ("MAX_QUEUE", "0", "MAX_QUEUE=0 is not a number of at least 1; set it to one or unset it"),
         ("MAX_QUEUE", "2.5", "MAX_QUEUE=2.5 is not a whole number"),
         ("MAX_WAIT_MS", "soon", "MAX_WAIT_MS=soon is not a number of at least 0"),
         ("REQUEST_TIMEOUT", "nan", "REQUEST_TIMEOUT=nan is not a number"),
+        ("LOAD_IN_4BIT", "yes", "LOAD_IN_4BIT=yes is none of auto, on, off; set it to one or unset it"),
         ("NUM_NULL_PROMPTS", "99", f"NUM_NULL_PROMPTS=99 is more than the {NULLS} that there are"),
     ):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 
@@ -9,7 +10,7 @@ import pytest
 from conftest import wait_for
 from served import ROWS, make_runs, serve
 
-from common import codegen, generation, idp, json_schema, models, tokenizers
+from common import chat_api, codegen, generation, idp, json_schema, models, serve_api, tokenizers
 from common.chat_api import ChatRequest
 
 SCHEMA = {
@@ -189,10 +190,10 @@ def test_a_stream_whose_reader_goes_away_ends(served):
     body = chat(ROWS[0], stream=True, max_tokens=1500, response_format={"type": "json_schema", "json_schema": schema})
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     connection.getresponse().read(100)
-    (host,) = [host for host in served.server.hosts.loaded() if host.batch]
+    assert served.busy()
     connection.close()
-    wait_for(lambda: not host.batch, 20)
-    assert not host.queue.rows
+    wait_for(lambda: not served.busy(), 20)
+    assert not served.waiting()
 
 
 def test_the_openai_client(served):
@@ -288,14 +289,20 @@ def test_hostile_bodies(served):
     assert served.ask("POST", "/infer/sft", b'{"features": "' + b"x" * 10_000_000 + b'"}')[0] == 413
 
 
+def short(work: type, budget: str):
+    """`work`, but for three tokens at most."""
+    names = list(inspect.signature(work).parameters)
+    return lambda *args, **more: work(**(dict(zip(names, args, strict=False)) | more | {budget: 3}))
+
+
 def test_schemathesis(served, monkeypatch, tmp_path):
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, configuration, given, settings
 
     configuration.set_hypothesis_home_dir(tmp_path)
-    generate = generation.generate
-    short = lambda *args, max_new_tokens, **more: generate(*args, max_new_tokens=min(max_new_tokens, 3), **more)  # noqa: E731
-    monkeypatch.setattr(generation, "generate", short)
+    for work in ("Extract", "WriteCode"):
+        monkeypatch.setattr(serve_api, work, short(getattr(serve_api, work), "max_new_tokens"))
+    monkeypatch.setattr(chat_api, "Chat", short(chat_api.Chat, "max_tokens"))
     schema = schemathesis.openapi.from_url(served.url + "/openapi.json")
     # FastAPI's lists of allowed methods are incomplete; pydantic takes `false` for 0 and 61.0 for 61; a name that no
     # run has is refused although its schema is a string

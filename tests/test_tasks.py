@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,12 @@ def test_the_shipped_example():
     assert (task.text_field, task.label_field, task.group_name) == ("ticket", "severity", "customer")
     assert task.prompt("x").endswith("Return only the severity.\n\nx")
     assert tasks.load(None) is CREDITMIX
+
+
+def test_a_task_that_comes_from_another_process_is_the_same():
+    """As a server's or a cluster's worker gets it."""
+    row = "Age: 23, Annual Income: 9.5_"
+    assert labelled.clean(pickle.loads(pickle.dumps(CREDITMIX)), row) == labelled.clean(CREDITMIX, row) != row
 
 
 def test_defaults(tmp_path):
