@@ -24,6 +24,7 @@ without dropout; here it has the recipe's. It has not been run against the real 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -296,7 +297,12 @@ def has_unsloth(args: argparse.Namespace) -> bool:
 
 def train_unsloth(args, train, held_out, per_device: int, _) -> tuple[float, float]:
     """(tokens a second, held-out loss) of unsloth under TRL's SFTTrainer, in a process of its own."""
+    import torch
+
     from common import models, tokenizers
+
+    gc.collect()
+    torch.cuda.empty_cache()  # the card is shared with that process
 
     tokenizer = tokenizers.load_tokenizer(args.student)
     encoded = [tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in train]
