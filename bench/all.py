@@ -197,14 +197,14 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[list[str]]]
 
 
 def measure(name: str, steps: Sequence[Sequence[str]], work: Path) -> dict[str, Any]:
-    """Run a bench's commands up to the first that fails; what became of the last that ran."""
-    record: dict[str, Any] = {}
+    """Run a bench's commands up to the first that fails; the commands, and what became of the last of them."""
+    record: dict[str, Any] = {"bench": name, "commands": [], "result": None}
     for words in steps:
-        cli.log(f"{name}: {shown(words, work)}")
+        record["commands"].append(shown(words, work))
+        cli.log(f"{name}: {record['commands'][-1]}")
         started = time.monotonic()
         code, output, last_line = run(words)
-        record = {"bench": name, "command": shown(words, work), "seconds": round(time.monotonic() - started, 1)}
-        record |= {"exit_code": code, "last_line": last_line, "result": None}
+        record |= {"seconds": round(time.monotonic() - started, 1), "exit_code": code, "last_line": last_line}
         if code:
             cli.log(f"{name} failed with exit code {code}: {last_line}")
             return record
@@ -245,7 +245,7 @@ def shown(words: Sequence[str], work: Path) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """`run_record.machine`, asked in a process of its own: torch would keep a part of a card for as long as it is in."""
+    """`run_record.machine`, asked in a process of its own: torch would keep a part of a card in this one."""
     asking = "import json; from common import run_record; print(json.dumps(run_record.machine()))"
     return json.loads(subprocess.run([sys.executable, "-c", asking], cwd=ROOT, capture_output=True, check=True).stdout)
 
@@ -351,7 +351,7 @@ def render(outcome: dict[str, Any], command: str) -> str:
     ]
     for record in outcome["results"]:
         bench = BENCHES[record["bench"]]
-        lines += ["", f"### {bench.title}", "", f"    {record['command']}", ""]
+        lines += ["", f"### {bench.title}", "", *(f"    {command}" for command in record["commands"]), ""]
         if failed(record):
             lines += [f"**Failed** with exit code {record['exit_code']}: {record['last_line']}"]
             continue

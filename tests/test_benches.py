@@ -65,15 +65,11 @@ NO_LIMIT = {"bench": "train_throughput", "rows": [{"name": "ours", "tokens_per_s
 
 
 def record(name: str, result: dict | None, code: int = 0, last_line: str = "") -> dict:
-    command = f"python bench/{name}.py --rounds 3"
-    return {
-        "bench": name,
-        "command": command,
-        "seconds": 63.4,
-        "exit_code": code,
-        "last_line": last_line,
-        "result": result,
-    }
+    commands = (
+        ["python export_model.py", f"python bench/{name}.py"] if name == "exports" else [f"python bench/{name}.py"]
+    )
+    told = {"seconds": 63.4, "exit_code": code, "last_line": last_line}
+    return {"bench": name, "commands": commands, **told, "result": result}
 
 
 RESULTS = [
@@ -117,7 +113,7 @@ def test_section():
     start = section.index("### Label ranking")
     assert section[start + 1 : start + 9] == [
         "",
-        "    python bench/label_ranking.py --rounds 3",
+        "    python bench/label_ranking.py",
         "",
         "The limit: a bare forward pass over the tokens in which rows differ, head at one position. 63 s.",
         "",
@@ -127,6 +123,8 @@ def test_section():
     ]
     assert section[start + 9] == "| limit | 100.0 [90.0, 110.0] rows/s | 2.00 | 1.000 | p50_us 3.25 |"
     assert "**Failed** with exit code 2: error: no such tokenizer" in section
+    start = section.index("### Exports")
+    assert section[start + 2 : start + 5] == ["    python export_model.py", "    python bench/exports.py", ""]
     assert "| int8 | 12.0 [11.0, 13.0] tokens/s | 3.00 | 0.150 |  |" in section
     clean = everything.render(OUTCOME | {"commit": "0123456789abcdef"}, "python bench/all.py")
     assert "commit 0123456; A CPU" in clean
@@ -218,6 +216,7 @@ def test_a_bench_that_fails_does_not_stop_the_others(with_stand_ins, capfd):
         ("json_decoding", 1, "its last line is not JSON"),
         ("label_ranking", 0, "measured"),
     ]
+    assert [len(each["commands"]) for each in outcome["results"]] == [1, 1, 1, 2]
     assert outcome["results"][3]["result"] == RANKING
     assert [line.split()[:2] for line in lines[1:5]] == [
         ["train_throughput", "failed"],
