@@ -6,7 +6,8 @@
 Every contestant is the command that a person would run, in a process of its own, with the same rows, order, seed and
 steps: sft_train.py, and distill_train.py (forward_kl and ce, half each) with a live teacher, with a cache of the top
 64, and with a cache of everything. The caches are written before the turns. Speed is optimizer steps a second after a
-warm-up, the median of the rounds; plain SFT is the limit, as distillation cannot do less. The last line is JSON.
+warm-up, the median of the rounds; plain SFT is the limit, as distillation cannot do less, and `of_limit` is the share
+of its speed that the cache of 64 has. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def compare(args: argparse.Namespace, rows: list[dict], folder: Path) -> None:
     speed = {name: entry["steps_per_s"] for name, entry in table.items()}
     ratios = {
         "cached_step_time_of_sft": round(speed["sft"] / speed["cache_top64"], 3),
+        "of_limit": round(speed["cache_top64"] / speed["sft"], 3),
         "cached_vs_live": round(speed["cache_top64"] / speed["live"], 2),
         "cached_peak_memory_of_sft": round(table["cache_top64"]["peak_mb"] / table["sft"]["peak_mb"], 3),
         "loss_of_cache_all_less_live": round(table["cache_all"]["last_loss"] - table["live"]["last_loss"], 6),

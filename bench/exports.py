@@ -4,7 +4,13 @@
         --data data/creditmix_dev.jsonl
 
 Rows are scored in batches (llama.cpp's one by one), text is written for one prompt at a time. Figures are medians of
-the rounds; ratios are to the first model. The last line is JSON.
+the rounds, after one that does not count; ratios are to the first model. The last line is JSON.
+
+Each entry has its limit beside it, and `of_limit` is the share that is reached. Of text: one reading, for each token,
+of as many bytes as the model's weights have, which no runtime can do without (a sum over a buffer, in turn with the
+rest). A miniature is far from it: its weights fit the cache, and the calls take the time. Of rows: a bare forward pass
+of the first torch model, its adapter merged, over the tokens in which rows differ; a faster runtime than torch and
+weights of fewer bits may pass it.
 """
 
 from __future__ import annotations
@@ -13,16 +19,18 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
+from bench.label_ranking import bare_forward
 from bench.turns import print_table, take_turns
 from common import cli
 from common.tasks import CREDITMIX
 
 PROMPTS, TOKENS = 3, 64  # of the text that is timed
+MAX_BATCH_TOKENS = 8192
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,37 +48,88 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common import export, parity, tokenizers
 
     material = parity.read_material(args.data, CREDITMIX, "", args.rows)
-    tables, score, write = {}, {}, {}
+    turns: dict[str, dict[str, Callable[[], float]]] = {"rows": {}, "tokens": {}}
+    limit_of: dict[tuple[str, str], str] = {}
+    forward = ""  # the model whose bare forward pass is the limit
     for model_dir in args.model_dir:
         runtime, tokenizer = export.load(model_dir, lambda tokenizer: parity.longest(tokenizer, material) + TOKENS)
         ranker = runtime.ranker(tokenizer, CREDITMIX)
         prompts = [tokenizers.encode_prompt(tokenizer, prompt) for prompt in material.prompts[:PROMPTS]]
-        ranker.raw_scores(material.texts[:8])
 
-        def rows_per_s(ranker=ranker) -> float:
-            started = time.perf_counter()
+        def score(ranker=ranker) -> None:
             ranker.raw_scores(material.texts)
-            return len(material.texts) / (time.perf_counter() - started)
 
-        def tokens_per_s(runtime=runtime, prompts=prompts) -> float:
-            started = time.perf_counter()
+        def write(runtime=runtime, prompts=prompts) -> None:
             for prompt in prompts:
                 runtime.generate([prompt], TOKENS, ())
-            return len(prompts) * TOKENS / (time.perf_counter() - started)
 
-        score[model_dir], write[model_dir] = rows_per_s, tokens_per_s
-    for unit, contestants in (("rows", score), ("tokens", write)):
-        tables[unit] = take_turns(contestants, args.rounds, unit)
-        print_table(tables[unit], unit)
-    ratios = {
-        unit: {
-            name: round(entry[f"{unit}_per_s"] / table[args.model_dir[0]][f"{unit}_per_s"], 2)
-            for name, entry in table.items()
-        }
-        for unit, table in tables.items()
-    }
-    rows = [{"name": name, **{unit: table[name] for unit, table in tables.items()}} for name in args.model_dir]
+        turns["rows"][model_dir] = speed(len(material.texts), score)
+        turns["tokens"][model_dir] = speed(len(prompts) * TOKENS, write)
+        size = weight_bytes(model_dir, runtime)
+        limit_of["tokens", model_dir] = f"{size / 1e6:,.1f} MB read"
+        turns["tokens"][limit_of["tokens", model_dir]] = speed(
+            len(prompts) * TOKENS, reading(size, len(prompts) * TOKENS)
+        )
+        if isinstance(runtime, parity.TorchRuntime) and not forward:
+            forward = "bare forward"
+            turns["rows"][forward] = speed(len(material.texts), merged_forward(model_dir, material.texts))
+    limit_of |= {("rows", model_dir): forward for model_dir in args.model_dir if forward}
+
+    rows = [{"name": model_dir} for model_dir in args.model_dir]
+    ratios: dict[str, dict] = {"of_limit": {}}
+    for unit, contestants in turns.items():
+        table = take_turns(contestants, args.rounds, unit, warm_up=True)
+        print_table(table, unit)
+        speeds = {name: entry[f"{unit}_per_s"] for name, entry in table.items()}
+        for row in rows:
+            row[unit] = table[row["name"]]
+            if limit := limit_of.get((unit, row["name"])):
+                row[unit] |= {"limit_per_s": speeds[limit], "of_limit": round(speeds[row["name"]] / speeds[limit], 3)}
+        ratios[unit] = {name: round(speeds[name] / speeds[args.model_dir[0]], 2) for name in args.model_dir}
+        ratios["of_limit"][unit] = {row["name"]: row[unit].get("of_limit") for row in rows}
     print(json.dumps({"bench": "exports", "settings": vars(args), "rows": rows, "ratios": ratios}))
+
+
+def speed(count: int, run: Callable[[], None]) -> Callable[[], float]:
+    def turn() -> float:
+        started = time.perf_counter()
+        run()
+        return count / (time.perf_counter() - started)
+
+    return turn
+
+
+def weight_bytes(model_dir: str, runtime) -> int:
+    """Bytes of a model's weights: in memory for torch, else in its files."""
+    from common import export, parity
+
+    if isinstance(runtime, parity.TorchRuntime):
+        return runtime.model.get_memory_footprint()
+    return sum(file.stat().st_size for file in Path(model_dir).iterdir() if file.suffix in export.WEIGHTS)
+
+
+def reading(size: int, times: int) -> Callable[[], None]:
+    """Reads `size` bytes so many times, with torch's vectorised sum: less work on a byte is hardly to be had."""
+    import torch
+
+    buffer = torch.ones(size // 4, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def run() -> None:
+        for _ in range(times):
+            total = buffer.sum()
+        total.item()
+
+    return run
+
+
+def merged_forward(model_dir: str, texts: Sequence[str]) -> Callable[[], None]:
+    """The bare forward pass of bench/label_ranking.py, an adapter merged into its base."""
+    from common import models
+
+    model, tokenizer = models.load_for_inference(model_dir)
+    if models.is_adapter(model_dir):
+        model = model.merge_and_unload()
+    return bare_forward(model, tokenizer, texts, MAX_BATCH_TOKENS)
 
 
 if __name__ == "__main__":

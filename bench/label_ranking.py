@@ -1,36 +1,54 @@
-"""Label-ranking speed: this toolkit's ranker against the naive scorer, lm-evaluation-harness and the limit, in turn.
+"""Label-ranking speed: this toolkit's ranker against the naive scorer, lm-evaluation-harness, vLLM and the limit.
 
     python bench/label_ranking.py --model models/tiny_student --data data/creditmix_val.jsonl --rows 512
     python bench/label_ranking.py --shape 0.5b --layers 4 --tokenizer QWEN_TOKENIZER_DIR --dtype bfloat16 --rows 48
+    python bench/label_ranking.py --model Qwen/Qwen2.5-3B-Instruct --dtype bfloat16 --data data/creditmix_val.jsonl \\
+        --vllm_python .venv-gpu-peers/bin/python
 
 Contestants, on the same rows and labels: one full forward pass per row, label and form (`naive`);
 lm-evaluation-harness's HF model class on the same token ids (`lm_eval`, where it is installed: pip install -r
 requirements-bench.txt); transformers' own pipeline("decision"), with its generic prompt, where labels are single tokens
 (`decision`); the ranker (`ours`); and a bare forward pass over the tokens in which the rows differ, unpadded, head at
-one position (`limit`). Figures are rows a second, the median of the rounds. The last line is JSON.
+one position (`limit`). Weights are in --dtype, not in 4 bits. They take turns; figures are rows a second, the median of
+the rounds, after one that does not count. The last line is JSON.
+
+`vllm` is vLLM's offline engine with its prefix cache, on a plain model (merge an adapter first), where a Python has it:
+python -m venv .venv-gpu-peers, then .venv-gpu-peers/bin/pip install -r requirements-bench-gpu.txt, as its pins are not
+this toolkit's. It asks for one token at every place where labels part, with the log-probabilities of those that may
+come there. Its scores have to be this toolkit's to TOLERANCE, else it is left out. It has not been run against the
+real one (see bench/gpu_peers.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
-from bench.turns import print_table, take_turns
-from common import cli, creditmix
+from bench.gpu_peers import Peer, python_of
+from bench.turns import leave_out, print_table, take_turns
+from common import cli, creditmix, models
 from common.tasks import CREDITMIX
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from common.ranker import LabelTree, Ranker
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads: Qwen2.5's
     "0.5b": (896, 4864, 24, 14, 2),
     "3b": (2048, 11008, 36, 16, 2),
 }
 VOCABULARY = 151_936
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}  # nats by which a peer's scores may differ
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--naive_rows", type=cli.positive_int, default=16, help="rows the naive scorer is timed on")
     parser.add_argument("--rounds", type=cli.positive_int, default=3)
     parser.add_argument("--max_batch_tokens", type=cli.positive_int, default=8192)
+    parser.add_argument("--vllm_python", metavar="PYTHON", help="the Python that has vllm; default: this one")
+    parser.add_argument("--vllm_memory", type=cli.fraction, default=0.4, help="share of the card that vLLM may take")
     return parser
 
 
@@ -69,13 +89,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     contestants: dict[str, tuple[int, Callable[[], object]]] = {
         "naive": (len(few), lambda: naive_scores(model, tokenizer, CREDITMIX, few)),
         "ours": (len(texts), lambda: ranker.raw_scores(texts)),
-        "limit": (len(texts), bare_forward(args, model, tokenizer, texts)),
+        "limit": (len(texts), bare_forward(model, tokenizer, texts, args.max_batch_tokens)),
     }
     if importlib.util.find_spec("lm_eval"):
         contestants["lm_eval"] = (len(texts), harness(args, model, tokenizer, texts))
     if decide := decision_pipeline(model, tokenizer, few):
         contestants["decision"] = (len(few), decide)
-    exact, found = naive_scores(model, tokenizer, CREDITMIX, few), ranker.raw_scores(texts)[: len(few)]
+    scores = ranker.raw_scores(texts)
+    exact, found = naive_scores(model, tokenizer, CREDITMIX, few), scores[: len(few)]
 
     def timed(count: int, run: Callable[[], object]) -> Callable[[], float]:
         def turn() -> float:
@@ -85,14 +106,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         return turn
 
-    table = take_turns({name: timed(*contestant) for name, contestant in contestants.items()}, args.rounds, "rows")
+    turns = {name: timed(*contestant) for name, contestant in contestants.items()}
+    with contextlib.ExitStack() as stack:
+        if turn := vllm(args, ranker, texts, scores, stack):
+            turns["vllm"] = turn
+        table = take_turns(turns, args.rounds, "rows", warm_up=True, peers=("vllm",))
     print_table(table, "rows")
     medians = {name: entry["rows_per_s"] for name, entry in table.items()}
     ratios = {
         "vs_naive": round(medians["ours"] / medians["naive"], 2),
         **{
             f"vs_{peer}": round(medians["ours"] / medians[peer], 2)
-            for peer in ("lm_eval", "decision")
+            for peer in ("lm_eval", "decision", "vllm")
             if peer in medians
         },
         "of_limit": round(medians["ours"] / medians["limit"], 3),
@@ -111,10 +136,10 @@ def load(args: argparse.Namespace):
     """(model in eval mode, tokenizer) of --model or --shape."""
     import torch
 
-    from common import models, tokenizers
+    from common import tokenizers
 
     if args.model:
-        return models.load_for_inference(args.model, dtype=args.dtype)
+        return models.load_for_inference(args.model, load_in_4bit="off", dtype=args.dtype)
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     hidden, intermediate, layers, heads, groups = SHAPES[args.shape]
@@ -133,7 +158,7 @@ def load(args: argparse.Namespace):
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def bare_forward(args: argparse.Namespace, model, tokenizer, texts: Sequence[str]) -> Callable[[], None]:
+def bare_forward(model, tokenizer, texts: Sequence[str], max_batch_tokens: int) -> Callable[[], None]:
     """The limit: rows of equal length together, only the tokens after the shared start, head at the last position.
 
     It has no prefix to attend to and so computes no useful scores: it only counts what cannot be saved.
@@ -151,13 +176,15 @@ def bare_forward(args: argparse.Namespace, model, tokenizer, texts: Sequence[str
         by_length.setdefault(len(prompt) - shared, []).append(prompt[shared:])
     batches = []
     for length, rows in by_length.items():
-        size = max(1, args.max_batch_tokens // length)
+        size = max(1, max_batch_tokens // length)
         batches += [torch.tensor(rows[i : i + size], device=model.device) for i in range(0, len(rows), size)]
 
     def run() -> None:
         with torch.inference_mode():
             for batch in batches:
                 model(input_ids=batch, use_cache=False, logits_to_keep=1)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
 
     return run
 
@@ -195,6 +222,61 @@ def decision_pipeline(model, tokenizer, texts: Sequence[str]) -> Callable[[], ob
     question = {"type": "choice", "instructions": CREDITMIX.instruction, "criteria": choice}
     requests = [{"state": text, "questions": {"label": question}} for text in texts]
     return lambda: decide(requests)
+
+
+def vllm(
+    args: argparse.Namespace, ranker: Ranker, texts: Sequence[str], scores: np.ndarray, stack: contextlib.ExitStack
+) -> Callable[[], float] | None:
+    """A turn of vLLM, started on `stack`; None where it cannot take part or does not find the ranker's scores."""
+    from common import tokenizers
+
+    python = python_of("vllm", args.vllm_python)
+    if python is None or not args.model or models.is_adapter(args.model):
+        cli.log("vllm left out: " + ("it needs a plain model" if python else "it is not installed; see --help"))
+        return None
+    tree = ranker.tree
+    nodes = [{"path": [], "next": []} for _ in tree.parents]
+    for number in range(1, len(nodes)):
+        nodes[number]["path"] = nodes[tree.parents[number]]["path"] + [tree.tokens[number]]
+    pairs = sorted({pair for words in tree.forms for forms in words for form in forms for pair in form})
+    for node, token in pairs:
+        nodes[node]["next"].append(token)
+    settings = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "gpu_memory_utilization": args.vllm_memory,
+        "prompts": [tokenizers.encode_prompt(ranker.tokenizer, CREDITMIX.prompt(text)) for text in texts],
+        "nodes": nodes,
+    }
+    try:
+        peer = stack.enter_context(Peer(python, "vllm", settings))
+        difference = float(abs(tree_scores(tree, nodes, peer.turn()["logprobs"]) - scores).max())
+        if not difference <= TOLERANCE[args.dtype]:
+            raise ValueError(f"its scores differ by up to {difference:.3g} nats, more than {TOLERANCE[args.dtype]:g}")
+    except Exception as error:
+        leave_out("vllm", error)
+        return None
+    cli.log(f"vllm's scores differ from ours by at most {difference:.3g} nats")
+    return lambda: len(texts) / peer.turn()["seconds"]
+
+
+def tree_scores(tree: LabelTree, nodes: Sequence[dict], logprobs: Sequence) -> np.ndarray:
+    """Raw scores [rows, labels] of log-probabilities [row][node][next token]."""
+    import numpy as np
+
+    found = {
+        (number, token): np.array([row[number][place] for row in logprobs])
+        for number, node in enumerate(nodes)
+        for place, token in enumerate(node["next"])
+    }
+    aggregate = np.max if CREDITMIX.aggregate == "max" else np.mean
+    scores = []
+    for words in tree.forms:
+        of_words = [
+            np.max([np.mean([found[pair] for pair in form], axis=0) for form in forms], axis=0) for forms in words
+        ]
+        scores.append(aggregate(of_words, axis=0))
+    return np.stack(scores, axis=1)
 
 
 if __name__ == "__main__":

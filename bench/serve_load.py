@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     speeds = {name: entry["rows_per_s"] for name, entry in table.items()}
     ratios = {
         "of_script": round(speeds["clients"] / speeds["script"], 3),
+        "of_limit": round(speeds["clients"] / speeds["script"], 3),
         "vs_one": round(speeds["clients"] / speeds["one"], 2),
         "p95_to_p50": round(table["clients"]["p95_ms"] / table["clients"]["p50_ms"], 2),
         "memory_to_files": round(memory["added"] / memory["files"], 2) if memory["files"] else None,

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from common import cli
 
 
-def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int, unit: str) -> dict[str, dict[str, float]]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], float]],
+    rounds: int,
+    unit: str,
+    warm_up: bool = False,
+    peers: Collection[str] = (),
+) -> dict[str, dict[str, float]]:
     """Run every contestant once a round; each call returns its speed in `unit` a second.
+
+    Args:
+        warm_up: a round before the others that does not count.
+        peers: contestants that are left out, with a notice, when they fail; another's failure ends the bench.
 
     Returns:
         For each name the median, minimum and maximum, under `<unit>_per_s`, "min" and "max".
     """
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        for name, run in contestants.items():
-            speeds[name].append(run())
-            cli.log(f"round {turn + 1} of {rounds}: {name} {speeds[name][-1]:,.1f} {unit}/s")
+    for turn in range(0 if warm_up else 1, rounds + 1):
+        for name in list(speeds):
+            try:
+                speed = contestants[name]()
+            except Exception as error:
+                if name not in peers:
+                    raise
+                leave_out(name, error)
+                del speeds[name]
+                continue
+            label = f"round {turn} of {rounds}" if turn else "warm-up"
+            cli.log(f"{label}: {name} {speed:,.1f} {unit}/s")
+            if turn:
+                speeds[name].append(speed)
     return {
         name: {
             f"{unit}_per_s": round(statistics.median(values), 2),
@@ -27,6 +47,12 @@ def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int, unit
         }
         for name, values in speeds.items()
     }
+
+
+def leave_out(peer: str, error: Exception) -> None:
+    """Say that a peer fails and is not measured."""
+    reason = " ".join(str(error).split()) or "no message"
+    cli.log(f"{peer} left out, it fails with {type(error).__name__}: {reason[:300]}")
 
 
 def print_table(table: Mapping[str, Mapping[str, float]], unit: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import resource
 import shlex
 import subprocess
@@ -43,6 +45,26 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def machine() -> dict[str, Any]:
+    """What a figure of speed was measured on: "cpu", "cores", "memory_gib", "gpu" (None without), "threads", "load"."""
+    from common.models import describe_device
+
+    cpu, memory = platform.processor() or platform.machine(), None
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    device = describe_device()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": memory,
+        "gpu": None if device.startswith("CPU") else device,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def provenance(script: str, argv: Sequence[str] | None) -> dict[str, Any]:
