@@ -133,7 +133,7 @@ def plans(shape: shapes.Shape, lengths: Sequence[int], room: int, cuda: bool) ->
         yield "distill, cached", replace(plan, method="distill")
     serving = Inference(shape, adapters=ADAPTERS, four_bit=cuda, width=BFLOAT16 if cuda else FLOAT32, cuda=cuda)
     serving = vram.fit(serving, min(room, int(SERVING_GB * GB))) or serving
-    yield "label ranking", replace(serving, adapters=1)
+    yield "label ranking", replace(serving, adapters=1, generates=False)
     yield "constrained JSON", replace(serving, adapters=1, batch_tokens=serving.batch_tokens // 4)
     yield f"serving {ADAPTERS} adapters", serving
 
@@ -293,6 +293,8 @@ def with_adapters(base: Any, plan: Plan) -> Any:
     student = models.add_lora(base, r=plan.lora_r, alpha=2 * plan.lora_r, dropout=dropout, seed=0)
     for number in range(1, plan.adapters if isinstance(plan, Inference) else 1):
         student.add_adapter(f"adapter_{number}", student.peft_config["default"])
+    if isinstance(plan, Inference):
+        models.take_precision_of_base(student)
     return student
 
 
@@ -360,7 +362,7 @@ def from_cache(plan: Training, student: Any, collate: Callable[[Sequence[Any]], 
 
 
 def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[[], float]:
-    """Work that ranks labels with each adapter in turn, or writes JSON documents."""
+    """Work that ranks labels with each adapter in turn, writes JSON documents, or does the one, then the other."""
     import random
 
     from common import tasks
@@ -396,7 +398,12 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
         )
         return sum(len(answer.tokens) for (answer,) in answers) / (time.perf_counter() - started)
 
-    return write if name == "constrained JSON" else rank
+    def serve() -> float:
+        speed = rank()
+        write()
+        return speed
+
+    return {"constrained JSON": write, "label ranking": rank}.get(name, serve)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Classifier:
                 f"{task.name}; give fewer, or leave the flag out"
             )
         if not onnx_model.is_onnx(model_dir):
-            vram.before_inference(args, model_dir)
+            vram.before_inference(args, model_dir, generates=False)
         return cls(
             model_dir,
             task,

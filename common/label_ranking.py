@@ -14,13 +14,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from common import tokenizers
 from common.ranker import MAX_BATCH_TOKENS, LabelTree, Ranker, context_of, label_tokens
 from common.tasks import LabelTask
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PrefixLayer(DynamicLayer):
+    """A layer's keys and values [1, heads, tokens, width] of what all rows start with.
+
+    A batch's own are appended for its attention alone and not kept: no token comes after them, and those of all layers
+    would be most of what scoring needs beside the weights.
+    """
+
+    def __init__(self, prefix: DynamicLayer) -> None:
+        super().__init__()
+        self.lazy_initialization(prefix.keys, prefix.values)
+        self.keys, self.values = prefix.keys, prefix.values
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prefix of every row with the `keys` and `values` [rows, heads, tokens, width] behind it."""
+
+        def joined(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+            return torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=-2)
+
+        return joined(self.keys, keys), joined(self.values, values)
 
 
 class LabelRanker(Ranker):
@@ -36,22 +58,17 @@ class LabelRanker(Ranker):
         super().__init__(tokenizer, task, context_of(model.config), max_batch_tokens)
         self.model, self.name = model, model.config.name_or_path
         self.precision = (str(model.dtype), bool(getattr(model, "is_loaded_in_4bit", False)))
-        self._prefix: tuple[int, ...] = ()
-        self._prefix_cache: DynamicCache | None = None
+        self._prefix_cache: Cache | None = None
 
-    def _cache(self, prefix: tuple[int, ...], rows: int) -> DynamicCache:
-        """A key/value cache that holds `prefix` for `rows` rows, as views of one copy: appending copies anyway."""
-        from transformers import DynamicCache
-
+    def _cache(self, prefix: tuple[int, ...]) -> Cache:
+        """A key/value cache that holds `prefix`, for any number of rows, and stays as it is."""
         if prefix != self._prefix or self._prefix_cache is None:
             ids = torch.tensor([prefix], device=self.model.device)
-            self._prefix_cache = DynamicCache()
-            self.model(input_ids=ids, past_key_values=self._prefix_cache, use_cache=True, logits_to_keep=1)
+            cache = DynamicCache()
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self._prefix_cache = Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
             self._prefix = prefix
-        cache = DynamicCache()
-        for index, layer in enumerate(self._prefix_cache.layers):
-            cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
-        return cache
+        return self._prefix_cache
 
     @torch.inference_mode()
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
@@ -66,7 +83,7 @@ class LabelRanker(Ranker):
             inputs["attention_mask"] = visible.long()
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         if prefix:
-            inputs["past_key_values"] = self._cache(prefix, len(suffixes))
+            inputs["past_key_values"] = self._cache(prefix)
         output = self.model(**inputs, use_cache=bool(prefix), logits_to_keep=self.tree.columns + 1)
         return label_scores(self.tree, output.logits.float(), self.task.aggregate).cpu().numpy()
 

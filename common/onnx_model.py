@@ -149,7 +149,6 @@ class OnnxRanker(Ranker):
     ) -> None:
         super().__init__(tokenizer, task, context_of(model.config), max_batch_tokens)
         self.model, self.name, self.precision = model, model.name, (model.dtype, False)
-        self._prefix: tuple[int, ...] = ()
         self._prefix_cache: list[np.ndarray] = []
 
     def _cache(self, prefix: tuple[int, ...], rows: int) -> list[OrtValue] | None:

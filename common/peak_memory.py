@@ -17,7 +17,7 @@ BLOCK, NESTED_BLOCK = 64, 256  # weights a constant of NF4, constants a constant
 CHUNK_LOGITS = 1 << 26  # that common.distill_losses makes at a time
 HEAD_TOKENS, HEAD_LOGITS = 4096, 32_768  # of a tile of TRL's fused LM head, for DPO
 REFERENCE_TOKENS = 2048  # that dpo_train.py scores at a time before training
-SHARED_PREFIX, ROW_TOKENS = 0.5, 256  # of a batch to score: tokens that all rows start with to a row's others; a row's
+ROW_TOKENS = 256  # of a row to score
 
 # What the allocator does not see. NVIDIA's driver keeps a context for each process that uses the card, and loads the
 # kernels of torch, cuBLAS and bitsandbytes into it as they are first used; sizes differ with card and driver, and
@@ -134,6 +134,7 @@ class Inference:
 
     model: Shape
     batch_tokens: int = 8192  # in one forward pass, and in its key/value cache
+    generates: bool = True  # text, and so keeps keys and values of all layers; ranking labels needs one layer's
     scored: int = 256  # positions that logits are made for at a time
     adapters: int = 1  # loaded together, one active
     lora_r: int = 16
@@ -321,21 +322,17 @@ def layer_forward(plan: Inference) -> float:
     """Bytes that a layer takes for its forward pass at its largest moment.
 
     That is the MLP's second matrix under its adapter: SiLU's result, the matrix's, the adapter's, the adapter's scaled,
-    each f wide (beside a bfloat16 model the adapter's two are float32); before it, in models with a narrow MLP, the
-    attention's nine tensors of the hidden width.
+    each f wide; before it, in models with a narrow MLP, the attention's nine tensors of the hidden width.
     """
     shape, width = plan.model, plan.width
     d, f = shape.hidden, shape.intermediate
-    products = f * (2 * width + 2 * FLOAT32 if plan.adapters else 3 * width)
+    products = f * (4 if plan.adapters else 3) * width
     largest = max(inputs * outputs for inputs, outputs in shape.projections)
     return plan.batch_tokens * max(products + 4 * d * width, 9 * d * width) + largest * BFLOAT16 * plan.four_bit
 
 
 def predict_inference(plan: Inference) -> Prediction:
-    """The peak of a forward pass, or of generating: one layer's work at a time, and keys and values of all layers.
-
-    What rows share is read once, but each row has its keys and values.
-    """
+    """The peak of a forward pass: one layer's work at a time, and, to generate, keys and values of all layers."""
     shape, width = plan.model, plan.width
     weights = weight_bytes(shape, four_bit=plan.four_bit, width=width)
     if plan.offload:  # what does not fit waits elsewhere: at the least the embeddings and one layer are there
@@ -344,8 +341,8 @@ def predict_inference(plan: Inference) -> Prediction:
     return _prediction(
         {
             "weights": weights,
-            "adapters": plan.adapters * shape.lora_parameters(plan.lora_r) * FLOAT32,
-            "key/value cache": (1 + SHARED_PREFIX) * plan.batch_tokens * shape.layers * 2 * shape.key * width,
+            "adapters": plan.adapters * shape.lora_parameters(plan.lora_r) * width,
+            "key/value cache": plan.batch_tokens * (shape.layers if plan.generates else 1) * 2 * shape.key * width,
             "a forward pass": max(layer_forward(plan), plan.scored * shape.vocabulary * 2 * FLOAT32)
             + plan.batch_tokens * ROW_TOKENS * BOOL,  # the mask
         },

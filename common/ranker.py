@@ -109,6 +109,7 @@ class Ranker:
         self.tokenizer, self.task, self.context = tokenizer, task, context
         self.max_batch_tokens = max_batch_tokens
         self.tree = LabelTree(label_tokens(tokenizer, task))
+        self._prefix: tuple[int, ...] = ()  # whose keys and values are at hand
 
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         """[rows, labels] of prompts that are `prefix` and then each of `suffixes`."""
@@ -152,12 +153,19 @@ class Ranker:
                 )
 
     def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
-        """Tokens that all prompts start with, short of the last one; () where a cache would not pay."""
+        """Tokens that all prompts start with, short of the last one; () where a cache would not pay.
+
+        Those whose cache is at hand are taken instead, where computing it anew takes more tokens than it saves.
+        """
         first, last = min(prompts), max(prompts)
         limit = min(map(len, prompts)) - 1
         shared = 0
         while shared < limit and first[shared] == last[shared]:
             shared += 1
+        known = self._prefix
+        extra = shared - len(known)
+        if extra >= 0 and known == tuple(first[: len(known)]) and extra * len(prompts) <= shared:
+            shared = len(known)
         return tuple(first[:shared]) if len(prompts) > 1 and shared >= MIN_PREFIX else ()
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -114,14 +114,14 @@ def inference_plan(
     max_batch_tokens: int = 8192,
     load_in_4bit: str = "auto",
     dtype: str = "auto",
-    adapters: int = 1,
+    generates: bool = True,
     trust_remote_code: bool = False,
 ) -> Inference:
     """What the settings of inference, evaluation or serving mean for memory.
 
     Args:
         model_dir: a run folder, or a model.
-        adapters: loaded together on one base.
+        generates: False where only labels are ranked.
 
     Raises:
         UnknownShape: the model's memory cannot be predicted.
@@ -134,7 +134,8 @@ def inference_plan(
     return Inference(
         shapes.of(name, trust_remote_code=trust_remote_code),
         batch_tokens=max_batch_tokens,
-        adapters=adapters if name != model_dir else 0,
+        generates=generates,
+        adapters=int(name != model_dir),
         four_bit=four_bit,
         width=width,
         cuda=torch.cuda.is_available(),
@@ -226,7 +227,7 @@ def before_training(args: argparse.Namespace, method: str, **known: int) -> dict
         return {}
 
 
-def before_inference(args: argparse.Namespace, model_dir: str, adapters: int = 1) -> dict[str, Any]:
+def before_inference(args: argparse.Namespace, model_dir: str, *, generates: bool = True) -> dict[str, Any]:
     """`preflight` of `cli.add_model_flags`' flags. Models it does not know pass, with a notice."""
     try:
         plan = inference_plan(
@@ -235,7 +236,7 @@ def before_inference(args: argparse.Namespace, model_dir: str, adapters: int = 1
             max_batch_tokens=args.max_batch_tokens,
             load_in_4bit=args.load_in_4bit,
             dtype=args.dtype,
-            adapters=adapters,
+            generates=generates,
             trust_remote_code=args.trust_remote_code,
         )
     except shapes.UnknownShape as error:
