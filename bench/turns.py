@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from common import cli
+
+Name = TypeVar("Name")
+
+
+def every_round(
+    contestants: Mapping[Name, Callable[[], float]], rounds: int, say: Callable[[float], str]
+) -> dict[Name, list[float]]:
+    """Run every contestant once a round; for each name what its calls returned, which is logged as `say` puts it."""
+    found: dict[Name, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name, run in contestants.items():
+            found[name].append(run())
+            cli.log(f"round {turn + 1} of {rounds}: {name} {say(found[name][-1])}")
+    return found
 
 
 def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int, unit: str) -> dict[str, dict[str, float]]:
@@ -14,11 +29,7 @@ def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int, unit
     Returns:
         For each name the median, minimum and maximum, under `<unit>_per_s`, "min" and "max".
     """
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        for name, run in contestants.items():
-            speeds[name].append(run())
-            cli.log(f"round {turn + 1} of {rounds}: {name} {speeds[name][-1]:,.1f} {unit}/s")
+    speeds = every_round(contestants, rounds, lambda speed: f"{speed:,.1f} {unit}/s")
     return {
         name: {
             f"{unit}_per_s": round(statistics.median(values), 2),
