@@ -3,11 +3,11 @@
     python bench/growth.py --model_dir runs/creditmix_sft --data data/creditmix_val.jsonl --outdir docs/growth
     python bench/growth.py --model_dir runs/creditmix_sft --data data/creditmix_val.jsonl --outdir runs/growth --quick
 
-What the design leads to expect of every curve was written down (EXPECTED) before it was measured. Points take turns, and
-a round is one turn of each. Time is the wall clock's; memory is the tensors that a call has at its peak beyond the model
-(by the allocator's log, or the card's own count), and what the server and its children hold (PSS). Labels and adapters
-are made up: random words, random LoRA weights on the model's base. Writes a PNG for each curve and prints the slopes as
-a Markdown table, with what disagrees; the last line is JSON. Exit code 1: the server gave a wrong answer.
+What the design leads to expect of every curve was written down (EXPECTED) before it was measured. Points take turns,
+and a round is one turn of each. Time is the wall clock's; memory is the tensors that a call has at its peak beyond the
+model (by the allocator's log, or the card's count), and what the server and its children hold (PSS). Labels and
+adapters are made up: random words, random LoRA weights on the model's base. Writes a PNG for each curve and prints the
+slopes as a Markdown table, with what disagrees; the last line is JSON. Exit code 1: the server gave a wrong answer.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ DOCUMENT_TOKENS = (64, 128, 256, 512, 1024, 1600)
 ADAPTERS = (1, 2, 4, 8, 16, 32)
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128)
 FULL = 256  # rows that are more than a batch
+BUDGET, RANKED = 2048, 96  # tokens of a batch where labels are what varies, and rows, which are more than a batch there
 BUSY = 8  # clients that keep the model busy
 LEAST = 0.2  # seconds that a time is taken over
 ASKED = 64  # rows that the server is asked about
@@ -101,7 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=cli.positive_int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5, help="of load on the server, each point and round")
-    parser.add_argument("--quick", action="store_true", help="two rounds, a third of the seconds, no largest points")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds, a third of the seconds, without the largest points"
+    )
     return parser
 
 
@@ -193,15 +196,15 @@ def label_curve(scene: Scene, name: str) -> Curve:
     def made_up(labels: Sequence[str]) -> LabelTask:
         return replace(CREDITMIX, labels=tuple(labels), instruction="Which label fits?")
 
-    def ranking(task: LabelTask, rows: int) -> tuple[LabelRanker, Callable[[], Any]]:
-        ranker, texts = LabelRanker(scene.model, scene.tokenizer, task), scene.rows(rows)
+    def ranking(task: LabelTask, rows: int, **budget: int) -> tuple[LabelRanker, Callable[[], Any]]:
+        ranker, texts = LabelRanker(scene.model, scene.tokenizer, task, **budget), scene.rows(rows)
         return ranker, lambda: ranker.raw_scores(texts)
 
     against, one, every = {
         "rows": ("rows scored", "a row", ROWS),
-        "labels": (f"labels, made-up words ({FULL} rows)", "a label", LABELS),
-        "stem": (f"labels of one stem ({FULL} rows)", "a label", LABELS),
-        "label_tokens": (f"tokens of a label's spelling ({FULL} rows, 3 labels)", "a token", LABEL_TOKENS),
+        "labels": (f"labels, made-up words ({RANKED} rows)", "a label", LABELS),
+        "stem": (f"labels of one stem ({RANKED} rows)", "a label", LABELS),
+        "label_tokens": (f"tokens of a label's spelling ({RANKED} rows, 3 labels)", "a token", LABEL_TOKENS),
     }[name]
     work, columns = {}, []
     words = list(islice(made_up_words(), max(LABELS)))
@@ -210,11 +213,13 @@ def label_curve(scene: Scene, name: str) -> Curve:
         if name == "rows":
             ranker, run = ranking(CREDITMIX, point)
         elif name == "labels":
-            ranker, run = ranking(made_up(words[:point]), FULL)
+            ranker, run = ranking(made_up(words[:point]), RANKED, max_batch_tokens=BUDGET)
         elif name == "stem":
-            ranker, run = ranking(made_up([f"Class {number:02}" for number in range(point)]), FULL)
+            ranker, run = ranking(
+                made_up([f"Class {number:02}" for number in range(point)]), RANKED, max_batch_tokens=BUDGET
+            )
         else:
-            ranker, run = ranking(made_up(digits(point)), FULL)
+            ranker, run = ranking(made_up(digits(point)), RANKED, max_batch_tokens=BUDGET)
             lengths = [len(form) for words in ranker.tree.forms for word in words for form in word]
             x = sum(lengths) / len(lengths)
         work[x] = run
@@ -268,10 +273,9 @@ def document_curve(scene: Scene, name: str) -> Curve:
 def curve_of(
     scene: Scene, name: str, against: str, one: str, work: Mapping[float, Callable[[], Any]], facts: Mapping[str, Any]
 ) -> Curve:
-    """Time, round by round, and memory, which is the same in every round."""
+    """Memory, which is the same every time, and then time, round by round."""
     peaks = {}
     for x, run in work.items():
-        run()
         peaks[x] = [peak_beyond(run)]
         cli.log(f"{name} {x:g}: {slopes.amount(peaks[x][0], 'bytes')}")
     turns = {x: functools.partial(seconds_of, run) for x, run in work.items()}
@@ -358,32 +362,33 @@ def make_adapters(folders: Sequence[Path], base: str, tokenizer: Any) -> None:
 def adapters_curve(served: Served) -> Curve:
     """A server a round, which is asked for more and more adapters beside a first one, at random by one client."""
     seconds: dict[float, list[float]] = {float(count): [] for count in served.adapters}
-    added: dict[float, list[float]] = {float(count): [] for count in served.adapters}
+    held: dict[float, list[float]] = {float(count): [] for count in served.adapters}
     rounds = min(served.args.rounds, 3)
     for turn in range(rounds):
         with served.start() as running:
             for name in ("base", served.names[0]):
                 for text in served.texts:
                     running.post(name, text)
-            before, asked = resident(running.process.pid), 1
+            served.load(running, 1, 1, served.args.seconds)
+            asked = 1
             for count in served.adapters:
                 for name in served.names[asked : count + 1]:
                     for text in served.texts[:WARM]:
                         running.post(name, text)
                 asked = count + 1
-                _, latency = served.load(running, 1 + count, 1, served.args.seconds)
+                _, latency = served.load(running, asked, 1, served.args.seconds)
                 seconds[count].append(latency)
-                added[count].append(resident(running.process.pid) - before)
+                held[count].append(resident(running.process.pid))
                 cli.log(
                     f"round {turn + 1} of {rounds}: {count} adapters {slopes.amount(latency, 's')}, "
-                    f"{slopes.amount(added[count][-1], 'bytes')}"
+                    f"{slopes.amount(held[count][-1], 'bytes')}"
                 )
     expected = EXPECTED["adapters"]
     file_each = {name: replace(expected[name], marginal=served.file_bytes) for name in ("tensors", "resident")}
     series = [
         Series("answer to one client (p50)", "s", seconds, expected["time"]),
         Series("tensors of the adapters", "bytes", served.held, file_each["tensors"]),
-        Series("memory the server adds", "bytes", added, file_each["resident"]),
+        Series("memory of the server", "bytes", held, file_each["resident"]),
     ]
     return Curve("adapters", "further adapters on one base", "an adapter", series, {"file_bytes": served.file_bytes})
 

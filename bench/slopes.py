@@ -14,7 +14,7 @@ from common import plots
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CLOSE = 0.2  # a share; what differs by less is the same
+CLOSE = 0.15  # a share; what differs by less is the same, and a curve that is less far off a line is straight
 SCALES = {
     "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")),
@@ -28,7 +28,7 @@ class Expected:
     Attributes:
         form: constant, linear (with a fixed part), quadratic (linear with a square part) or sublinear (rises, but by
             less and less).
-        marginal: what one more costs, where that is expected, too.
+        marginal: what one more costs, where that is known; it decides then, as a large fixed part may hide the rise.
         since: where the form begins to hold.
     """
 
@@ -109,7 +109,9 @@ class Series:
         change = max(held) / min(held)
         if form == "constant":
             return f"changes by a factor of {change:.2f}" if change > 1 + CLOSE else ""
-        if change <= 1 + CLOSE:
+        if wanted and abs(fit.marginal / wanted - 1) > CLOSE:
+            return f"one more costs {fit.marginal / wanted:.2f} times what was expected ({amount(wanted, self.unit)})"
+        if not wanted and change <= 1 + CLOSE:
             return f"is constant (a factor of {change:.2f})"
         if form == "sublinear":
             return f"grows as x^{fit.exponent:.2f}" if not 0 < fit.exponent < 0.9 else ""
@@ -119,8 +121,6 @@ class Series:
             return f"is {fit.miss:.0%} off a {'line' if form == 'linear' else 'parabola'} (x^{fit.exponent:.2f})"
         if form == "quadratic" and fit.square < 0.05:
             return f"has no square part ({fit.square:.0%} of the largest point)"
-        if wanted and abs(fit.marginal / wanted - 1) > CLOSE:
-            return f"one more costs {fit.marginal / wanted:.2f} times what was expected ({amount(wanted, self.unit)})"
         return ""
 
 
@@ -236,12 +236,12 @@ def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
     axes.set_xticks(xs, [f"{x:,.0f}" for x in xs])
     axes.xaxis.set_minor_formatter(NullFormatter())
     values = [value for some in series.points.values() for value in some]
-    if max(values) > 2 * min(values):
+    if max(values) > 8 * min(values):
         axes.set_yscale("log")
         few = max(values) < 200 * min(values)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
+    elif not series.expected.marginal:
         axes.set_ylim(0, 1.25 * max(values))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, series.unit)))
     verdict = "as expected" if not series.disagreement() else f"expected: {series.expected.form}"
