@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
@@ -59,11 +60,12 @@ COSTS = {
 }
 
 
-@pytest.mark.parametrize("found", COSTS)
-@pytest.mark.parametrize("form", COSTS)
+# a line with a fixed part rises by less and less, too, on logarithmic axes
+PAIRS = [pair for pair in product(COSTS, COSTS) if pair != ("sublinear", "linear")]
+
+
+@pytest.mark.parametrize(("form", "found"), PAIRS)
 def test_what_is_not_expected_is_flagged(form, found):
-    if (form, found) == ("sublinear", "linear"):
-        pytest.skip("a fixed part makes a line one that rises by less and less")
     assert bool(series(COSTS[found], form).disagreement()) == (form != found)
 
 
