@@ -5,18 +5,20 @@
 
 What the design leads to expect of every curve was written down (EXPECTED) before it was measured. Points take turns,
 and a round is one turn of each. Time is the wall clock's; memory is the tensors that a call has at its peak beyond the
-model (by the allocator's log, or the card's count), and what the server and its children hold (PSS). Labels and
-adapters are made up: random words, random LoRA weights on the model's base. Writes a PNG for each curve and prints the
-slopes as a Markdown table, with what disagrees; the last line is JSON. Exit code 1: the server gave a wrong answer.
+model (by the allocator's log, or the card's count), and what the server and its children hold, mapped files left out.
+Labels and adapters are made up: random words, random LoRA weights on the model's base. Writes a PNG for each curve and
+prints the slopes as a Markdown table, with what disagrees; the last line is JSON. Exit code 1: a wrong answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -29,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from bench import slopes
-from bench.memory import held_bytes, peak_beyond, resident
+from bench.memory import held_bytes, own_bytes, peak_beyond
 from bench.serve_load import Load, read_texts, server
 from bench.slopes import Curve, Expected, Series
 from bench.turns import every_round
@@ -79,14 +81,14 @@ EXPECTED = {
     "adapters": {
         "time": Expected("constant", "one is active at a time; a switch sets a name in each layer"),
         "tensors": Expected("linear", "its file's size each"),
-        "resident": Expected("linear", "its file's size each"),
+        "held": Expected("linear", "its file's size each"),
     },
     "clients": {
         "time": Expected(
             "linear", "once the model is busy, one waits for the rows of all who are in front", since=BUSY
         ),
         "speed": Expected("sublinear", "batches fill up until the model is busy"),
-        "resident": Expected("constant", "the queue and the budget are bounded"),
+        "held": Expected("constant", "the queue and the budget are bounded"),
     },
 }
 TIME, TENSORS = "time of a call", "tensors at the peak"
@@ -101,9 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=tuple(EXPECTED), default=list(EXPECTED), help="curves; default: all"
     )
     parser.add_argument("--rounds", type=cli.positive_int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of load on the server, each point and round")
+    parser.add_argument("--seconds", type=cli.positive_int, default=2, help="of load on the server, a point and round")
     parser.add_argument(
-        "--quick", action="store_true", help="two rounds, a third of the seconds, without the largest points"
+        "--quick", action="store_true", help="two rounds, a quarter of the seconds, without the largest points"
     )
     return parser
 
@@ -111,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse_args(build_parser(), argv)
     if args.quick:
-        args.rounds, args.seconds = 2, args.seconds / 3
+        args.rounds, args.seconds = 2, args.seconds / 4
     texts = read_texts(args.data)
     if not texts:
         raise cli.UserError(f"{args.data} has no rows")
@@ -152,6 +154,7 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> tuple[list[Curve]
         scene = Scene(args, texts, *models.load_for_inference(args.model_dir))
         curves += [{"document": document_curve}.get(name, label_curve)(scene, name) for name in inside]
         del scene
+        give_back()
     counts = {"answers": 0, "wrong": 0, "errors": 0}
     if "adapters" in args.only or "clients" in args.only:
         with tempfile.TemporaryDirectory() as folder:
@@ -288,6 +291,14 @@ def curve_of(
 # On the server
 
 
+def give_back() -> None:
+    """What this process no longer needs of the card, which the server is going to."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 @dataclass
 class Served:
     """Made-up adapters in a folder, what each answers to each text, and the tensors that they take in memory."""
@@ -327,6 +338,8 @@ class Served:
                 first = held_bytes(model)
             elif further in self.adapters:
                 self.held[float(further)] = [held_bytes(model) - first]
+        del model, classifier
+        give_back()
 
     def start(self):
         return server(argparse.Namespace(runs_dir=self.folder))
@@ -338,7 +351,7 @@ class Served:
         self.counts["answers"] += load.answers
         self.counts["wrong"] += load.wrong
         self.counts["errors"] += load.failed
-        return speed, load.latency(clients)["p50_ms"] / 1000
+        return speed, statistics.median(load.seconds[clients])
 
 
 def make_adapters(folders: Sequence[Path], base: str, tokenizer: Any) -> None:
@@ -378,17 +391,17 @@ def adapters_curve(served: Served) -> Curve:
                 asked = count + 1
                 _, latency = served.load(running, asked, 1, served.args.seconds)
                 seconds[count].append(latency)
-                held[count].append(resident(running.process.pid))
+                held[count].append(own_bytes(running.process.pid))
                 cli.log(
                     f"round {turn + 1} of {rounds}: {count} adapters {slopes.amount(latency, 's')}, "
                     f"{slopes.amount(held[count][-1], 'bytes')}"
                 )
     expected = EXPECTED["adapters"]
-    file_each = {name: replace(expected[name], marginal=served.file_bytes) for name in ("tensors", "resident")}
+    file_each = {name: replace(expected[name], marginal=served.file_bytes) for name in ("tensors", "held")}
     series = [
         Series("answer to one client (p50)", "s", seconds, expected["time"]),
         Series("tensors of the adapters", "bytes", served.held, file_each["tensors"]),
-        Series("memory of the server", "bytes", held, file_each["resident"]),
+        Series("memory of the server", "bytes", held, file_each["held"]),
     ]
     return Curve("adapters", "further adapters on one base", "an adapter", series, {"file_bytes": served.file_bytes})
 
@@ -403,7 +416,7 @@ def clients_curve(served: Served) -> Curve:
         def turn(count: int) -> float:
             speed, latency = served.load(running, 1, count, served.args.seconds)
             speeds[count].append(speed)
-            held[count].append(resident(running.process.pid))
+            held[count].append(own_bytes(running.process.pid))
             return latency
 
         served.load(running, 1, max(clients), served.args.seconds)  # warms up
@@ -413,7 +426,7 @@ def clients_curve(served: Served) -> Curve:
     series = [
         Series("time of an answer (p50)", "s", seconds, expected["time"]),
         Series("answers a second", "answers/s", speeds, expected["speed"]),
-        Series("memory of the server", "bytes", held, expected["resident"]),
+        Series("memory of the server", "bytes", held, expected["held"]),
     ]
     return Curve("clients", "clients at once", "a client", series)
 

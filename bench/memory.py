@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+OWN = re.compile(r"^Pss_(?:Anon|Shmem): +(\d+) kB$", re.MULTILINE)
 
 
 def held_bytes(*owners: Any) -> int:
@@ -56,8 +59,11 @@ def peak_beyond(run: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def resident(pid: int) -> int:
-    """Bytes that a process and all that descend from it hold; a page that several share counts in parts (PSS)."""
+def own_bytes(pid: int) -> int:
+    """Memory that a process and all that descend from it hold of their own; what they share counts once.
+
+    Without files that are mapped, such as torch's libraries: their part depends on who else has them open.
+    """
     children: dict[int, list[int]] = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -69,4 +75,4 @@ def resident(pid: int) -> int:
     for member in family:
         family += children[member]
     rollups = (Path(f"/proc/{member}/smaps_rollup").read_text() for member in family)
-    return sum(int(text.partition("\nPss:")[2].split()[0]) * 1024 for text in rollups)
+    return sum(1024 * int(kilobytes) for text in rollups for kilobytes in OWN.findall(text))

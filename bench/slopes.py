@@ -40,14 +40,14 @@ class Expected:
 
 @dataclass(frozen=True)
 class Fit:
-    """The slope of medians; in brackets, the least and the most of the rounds' own.
+    """The median of the rounds' own slopes, and the least and the most of them.
 
     Attributes:
         exponent: of the power law that is closest to the points (log-log least squares).
         marginal, fixed: of the line, or of the parabola where a quadratic was expected (least squares of relative
             errors, so that small points count as much as large ones).
         square: the parabola's share of its largest point that is square.
-        miss: by what share of it the line, or parabola, is off the worst point.
+        miss: by what share of it the line, or parabola, is off the worst median.
     """
 
     exponent: float
@@ -57,6 +57,7 @@ class Fit:
     fixed: float
     square: float
     miss: float
+    line: tuple[float, ...]  # coefficients, the fixed part first
 
 
 @dataclass
@@ -72,40 +73,38 @@ class Series:
     def medians(self) -> dict[float, float]:
         return {x: statistics.median(values) for x, values in self.points.items()}
 
-    def polynomial(self, values: Mapping[float, float]) -> np.ndarray:
-        """Coefficients, the fixed part first, for the points from `since` on."""
+    def held(self, values: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
+        """The points from `since` on, and what their values are."""
         xs = np.array([x for x in values if x >= self.expected.since])
-        ys = np.array([values[x] for x in xs])
-        powers = np.vander(xs, 3 if self.expected.form == "quadratic" else 2, increasing=True)
-        return np.linalg.lstsq(powers / ys[:, None], np.ones(len(ys)), rcond=None)[0]
-
-    def exponent(self, values: Mapping[float, float]) -> float:
-        xs = [x for x in values if x >= self.expected.since]
-        return float(np.polyfit(np.log(xs), np.log([values[x] for x in xs]), 1)[0])
+        return xs, np.array([values[x] for x in xs])
 
     def fit(self) -> Fit:
-        medians = self.medians
-        rounds = [dict(zip(self.points, values, strict=True)) for values in zip(*self.points.values(), strict=True)]
-        exponents = [self.exponent(values) for values in rounds]
-        lines = [self.polynomial(values) for values in rounds]
-        line = self.polynomial(medians)
+        powers = 3 if self.expected.form == "quadratic" else 2
+        exponents, lines = [], []
+        for number in range(len(next(iter(self.points.values())))):
+            xs, ys = self.held({x: values[number] for x, values in self.points.items()})
+            exponents.append(float(np.polyfit(np.log(xs), np.log(ys), 1)[0]))
+            matrix = np.vander(xs, powers, increasing=True) / ys[:, None]
+            lines.append(np.linalg.lstsq(matrix, np.ones(len(ys)), rcond=None)[0])
+        line = np.median(lines, axis=0)
         marginals = [float(each[1]) for each in lines]
-        held = {x: y for x, y in medians.items() if x >= self.expected.since}
-        last = max(held)
+        xs, ys = self.held(self.medians)
+        fitted = np.polyval(line[::-1], xs)
         return Fit(
-            exponent=self.exponent(medians),
+            exponent=statistics.median(exponents),
             exponents=(min(exponents), max(exponents)),
             marginal=float(line[1]),
             marginals=(min(marginals), max(marginals)),
             fixed=float(line[0]),
-            square=float(line[2] * last**2 / np.polyval(line[::-1], last)) if len(line) == 3 else 0.0,
-            miss=max(abs(float(np.polyval(line[::-1], x)) / y - 1) for x, y in held.items()),
+            square=float(line[2] * xs[-1] ** 2 / fitted[-1]) if powers == 3 else 0.0,
+            miss=float(np.abs(fitted / ys - 1).max()),
+            line=tuple(map(float, line)),
         )
 
     def disagreement(self) -> str:
         """How the measurement differs from what was expected; empty where it does not."""
         fit, form, wanted = self.fit(), self.expected.form, self.expected.marginal
-        held = [y for x, y in self.medians.items() if x >= self.expected.since]
+        _, held = self.held(self.medians)
         change = max(held) / min(held)
         if form == "constant":
             return f"changes by a factor of {change:.2f}" if change > 1 + CLOSE else ""
@@ -180,7 +179,7 @@ def markdown(curves: Sequence[Curve]) -> str:
     for curve in curves:
         for each in curve.series:
             fit, expected = each.fit(), each.expected
-            held = [x for x in each.points if x >= expected.since]
+            held, _ = each.held(each.medians)
             low, high = (amount(value, each.unit) for value in fit.marginals)
             line = (
                 f"{amount(fit.marginal, each.unit)} {curve.one} ({low} to {high})",
@@ -224,11 +223,11 @@ def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
     axes.errorbar(xs, list(medians.values()), yerr=reach, fmt="o", color=colour, ecolor=colour, capsize=3, markersize=5)
     along = np.geomspace(max(min(xs), series.expected.since), max(xs), 100)
     if series.expected.form == "sublinear":
-        held = {x: y for x, y in medians.items() if x >= series.expected.since}
-        middle = np.mean(np.log(list(held.values()))) - fit.exponent * np.mean(np.log(list(held)))
+        held, values = series.held(medians)
+        middle = np.mean(np.log(values)) - fit.exponent * np.mean(np.log(held))
         fitted, title = np.exp(middle) * along**fit.exponent, f"x^{fit.exponent:.2f}"
     else:
-        fitted = np.polyval(series.polynomial(medians)[::-1], along)
+        fitted = np.polyval(fit.line[::-1], along)
         title = f"x^{fit.exponent:.2f};  {amount(fit.marginal, series.unit)} {curve.one}"
         title += f" {'+' if fit.fixed >= 0 else '−'} {amount(abs(fit.fixed), series.unit)}"
     axes.plot(along, fitted, color=plots.INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)

@@ -103,11 +103,11 @@ def test_the_memory_of_a_process_counts_its_children():
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         parent.stdout.readline()
-        found = memory.resident(parent.pid)
+        found = memory.own_bytes(parent.pid)
         parent.communicate(b"\n")
     assert held < found < held + (64 << 20)
     assert parent.returncode == 0
-    assert memory.resident(os.getpid()) > 0
+    assert memory.own_bytes(os.getpid()) > 0
 
 
 def test_the_peak_of_tensors_is_of_those_that_live_at_once():
