@@ -204,7 +204,7 @@ def markdown(curves: Sequence[Curve]) -> str:
 def draw(curve: Curve) -> bytes:
     """A panel for each quantity, one above the other: medians with the rounds' range, and what was fitted."""
     figure = plots.new_figure(0.6 + 2.3 * len(curve.series), plots.WIDE)
-    panels = figure.subplots(len(curve.series), 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(curve.series), 1, squeeze=False)[:, 0]
     for axes, series, colour in zip(panels, curve.series, plots.COLOURS, strict=False):
         draw_series(axes, curve, series, colour)
         plots.tidy(axes, curve.against if axes is panels[-1] else "", series.what)
@@ -230,12 +230,15 @@ def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
         fitted = np.polyval(fit.line[::-1], along)
         title = f"x^{fit.exponent:.2f};  {amount(fit.marginal, series.unit)} {curve.one}"
         title += f" {'+' if fit.fixed >= 0 else '−'} {amount(abs(fit.fixed), series.unit)}"
+        title += f";  square part {fit.square:.0%}" if series.expected.form == "quadratic" else ""
     axes.plot(along, fitted, color=plots.INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
-    axes.set_xscale("log")
-    axes.set_xticks(xs, [f"{x:,.0f}" for x in xs])
-    axes.xaxis.set_minor_formatter(NullFormatter())
     values = [value for some in series.points.values() for value in some]
-    if max(values) > 8 * min(values):
+    wide = max(values) > 8 * min(values)
+    if wide or series.expected.form in ("constant", "sublinear"):  # else a line is to look like one
+        axes.set_xscale("log")
+        axes.set_xticks(xs, [f"{x:,.0f}" for x in xs])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if wide:
         axes.set_yscale("log")
         few = max(values) < 200 * min(values)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
@@ -243,6 +246,8 @@ def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
     elif not series.expected.marginal:
         axes.set_ylim(0, 1.25 * max(values))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, series.unit)))
-    verdict = "as expected" if not series.disagreement() else f"expected: {series.expected.form}"
+    wanted = series.expected.marginal
+    expected = f"{amount(wanted, series.unit)} {curve.one}" if wanted else series.expected.form
+    verdict = "as expected" if not series.disagreement() else f"expected: {expected}"
     axes.set_title(title, loc="left", fontsize=9, color=plots.INK)
     axes.set_title(verdict, loc="right", fontsize=9, color=plots.WRONG if series.disagreement() else plots.RIGHT)
