@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
+from bench.memory import held_bytes, tracked_peak
 from common import cli, shapes, vram
 from common.peak_memory import BFLOAT16, FLOAT32, GB, Inference, Plan, Training, predict, runtime_bytes
 
@@ -155,44 +156,6 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
             row.note,
         )
     print()
-
-
-# How memory is measured
-
-
-def held_bytes(*owners: Any) -> int:
-    """Bytes of the distinct storages behind modules' parameters and buffers, their gradients, and optimizers' moments.
-
-    bitsandbytes' constants lie beside a 4-bit parameter, in its quant_state.
-    """
-    import torch
-
-    tensors: list[torch.Tensor] = []
-    for owner in owners:
-        if isinstance(owner, torch.optim.Optimizer):
-            tensors += [each for state in owner.state.values() for each in state.values() if torch.is_tensor(each)]
-            continue
-        tensors += owner.buffers()
-        for parameter in owner.parameters():
-            tensors += [each for each in (parameter.data, parameter.grad) if each is not None]
-            if (state := getattr(parameter, "quant_state", None)) is not None:
-                tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
-
-
-def tracked_peak(run: Callable[[], Any]) -> int:
-    """The most bytes that `run` had allocated on the CPU at any time, beyond what was there: by the allocator's log."""
-    from torch.profiler import ProfilerActivity, profile
-
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 # What is measured

@@ -4,8 +4,42 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 from common import cli
+
+Name = TypeVar("Name")
+
+
+def every_round(
+    contestants: Mapping[Name, Callable[[], float]],
+    rounds: int,
+    say: Callable[[float], str],
+    warm_up: bool = False,
+    peers: Collection[Name] = (),
+) -> dict[Name, list[float]]:
+    """Run every contestant once a round; for each name what its calls returned, which is logged as `say` puts it.
+
+    Args:
+        warm_up: a round before the others that does not count.
+        peers: contestants that are left out, with a notice, when they fail; another's failure ends the bench.
+    """
+    found: dict[Name, list[float]] = {name: [] for name in contestants}
+    for turn in range(0 if warm_up else 1, rounds + 1):
+        for name in list(found):
+            try:
+                value = contestants[name]()
+            except Exception as error:
+                if name not in peers:
+                    raise
+                leave_out(name, error)
+                del found[name]
+                continue
+            label = f"round {turn} of {rounds}" if turn else "warm-up"
+            cli.log(f"{label}: {name} {say(value)}")
+            if turn:
+                found[name].append(value)
+    return found
 
 
 def take_turns(
@@ -15,30 +49,12 @@ def take_turns(
     warm_up: bool = False,
     peers: Collection[str] = (),
 ) -> dict[str, dict[str, float]]:
-    """Run every contestant once a round; each call returns its speed in `unit` a second.
-
-    Args:
-        warm_up: a round before the others that does not count.
-        peers: contestants that are left out, with a notice, when they fail; another's failure ends the bench.
+    """`every_round`, where each call returns a speed in `unit` a second.
 
     Returns:
         For each name the median, minimum and maximum, under `<unit>_per_s`, "min" and "max".
     """
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(0 if warm_up else 1, rounds + 1):
-        for name in list(speeds):
-            try:
-                speed = contestants[name]()
-            except Exception as error:
-                if name not in peers:
-                    raise
-                leave_out(name, error)
-                del speeds[name]
-                continue
-            label = f"round {turn} of {rounds}" if turn else "warm-up"
-            cli.log(f"{label}: {name} {speed:,.1f} {unit}/s")
-            if turn:
-                speeds[name].append(speed)
+    speeds = every_round(contestants, rounds, lambda speed: f"{speed:,.1f} {unit}/s", warm_up, peers)
     return {
         name: {
             f"{unit}_per_s": round(statistics.median(values), 2),

@@ -48,7 +48,7 @@ class GgufModel:
             )
         except (ValueError, AssertionError) as error:
             raise UserError(f"llama.cpp cannot read {path} ({error}); export it again") from error
-        self.name, self.context = str(path), context
+        self.name, self.context, self.vocabulary = str(path), context, self._llama.n_vocab()
 
     def after(self, kept: int, tokens: Sequence[int]) -> np.ndarray:
         """Logits after each of `tokens` [tokens, vocabulary], read after the first `kept` of what was read before."""
@@ -88,7 +88,7 @@ class GgufRanker(Ranker):
     """Scores rows against a task's labels with a GGUF, row by row (see `Ranker`)."""
 
     def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> None:
-        super().__init__(tokenizer, task, model.context)
+        super().__init__(tokenizer, task, model.context, model.vocabulary)
         self.model, self.name, self.precision = model, model.name, ("gguf", False)
 
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:

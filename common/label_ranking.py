@@ -17,11 +17,14 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from common import tokenizers
-from common.ranker import MAX_BATCH_TOKENS, LabelTree, Ranker, context_of, label_tokens
+from common.ranker import MAX_BATCH_TOKENS, LabelTree, Ranker, label_tokens, sizes_of
 from common.tasks import LabelTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+CPU_BATCH_TOKENS = 2048  # a CPU gains nothing from more: what passes between layers no longer fits its caches
 
 
 class PrefixLayer(DynamicLayer):
@@ -55,7 +58,9 @@ class LabelRanker(Ranker):
         task: LabelTask,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
-        super().__init__(tokenizer, task, context_of(model.config), max_batch_tokens)
+        if model.device.type == "cpu":
+            max_batch_tokens = min(max_batch_tokens, CPU_BATCH_TOKENS)
+        super().__init__(tokenizer, task, *sizes_of(model.config), max_batch_tokens)
         self.model, self.name = model, model.config.name_or_path
         self.precision = (str(model.dtype), bool(getattr(model, "is_loaded_in_4bit", False)))
         self._prefix_cache: Cache | None = None

@@ -15,7 +15,7 @@ import numpy as np
 
 from common import tokenizers
 from common.cli import UserError
-from common.ranker import MAX_BATCH_TOKENS, Ranker, context_of, label_scores
+from common.ranker import MAX_BATCH_TOKENS, Ranker, label_scores, sizes_of
 from common.tasks import LabelTask
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class OnnxRanker(Ranker):
         task: LabelTask,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
-        super().__init__(tokenizer, task, context_of(model.config), max_batch_tokens)
+        super().__init__(tokenizer, task, *sizes_of(model.config), max_batch_tokens)
         self.model, self.name, self.precision = model, model.name, (model.dtype, False)
         self._prefix_cache: list[np.ndarray] = []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from common.ranker import LOGITS_AT_ONCE
 from common.shapes import Shape
 
 GB = 1e9
@@ -135,7 +136,7 @@ class Inference:
     model: Shape
     batch_tokens: int = 8192  # in one forward pass, and in its key/value cache
     generates: bool = True  # text, and so keeps keys and values of all layers; ranking labels needs one layer's
-    scored: int = 256  # positions that logits are made for at a time
+    logits: int = LOGITS_AT_ONCE  # made at a time
     adapters: int = 1  # loaded together, one active
     lora_r: int = 16
     four_bit: bool = True
@@ -263,7 +264,7 @@ def teacher_work(plan: Training) -> float:
     """Bytes of a live teacher's forward pass, beside its weights: one layer's work, and what is compared."""
     teacher = plan.teacher
     width = BFLOAT16 if plan.cuda or plan.teacher_four_bit else FLOAT32
-    reading = Inference(teacher, plan.tokens, 0, adapters=0, four_bit=plan.teacher_four_bit, width=width)
+    reading = Inference(teacher, plan.tokens, adapters=0, four_bit=plan.teacher_four_bit, width=width)
     maps = teacher.layers * teacher.heads * plan.tokens * plan.max_len if plan.maps else 0
     states = (teacher.layers + 1) * plan.tokens * teacher.hidden if plan.states else 0
     return layer_forward(reading) + (states + maps) * width
@@ -334,6 +335,7 @@ def layer_forward(plan: Inference) -> float:
 def predict_inference(plan: Inference) -> Prediction:
     """The peak of a forward pass: one layer's work at a time, and, to generate, keys and values of all layers."""
     shape, width = plan.model, plan.width
+    every_logit = plan.batch_tokens * shape.vocabulary
     weights = weight_bytes(shape, four_bit=plan.four_bit, width=width)
     if plan.offload:  # what does not fit waits elsewhere: at the least the embeddings and one layer are there
         one_layer = replace(shape, layers=1)
@@ -343,7 +345,7 @@ def predict_inference(plan: Inference) -> Prediction:
             "weights": weights,
             "adapters": plan.adapters * shape.lora_parameters(plan.lora_r) * width,
             "key/value cache": plan.batch_tokens * (shape.layers if plan.generates else 1) * 2 * shape.key * width,
-            "a forward pass": max(layer_forward(plan), plan.scored * shape.vocabulary * 2 * FLOAT32)
+            "a forward pass": max(layer_forward(plan), 2 * FLOAT32 * min(plan.logits, every_logit))
             + plan.batch_tokens * ROW_TOKENS * BOOL,  # the mask
         },
         plan.cuda,

@@ -24,9 +24,10 @@ from common.cli import UserError, log
 from common.tasks import LabelTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 MAX_BATCH_TOKENS = 8192
+LOGITS_AT_ONCE = 1 << 24  # rows x scored columns x vocabulary of a batch, unless one row has more
 WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
 MIN_PREFIX = 4  # a shorter shared start is not worth a cache
 
@@ -91,6 +92,7 @@ class Ranker:
         name: of the model.
         precision: what else its scores depend on: the data type, and whether its weights are in 4 bits.
         context: tokens that a prompt and its longest label may have.
+        vocabulary: columns of the logits.
 
     Raises:
         UserError: a label without text, or two labels that are the same tokens.
@@ -104,9 +106,10 @@ class Ranker:
         tokenizer: PreTrainedTokenizerBase,
         task: LabelTask,
         context: int,
+        vocabulary: int,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
-        self.tokenizer, self.task, self.context = tokenizer, task, context
+        self.tokenizer, self.task, self.context, self.vocabulary = tokenizer, task, context, vocabulary
         self.max_batch_tokens = max_batch_tokens
         self.tree = LabelTree(label_tokens(tokenizer, task))
         self._prefix: tuple[int, ...] = ()  # whose keys and values are at hand
@@ -169,10 +172,14 @@ class Ranker:
         return tuple(first[:shared]) if len(prompts) > 1 and shared >= MIN_PREFIX else ()
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Rows sorted by length, cut where rows x longest would pass the token budget (one row always goes)."""
+        """Rows sorted by length, cut where rows x longest would pass the token budget, or the logits theirs.
+
+        One row always goes.
+        """
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         while order:
-            rows = max(1, self.max_batch_tokens // (lengths[order[0]] + self.tree.columns))
+            rows = self.max_batch_tokens // (lengths[order[0]] + self.tree.columns)
+            rows = max(1, min(rows, LOGITS_AT_ONCE // (self.vocabulary * (1 + self.tree.columns))))
             yield order[:rows]
             order = order[rows:]
 
@@ -195,13 +202,18 @@ def label_scores(tree: LabelTree, logits: np.ndarray, aggregate: str) -> np.ndar
     return np.stack(scores, axis=1)
 
 
-def context_of(config) -> int:
+def context_of(config: PreTrainedConfig) -> int:
     """Tokens that a model of this config can read; within a sliding window, full attention is the same."""
     config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 1 << 30
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         context = min(context, config.sliding_window)
     return context
+
+
+def sizes_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """(context, vocabulary) of a `Ranker` on a model of this config."""
+    return context_of(config), config.get_text_config().vocab_size
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[list[list[list[int]]]]:

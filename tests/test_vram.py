@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
-from bench import gpu_8gb
+from bench import gpu_8gb, memory
 from common import cli, peak_memory, shapes, vram
 from common.peak_memory import GB, Inference, Training, predict
 
@@ -65,7 +65,7 @@ def measured(student, optimizer, step) -> int:
     """Bytes at the peak of a step in the middle of a run."""
     step()
     optimizer.step()  # gradients and moments are there from now on
-    return gpu_8gb.held_bytes(student, optimizer) + gpu_8gb.tracked_peak(step)
+    return memory.held_bytes(student, optimizer) + memory.tracked_peak(step)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_distillation_peak(terms, live):
     reader = Reader(student.get_base_model())
     loss = DistillationLoss(used, reader, LiveTeacher(Reader(teacher), used) if live else None)
     peak = measured(student, optimizer, lambda: loss(student, batch)[0].backward())
-    peak += gpu_8gb.held_bytes(teacher) if live else 0
+    peak += memory.held_bytes(teacher) if live else 0
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
@@ -156,8 +156,26 @@ def test_inference_peak(tokenizer):
     ranker = LabelRanker(student, tokenizer, tasks.CREDITMIX, 4096)
     texts = [f"{row:03}" + "12345678" * 20 for row in range(40)]
     plan = Inference(shapes.from_config(settings), batch_tokens=4096, generates=False, width=4, **CPU)
-    peak = gpu_8gb.held_bytes(student) + gpu_8gb.tracked_peak(lambda: ranker.raw_scores(texts))
+    peak = memory.held_bytes(student) + memory.tracked_peak(lambda: ranker.raw_scores(texts))
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
+
+
+@pytest.mark.parametrize("labels", [2, 32])
+def test_many_labels_take_no_more_than_is_predicted(labels, tokenizer):
+    """Each further column of a label has logits over the whole vocabulary; a batch makes so many and no more."""
+    from common.label_ranking import LabelRanker
+    from common.tasks import LabelTask
+
+    settings = config(128, 640, layers=2, vocabulary=32_768)
+    model = gpu_8gb.random_model(settings, four_bit=False, device="cpu").eval()
+    task = LabelTask("kinds", tuple(f"Kind {number} of {labels}" for number in range(labels)), "Which?")
+    ranker = LabelRanker(model, tokenizer, task, 2048)
+    plan = Inference(
+        shapes.from_config(settings), batch_tokens=2048, generates=False, adapters=0, **CPU | {"four_bit": False}
+    )
+    texts = [f"{row:03}" + "12345678" * 4 for row in range(60)]
+    peak = memory.held_bytes(model) + memory.tracked_peak(lambda: ranker.raw_scores(texts))
+    assert predict(replace(plan, width=4)).tensors >= 0.97 * peak
 
 
 def test_weights():
@@ -171,7 +189,7 @@ def test_weights():
         shape = shapes.from_config(WIDE)
         buffers = sum(each.nbytes for each in base.buffers())
         expected = peak_memory.weight_bytes(shape, four_bit=four_bit, width=width)
-        assert expected == gpu_8gb.held_bytes(base) - buffers
+        assert expected == memory.held_bytes(base) - buffers
     student = models.add_lora(base, r=8, alpha=8, dropout=0.0, seed=0)
     assert shape.lora_parameters(8) == sum(each.numel() for each in student.parameters() if each.requires_grad)
 

@@ -1,0 +1,253 @@
+"""How a cost grows: the points of a curve, its slope, and whether that is what the design led to expect."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common import plots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CLOSE = 0.15  # a share; what differs by less is the same, and a curve that is less far off a line is straight
+SCALES = {
+    "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")),
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected before anything is measured, and why.
+
+    Attributes:
+        form: constant, linear (with a fixed part), quadratic (linear with a square part) or sublinear (rises, but by
+            less and less).
+        marginal: what one more costs, where that is known; it decides then, as a large fixed part may hide the rise.
+        since: where the form begins to hold.
+    """
+
+    form: str
+    because: str
+    marginal: float | None = None
+    since: float = 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The median of the rounds' own slopes, and the least and the most of them.
+
+    Attributes:
+        exponent: of the power law that is closest to the points (log-log least squares).
+        marginal, fixed: of the line, or of the parabola where a quadratic was expected (least squares of relative
+            errors, so that small points count as much as large ones).
+        square: the parabola's share of its largest point that is square.
+        miss: by what share of it the line, or parabola, is off the worst median.
+    """
+
+    exponent: float
+    exponents: tuple[float, float]
+    marginal: float
+    marginals: tuple[float, float]
+    fixed: float
+    square: float
+    miss: float
+    line: tuple[float, ...]  # coefficients, the fixed part first
+
+
+@dataclass
+class Series:
+    """One quantity along a curve: a value of each round for every point, in `unit` (s, bytes, or any other)."""
+
+    what: str
+    unit: str
+    points: Mapping[float, Sequence[float]]
+    expected: Expected
+
+    @property
+    def medians(self) -> dict[float, float]:
+        return {x: statistics.median(values) for x, values in self.points.items()}
+
+    def held(self, values: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
+        """The points from `since` on, and what their values are."""
+        xs = np.array([x for x in values if x >= self.expected.since])
+        return xs, np.array([values[x] for x in xs])
+
+    def fit(self) -> Fit:
+        powers = 3 if self.expected.form == "quadratic" else 2
+        exponents, lines = [], []
+        for number in range(len(next(iter(self.points.values())))):
+            xs, ys = self.held({x: values[number] for x, values in self.points.items()})
+            exponents.append(float(np.polyfit(np.log(xs), np.log(ys), 1)[0]))
+            matrix = np.vander(xs, powers, increasing=True) / ys[:, None]
+            lines.append(np.linalg.lstsq(matrix, np.ones(len(ys)), rcond=None)[0])
+        line = np.median(lines, axis=0)
+        marginals = [float(each[1]) for each in lines]
+        xs, ys = self.held(self.medians)
+        fitted = np.polyval(line[::-1], xs)
+        return Fit(
+            exponent=statistics.median(exponents),
+            exponents=(min(exponents), max(exponents)),
+            marginal=float(line[1]),
+            marginals=(min(marginals), max(marginals)),
+            fixed=float(line[0]),
+            square=float(line[2] * xs[-1] ** 2 / fitted[-1]) if powers == 3 else 0.0,
+            miss=float(np.abs(fitted / ys - 1).max()),
+            line=tuple(map(float, line)),
+        )
+
+    def disagreement(self) -> str:
+        """How the measurement differs from what was expected; empty where it does not."""
+        fit, form, wanted = self.fit(), self.expected.form, self.expected.marginal
+        _, held = self.held(self.medians)
+        change = max(held) / min(held)
+        if form == "constant":
+            return f"changes by a factor of {change:.2f}" if change > 1 + CLOSE else ""
+        if wanted and abs(fit.marginal / wanted - 1) > CLOSE:
+            return f"one more costs {fit.marginal / wanted:.2f} times what was expected ({amount(wanted, self.unit)})"
+        if not wanted and change <= 1 + CLOSE:
+            return f"is constant (a factor of {change:.2f})"
+        if form == "sublinear":
+            return f"grows as x^{fit.exponent:.2f}" if not 0 < fit.exponent < 0.9 else ""
+        if form == "linear" and fit.fixed < -CLOSE * held[0]:
+            return f"grows faster than a line (x^{fit.exponent:.2f})"
+        if fit.miss > CLOSE:
+            return f"is {fit.miss:.0%} off a {'line' if form == 'linear' else 'parabola'} (x^{fit.exponent:.2f})"
+        if form == "quadratic" and fit.square < 0.05:
+            return f"has no square part ({fit.square:.0%} of the largest point)"
+        return ""
+
+
+@dataclass
+class Curve:
+    """What was measured against one variable: `against` says which, `one` (with its article) is one more of it."""
+
+    name: str
+    against: str
+    one: str
+    series: Sequence[Series]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def result(self) -> dict[str, Any]:
+        """For the bench's JSON."""
+        return {
+            "name": self.name,
+            "against": self.against,
+            **self.facts,
+            "series": [
+                {
+                    "what": each.what,
+                    "unit": each.unit,
+                    "points": [
+                        {"x": x, "median": statistics.median(values), "min": min(values), "max": max(values)}
+                        for x, values in each.points.items()
+                    ],
+                    "fit": vars(each.fit()),
+                    "expected": vars(each.expected),
+                    "disagrees": each.disagreement() or None,
+                }
+                for each in self.series
+            ],
+        }
+
+
+def amount(value: float, unit: str) -> str:
+    """Three digits and a unit of a fitting size: 0.0123 s is 12.3 ms."""
+    scales = SCALES.get(unit, ((1, unit),))
+    scale, name = next((each for each in scales if abs(value) >= each[0]), scales[-1])
+    scaled = value / scale
+    if abs(scaled) < 0.01:
+        return "0"
+    return f"{scaled:,.0f} {name}" if abs(scaled) >= 100 else f"{scaled:.3g} {name}"
+
+
+def ranged(xs: Sequence[float]) -> str:
+    return f"{min(xs):,.0f} to {max(xs):,.0f}"
+
+
+def markdown(curves: Sequence[Curve]) -> str:
+    """The slopes as a table, expectation beside measurement."""
+    lines = [
+        "| against | quantity | grows as (rounds) | marginal (rounds) | fixed | off by at most | expected | agrees |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for curve in curves:
+        for each in curve.series:
+            fit, expected = each.fit(), each.expected
+            held, _ = each.held(each.medians)
+            low, high = (amount(value, each.unit) for value in fit.marginals)
+            line = (
+                f"{amount(fit.marginal, each.unit)} {curve.one} ({low} to {high})",
+                amount(fit.fixed, each.unit),
+                f"{fit.miss:.0%}",
+            )
+            if expected.form == "sublinear":  # no line is fitted
+                line = ("", "", "")
+            cells = (
+                f"{curve.against}, {ranged(held)}",
+                each.what,
+                f"x^{fit.exponent:.2f} ({fit.exponents[0]:.2f} to {fit.exponents[1]:.2f})",
+                line[0] + (f"; square part {fit.square:.0%} of the largest" if expected.form == "quadratic" else ""),
+                *line[1:],
+                f"{expected.form}: {expected.because}",
+                f"**no**: {found}" if (found := each.disagreement()) else "yes",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(curve: Curve) -> bytes:
+    """A panel for each quantity, one above the other: medians with the rounds' range, and what was fitted."""
+    figure = plots.new_figure(0.6 + 2.3 * len(curve.series), plots.WIDE)
+    panels = figure.subplots(len(curve.series), 1, squeeze=False)[:, 0]
+    for axes, series, colour in zip(panels, curve.series, plots.COLOURS, strict=False):
+        draw_series(axes, curve, series, colour)
+        plots.tidy(axes, curve.against if axes is panels[-1] else "", series.what)
+        axes.tick_params(which="minor", length=0)
+    return plots.png(figure)
+
+
+def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    xs, medians, fit = list(series.points), series.medians, series.fit()
+    reach = [
+        [medians[x] - min(values) for x, values in series.points.items()],
+        [max(values) - medians[x] for x, values in series.points.items()],
+    ]
+    axes.errorbar(xs, list(medians.values()), yerr=reach, fmt="o", color=colour, ecolor=colour, capsize=3, markersize=5)
+    along = np.geomspace(max(min(xs), series.expected.since), max(xs), 100)
+    if series.expected.form == "sublinear":
+        held, values = series.held(medians)
+        middle = np.mean(np.log(values)) - fit.exponent * np.mean(np.log(held))
+        fitted, title = np.exp(middle) * along**fit.exponent, f"x^{fit.exponent:.2f}"
+    else:
+        fitted = np.polyval(fit.line[::-1], along)
+        title = f"x^{fit.exponent:.2f};  {amount(fit.marginal, series.unit)} {curve.one}"
+        title += f" {'+' if fit.fixed >= 0 else '−'} {amount(abs(fit.fixed), series.unit)}"
+        title += f";  square part {fit.square:.0%}" if series.expected.form == "quadratic" else ""
+    axes.plot(along, fitted, color=plots.INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
+    values = [value for some in series.points.values() for value in some]
+    wide = max(values) > 8 * min(values)
+    if wide or series.expected.form in ("constant", "sublinear"):  # else a line is to look like one
+        axes.set_xscale("log")
+        axes.set_xticks(xs, [f"{x:,.0f}" for x in xs])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if wide:
+        axes.set_yscale("log")
+        few = max(values) < 200 * min(values)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif not series.expected.marginal:
+        axes.set_ylim(0, 1.25 * max(values))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, series.unit)))
+    wanted = series.expected.marginal
+    expected = f"{amount(wanted, series.unit)} {curve.one}" if wanted else series.expected.form
+    verdict = "as expected" if not series.disagreement() else f"expected: {expected}"
+    axes.set_title(title, loc="left", fontsize=9, color=plots.INK)
+    axes.set_title(verdict, loc="right", fontsize=9, color=plots.WRONG if series.disagreement() else plots.RIGHT)
