@@ -339,6 +339,7 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
 
     def rank() -> float:
         ranker = LabelRanker(student, tokenizer, tasks.CREDITMIX, plan.batch_tokens)
+        ranker.max_batch_tokens = plan.batch_tokens  # as many on a CPU, whose memory stands for a card's
         started = time.perf_counter()
         for adapter in student.peft_config:
             student.set_adapter(adapter)

@@ -17,14 +17,11 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from common import tokenizers
-from common.ranker import MAX_BATCH_TOKENS, LabelTree, Ranker, label_tokens, sizes_of
+from common.ranker import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS, LabelTree, Ranker, label_tokens, sizes_of
 from common.tasks import LabelTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-CPU_BATCH_TOKENS = 2048  # a CPU gains nothing from more: what passes between layers no longer fits its caches
 
 
 class PrefixLayer(DynamicLayer):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 MAX_BATCH_TOKENS = 8192
+CPU_BATCH_TOKENS = 2048  # where a CPU is fastest: what passes between layers still fits its caches (docs/results.md)
 LOGITS_AT_ONCE = 1 << 24  # rows x scored columns x vocabulary of a batch, unless one row has more
 WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
 MIN_PREFIX = 4  # a shorter shared start is not worth a cache

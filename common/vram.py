@@ -20,6 +20,7 @@ from typing import Any
 from common import cli, models, shapes
 from common.cli import UserError, log
 from common.peak_memory import BFLOAT16, CUDA_CONTEXT, FLOAT32, GB, Inference, Plan, Training, predict
+from common.ranker import CPU_BATCH_TOKENS
 
 DESKTOP = 0.7  # GB of a card that also draws the screen
 LEAST_LEN, LEAST_BATCH_TOKENS = 128, 512  # shorter rows, or smaller batches, are not proposed
@@ -128,6 +129,9 @@ def inference_plan(
     """
     import torch
 
+    cuda = torch.cuda.is_available()
+    if not generates and not cuda:
+        max_batch_tokens = min(max_batch_tokens, CPU_BATCH_TOKENS)
     name = (base or models.base_of(model_dir)) if models.is_adapter(model_dir) else model_dir
     four_bit = models.use_4bit(load_in_4bit)
     width = BFLOAT16 if four_bit else models.inference_dtype(name, dtype, trust_remote_code).itemsize
@@ -138,7 +142,7 @@ def inference_plan(
         adapters=int(name != model_dir),
         four_bit=four_bit,
         width=width,
-        cuda=torch.cuda.is_available(),
+        cuda=cuda,
         offload=bool(os.environ.get("OFFLOAD_FOLDER")),
     )
 
