@@ -38,11 +38,6 @@ def fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def fsdp_checkpoints() -> bool:
-    """Whether FSDP does gradient checkpointing itself (fsdp_activation_checkpointing), so that the model must not."""
-    return fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
-
-
 def check(args: argparse.Namespace, method: str) -> None:
     """Refuse a launch that would not do what it was told, before anything is loaded.
 
@@ -60,9 +55,10 @@ def check(args: argparse.Namespace, method: str) -> None:
                     f"accelerate launch was asked for {asked or 'several'} processes and runs one, as it does on a CPU "
                     f"and where it sees a single card; {remedy(asked or 2)}"
                 )
-    if fsdp_checkpoints() and args.gradient_checkpointing == "on":
+    if fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
         raise UserError(
-            "--gradient_checkpointing on and fsdp_activation_checkpointing do the same; leave one of them out"
+            "fsdp_activation_checkpointing hides the adapter's layers from PEFT, which would save an empty adapter; "
+            "leave it out: --gradient_checkpointing does the same"
         )
     if fsdp() and method == "distill" and args.teacher:
         raise UserError(

@@ -192,7 +192,6 @@ def trainer_settings(args: argparse.Namespace, per_device: int, accumulation: in
     check_report_to(args.report_to)
     cuda = torch.cuda.is_available()
     checkpointing = args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and cuda)
-    checkpointing = checkpointing and not launch.fsdp_checkpoints()
     return {
         "output_dir": str(Path(args.save_dir, CHECKPOINTS)),
         "per_device_train_batch_size": per_device,
@@ -366,7 +365,8 @@ def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str, st
     else:
         model.config.use_cache = True  # TRL turns it off
         state = model.state_dict() if state is None else state
-        own = {name: tensor for name, tensor in state.items() if not name.startswith(EXTRA)}
+        tied = getattr(model, "all_tied_weights_keys", {})  # gathered by FSDP, they would be saved twice
+        own = {name: tensor for name, tensor in state.items() if not name.startswith(EXTRA) and name not in tied}
         model.save_pretrained(folder, state_dict=own, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
