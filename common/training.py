@@ -174,6 +174,21 @@ def try_step(args: argparse.Namespace, student: Any, loss: Callable[[], torch.Te
     student.zero_grad(set_to_none=True)
 
 
+def freeze_unreached(student: Any, loss: Callable[[], torch.Tensor]) -> None:
+    """Take out of training what a loss does not depend on, as layers above the last that it compares.
+
+    They would not change anyway, but processes that train together would wait for their gradients in vain.
+    """
+    import torch
+
+    with torch.autocast(student.device.type, torch.bfloat16):
+        value = loss()
+    value.backward()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    student.zero_grad(set_to_none=True)
+
+
 def check_report_to(report_to: str) -> None:
     """Refuse a tracker that transformers does not know or that is not installed, with transformers' own words."""
     from transformers.integrations import get_reporting_integration_callbacks

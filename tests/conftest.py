@@ -102,6 +102,13 @@ def run_json(folder: str | Path) -> dict:
     return json.loads((Path(folder) / "run.json").read_text())
 
 
+def join(children: Sequence, folder: Path) -> None:
+    """Wait for the two of `spawn.ranks`, which must have done their work."""
+    for rank, child in enumerate(children):
+        child.join(120)
+        assert child.exitcode == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
