@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 LAUNCHED, MEETING_POINT = "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"
 MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # how many mpirun or srun has started
 LAUNCH = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")  # words that start such a command
+FSDP_NEEDS = {  # settings of it that are in the environment: their values, and why
+    "FSDP_VERSION": ("2", "the first shards no weights in 4 bits beside others"),
+    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "the first process writes what is trained"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "false",
+        "under it PEFT finds no adapter; --gradient_checkpointing does the same",
+    ),
+}
 
 
 def world_size() -> int:
@@ -55,11 +63,9 @@ def check(args: argparse.Namespace, method: str) -> None:
                     f"accelerate launch was asked for {asked or 'several'} processes and runs one, as it does on a CPU "
                     f"and where it sees a single card; {remedy(asked or 2)}"
                 )
-    if fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
-        raise UserError(
-            "fsdp_activation_checkpointing hides the adapter's layers from PEFT, which would save an empty adapter; "
-            "leave it out: --gradient_checkpointing does the same"
-        )
+    for name, (value, reason) in FSDP_NEEDS.items() if fsdp() else ():
+        if os.environ.get(name, "").lower() != value.lower():
+            raise UserError(f"FSDP needs {name.lower()}: {value} ({reason}); see recipes/accelerate_fsdp_qlora.yaml")
     if fsdp() and method == "distill" and args.teacher:
         raise UserError(
             "distilling from a teacher's distributions reads the LM head outside of the forward pass, where FSDP has "

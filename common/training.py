@@ -569,6 +569,7 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
             best=kept,
         )
         log(f"saved {args.save_dir} ({trainer.state.global_step} steps, loss {train_loss:.4f})")
+    trainer.accelerator.wait_for_everyone()  # a process that goes can take with it one that is still writing
 
 
 def run_completion_training(

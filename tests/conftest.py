@@ -148,11 +148,11 @@ def spawn():
         children.append(child)
         return child
 
-    def ranks(main: Callable, argv: Sequence[str], folder: Path) -> list:
+    def ranks(main: Callable, argv: Sequence[str], folder: Path, **environment: str) -> list:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
         return [
             start(main, argv, folder / f"rank{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **common)
             for rank in range(2)
