@@ -163,6 +163,25 @@ def test_one_process_trains_on_one_card(kind, base, rows, tmp_path, monkeypatch,
     assert distance(tmp_path / "one", tmp_path / "two") == 0
 
 
+def only_the_first_saves(main, argv) -> int | None:
+    save = training.save_student
+
+    def checked(*args):
+        assert launch.is_main()
+        save(*args)
+
+    training.save_student = checked
+    return main(argv)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_checkpoints_are_written_once(kind, base, rows, spawn, tmp_path):
+    """Two that write the same files at once can leave half of each."""
+    argv = flags(base, rows[kind], tmp_path / "run", "--per_device_train_batch_size", 1)
+    join(spawn.ranks(functools.partial(only_the_first_saves, TRAINERS[kind]), argv, tmp_path), tmp_path)
+    assert training.newest_checkpoint(str(tmp_path / "run")).endswith("checkpoint-4")
+
+
 # accelerate's configs.
 
 

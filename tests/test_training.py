@@ -376,8 +376,8 @@ def test_an_adapter_is_put_in_place_whole(base, rows, tmp_path, monkeypatch):
     """The disk fills up after the last checkpoint, with the adapter written and the rest of its files not."""
     save = training.save_student
 
-    def fill_up(model, tokenizer, folder):
-        save(model, tokenizer, folder)
+    def fill_up(model, tokenizer, folder, state=None):
+        save(model, tokenizer, folder, state)
         if "checkpoint-" not in str(folder):
             raise OSError(28, "No space left on device")
 
