@@ -213,6 +213,8 @@ def token_trainer(
     held_out: Sequence[dict],
 ) -> Any:
     """A trainer whose student learns the teacher's next-token distributions."""
+    from accelerate.utils import send_to_device
+
     from common import distillation, teacher_pass
 
     theirs = tokenizers.load_tokenizer(models.tokenizer_folder(args.teacher), trust_remote_code=args.trust_remote_code)
@@ -241,6 +243,15 @@ def token_trainer(
     if used.hidden and ours.hidden_size != teachers.hidden_size:
         projections = distillation.projections(ours.hidden_size, teachers.hidden_size, len(pairs), args.seed)
         student.add_module(training.EXTRA, projections.to(student.device))
+    loss = distillation.DistillationLoss(used, reader, teacher, projections)
+
+    def collate(batch: Sequence[tokenizers.Encoded]) -> dict[str, Any]:
+        return teacher_pass.collate(batch, tokenizer.pad_token_id, cache)
+
+    if not used.of_logits:
+        shortest = min(train_rows, key=lambda row: len(row.input_ids))
+        batch = send_to_device(collate([shortest]), student.device)
+        training.freeze_unreached(student, lambda: loss(student, batch)[0])
     return training.fitted_trainer(
         args,
         student,
@@ -248,8 +259,8 @@ def token_trainer(
         eval_rows=eval_rows,
         rows=train_rows,
         lengths=[len(row.input_ids) for row in train_rows],
-        collate=lambda batch: teacher_pass.collate(batch, tokenizer.pad_token_id, cache),
-        loss=distillation.DistillationLoss(used, reader, teacher, projections),
+        collate=collate,
+        loss=loss,
         eval_loss=lambda *batch: (completions.completion_loss(*batch)[0], {}),
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common import cli, completions, records, tokenizers, training
+from common import cli, completions, launch, records, tokenizers, training
 
 REFERENCE_TOKENS = 2048  # of a batch in the pass for the reference log-probabilities
 
@@ -100,7 +100,7 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
 
     lengths = [length(row) for row in train_rows]
 
-    class Trainer(DPOTrainer):
+    class Trainer(training.Saving, DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset  # encoded by common.tokenizers, as every other script does
 
@@ -119,9 +119,6 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             return completions.LengthGroupedOrder(lengths, step, self.args.seed)
 
-        def _save(self, output_dir=None, state_dict=None):
-            training.save_student(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir)
-
     longest = train_rows[max(range(len(lengths)), key=lengths.__getitem__)]
 
     def try_batch(size: int) -> None:
@@ -131,17 +128,18 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
         training.try_step(args, student, lambda: completions.completion_loss(student, batch)[0])
 
     per_device, accumulation = training.fit_batch_size(args, 2 * max(lengths), try_batch)
+    settings = DPOConfig(
+        **training.trainer_settings(args, per_device, accumulation),
+        beta=args.beta,
+        max_length=None,
+        disable_dropout=args.lora_dropout == 0,
+        precompute_ref_log_probs=True,
+        # without gradients more fit at once, up to where their logits would weigh more than a training step
+        precompute_ref_batch_size=max(per_device, REFERENCE_TOKENS // (2 * max(lengths))),
+    )
     trainer = Trainer(
         model=student,
-        args=DPOConfig(
-            **training.trainer_settings(args, per_device, accumulation),
-            beta=args.beta,
-            max_length=None,
-            disable_dropout=args.lora_dropout == 0,
-            precompute_ref_log_probs=True,
-            # without gradients more fit at once, up to where their logits would weigh more than a training step
-            precompute_ref_batch_size=max(per_device, REFERENCE_TOKENS // (2 * max(lengths))),
-        ),
+        args=launch.one_card(settings),
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tokenizer,

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import launch
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def load_base(
 
     4-bit is NF4 with double quantisation and bfloat16 compute (Dettmers et al. 2023, QLoRA). Without it, training
     uses bfloat16 on CUDA and float32 on CPU (autocast measured slower there), inference the fastest that the CPU has.
-    `OFFLOAD_FOLDER` in the environment turns CPU offload on for inference.
+    `OFFLOAD_FOLDER` in the environment turns CPU offload on for inference. FSDP cuts and sends weights of one dtype, so
+    for training under it the 4-bit numbers lie in bfloat16 ones.
 
     Raises:
         UserError: no model under this name or path, or the 4-bit library is missing.
@@ -155,6 +157,7 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.bfloat16 if training and launch.fsdp() else torch.uint8,
             llm_int8_enable_fp32_cpu_offload=bool(offload),
         )
     if offload:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, completions, models, progress, quantization_aware, records, run_record, tokenizers, vram
+from common import cli, completions, launch, models, progress, quantization_aware, records, run_record, tokenizers, vram
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
 CPU_TOKENS_PER_BATCH = 16_384  # bounds the activations of a real batch on CPU
 CHECKPOINTS = "checkpoints"
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # of a checkpoint, beside its weights
+COMPLETE = ("trainer_state.json", "scheduler.pt")  # of a checkpoint, beside its weights and its optimizer's state
+OPTIMIZER, FSDP_OPTIMIZER = "optimizer.pt", "optimizer.bin"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 EXTRA, EXTRA_FILE = "extra", "extra.safetensors"  # a module trained along with the student, kept in checkpoints alone
 STEPPED_DOWN = "DISTILL_SLM_STEPPED_DOWN"  # in the environment of a run that has run out of memory once
@@ -123,7 +124,7 @@ def newest_checkpoint(save_dir: str) -> str | None:
         except (OSError, ValueError):
             continue
         files = {file.name for file in folder.iterdir()}
-        if files.issuperset(COMPLETE) and not files.isdisjoint(WEIGHTS):
+        if files.issuperset(COMPLETE) and not any(map(files.isdisjoint, (WEIGHTS, (OPTIMIZER, FSDP_OPTIMIZER)))):
             return str(folder)
     return None
 
@@ -137,12 +138,14 @@ def fit_batch_size(args: argparse.Namespace, longest: int, try_batch: Callable[[
     """
     import torch
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = launch.world_size()
     per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if per_device is None:
         share = max(1, EFFECTIVE_BATCH // (world * (accumulation or 1)))
         per_device = share
-        if torch.cuda.is_available():
+        if launch.fsdp():
+            per_device = 1  # nothing is sharded yet, so nothing can be tried
+        elif torch.cuda.is_available():
             while per_device > 1:
                 try:
                     try_batch(per_device)
@@ -168,6 +171,21 @@ def try_step(args: argparse.Namespace, student: Any, loss: Callable[[], torch.Te
     with torch.autocast(student.device.type, torch.bfloat16):
         value = loss()
     value.backward()
+    student.zero_grad(set_to_none=True)
+
+
+def freeze_unreached(student: Any, loss: Callable[[], torch.Tensor]) -> None:
+    """Take out of training what a loss does not depend on, as layers above the last that it compares.
+
+    They would not change anyway, but processes that train together would wait for their gradients in vain.
+    """
+    import torch
+
+    with torch.autocast(student.device.type, torch.bfloat16):
+        value = loss()
+    value.backward()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
     student.zero_grad(set_to_none=True)
 
 
@@ -242,7 +260,7 @@ def loss_trainer(
     from safetensors.torch import load_file, save_file
     from transformers import Trainer
 
-    class LossTrainer(Trainer):
+    class LossTrainer(Saving, Trainer):
         terms, logged_at = None, 0  # sums since the step of the last log
 
         def _get_train_sampler(self, train_dataset=None):
@@ -271,10 +289,10 @@ def loss_trainer(
                 value, _ = (eval_loss or loss)(model, self._prepare_inputs(inputs), None)
             return value.detach(), None, None
 
-        def _save(self, output_dir=None, state_dict=None):
-            student = self.accelerator.unwrap_model(self.model)
-            save_student(student, self.processing_class, output_dir)
-            if extra := getattr(student, EXTRA, None):
+        def save_model(self, output_dir=None, _internal_call=False):
+            super().save_model(output_dir, _internal_call)
+            extra = getattr(self.accelerator.unwrap_model(self.model), EXTRA, None)
+            if extra and self.args.should_save:
                 save_file(extra.state_dict(), Path(output_dir) / EXTRA_FILE)
 
         def _load_from_checkpoint(self, checkpoint, model=None):
@@ -283,6 +301,28 @@ def loss_trainer(
                 extra.load_state_dict(load_file(Path(checkpoint) / EXTRA_FILE))
 
     return LossTrainer(train_dataset=list(rows), data_collator=collate, **kwargs)
+
+
+class Saving:
+    """A Trainer's way to write what it has trained into a checkpoint: one process does, whole tensors."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        state = trained_state(self)
+        if self.args.should_save:
+            save_student(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir, state)
+
+
+def trained_state(trainer: Any) -> dict[str, Any] | None:
+    """What is trained, whole and on the CPU of the main process, where FSDP has it in parts; else None.
+
+    Every process has to call it.
+    """
+    if not trainer.is_fsdp_enabled:
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(trainer.model, options=options)
 
 
 def completion_parts(rows: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, Any]:
@@ -322,28 +362,34 @@ def fitted_trainer(
     return loss_trainer(
         **parts,
         model=student,
-        args=TrainingArguments(**trainer_settings(args, per_device, accumulation)),
+        args=launch.one_card(TrainingArguments(**trainer_settings(args, per_device, accumulation))),
         eval_dataset=list(eval_rows) or None,
         processing_class=tokenizer,
     )
 
 
-def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str, state: dict | None = None) -> None:
     """What was trained and the tokenizer, as safetensors: the adapter alone (never DPO's frozen reference copy), or,
-    after full fine-tuning, the model."""
+    after full fine-tuning, the model.
+
+    Args:
+        state: the tensors, where the model itself has only parts of them (see `trained_state`).
+    """
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
+        model.save_pretrained(folder, selected_adapters=["default"], state_dict=state, safe_serialization=True)
     else:
         model.config.use_cache = True  # TRL turns it off
-        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(EXTRA)}
+        state = model.state_dict() if state is None else state
+        tied = getattr(model, "all_tied_weights_keys", {})  # gathered by FSDP, they would be saved twice
+        own = {name: tensor for name, tensor in state.items() if not name.startswith(EXTRA) and name not in tied}
         model.save_pretrained(folder, state_dict=own, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
 
-def put_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def put_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, state: dict | None = None) -> None:
     """`save_student`, under a temporary name first: the folder gets whole files, its config last."""
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as saving:
-        save_student(model, tokenizer, saving)
+        save_student(model, tokenizer, saving, state)
         put_files(Path(saving), Path(folder))
 
 
@@ -387,23 +433,21 @@ def limit_length(args: argparse.Namespace, *others: str) -> None:
         args.max_len = limit
 
 
-def best_callback(save: Callable[[str], None], folder: Path) -> TrainerCallback:
-    """Keep the weights of the evaluation with the lowest loss in `folder`, with best.json to tell which that was.
-
-    Args:
-        save: writes the weights as they are now into a folder.
-    """
+def best_callback(trainer: Any, folder: Path) -> TrainerCallback:
+    """Keep the weights of the evaluation with the lowest loss in `folder`, with best.json to tell which that was."""
     from transformers import TrainerCallback
 
     class Best(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            weights = trained_state(trainer)
             found = read_best(folder)
             if not state.is_world_process_zero or (found and found["eval_loss"] <= metrics["eval_loss"]):
                 return
             building = folder.with_name(f".{BEST}.building")
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
-            save(str(building))
+            student = trainer.accelerator.unwrap_model(trainer.model)
+            save_student(student, trainer.processing_class, str(building), weights)
             records.write_json(
                 building / "best.json",
                 {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]},
@@ -421,10 +465,15 @@ def read_best(folder: Path) -> dict[str, Any] | None:
 
 
 def start(args: argparse.Namespace, method: str, rows: list[dict], argv: Sequence[str] | None) -> Any:
-    """Open the run folder: record, group hashes, nothing stale of an earlier run. Returns the RunRecord (rank 0)."""
+    """Open the run folder: record, group hashes, nothing stale of an earlier run. Returns the RunRecord (rank 0).
+
+    Raises:
+        UserError: the launch does not do what was asked of it.
+    """
+    launch.check(args, method)
     folder = Path(args.save_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("RANK", 0)) != 0:
+    if not launch.is_main():
         return None
     if not args.resume:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -455,18 +504,25 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
 
     Raises:
         KeyboardInterrupt: stopped by SIGINT or SIGTERM, with a resumable checkpoint.
+        UserError: not launched as the environment says, or resumed under FSDP from a run without it, or vice versa.
     """
     import torch
     from transformers.trainer_callback import PrinterCallback
 
+    launch.check_trainer(trainer)
     checkpoint = newest_checkpoint(args.save_dir) if args.resume else None
     if args.resume:
         log(f"going on from {checkpoint}" if checkpoint else "no complete checkpoint to go on from; starting afresh")
+    if checkpoint and (Path(checkpoint) / FSDP_OPTIMIZER).is_file() != trainer.is_fsdp_enabled:
+        raise UserError(
+            f"{checkpoint} was written {'without' if trainer.is_fsdp_enabled else 'under'} FSDP; launch --resume as "
+            "the run was launched, or start again with --overwrite"
+        )
     student = trainer.accelerator.unwrap_model(trainer.model)
     best = Path(args.save_dir, CHECKPOINTS, BEST)
     interruption, bar = progress.interruption_callback(), progress.bar_callback()
     watching = [interruption, bar, progress.live_log_callback(args.save_dir)]
-    watching += [best_callback(lambda folder: save_student(student, trainer.processing_class, folder), best)]
+    watching += [best_callback(trainer, best)]
     for callback in watching:
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
@@ -490,6 +546,7 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
     finally:
         interruption.restore()
         bar.bar.close()
+    weights = trained_state(trainer)
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     if trainer.is_world_process_zero():
         kept = read_best(best)
@@ -498,7 +555,7 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
             put_files(best, Path(args.save_dir))
             Path(args.save_dir, "best.json").unlink()
         else:
-            put_student(student, trainer.processing_class, args.save_dir)
+            put_student(student, trainer.processing_class, args.save_dir, weights)
         progress.write_loss_curve(args.save_dir, history)
         losses = [entry["loss"] for entry in history if "loss" in entry]
         evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -512,6 +569,7 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
             best=kept,
         )
         log(f"saved {args.save_dir} ({trainer.state.global_step} steps, loss {train_loss:.4f})")
+    trainer.accelerator.wait_for_everyone()  # a process that goes can take with it one that is still writing
 
 
 def run_completion_training(
@@ -584,7 +642,7 @@ def step_down(args: argparse.Namespace, record: run_record.RunRecord | None) -> 
     except UserError:
         return "a smaller student"
     flags = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    alone = launch.world_size() == 1
     if args.auto_fit and alone and STEPPED_DOWN not in os.environ:
         log(f"the device ran out of memory; going on from the last checkpoint with {vram.words(changes)}")
         record.end("failed", error="out of memory")

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import cli, models, shapes
+from common import cli, launch, models, shapes
 from common.cli import UserError, log
 from common.peak_memory import BFLOAT16, CUDA_CONTEXT, FLOAT32, GB, Inference, Plan, Training, predict
 from common.ranker import CPU_BATCH_TOKENS
@@ -223,7 +223,11 @@ def changed_flags(plan: Plan, fitted: Plan, args: argparse.Namespace) -> dict[st
 
 
 def before_training(args: argparse.Namespace, method: str, **known: int) -> dict[str, Any]:
-    """`preflight` of a trainer's flags; `known` as `training_plan`'s. Models it does not know pass, with a notice."""
+    """`preflight` of a trainer's flags; `known` as `training_plan`'s. Models it does not know pass, with a notice, and
+    so does FSDP: how much each card then holds is not predicted."""
+    if launch.fsdp():
+        log("under FSDP memory is not predicted")
+        return {}
     try:
         return preflight(training_plan(args, method, **known), args)
     except shapes.UnknownShape as error:
@@ -284,7 +288,7 @@ def preflight(plan: Plan, args: argparse.Namespace, *, free: int | None = None) 
     if prediction.total <= free:
         return {}
     advice = advise(plan, args, free)
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # others could see other free memory, and change other flags
+    alone = launch.world_size() == 1  # others could see other free memory, and change other flags
     if not (alone and getattr(args, "auto_fit", False)):
         raise UserError(f"about {prediction.total / GB:.1f} GB are needed, {free / GB:.1f} are free; {words(advice)}")
     log(f"to fit: {words(advice)}")

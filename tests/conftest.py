@@ -103,6 +103,13 @@ def run_json(folder: str | Path) -> dict:
     return json.loads((Path(folder) / "run.json").read_text())
 
 
+def join(children: Sequence, folder: Path) -> None:
+    """Wait for the two of `spawn.ranks`, which must have done their work."""
+    for rank, child in enumerate(children):
+        child.join(120)
+        assert child.exitcode == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -149,11 +156,11 @@ def spawn():
         children.append(child)
         return child
 
-    def ranks(main: Callable, argv: Sequence[str], folder: Path) -> list:
+    def ranks(main: Callable, argv: Sequence[str], folder: Path, **environment: str) -> list:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
         return [
             start(main, argv, folder / f"rank{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **common)
             for rank in range(2)

@@ -25,6 +25,7 @@ from conftest import (
     ROOT,
     build_base,
     distance,
+    join,
     run_json,
     wait_for,
     weights,
@@ -375,8 +376,8 @@ def test_an_adapter_is_put_in_place_whole(base, rows, tmp_path, monkeypatch):
     """The disk fills up after the last checkpoint, with the adapter written and the rest of its files not."""
     save = training.save_student
 
-    def fill_up(model, tokenizer, folder):
-        save(model, tokenizer, folder)
+    def fill_up(model, tokenizer, folder, state=None):
+        save(model, tokenizer, folder, state)
         if "checkpoint-" not in str(folder):
             raise OSError(28, "No space left on device")
 
@@ -740,8 +741,8 @@ def test_torchrun_equals_one_process(base, uneven, tmp_path):
     equal(two, one)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "dpo from sft"])
-def test_two_processes_of_dpo_equal_one(kind, unbroken, spawn, tmp_path):
+@pytest.mark.parametrize("kind", ["kd", "dpo", "dpo from sft"])
+def test_two_processes_equal_one(kind, unbroken, spawn, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     task = unbroken.task(kind)
     start = unbroken.settings(kind)[len(RESUMABLE) :]
@@ -749,9 +750,7 @@ def test_two_processes_of_dpo_equal_one(kind, unbroken, spawn, tmp_path):
         task[0], flags(*task[1:], two, *TOGETHER, *start, "--per_device_train_batch_size", 1), tmp_path
     )
     train(*task, one, *TOGETHER, *start, "--per_device_train_batch_size", 2)
-    for rank, child in enumerate(children):
-        child.join(120)
-        assert child.exitcode == 0, (tmp_path / f"rank{rank}.log").read_text()[-3000:]
+    join(children, tmp_path)
     equal(two, one)
 
 
