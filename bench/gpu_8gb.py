@@ -257,7 +257,7 @@ def with_adapters(base: Any, plan: Plan) -> Any:
     for number in range(1, plan.adapters if isinstance(plan, Inference) else 1):
         student.add_adapter(f"adapter_{number}", student.peft_config["default"])
     if isinstance(plan, Inference):
-        models.take_precision_of_base(student)
+        models.make_inference_adapters(student)
     return student
 
 
@@ -343,7 +343,7 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
         started = time.perf_counter()
         for adapter in student.peft_config:
             student.set_adapter(adapter)
-            ranker._prefix_cache = None
+            ranker._prefixes.clear()  # they are of the adapter before
             ranker.raw_scores(texts)
         return len(student.peft_config) * len(texts) * TEXT_DIGITS / (time.perf_counter() - started)
 

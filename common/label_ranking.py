@@ -60,17 +60,13 @@ class LabelRanker(Ranker):
         super().__init__(tokenizer, task, *sizes_of(model.config), max_batch_tokens)
         self.model, self.name = model, model.config.name_or_path
         self.precision = (str(model.dtype), bool(getattr(model, "is_loaded_in_4bit", False)))
-        self._prefix_cache: Cache | None = None
 
-    def _cache(self, prefix: tuple[int, ...]) -> Cache:
+    def _read_prefix(self, prefix: tuple[int, ...]) -> Cache:
         """A key/value cache that holds `prefix`, for any number of rows, and stays as it is."""
-        if prefix != self._prefix or self._prefix_cache is None:
-            ids = torch.tensor([prefix], device=self.model.device)
-            cache = DynamicCache()
-            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self._prefix_cache = Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
-            self._prefix = prefix
-        return self._prefix_cache
+        ids = torch.tensor([prefix], device=self.model.device)
+        cache = DynamicCache()
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
 
     @torch.inference_mode()
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
@@ -85,7 +81,7 @@ class LabelRanker(Ranker):
             inputs["attention_mask"] = visible.long()
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         if prefix:
-            inputs["past_key_values"] = self._cache(prefix)
+            inputs["past_key_values"] = self._cached(prefix)
         output = self.model(**inputs, use_cache=bool(prefix), logits_to_keep=self.tree.columns + 1)
         return label_scores(self.tree, output.logits.float(), self.task.aggregate).cpu().numpy()
 

@@ -262,15 +262,18 @@ def load_adapter(
             f"the adapter {folder} does not fit the base {model.name_or_path} ({reason}); give its own base with --base"
         ) from error
     if not trainable:
-        take_precision_of_base(model)
+        make_inference_adapters(model)
     return model
 
 
-def take_precision_of_base(model: PeftModel) -> None:
-    """Cast all adapters on a base to its data type, in place; for those that are not trained any more."""
+def make_inference_adapters(model: PeftModel) -> None:
+    """Make all adapters on a base cheap to use, in place: its data type, and `lean_lora`. They train no more."""
+    from common import lean_lora
+
     for key, parameter in model.named_parameters():
         if ".lora_" in key:
             parameter.data = parameter.data.to(model.dtype)
+    lean_lora.install(model)
 
 
 def tokenizer_folder(model_dir: str, base: str | None = None) -> str:

@@ -149,15 +149,14 @@ class OnnxRanker(Ranker):
     ) -> None:
         super().__init__(tokenizer, task, *sizes_of(model.config), max_batch_tokens)
         self.model, self.name, self.precision = model, model.name, (model.dtype, False)
-        self._prefix_cache: list[np.ndarray] = []
+
+    def _read_prefix(self, prefix: tuple[int, ...]) -> list[np.ndarray]:
+        return [value.numpy() for value in self.model.forward(*left_padded([prefix], 0), None, 1)[1]]
 
     def _cache(self, prefix: tuple[int, ...], rows: int) -> list[OrtValue] | None:
         if not prefix:
             return None
-        if prefix != self._prefix:
-            cache = self.model.forward(*left_padded([prefix], 0), None, 1)[1]
-            self._prefix, self._prefix_cache = prefix, [value.numpy() for value in cache]
-        return self.model.cache([array.repeat(rows, axis=0) for array in self._prefix_cache])
+        return self.model.cache([array.repeat(rows, axis=0) for array in self._cached(prefix)])
 
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         rows = len(suffixes)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import logsumexp
@@ -31,6 +32,7 @@ CPU_BATCH_TOKENS = 2048  # where a CPU is fastest: what passes between layers st
 LOGITS_AT_ONCE = 1 << 24  # rows x scored columns x vocabulary of a batch, unless one row has more
 WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
 MIN_PREFIX = 4  # a shorter shared start is not worth a cache
+KEPT_PREFIXES = 8  # whose keys and values stay at hand: small batches share now this start, now that one
 
 
 class LabelTree:
@@ -113,11 +115,24 @@ class Ranker:
         self.tokenizer, self.task, self.context, self.vocabulary = tokenizer, task, context, vocabulary
         self.max_batch_tokens = max_batch_tokens
         self.tree = LabelTree(label_tokens(tokenizer, task))
-        self._prefix: tuple[int, ...] = ()  # whose keys and values are at hand
+        self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # their keys and values, last used last
 
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         """[rows, labels] of prompts that are `prefix` and then each of `suffixes`."""
         raise NotImplementedError
+
+    def _read_prefix(self, prefix: tuple[int, ...]) -> Any:
+        """Keys and values of the tokens that prompts start with, for `_score`."""
+        raise NotImplementedError
+
+    def _cached(self, prefix: tuple[int, ...]) -> Any:
+        """`_read_prefix`, kept."""
+        if prefix not in self._prefixes:
+            self._prefixes[prefix] = self._read_prefix(prefix)
+        self._prefixes.move_to_end(prefix)
+        while len(self._prefixes) > KEPT_PREFIXES:
+            self._prefixes.popitem(last=False)
+        return self._prefixes[prefix]
 
     def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
         """Raw label scores [rows, labels] in nats a token, float32, in the order of `texts`.
@@ -159,17 +174,16 @@ class Ranker:
     def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
         """Tokens that all prompts start with, short of the last one; () where a cache would not pay.
 
-        Those whose cache is at hand are taken instead, where computing it anew takes more tokens than it saves.
+        A shorter start that is at hand is taken instead, where reading this one would take more tokens than it saves.
         """
         first, last = min(prompts), max(prompts)
         limit = min(map(len, prompts)) - 1
         shared = 0
         while shared < limit and first[shared] == last[shared]:
             shared += 1
-        known = self._prefix
-        extra = shared - len(known)
-        if extra >= 0 and known == tuple(first[: len(known)]) and extra * len(prompts) <= shared:
-            shared = len(known)
+        at_hand = [len(known) for known in self._prefixes if known == tuple(first[: min(len(known), shared)])]
+        if at_hand and (shared - max(at_hand)) * len(prompts) <= shared:
+            shared = max(at_hand)
         return tuple(first[:shared]) if len(prompts) > 1 and shared >= MIN_PREFIX else ()
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
