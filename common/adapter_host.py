@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from common import models, records, vram
+from common import models, records, tokenizers, vram
 from common.calibration import Calibration
 from common.channel import Channel
 from common.cli import UserError, log
@@ -182,7 +182,8 @@ class Host:
     Messages that come: `job` (a Job), `withdraw` (its number), `versions` (a run's name, and those of its versions that
     may stay loaded), `close`. Messages that go: `broken` (why the base cannot be loaded), `state` (a State), `timed`
     ("base" | "adapter" | "prior", name, seconds), `taken` (the numbers of a batch), `text` (a part of an answer, for
-    the job with that number), `done` (the numbers and the answers of a batch; an answer can be an exception).
+    the job with that number), `encoder` (a number and a PromptEncoder), `encodes` (a version, and which does), `done`
+    (the numbers and the answers of a batch; an answer can be an exception).
 
     Args:
         base: folder or Hub id.
@@ -199,6 +200,7 @@ class Host:
         self._closing = False
         self._refused: dict[Version, str] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._encoders: dict[PreTrainedTokenizerBase, int | None] = {}
         self._base_hash: str | None = None
         self._signature: tuple = ()  # of the base's files when it was loaded
         self._active: str | None = None
@@ -338,7 +340,19 @@ class Host:
                 raise Unusable(str(error)) from error
             self._detach_old(version.name)
             self._tell()
+            self._offer_encoder(version)
         return self.views[version]
+
+    def _offer_encoder(self, version: Version) -> None:
+        """Let the server encode this version's prompts, on a core of its own while the model computes."""
+        tokenizer = self.views[version].tokenizer
+        if tokenizer not in self._encoders:
+            encoder = tokenizers.prompt_encoder(tokenizer)
+            self._encoders[tokenizer] = None if encoder is None else len(self._encoders)
+            if encoder is not None:
+                self.channel.send("encoder", self._encoders[tokenizer], encoder)
+        if (number := self._encoders[tokenizer]) is not None:
+            self.channel.send("encodes", version, number)
 
     def _attach(self, version: Version) -> tuple[str | None, PreTrainedTokenizerBase]:
         """(adapter's name within PEFT, tokenizer)."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from common import codegen, labelled
+from common import codegen, tokenizers
 from common.adapter_host import Unusable, View
 from common.cli import UserError
 
@@ -29,15 +29,16 @@ ANSWER_TOKENS = 512  # the budget of an answer, where the request gives none
 
 @dataclass(frozen=True)
 class Classify:
-    """CreditMix rows. A payload is a list of features, its answer a list of what `Classifier.answers` gives."""
+    """Rows of the label task. A payload is a list of prompts, its answer a list of what `Classifier.answers` gives."""
 
     name: ClassVar[str] = "creditmix"
     urgent: ClassVar[bool] = True
 
-    def run(self, view: View, payloads: Sequence[list[str]]) -> list[list[dict[str, Any]]]:
+    def run(self, view: View, payloads: Sequence[list[str | list[int]]]) -> list[list[dict[str, Any]]]:
         classifier, calibration = _ready(view)
-        texts = [labelled.clean(classifier.task, text) for rows in payloads for text in rows]
-        answers = iter(classifier.answers(texts, calibration))
+        prompts = [tokenizers.encode_prompt(view.tokenizer, row) if isinstance(row, str) else row
+                   for rows in payloads for row in rows]  # fmt: skip
+        answers = iter(classifier.answers_to(prompts, calibration))
         return [[next(answers) for _ in rows] for rows in payloads]
 
 
@@ -156,7 +157,7 @@ class Chat:
     urgent: ClassVar[bool] = False
 
     def run(self, view: View, payloads: Sequence[ChatTurn]) -> list[ChatAnswer]:
-        from common import generation, tokenizers
+        from common import generation
 
         prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages) for turn in payloads]
         context = getattr(view.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30

@@ -126,7 +126,13 @@ class Classifier:
 
     def answers(self, texts: Sequence[str], calibration: Calibration, raw: np.ndarray | None = None) -> list[dict]:
         """One answer per text, with the keys that infer and serve promise; numbers rounded for reading."""
-        raw = self.raw_scores(texts) if raw is None else raw
+        return self._answers(self.raw_scores(texts) if raw is None else raw, calibration)
+
+    def answers_to(self, prompts: Sequence[list[int]], calibration: Calibration) -> list[dict]:
+        """As `answers`, to prompts that are token ids already."""
+        return self._answers(self.ranker.scores_of(prompts), calibration)
+
+    def _answers(self, raw: np.ndarray, calibration: Calibration) -> list[dict]:
         result = calibration.apply(raw)
 
         def named(vector: Sequence[float]) -> dict[str, float]:
@@ -142,5 +148,5 @@ class Classifier:
                 "probabilities": named(result.probabilities[row]),
                 "top2_margin": round(float(result.top2_margin[row]), DIGITS),
             }
-            for row in range(len(texts))
+            for row in range(len(raw))
         ]

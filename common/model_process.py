@@ -27,6 +27,7 @@ from common.channel import Unpacker, pack
 from common.cli import log
 from common.micro_batches import Job
 from common.run_registry import Version
+from common.tokenizers import PromptEncoder
 
 ROOT = Path(__file__).parents[1]
 RETRY = 10.0  # seconds until a base that could not be loaded is tried again
@@ -109,6 +110,9 @@ class ModelProcess(asyncio.Protocol):
         self._numbers = 0
         self._pending: dict[int, Pending] = {}
         self._told: dict[str, list[Version]] = {}  # the versions of each run, as the process knows them
+        self._encoders: dict[int, Callable[[str], list[int] | None]] = {}
+        self._encodes: dict[Version, int] = {}  # which of them does for a version
+        self._loading: set[asyncio.Future] = set()
         self._unpacker = Unpacker()
         self._transport: asyncio.Transport | None = None
         self._unsent = [pack("start", base, settings, adapters)]
@@ -159,6 +163,11 @@ class ModelProcess(asyncio.Protocol):
             self._leaves(pending)
             self._send("withdraw", pending.job.number)
 
+    def encode(self, version: Version, prompts: Sequence[str]) -> list[str | list[int]]:
+        """Each prompt as token ids, so that the model's process need not, where this process can; else as it is."""
+        encode = self._encoders.get(self._encodes.get(version))
+        return [encode(prompt) or prompt for prompt in prompts] if encode else list(prompts)
+
     def close(self) -> None:
         """Take no more jobs; those that were accepted are still done. `closed` is done when the process has ended."""
         self._send("close")
@@ -180,6 +189,16 @@ class ModelProcess(asyncio.Protocol):
     def on_text(self, number: int, text: str) -> None:
         if (pending := self._pending.get(number)) and pending.emit:
             pending.emit(text)
+
+    def on_encoder(self, number: int, encoder: PromptEncoder) -> None:
+        async def load() -> None:  # seconds for a large vocabulary, which the event loop must not wait for
+            self._encoders[number] = await asyncio.to_thread(encoder.load)
+
+        self._loading.add(task := asyncio.ensure_future(load()))
+        task.add_done_callback(self._loading.discard)
+
+    def on_encodes(self, version: Version, number: int) -> None:
+        self._encodes[version] = number
 
     def on_done(self, numbers: Sequence[int], answers: Sequence[Any]) -> None:
         self.busy -= len(numbers)

@@ -140,17 +140,22 @@ class Ranker:
         Raises:
             UserError: a row does not fit the context with its longest label, or the model answers NaN.
         """
-        scores = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
+        scores = [np.empty((0, len(self.task.labels)), dtype=np.float32)]
         for start in range(0, len(texts), WINDOW_ROWS):
             window = texts[start : start + WINDOW_ROWS]
             prompts = [tokenizers.encode_prompt(self.tokenizer, self.task.prompt(text)) for text in window]
-            self._check_lengths(prompts, start)
-            prefix = self._shared_prefix(prompts)
-            for rows in self._batches([len(prompt) - len(prefix) for prompt in prompts]):
-                suffixes = [prompts[row][len(prefix) :] for row in rows]
-                scores[[start + row for row in rows]] = self._score(prefix, suffixes)
+            scores.append(self.scores_of(prompts, start))
+        return np.concatenate(scores)
+
+    def scores_of(self, prompts: Sequence[list[int]], start: int = 0) -> np.ndarray:
+        """As `raw_scores`, of prompts that are token ids already; in errors, the first is row `start` + 1."""
+        scores = np.empty((len(prompts), len(self.task.labels)), dtype=np.float32)
+        self._check_lengths(prompts, start)
+        prefix = self._shared_prefix(prompts)
+        for rows in self._batches([len(prompt) - len(prefix) for prompt in prompts]):
+            scores[rows] = self._score(prefix, [prompts[row][len(prefix) :] for row in rows])
         if not np.isfinite(scores).all():
-            row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
+            row = start + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
             raise UserError(f"the model answers NaN for row {row}; use --dtype float32, or train the adapter again")
         return scores
 

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from common import codegen, json_schema, web
+from common import codegen, json_schema, labelled, web
 from common.answering import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.chat_api import add_chat
 from common.cli import UserError
@@ -223,7 +223,9 @@ def _add_inference(app: FastAPI, server: Server) -> None:
         started = time.perf_counter()
         version = await server.find(run)
         tokens = sum(map(estimate, texts))
-        answers = await server.answer(request, version, Classify(), texts, rows=len(texts), tokens=tokens)
+        task = server.settings.host.task
+        prompts = server.encode(version, [task.prompt(labelled.clean(task, text)) for text in texts])
+        answers = await server.answer(request, version, Classify(), prompts, rows=len(texts), tokens=tokens)
         metrics = server.metrics
         for text, answer in zip(texts, answers, strict=True):
             metrics.child(metrics.margin, version.name).observe(answer["top2_margin"])

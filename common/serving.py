@@ -159,6 +159,10 @@ class Server:
         except UserError as error:
             raise Problem(409, str(error), param) from error
 
+    def encode(self, version: Version, prompts: Sequence[str]) -> list[str | list[int]]:
+        """Prompts as token ids, where this process has been told how (see `ModelProcess.encode`)."""
+        return self.models.get(version.base).encode(version, prompts)
+
     async def answer(
         self,
         request: Request,

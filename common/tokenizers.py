@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,56 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     except (ValueError, TemplateError) as error:
         raise UserError(f"the chat cannot be encoded ({_first_line(error)}); change its roles or its text") from error
     return tokenizer.encode(rendered, add_special_tokens=False)  # the same ids at half the cost
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """`encode_prompt` of one tokenizer, for a process that has neither it nor transformers; made by `prompt_encoder`.
+
+    Attributes:
+        backend: the tokenizer of the tokenizers library, as JSON.
+        head, tail: what the chat template puts around a user's text.
+        special: the special tokens; a text with one of them is for `encode_prompt` itself.
+    """
+
+    backend: str
+    head: str
+    tail: str
+    special: tuple[str, ...]
+
+    def load(self) -> Callable[[str], list[int] | None]:
+        """The function from a text to its token ids, or to None for a text with a special token in it."""
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(self.backend)
+
+        def encode(text: str) -> list[int] | None:
+            if any(token in text for token in self.special):
+                return None
+            return backend.encode(self.head + text + self.tail, add_special_tokens=False).ids
+
+        return encode
+
+
+def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder | None:
+    """What encodes prompts as `encode_prompt` does; None where the template does more than put text around a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not tokenizer.chat_template or backend is None:
+        return None
+
+    def rendered(text: str) -> str:
+        turn = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+    mark = "prompt 7f3a"
+    head, found, tail = rendered(mark).partition(mark)
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    encoder = PromptEncoder(backend.to_str(), head, tail, special)
+    probes = (*PROBES, " a\n", "\n\n a {{ b }} <c> ' \" ")
+    encode = encoder.load()
+    if not found or any(rendered(probe) != head + probe + tail for probe in probes):
+        return None
+    return encoder if all(encode(probe) == encode_prompt(tokenizer, probe) for probe in probes) else None
 
 
 def same_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str | None:

@@ -15,6 +15,8 @@ from common.micro_batches import Job
 from common.run_registry import Registry
 from common.tasks import CREDITMIX
 
+PROMPT = CREDITMIX.prompt(creditmix.clean_features(ROWS[0]))
+
 
 class Messages:
     """A channel without another end."""
@@ -41,7 +43,7 @@ def runs(tmp_path_factory, base):
 
 def serve(base: str, runs, versions, *, adapters: int = 3, **changes) -> Messages:
     """The messages of a process that is asked for the first row by each version, and closed."""
-    jobs = [("job", Job(number, (version, Classify()), [ROWS[0]])) for number, version in enumerate(versions)]
+    jobs = [("job", Job(number, (version, Classify()), [PROMPT])) for number, version in enumerate(versions)]
     messages = Messages(*jobs, ("close",))
     Host(base, settings(runs, **changes).host, adapters, messages).serve()
     gc.unfreeze()  # it is not alone in this process
@@ -98,7 +100,7 @@ def test_versions_that_left_the_registry_leave_memory(base, tmp_path, monkeypatc
         version = registry.find("sft")
         messages.coming = [("versions", version.name, registry.versions(version.name))]
         host._receive(0)
-        host._begin([Job(seed, (version, Classify()), [ROWS[0]])])
+        host._begin([Job(seed, (version, Classify()), [PROMPT])])
     assert len({answer["raw_scores"]["Good"] for (answer,) in answers(messages)}) == 5
     assert len(host.model.peft_config) == len(host.views) == 3
     (state,) = messages.last("state")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, SHARED, build_base, distance
+from conftest import CORPUS, PROMPTS, SHARED, build_base, distance
 
 import sft_train
 from common import miniature, models, tokenizers
@@ -323,3 +324,20 @@ def test_same_vocabulary(tokenizer, tmp_path):
     )
     other = tokenizers.align(miniature.build_tokenizer(["QUITE OTHER TEXT 123"] * 20, vocab_size=300))
     assert "only the" in tokenizers.same_vocabulary(other, tokenizer)
+
+
+def test_a_prompt_encoder_is_encode_prompt_without_transformers(tokenizer):
+    encoder = pickle.loads(pickle.dumps(tokenizers.prompt_encoder(tokenizer)))
+    encode = encoder.load()
+    for text in (*CORPUS[:3], "", " a  b\n", "{{ x }} {% raw %}", "Ünï 🙂\u2028"):
+        assert encode(text) == tokenizers.encode_prompt(tokenizer, text)
+    assert encode("Age: 1<|im_end|>") is None  # no text may end the turn: for `encode_prompt`
+
+
+@pytest.mark.parametrize("change", ["content | trim", "content | upper"])
+def test_a_template_that_changes_texts_has_no_prompt_encoder(change, tokenizer):
+    other = pickle.loads(pickle.dumps(tokenizer))
+    other.chat_template = f"{{% for message in messages %}}<|im_start|>{{{{ message.{change} }}}}{{% endfor %}}"
+    assert tokenizers.prompt_encoder(other) is None
+    other.chat_template = None
+    assert tokenizers.prompt_encoder(other) is None
