@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 from bench.memory import held_bytes, tracked_peak
 from common import cli, shapes, vram
 from common.peak_memory import BFLOAT16, FLOAT32, GB, Inference, Plan, Training, predict, runtime_bytes
+from common.ranker import LOGITS_AT_ONCE
 
 SERVING_GB = 4.0  # that four adapters are to be served within
 ADAPTERS = 4
@@ -47,6 +48,7 @@ ITEM = {"type": "object", "properties": {"name": {"type": "string"}, "price": {"
 SCHEMA = {"type": "object", "properties": {"items": {"type": "array", "items": ITEM}}, "required": ["items"]}
 LEAST_ROWS = 8  # as many as DPO's reference pass reads at once
 NEW_TOKENS, PROMPT_TOKENS = 64, 192  # of a document that is written
+SCORED = 256  # positions at most that logits are made for, with rows of that length and three labels
 TEXT_DIGITS = 200  # of a text whose labels are ranked; a digit is a token
 
 
@@ -132,7 +134,14 @@ def plans(shape: shapes.Shape, lengths: Sequence[int], room: int, cuda: bool) ->
         yield "kd", plan
         yield "dpo", replace(plan, method="dpo", lora_dropout=0.0)
         yield "distill, cached", replace(plan, method="distill")
-    serving = Inference(shape, adapters=ADAPTERS, four_bit=cuda, width=BFLOAT16 if cuda else FLOAT32, cuda=cuda)
+    serving = Inference(
+        shape,
+        logits=min(LOGITS_AT_ONCE, SCORED * shape.vocabulary),
+        adapters=ADAPTERS,
+        four_bit=cuda,
+        width=BFLOAT16 if cuda else FLOAT32,
+        cuda=cuda,
+    )
     serving = vram.fit(serving, min(room, int(SERVING_GB * GB))) or serving
     yield "label ranking", replace(serving, adapters=1, generates=False)
     yield "constrained JSON", replace(serving, adapters=1, batch_tokens=serving.batch_tokens // 4)

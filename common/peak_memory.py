@@ -322,14 +322,13 @@ def predict_training(plan: Training) -> Prediction:
 def layer_forward(plan: Inference) -> float:
     """Bytes that a layer takes for its forward pass at its largest moment.
 
-    That is the MLP's second matrix under its adapter: SiLU's result, the matrix's, the adapter's, the adapter's scaled,
-    each f wide; before it, in models with a narrow MLP, the attention's nine tensors of the hidden width.
+    That is the MLP's product: SiLU's result, the second matrix's (an adapter adds in place, see `common.lean_lora`) and
+    theirs, each f wide; before it, in models with a narrow MLP, the attention's nine tensors of the hidden width.
     """
     shape, width = plan.model, plan.width
     d, f = shape.hidden, shape.intermediate
-    products = f * (4 if plan.adapters else 3) * width
     largest = max(inputs * outputs for inputs, outputs in shape.projections)
-    return plan.batch_tokens * max(products + 4 * d * width, 9 * d * width) + largest * BFLOAT16 * plan.four_bit
+    return plan.batch_tokens * max(3 * f + 5 * d, 9 * d) * width + largest * BFLOAT16 * plan.four_bit
 
 
 def predict_inference(plan: Inference) -> Prediction:

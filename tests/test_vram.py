@@ -153,6 +153,7 @@ def test_inference_peak(tokenizer):
     settings = config(128, 1024, layers=3, vocabulary=1024)
     base = gpu_8gb.random_model(settings, four_bit=False, device="cpu")
     student = models.add_lora(base, r=16, alpha=32, dropout=0.0, seed=0).eval()
+    models.make_inference_adapters(student)
     ranker = LabelRanker(student, tokenizer, tasks.CREDITMIX, 2048)
     texts = [f"{row:03}" + "12345678" * 20 for row in range(40)]
     plan = Inference(shapes.from_config(settings), batch_tokens=2048, generates=False, width=4, **CPU)
