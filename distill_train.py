@@ -27,7 +27,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from common import cli, completions, distill_rows, models, tasks, tokenizers, training
+from common import cli, completions, distill_rows, models, tasks, tokenizers, training, vram
 from common.cli import UserError, log
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def token_trainer(
 
     train_rows, eval_rows = encoded_rows(args, record, tokenizer, rows, held_out)
     used = distillation.Used(objective, pairs, shared)
-    cache = written_cache(args, used, teachers, tokenizer, train_rows) if args.teacher_cache else None
+    cache = written_cache(args, record, used, teachers, tokenizer, train_rows) if args.teacher_cache else None
     student = training.prepare_student(args, tokenizer)
     compared = [layer for layer, _ in pairs] if used.hidden else []
     reader = distillation.Reader(student.get_base_model() if args.lora_r else student, compared)
@@ -277,6 +277,7 @@ def load_teacher(args: argparse.Namespace, used: Used) -> Reader:
 
 def written_cache(
     args: argparse.Namespace,
+    record: RunRecord | None,
     used: Used,
     teachers: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -311,6 +312,11 @@ def written_cache(
     missing = cache.missing(rows)
     if missing:
         log(f"{len(missing):,} of {len(rows):,} rows are not in {args.teacher_cache}; the teacher reads them first")
+        changed = vram.before_teacher_pass(args)
+        if record and changed:
+            record.write(auto_fit=record.facts.get("auto_fit", {}) | changed)
+        if "load_teacher_in_4bit" in changed:  # then it is another cache
+            return written_cache(args, record, used, teachers, tokenizer, rows)
         try:
             teacher_pass.fill_cache(
                 cache,

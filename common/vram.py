@@ -19,7 +19,7 @@ from typing import Any
 
 from common import cli, launch, models, shapes
 from common.cli import UserError, log
-from common.peak_memory import BFLOAT16, CUDA_CONTEXT, FLOAT32, GB, Inference, Plan, Training, predict
+from common.peak_memory import BFLOAT16, CHUNK_LOGITS, CUDA_CONTEXT, FLOAT32, GB, Inference, Plan, Training, predict
 from common.ranker import CPU_BATCH_TOKENS
 
 DESKTOP = 0.7  # GB of a card that also draws the screen
@@ -218,7 +218,8 @@ def changed_flags(plan: Plan, fitted: Plan, args: argparse.Namespace) -> dict[st
         if fitted.max_len != plan.max_len:
             changes["max_len"] = fitted.max_len
     if fitted.four_bit != plan.four_bit:
-        changes["load_in_4bit" if hasattr(args, "load_in_4bit") else "LOAD_IN_4BIT"] = "on"
+        names = (name for name in ("load_in_4bit", "load_teacher_in_4bit") if hasattr(args, name))
+        changes[next(names, "LOAD_IN_4BIT")] = "on"
     return changes
 
 
@@ -251,6 +252,26 @@ def before_inference(args: argparse.Namespace, model_dir: str, *, generates: boo
         log(str(error))
         return {}
     return preflight(plan, args)
+
+
+def before_teacher_pass(args: argparse.Namespace) -> dict[str, Any]:
+    """`preflight` of distill_train.py's pass 1, in which the teacher alone reads the rows and its cache is written."""
+    try:
+        plan = inference_plan(
+            args.teacher,
+            max_batch_tokens=args.max_batch_tokens,
+            load_in_4bit=args.load_teacher_in_4bit,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except shapes.UnknownShape as error:
+        log(str(error))
+        return {}
+    log(f"the teacher {args.teacher} reads first, alone:")
+    own = ("max_batch_tokens", "load_teacher_in_4bit", "auto_fit")  # the rest is of the student's training
+    flags = argparse.Namespace(**{name: getattr(args, name) for name in own})
+    changed = preflight(replace(plan, generates=False, logits=CHUNK_LOGITS), flags)
+    vars(args).update(vars(flags))
+    return changed
 
 
 def before_serving(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import distill_train
 import sft_train
-from common import cli, completions, distill_losses, label_ranking, models, tokenizers
+from common import cli, completions, distill_losses, label_ranking, models, peak_memory, tokenizers, vram
 from common.cli import UserError
 from common.distillation import Objective, layer_pairs
 from common.label_distillation import LabelDistillation
@@ -162,6 +163,34 @@ def test_an_interrupted_cache_goes_on(base, teacher, uneven, tmp_path, monkeypat
     )
     distill(base, tmp_path / "run", *more)
     assert len(seen) == 16 - sum(shards)
+
+
+@pytest.mark.parametrize("auto_fit", [False, True])
+def test_a_teacher_that_does_not_fit_is_said_before_it_is_loaded(
+    auto_fit, base, teacher, uneven, tmp_path, monkeypatch
+):
+    """Its pass has a batch of its own; what training changes is another matter."""
+    plan = vram.inference_plan(teacher, max_batch_tokens=1 << 20, generates=True)
+    needed = vram.predict(replace(plan, generates=False, logits=peak_memory.CHUNK_LOGITS)).total
+    free = iter([1 << 40, needed - 1])  # of the student's training, then of the teacher's pass
+    monkeypatch.setattr(vram, "free_bytes", lambda: next(free))
+    more = [
+        "--teacher",
+        teacher,
+        "--data",
+        uneven,
+        "--teacher_cache",
+        tmp_path / "cache",
+        "--max_batch_tokens",
+        1 << 20,
+    ]
+    if auto_fit:
+        run = distill(base, tmp_path / "run", *more, "--auto_fit")
+        assert run_json(run)["auto_fit"] == {"max_batch_tokens": 1 << 19}
+    else:
+        monkeypatch.setattr(distill_train, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+        with pytest.raises(UserError, match=f"are free; --max_batch_tokens {1 << 19}"):
+            distill(base, tmp_path / "run", *more)
 
 
 @pytest.mark.parametrize("lora", ["--lora_r=4", "--lora_r=0"])
