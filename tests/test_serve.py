@@ -22,6 +22,7 @@ import pytest
 from conftest import LABELS, ROOT, build_base, wait_for
 from served import ROWS, make_run, make_runs, replace_adapter, serve, settings
 
+from bench.memory import own_bytes
 from common import answering, creditmix, model_process, serve_api, serving, tasks
 from common.adapter_host import Abandoned, View
 from common.answering import Classify
@@ -720,7 +721,10 @@ def test_a_port_that_is_taken(runs, monkeypatch, caplog):
 
 
 def test_memory_is_flat(served, monkeypatch):
-    """Mixed traffic leaves nothing behind, refused and failed requests included."""
+    """Mixed traffic leaves nothing behind, in either process, refused and failed requests included.
+
+    SOAK_ROUNDS=20000 is an hour of it or so.
+    """
     monkeypatch.setattr(logging.getLogger("uvicorn.access"), "disabled", True)  # pytest keeps its records
     bodies = [("/infer/sft", {"features": ROWS[0]}), ("/infer/kd/batch", [{"features": row} for row in ROWS[:3]]),
               ("/infer/nope", {"features": "a"}), ("/infer/sft", {}), ("/infer/base", b"{"),
@@ -736,10 +740,12 @@ def test_memory_is_flat(served, monkeypatch):
         gc.collect()
         return Counter(type(thing).__name__ for thing in gc.get_objects())
 
-    traffic(20)
-    before = traffic(20)
-    grown = traffic(60) - before
+    traffic(40)
+    (process,) = [process for process in served.processes if process.loaded]
+    before, held = traffic(20), own_bytes(process.process.pid)
+    grown = traffic(int(os.environ.get("SOAK_ROUNDS", 60))) - before
     assert grown.total() < 150, grown  # 360 requests; a leak of one object each would show
+    assert own_bytes(process.process.pid) - held < 3e6
     connection.close()
 
 
