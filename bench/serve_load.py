@@ -32,6 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
+from bench.memory import own_bytes
 from bench.turns import print_table, take_turns
 from common import cli, models, records
 
@@ -80,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table["clients"] |= load.latency(args.clients)
     print_table(table, "rows")
     print(f"{load.answers:,} answers, {load.wrong} wrong, {load.refused} refused, {load.failed} server errors")
-    print(f"{len(names) - 1} more adapters add {memory['added']:,} bytes to resident memory, their files have "
-          f"{memory['files']:,}; {resident >> 20} MiB resident after the load")  # fmt: skip
+    print(f"{len(names) - 1} more adapters add {memory['added']:,} bytes to the memory held, their files have "
+          f"{memory['files']:,}; {resident >> 20} MiB held after the load")  # fmt: skip
     speeds = {name: entry["rows_per_s"] for name, entry in table.items()}
     ratios = {
         "of_script": round(speeds["clients"] / speeds["script"], 3),
@@ -183,12 +184,8 @@ class Server:
             return False
 
     def resident(self) -> int:
-        """Resident memory in bytes of the server and its models' processes; what they share counts once."""
-        found, wanted = 0, [self.process.pid]
-        for pid in wanted:
-            found += int(Path(f"/proc/{pid}/smaps_rollup").read_text().partition("Pss:")[2].split()[0]) * 1024
-            wanted += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        return found
+        """Bytes of memory that the server and its models' processes hold of their own."""
+        return own_bytes(self.process.pid)
 
 
 @contextlib.contextmanager
