@@ -156,7 +156,7 @@ class Peer:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
             answer = json.loads(self.process.stdout.readline() or "{}")
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it has ended, perhaps in the middle of a line
             answer = {}
         if "error" in answer or not answer:
             self.__exit__()

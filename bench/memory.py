@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 from collections import defaultdict
@@ -74,5 +75,8 @@ def own_bytes(pid: int) -> int:
     family = [pid]
     for member in family:
         family += children[member]
-    rollups = (Path(f"/proc/{member}/smaps_rollup").read_text() for member in family)
+    rollups = []
+    for member in family:
+        with contextlib.suppress(OSError):  # it has just ended
+            rollups.append(Path(f"/proc/{member}/smaps_rollup").read_text())
     return sum(1024 * int(kilobytes) for text in rollups for kilobytes in OWN.findall(text))

@@ -112,6 +112,8 @@ class Series:
             return f"one more costs {fit.marginal / wanted:.2f} times what was expected ({amount(wanted, self.unit)})"
         if not wanted and change <= 1 + CLOSE:
             return f"is constant (a factor of {change:.2f})"
+        if fit.marginal <= 0:
+            return "falls"
         if form == "sublinear":
             return f"grows as x^{fit.exponent:.2f}" if not 0 < fit.exponent < 0.9 else ""
         if form == "linear" and fit.fixed < -CLOSE * held[0]:

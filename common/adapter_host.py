@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -195,6 +197,7 @@ class Host:
         self.queue = BatchQueue(settings.max_batch_tokens, settings.max_wait)
         self.model: Any = None
         self.batch: list[Job] = []  # what is being worked on
+        self._taken: list[list[Job]] = []  # batches that were begun, one within the other
         self.views: dict[Version, View] = {}
         self._versions: dict[str, list[Version]] = {}
         self._closing = False
@@ -217,6 +220,8 @@ class Host:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             log(f"the base {self.base} cannot be loaded: {reason}")
             self.channel.send("broken", reason)
+            while not self._closing:  # or gone: what is sent by an end that has closed can be lost
+                self._receive(None)
             return
         self.timed("base", self.base, time.perf_counter() - started)
         self._tell()
@@ -247,11 +252,13 @@ class Host:
                 case "withdraw":
                     (number,) = fields
                     if not self.queue.withdraw(number):
-                        for job in self.batch:
+                        for job in itertools.chain(*self._taken):
                             job.abandoned = job.abandoned or job.number == number
                 case "versions":
                     name, versions = fields
                     self._versions[name] = versions
+                    for old in [old for old in self._refused if old.name == name and old not in versions]:
+                        del self._refused[old]
                 case "close":
                     self._closing = True
 
@@ -290,7 +297,11 @@ class Host:
 
     def _begin(self, jobs: list[Job]) -> None:
         self.channel.send("taken", [job.number for job in jobs])
-        self._answer(jobs)
+        self._taken.append(jobs)
+        try:
+            self._answer(jobs)
+        finally:
+            self._taken.pop()
 
     def _answer(self, jobs: list[Job]) -> None:
         """Do a batch and send its answers; where it fails, one by one, so that a bad request harms itself alone."""
@@ -380,7 +391,7 @@ class Host:
     def _detach_old(self, name: str) -> None:
         """Drop the versions of a run that are too old to be asked for."""
         current = self._versions.get(name, ())
-        running = {job.key[0] for job in self.batch}
+        running = {job.key[0] for job in itertools.chain(*self._taken)}
         for version, view in list(self.views.items()):
             if version.name == name and version not in current and version not in running:
                 del self.views[version]
@@ -440,6 +451,7 @@ def main(end: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager stops all processes; this one by its server
     # Under the name by which the server knows this module's classes.
     from common import adapter_host
 

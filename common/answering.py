@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from common.classifier import Classifier
     from common.code_writer import CodeAnswer, CodeWriter
-    from common.generation import Generation
+    from common.generated import Generation
     from common.idp import Extraction
 
 ANSWER_TOKENS = 512  # the budget of an answer, where the request gives none

@@ -19,7 +19,7 @@ from common.serving import Server, check_schema, estimate
 from common.web import Problem, responses
 
 if TYPE_CHECKING:
-    from common.generation import Generation
+    from common.generated import Generation
 
 MAX_MESSAGES = 256
 MAX_CONTENT = 1_000_000  # characters

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
-    from common.generation import Generation
+    from common.generated import Generation
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # of several samples a task (Chen et al. 2021, arXiv:2107.03374)
 

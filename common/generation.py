@@ -8,36 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from common.cli import UserError
+from common.generated import Generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
 MAX_BATCH_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    Attributes:
-        text: the answer without special tokens.
-        tokens: its token ids, without the one that ended it.
-        logprobs: log-probability of each token in nats, the model's own (before masks, temperature and top_p).
-        finished: it ended by itself or by `stop`, not because the token budget was used up.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finished: bool
 
 
 def generate(

@@ -18,7 +18,7 @@ from common.field_metrics import path_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from common.generation import Generation
+    from common.generated import Generation
 
 INSTRUCTION = "Extract from the document what the JSON Schema asks for. Return only the JSON."
 SMALLEST_PIECE = 32  # tokens that there must be for the document

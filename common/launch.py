@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # `accelerate launch` sets the first whatever it starts, and the second only where it was asked for several processes.
 LAUNCHED, MEETING_POINT = "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"
 MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # how many mpirun or srun has started
-LAUNCH = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")  # words that start such a command
+LAUNCH = ("launch", "accelerate-launch", "accelerate.commands.launch")  # words that start such a command
 FSDP_NEEDS = {  # settings of it that are in the environment: their values, and why
     "FSDP_VERSION": ("2", "the first shards no weights in 4 bits beside others"),
     "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "the first process writes what is trained"),

@@ -32,7 +32,8 @@ def _forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = not (args or kwargs or layer.merged or layer.disable_adapters or layer.lora_variant)
     plain = plain and not any(layer.lora_bias.get(name) for name in active)
-    if torch.is_grad_enabled() or layer.training or not plain:
+    offloaded = any(hasattr(layer.lora_A[name], "_hf_hook") for name in active)  # then calling the module fetches it
+    if torch.is_grad_enabled() or layer.training or offloaded or not plain:
         return type(layer).forward(layer, x, *args, **kwargs)
     result = layer.base_layer(x)
     rows = result.view(-1, result.shape[-1])

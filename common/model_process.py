@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
 import os
 import signal
@@ -21,16 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import models
 from common.adapter_host import HostSettings, State, Unusable
 from common.channel import Unpacker, pack
 from common.cli import log
 from common.micro_batches import Job
-from common.run_registry import Version
+from common.run_registry import Version, base_key
 from common.tokenizers import PromptEncoder
 
 ROOT = Path(__file__).parents[1]
 RETRY = 10.0  # seconds until a base that could not be loaded is tried again
+CLOSING = 30.0  # seconds that a process has for what it has accepted when the server stops
+MAX_ENCODED = 20_000  # characters of a request whose prompts are encoded here
 MAX_BACKLOG = 64 << 20  # bytes of requests that a model's process has not read yet; beyond, the queue counts as full
 
 
@@ -45,11 +45,12 @@ class Gone(Exception):
 def launch(end: socket.socket) -> subprocess.Popen:
     """Start a model's process at the other end of `end`; it ends when that is closed.
 
-    It has a session of its own, so that Ctrl-C in a terminal reaches the server alone, which has answers to wait for.
+    It runs this checkout's code, whatever lies where the user stands (-P). It has a session of its own, so that Ctrl-C
+    in a terminal reaches the server alone, which has answers to wait for.
     """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [sys.executable, "-m", "common.adapter_host", str(end.fileno())],
+        [sys.executable, "-P", "-m", "common.adapter_host", str(end.fileno())],
         env=os.environ | {"PYTHONPATH": path},
         pass_fds=[end.fileno()],
         stdin=subprocess.DEVNULL,
@@ -107,12 +108,12 @@ class ModelProcess(asyncio.Protocol):
         self.broken: str | None = None
         self.broken_since = -math.inf
         self.process: Any = None
+        self._closing = False
         self._numbers = 0
         self._pending: dict[int, Pending] = {}
         self._told: dict[str, list[Version]] = {}  # the versions of each run, as the process knows them
         self._encoders: dict[int, Callable[[str], list[int] | None]] = {}
         self._encodes: dict[Version, int] = {}  # which of them does for a version
-        self._loading: set[asyncio.Future] = set()
         self._unpacker = Unpacker()
         self._transport: asyncio.Transport | None = None
         self._unsent = [pack("start", base, settings, adapters)]
@@ -143,11 +144,12 @@ class ModelProcess(asyncio.Protocol):
         """
         if self.closed.done():
             raise Unusable(self.broken or f"the process of {self.base} has ended; send the request again")
-        backlog = self._transport.get_write_buffer_size() if self._transport else sum(map(len, self._unsent))
-        if self.rows >= self.settings.max_queue or backlog > MAX_BACKLOG:
+        if self.full():
             raise QueueFull
         if self._told.get(version.name) != (current := [*versions]):
             self._told[version.name] = current
+            for old in [old for old in self._encodes if old.name == version.name and old not in current]:
+                del self._encodes[old]
             self._send("versions", version.name, current)
         self._numbers += 1
         job = Job(self._numbers, (version, work), payload, rows, tokens, work.urgent)
@@ -163,19 +165,38 @@ class ModelProcess(asyncio.Protocol):
             self._leaves(pending)
             self._send("withdraw", pending.job.number)
 
+    def full(self) -> bool:
+        """Whether there is no room for another job."""
+        backlog = self._transport.get_write_buffer_size() if self._transport else sum(map(len, self._unsent))
+        return self.rows >= self.settings.max_queue or backlog > MAX_BACKLOG
+
     def encode(self, version: Version, prompts: Sequence[str]) -> list[str | list[int]]:
-        """Each prompt as token ids, so that the model's process need not, where this process can; else as it is."""
+        """Each prompt as token ids, so that the model's process need not, where this process can; else as it is.
+
+        Only of a small request that there is room for: the event loop does nothing else meanwhile.
+        """
         encode = self._encoders.get(self._encodes.get(version))
-        return [encode(prompt) or prompt for prompt in prompts] if encode else list(prompts)
+        if encode is None or sum(map(len, prompts)) > MAX_ENCODED or self.full():
+            return list(prompts)
+        return [encode(prompt) or prompt for prompt in prompts]
 
     def close(self) -> None:
         """Take no more jobs; those that were accepted are still done. `closed` is done when the process has ended."""
+        self._closing = True
         self._send("close")
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        if self.process and not self.closed.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
 
     # What comes from the process.
 
     def on_broken(self, reason: str) -> None:
         self.broken, self.broken_since = reason, time.monotonic()
+        if self._transport:
+            self._transport.close()  # which it waits for, so that this message is not lost
 
     def on_state(self, state: State) -> None:
         self.state, self.loaded = state, True
@@ -191,11 +212,7 @@ class ModelProcess(asyncio.Protocol):
             pending.emit(text)
 
     def on_encoder(self, number: int, encoder: PromptEncoder) -> None:
-        async def load() -> None:  # seconds for a large vocabulary, which the event loop must not wait for
-            self._encoders[number] = await asyncio.to_thread(encoder.load)
-
-        self._loading.add(task := asyncio.ensure_future(load()))
-        task.add_done_callback(self._loading.discard)
+        self._encoders[number] = encoder.load()  # a third of a second for 150,000 tokens, once
 
     def on_encodes(self, version: Version, number: int) -> None:
         self._encodes[version] = number
@@ -224,6 +241,8 @@ class ModelProcess(asyncio.Protocol):
         self._lost.set()
 
     def _send(self, *message: Any) -> None:
+        if self._lost.is_set() or (self._transport and self._transport.is_closing()):
+            return  # the process has ended; `_run` answers for it
         if self._transport:
             self._transport.write(pack(*message))
         else:
@@ -241,8 +260,11 @@ class ModelProcess(asyncio.Protocol):
         reason = Gone(f"the process of {self.base} could not be started")
         try:
             ours, theirs = socket.socketpair()
-            with theirs:
-                self.process = launch(theirs)
+            with contextlib.ExitStack() as unless_connected:
+                unless_connected.callback(ours.close)
+                with theirs:
+                    self.process = launch(theirs)
+                unless_connected.pop_all()
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
             await self._lost.wait()
             code = await asyncio.to_thread(self.process.wait)
@@ -250,7 +272,9 @@ class ModelProcess(asyncio.Protocol):
         except OSError as error:
             reason = Gone(f"the process of {self.base} could not be started ({error.strerror})")
         finally:
-            self.loaded = False
+            if not (self.loaded or self.broken or self._closing):  # it ended while it was loading: not at once again
+                self.on_broken(str(reason))
+            self.loaded, self.state = False, State()
             if self._pending:
                 log(str(reason))
             for pending in self._pending.values():
@@ -271,12 +295,6 @@ def _ending(base: str, code: int | None) -> str:
     return f"the process of {base} ended ({how}); the next request starts it again"
 
 
-@functools.lru_cache(maxsize=256)
-def _base_key(base: str) -> str:
-    """One key for the spellings of a folder's path."""
-    return os.path.realpath(base) if models.looks_local(base) else base
-
-
 class Models:
     """The bases in memory, at most `most`; the least recently used leaves first.
 
@@ -290,11 +308,14 @@ class Models:
 
     def get(self, base: str) -> ModelProcess:
         """The process of a base; started where there is none, where it has ended, or failed to load a while ago."""
-        key = _base_key(base)
+        key = base_key(base)
         process = self._processes.pop(key, None)
         leaving = None
         if process is None or (process.closed.done() and time.monotonic() - process.broken_since > RETRY):
-            if process is None and len(self._processes) >= self.most:
+            ended = [other for other, one in self._processes.items() if one.closed.done()]
+            if process is None and len(self._processes) >= self.most and ended:
+                del self._processes[ended[0]]
+            elif process is None and len(self._processes) >= self.most:
                 leaving = self._processes.popitem(last=False)[1]
                 log(f"the base {leaving.base} leaves memory to make room for {base}")
                 leaving.close()
@@ -304,7 +325,7 @@ class Models:
 
     def base_hash(self, base: str) -> str | None:
         """The fingerprint of a base that is in memory."""
-        process = self._processes.get(_base_key(base))
+        process = self._processes.get(base_key(base))
         return process.state.base_hash if process else None
 
     def all(self) -> list[ModelProcess]:
@@ -312,8 +333,12 @@ class Models:
         return list(self._processes.values())
 
     async def close(self) -> None:
-        """Finish what was accepted and stop."""
-        for process in self.all():
-            process.close()
-        if self._processes:
-            await asyncio.wait([process.closed for process in self.all()])
+        """Finish what was accepted and stop; nobody waits for what still loads, or hangs."""
+        processes = [process for process in self.all() if not process.closed.done()]
+        for process in processes:
+            process.close() if process.loaded else process.kill()
+        if processes:
+            _, hanging = await asyncio.wait([process.closed for process in processes], timeout=CLOSING)
+            for process in processes if hanging else ():
+                process.kill()
+            await asyncio.wait([process.closed for process in processes])

@@ -233,6 +233,7 @@ def load_adapter(
     Raises:
         UserError: no weights, or of another base, in shape or (by the run's fingerprint) in weights.
     """
+    import torch
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -256,6 +257,8 @@ def load_adapter(
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         if shared and name in model.peft_config:
             model.delete_adapter(name)
+        if isinstance(error, torch.OutOfMemoryError):  # which is a RuntimeError, and no fault of the adapter's
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if "mismatch" in line), lines[0])
         raise UserError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.ranker import LOGITS_AT_ONCE
+from common.ranker import KEPT_TOKENS, LOGITS_AT_ONCE
 from common.shapes import Shape
 
 GB = 1e9
@@ -335,6 +335,8 @@ def predict_inference(plan: Inference) -> Prediction:
     """The peak of a forward pass: one layer's work at a time, and, to generate, keys and values of all layers."""
     shape, width = plan.model, plan.width
     every_logit = plan.batch_tokens * shape.vocabulary
+    cached = plan.batch_tokens * (shape.layers if plan.generates else 1)
+    cached += KEPT_TOKENS * shape.layers * max(1, plan.adapters)  # prefixes of rows whose labels are ranked
     weights = weight_bytes(shape, four_bit=plan.four_bit, width=width)
     if plan.offload:  # what does not fit waits elsewhere: at the least the embeddings and one layer are there
         one_layer = replace(shape, layers=1)
@@ -343,7 +345,7 @@ def predict_inference(plan: Inference) -> Prediction:
         {
             "weights": weights,
             "adapters": plan.adapters * shape.lora_parameters(plan.lora_r) * width,
-            "key/value cache": plan.batch_tokens * (shape.layers if plan.generates else 1) * 2 * shape.key * width,
+            "key/value cache": cached * 2 * shape.key * width,
             "a forward pass": max(layer_forward(plan), 2 * FLOAT32 * min(plan.logits, every_logit))
             + plan.batch_tokens * ROW_TOKENS * BOOL,  # the mask
         },

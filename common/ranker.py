@@ -32,7 +32,7 @@ CPU_BATCH_TOKENS = 2048  # where a CPU is fastest: what passes between layers st
 LOGITS_AT_ONCE = 1 << 24  # rows x scored columns x vocabulary of a batch, unless one row has more
 WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
 MIN_PREFIX = 4  # a shorter shared start is not worth a cache
-KEPT_PREFIXES = 8  # whose keys and values stay at hand: small batches share now this start, now that one
+KEPT_TOKENS = 512  # of prefixes that stay at hand: small batches share now this start, now that one
 
 
 class LabelTree:
@@ -130,7 +130,7 @@ class Ranker:
         if prefix not in self._prefixes:
             self._prefixes[prefix] = self._read_prefix(prefix)
         self._prefixes.move_to_end(prefix)
-        while len(self._prefixes) > KEPT_PREFIXES:
+        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > KEPT_TOKENS:
             self._prefixes.popitem(last=False)
         return self._prefixes[prefix]
 

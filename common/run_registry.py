@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -99,7 +100,8 @@ class Registry:
     def adapters_of(self, base: str) -> int:
         """How many runs are adapters on a base; blocking."""
         folders = [Path(self.runs_dir) / name for name in self.names()]
-        return sum(_base_of(folder) == base for folder in folders if models.is_adapter(folder))
+        bases = [_base_of(folder) for folder in folders if models.is_adapter(folder)]
+        return sum(base_key(found) == base_key(base) for found in bases if found)
 
     def find(self, address: str) -> Version:
         """The version that `name` or `name@hash` stands for; blocking, since a changed adapter is hashed.
@@ -165,6 +167,12 @@ class Registry:
             kept = [old for old in versions if old.sha256 != version.sha256 and old.model_dir == model_dir]
             self._versions[name] = [version, *kept][:KEPT_VERSIONS]
             return list(self._versions[name])
+
+
+@functools.lru_cache(maxsize=256)
+def base_key(base: str) -> str:
+    """One key for the spellings of a folder's path."""
+    return os.path.realpath(base) if models.looks_local(base) else base
 
 
 def _base_of(folder: Path) -> str | None:

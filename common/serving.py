@@ -131,6 +131,7 @@ class Server:
         self.models = Models(settings.max_bases, self._start)
         self.metrics = ServingMetrics(self.web_metrics.registry, self)
         self._preloading: list[Pending] = []
+        self._ready = False
         self._waiting: dict[Pending, tuple[Request, float]] = {}  # until when
 
     def _start(self, base: str, after: ModelProcess | None) -> ModelProcess:
@@ -231,15 +232,19 @@ class Server:
                 log(f"{address} cannot be loaded in advance: {error}")
 
     def ready(self) -> bool:
-        """The base is loaded and its prior known, and so is all that PRELOAD asks for."""
+        """The base has been loaded and its prior is known, and so is all that PRELOAD asks for.
+
+        It stays so when the base leaves for another one: the next request for it brings it back.
+        """
         if not all(pending.answer.done() for pending in self._preloading):
             return False
         base = self.registry.base_model()
-        return any(
+        self._ready = self._ready or any(
             warm and not version.adapter and version.model_dir == base
             for process in self.models.all()
             for version, warm in process.state.views.items()
         )
+        return self._ready
 
     def newest(self, part: str) -> str:
         """The newest run with `part` in its name, else the base."""

@@ -145,8 +145,8 @@ class PromptEncoder:
 def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder | None:
     """What encodes prompts as `encode_prompt` does; None where the template does more than put text around a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not tokenizer.chat_template or backend is None:
-        return None
+    if not tokenizer.chat_template or backend is None or "strftime_now" in str(tokenizer.chat_template):
+        return None  # no template, or one that says another day's date tomorrow
 
     def rendered(text: str) -> str:
         turn = [{"role": "user", "content": text}]

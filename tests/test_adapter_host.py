@@ -88,6 +88,32 @@ def test_a_base_in_4_bits_answers_as_the_script_in_4_bits(base, runs):
     assert abs(exact[0] - wanted["raw_scores"]["Good"]) > 1e-4  # it was in 4 bits
 
 
+def test_an_adapter_that_is_at_work_stays_whatever_comes_between(base, tmp_path, monkeypatch):
+    """A long text is not finished by the bare base because its adapter was trained again meanwhile, three times."""
+    monkeypatch.setattr("common.run_registry.LOOK", 0.0)
+    runs = make_runs(tmp_path / "runs", base)
+    registry = Registry(str(runs), base)
+    messages = Messages()
+    host = Host(base, settings(runs).host, 3, messages)
+    host._load()
+
+    class Long(Classify):
+        """Between its steps other versions of its run are asked for."""
+
+        def run(self, view, payloads):
+            for seed in range(4):
+                replace_adapter(runs / "creditmix_sft", make_run(tmp_path / f"other{seed}", base, seed=10 + seed))
+                version = registry.find("sft")
+                messages.coming = [("versions", version.name, registry.versions(version.name)), ("withdraw", 7)]
+                host._receive(0)
+                host._begin([Job(seed, (version, Classify()), [PROMPT])])
+            return [[view.adapter in host.model.peft_config] for _ in payloads]
+
+    host._begin([Job(7, (registry.find("sft"), Long()), [PROMPT])])
+    assert answers(messages)[-1] == [True]
+    assert len(host.views) == 4
+
+
 def test_versions_that_left_the_registry_leave_memory(base, tmp_path, monkeypatch):
     monkeypatch.setattr("common.run_registry.LOOK", 0.0)
     runs = make_runs(tmp_path / "runs", base)

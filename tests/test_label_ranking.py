@@ -120,6 +120,19 @@ def test_prior_is_the_mean_over_null_inputs(model, tokenizer):
     assert np.abs(ranker.prior() - expected).max() < 1e-4
 
 
+def test_prefixes_at_hand_are_few(model, tokenizer):
+    """Equal long rows share all but their last token, and the keys and values of that are large."""
+    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    once = ranker.raw_scores(["Age: 1", "Age: 2"])
+    for number in range(6):
+        row = f"{number}" + " word" * (60 if number else 20)
+        assert np.ptp(ranker.raw_scores([row, row]), axis=0).max() < 1e-5
+        kept = [len(prefix) for prefix in ranker._prefixes]
+        assert len(kept) == 1 or sum(kept) <= 512
+    assert len(kept) == 1  # of the long ones there is room for one
+    assert np.abs(ranker.raw_scores(["Age: 1", "Age: 2"]) - once).max() < 1e-5
+
+
 def test_prior_cache(model, tokenizer, tmp_path, capsys):
     ranker = LabelRanker(model, tokenizer, CREDITMIX)
     prior = cached_prior(ranker, tmp_path, "hash-a")

@@ -59,6 +59,17 @@ def test_rows_with_adapters_of_their_own_are_left_to_peft(base, tokenizer):
         torch.testing.assert_close(model(input_ids=ids, adapter_names=names).logits, wanted)
 
 
+def test_offloaded_adapters_are_fetched(base, tokenizer):
+    from accelerate import cpu_offload
+
+    model = adapted(base)
+    with torch.inference_mode():
+        wanted = logits(model, tokenizer)
+        lean_lora.install(model)
+        cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
+        torch.testing.assert_close(logits(model, tokenizer), wanted)
+
+
 def test_gradients_go_the_usual_way(base, tokenizer):
     model = adapted(base)
     gradients = []

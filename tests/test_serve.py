@@ -20,11 +20,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import LABELS, ROOT, build_base, wait_for
-from served import ROWS, make_run, make_runs, replace_adapter, serve, settings
+from served import ROWS, Served, make_run, make_runs, replace_adapter, serve, settings
 
 from bench.memory import own_bytes
 from common import answering, creditmix, model_process, serve_api, serving, tasks
-from common.adapter_host import Abandoned, View
+from common.adapter_host import Abandoned, State, View
 from common.answering import Classify
 from common.classifier import Classifier
 from common.cli import UserError
@@ -439,15 +439,57 @@ def test_a_model_whose_process_is_killed_is_started_again(own):
         assert served.post("/infer/sft", row) == before
 
 
+def test_dead_processes_harm_neither_the_next_base_nor_the_end(tmp_path, tokenizer):
+    runs = tmp_path / "runs"
+    for seed in range(2):
+        make_run(runs / f"run{seed}", build_base(tmp_path / f"base{seed}", tokenizer, seed=seed), seed=1)
+    with serve(runs, max_bases=1, base_model=str(tmp_path / "base0")) as served:
+        for run in ("run0", "run1"):
+            served.post(f"/infer/{run}", {"features": ROWS[0]})
+            (process,) = served.processes
+            os.kill(process.process.pid, signal.SIGKILL)
+            wait_for(process.closed.done)
+            assert (process.loaded, process.state) == (False, State())
+    assert not served.uvicorn.lifespan.shutdown_failed
+
+
+def test_a_process_that_ends_while_it_loads_is_not_started_for_each_request(runs, monkeypatch):
+    starts = []
+
+    def launch(end):
+        starts.append(subprocess.Popen(["false"]))
+        return starts[-1]
+
+    monkeypatch.setattr(model_process, "launch", launch)
+    with serve(runs) as served:
+        first = served.refused(503, "/infer/sft", {"features": ROWS[0]})
+        assert "ended (code 1); the next request starts it again" in first
+        for _ in range(3):
+            served.refused(409, "/infer/sft", {"features": ROWS[0]})
+        assert len(starts) == 1
+
+
 def test_a_server_that_is_killed_leaves_no_process(runs):
     """The real start of both processes, and the real end of one."""
-    words = [sys.executable, str(ROOT / "serve_creditmix.py"), "--port", "0"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, str(ROOT / "serve_creditmix.py"), "--port", str(port)]
     environment = os.environ | {"RUNS_DIR": str(runs), "PRELOAD": "1"}
     server = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
     try:
         wait_for(lambda: children.read_text().strip())
         (model,) = map(int, children.read_text().split())
+        served = Served(SimpleNamespace(state=SimpleNamespace(server=None)), None)
+        served.port = port
+        for path, body in (
+            ("/infer/sft", {"features": ROWS[0]}),
+            ("/infer/idp", {"document": "a", "schema": {"type": "null"}, "run": "sft"}),
+            ("/infer/codegen", {"prompt": "a", "max_new_tokens": 2, "run": "sft"}),
+            ("/v1/chat/completions", {"model": "sft", "messages": [chat_turn("user")], "max_tokens": 2}),
+        ):
+            served.post(path, body)
         modules = subprocess.run(["grep", "-c", "libtorch_cpu", f"/proc/{server.pid}/maps"], stdout=subprocess.PIPE)
         assert int(modules.stdout) == 0  # the server's own process needs no torch
     finally:
