@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 from bench.label_ranking import bare_forward
 from bench.turns import print_table, take_turns
 from common import cli
+from common.ranker import CPU_BATCH_TOKENS
 from common.tasks import CREDITMIX
 
 PROMPTS, TOKENS = 3, 64  # of the text that is timed
-MAX_BATCH_TOKENS = 8192
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,7 +129,7 @@ def merged_forward(model_dir: str, texts: Sequence[str]) -> Callable[[], None]:
     model, tokenizer = models.load_for_inference(model_dir)
     if models.is_adapter(model_dir):
         model = model.merge_and_unload()
-    return bare_forward(model, tokenizer, texts, MAX_BATCH_TOKENS)
+    return bare_forward(model, tokenizer, texts, CPU_BATCH_TOKENS)
 
 
 if __name__ == "__main__":

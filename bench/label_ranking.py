@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=cli.positive_int, default=256)
     parser.add_argument("--naive_rows", type=cli.positive_int, default=16, help="rows the naive scorer is timed on")
     parser.add_argument("--rounds", type=cli.positive_int, default=3)
-    parser.add_argument("--max_batch_tokens", type=cli.positive_int, default=8192)
+    parser.add_argument("--max_batch_tokens", type=cli.positive_int, help="of all contestants; default: as the ranker")
     parser.add_argument("--vllm_python", metavar="PYTHON", help="the Python that has vllm; default: this one")
     parser.add_argument("--vllm_memory", type=cli.fraction, default=0.4, help="share of the card that vLLM may take")
     return parser
@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common.label_ranking import LabelRanker, naive_scores
 
     model, tokenizer = load(args)
-    ranker = LabelRanker(model, tokenizer, CREDITMIX, args.max_batch_tokens)
+    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    args.max_batch_tokens = ranker.max_batch_tokens = args.max_batch_tokens or ranker.max_batch_tokens
     few = texts[: args.naive_rows]
     contestants: dict[str, tuple[int, Callable[[], object]]] = {
         "naive": (len(few), lambda: naive_scores(model, tokenizer, CREDITMIX, few)),
