@@ -320,6 +320,10 @@ class Host:
                 for job in jobs:
                     self._answer([job])
                 return
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, of a card; a batch was tried row by row
+                error = UserError(
+                    "the device ran out of memory; send less text in one request, or lower MAX_BATCH_TOKENS"
+                )
             known = isinstance(error, UserError | Abandoned)
             answers = [error if known else Fault(traceback.format_exc()) for _ in jobs]
         finally:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 
 import pytest
+import torch
 from served import ROWS, make_run, make_runs, replace_adapter, settings
 
 from common import creditmix, vram
 from common.adapter_host import Host, State
 from common.answering import Classify
 from common.classifier import Classifier
+from common.cli import UserError
 from common.micro_batches import Job
 from common.run_registry import Registry
 from common.tasks import CREDITMIX
@@ -86,6 +88,28 @@ def test_a_base_in_4_bits_answers_as_the_script_in_4_bits(base, runs):
         assert answer[key] == pytest.approx(wanted[key], abs=1e-4)
     exact = Classifier(version.model_dir, CREDITMIX).raw_scores([creditmix.clean_features(ROWS[0])])[0]
     assert abs(exact[0] - wanted["raw_scores"]["Good"]) > 1e-4  # it was in 4 bits
+
+
+class Exhausting(Classify):
+    """More than two rows at once are too many, and so is any long one."""
+
+    def run(self, view, payloads):
+        if len(payloads) > 2 or any(payload == ["long"] for payload in payloads):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return payloads
+
+
+def test_a_batch_that_runs_out_of_memory_is_done_row_by_row(base, runs):
+    messages = Messages()
+    host = Host(base, settings(runs).host, 3, messages)
+    host._load()
+    version = Registry(str(runs), base).find("sft")
+    rows = [["a"], ["long"], ["b"]]
+    host._begin([Job(number, (version, Exhausting()), row) for number, row in enumerate(rows)])
+    first, long, last = answers(messages)
+    assert (first, last) == (["a"], ["b"])
+    assert type(long) is UserError
+    assert "send less text in one request, or lower MAX_BATCH_TOKENS" in str(long)
 
 
 def test_an_adapter_that_is_at_work_stays_whatever_comes_between(base, tmp_path, monkeypatch):
