@@ -342,7 +342,7 @@ def render(outcome: dict[str, Any], command: str) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in outcome["versions"].items())
     memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
     lines = [
-        f"`{command}`, {outcome['date']}, commit {commit[:7]}{' with changes in the tree' if changes else ''}; "
+        f"By `{command}`, {outcome['date']}, commit {commit[:7]}{' with changes in the tree' if changes else ''}; "
         f"{machine['cpu']}, {machine['cores']} cores{memory}, {machine['gpu'] or 'no GPU'}, "
         f"OMP_NUM_THREADS {machine['threads'] or 'not set'}, load {machine['load']} at the start; {packages}.",
         "",

@@ -3,11 +3,12 @@
     python bench/growth.py --model_dir runs/creditmix_sft --data data/creditmix_val.jsonl --outdir docs/growth
     python bench/growth.py --model_dir runs/creditmix_sft --data data/creditmix_val.jsonl --outdir runs/growth --quick
 
-What the design leads to expect of every curve was written down (EXPECTED) before it was measured. Points take turns,
-and a round is one turn of each. Time is the wall clock's; memory is the tensors that a call has at its peak beyond the
-model (by the allocator's log, or the card's count), and what the server and its children hold, mapped files left out.
-Labels and adapters are made up: random words, random LoRA weights on the model's base. Writes a PNG for each curve and
-prints the slopes as a Markdown table, with what disagrees; the last line is JSON. Exit code 1: a wrong answer.
+What the design leads to expect of every curve is written down (EXPECTED); from how many clients on the latency is a
+line, and that the first adapter brings costs of its own, was seen in a first run and written there then. Points take
+turns, and a round is one turn of each. Time is the wall clock's; memory is the tensors that a call has at its peak
+beyond the model (by the allocator's log, or the card's count), and what the server and its children hold, mapped files
+left out. Labels and adapters are made up: random words, random LoRA weights on the model's base. Writes a PNG for each
+curve, prints the slopes as a Markdown table with what disagrees; the last line is JSON. Exit code 1: a wrong answer.
 """
 
 from __future__ import annotations

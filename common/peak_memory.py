@@ -332,11 +332,20 @@ def layer_forward(plan: Inference) -> float:
 
 
 def predict_inference(plan: Inference) -> Prediction:
-    """The peak of a forward pass: one layer's work at a time, and, to generate, keys and values of all layers."""
-    shape, width = plan.model, plan.width
-    every_logit = plan.batch_tokens * shape.vocabulary
-    cached = plan.batch_tokens * (shape.layers if plan.generates else 1)
-    cached += KEPT_TOKENS * shape.layers * max(1, plan.adapters)  # prefixes of rows whose labels are ranked
+    """The peak of the forward pass of a batch, one layer's work at a time.
+
+    Ranking labels, a layer has its own keys and values alone, beside those of all layers for the prefixes at hand, the
+    mask, and one more tensor of the hidden width. Generating, the keys and values of all layers stay.
+    """
+    shape, width, tokens = plan.model, plan.width, plan.batch_tokens
+    a_token = 2 * shape.key * width  # of a layer's keys and values
+    logits = 2 * FLOAT32 * min(plan.logits, tokens * shape.vocabulary)
+    prefixes = KEPT_TOKENS * shape.layers * max(1, plan.adapters)
+    work = layer_forward(plan)
+    passes = [((tokens + prefixes) * a_token, max(work, logits) + tokens * ROW_TOKENS * BOOL)]
+    if plan.generates:
+        passes.append((tokens * shape.layers * a_token, max(work - tokens * shape.hidden * width, logits)))
+    cached, forward = max(passes, key=sum)
     weights = weight_bytes(shape, four_bit=plan.four_bit, width=width)
     if plan.offload:  # what does not fit waits elsewhere: at the least the embeddings and one layer are there
         one_layer = replace(shape, layers=1)
@@ -345,9 +354,8 @@ def predict_inference(plan: Inference) -> Prediction:
         {
             "weights": weights,
             "adapters": plan.adapters * shape.lora_parameters(plan.lora_r) * width,
-            "key/value cache": cached * 2 * shape.key * width,
-            "a forward pass": max(layer_forward(plan), 2 * FLOAT32 * min(plan.logits, every_logit))
-            + plan.batch_tokens * ROW_TOKENS * BOOL,  # the mask
+            "key/value cache": cached,
+            "a forward pass": forward,
         },
         plan.cuda,
     )

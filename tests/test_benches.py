@@ -107,7 +107,7 @@ def test_table():
 def test_section():
     section = everything.render(OUTCOME, "python bench/all.py --write docs/results.md").splitlines()
     assert section[0] == (
-        "`python bench/all.py --write docs/results.md`, 2026-11-28, commit 0123456 with changes in the tree; A CPU, "
+        "By `python bench/all.py --write docs/results.md`, 2026-11-28, commit 0123456 with changes in the tree; A CPU, "
         "2 cores, 24 GiB, no GPU, OMP_NUM_THREADS 1, load 0.3 at the start; python 3.11.7, torch 2.13.0."
     )
     start = section.index("### Label ranking")
@@ -234,7 +234,7 @@ def test_write_puts_the_section_into_the_file(with_stand_ins, monkeypatch, tmp_p
     page.write_text(f"before\n{everything.BEGIN}\n{everything.END}\nafter\n")
     assert everything.main(["--write", str(page)]) == cli.DONE
     text = page.read_text()
-    assert text.startswith(f"before\n{everything.BEGIN}\n`python bench/all.py --write WRITE`, ")
+    assert text.startswith(f"before\n{everything.BEGIN}\nBy `python bench/all.py --write WRITE`, ")
     assert "| ours | 50.0 [40.0, 1,060.5] rows/s | 1.00 | 0.500 |  |" in text
     assert text.endswith(f"{everything.END}\nafter\n") and str(tmp_path) not in text
 
