@@ -469,6 +469,13 @@ def test_a_process_that_ends_while_it_loads_is_not_started_for_each_request(runs
         assert len(starts) == 1
 
 
+def alive(served) -> bool:
+    try:
+        return served.ask("GET", "/healthz")[0] == 200
+    except OSError:
+        return False
+
+
 def test_a_server_that_is_killed_leaves_no_process(runs):
     """The real start of both processes, and the real end of one."""
     with socket.socket() as probe:
@@ -483,6 +490,7 @@ def test_a_server_that_is_killed_leaves_no_process(runs):
         (model,) = map(int, children.read_text().split())
         served = Served(SimpleNamespace(state=SimpleNamespace(server=None)), None)
         served.port = port
+        wait_for(lambda: alive(served))  # the model's process is started before the port is opened
         for path, body in (
             ("/infer/sft", {"features": ROWS[0]}),
             ("/infer/idp", {"document": "a", "schema": {"type": "null"}, "run": "sft"}),
