@@ -418,11 +418,9 @@ class Host:
 
     def _tokenizer(self, folder: str) -> PreTrainedTokenizerBase:
         """The tokenizer of a folder; one object for all folders with the same files, since a real one takes 100 MB."""
-        from common.tokenizers import load_tokenizer
-
         key = _tokenizer_key(folder)
         if key not in self._tokenizers:
-            self._tokenizers[key] = load_tokenizer(folder)
+            self._tokenizers[key] = tokenizers.load_tokenizer(folder)
         return self._tokenizers[key]
 
 

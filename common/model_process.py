@@ -312,11 +312,11 @@ class Models:
         process = self._processes.pop(key, None)
         leaving = None
         if process is None or (process.closed.done() and time.monotonic() - process.broken_since > RETRY):
-            ended = [other for other, one in self._processes.items() if one.closed.done()]
-            if process is None and len(self._processes) >= self.most and ended:
-                del self._processes[ended[0]]
-            elif process is None and len(self._processes) >= self.most:
-                leaving = self._processes.popitem(last=False)[1]
+            if process is None and len(self._processes) >= self.most:
+                going = min(
+                    self._processes, key=lambda other: not self._processes[other].closed.done()
+                )  # one that ended
+                leaving = self._processes.pop(going)
                 log(f"the base {leaving.base} leaves memory to make room for {base}")
                 leaving.close()
             process = self._start(base, leaving)

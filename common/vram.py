@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,17 +229,14 @@ def before_training(args: argparse.Namespace, method: str, **known: int) -> dict
     if launch.fsdp():
         log("under FSDP memory is not predicted")
         return {}
-    try:
-        return preflight(training_plan(args, method, **known), args)
-    except shapes.UnknownShape as error:
-        log(str(error))
-        return {}
+    plan = _known(lambda: training_plan(args, method, **known))
+    return preflight(plan, args) if plan else {}
 
 
 def before_inference(args: argparse.Namespace, model_dir: str, *, generates: bool = True) -> dict[str, Any]:
     """`preflight` of `cli.add_model_flags`' flags. Models it does not know pass, with a notice."""
-    try:
-        plan = inference_plan(
+    plan = _known(
+        lambda: inference_plan(
             model_dir,
             base=args.base,
             max_batch_tokens=args.max_batch_tokens,
@@ -248,23 +245,21 @@ def before_inference(args: argparse.Namespace, model_dir: str, *, generates: boo
             generates=generates,
             trust_remote_code=args.trust_remote_code,
         )
-    except shapes.UnknownShape as error:
-        log(str(error))
-        return {}
-    return preflight(plan, args)
+    )
+    return preflight(plan, args) if plan else {}
 
 
 def before_teacher_pass(args: argparse.Namespace) -> dict[str, Any]:
     """`preflight` of distill_train.py's pass 1, in which the teacher alone reads the rows and its cache is written."""
-    try:
-        plan = inference_plan(
+    plan = _known(
+        lambda: inference_plan(
             args.teacher,
             max_batch_tokens=args.max_batch_tokens,
             load_in_4bit=args.load_teacher_in_4bit,
             trust_remote_code=args.trust_remote_code,
         )
-    except shapes.UnknownShape as error:
-        log(str(error))
+    )
+    if plan is None:
         return {}
     log(f"the teacher {args.teacher} reads first, alone:")
     own = ("max_batch_tokens", "load_teacher_in_4bit", "auto_fit")  # the rest is of the student's training
@@ -278,12 +273,17 @@ def before_serving(
     base: str, *, adapters: int, max_batch_tokens: int, load_in_4bit: str, auto_fit: bool
 ) -> dict[str, Any]:
     """`preflight` of the server's settings, for a base with so many adapters on it; exports pass."""
+    plan = _known(lambda: inference_plan(base, max_batch_tokens=max_batch_tokens, load_in_4bit=load_in_4bit))
+    return preflight(replace(plan, adapters=adapters), argparse.Namespace(auto_fit=auto_fit)) if plan else {}
+
+
+def _known(plan: Callable[[], Plan]) -> Plan | None:
+    """The plan; None, with a notice, where the memory of its model cannot be predicted."""
     try:
-        plan = inference_plan(base, max_batch_tokens=max_batch_tokens, load_in_4bit=load_in_4bit)
+        return plan()
     except shapes.UnknownShape as error:
         log(str(error))
-        return {}
-    return preflight(replace(plan, adapters=adapters), argparse.Namespace(auto_fit=auto_fit))
+        return None
 
 
 def preflight(plan: Plan, args: argparse.Namespace, *, free: int | None = None) -> dict[str, Any]:

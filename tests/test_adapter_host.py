@@ -56,6 +56,18 @@ def answers(messages: Messages) -> list:
     return [answer for kind, *fields in messages.sent if kind == "done" for answer in fields[1]]
 
 
+def retrain(host: Host, registry: Registry, base: str, folder, times: int, abandoned: int = 0) -> None:
+    """Replace creditmix_sft so many times, each asked for a row; nobody waits for the job `abandoned` any more."""
+    for seed in range(times):
+        other = make_run(folder / f"other{seed}", base, seed=10 + seed)
+        replace_adapter(folder / "runs" / "creditmix_sft", other)
+        version = registry.find("sft")
+        told = ("versions", version.name, registry.versions(version.name))
+        host.channel.coming = [told, ("withdraw", abandoned)]
+        host._receive(0)
+        host._begin([Job(100 + seed, (version, Classify()), [PROMPT])])
+
+
 def test_too_little_memory_is_said_before_loading(base, runs, monkeypatch):
     registry = Registry(str(runs), base)
     assert registry.adapters_of(base) == 3
@@ -125,12 +137,7 @@ def test_an_adapter_that_is_at_work_stays_whatever_comes_between(base, tmp_path,
         """Between its steps other versions of its run are asked for."""
 
         def run(self, view, payloads):
-            for seed in range(4):
-                replace_adapter(runs / "creditmix_sft", make_run(tmp_path / f"other{seed}", base, seed=10 + seed))
-                version = registry.find("sft")
-                messages.coming = [("versions", version.name, registry.versions(version.name)), ("withdraw", 7)]
-                host._receive(0)
-                host._begin([Job(seed, (version, Classify()), [PROMPT])])
+            retrain(host, registry, base, tmp_path, times=4, abandoned=7)
             return [[view.adapter in host.model.peft_config] for _ in payloads]
 
     host._begin([Job(7, (registry.find("sft"), Long()), [PROMPT])])
@@ -145,12 +152,7 @@ def test_versions_that_left_the_registry_leave_memory(base, tmp_path, monkeypatc
     messages = Messages()
     host = Host(base, settings(runs).host, 3, messages)
     host._load()
-    for seed in range(5):
-        replace_adapter(runs / "creditmix_sft", make_run(tmp_path / f"other{seed}", base, seed=10 + seed))
-        version = registry.find("sft")
-        messages.coming = [("versions", version.name, registry.versions(version.name))]
-        host._receive(0)
-        host._begin([Job(seed, (version, Classify()), [PROMPT])])
+    retrain(host, registry, base, tmp_path, times=5)
     assert len({answer["raw_scores"]["Good"] for (answer,) in answers(messages)}) == 5
     assert len(host.model.peft_config) == len(host.views) == 3
     (state,) = messages.last("state")
