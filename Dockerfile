@@ -8,10 +8,11 @@ FROM python:3.12.12-slim-bookworm AS build
 ARG PIP_EXTRA_INDEX_URL
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
-COPY requirements.txt requirements-export.txt requirements-k8s.txt /tmp/
+COPY requirements.txt /tmp/
+COPY requirements /tmp/requirements
 # llama-cpp-python needs a compiler, and no job writes a GGUF
 RUN pip install --no-cache-dir --no-compile \
-    -r /tmp/requirements.txt -r /tmp/requirements-k8s.txt $(grep ^torchao /tmp/requirements-export.txt)
+    -r /tmp/requirements.txt -r /tmp/requirements/k8s.txt $(grep ^torchao /tmp/requirements/export.txt)
 
 FROM python:3.12.12-slim-bookworm
 COPY --from=build /opt/venv /opt/venv

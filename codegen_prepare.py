@@ -19,9 +19,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import cli, code_mutation, code_problems, code_synthesis, codegen, grading, records, splits
+from common import cli
 from common.cli import UserError
-from common.code_problems import Problem
+from common.data import rows as records
+from common.data import splits
+from common.sandbox import grading
+from common.tasks.codegen import mutation as code_mutation
+from common.tasks.codegen import prompt as codegen
+from common.tasks.codegen import rows as code_problems
+from common.tasks.codegen import synthesis as code_synthesis
+from common.tasks.codegen.rows import Problem
 
 OUTPUT_FILES = [f"codegen_{what}" for what in ("sft.jsonl", "kd.jsonl", "dpo.jsonl", "dev.jsonl", "val.jsonl")]
 ROUNDS = 8  # mutants of a problem that are run at most, until one fails

@@ -20,9 +20,14 @@ from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
-from common import cli, creditmix, labelled, records, splits, tasks
+from common import cli
 from common.cli import UserError
-from common.tasks import CREDITMIX, LabelTask
+from common.data import rows as records
+from common.data import splits
+from common.tasks.ranking import creditmix
+from common.tasks.ranking import rows as labelled
+from common.tasks.ranking import task as tasks
+from common.tasks.ranking.task import CREDITMIX, LabelTask
 
 RAW_FILE = "creditmix_dataset.json"
 OUTPUTS = ("sft", "kd", "dpo", "dev", "val")

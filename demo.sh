@@ -21,8 +21,8 @@
 #   --help        show this
 
 set -euo pipefail
-# shellcheck source=setup.sh
-source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
+# shellcheck source=.ci/setup.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.ci/setup.sh"
 
 tiny=models/tiny_student
 work=runs/demo
@@ -111,7 +111,7 @@ stage() {
     [[ ${stages[place]} != "$name" ]] || words="$((place + 1))/${#stages[@]} $words"
   done
   # shellcheck disable=SC2312
-  key=$({ printf '%s\0' "$script" "$@" && digest "${inputs[@]}" "$script" common/*.py; } | sha256sum | cut -d ' ' -f 1)
+  key=$({ printf '%s\0' "$script" "$@" && digest "${inputs[@]}" "$script" common/*.py common/*/*.py common/*/*/*.py; } | sha256sum | cut -d ' ' -f 1)
   read_stamp "$name"
   if [[ $state == finished && $key_then == "$key" ]] && exist "${outputs[@]}" &&
     [[ $made == "$(digest "${outputs[@]}")" ]]; then

@@ -27,16 +27,24 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from common import cli, completions, distill_rows, models, tasks, tokenizers, training, vram
+from common import cli
 from common.cli import UserError, log
+from common.distillation import rows as distill_rows
+from common.models import loading as models
+from common.models import tokenizers
+from common.models.source import ModelSource
+from common.tasks.ranking import task as tasks
+from common.training import batches as completions
+from common.training import trainer as training
+from common.vram import preflight as vram
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from common.distillation import Objective, Reader, Used
+    from common.distillation.objective import Objective, Reader, Used
+    from common.distillation.teacher_cache import TeacherCache
     from common.run_record import RunRecord
-    from common.tasks import LabelTask
-    from common.teacher_cache import TeacherCache
+    from common.tasks.ranking.task import LabelTask
 
 DEFAULT_WEIGHTS = {"forward_kl": 0.5, "ce": 0.5}
 WEIGHTS = {  # flag: names of it in other recipes, what it weighs
@@ -88,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, held_out = read_rows(args, task)
     record = training.start(args, "distill", rows, argv)
     with training.failing(record):
-        from common.distillation import Objective
+        from common.distillation.objective import Objective
 
         objective = Objective(weights, args.temperature, args.jsd_beta)
         log(f"loss = {objective}")
@@ -215,7 +223,8 @@ def token_trainer(
     """A trainer whose student learns the teacher's next-token distributions."""
     from accelerate.utils import send_to_device
 
-    from common import distillation, teacher_pass
+    from common.distillation import fill_cache as teacher_pass
+    from common.distillation import objective as distillation
 
     theirs = tokenizers.load_tokenizer(models.tokenizer_folder(args.teacher), trust_remote_code=args.trust_remote_code)
     if reason := tokenizers.same_vocabulary(theirs, tokenizer):
@@ -267,10 +276,10 @@ def token_trainer(
 
 def load_teacher(args: argparse.Namespace, used: Used) -> Reader:
     """The teacher, ready to be read."""
-    from common.distillation import Reader
+    from common.distillation.objective import Reader
 
     model, _ = models.load_for_inference(
-        args.teacher, load_in_4bit=args.load_teacher_in_4bit, trust_remote_code=args.trust_remote_code
+        ModelSource(args.teacher, load_in_4bit=args.load_teacher_in_4bit, trust_remote_code=args.trust_remote_code)
     )
     return Reader(model.requires_grad_(False), [theirs for _, theirs in used.pairs] if used.hidden else [])
 
@@ -290,7 +299,8 @@ def written_cache(
     import torch
     from accelerate import PartialState
 
-    from common import teacher_cache, teacher_pass
+    from common.distillation import fill_cache as teacher_pass
+    from common.distillation import teacher_cache
 
     draws = args.cache_targets == "sampled" and used.distributions
     k = (args.cache_k if draws else min(args.cache_k, used.vocabulary)) if used.distributions else 0
@@ -353,8 +363,8 @@ def label_trainer(
     held_out: Sequence[dict],
 ) -> Any:
     """A trainer whose student's label scores learn the teacher's label probabilities."""
-    from common.distillation import Objective
-    from common.label_distillation import LabelDistillation
+    from common.distillation.label_objective import LabelDistillation
+    from common.distillation.objective import Objective
 
     training.limit_length(args)
     loss = LabelDistillation(objective, tokenizer, task)

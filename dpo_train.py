@@ -13,7 +13,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common import cli, completions, launch, records, tokenizers, training
+from common import cli
+from common import distributed as launch
+from common.data import rows as records
+from common.models import tokenizers
+from common.training import batches as completions
+from common.training import trainer as training
 
 REFERENCE_TOKENS = 2048  # of a batch in the pass for the reference log-probabilities
 
@@ -102,7 +107,7 @@ def build_trainer(args: argparse.Namespace, student, tokenizer, train_rows: list
 
     class Trainer(training.Saving, DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
-            return dataset  # encoded by common.tokenizers, as every other script does
+            return dataset  # encoded by common.models.tokenizers, as every other script does
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
             """As TRL's, without its cache file (whose name differs from process to process) and without dropout."""

@@ -23,22 +23,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common import (
-    answer_store,
-    cli,
-    code_metrics,
-    code_mutation,
-    code_problems,
-    code_writer,
-    codegen,
-    grading,
-    models,
-    records,
-    run_record,
-    sandbox,
-    splits,
-)
-from common.code_problems import Problem
+from common import cli, run_record
+from common.data import answer_store, splits
+from common.data import rows as records
+from common.models import loading as models
+from common.sandbox import box as sandbox
+from common.sandbox import grading
+from common.tasks.codegen import metrics as code_metrics
+from common.tasks.codegen import mutation as code_mutation
+from common.tasks.codegen import prompt as codegen
+from common.tasks.codegen import rows as code_problems
+from common.tasks.codegen import writer as code_writer
+from common.tasks.codegen.rows import Problem
 
 WINDOW = 32  # problems whose answers are kept together
 
@@ -69,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.check_tests:
         return check_tests(args, problems)
 
-    from common import codegen_report
+    from common.tasks.codegen import report as codegen_report
 
     store = answer_store.AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
     groups = [problem.group for problem in problems]

@@ -18,8 +18,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import cli, labelled, models, records, run_record, splits, tasks
-from common.tasks import LabelTask
+from common import cli, run_record
+from common.data import rows as records
+from common.data import splits
+from common.models import loading as models
+from common.tasks.ranking import rows as labelled
+from common.tasks.ranking import task as tasks
+from common.tasks.ranking.flags import add_scoring_flags
+from common.tasks.ranking.task import LabelTask
 
 DRIFTED = 3  # exit code of --fail_on_drift
 
@@ -45,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     drift = parser.add_argument_group("drift")
     drift.add_argument("--baseline", metavar="metrics.json", help="a stored result to compare this one with")
     drift.add_argument("--fail_on_drift", action="store_true", help=f"exit {DRIFTED} on a significant drop")
-    cli.add_scoring_flags(parser)
+    add_scoring_flags(parser)
     return parser
 
 
@@ -135,8 +141,8 @@ def fit(args: argparse.Namespace, model_dir: str, task: LabelTask, dev: list[dic
     """Fit bias, temperature and decision on dev rows, and keep them beside the adapter."""
     import dataclasses
 
-    from common import calibration
-    from common.classifier import CALIBRATION_FILE, Classifier
+    from common.tasks.ranking import calibration
+    from common.tasks.ranking.classifier import CALIBRATION_FILE, Classifier
 
     trained = run_record.read_groups(model_dir) or set()
     seen, of = splits.overlap((row["group"] for row in dev), trained)
@@ -183,7 +189,7 @@ def cost_matrix(path: str, labels: Sequence[str]) -> list[list[float]]:
 
 def judge(args: argparse.Namespace, task: LabelTask, rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """One entry per model, and the paired differences of every later model to the earlier ones."""
-    from common import metrics
+    from common.tasks.ranking import metrics
 
     entries, scores = [], []
     for model_dir in args.model_dir:
@@ -208,8 +214,8 @@ def judge_one(args: argparse.Namespace, model_dir: str, task: LabelTask, rows: l
     """(entry for the result, calibrated scores) of one model."""
     import dataclasses
 
-    from common import metrics
-    from common.classifier import Classifier
+    from common.tasks.ranking import metrics
+    from common.tasks.ranking.classifier import Classifier
 
     classifier = Classifier.from_flags(args, model_dir, task)
     started = time.perf_counter()
@@ -247,7 +253,7 @@ def judge_one(args: argparse.Namespace, model_dir: str, task: LabelTask, rows: l
 
 def publish(args: argparse.Namespace, result: dict) -> int | None:
     """Table, report, drift and, last, the JSON line."""
-    from common import metrics, report
+    from common.tasks.ranking import metrics, report
 
     if args.baseline:
         result["drift"] = metrics.drift(records.read_json(args.baseline), result, args.seed)

@@ -20,9 +20,17 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import cli, judging, labelled, models, perplexity, records, run_record, splits, squad, tasks
-from common.judging import LABELS, ROWS, SQUAD, TEXT
-from common.tasks import LabelTask
+from common import cli, run_record
+from common.comparison import measure as judging
+from common.comparison import perplexity
+from common.comparison.measure import LABELS, ROWS, SQUAD, TEXT
+from common.data import rows as records
+from common.data import splits, squad
+from common.models import loading as models
+from common.models.flags import add_model_flags
+from common.tasks.ranking import rows as labelled
+from common.tasks.ranking import task as tasks
+from common.tasks.ranking.task import LabelTask
 
 NEW_TOKENS = {SQUAD: 32, ROWS: 256, LABELS: 1, TEXT: 1}
 EXAMPLES = 5  # of each kind in the report
@@ -30,7 +38,7 @@ EXAMPLES = 5  # of each kind in the report
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="eval_distill.py", conflict_handler="resolve")
-    cli.add_model_flags(parser)  # its --base is replaced below
+    add_model_flags(parser)  # its --base is replaced below
     parser.add_argument("--teacher", required=True, help="run folder, model folder or Hub id")
     parser.add_argument("--student", required=True, help="the same, of what learnt from the teacher")
     parser.add_argument("--base", help="the student before training; also the base of its adapter, where that moved")
@@ -58,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = LABELS if task else kind_of(args.data)
     rows, of = choose_rows(args, kind, task)
 
-    from common import distill_metrics, distill_report
+    from common.comparison import metrics as distill_metrics
+    from common.comparison import report as distill_report
 
     outcomes = {
         role: judging.judge(

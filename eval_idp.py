@@ -18,7 +18,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import cli, idp, idp_rows, json_schema, models, records, run_record, splits
+from common import cli, run_record
+from common.data import rows as records
+from common.data import splits
+from common.generation import json_schema
+from common.models import loading as models
+from common.models.flags import source_of
+from common.tasks.idp import extractor as idp
+from common.tasks.idp import rows as idp_rows
+from common.vram import preflight as vram
 
 WINDOW = 64  # documents at a time
 
@@ -52,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = json_schema.preflight(schema, args.best_effort or args.decoding == "unconstrained")
     rows = choose_rows(args, schema)
 
-    from common import idp_metrics, idp_report
+    from common.tasks.idp import metrics as idp_metrics
+    from common.tasks.idp import report as idp_report
 
     groups = [row["group"] for row in rows]
     entries, judged = [], []
@@ -100,9 +109,9 @@ def choose_rows(args: argparse.Namespace, schema: json_schema.Schema) -> list[di
 
 def judge(args: argparse.Namespace, model_dir: str, rows: list[dict], schema: json_schema.Schema, found):
     """(entry for the result, what `idp_metrics.differences` compares) of one model."""
-    from common import idp_metrics
+    from common.tasks.idp import metrics as idp_metrics
 
-    loaded = models.load_by_flags(args, model_dir)
+    loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
     groups = [row["group"] for row in rows]
     entries, judged = {}, {}
     for decoding in ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,):

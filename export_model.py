@@ -20,7 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import cli, models, records, run_record, tasks
+from common import cli, run_record
+from common.data import rows as records
+from common.models import loading as models
+from common.tasks.ranking import task as tasks
 
 FORMATS = ("merged", "onnx", "int8", "gguf")
 QUANTS = ("Q8_0", "F16")
@@ -68,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(data).is_file():
         raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
 
-    from common import export, parity
+    from common.export import parity
+    from common.export import pipeline as export
 
     material = parity.read_material(data, task, args.model_dir, args.proof_rows)
     base = export.base_folder(args.model_dir, args.base, args.format)

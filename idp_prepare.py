@@ -18,8 +18,14 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import cli, idp, idp_rows, idp_synthesis, json_schema, records, splits
+from common import cli
 from common.cli import UserError
+from common.data import rows as records
+from common.data import splits
+from common.generation import json_schema
+from common.tasks.idp import extractor as idp
+from common.tasks.idp import rows as idp_rows
+from common.tasks.idp import synthesis as idp_synthesis
 
 SCHEMA_FILE = "idp_schema.json"
 OUTPUT_FILES = [f"idp_{what}.jsonl" for what in ("sft", "kd", "dpo", "dev", "val")]

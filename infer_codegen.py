@@ -16,7 +16,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from common import cli, code_writer, codegen, models, records
+from common import cli
+from common.data import rows as records
+from common.models import loading as models
+from common.tasks.codegen import prompt as codegen
+from common.tasks.codegen import writer as code_writer
 
 WINDOW = 32  # tasks at a time
 
@@ -106,7 +110,7 @@ def report_errors(codes: Sequence[str]) -> int | None:
 
 def write_file(args: argparse.Namespace, writer: code_writer.CodeWriter, tasks: Sequence[str]) -> int | None:
     """Answer --input into --output."""
-    from common.answer_file import write_answers
+    from common.data.answer_file import write_answers
 
     decoding = code_writer.decoding(args)
 

@@ -23,8 +23,13 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from common import cli, labelled, models, records, tasks
-from common.tasks import LabelTask
+from common import cli
+from common.data import rows as records
+from common.models import loading as models
+from common.tasks.ranking import rows as labelled
+from common.tasks.ranking import task as tasks
+from common.tasks.ranking.flags import add_scoring_flags
+from common.tasks.ranking.task import LabelTask
 
 WINDOW = 4096  # rows in memory at a time
 NEAR = 0.05  # nats: more than bfloat16 makes of a score in another batch
@@ -41,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=cli.positive_int, help="models at work under --engine ray; default: one per GPU, else machine"
     )
-    cli.add_scoring_flags(parser)
+    add_scoring_flags(parser)
     return parser
 
 
@@ -60,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     label_bias = cli.parse_label_bias(args.label_bias, task.labels)
     models.check_model_dir(args.model_dir, args.base)
     if args.engine == "ray":
-        from common import ray_scoring
+        from common.tasks.ranking import ray_scoring
 
         ray_scoring.score(args, task, label_bias)
         return
     if args.input:
         check_input(args.input, task, args.skip_bad_rows)
 
-    from common.classifier import Classifier
+    from common.tasks.ranking.classifier import Classifier
 
     classifier = Classifier.from_flags(args, args.model_dir, task)
     if args.features is not None:

@@ -17,7 +17,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from common import cli, documents, idp, json_schema, models, records
+from common import cli
+from common.data import rows as records
+from common.generation import json_schema
+from common.models import loading as models
+from common.models.flags import source_of
+from common.tasks.idp import documents
+from common.tasks.idp import extractor as idp
+from common.vram import preflight as vram
 
 WINDOW = 64  # documents at a time
 
@@ -58,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if not text.strip():
             raise cli.UserError("--document is empty; give the text of a document")
 
-    extractor = idp.Extractor.from_flags(args, models.load_by_flags(args, args.model_dir), schema,
-                                         None if args.no_constraint else found)  # fmt: skip
+    source = source_of(args, args.model_dir)
+    loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
+    extractor = idp.Extractor.from_flags(args, loaded, schema, None if args.no_constraint else found)
     if text is None:
         return extract_file(args, extractor)
     extraction = extractor.extract([text], args.confidence)[0]
@@ -79,7 +87,7 @@ def rounded(extraction: idp.Extraction) -> dict[str, float]:
 
 def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | None:
     """Stream --input to --output; says how many documents were long, and how many got no valid answer."""
-    from common.answer_file import write_answers
+    from common.data.answer_file import write_answers
 
     def rows() -> Iterator[dict]:
         for _, row in records.iter_jsonl(args.input):

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import uvicorn
 
-    from common.serve_api import create_app
+    from common.serving.routes import create_app
 
     uvicorn.run(create_app(), host=args.host, port=args.port, access_log=False)
 
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     """`app`, made when uvicorn asks for it, so that `--help` needs none."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from common.serve_api import create_app
+    from common.serving.routes import create_app
 
     try:
         return create_app()

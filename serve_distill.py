@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     import uvicorn
 
-    from common.job_api import create_app
-    from common.job_service import Settings
+    from common.jobs.routes import create_app
+    from common.jobs.service import Settings
 
     settings = Settings.from_environment()
     if args.keep_days is not None:
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     """`app`, made when uvicorn asks for it, so that `--help` needs none."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from common.job_api import create_app
+    from common.jobs.routes import create_app
 
     try:
         return create_app()

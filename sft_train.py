@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import cli, records, training
+from common import cli
+from common.data import rows as records
+from common.training import trainer as training
 
 
 def build_parser():

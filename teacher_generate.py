@@ -27,12 +27,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from common import cli, json_schema, models, records, run_record, sandbox, tasks, teacher_rows
+from common import cli, run_record
 from common.cli import UserError
-from common.teacher_rows import Code, Documents, Item, Labels
+from common.data import rows as records
+from common.generation import json_schema
+from common.models import loading as models
+from common.models.flags import add_model_flags, source_of
+from common.sandbox import box as sandbox
+from common.tasks.ranking import task as tasks
+from common.teachers import tasks as teacher_rows
+from common.teachers.tasks import Code, Documents, Item, Labels
+from common.vram import preflight as vram
 
 if TYPE_CHECKING:
-    from common.teacher_dataset import Written
+    from common.teachers.dataset import Written
 
 SAMPLES, TEMPERATURE = 4, 0.8  # of each row with --preferences
 ENDPOINT_ONLY = ("model", "api_key_env", "requests_per_minute", "extra_body", "top_logprobs")
@@ -96,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     running = parser.add_argument_group("running code (--task codegen)")
     running.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run the tests, in the sandbox")
     running.add_argument("--allow_no_sandbox", action="store_true", help="where no sandbox works, run it without one")
-    cli.add_model_flags(parser)
+    add_model_flags(parser)
     return parser
 
 
@@ -123,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     items = teacher_rows.read_items(args.data, task, args.skip_bad_rows)
     check_items(args, task, items)
 
-    from common import teacher_dataset
-    from common.teacher_answers import Interview
+    from common.teachers import dataset as teacher_dataset
+    from common.teachers.interview import Interview
 
     interview = Interview(build_teacher(args, task), f"{args.out}.raw.jsonl")
     if args.preferences:
@@ -242,7 +250,7 @@ def check_items(args: argparse.Namespace, task: Labels | Documents | Code, items
 def build_teacher(args: argparse.Namespace, task: Labels | Documents | Code) -> Any:
     """The teacher of --teacher or --endpoint."""
     if args.endpoint:
-        from common.teacher_client import ChatEndpoint
+        from common.teachers.chat_endpoint import ChatEndpoint
 
         return ChatEndpoint(
             args.endpoint,
@@ -254,20 +262,24 @@ def build_teacher(args: argparse.Namespace, task: Labels | Documents | Code) -> 
             timeout=args.timeout,
             max_attempts=args.max_attempts,
         )
-    loaded = models.load_by_flags(args, args.teacher)
-    identity = [models.adapter_hash(args.teacher), str(loaded[0].dtype), models.use_4bit(args.load_in_4bit)]
+    source = source_of(args, args.teacher)
+    loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
+    identity = [models.adapter_hash(args.teacher), str(loaded.model.dtype), models.use_4bit(args.load_in_4bit)]
     if args.probabilities:
-        from common.classifier import Classifier
-        from common.teacher_labels import RankingTeacher
+        from common.tasks.ranking.classifier import Classifier
+        from common.teachers.label_probabilities import RankingTeacher
 
-        classifier = Classifier(args.teacher, task.task, max_batch_tokens=args.max_batch_tokens, loaded=loaded)
+        classifier = Classifier(
+            args.teacher, task.task, max_batch_tokens=loaded.max_batch_tokens, loaded=(loaded.model, loaded.tokenizer)
+        )
         return RankingTeacher(classifier, identity)
-    from common.teacher_local import LocalTeacher
+    from common.teachers.local_model import LocalTeacher
 
     return LocalTeacher(
-        *loaded,
+        loaded.model,
+        loaded.tokenizer,
         identity,
-        args.max_batch_tokens,
+        loaded.max_batch_tokens,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -302,7 +314,7 @@ def finish(
     args: argparse.Namespace, asked: int, totals: dict[str, int], written: Written, argv: Sequence[str] | None
 ) -> int | None:
     """Write OUT, its rejects and its record, and say what is in them; FAILED where rows got no answer at all."""
-    from common import teacher_report
+    from common.teachers import report as teacher_report
 
     records.write_jsonl(args.out, written.rows)
     rejects = Path(f"{args.out}.rejects.jsonl")

@@ -19,8 +19,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import cli, creditmix, records, run_record
-from common.tasks import CREDITMIX
+from common import cli, run_record
+from common.data import rows as records
+from common.tasks.ranking import creditmix
+from common.tasks.ranking.task import CREDITMIX
 
 SIZES = {  # hidden size, layers, heads
     "small": (128, 3, 8),
@@ -58,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     texts = [row["output"] for path in args.texts for row in records.read_rows(path, ("output",))]
 
-    from common import copying, miniature, models, tokenizers
+    from common.models import loading as models
+    from common.models import tokenizers
+    from common.training import copying, miniature
 
     models.quiet_libraries()
 

@@ -30,7 +30,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
-from common import cli, models, records, run_record
+from common import cli, run_record
+from common.data import rows as records
+from common.models import loading as models
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench/all.py: begin -->", "<!-- bench/all.py: end -->"

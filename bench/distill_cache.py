@@ -25,7 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from bench.turns import print_table, take_turns
-from common import cli, models, records
+from common import cli
+from common.data import rows as records
+from common.models import loading as models
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 4  # optimizer steps that are not timed

@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 from bench.label_ranking import bare_forward
 from bench.turns import print_table, take_turns
 from common import cli
-from common.ranker import CPU_BATCH_TOKENS
-from common.tasks import CREDITMIX
+from common.models.batching import CPU_BATCH_TOKENS
+from common.models.source import ModelSource
+from common.tasks.ranking.rankers import ranker_of
+from common.tasks.ranking.task import CREDITMIX
 
 PROMPTS, TOKENS = 3, 64  # of the text that is timed
 
@@ -45,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
 
-    from common import export, parity, tokenizers
+    from common.export import parity
+    from common.export import pipeline as export
+    from common.models import tokenizers
 
     material = parity.read_material(args.data, CREDITMIX, "", args.rows)
     turns: dict[str, dict[str, Callable[[], float]]] = {"rows": {}, "tokens": {}}
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     forward = ""  # the model whose bare forward pass is the limit
     for model_dir in args.model_dir:
         runtime, tokenizer = export.load(model_dir, lambda tokenizer: parity.longest(tokenizer, material) + TOKENS)
-        ranker = runtime.ranker(tokenizer, CREDITMIX)
+        ranker = ranker_of(getattr(runtime, "model", runtime), tokenizer, CREDITMIX)
         prompts = [tokenizers.encode_prompt(tokenizer, prompt) for prompt in material.prompts[:PROMPTS]]
 
         def score(ranker=ranker) -> None:
@@ -101,7 +105,8 @@ def speed(count: int, run: Callable[[], None]) -> Callable[[], float]:
 
 def weight_bytes(model_dir: str, runtime) -> int:
     """Bytes of a model's weights: in memory for torch, else in its files."""
-    from common import export, parity
+    from common.export import parity
+    from common.export import pipeline as export
 
     if isinstance(runtime, parity.TorchRuntime):
         return runtime.model.get_memory_footprint()
@@ -124,9 +129,9 @@ def reading(size: int, times: int) -> Callable[[], None]:
 
 def merged_forward(model_dir: str, texts: Sequence[str]) -> Callable[[], None]:
     """The bare forward pass of bench/label_ranking.py, an adapter merged into its base."""
-    from common import models
+    from common.models import loading as models
 
-    model, tokenizer = models.load_for_inference(model_dir)
+    model, tokenizer = models.load_for_inference(ModelSource(model_dir))
     if models.is_adapter(model_dir):
         model = model.merge_and_unload()
     return bare_forward(model, tokenizer, texts, CPU_BATCH_TOKENS)

@@ -27,9 +27,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from bench.memory import held_bytes, tracked_peak
-from common import cli, shapes, vram
-from common.peak_memory import BFLOAT16, FLOAT32, GB, Inference, Plan, Training, predict, runtime_bytes
-from common.ranker import LOGITS_AT_ONCE
+from common import cli
+from common.models.batching import LOGITS_AT_ONCE
+from common.vram import model_shape as shapes
+from common.vram import preflight as vram
+from common.vram.formulas import BFLOAT16, FLOAT32, GB, Inference, Plan, Training, predict, runtime_bytes
 
 SERVING_GB = 4.0  # that four adapters are to be served within
 ADAPTERS = 4
@@ -174,7 +176,9 @@ def measure(config: dict[str, Any], lengths: Sequence[int], steps: int, room: in
     """A row for each of `plans`, run on the card if there is one, else on the CPU."""
     import torch
 
-    from common import miniature, models, tokenizers
+    from common.models import loading as models
+    from common.models import tokenizers
+    from common.training import miniature
 
     models.quiet_libraries()
     cuda = torch.cuda.is_available()
@@ -259,7 +263,7 @@ def random_nf4(linear: Any, device: str) -> Any:
 
 def with_adapters(base: Any, plan: Plan) -> Any:
     """The base under a fresh adapter, or as many as are served."""
-    from common import models
+    from common.models import loading as models
 
     dropout = plan.lora_dropout if isinstance(plan, Training) else 0.0
     student = models.add_lora(base, r=plan.lora_r, alpha=2 * plan.lora_r, dropout=dropout, seed=0)
@@ -277,8 +281,8 @@ def trained(name: str, plan: Training, student: Any, tokenizer: Any, steps: int)
 
     import dpo_train
     import sft_train
-    from common import training
-    from common.tokenizers import Encoded
+    from common.models.tokenizers import Encoded
+    from common.training import trainer as training
 
     student.enable_input_require_grads()
     ids = torch.randint(0, len(tokenizer), (max(steps, LEAST_ROWS), plan.max_len)).tolist()
@@ -317,8 +321,8 @@ def from_cache(plan: Training, student: Any, collate: Callable[[Sequence[Any]], 
     """The parts of a trainer on forward KL to the few outcomes that a teacher's cache holds, here random ones."""
     import torch
 
-    from common import completions
-    from common.distillation import DistillationLoss, Objective, Reader, Used
+    from common.distillation.objective import DistillationLoss, Objective, Reader, Used
+    from common.training import batches as completions
 
     vocabulary = plan.student.vocabulary
 
@@ -337,10 +341,10 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
     """Work that ranks labels with each adapter in turn, writes JSON documents, or does the one, then the other."""
     import random
 
-    from common import tasks
-    from common.generation import generate
-    from common.json_decoding import JsonGrammar
-    from common.label_ranking import LabelRanker
+    from common.generation.generate import generate
+    from common.generation.json_grammar import JsonGrammar
+    from common.tasks.ranking import task as tasks
+    from common.tasks.ranking.torch_ranker import LabelRanker
 
     student.eval()
     draw = random.Random(0)

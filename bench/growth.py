@@ -36,7 +36,9 @@ from bench.memory import held_bytes, own_bytes, peak_beyond
 from bench.serve_load import Load, read_texts, server
 from bench.slopes import Curve, Expected, Series
 from bench.turns import every_round
-from common import cli, models
+from common import cli
+from common.models import loading as models
+from common.models.source import ModelSource
 
 ROWS = (16, 64, 256, 512, 1024, 2048, 4096)
 LABELS = (2, 4, 8, 16, 32, 64)
@@ -152,7 +154,7 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> tuple[list[Curve]
     curves = []
     inside = [name for name in args.only if name not in ("adapters", "clients")]
     if inside:
-        scene = Scene(args, texts, *models.load_for_inference(args.model_dir))
+        scene = Scene(args, texts, *models.load_for_inference(ModelSource(args.model_dir)))
         curves += [{"document": document_curve}.get(name, label_curve)(scene, name) for name in inside]
         del scene
         give_back()
@@ -194,8 +196,8 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 def label_curve(scene: Scene, name: str) -> Curve:
     """Rows against a task's own labels, or a few rows against more, related or longer ones."""
-    from common.label_ranking import LabelRanker
-    from common.tasks import CREDITMIX, LabelTask
+    from common.tasks.ranking.task import CREDITMIX, LabelTask
+    from common.tasks.ranking.torch_ranker import LabelRanker
 
     def made_up(labels: Sequence[str]) -> LabelTask:
         return replace(CREDITMIX, labels=tuple(labels), instruction="Which label fits?")
@@ -259,7 +261,9 @@ def digits(count: int) -> list[str]:
 
 def document_curve(scene: Scene, name: str) -> Curve:
     """One document after the other through constrained extraction."""
-    from common import idp, json_schema, tokenizers
+    from common.generation import json_schema
+    from common.models import tokenizers
+    from common.tasks.idp import extractor as idp
 
     extractor = idp.Extractor(
         scene.model, scene.tokenizer, SCHEMA, json_schema.preflight(SCHEMA), max_new_tokens=NEW_TOKENS, long="refuse"
@@ -324,9 +328,10 @@ class Served:
     file_bytes: int = 0
 
     def __post_init__(self) -> None:
-        from common import creditmix, tokenizers
-        from common.classifier import Classifier
-        from common.tasks import CREDITMIX
+        from common.models import tokenizers
+        from common.tasks.ranking import creditmix
+        from common.tasks.ranking.classifier import Classifier
+        from common.tasks.ranking.task import CREDITMIX
 
         self.adapters = ADAPTERS[:-1] if self.args.quick else ADAPTERS
         most = 1 + max(self.adapters) if "adapters" in self.args.only else 1
@@ -337,7 +342,7 @@ class Served:
         self.file_bytes = (Path(self.folder) / self.names[0] / models.ADAPTER_WEIGHTS).stat().st_size
 
         cleaned = [creditmix.clean_features(text) for text in self.texts]
-        model = models.load_base(base).eval()
+        model = models.load_base(ModelSource(base)).eval()
         models.align_model(model, tokenizer)
         for further, name in enumerate(self.names):
             path = str(Path(self.folder) / name)
@@ -369,7 +374,7 @@ def make_adapters(folders: Sequence[Path], base: str, tokenizer: Any) -> None:
     """Runs of the recipe's LoRA shape with random weights, as a trainer leaves them."""
     import torch
 
-    model = models.load_base(base)
+    model = models.load_base(ModelSource(base))
     fingerprint = models.fingerprint(model)
     adapted = models.add_lora(model, r=16, alpha=32, dropout=0.0, seed=0)
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,7 @@
     python bench/job_service.py
     python bench/job_service.py --jobs 50 --clients 20 --kills 100 --seed 1
 
-Stand-ins take the trainers' place (tests/jobs_served.py), so that what is measured is the service. First --clients
+Stand-ins take the place of the trainers (tests/support/jobs_served.py): the service alone is measured. First --clients
 submit --jobs at once while as many ask for states; then server, workers and trainings are killed --kills times while
 jobs run, each time one of them at random, and what had failed by that is resumed. Every job must succeed, trained by
 one process at a time, with files whose SHA-256 is the one listed; those that nobody kills in order, and once. The last
@@ -30,10 +30,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from jobs_served import Process, make_place, sha256
+from support.jobs_served import Process, make_place, sha256
 
-from common import cli, job_local
-from common.job_store import ENDED
+from common import cli
+from common.jobs import local_backend as job_local
+from common.jobs.store import ENDED
 
 LONGEST = 600  # seconds that all jobs may take
 

@@ -6,7 +6,7 @@
 Every contestant compiles the same schemas and is then led through the same documents, token by token, over random
 scores of the model's width. A step is what a decoding step costs beside the model: take the last token in, work out
 which ones may come next, write -inf over the rest of one row of scores. `ours` also keeps watch on the token budget.
-Peers that are not installed (requirements-bench.txt) are left out with a notice, documents that one of the contestants
+Peers that are not installed (requirements/bench.txt) are left out with a notice, documents that one of the contestants
 does not let through are left out for all. Figures are per token over all rounds, after one that does not count.
 
 `limit` writes -inf over one row of scores of the same width and does nothing else: no mask is laid on with less, as all
@@ -29,7 +29,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from bench.turns import print_table, take_turns
-from common import cli, json_schema
+from common import cli
+from common.generation import json_schema
 
 VOCABULARY = 151_936  # columns of Qwen2.5's logits, to 3B
 MONEY = {"type": "number", "minimum": 0}
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from common import tokenizers
+    from common.models import tokenizers
 
     torch.set_num_threads(1)
     tokenizer = tokenizers.load_tokenizer(args.tokenizer)
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if importlib.util.find_spec(package):
             contestants[name] = compiler(tokenizer, scores)
         else:
-            cli.log(f"{package} is not installed and left out; pip install -r requirements-bench.txt")
+            cli.log(f"{package} is not installed and left out; pip install -r requirements/bench.txt")
 
     documents = []
     started = {name: [] for name in contestants}  # seconds to compile and to the first mask, of every schema
@@ -186,7 +187,7 @@ def try_out(
 def ours(tokenizer, scores) -> Callable[[Any], Grammar]:
     import torch
 
-    from common.json_decoding import JsonGrammar
+    from common.generation.json_grammar import JsonGrammar
 
     JsonGrammar({}, tokenizer, scores.shape[1])  # takes the vocabulary in, once
 

@@ -7,13 +7,13 @@
 
 Contestants, on the same rows and labels: one full forward pass per row, label and form (`naive`);
 lm-evaluation-harness's HF model class on the same token ids (`lm_eval`, where it is installed: pip install -r
-requirements-bench.txt); transformers' own pipeline("decision"), with its generic prompt, where labels are single tokens
+requirements/bench.txt); transformers' own pipeline("decision"), with its generic prompt, where labels are single tokens
 (`decision`); the ranker (`ours`); and a bare forward pass over the tokens in which the rows differ, unpadded, head at
 one position (`limit`). Weights are in --dtype, not in 4 bits. They take turns; figures are rows a second, the median of
 the rounds, after one that does not count. The last line is JSON.
 
 `vllm` is vLLM's offline engine with its prefix cache, on a plain model (merge an adapter first), where a Python has it:
-python -m venv .venv-gpu-peers, then .venv-gpu-peers/bin/pip install -r requirements-bench-gpu.txt, as its pins are not
+python -m venv .venv-gpu-peers, then .venv-gpu-peers/bin/pip install -r requirements/bench-gpu.txt, as its pins are not
 this toolkit's. It asks for one token at every place where labels part, with the log-probabilities of those that may
 come there. Its scores have to be this toolkit's to TOLERANCE, else it is left out. It has not been run against the
 real one (see bench/gpu_peers.py).
@@ -35,13 +35,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from bench.gpu_peers import Peer, python_of
 from bench.turns import leave_out, print_table, take_turns
-from common import cli, creditmix, models
-from common.tasks import CREDITMIX
+from common import cli
+from common.models import loading as models
+from common.models.source import ModelSource
+from common.tasks.ranking import creditmix
+from common.tasks.ranking.task import CREDITMIX
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from common.ranker import LabelTree, Ranker
+    from common.tasks.ranking.ranker import LabelTree, Ranker
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads: Qwen2.5's
     "0.5b": (896, 4864, 24, 14, 2),
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import numpy as np
 
-    from common.label_ranking import LabelRanker, naive_scores
+    from common.tasks.ranking.torch_ranker import LabelRanker, naive_scores
 
     model, tokenizer = load(args)
     ranker = LabelRanker(model, tokenizer, CREDITMIX)
@@ -137,10 +140,10 @@ def load(args: argparse.Namespace):
     """(model in eval mode, tokenizer) of --model or --shape."""
     import torch
 
-    from common import tokenizers
+    from common.models import tokenizers
 
     if args.model:
-        return models.load_for_inference(args.model, load_in_4bit="off", dtype=args.dtype)
+        return models.load_for_inference(ModelSource(args.model, load_in_4bit="off", dtype=args.dtype))
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     hidden, intermediate, layers, heads, groups = SHAPES[args.shape]
@@ -166,7 +169,7 @@ def bare_forward(model, tokenizer, texts: Sequence[str], max_batch_tokens: int) 
     """
     import torch
 
-    from common import tokenizers
+    from common.models import tokenizers
 
     prompts = [tokenizers.encode_prompt(tokenizer, CREDITMIX.prompt(text)) for text in texts]
     shared = 0
@@ -194,8 +197,8 @@ def harness(args: argparse.Namespace, model, tokenizer, texts: Sequence[str]) ->
     """lm-evaluation-harness on the same token ids: every surface form of every label of every row is a request."""
     from lm_eval.models.huggingface import HFLM
 
-    from common import tokenizers
-    from common.ranker import label_tokens
+    from common.models import tokenizers
+    from common.tasks.ranking.ranker import label_tokens
 
     batch = max(1, args.max_batch_tokens // 128)
     peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))
@@ -229,7 +232,7 @@ def vllm(
     args: argparse.Namespace, ranker: Ranker, texts: Sequence[str], scores: np.ndarray, stack: contextlib.ExitStack
 ) -> Callable[[], float] | None:
     """A turn of vLLM, started on `stack`; None where it cannot take part or does not find the ranker's scores."""
-    from common import tokenizers
+    from common.models import tokenizers
 
     python = python_of("vllm", args.vllm_python)
     if python is None or not args.model or models.is_adapter(args.model):

@@ -16,8 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
-from common import cli, models, quantization_aware
-from common.tasks import CREDITMIX
+from common import cli
+from common.models import loading as models
+from common.models.source import ModelSource
+from common.tasks.ranking.task import CREDITMIX
+from common.training import quantization_aware
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if models.is_adapter(model_dir):
             raise cli.UserError(f"{model_dir} is an adapter; give a whole model, trained with --lora_r 0 or merged")
 
-    from common import metrics, parity
-    from common.calibration import Calibration, Scores
-    from common.label_ranking import LabelRanker
+    from common.export import parity
+    from common.tasks.ranking import metrics
+    from common.tasks.ranking.calibration import Calibration, Scores
+    from common.tasks.ranking.torch_ranker import LabelRanker
 
     def judge(model, tokenizer, material: parity.Material) -> Scores:
         ranker = LabelRanker(model, tokenizer, CREDITMIX)
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for model_dir in args.model_dir:
         material = parity.read_material(args.data, CREDITMIX, model_dir, None)
-        model, tokenizer = models.load_for_inference(model_dir, load_in_4bit="off", dtype="float32")
+        model, tokenizer = models.load_for_inference(ModelSource(model_dir, load_in_4bit="off", dtype="float32"))
         exact = judge(model, tokenizer, material)
         rounded = judge(quantization_aware.quantized(model, args.kind), tokenizer, material)
         y, groups = material.y, material.groups

@@ -34,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from bench.memory import own_bytes
 from bench.turns import print_table, take_turns
-from common import cli, models, records
+from common import cli
+from common.data import rows as records
+from common.models import loading as models
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-4  # of a score, in nats
@@ -143,9 +145,9 @@ class Script:
     """infer_creditmix.py's scorer, in this process."""
 
     def __init__(self, args: argparse.Namespace, names: Sequence[str], texts: Sequence[str]) -> None:
-        from common import creditmix
-        from common.classifier import Classifier
-        from common.tasks import CREDITMIX
+        from common.tasks.ranking import creditmix
+        from common.tasks.ranking.classifier import Classifier
+        from common.tasks.ranking.task import CREDITMIX
 
         self.texts = [creditmix.clean_features(text) for text in texts]
         self.classifiers = [Classifier(str(Path(args.runs_dir) / name), CREDITMIX) for name in names]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import plots
+from common.evaluation import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ checkpoints; and it needs the memory that gradient checkpointing saves: where a 
 
 `unsloth` takes part where there is a CUDA card and a Python that has it. Its pins are not this toolkit's, so it wants
 an environment of its own: python -m venv .venv-gpu-peers, then .venv-gpu-peers/bin/pip install -r
-requirements-bench-gpu.txt. It trains in a process of its own and its adapter is judged here. Its kernels are best
+requirements/bench-gpu.txt. It trains in a process of its own and its adapter is judged here. Its kernels are best
 without dropout; here it has the recipe's. It has not been run against the real one (see bench/gpu_peers.py).
 """
 
@@ -37,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from bench.gpu_peers import Peer, python_of
 from bench.turns import print_table, take_turns
-from common import cli, records
+from common import cli
+from common.data import rows as records
+from common.models.source import ModelSource
 
 WARM_UP = 2  # optimizer steps of each turn that are not timed
 HELD_OUT = 256  # rows for the final loss
@@ -110,10 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_frozen(args: argparse.Namespace):
     """(base, tokenizer)."""
-    from common import models, tokenizers
+    from common.models import loading as models
+    from common.models import tokenizers
 
     tokenizer = tokenizers.load_tokenizer(args.student)
-    base = models.load_base(args.student, load_in_4bit=args.load_in_4bit, training=True)
+    base = models.load_base(ModelSource(args.student, load_in_4bit=args.load_in_4bit), training=True)
     models.align_model(base, tokenizer)
     base.config.use_cache = False
     for parameter in base.parameters():
@@ -123,7 +126,7 @@ def load_frozen(args: argparse.Namespace):
 
 def load(args: argparse.Namespace):
     """(base with a fresh LoRA, tokenizer), the recipe's."""
-    from common import models
+    from common.models import loading as models
 
     base, tokenizer = load_frozen(args)
     return models.add_lora(base, **LORA, seed=args.seed), tokenizer
@@ -158,7 +161,8 @@ def held_out_loss(model, tokenizer, rows: Sequence[dict]) -> float:
     """Mean completion loss on the held-out rows, in nats a token."""
     import torch
 
-    from common import completions, tokenizers
+    from common.models import tokenizers
+    from common.training import batches as completions
 
     model.eval()
     total = count = 0.0
@@ -180,7 +184,8 @@ def train_ours(args, train, held_out, per_device: int, _) -> tuple[float, float]
     from transformers import PrinterCallback, TrainingArguments
 
     import sft_train
-    from common import tokenizers, training
+    from common.models import tokenizers
+    from common.training import trainer as training
 
     model, tokenizer = load(args)
     model.enable_input_require_grads()
@@ -211,7 +216,7 @@ def train_trl(args, train, held_out, per_device: int, defaults: bool) -> tuple[f
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from common import tokenizers
+    from common.models import tokenizers
 
     model, tokenizer = load(args)
     rows = [
@@ -255,7 +260,8 @@ def train_bare(args, train, held_out, per_device: int, _) -> tuple[float, float]
     """(tokens a second, held-out loss) of forward pass, backward pass and AdamW alone."""
     import torch
 
-    from common import completions, tokenizers
+    from common.models import tokenizers
+    from common.training import batches as completions
 
     model, tokenizer = load(args)
     cuda = model.device.type == "cuda"
@@ -299,7 +305,8 @@ def train_unsloth(args, train, held_out, per_device: int, _) -> tuple[float, flo
     """(tokens a second, held-out loss) of unsloth under TRL's SFTTrainer, in a process of its own."""
     import torch
 
-    from common import models, tokenizers
+    from common.models import loading as models
+    from common.models import tokenizers
 
     gc.collect()
     torch.cuda.empty_cache()  # the card is shared with that process

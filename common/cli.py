@@ -108,37 +108,6 @@ def fraction(text: str) -> float:
     return value
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of everything that uses a model: where its base is, precision and batches."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--base", help="base of the adapter, where it has moved from where it was trained")
-    model.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
-    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    model.add_argument("--max_batch_tokens", type=positive_int, default=8192, help="tokens in one forward pass")
-    model.add_argument(
-        "--auto_fit", action="store_true", help="where memory is short, take settings that fit, and say so"
-    )
-    model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-
-
-def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of everything that scores labels: those of the model, the task and its calibration."""
-    add_model_flags(parser)
-    scoring = parser.add_argument_group("scoring")
-    scoring.add_argument("--task", metavar="FILE.yaml", help="another label set; default: CreditMix")
-    scoring.add_argument(
-        "--num_null_prompts", type=positive_int, help="content-free prompts behind the prior; default: all of the task"
-    )
-    scoring.add_argument(
-        "--calibration",
-        choices=("none", "prior", "batch", "fitted"),
-        help="default: fitted where the run folder has one, else prior",
-    )
-    scoring.add_argument(
-        "--label_bias", nargs="+", default=[], metavar="LABEL=NATS", help="offsets on the scores, e.g. Standard=0.3"
-    )
-
-
 def parse_label_bias(pairs: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """`["Standard=0.3"]` as a dict. Raises UserError for anything that is not LABEL=NUMBER of one of the labels."""
     offsets = {}

@@ -15,8 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common import models, records, splits
 from common.cli import UserError
+from common.data import rows as records
+from common.data import splits
+from common.models import loading as models
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 FILE = "run.json"
@@ -49,7 +51,7 @@ def git_commit() -> str | None:
 
 def machine() -> dict[str, Any]:
     """What a figure of speed was measured on: "cpu", "cores", "memory_gib", "gpu" (None without), "threads", "load"."""
-    from common.models import describe_device
+    from common.models.loading import describe_device
 
     cpu, memory = platform.processor() or platform.machine(), None
     if sys.platform == "linux":

@@ -15,7 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run by its path
 
-from common import cli, creditmix, records
+from common import cli
+from common.data import rows as records
+from common.tasks.ranking import creditmix
 
 OPENINGS = ("Dear Sir or Madam,", "Hello,", "Dear credit team,", "To whom it may concern,")
 CLOSINGS = ("Kind regards", "Yours faithfully", "Thank you", "Best wishes")

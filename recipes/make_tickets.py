@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run by its path
 
-from common import cli, records
+from common import cli
+from common.data import rows as records
 
 PRODUCTS = ("Billing", "Search", "Reports", "Mail", "Mobile app", "Web shop", "Single sign-on", "Export")
 SYMPTOMS = {  # how bad each is by itself

@@ -15,8 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run by its path
 
-from common import cli, creditmix, records
-from common.tasks import CREDITMIX
+from common import cli
+from common.data import rows as records
+from common.tasks.ranking import creditmix
+from common.tasks.ranking.task import CREDITMIX
 
 COLUMNS = ("id", "prediction", "top2_margin", "probability_of_bad", "least_confidence", "note")
 

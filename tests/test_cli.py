@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.inputs import ROOT
 
 import sft_train
-from common import cli, records
+from common import cli
 from common.cli import UserError
+from common.data import rows as records
 
 REQUIRED = ["--student", "s", "--data", "d", "--save_dir", "r"]
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
-import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from support.inputs import ROOT
+from support.scripts import parser_of
 
-from common import cli, tasks
+from common import cli
+from common.tasks.ranking import task as tasks
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 ESTABLISHED = """
@@ -47,7 +46,7 @@ def shown_commands() -> Iterator[tuple[str, str]]:
         texts[path.name] = "\n".join([text, *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)])
     for path in ROOT.glob("recipes/*.y*ml"):
         texts[path.name] = re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("bench/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("bench/*.py")]:
         texts[path.name] = ast.get_docstring(ast.parse(path.read_text())) or ""
     for where, text in texts.items():
         for line in re.sub(r"\\\n\s*", " ", text).splitlines():
@@ -57,14 +56,6 @@ def shown_commands() -> Iterator[tuple[str, str]]:
 
 
 COMMANDS = sorted(set(shown_commands()))
-
-
-def parser_of(script: Path) -> argparse.ArgumentParser | None:
-    spec = importlib.util.spec_from_file_location(f"shown_{script.stem}", script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module.build_parser() if hasattr(module, "build_parser") else None
 
 
 @pytest.mark.parametrize(("where", "command"), COMMANDS, ids=[f"{w}-{c[:40]}" for w, c in COMMANDS])
@@ -123,12 +114,8 @@ def test_help_and_usage_errors_come_without_torch(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_does_something(script):
     source = (ROOT / script).read_text()
-    for shared in re.findall(r"\b(training|cli|idp|code_writer)\.add_\w*flags", source):
-        source += (ROOT / "common" / f"{shared}.py").read_text()
-    if re.search(r"from_flags\(args|load_by_flags\(args|cli\.add_model_flags", source):
-        source += (ROOT / "common" / "models.py").read_text() + (ROOT / "common" / "vram.py").read_text()
-    if "Classifier.from_flags(args" in source:
-        source += (ROOT / "common" / "classifier.py").read_text()
+    for room in re.findall(r"from common\.(\w+(?:\.\w+)?) import", source):
+        source += "".join(path.read_text() for path in (ROOT / "common" / room.replace(".", "/")).glob("*.py"))
     parser = parser_of(ROOT / script)
     for action in parser._actions:
         if action.dest not in ("help", "config"):  # --config is read by cli.parse_args

@@ -16,8 +16,8 @@ import pytest
 
 from common import cli
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ("demo.sh", "test.sh", "setup.sh", ".ci/run")
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("demo.sh", "test.sh", ".ci/setup.sh", ".ci/run")
 RECIPES = sorted((ROOT / "recipes").glob("creditmix_*_*.yaml"))
 
 FAKE_PYTHON = """#!{real} -IS
@@ -95,7 +95,7 @@ else:
 def checkout(tmp_path) -> Path:
     """A copy of what the shell scripts touch, and a stand-in Python under `bin/`."""
     folder = tmp_path / "check out"  # paths have spaces in real life
-    for name in (*SCRIPTS, *(f"requirements{kind}.txt" for kind in ("", "-k8s", "-dev"))):
+    for name in (*SCRIPTS, *("requirements.txt", "requirements/k8s.txt", "requirements/dev.txt")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / "recipes", folder / "recipes")

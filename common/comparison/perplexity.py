@@ -1,0 +1,93 @@
+"""How surprised a model is by a text: passages of running text, and the negative log-likelihood of completions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.cli import UserError
+from common.data import rows as records
+from common.data import splits
+from common.models.tokenizers import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PASSAGE = 16_384  # characters; long, so that few windows are cut short at its end
+TITLE = re.compile(r" ?= [^=].* = ?\n?")  # of an article in wikitext
+LOGITS_AT_ONCE = 1 << 28  # of a batch: half a gigabyte in bfloat16
+
+
+def passages(path: str) -> list[dict]:
+    """A text file in pieces of whole lines, {"text", "group"}; blank pieces are left out.
+
+    A piece ends before a wikitext title (` = Title = `) and at about `PASSAGE` characters. The group is the article
+    where the text has titles, else the piece.
+
+    Raises:
+        UserError: there is no text in it.
+    """
+    lines = records.read_text(path).splitlines(keepends=True)
+    articles = any(TITLE.fullmatch(line) for line in lines)
+    rows: list[dict] = []
+    article, piece, size = 0, [], 0
+
+    def flush() -> None:
+        if (text := "".join(piece)).strip():
+            name = f"article {article}" if articles else f"passage {len(rows)}"
+            rows.append({"text": text, "group": splits.group_hash(name)})
+        piece.clear()
+
+    for line in lines:
+        title = TITLE.fullmatch(line) is not None
+        if title or size + len(line) > PASSAGE:
+            flush()
+            size = 0
+        article += title
+        piece.append(line)
+        size += len(line)
+    flush()
+    if not rows:
+        raise UserError(f"{path} has no text; give a text file with text in it")
+    return rows
+
+
+def negative_log_likelihood(
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, max_batch_tokens: int
+) -> np.ndarray:
+    """Of each row's completion [rows], summed over its tokens, in nats.
+
+    Args:
+        max_batch_tokens: bounds rows x longest of a batch; one row always goes.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from common.training import batches as completions
+
+    budget = min(max_batch_tokens, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row].input_ids))
+    sums = np.zeros(len(rows))
+    with torch.inference_mode(), tqdm(total=len(rows), unit=" rows") as progress:
+        while order:
+            size = max(1, budget // len(rows[order[0]].input_ids))
+            batch_rows, order = order[:size], order[size:]
+            batch = completions.collate([rows[row] for row in batch_rows], pad_id)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            targets = batch["labels"][:, 1:]
+            columns = (targets != completions.IGNORE).any(0).nonzero()[:, 0]
+            logits = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+                logits_to_keep=columns,
+            ).logits
+            for place, row in enumerate(batch_rows):  # one at a time: float32 is twice as large
+                sums[row] = torch.nn.functional.cross_entropy(
+                    logits[place].float(), targets[place, columns], ignore_index=completions.IGNORE, reduction="sum"
+                )
+            progress.update(len(batch_rows))
+    return sums

@@ -1,0 +1,1 @@
+"""Training on the distributions of a teacher, live, cached, or of labels."""

@@ -1,0 +1,290 @@
+"""Distillation from a teacher's distributions: what a step's loss is made of, with the teacher live or in a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from common.cli import UserError
+from common.training import batches as completions
+from common.training import losses as distill_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+OF_LOGITS = (*DIVERGENCES, "ce", "teacher_ce")
+OF_HIDDEN = ("hidden_mse", "hidden_cosine")
+TERMS = (*OF_LOGITS, *OF_HIDDEN, "attention_mse")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+        weights: by name of the term, those of TERMS that count.
+        temperature: of the divergences.
+        beta: of jsd.
+    """
+
+    weights: dict[str, float]
+    temperature: float = 1.0
+    beta: float = 0.5
+
+    def __str__(self) -> str:
+        """The formula, for a log."""
+        terms = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+        extra = f", temperature {self.temperature:g}" if not self.weights.keys().isdisjoint(DIVERGENCES) else ""
+        return terms + extra + (f", beta {self.beta:g}" if "jsd" in self.weights else "")
+
+    def divergences(self, student: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The divergences that count, each [n], of log-probabilities [n, K] at the temperature."""
+        makers = {
+            "forward_kl": distill_losses.forward_kl,
+            "reverse_kl": distill_losses.reverse_kl,
+            "jsd": lambda *args: distill_losses.jsd(*args, beta=self.beta),
+        }
+        return {name: make(student, teacher, self.temperature) for name, make in makers.items() if name in self.weights}
+
+    def total(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of the terms."""
+        return sum(self.weights[name] * value for name, value in terms.items())
+
+
+@dataclass(frozen=True)
+class Used:
+    """What of both models an objective uses.
+
+    Attributes:
+        pairs: layers that are compared, (student's, teacher's).
+        vocabulary: ids that both have; divergences leave out what pads either LM head beyond.
+    """
+
+    objective: Objective
+    pairs: Sequence[tuple[int, int]]
+    vocabulary: int
+
+    @property
+    def of_logits(self) -> list[str]:
+        """The terms made from logits."""
+        return [name for name in OF_LOGITS if name in self.objective.weights]
+
+    @property
+    def distributions(self) -> bool:
+        """Whether the teacher's distributions are used, not only its hidden states or attention."""
+        return not {"ce"}.issuperset(self.of_logits)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether hidden states are compared."""
+        return not self.objective.weights.keys().isdisjoint(OF_HIDDEN)
+
+    @property
+    def attentions(self) -> bool:
+        """Whether attention maps are compared."""
+        return "attention_mse" in self.objective.weights
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model made of a batch: states [rows, tokens, width] after its last norm, and by layer where asked for."""
+
+    last: torch.Tensor
+    layers: Sequence[torch.Tensor] | None
+    attentions: Sequence[torch.Tensor] | None
+
+    def hidden_at(self, mask: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """Hidden states [n, layers, width] of the columns in `mask` [rows, tokens - 1]; layers count from 1."""
+        states = [self.last if self.layers is None else self.layers[layer] for layer in layers]
+        return torch.stack([state[:, :-1][mask] for state in states], dim=1)
+
+
+class Reader:
+    """A model's hidden states, and its logits from the last of them, made only where and when they are needed."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
+        """
+        Args:
+            layers: those whose states are compared; they are kept if one is not the last.
+
+        Raises:
+            UserError: the logits are more than the LM head (and a soft cap) of the last hidden state.
+        """
+        self.model = model
+        config = model.config.get_text_config()
+        self.head = model.get_output_embeddings()
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.keep_layers = any(layer != config.num_hidden_layers for layer in layers)
+        self._last: torch.Tensor | None = None
+        # From the decoder itself: mixed precision turns all that the model hands out into float32.
+        model.get_decoder().register_forward_hook(self._keep)
+        with torch.no_grad():
+            ids = torch.arange(1, 5, device=model.device)[None]
+            expected = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            made = self.logits(self._last[0, -1]).float()  # of the same pass: an adapter may have dropout
+        if not torch.allclose(made, expected, atol=1e-2, rtol=1e-2):
+            raise UserError(
+                f"{model.name_or_path}: logits of {config.model_type} models cannot be distilled; use another"
+            )
+
+    def _keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self._last = output[0]
+
+    def read(self, model: Any, batch: dict[str, torch.Tensor], attentions: bool = False) -> Reading:
+        """A forward pass through `model` (this one, or the wrapper it trains in) with the LM head at one column."""
+        output = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            use_cache=False,
+            output_hidden_states=self.keep_layers,
+            output_attentions=attentions,
+            logits_to_keep=1,
+        )
+        last, self._last = self._last, None
+        return Reading(last, output.hidden_states if self.keep_layers else None, output.attentions)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, vocabulary] of last hidden states [n, width]."""
+        logits = self.head(hidden.to(self.head.weight.dtype))
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+
+def layer_pairs(layer_map: str, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """(student layer, teacher layer), from 1: "last", "uniform" (each of the student's at the same relative depth), or
+    "1:2,3:6".
+
+    Raises:
+        UserError: not of that form, or a layer that a model does not have.
+    """
+    if layer_map == "last":
+        return [(student_layers, teacher_layers)]
+    if layer_map == "uniform":
+        return [
+            (layer, max(1, round(layer * teacher_layers / student_layers))) for layer in range(1, student_layers + 1)
+        ]
+    try:
+        pairs = [tuple(int(part) for part in pair.split(":")) for pair in layer_map.split(",")]
+        assert all(len(pair) == 2 for pair in pairs)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--layer_map {layer_map} is not last, uniform or pairs such as 1:2,3:6") from error
+    for ours, theirs in pairs:
+        if not (1 <= ours <= student_layers and 1 <= theirs <= teacher_layers):
+            raise UserError(
+                f"--layer_map {layer_map}: the student has the layers 1 to {student_layers}, the teacher 1 to "
+                f"{teacher_layers}"
+            )
+    return pairs
+
+
+def predicted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Boolean [rows, tokens - 1]: the columns whose next token belongs to a completion."""
+    return batch["labels"][:, 1:] != completions.IGNORE
+
+
+class LiveTeacher:
+    """A teacher that reads each batch along with the student."""
+
+    def __init__(self, reader: Reader, used: Used) -> None:
+        self.reader, self.used = reader, used
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, Any]:
+        """Of the columns in `mask`: "last" [n, width] and, where used, "hidden" [n, layers, width], "attentions"."""
+        reading = self.reader.read(self.reader.model, batch, self.used.attentions)
+        found = {"last": reading.last[:, :-1][mask], "attentions": reading.attentions}
+        if self.used.hidden:
+            found["hidden"] = reading.hidden_at(mask, [theirs for _, theirs in self.used.pairs])
+        return found
+
+
+class DistillationLoss:
+    """The loss of a batch (see `training.Loss`): weighted terms, each a sum over tokens divided by the step's items."""
+
+    def __init__(
+        self,
+        used: Used,
+        student: Reader,
+        teacher: LiveTeacher | None,
+        projections: torch.nn.ModuleList | None = None,
+    ) -> None:
+        """
+        Args:
+            teacher: None where batches carry what a cache holds of it.
+            projections: of the student's hidden states to the teacher's width, one a pair; None: the widths agree.
+        """
+        self.used, self.objective = used, used.objective
+        self.student, self.teacher, self.projections = student, teacher, projections
+
+    def __call__(
+        self, model: Any, batch: dict[str, Any], num_items: torch.Tensor | int | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(scalar loss, its terms); both 0 for a batch without completion tokens."""
+        mask = predicted(batch)
+        reading = self.student.read(model, batch, self.used.attentions)
+        teacher = batch.get("teacher") if self.teacher is None else self.teacher(batch, mask)
+        terms = {}
+        if self.used.of_logits:
+            per_token = [reading.last[:, :-1][mask], batch["labels"][:, 1:][mask]]
+            if self.teacher is not None:
+                per_token.append(teacher["last"])
+            elif teacher is not None:
+                per_token += [teacher[name] for name in ("ids", "rest", "logprobs") if name in teacher]
+            sums = distill_losses.summed_in_chunks(
+                self._logit_terms, *per_token, width=self.student.head.weight.shape[0]
+            )
+            terms = dict(zip(self.used.of_logits, sums, strict=True))
+        if self.used.hidden:
+            ours = reading.hidden_at(mask, [layer for layer, _ in self.used.pairs])
+            if self.projections is not None:
+                ours = torch.stack([project(ours[:, i].float()) for i, project in enumerate(self.projections)], dim=1)
+            for name in OF_HIDDEN:
+                if name in self.objective.weights:
+                    terms[name] = getattr(distill_losses, name)(ours, teacher["hidden"]).mean(dim=1).sum()
+        if self.used.attentions:
+            ours, theirs = reading.attentions, teacher["attentions"]
+            maps = [(ours[i - 1], theirs[j - 1]) for i, j in self.used.pairs] if ours and theirs else []
+            queries = functional.pad(mask, (0, 1))
+            terms["attention_mse"] = distill_losses.attention_mse(maps, queries).sum()
+        items = mask.sum().clamp(min=1) if num_items is None else num_items
+        terms = {name: value / items for name, value in terms.items()}
+        return self.objective.total(terms), terms
+
+    def _logit_terms(self, hidden: torch.Tensor, gold: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
+        """Sums over tokens of the terms made from logits, in the order of `Used.of_logits`."""
+        logits = self.student.logits(hidden)
+        terms = {}
+        if "ce" in self.objective.weights:
+            terms["ce"] = functional.cross_entropy(logits.float(), gold, reduction="none")
+        if self.used.distributions:
+            ours = distill_losses.log_probs(logits[:, : self.used.vocabulary], self.objective.temperature)
+            terms |= self._teacher_terms(logits, ours, *teacher)
+        return torch.stack([terms[name].sum() for name in self.used.of_logits])
+
+    def _teacher_terms(self, logits: torch.Tensor, ours: torch.Tensor, *teacher: torch.Tensor) -> dict:
+        """The terms [n] that need the teacher: from its last hidden states, or from what a cache holds (see `pack`)."""
+        temperature = self.objective.temperature
+        if self.teacher is not None:
+            with torch.no_grad():
+                theirs = self.teacher.reader.logits(*teacher)[:, : self.used.vocabulary]
+                theirs = distill_losses.log_probs(theirs, temperature)
+            likeliest = theirs.argmax(dim=-1)
+        elif len(teacher) == 2:  # draws and entropy
+            return {"forward_kl": distill_losses.sampled_forward_kl(ours, *teacher, temperature)}
+        else:
+            ids, rest, logprobs = teacher
+            rest = rest.clamp(min=distill_losses.TAIL_FLOOR).log()[:, None]
+            theirs = torch.cat([logprobs, rest], dim=-1).log_softmax(dim=-1)
+            ours, likeliest = distill_losses.with_rest(ours, ids), ids[:, 0]
+        terms = self.objective.divergences(ours, theirs)
+        return terms | {"teacher_ce": functional.cross_entropy(logits.float(), likeliest, reduction="none")}
+
+
+def projections(student_width: int, teacher_width: int, layers: int, seed: int) -> torch.nn.ModuleList:
+    """Fresh linear maps from the student's hidden states to the teacher's (FitNets' regressor), one a layer."""
+    torch.manual_seed(seed)
+    return torch.nn.ModuleList(torch.nn.Linear(student_width, teacher_width, bias=False) for _ in range(layers))

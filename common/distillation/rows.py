@@ -1,0 +1,121 @@
+"""What a distillation reads: prompts with answers, SQuAD, running text, rows with label probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import UserError, log
+from common.data import rows as records
+from common.data import squad
+from common.models import tokenizers
+from common.tasks.ranking.task import LabelTask
+from common.training import batches as completions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBABILITIES = "probabilities"
+MASS = 1e-3  # how far the probabilities of a row may add up to something else than 1
+
+
+def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
+    """Rows {"input", "output"} or {"text"} of a file.
+
+    Args:
+        path: SQuAD's JSON, a text file (`.txt`, one row), or JSONL, a JSON list or CSV with "input" and "output" or
+            "teacher_output".
+        part: of SQuAD's articles, "train" or "dev".
+
+    Raises:
+        UserError: none of these, or without a usable row.
+    """
+    if Path(path).suffix == ".txt":
+        text = records.read_text(path)
+        if not text.strip():
+            raise UserError(f"{path} is empty; give a text file with text in it")
+        return [{"text": text}]
+    if squad.is_squad(path):
+        return squad.rows(path, part, skip_bad_rows)
+    unit, numbered, _ = records.numbered_rows(path)
+    first = next((row for _, row in numbered if isinstance(row, dict)), {})
+    keys = records.KD_KEYS if "teacher_output" in first else records.SFT_KEYS
+    rows = records.check_rows(path, numbered, keys, skip_bad_rows, unit)
+    return [{**row, "output": row[keys[1]]} for row in rows]
+
+
+def read_dataset(
+    name: str, subset: str | None, split: str, text_column: str, skip_bad_rows: bool = False
+) -> list[dict]:
+    """The same of a data set of the Hub, or of a folder of files, by the datasets library."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--dataset {name} cannot be read ({reason}); check --subset and --split, or give a file with --data"
+        ) from error
+    columns = set(found.column_names)
+    if columns.issuperset(records.SFT_KEYS):
+        return records.check_rows(name, enumerate(found, start=1), records.SFT_KEYS, skip_bad_rows, "row")
+    if text_column not in columns:
+        raise UserError(
+            f"--dataset {name} has the columns {', '.join(sorted(columns))}; name that of the text by --text_column"
+        )
+    text = "\n".join(line.rstrip("\n") for line in found[text_column] if line)
+    if not text.strip():
+        raise UserError(f"--dataset {name} has no text in its column {text_column}; name another by --text_column")
+    return [{"text": text}]
+
+
+def read_labelled(path: str, task: LabelTask, skip_bad_rows: bool = False) -> list[dict]:
+    """Rows {"input", "probabilities": {label: p} or None, "output": label or None}: each has one of the two, or both.
+
+    Raises:
+        UserError: by file and line, probabilities that are none or not of the task's labels.
+    """
+
+    def fault(row: dict) -> str | None:
+        given = row.get(PROBABILITIES)
+        if given is None:
+            if not row.get("output"):
+                return f"neither {PROBABILITIES} nor an output"
+        elif not isinstance(given, dict) or set(given) != set(task.labels):
+            return f"{PROBABILITIES} must have the labels {', '.join(task.labels)}"
+        elif not all(isinstance(p, int | float) and 0 <= p <= 1 for p in given.values()):
+            return f"{PROBABILITIES} must be numbers from 0 to 1"
+        elif not math.isclose(sum(given.values()), 1, abs_tol=MASS):
+            return f"{PROBABILITIES} add up to {sum(given.values()):g}, not to 1"
+        if row.get("output") and row["output"] not in task.labels:
+            return f"'{row['output']}' is none of the labels {', '.join(task.labels)}"
+        return None
+
+    rows = records.check_rows(path, records.iter_jsonl(path), ("input",), skip_bad_rows, fault_of=fault)
+    both = [row for row in rows if row.get(PROBABILITIES) and row.get("output")]
+    if both:
+        right = sum(max(row[PROBABILITIES], key=row[PROBABILITIES].get) == row["output"] for row in both)
+        log(f"{path}: the teacher agrees with the gold label on {right} of {len(both)} rows ({right / len(both):.3f})")
+    return rows
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, path: str, rows: Sequence[dict], max_len: int, whole: bool
+) -> list[tokenizers.Encoded]:
+    """Token ids of rows as `read` gives them; running text in windows of `max_len` (see `tokenizers.windows`).
+
+    Args:
+        whole: leave a row that is too long out instead of cutting its prompt.
+    """
+    if "input" in rows[0]:
+        pairs = [(row["input"], row["output"]) for row in rows]
+        return [row for row in completions.encode_rows(tokenizer, path, pairs, max_len, whole) if row]
+    encoded = [piece for row in rows for piece in tokenizers.windows(tokenizer, row["text"], max_len)]
+    if not encoded:
+        raise UserError(f"{path} has a single token; give more text")
+    return encoded

@@ -1,0 +1,168 @@
+"""A teacher's distributions on disk, so that teacher and student never share the card.
+
+Each row's completion tokens have one record a token: the teacher's top k log-probabilities and the mass of the rest (or
+draws from the distribution and its entropy), and hidden states where they are asked for. A row is found by its content
+(its token ids), never by its place or its training step, so shuffling, accumulation and resuming are safe.
+
+A folder holds meta.json (whose distributions these are) and shards: `*.tokens`, records that are read by memory map,
+and `*.rows`, the keys and token counts of the rows in it, written last: it makes the shard count. What was written
+before an interruption stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.cli import UserError
+from common.data import rows as records
+from common.models.tokenizers import Encoded
+
+META = "meta.json"
+HALF_MAX = 65_504  # of float16
+INDEX = np.dtype([("key", "S32"), ("tokens", "<u4")])
+MAX_VOCABULARY = 1 << 20  # ids are kept as 16 low and 4 high bits
+
+
+def row_key(row: Encoded) -> bytes:
+    """32 hex digits of a row's token ids and of where its completion starts."""
+    return hashlib.sha256(np.array([row.prompt_length, *row.input_ids], "<u4").tobytes()).hexdigest()[:32].encode()
+
+
+def record_type(k: int, *, logprobs: bool = True, hidden: tuple[int, int] = (0, 0)) -> np.dtype:
+    """One token's record: 4.5 bytes an outcome and 4 more, 292 bytes at k = 64.
+
+    Args:
+        k: outcomes.
+        logprobs: whether each has its log-probability, 2 bytes of the 4.5; draws have none.
+        hidden: layers and width of the hidden states.
+    """
+    fields = [("low", "<u2", (k,)), ("high", "u1", ((k + 1) // 2,)), ("rest", "<f4")]
+    fields += [("logprobs", "<f2", (k,))] * logprobs + [("hidden", "<f2", hidden)] * bool(hidden[0])
+    return np.dtype(fields)
+
+
+def pack(record: np.dtype, ids: np.ndarray, rest: np.ndarray, **optional: np.ndarray) -> np.ndarray:
+    """Records [n].
+
+    Args:
+        ids: outcomes [n, k].
+        rest: the mass of all other outcomes [n], or the entropy of draws.
+        optional: `logprobs` [n, k] and `hidden` [n, layers, width], where `record` has them.
+    """
+    n, k = ids.shape
+    packed = np.zeros(n, record)
+    ids = ids.astype(np.uint32)
+    packed["low"] = ids & 0xFFFF
+    high = np.zeros((n, k + k % 2), np.uint8)
+    high[:, :k] = ids >> 16
+    packed["high"] = high[:, 0::2] | high[:, 1::2] << 4
+    packed["rest"] = rest
+    for name, values in optional.items():
+        packed[name] = values.clip(-HALF_MAX, HALF_MAX)
+    return packed
+
+
+def unpack(packed: np.ndarray) -> dict[str, np.ndarray]:
+    """`pack`'s arguments again, as int64 and float32."""
+    k = packed["low"].shape[1]
+    high = np.stack([packed["high"] & 0xF, packed["high"] >> 4], axis=-1).reshape(len(packed), -1)[:, :k]
+    names = [name for name in ("rest", "logprobs", "hidden") if name in packed.dtype.names]
+    ids = packed["low"].astype(np.int64) | high.astype(np.int64) << 16
+    return {"ids": ids, **{name: packed[name].astype(np.float32) for name in names}}
+
+
+class TeacherCache:
+    """The cache in a folder, of one teacher, one kind of targets, one temperature."""
+
+    def __init__(self, folder: str | Path, facts: dict[str, Any], record: np.dtype) -> None:
+        """Opens the folder, or begins it.
+
+        Args:
+            facts: what the distributions depend on besides the token ids: teacher, hash, targets, temperature, ...
+
+        Raises:
+            UserError: it holds the distributions of something else; the message says of what.
+        """
+        self.folder, self.record = Path(folder), record
+        facts = {**facts, "record": str(record.descr)}
+        path = self.folder / META
+        if path.is_file():
+            found = records.read_json(path)
+            for name, value in facts.items():
+                if found.get(name) != value:
+                    raise UserError(
+                        f"the teacher cache {folder} was written with another {name} ({found.get(name)}, not {value}); "
+                        "name another folder, or delete this one"
+                    )
+        else:
+            if any(file.name != META for file in self.folder.glob("[!.]*")):
+                raise UserError(f"{folder} holds files that are no teacher cache; name a new folder")
+            records.write_json(path, facts)
+        self._where: dict[bytes, tuple[np.ndarray, int, int]] = {}
+        self._shards: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find the shards that have come since, also those of other processes."""
+        for path in sorted(self.folder.glob("*.rows")):
+            if path.name not in self._shards:
+                self._shards.add(path.name)
+                self._open(path)
+
+    def _open(self, path: Path) -> None:
+        index = np.fromfile(path, INDEX)
+        tokens = path.with_suffix(".tokens")
+        expected = int(index["tokens"].sum()) * self.record.itemsize
+        if not tokens.is_file() or tokens.stat().st_size != expected:
+            raise UserError(f"{tokens} is damaged; delete it and {path.name}, and run again")
+        packed = np.memmap(tokens, self.record, mode="r")
+        start = 0
+        for key, count in zip(index["key"].tolist(), index["tokens"].tolist(), strict=True):
+            self._where[key] = (packed, start, start + count)
+            start += count
+
+    def missing(self, rows: Sequence[Encoded]) -> list[Encoded]:
+        """The rows, each once, that the cache does not hold."""
+        return list({key: row for row in rows if (key := row_key(row)) not in self._where}.values())
+
+    def add(self, rows: Sequence[Encoded], packed: np.ndarray) -> None:
+        """Write one shard.
+
+        Args:
+            packed: records of the rows' completion tokens, in order.
+        """
+        index = np.array([(row_key(row), completion_tokens(row)) for row in rows], INDEX)
+        digest = hashlib.sha256(index.tobytes()).hexdigest()[:16]
+        path = self.folder / f"{digest}.rows"
+        with records.atomic_write(path.with_suffix(".tokens"), "wb") as handle:
+            handle.write(packed.tobytes())
+        with records.atomic_write(path, "wb") as handle:
+            handle.write(index.tobytes())
+        self.refresh()
+
+    def get(self, row: Encoded) -> np.ndarray | None:
+        """Records [completion tokens] of a row; None where the cache does not hold it."""
+        packed, start, stop = self._where.get(row_key(row), (None, 0, 0))
+        return None if packed is None else packed[start:stop]
+
+    def sizes(self) -> dict[str, int | float]:
+        """{"rows", "tokens", "bytes", "bytes_per_token"} of all that is in the folder."""
+        tokens = sum(stop - start for _, start, stop in self._where.values())
+        size = sum(os.stat(path).st_size for path in self.folder.glob("[!.]*"))
+        return {
+            "rows": len(self._where),
+            "tokens": tokens,
+            "bytes": size,
+            "bytes_per_token": round(size / max(tokens, 1), 1),
+        }
+
+
+def completion_tokens(row: Encoded) -> int:
+    """Tokens that a model predicts in this row: those of its completion (a row's first token is never predicted)."""
+    return len(row.input_ids) - max(1, row.prompt_length)

@@ -1,0 +1,1 @@
+"""What all evaluators share: bootstrap intervals, plots, the HTML report."""

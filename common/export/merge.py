@@ -1,0 +1,240 @@
+"""A plain transformers folder from an adapter and its base, tensor by tensor, so that memory holds one shard at a time.
+
+An adapter that was trained on a base in 4 bits has seen that base's rounding errors and made up for them. So there are
+two bases that it can be merged into: the original 16-bit weights, or what the 4-bit weights stand for (NF4 quantised
+and de-quantised), on which the result stays closest to what was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import UserError
+from common.data import rows as records
+from common.models import loading as models
+from common.models.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+NF4_BLOCK = 64  # weights that share a scale, as bitsandbytes has it in a model
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt")
+
+
+class Checkpoint:
+    """The tensors of a safetensors folder, by name, read one at a time.
+
+    Attributes:
+        folder: where they are.
+        shapes: of each tensor, in the order of the files.
+
+    Raises:
+        UserError: no safetensors there, or a damaged file.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from safetensors import SafetensorError
+
+        self.folder = Path(folder)
+        if (self.folder / INDEX).is_file():
+            files = sorted(set(json.loads((self.folder / INDEX).read_text())["weight_map"].values()))
+        elif (self.folder / SINGLE).is_file():
+            files = [SINGLE]
+        else:
+            raise UserError(f"{folder} has no {SINGLE}; give a model whose weights are stored as safetensors")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, str] = {}
+        try:
+            for file in files:
+                with self._open(file) as handle:
+                    for name in handle.keys():  # noqa: SIM118 (not a dict)
+                        self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                        self._files[name] = file
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.folder / file} is damaged or missing ({error}); copy or download it again"
+            ) from error
+
+    def _open(self, file: str, framework: str = "numpy"):
+        from safetensors import safe_open
+
+        return safe_open(self.folder / file, framework=framework)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers all tensors have together."""
+        return sum(_numbers(shape) for shape in self.shapes.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        with self._open(self._files[name], "pt") as handle:
+            return handle.get_tensor(name)
+
+
+def _numbers(shape: Sequence[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def local_base(name: str) -> Path:
+    """The folder of a base model, which is fetched from the Hub where the name is an id.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
+    except Exception as error:  # of the network, the Hub or the cache
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the base {name} cannot be fetched ({reason}); give its folder with --base") from error
+
+
+class Deltas:
+    """What a LoRA adapter adds to its base's weights: `alpha / r` x B A for each of its layers (Hu et al. 2021).
+
+    Raises:
+        UserError: an adapter of another kind.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from safetensors.torch import load_file
+
+        config = records.read_json(Path(folder) / models.ADAPTER_CONFIG)
+        other = [key for key in ("use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save") if config.get(key)]
+        other += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or other:
+            what = other[0] if other else f"{config.get('peft_type')} with bias {config.get('bias')}"
+            raise UserError(f"the adapter {folder} has {what}, which cannot be merged here; train a plain LoRA adapter")
+        self.scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+        weights = load_file(Path(folder) / models.ADAPTER_WEIGHTS)
+        self._factors = {}
+        for name in [name for name in weights if name.endswith(".lora_A.weight")]:
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            self._factors[f"{layer}.weight"] = weights.pop(name), weights.pop(name.replace("lora_A", "lora_B"))
+        if weights:
+            raise UserError(f"the adapter {folder} holds {next(iter(weights))}; only LoRA's own weights can be merged")
+        self.names = set(self._factors)
+
+    def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The merged weight [out, in], in float32."""
+        a, b = self._factors[name]
+        return weight.float().addmm_(b.float(), a.float(), alpha=self.scale)
+
+
+def empty_model(base: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder without its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with init_empty_weights():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{base} is of no known architecture ({reason}); give a causal language model") from error
+
+
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight stands for in a 4-bit base: NF4 with double quantisation (Dettmers et al. 2023), as bfloat16."""
+    import torch
+    from bitsandbytes import functional
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantised, state = functional.quantize_4bit(
+        weight.to(device, torch.bfloat16), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    return functional.dequantize_4bit(quantised, state).cpu()
+
+
+def merge(
+    model_dir: str,
+    base: Path,
+    target: Path,
+    *,
+    dtype: str,
+    from_nf4: bool,
+    max_shard_bytes: int,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write `model_dir` on its base as a plain model: weights in shards, config, generation config and tokenizer.
+
+    Args:
+        model_dir: an adapter, or a whole model, which is only written anew.
+        base: the folder of its base, `model_dir` itself for a whole model.
+        target: an existing folder.
+        dtype: of the weights; the sums are made in float32.
+        from_nf4: merge into the de-quantised NF4 base.
+        max_shard_bytes: of one file, and so about half of the memory needed; a tensor is never cut.
+
+    Raises:
+        UserError: the adapter or its base cannot be merged.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    empty = empty_model(base, trust_remote_code)
+    linear = {f"{name}.weight" for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = empty.get_output_embeddings()
+    quantised = linear - {f"{name}.weight" for name, module in empty.named_modules() if module is head}
+
+    checkpoint = Checkpoint(base)
+    deltas = Deltas(model_dir) if models.is_adapter(model_dir) else None
+    if deltas and (missing := deltas.names - checkpoint.shapes.keys()):
+        raise UserError(
+            f"the adapter {model_dir} has {min(missing)}, which its base has not; give its base with --base"
+        )
+    number_type = getattr(torch, dtype)
+    shards = list(_shards(checkpoint, max_shard_bytes // number_type.itemsize))
+    weight_map = {}
+    for place, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{place:05}-of-{len(shards):05}.safetensors"
+        shard = {}
+        for name in names:
+            weight = checkpoint.read(name)
+            if from_nf4 and name in quantised:
+                weight = through_nf4(weight)
+            if deltas and name in deltas.names:
+                weight = deltas.add_to(name, weight)
+            shard[name] = weight.to(number_type).contiguous()
+            weight_map[name] = file
+        save_file(shard, target / file, metadata={"format": "pt"})
+        shard.clear()
+    if len(shards) > 1:
+        total = checkpoint.numbers * number_type.itemsize
+        records.write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    tokenizer = load_tokenizer(models.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
+    if (base / "generation_config.json").is_file():
+        empty.generation_config = GenerationConfig.from_pretrained(base)
+    models.align_model(empty, tokenizer)
+    empty.config.dtype = number_type
+    empty.config.save_pretrained(target)
+    empty.generation_config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _shards(checkpoint: Checkpoint, most: int) -> Iterator[list[str]]:
+    """Names of tensors that go into one file of at most that many numbers."""
+    names: list[str] = []
+    room = most
+    for name, shape in checkpoint.shapes.items():
+        if names and _numbers(shape) > room:
+            yield names
+            names, room = [], most
+        names.append(name)
+        room -= _numbers(shape)
+    yield names

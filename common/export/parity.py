@@ -1,0 +1,310 @@
+"""The proof that an export still does what its model did: both measured on the same rows, each in its own runtime.
+
+What is compared: the logits of some rows' last positions, the labels given or the probability of the right answers,
+greedy text, and size, loading time and speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from scipy.special import log_softmax, logsumexp
+
+from common.cli import UserError
+from common.data import rows as records
+from common.evaluation import bootstrap
+from common.models import tokenizers
+from common.tasks.ranking import metrics
+from common.tasks.ranking import rows as labelled
+from common.tasks.ranking.calibration import Calibration, Scores
+from common.tasks.ranking.classifier import CALIBRATION_FILE
+from common.tasks.ranking.rankers import ranker_of
+from common.tasks.ranking.task import LabelTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOGIT_ROWS = 32  # whose logits are compared,
+LOGIT_POSITIONS = 16  # at this many of their last positions: with a vocabulary of 150,000 that is 300 MB
+GENERATED_PROMPTS, GENERATED_TOKENS = 20, 32
+TIMED_PROMPTS, TIMED_TOKENS = 3, 64
+TEXT_KEYS = records.SFT_KEYS
+
+
+class Runtime(Protocol):
+    """A model at work, whatever runs it."""
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after each of the tokens [tokens, vocabulary]."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
+        """The greedy continuation of each prompt, without the token of `ends` that ended it."""
+        ...
+
+
+class TorchRuntime:
+    """A model in torch: an adapter on its base, or a plain model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            return self.model(torch.tensor([ids], device=self.model.device)).logits[0].float().cpu().numpy()
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
+        return [self._continue(prompt, max_new_tokens, ends) for prompt in prompts]
+
+    def _continue(self, prompt: Sequence[int], max_new_tokens: int, ends: Collection[int]) -> list[int]:
+        import torch
+        from transformers import DynamicCache
+
+        answer, ids, cache = [], torch.tensor([prompt], device=self.model.device), DynamicCache()
+        with torch.inference_mode():
+            while len(answer) < max_new_tokens:
+                logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+                if int(ids) in ends:
+                    break
+                answer.append(int(ids))
+        return answer
+
+
+@dataclass
+class Material:
+    """The rows of a proof.
+
+    Attributes:
+        path: the file.
+        prompts: what the model is asked, as text.
+        outputs: the right answers.
+        task: the label task; None: any text is an answer.
+        texts: of label rows, as the ranker takes them.
+        groups: of label rows.
+        calibration: that the model decides with; None: the prior of each runtime's own.
+    """
+
+    path: str
+    prompts: list[str]
+    outputs: list[str]
+    task: LabelTask | None = None
+    texts: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None
+
+    @property
+    def y(self) -> np.ndarray:
+        """True label indices of label rows."""
+        return np.array([self.task.labels.index(output) for output in self.outputs])
+
+
+def read_material(path: str, task: LabelTask, model_dir: str, most: int | None) -> Material:
+    """Rows with a text and a label of `task`, or rows with "input" and "output".
+
+    Args:
+        model_dir: where a fitted calibration may lie.
+        most: rows to use, evenly spaced in the file; None: all.
+
+    Raises:
+        UserError: missing or bad rows, by file and line.
+    """
+    number, first = next(records.iter_jsonl(path), (1, None))
+    if records.row_fault(first, TEXT_KEYS) is None:
+        rows = _spaced(records.read_rows(path, TEXT_KEYS), most)
+        return Material(path, [row["input"] for row in rows], [row["output"] for row in rows])
+    if records.row_fault(first, (task.text_field, task.label_field)) is not None:
+        raise UserError(
+            f"{path}, line {number}: a row of a proof has {task.text_field} and {task.label_field}, or input and "
+            "output; give such rows with --proof_data"
+        )
+    rows = _spaced(labelled.read(path, task)[0], most)
+    texts = [row[task.text_field] for row in rows]
+    fitted = Path(model_dir) / CALIBRATION_FILE
+    return Material(
+        path,
+        [task.prompt(text) for text in texts],
+        [row[task.label_field] for row in rows],
+        task,
+        texts,
+        [row["group"] for row in rows],
+        Calibration.load(fitted, task.labels) if fitted.is_file() else None,
+    )
+
+
+def _spaced(rows: list[dict], most: int | None) -> list[dict]:
+    if most is None or most >= len(rows):
+        return rows
+    return [rows[place] for place in np.linspace(0, len(rows) - 1, most).round().astype(int)]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, material: Material) -> list[tokenizers.Encoded]:
+    """Each row's prompt and output as token ids."""
+    pairs = zip(material.prompts, material.outputs, strict=True)
+    return [tokenizers.encode_pair(tokenizer, prompt, output) for prompt, output in pairs]
+
+
+def longest(tokenizer: PreTrainedTokenizerBase, material: Material) -> int:
+    """Tokens of the longest row, those included that a label task's prior is measured on."""
+    rows = [len(row.input_ids) for row in encode(tokenizer, material)]
+    nulls = material.task.null_inputs if material.task else ()
+    rows += [len(tokenizers.encode_prompt(tokenizer, material.task.prompt(text))) for text in nulls]
+    return max(rows)
+
+
+@dataclass
+class Measured:
+    """What a runtime made of the material.
+
+    Attributes:
+        seconds_to_load, bytes: of the model's files.
+        logits: [positions, vocabulary].
+        answers: greedy token ids, for the first prompts.
+        tokens_per_s: of greedy text, one prompt at a time.
+        scores: of label rows.
+        rows_per_s: of label rows, in batches.
+        nll: of text rows: the negative log-likelihood of each output in nats, and its tokens, [rows, 2].
+    """
+
+    seconds_to_load: float
+    bytes: int
+    logits: np.ndarray
+    answers: list[list[int]]
+    tokens_per_s: float
+    scores: Scores | None = None
+    rows_per_s: float | None = None
+    nll: np.ndarray | None = None
+
+    def speed(self) -> dict[str, Any]:
+        """Size, loading time and speed, for export.json."""
+        return {
+            "bytes": self.bytes,
+            "seconds_to_load": round(self.seconds_to_load, 3),
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "rows_per_s": self.rows_per_s and round(self.rows_per_s, 1),
+        }
+
+
+def measure(
+    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, material: Material, *, seconds_to_load: float, size: int
+) -> Measured:
+    """Run a model over the proof's rows.
+
+    Raises:
+        UserError: a row does not fit the model's context.
+    """
+    encoded = encode(tokenizer, material)
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    kept, nll = [], []
+    for place, row in enumerate(encoded):
+        if material.task and place >= LOGIT_ROWS:
+            break
+        logits = runtime.logits(row.input_ids[:-1])
+        if place < LOGIT_ROWS:
+            kept.append(logits[-LOGIT_POSITIONS:])
+        if not material.task:
+            right = row.input_ids[row.prompt_length :]
+            at_output = logits[row.prompt_length - 1 :]
+            likelihoods = at_output[np.arange(len(right)), right] - logsumexp(at_output, axis=1)
+            nll.append((-likelihoods.sum(), len(right)))
+    prompts = [row.input_ids[: row.prompt_length] for row in encoded[:GENERATED_PROMPTS]]
+    answers = [runtime.generate([prompt], GENERATED_TOKENS, ends)[0] for prompt in prompts]
+    started = time.perf_counter()
+    for prompt in prompts[:TIMED_PROMPTS]:
+        runtime.generate([prompt], TIMED_TOKENS, ())
+    tokens_per_s = len(prompts[:TIMED_PROMPTS]) * TIMED_TOKENS / (time.perf_counter() - started)
+    measured = Measured(seconds_to_load, size, np.concatenate(kept), answers, tokens_per_s)
+    if material.task is None:
+        measured.nll = np.array(nll)
+        return measured
+    ranker = ranker_of(getattr(runtime, "model", runtime), tokenizer, material.task)
+    calibration = material.calibration or Calibration(material.task.labels, "prior", tuple(ranker.prior()))
+    started = time.perf_counter()
+    raw = ranker.raw_scores(material.texts)
+    measured.rows_per_s = len(material.texts) / (time.perf_counter() - started)
+    measured.scores = calibration.apply(raw)
+    return measured
+
+
+def compare(reference: Measured, export: Measured, material: Material) -> dict[str, Any]:
+    """What has changed from `reference` to `export`, for export.json.
+
+    "metric" is macro-F1 of label rows; of text rows the inverse perplexity, exp(-NLL per token), which like macro-F1 is
+    between 0 and 1. Its "difference" is export minus reference with a paired bootstrap interval. KL is that of the
+    export's next-token distribution from the reference's, in nats.
+    """
+    divergences, winners = [], []
+    for pair in zip(reference.logits, export.logits, strict=True):
+        log_p, log_q = (log_softmax(logits.astype(np.float64)) for logits in pair)
+        divergences.append(np.exp(log_p) @ (log_p - log_q))
+        winners.append(log_p.argmax() == log_q.argmax())
+    right = [one == other for one, other in zip(reference.answers, export.answers, strict=True)]
+    proof: dict[str, Any] = {
+        "data": material.path,
+        "data_sha256": records.sha256_file(material.path),
+        "rows": len(material.prompts),
+        "logits": {
+            "positions": len(divergences),
+            "max_difference": float(np.abs(reference.logits - export.logits).max()),
+            "mean_kl": float(np.mean(divergences)),
+            "top1_agreement": float(np.mean(winners)),
+        },
+        "generated": {
+            "prompts": len(right),
+            "equal": sum(right),
+            "tokens_before_they_part": _shared(reference, export),
+        },
+    }
+    if material.task:
+        proof |= _compare_labels(reference.scores, export.scores, material)
+    else:
+        proof |= _compare_nll(reference.nll, export.nll)
+    return proof | {"speed": {"reference": reference.speed(), "export": export.speed()}}
+
+
+def _shared(reference: Measured, export: Measured) -> float:
+    """The share of the reference's greedy tokens that come before the first one at which the export differs."""
+    shared = total = 0
+    for one, other in zip(reference.answers, export.answers, strict=True):
+        total += len(one)
+        shared += next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    return shared / total if total else 1.0
+
+
+def _compare_labels(reference: Scores, export: Scores, material: Material) -> dict[str, Any]:
+    y, groups = material.y, material.groups
+    values = [
+        metrics.evaluate(each.probabilities, y, material.task.labels, each.predictions, groups=groups)["macro_f1"]
+        for each in (reference, export)
+    ]
+    difference = metrics.compare(export, reference, y, groups)["macro_f1"]
+    return {
+        "label_agreement": bootstrap.mean_interval(reference.predictions == export.predictions, groups),
+        "metric": {"name": "macro_f1", "reference": values[0], "export": values[1], "difference": difference},
+    }
+
+
+def _compare_nll(reference: np.ndarray, export: np.ndarray) -> dict[str, Any]:
+    nlls = [bootstrap.ratio_interval(each) for each in (reference, export)]
+    change = bootstrap.ratio_interval(np.concatenate([export, reference], axis=1))
+    inverse = np.exp(-nlls[0]["value"])
+    ends = {"value": "value", "low": "high", "high": "low"}  # more NLL is less probability
+    return {
+        "perplexity": {
+            name: {key: float(np.exp(value)) for key, value in nll.items()}
+            for name, nll in zip(("reference", "export"), nlls, strict=True)
+        },
+        "metric": {
+            "name": "inverse_perplexity",
+            "reference": {key: float(np.exp(-nlls[0][of])) for key, of in ends.items()},
+            "export": {key: float(np.exp(-nlls[1][of])) for key, of in ends.items()},
+            "difference": {key: float(inverse * np.expm1(-change[of])) for key, of in ends.items()},
+        },
+    }

@@ -1,0 +1,350 @@
+"""Exports of a run: made in a folder of their own, proven, and only then put under their name.
+
+Nothing half-written ever stands under the final name: the work is done in a hidden folder beside it, which is renamed
+when the proof is passed, renamed to NAME.rejected when it is not, and removed when anything goes wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import run_record
+from common.cli import UserError, log
+from common.data import rows as records
+from common.export import merge as merging
+from common.export import parity
+from common.export.parity import Material, Measured, Runtime, TorchRuntime
+from common.models import loading as models
+from common.models.source import ModelSource
+from common.tasks.ranking.classifier import CALIBRATION_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORD = "export.json"
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ROOM = 1.1  # what is asked of the disk, for what is written
+WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".data", ".gguf")
+ORIGINAL_BASE, NF4_BASE = "original base", "de-quantised NF4 base"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be exported.
+
+    Attributes:
+        model_dir: the run: an adapter, or a whole model.
+        base: the folder of its base; `model_dir` for a whole model.
+        four_bit: the reference is the adapter on its base in 4 bits.
+        dtype: of the export's weights, or of what is not quantised.
+        quant: of a GGUF.
+        scales, keep_lm_head: of INT8 (see `onnx_export.quantize`).
+        max_shard_bytes: see `merging.merge`.
+    """
+
+    format: str  # merged, onnx, int8 or gguf
+    model_dir: str
+    base: Path
+    four_bit: bool
+    dtype: str
+    quant: str
+    scales: str
+    keep_lm_head: bool
+    max_shard_bytes: int
+    trust_remote_code: bool
+
+    def bytes_needed(self) -> int:
+        """On the disk while the export is made, about."""
+        numbers = merging.Checkpoint(self.base).numbers
+        out = FLOAT_BYTES[self.dtype]
+        if self.format == "merged":
+            each = out * (2 if self.four_bit and models.is_adapter(self.model_dir) else 1)
+        else:  # float32 weights, merged or as a graph, and what is made of them
+            each = FLOAT_BYTES["float32"] + {"onnx": out, "int8": FLOAT_BYTES["float32"], "gguf": 2}[self.format]
+        return int(numbers * each * ROOM)
+
+
+def base_folder(model_dir: str, base: str | None, form: str) -> Path:
+    """Where the weights are that an export starts from; a base on the Hub is fetched.
+
+    Raises:
+        UserError: it cannot be had, it is stored quantised, or its architecture has no such export.
+    """
+    adapter = models.is_adapter(model_dir)
+    folder = merging.local_base((base or models.base_of(model_dir)) if adapter else model_dir)
+    config = records.read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if config.get("quantization_config"):
+        raise UserError(f"{folder} is stored quantised; give its 16-bit original{' with --base' if adapter else ''}")
+    if form == "merged":
+        return folder
+    from common.export import gguf_writer as gguf_export
+    from common.export import onnx_writer as onnx_export
+
+    known = (gguf_export if form == "gguf" else onnx_export).ARCHITECTURES
+    full = set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}
+    if kind not in known or not full or (config.get("sliding_window") and config.get("use_sliding_window", True)):
+        raise UserError(
+            f"{form} is for the architectures {', '.join(known)} with full attention, and {folder} is "
+            f"{kind}{'' if kind not in known else ' with a sliding window'}; use --format merged"
+        )
+    return folder
+
+
+def own_dtype(base: Path) -> str:
+    """The type that a model's weights are stored in."""
+    config = records.read_json(base / "config.json")
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def trained_in_4bit(model_dir: str, load_in_4bit: str) -> bool:
+    """Whether the run stands on a 4-bit base: as `--load_in_4bit` says, else as its run.json does."""
+    if load_in_4bit != "auto" or not models.is_adapter(model_dir):
+        return load_in_4bit == "on"
+    run = run_record.read(model_dir)
+    if run is None:
+        return models.use_4bit("auto")
+    asked = run.get("settings", {}).get("load_in_4bit", "auto")
+    return asked == "on" or (asked == "auto" and not run.get("device", "CPU").startswith("CPU"))
+
+
+def check_room(save_dir: Path, needed: int) -> None:
+    """Raises UserError where the disk has not that many bytes left."""
+    nearest = next(folder for folder in (save_dir, *save_dir.parents) if folder.is_dir())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise UserError(
+            f"the export needs about {needed / 1e9:.2f} GB beside {save_dir} and {free / 1e9:.2f} GB are free; "
+            "free some space, or choose another --save_dir"
+        )
+
+
+@contextlib.contextmanager
+def staging(save_dir: Path) -> Iterator[Path]:
+    """A hidden folder beside `save_dir`, which is gone afterwards; what a killed export left there goes first."""
+    folder = save_dir.parent / f".{save_dir.name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename a finished folder to `target`; what was there goes once it is out of the way."""
+    old = target.parent / f".{target.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(folder, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """{"bytes", "sha256"} of every file of an export."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": records.sha256_file(path)} for path in files}
+
+
+class Export:
+    """An export on its way: the reference is measured first, then the export is made and measured beside it."""
+
+    def __init__(self, request: Request, material: Material) -> None:
+        self.request, self.material = request, material
+        self.is_adapter = models.is_adapter(request.model_dir)
+        self.from_nf4 = request.four_bit and self.is_adapter
+        merging.empty_model(request.base, request.trust_remote_code)  # imports what loading would else be timed with
+        log(f"measuring {request.model_dir} on {len(material.prompts):,} rows of {material.path}")
+        folders = {Path(request.model_dir), request.base}
+        load = functools.cache(lambda: self._load_torch(request.model_dir, request.four_bit))
+        self.reference = self._measure(load, folders)
+        precision = "NF4" if request.four_bit else str(load().model.dtype).removeprefix("torch.")
+        self.origin = {
+            "model_dir": request.model_dir,
+            "sha256": models.adapter_hash(request.model_dir),
+            "base": str(request.base) if self.is_adapter else None,
+            "reference": f"{'adapter on its base' if self.is_adapter else 'whole model'} in {precision}",
+        }
+
+    def make(self, stage: Path) -> tuple[Path, dict[str, Any]]:
+        """Write the export within `stage` and prove it.
+
+        Returns:
+            Its folder, and what export.json says of it.
+
+        Raises:
+            UserError: the model cannot be exported so.
+        """
+        request = self.request
+        makers = {"merged": self._merged, "onnx": self._onnx, "int8": self._int8, "gguf": self._gguf}
+        folder, facts = makers[request.format](stage)
+        for name in (CALIBRATION_FILE, run_record.GROUPS_FILE):
+            if (Path(request.model_dir) / name).is_file():
+                shutil.copy(Path(request.model_dir) / name, folder / name)
+        return folder, {"format": request.format, "origin": self.origin, **facts, "files": describe_files(folder)}
+
+    def _measure(self, load: Callable[[], Runtime], files: Collection[Path]) -> Measured:
+        """`files`: of the model, or folders of them."""
+        started = time.perf_counter()
+        runtime = load()
+        seconds = time.perf_counter() - started
+        return parity.measure(
+            runtime, self.tokenizer, self.material, seconds_to_load=seconds, size=sum(map(_weight_bytes, files))
+        )
+
+    def _prove(self, load: Callable[[], Runtime], files: Collection[Path]) -> dict[str, Any]:
+        return parity.compare(self.reference, self._measure(load, files), self.material)
+
+    def _load_torch(self, model_dir: str, four_bit: bool) -> TorchRuntime:
+        model, self.tokenizer = models.load_for_inference(
+            ModelSource(
+                model_dir,
+                base=str(self.request.base) if models.is_adapter(model_dir) else None,
+                load_in_4bit="on" if four_bit else "off",
+                trust_remote_code=self.request.trust_remote_code,
+            )
+        )
+        return TorchRuntime(model)
+
+    def _merge(self, target: Path, dtype: str, from_nf4: bool) -> Path:
+        request = self.request
+        log(f"merging into the {NF4_BASE if from_nf4 else ORIGINAL_BASE}, in {dtype}")
+        target.mkdir()
+        merging.merge(
+            request.model_dir,
+            request.base,
+            target,
+            dtype=dtype,
+            from_nf4=from_nf4,
+            max_shard_bytes=request.max_shard_bytes,
+            trust_remote_code=request.trust_remote_code,
+        )
+        return target
+
+    def _merged(self, stage: Path) -> tuple[Path, dict[str, Any]]:
+        """Into each base that the adapter may stand on; the better metric is kept, of equal ones the lower KL."""
+        folders, proofs = {}, {}
+        for into in (ORIGINAL_BASE, NF4_BASE) if self.from_nf4 else (ORIGINAL_BASE,):
+            folder = self._merge(stage / into.replace(" ", "_"), self.request.dtype, into == NF4_BASE)
+            folders[into] = folder
+            proofs[into] = self._prove(lambda folder=folder: self._load_torch(str(folder), False), [folder])
+        best = max(proofs, key=lambda into: (_metric(proofs[into]), -proofs[into]["logits"]["mean_kl"]))
+        facts = {"merged_into": best, "dtype": self.request.dtype, "runtime": _runtime("transformers")}
+        facts["proof"] = proofs.pop(best)
+        return folders[best], facts | ({"also_tried": proofs} if proofs else {})
+
+    def _plain(self, stage: Path) -> tuple[Path, dict[str, Any]]:
+        """The float32 weights that the other formats are made from: on the base that training saw."""
+        into = NF4_BASE if self.from_nf4 else ORIGINAL_BASE
+        return self._merge(stage / "merged", "float32", self.from_nf4), {"merged_into": into}
+
+    def _graph(self, stage: Path, dtype: str) -> tuple[Path, dict[str, Any]]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from common.export import onnx_writer as onnx_export
+
+        merged, facts = self._plain(stage)
+        log(f"exporting to ONNX, in {dtype}")
+        model = AutoModelForCausalLM.from_pretrained(merged, dtype=getattr(torch, dtype)).eval()
+        folder = _with_texts(merged, stage / "onnx")
+        onnx_export.export(model, folder)
+        shutil.rmtree(merged)
+        return folder, facts | {"dtype": dtype, "runtime": _runtime("onnxruntime")}
+
+    def _onnx(self, stage: Path) -> tuple[Path, dict[str, Any]]:
+        from common.models.onnx_runtime import OnnxModel
+
+        folder, facts = self._graph(stage, self.request.dtype)
+        return folder, facts | {"proof": self._prove(lambda: OnnxModel(str(folder)), [folder])}
+
+    def _int8(self, stage: Path) -> tuple[Path, dict[str, Any]]:
+        from common.export import onnx_writer as onnx_export
+        from common.models.onnx_runtime import OnnxModel
+
+        graph, facts = self._graph(stage, "float32")
+        float32 = self._measure(lambda: OnnxModel(str(graph)), [graph])
+        scales = self.request.scales
+        log(f"quantising to INT8, a scale for each {scales}")
+        folder = _with_texts(graph, stage / "int8")
+        onnx_export.quantize(graph, folder, scales=scales, keep_lm_head=self.request.keep_lm_head)
+        proof = self._prove(lambda: OnnxModel(str(folder)), [folder])
+        proof["speed"]["float32_onnx"] = float32.speed()
+        return folder, facts | {"dtype": "int8", "scales": scales, "proof": proof}
+
+    def _gguf(self, stage: Path) -> tuple[Path, dict[str, Any]]:
+        from common.export import gguf_writer as gguf_export
+        from common.models.gguf_runtime import GgufModel
+
+        merged, facts = self._plain(stage)
+        quant = self.request.quant
+        log(f"writing GGUF, in {quant}")
+        folder = stage / "gguf"
+        folder.mkdir()
+        file = folder / gguf_export.file_name(quant)
+        gguf_export.write(merged, file, quant, self.tokenizer)
+        self.tokenizer.save_pretrained(folder)
+        stop = dict.fromkeys((self.tokenizer.eos_token, self.tokenizer.pad_token))
+        with records.atomic_write(folder / gguf_export.MODELFILE) as handle:
+            handle.write(gguf_export.modelfile(self.tokenizer, file.name, list(stop)))
+        context = parity.longest(self.tokenizer, self.material) + parity.TIMED_TOKENS
+        load = functools.cache(lambda: GgufModel(file, context))
+        proof = self._prove(load, [file])
+        with contextlib.closing(load()) as model:
+            alike = [model.tokenize(text) == self._plain_ids(text) for text in self.material.prompts]
+        proof["prompts_tokenized_alike"] = f"{sum(alike)} of {len(alike)}"
+        return folder, facts | {"dtype": quant, "runtime": _runtime("llama_cpp_python"), "proof": proof}
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def load(model_dir: str, context: Callable[[PreTrainedTokenizerBase], int]) -> tuple[Runtime, PreTrainedTokenizerBase]:
+    """A run or an export of it in its own runtime, and its tokenizer.
+
+    Args:
+        context: tokens that a row may have, which llama.cpp must know beforehand.
+    """
+    from common.models.gguf_runtime import GgufModel
+    from common.models.onnx_runtime import OnnxModel, is_onnx
+    from common.models.tokenizers import load_tokenizer
+
+    if is_onnx(model_dir):
+        return OnnxModel(model_dir), load_tokenizer(model_dir)
+    if files := list(Path(model_dir).glob("*.gguf")):
+        tokenizer = load_tokenizer(model_dir)
+        return GgufModel(files[0], context(tokenizer)), tokenizer
+    model, tokenizer = models.load_for_inference(ModelSource(model_dir))
+    return TorchRuntime(model), tokenizer
+
+
+def _metric(proof: dict[str, Any]) -> float:
+    return proof["metric"]["export"]["value"]
+
+
+def _weight_bytes(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
+
+
+def _with_texts(source: Path, target: Path) -> Path:
+    """A new folder with all files of `source` but its weights: configs and tokenizer."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix not in WEIGHTS and path.name != merging.INDEX:
+            shutil.copy(path, target / path.name)
+    return target
+
+
+def _runtime(package: str) -> str:
+    return f"{package} {metadata.version(package)}"

@@ -1,0 +1,1 @@
+"""Text from a model, and JSON that is valid by construction."""

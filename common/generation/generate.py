@@ -1,0 +1,206 @@
+"""Text from a model: batched, each answer independent of what else is in the batch, with the tokens' log-probabilities.
+
+transformers' `generate` does the decoding. Sampling is done here, as a logits processor, because `generate` draws all
+rows of a batch from one stream, so that an answer would depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from common.cli import UserError
+from common.generation.result import Generation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+MAX_BATCH_TOKENS = 8192
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 0,
+    processors: Callable[[list[int]], list[LogitsProcessor]] | None = None,
+    stop: Callable[[str], bool] | None = None,
+    streamer: BaseStreamer | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+) -> list[list[Generation]]:
+    """`num_samples` answers to each prompt, [prompt][sample].
+
+    An answer ends at EOS or PAD (`<|endoftext|>` in Qwen). A sample depends on the model, the prompt, its number and
+    `seed` alone, not on the batch.
+
+    Args:
+        prompts: token ids, as `tokenizers.encode_prompt` makes them.
+        temperature: 0 is greedy.
+        top_p: sample from the fewest tokens that have this much probability together (nucleus sampling, Holtzman et
+            al. 2020, arXiv:1904.09751).
+        processors: called for every batch with the prompt number of each of its rows; returns processors of the scores
+            of those rows, new ones each time. They see the scores before temperature and top_p.
+        stop: called with the text so far of a row after every token; True ends that row.
+        streamer: gets the tokens as they come; for one prompt and one sample.
+        max_batch_tokens: bounds rows x (longest prompt + max_new_tokens) of a batch; one row always goes.
+
+    Raises:
+        UserError: a prompt does not fit the model's context with `max_new_tokens`.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens and with {max_new_tokens} new ones does not fit the model's "
+                f"context of {context}; shorten it, or lower --max_new_tokens"
+            )
+    answers: list[list[Generation]] = [[] for _ in prompts]
+    # Samples of a prompt stay in order, since the sort is stable and batches are cut from its front.
+    order = sorted((row for row in range(len(prompts)) for _ in range(num_samples)), key=lambda row: -len(prompts[row]))
+    sample_numbers = [0] * len(prompts)
+    while order:
+        size = max(1, max_batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
+        rows, order = order[:size], order[size:]
+        chain: list[LogitsProcessor] = [recorder := _TokenLogprobs()]
+        chain += processors(rows) if processors else []
+        if temperature > 0:
+            keys = []
+            for row in rows:
+                keys.append((seed, sample_numbers[row], prompts[row]))
+                sample_numbers[row] += 1
+            chain.append(_Sample(keys, temperature, top_p))
+        batch = _generate_batch(model, tokenizer, [prompts[row] for row in rows], max_new_tokens, chain, stop, streamer)
+        logprobs = recorder.finish(batch)
+        for place, row in enumerate(rows):
+            answers[row].append(_answer(tokenizer, batch[place].tolist(), logprobs[place], max_new_tokens, stop))
+    return answers
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer."""
+    return {tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+
+@torch.inference_mode()
+def _generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    chain: list[LogitsProcessor],
+    stop: Callable[[str], bool] | None,
+    streamer: BaseStreamer | None,
+) -> torch.Tensor:
+    """New token ids [rows, at most max_new_tokens], padded after the end of an answer."""
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, longest - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,  # `_Sample` has drawn already
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            repetition_penalty=1.0,  # or the one of the model's own generation config
+            eos_token_id=sorted(end_ids(tokenizer)),
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        logits_processor=LogitsProcessorList(chain),
+        stopping_criteria=StoppingCriteriaList([_StopText(tokenizer, longest, stop)] if stop else []),
+        streamer=streamer,
+    )
+    return output[:, longest:].cpu()
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: list[int],
+    logprobs: list[float],
+    max_new_tokens: int,
+    stop: Callable[[str], bool] | None,
+) -> Generation:
+    ends = end_ids(tokenizer)
+    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    finished = length < len(tokens) or len(tokens) < max_new_tokens or bool(stop and stop(text))
+    return Generation(text, tokens[:length], logprobs[:length], finished)
+
+
+class _TokenLogprobs(LogitsProcessor):
+    """Keeps the log-probability of every token that was chosen; it comes first, and so sees the model's own scores."""
+
+    def __init__(self) -> None:
+        self.columns: list[torch.Tensor] = []
+        self.last: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.last is not None:
+            self._read(input_ids[:, -1])
+        self.last = scores.clone()
+        return scores
+
+    def _read(self, tokens: torch.Tensor) -> None:
+        scores = self.last.float()
+        chosen = scores.gather(1, tokens[:, None].to(scores.device))[:, 0]
+        self.columns.append((chosen - scores.logsumexp(dim=1)).cpu())
+
+    def finish(self, tokens: torch.Tensor) -> list[list[float]]:
+        """The log-probabilities [rows][new tokens] of the finished batch `tokens`, [rows, new tokens]."""
+        self._read(tokens[:, -1])
+        return torch.stack(self.columns, dim=1).tolist()
+
+
+class _Sample(LogitsProcessor):
+    """Draws by the Gumbel-max trick: the argmax of log-probabilities plus Gumbel noise is a sample of the distribution.
+
+    Each row has a stream of its own.
+
+    Args:
+        keys: for each row what its stream is seeded with: (seed, sample number, prompt's token ids).
+    """
+
+    def __init__(self, keys: Sequence[tuple[int, int, Sequence[int]]], temperature: float, top_p: float) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.streams = []
+        for key in keys:
+            digest = hashlib.sha256(repr((*key[:2], list(key[2]))).encode()).digest()
+            self.streams.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float() / self.temperature
+        if self.top_p < 1:
+            ordered, places = logits.sort(dim=1, descending=True)
+            probabilities = ordered.softmax(dim=1)
+            beyond = probabilities.cumsum(dim=1) - probabilities >= self.top_p  # the best token always stays
+            logits = logits.masked_fill(beyond.scatter(1, places, beyond), float("-inf"))
+        noise = torch.stack([torch.rand(scores.shape[1], generator=stream) for stream in self.streams])
+        gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20, max=1 - 1e-7)))
+        return logits + gumbel.to(logits.device)
+
+
+class _StopText(StoppingCriteria):
+    """Ends each row whose text satisfies `stop`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stop: Callable[[str], bool]) -> None:
+        self.tokenizer, self.prompt_length, self.stop = tokenizer, prompt_length, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        return torch.tensor([self.stop(text) for text in texts], device=input_ids.device)

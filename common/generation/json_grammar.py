@@ -1,0 +1,291 @@
+"""Decoding that can only write JSON of a given schema: llguidance's masks inside transformers' `generate`.
+
+    found = json_schema.preflight(schema)                       # before any model loads
+    grammar = JsonGrammar(found.grammar_schema, tokenizer, model.config.vocab_size)
+    answers = generate(model, tokenizer, prompts, max_new_tokens=512, processors=grammar.processors(512))
+    answer = json_schema.parse(answers[0][0].text, schema)      # .value, or .error and .text
+
+The JSON is compact, its keys come in the schema's order, and two things end it in time: a string, list or number that
+has run on for too long is closed, and so is the document before the token budget runs out. Both follow a closing: the
+bytes, found greedily, that lead from where the text stands to the end of a document.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import llguidance.hf
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from transformers import LogitsProcessor
+
+from common.cli import UserError
+from common.generation.json_closing import Hints, Scanner, find_closing
+from common.generation.json_schema import byte_tokenizer, compile_grammar, longest_opening, schemas_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_BYTES = 256  # the byte tokenizer's EOS
+CANDIDATES = 8  # the likeliest tokens whose closing is worked out where the budget is near
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a schema sets no larger limit itself: characters of a string, items of a list or object, of a number."""
+
+    string: int = 1024
+    items: int = 256
+    number: int = 24
+
+    def for_schema(self, schema: dict[str, Any]) -> Bounds:
+        """The same, raised to what the schema asks for."""
+        lengths, counts = [self.string], [self.items]
+        for node in schemas_of(schema):
+            lengths += [node[key] for key in ("minLength", "maxLength") if key in node]
+            lengths += [len(value) for value in [node.get("const"), *node.get("enum", [])] if isinstance(value, str)]
+            counts += [node[key] for key in ("minItems", "maxItems", "minProperties", "maxProperties") if key in node]
+            counts += [len(node.get(key, ())) for key in ("properties", "required")]
+            counts += [len(value) for value in [node.get("const"), *node.get("enum", [])] if isinstance(value, list)]
+        return Bounds(int(max(lengths)), int(max(counts)), self.number)
+
+    def reached_by(self, scanner: Scanner) -> bool:
+        """What is open in a text has grown to its bound."""
+        if scanner.exponent or scanner.length >= (self.string if scanner.in_string else self.number):
+            return True  # a long exponent would leave the finite numbers
+        return bool(scanner.commas) and scanner.commas[-1] >= self.items
+
+
+class JsonGrammar:
+    """A schema compiled for a tokenizer; may be used for any number of `generate` calls.
+
+    Args:
+        schema: `Preflight.grammar_schema`.
+        tokenizer: an aligned tokenizer (`common.models.tokenizers`); its EOS ends the document.
+        columns: width of the model's logits, at least the tokenizer's size.
+        bounds: what is closed when it runs on.
+
+    Raises:
+        UserError: the schema cannot be compiled, or the tokenizer is not one of the `tokenizers` library.
+    """
+
+    def __init__(
+        self, schema: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: int, bounds: Bounds | None = None
+    ) -> None:
+        self.tokens, self.not_starting = _engine_tokenizer(tokenizer, columns)
+        self.eos = tokenizer.eos_token_id
+        self.columns = columns
+        self.bounds = (bounds or Bounds()).for_schema(schema)
+        self.opening = longest_opening(schema)
+        self.hints = hints_of(schema)
+        self.matcher = compile_grammar(schema, self.tokens)
+        self.byte_matcher = compile_grammar(schema, byte_tokenizer())
+        for matcher in (self.matcher, self.byte_matcher):
+            if matcher.is_error():
+                raise UserError(f"the schema cannot be compiled: {matcher.get_error().splitlines()[0]}")
+        self.shortest_plan = self.plan(self.byte_matcher, Scanner(), b"")
+
+    @property
+    def shortest(self) -> int | None:
+        """Tokens of the shortest known document with its EOS: a smaller `max_new_tokens` cannot give one."""
+        return len(self.shortest_plan.tokens) if self.shortest_plan else None
+
+    def processors(self, max_new_tokens: int) -> Callable[[list[int]], list[LogitsProcessor]]:
+        """For `generation.generate`: makes the processors of one batch, one grammar state for each of its rows."""
+        return lambda rows: [JsonProcessor(self, len(rows), max_new_tokens)]
+
+    def plan(self, matcher: LLMatcher, scanner: Scanner, known: bytes) -> Plan | None:
+        """The end of the document from the state of a byte matcher; None where none is found.
+
+        Args:
+            known: the end from a state before. Inside a string it is kept if it fits, which takes less than a search.
+        """
+        text: bytes | None = known
+        fits = scanner.in_string and scanner.key is None and known.startswith(b'"')
+        if not fits or matcher.validate_tokens([*known, END_OF_BYTES]) <= len(known):
+            text = find_closing(matcher, scanner, self.hints)
+        return None if text is None else Plan(text, [*self.tokens.tokenize_bytes(text), self.eos])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a document can be ended: as text, and as tokens with EOS."""
+
+    text: bytes
+    tokens: list[int]
+
+
+class JsonProcessor(LogitsProcessor):
+    """Masks, in place, the scores [rows, columns] of one `generate` call: only tokens that keep to the grammar stay.
+
+    Beam search is refused: it moves rows about, and each row has a grammar state of its own.
+    """
+
+    def __init__(self, grammar: JsonGrammar, rows: int, max_new_tokens: int) -> None:
+        self.grammar = grammar
+        self.rows = [_Row(grammar, max_new_tokens) for _ in range(rows)]
+        self.bitmask = torch.empty(rows, (grammar.columns + 31) // 32, dtype=torch.int32)
+        self.bias: torch.Tensor | None = None
+        self.seen: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.shape != (len(self.rows), self.grammar.columns):
+            raise ValueError(
+                f"scores are {tuple(scores.shape)}, the grammar was made for {len(self.rows)} rows of "
+                f"{self.grammar.columns} columns; use num_beams=1 and a new processor for every generate call"
+            )
+        if self.seen is not None:
+            if not torch.equal(input_ids[:, :-1], self.seen):
+                raise ValueError("rows have been reordered; a grammar needs num_beams=1")
+            for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+                row.consume(token)
+        self.seen = input_ids
+        for number, row in enumerate(self.rows):
+            row.fill(self.bitmask[number], scores[number])
+        if self.bias is None:  # kept, since fresh memory costs more than the work
+            self.bias = torch.empty(self.bitmask.numel() * 4, 8, device=scores.device)
+        return scores.add_(_bias(self.bitmask, scores.device, self.bias)[:, : scores.shape[1]])
+
+
+class _Row:
+    """One row's place in the grammar and its way to the end.
+
+    `plan` is of this state where `planned` is set, else of one before. `reach` bounds from above how many tokens it
+    takes to the end: those of the plan, and one opening more for every token since.
+    """
+
+    def __init__(self, grammar: JsonGrammar, max_new_tokens: int) -> None:
+        self.grammar, self.remaining = grammar, max_new_tokens
+        self.matcher = grammar.matcher.deep_copy()
+        self.bytes = grammar.byte_matcher.deep_copy()
+        self.scanner = Scanner()
+        self.plan, self.planned = grammar.shortest_plan, True
+        self.reach = len(self.plan.tokens) if self.plan else 0
+        self.plans: dict[int, Plan] = {}  # after each of the tokens that may come next, as far as worked out
+
+    def consume(self, token: int) -> None:
+        """Go on by the token that was chosen."""
+        self.remaining -= 1
+        if self.matcher.is_stopped():
+            return
+        if not self.matcher.consume_token(token):
+            raise RuntimeError(f"token {token} is outside the grammar: {self.matcher.get_error()}")
+        if token == self.grammar.eos:
+            return
+        text = self.grammar.tokens.decode_bytes([token])
+        self.bytes.consume_tokens(list(text))
+        self.scanner.feed(text)
+        if token in self.plans:
+            self.plan, self.planned = self.plans[token], True
+        elif self.planned and self.plan and self.plan.tokens[0] == token:
+            self.plan = Plan(self.plan.text[len(text) :], self.plan.tokens[1:])
+        else:  # where no end was found before, look again now and then only
+            self.planned = self.plan is None and self.remaining % 32 > 0
+        self.reach = len(self.plan.tokens) if self.planned and self.plan else self.reach + self.grammar.opening
+        self.plans = {}
+
+    def fill(self, bitmask: torch.Tensor, scores: torch.Tensor) -> None:
+        """Write the tokens that may come next, of `scores` [columns], as bits [columns / 32, rounded up]."""
+        if self.matcher.is_stopped():
+            _set_only(bitmask, [self.grammar.eos])
+            return
+        self.matcher.unsafe_compute_mask_ptr(bitmask.data_ptr(), bitmask.numel() * 4)
+        if repetition := self.scanner.repetition:
+            unlike = bitmask & self.grammar.not_starting[repetition]
+            if unlike.any():
+                bitmask.copy_(unlike)
+        if self.grammar.bounds.reached_by(self.scanner) and self._replan():
+            _set_only(bitmask, self.plan.tokens[:1])
+        elif self._is_near() and self._replan() and self._is_near() and len(self.plan.tokens) <= self.remaining:
+            _set_only(bitmask, [self.plan.tokens[0], *self._fitting(bitmask, scores)])
+
+    def _is_near(self) -> bool:
+        """The next token could open something that no longer closes in time."""
+        return self.reach + self.grammar.opening > self.remaining - 1
+
+    def _replan(self) -> bool:
+        """Find the end from here; False where there is none."""
+        if not self.planned:
+            self.plan = self.grammar.plan(self.bytes, self.scanner, self.plan.text if self.plan else b"")
+            self.planned = True
+            self.reach = len(self.plan.tokens) if self.plan else 0
+        return self.plan is not None
+
+    def _fitting(self, bitmask: torch.Tensor, scores: torch.Tensor) -> Iterator[int]:
+        """Those of the likeliest tokens after which the document can still be ended in time."""
+        masked = scores + _bias(bitmask[None], scores.device)[0, : len(scores)]
+        values, tokens = masked.topk(min(CANDIDATES, len(masked)))
+        for token in tokens[values > float("-inf")].tolist():
+            if token in (self.grammar.eos, self.plan.tokens[0]):
+                continue
+            text = self.grammar.tokens.decode_bytes([token])
+            after, scanner = self.bytes.deep_copy(), self.scanner.copy()
+            after.consume_tokens(list(text))
+            scanner.feed(text)
+            plan = self.grammar.plan(after, scanner, self.plan.text)
+            if plan is not None and len(plan.tokens) <= self.remaining - 1:
+                self.plans[token] = plan
+                yield token
+
+
+def hints_of(schema: dict[str, Any]) -> Hints:
+    """What a schema says about the strings in its documents."""
+    found = list(schemas_of(schema))
+    patterns = [node["pattern"] for node in found if "pattern" in node]
+    patterns += [pattern for node in found for pattern in node.get("patternProperties", {})]
+    return Hints.of((name for node in found for name in node.get("required", [])), patterns)
+
+
+@functools.lru_cache(maxsize=4)
+def _engine_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, columns: int
+) -> tuple[LLTokenizer, dict[bytes, torch.Tensor]]:
+    """The engine's view of a tokenizer, and bits of all tokens but those that start with a quote, or with two.
+
+    It takes seconds for a large vocabulary, so that it is kept.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("constrained decoding needs a fast tokenizer; use a model that has a tokenizer.json")
+    tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=columns)
+    words = [tokens.decode_bytes([token]) for token in range(len(tokenizer))]
+    not_starting = {}
+    for start in (b'"', b'""'):
+        bits = np.full((columns + 31) // 32 * 4, 0xFF, dtype=np.uint8)
+        for token in (place for place, word in enumerate(words) if word.startswith(start)):
+            bits[token // 8] &= ~np.uint8(1 << token % 8)
+        not_starting[start] = torch.from_numpy(bits).view(torch.int32)
+    return tokens, not_starting
+
+
+def _set_only(bitmask: torch.Tensor, tokens: list[int]) -> None:
+    bitmask.zero_()
+    bits = bitmask.numpy().view("uint8")
+    for token in tokens:
+        bits[token // 8] |= 1 << token % 8
+
+
+@functools.cache
+def _bias_of_byte(device: torch.device) -> torch.Tensor:
+    """[256, 8]: 0 where the bit of a byte is set, -inf where it is not."""
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    return torch.zeros(256, 8).masked_fill_(bits == 0, float("-inf")).to(device)
+
+
+def _bias(bitmask: torch.Tensor, device: torch.device, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What to add to scores, [rows, 32 * words] for bits [rows, words]; `out` is [4 * rows * words, 8] to reuse.
+
+    Looking bytes up is faster than shifting bits, and adding faster than filling or selecting, where a branch is
+    taken for every column.
+    """
+    octets, table = bitmask.view(torch.uint8).flatten(), _bias_of_byte(device)
+    if out is None:
+        out = torch.empty(len(octets), 8, device=device)
+    if device.type == "cpu":  # numpy, told not to check the places, needs two thirds of torch's time
+        np.take(table.numpy(), octets.numpy(), axis=0, out=out.numpy(), mode="clip")
+    else:
+        torch.index_select(table, 0, octets.to(device, torch.int32), out=out)
+    return out.view(len(bitmask), -1)

@@ -1,0 +1,233 @@
+"""Whether what a request names can be had: models and data sets in reach, one vocabulary, enough memory.
+
+A local path counts only under the allowed roots. One that lies elsewhere gets the very answer of one that does not
+exist, so that nobody learns from the service what else is on its disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooLate
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+from common.models import loading as models
+from common.vram import model_shape as shapes
+from common.web.app import Problem
+
+IMPORTING = threading.Lock()
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+HUB_SECONDS = 8.0  # a question to the Hub may take
+TOKENIZER_SECONDS = 60.0  # two tokenizers may take to be loaded, the first time also downloaded
+REMEMBER = 600.0  # seconds that a yes of the Hub holds
+
+
+def import_libraries() -> None:
+    """Import what the checks need, which takes seconds; by one thread, as it goes wrong by two at the same time."""
+    with IMPORTING:
+        import torch  # noqa: F401
+        from huggingface_hub import HfApi  # noqa: F401
+        from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+
+
+class Reach:
+    """Names to places.
+
+    Args:
+        roots: folders under which local paths are allowed.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self.roots = [os.path.realpath(root) for root in roots]
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="hub")
+        self._known: dict[tuple[str, str], float] = {}
+
+    def local(self, name: str) -> str | None:
+        """The real path of what exists under an allowed root."""
+        path = os.path.realpath(name)
+        inside = any(path == root or path.startswith(root + os.sep) for root in self.roots)
+        return path if inside and os.path.exists(path) else None
+
+    def model(self, field: str, name: str) -> str:
+        """The place of a model: a folder here, else an id on the Hub. Raises Problem 422."""
+        path = self.local(name)
+        if path is None:
+            return self._on_hub("model", field, name)
+        if not os.path.isfile(os.path.join(path, "config.json")) and not models.is_adapter(path):
+            raise Problem(422, f"{field}: the folder {name} holds no model", field)
+        return path
+
+    def dataset(self, field: str, name: str) -> str:
+        """The place of a data set: a file or folder here, else an id on the Hub. Raises Problem 422."""
+        return self.local(name) or self._on_hub("dataset", field, name)
+
+    def file(self, field: str, name: str) -> str:
+        """The place of a file. Raises Problem 422."""
+        path = self.local(name)
+        if path is None or not os.path.isfile(path):
+            raise Problem(422, f"{field}: there is no file {name!r} under the allowed folders", field)
+        return path
+
+    def folder(self, field: str, name: str) -> str:
+        """The place of a folder. Raises Problem 422."""
+        path = self.local(name)
+        if path is None or not os.path.isdir(path):
+            raise Problem(422, f"{field}: there is no folder {name!r} under the allowed folders", field)
+        return path
+
+    def plain_name(self, field: str, name: str) -> str:
+        """A name that is no path. Raises Problem 422."""
+        if not NAME.fullmatch(name):
+            raise Problem(422, f"{field}: give a name of letters, digits, '.', '_' and '-', not a path", field)
+        return name
+
+    def _on_hub(self, kind: str, field: str, name: str) -> str:
+        if not HUB_ID.fullmatch(name):
+            raise Problem(422, f"{field}: there is no {kind} {name!r} under the allowed folders", field)
+        if time.monotonic() - self._known.get((kind, name), -REMEMBER) < REMEMBER:
+            return name
+        reason = self._ask_hub(kind, name)
+        if reason:
+            raise Problem(422, f"{field}: the {kind} {name!r} cannot be reached: {reason}", field)
+        self._known[kind, name] = time.monotonic()
+        return name
+
+    def _ask_hub(self, kind: str, name: str) -> str | None:
+        """Why a name cannot be had from the Hub or its cache here; None when it can."""
+        import_libraries()
+        from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+        if kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+        if kind == "dataset" and cached_dataset(name):
+            return None
+        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        try:
+            self.within(HUB_SECONDS, lambda: ask(name, timeout=HUB_SECONDS))
+        except errors.OfflineModeIsEnabled:
+            return "the server is offline, and it is not in its cache"
+        except errors.GatedRepoError:
+            return "it is gated; set HF_TOKEN to one that may read it"
+        except errors.RepositoryNotFoundError:
+            return "there is none under the allowed folders, and none on the Hub"
+        except TooLate:
+            return f"the Hub did not answer within {HUB_SECONDS:g} s"
+        except Exception as error:  # whatever its HTTP library makes of a network that is not there
+            return f"the Hub cannot be asked ({type(error).__name__})"
+        return None
+
+    def within(self, seconds: float, work: Callable[[], Any]) -> Any:
+        """What `work` gives, in a thread. Raises TimeoutError when that takes longer (it goes on in its thread)."""
+        return self._pool.submit(work).result(seconds)
+
+
+def cached_dataset(name: str) -> bool:
+    """Whether the datasets library has a data set in its cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets"))
+    return (cache / name.replace("/", "___").lower()).is_dir()
+
+
+class Vocabularies:
+    """Whether a teacher's token ids mean the same to a student; each pair is compared once."""
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+        self._lock = threading.Lock()
+        self._found: dict[tuple, str | None] = {}
+
+    def check(self, teacher: str, student: str) -> None:
+        """Raises Problem 422 where the tokenizers differ or cannot be had."""
+        key = (teacher, changed(teacher), student, changed(student))
+        with self._lock:  # the first comparison imports transformers, which takes a while
+            if key not in self._found:
+                self._found[key] = self._difference(teacher, student)
+        if reason := self._found[key]:
+            raise Problem(422, f"teacher: its tokenizer is not the student's: {reason}", "teacher")
+
+    def _difference(self, teacher: str, student: str) -> str | None:
+        import_libraries()
+        from common.models import tokenizers
+
+        def compare() -> str | None:
+            both = [tokenizers.load_tokenizer(name) for name in (teacher, student)]
+            return tokenizers.same_vocabulary(*both)
+
+        try:
+            return self.reach.within(TOKENIZER_SECONDS, compare)
+        except UserError as error:
+            raise Problem(422, f"teacher: {error}", "teacher") from error
+        except TooLate as error:
+            raise Problem(422, f"teacher: no tokenizer within {TOKENIZER_SECONDS:g} s; try again", "teacher") from error
+
+
+def changed(folder: str) -> float:
+    """When the newest file of a local model was written; 0 of one on the Hub."""
+    try:
+        return max((entry.stat().st_mtime for entry in os.scandir(folder)), default=0.0)
+    except OSError:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a job runs on.
+
+    Attributes:
+        cuda: whether it is a card.
+        size: bytes of its memory; None where they are not known.
+    """
+
+    cuda: bool
+    size: int | None
+
+
+def check_memory(args: argparse.Namespace, method: str, device: Device) -> None:
+    """Raises Problem 422 where a training is predicted to need more memory than its device has.
+
+    A model of a kind that cannot be predicted passes: its training finds out.
+    """
+    if device.size is None:
+        return
+    names = [name for name in (args.student, getattr(args, "teacher", None)) if name]
+    if not all(map(os.path.isdir, names)):
+        import_libraries()
+    try:
+        for name in names:
+            shapes.of(name)
+    except shapes.UnknownShape:
+        return
+    import_libraries()
+    from common.vram import preflight as vram
+
+    settings = argparse.Namespace(**vars(args))
+    if device.cuda:  # what the trainers do by themselves on a card, which this server need not have
+        settings.per_device_train_batch_size = args.per_device_train_batch_size or 1
+    for name, on in (
+        ("load_in_4bit", args.lora_r > 0),
+        ("load_teacher_in_4bit", True),
+        ("gradient_checkpointing", True),
+    ):
+        if getattr(args, name, None) == "auto":
+            setattr(settings, name, "on" if device.cuda and on else "off")
+    plan = replace(vram.training_plan(settings, method), cuda=device.cuda)
+    if vram.predict(plan).total > device.size:
+        try:
+            advice = vram.advise(plan, settings, device.size)
+            needed, there = vram.predict(plan).total / 1e9, device.size / 1e9
+            told = (
+                f"about {needed:.1f} GB are needed, the device has {there:.1f}; it would fit with {vram.words(advice)}"
+            )
+            raise Problem(422, f"{next(iter(advice))}: {told}", next(iter(advice)))
+        except UserError as error:
+            raise Problem(422, f"student: {error}", "student") from error

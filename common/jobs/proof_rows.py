@@ -1,0 +1,72 @@
+"""Rows for the proof of an export: some of those that a job trained on, or is judged by, as input and output.
+
+    python -m common.jobs.proof_rows --data runs/jobs/rows.jsonl --output proof.jsonl
+    python -m common.jobs.proof_rows --dataset wikitext --subset wikitext-2-raw-v1 --output proof.jsonl
+
+Running text is cut into pieces of 64 words, the last 16 of which follow the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+
+from common import cli
+from common.data import rows as records
+from common.distillation import rows as distill_rows
+
+INPUT_WORDS, OUTPUT_WORDS = 48, 16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="python -m common.jobs.proof_rows")
+    parser.add_argument("--data", help="a file as the trainers take it")
+    parser.add_argument("--dataset", help="a data set as distill_train.py takes it")
+    parser.add_argument("--subset", help="of --dataset")
+    parser.add_argument("--split", default="train", help="of --dataset")
+    parser.add_argument("--text_column", default="text", help="of --dataset")
+    parser.add_argument("--rows", type=cli.positive_int, default=64)
+    parser.add_argument("--output", required=True, help="JSONL")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    if (args.data is None) == (args.dataset is None):
+        raise cli.UserError("give either --data FILE or --dataset NAME")
+    if args.dataset:
+        rows = distill_rows.read_dataset(args.dataset, args.subset, args.split, args.text_column)
+    else:
+        rows = read(args.data)
+    pairs = list(as_pairs(rows))
+    if not pairs:
+        raise cli.UserError(f"{args.data or args.dataset} has fewer than {INPUT_WORDS + OUTPUT_WORDS} words; give more")
+    step = max(1, len(pairs) // args.rows)
+    kept = records.write_jsonl(args.output, pairs[::step][: args.rows])
+    cli.log(f"{kept} rows for the proof of an export")
+
+
+def read(path: str) -> list[dict]:
+    """Rows of a file of any of the trainers; of preferences, the chosen answer."""
+    first = next((row for _, row in records.iter_jsonl(path) if isinstance(row, dict)), {})
+    if "chosen" in first:
+        rows = records.read_rows(path, records.DPO_KEYS, skip_bad_rows=True)
+        return [{"input": row["prompt"], "output": row["chosen"]} for row in rows]
+    return distill_rows.read(path, "train", skip_bad_rows=True)
+
+
+def as_pairs(rows: Iterable[dict]) -> Iterator[dict[str, str]]:
+    """{"input", "output"} of rows that are such, or that are running text."""
+    for row in rows:
+        if "text" not in row:
+            yield {"input": row["input"], "output": row["output"]}
+            continue
+        words = row["text"].split()
+        piece = INPUT_WORDS + OUTPUT_WORDS
+        for start in range(0, len(words) - piece + 1, piece):
+            middle = start + INPUT_WORDS
+            yield {"input": " ".join(words[start:middle]), "output": " ".join(words[middle : start + piece])}
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

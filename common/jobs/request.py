@@ -1,0 +1,303 @@
+"""From a request's JSON to the commands that a person would type, with every field checked by the script's own parser.
+
+A field is a flag of the trainer without its dashes, or one of the names below. So the service knows no setting that
+the scripts do not have, and none is described twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common import cli
+from common.cli import UserError
+from common.jobs.checks import Reach
+from common.training import trainer as training
+from common.web.app import Problem
+
+DISTILL = "distill"
+METHODS = {DISTILL: "distill_train.py", "sft": "sft_train.py", "kd": "kd_train.py", "dpo": "dpo_train.py"}
+EXPORTER = "export_model.py"
+EXPORTS = {"post_training_quant": "int8", "export_onnx": "onnx"}  # field: format of the exporter
+SWITCHES = {
+    "use_qat": "train all weights with int8 rounding simulated, as --quantization_aware int8 does",
+    "post_training_quant": "export an int8 model after the training",
+    "export_onnx": "export an ONNX model after the training",
+}
+ALIASES = {  # names of the llm2slm payload, for methods whose script does not know them itself
+    "teacher_model": "teacher",
+    "student_model": "student",
+    "per_device_batch_size": "per_device_train_batch_size",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "save_every": "save_steps",
+}
+QAT = "quantization_aware"
+OF_THE_SERVER = ("save_dir", "output_dir", "resume", "overwrite", "config", "trust_remote_code", "report_to", "help")
+MODELS, FILES = ("student", "teacher"), ("data", "eval_data", "task")
+LONGEST = 4096  # characters of a text
+MOST = 1e9
+RANGES = {  # of numbers, both ends included; where the scripts would take more, or find out late
+    "epochs": (1e-6, 1e6), "max_steps": (-1, MOST), "learning_rate": (1e-12, 10), "weight_decay": (0, 10),
+    "warmup_steps": (0, MOST), "max_grad_norm": (0, MOST), "lora_dropout": (0, 0.999), "lora_r": (0, 4096),
+    "lora_alpha": (1, 65_536), "temperature": (1e-3, 1e3), "beta": (1e-9, 1e3), "jsd_beta": (1e-6, 1 - 1e-6),
+    "per_device_train_batch_size": (1, 65_536), "gradient_accumulation_steps": (1, 65_536), "max_len": (1, 1 << 20),
+    "seed": (0, 2**32 - 1), "forward_kl": (0, 1e6), "reverse_kl": (0, 1e6), "jsd": (0, 1e6), "ce": (0, 1e6),
+    "teacher_ce": (0, 1e6), "hidden_mse": (0, 1e6), "hidden_cosine": (0, 1e6), "attention_mse": (0, 1e6),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that has passed: its method, the training's settings, and what the worker is to run.
+
+    Attributes:
+        commands: {"argv": script and flags, "output": "" of the training, the folder among the artifacts that an
+            export writes, else None}.
+    """
+
+    method: str
+    args: argparse.Namespace
+    commands: list[dict[str, Any]]
+
+
+class Planner:
+    """Turns requests into plans.
+
+    Args:
+        scripts: folder of the scripts.
+        data_dir: of the service; caches of a teacher are kept there by name.
+    """
+
+    def __init__(self, scripts: Path, data_dir: Path, reach: Reach) -> None:
+        self.scripts, self.data_dir, self.reach = scripts, data_dir, reach
+
+    @cache  # noqa: B019 (one planner lives as long as the server)
+    def script(self, method: str) -> ModuleType:
+        """A method's script, by its path: its parser and its checks are wanted here, and it needs no torch for them."""
+        path = self.scripts / METHODS[method]
+        spec = importlib.util.spec_from_file_location(f"job_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @cache  # noqa: B019
+    def parser(self, method: str) -> argparse.ArgumentParser:
+        return self.script(method).build_parser()
+
+    def fields(self, method: str) -> dict[str, argparse.Action]:
+        """What a request may set, by every name that it has."""
+        flags = {flag[2:]: action for flag, action in self.parser(method)._option_string_actions.items()}
+        known = {name: action for name, action in flags.items() if action.dest not in OF_THE_SERVER}
+        return known | {alias: known[name] for alias, name in ALIASES.items() if name in known}
+
+    def plan(self, payload: Mapping[str, Any], save_dir: Path) -> Plan:
+        """What to run for a request.
+
+        Raises:
+            Problem: 422 that names the field.
+        """
+        method = payload.get("method", DISTILL)
+        if not isinstance(method, str) or method not in METHODS:
+            raise Problem(422, f"method: must be one of {', '.join(METHODS)}", "method")
+        given = self._settings(method, payload)
+        if ("data" in given) == ("dataset" in given):
+            wanted = "data or dataset, one of the two" if "dataset" in self.fields(method) else "data"
+            raise Problem(422, f"data: give {wanted}", "data")
+        argv, names = [f"--save_dir={save_dir}"], {}
+        for name, (field, value) in given.items():
+            names[name] = field
+            place = self._reached(name, field, value)
+            if name == "dataset" and os.path.isfile(place):
+                name = "data"  # a file is none of the datasets library's
+            argv += flag(self.fields(method)[name], place)
+        if (method == DISTILL or QAT in given) and "lora_r" not in given:
+            argv.append("--lora_r=0")  # a whole model, unless an adapter is asked for
+        args = self._parse(method, argv, names)
+        script = str(self.scripts / METHODS[method])
+        commands = [{"argv": [script, *argv], "output": ""}]
+        formats = [format for field, format in EXPORTS.items() if switch(payload, field)]
+        proof = save_dir.with_name("proof.jsonl")
+        if formats:
+            commands.append({"argv": proof_command(args, proof), "output": None})
+        for format in formats:
+            words = [f"--model_dir={save_dir}", f"--format={format}", f"--save_dir={save_dir / format}"]
+            exporter = [str(self.scripts / EXPORTER), *words, f"--proof_data={proof}"]
+            commands.append({"argv": exporter, "output": format})
+        return Plan(method, args, commands)
+
+    def _settings(self, method: str, payload: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+        """{name of the setting: (name it was given under, value)}; null counts as not given."""
+        fields = self.fields(method)
+        given: dict[str, tuple[str, Any]] = {}
+        for field, value in payload.items():
+            if field == "method" or field in EXPORTS or value is None:
+                continue
+            if field == "use_qat":
+                if not switch(payload, field):
+                    continue
+                value = "int8"
+            action = fields.get(QAT if field == "use_qat" else field)
+            if action is None:
+                raise Problem(422, f"{shown(field)}: no setting of the method {method}; /docs lists them", shown(field))
+            if action.dest in given:
+                first = given[action.dest][0]
+                raise Problem(422, f"{field} and {first} are names of one setting; give one of them", field)
+            check_value(field, action, value)
+            given[action.dest] = (field, value)
+        return given
+
+    def _reached(self, name: str, field: str, value: Any) -> Any:
+        """A model or data set by its place; other values as they are."""
+        if name in MODELS:
+            return self.reach.model(field, value)
+        if name == "init_adapter":
+            return self.reach.folder(field, value)
+        if name in FILES:
+            return self.reach.file(field, value)
+        if name == "dataset":
+            return self.reach.dataset(field, value)
+        if name == "teacher_cache":
+            return str(self.data_dir / "caches" / self.reach.plain_name(field, value))
+        if isinstance(value, str) and ("/" in value or value.startswith((".", "~"))):
+            raise Problem(422, f"{field}: must not be a path", field)
+        return value
+
+    def _parse(self, method: str, argv: list[str], names: Mapping[str, str]) -> argparse.Namespace:
+        """The settings, when the script's parser and its checks take them."""
+        try:
+            args = cli.parse_args(self.parser(method), argv)
+            if method == DISTILL:
+                script = self.script(method)
+                script.check_flags(args, script.resolve_weights(args))
+            else:
+                training.check_flags(args)
+        except UserError as error:
+            message = str(error).partition(" (see: ")[0]
+            known = self.fields(method)
+            flags = re.findall(r"--(\w+)", message)  # those that it blames, in its order
+            blamed = [known[name].dest for name in flags if name in known]
+            field = next((names[name] for name in blamed if name in names), (blamed or ["body"])[0])
+            raise Problem(422, f"{field}: {message}", field) from error
+        return args
+
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema of a request, for the API's description: the settings of all methods."""
+        properties: dict[str, Any] = {"method": {"type": "string", "enum": list(METHODS), "default": DISTILL}}
+        methods: dict[str, list[str]] = {}
+        for method in METHODS:
+            for field, action in self.fields(method).items():
+                properties.setdefault(field, described(action))
+                methods.setdefault(field, []).append(method)
+        for field, names in methods.items():
+            if len(names) < len(METHODS):
+                about = properties[field].get("description", "")
+                properties[field]["description"] = f"{about} (methods: {', '.join(names)})".strip()
+        for field, words in SWITCHES.items():
+            properties[field] = {"type": "boolean", "default": False, "description": words}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def proof_command(args: argparse.Namespace, output: Path) -> list[str]:
+    """What writes the rows that an export is compared on: held-out ones where there are any."""
+    words = ["-m", "common.jobs.proof_rows", f"--output={output}"]
+    if args.eval_data or args.data:
+        return [*words, f"--data={args.eval_data or args.data}"]
+    names = ("dataset", "subset", "split", "text_column")
+    return [*words, *(f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None)]
+
+
+def shown(name: str) -> str:
+    """A name from a request as it may stand in a message."""
+    return name[:60].encode("ascii", "backslashreplace").decode()
+
+
+def switch(payload: Mapping[str, Any], field: str) -> bool:
+    """A field that is true or false; Problem 422 for anything else."""
+    value = payload.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise Problem(422, f"{field}: must be true or false", field)
+    return bool(value)
+
+
+def json_type(action: argparse.Action) -> str | None:
+    """The JSON type of a flag's value; None where a type of its own takes texts and numbers."""
+    if action.nargs == 0:
+        return "boolean"
+    if action.type in (int, cli.positive_int, cli.whole_number):
+        return "integer"
+    if action.type in (float, cli.fraction):
+        return "number"
+    return "string" if action.type in (None, str) else None
+
+
+def check_value(field: str, action: argparse.Action, value: Any) -> None:
+    """Raises Problem 422 for a value whose type or range is not the flag's."""
+    if action.nargs in ("+", "*"):
+        if not isinstance(value, list) or not value:
+            raise Problem(422, f"{field}: must be a list that is not empty", field)
+        for item in value:
+            check_one(field, action, item)
+    else:
+        check_one(field, action, value)
+
+
+def check_one(field: str, action: argparse.Action, value: Any) -> None:
+    kind = json_type(action)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        "boolean": isinstance(value, bool),
+        "integer": isinstance(value, int) and is_number,
+        "number": is_number,
+        "string": isinstance(value, str),
+        None: isinstance(value, str) or is_number,
+    }
+    if not fits[kind]:
+        words = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "a text"}
+        raise Problem(422, f"{field}: must be {words.get(kind, 'a text or a number')}", field)
+    if is_number:
+        low, high = RANGES.get(action.dest, (-MOST, MOST))
+        if not low <= value <= high:  # also what is not a number
+            raise Problem(422, f"{field}: must be between {low:g} and {high:g}", field)
+    elif isinstance(value, str):
+        if not value.strip() or len(value) > LONGEST or not value.isprintable():
+            raise Problem(422, f"{field}: must be 1 to {LONGEST} printable characters", field)
+        if action.choices and value not in action.choices:
+            raise Problem(422, f"{field}: must be one of {', '.join(map(str, action.choices))}", field)
+
+
+def flag(action: argparse.Action, value: Any) -> list[str]:
+    """A setting as words of a command line."""
+    name = f"--{action.dest}"
+    name = name if name in action.option_strings else action.option_strings[0]
+    if action.nargs == 0:
+        return [name] if value else []
+    if isinstance(value, list):
+        return [name, *map(str, value)]
+    return [f"{name}={value}"]
+
+
+def described(action: argparse.Action) -> dict[str, Any]:
+    """JSON Schema of a flag's value."""
+    kind = json_type(action)
+    schema: dict[str, Any] = {"type": kind or ["string", "number"]}
+    if kind in ("integer", "number") and action.dest in RANGES:
+        low, high = RANGES[action.dest]
+        schema |= {"minimum": low, "maximum": high}
+    if action.choices:
+        schema["enum"] = list(action.choices)
+    if action.nargs in ("+", "*"):
+        schema = {"type": "array", "items": schema, "minItems": 1}
+    if action.default is not None and action.default is not argparse.SUPPRESS and not action.required:
+        schema["default"] = action.default
+    if action.help and action.help is not argparse.SUPPRESS:
+        schema["description"] = action.help % vars(action) if "%(" in action.help else action.help
+    return schema

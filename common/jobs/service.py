@@ -1,0 +1,223 @@
+"""The distillation service without its routes: settings, and how store, runner, backend and checks belong together."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import Gauge
+
+from common.cli import UserError
+from common.jobs import local_backend as job_local
+from common.jobs import progress as job_progress
+from common.jobs.checks import Reach, Vocabularies, check_memory
+from common.jobs.folder import WORKER, JobFolder
+from common.jobs.request import Planner
+from common.jobs.runner import Runner
+from common.jobs.store import (
+    CANCELLED,
+    ENDED,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    STATES,
+    Job,
+    KeyTaken,
+    Store,
+    new_id,
+    open_store,
+)
+from common.web.app import Environment, Problem, WebMetrics
+
+ROOT = Path(__file__).parents[2]
+JOB_ID = re.compile(r"[0-9a-f]{16}")
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+BACKENDS = ("local", "kubernetes")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment may set; the defaults are in `from_environment`."""
+
+    data_dir: Path
+    backend: str
+    max_running: int | None
+    max_queue: int
+    keep_days: float | None
+    data_quota: int | None
+    allowed_roots: tuple[Path, ...]
+    api_prefix: str
+    api_key: str | None
+    max_body_bytes: int
+    warm_up: bool = True  # import what the checks need before the first request needs it
+    scripts: Path = ROOT
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Raises UserError for a value that cannot be."""
+        env = Environment()
+        data_dir = Path(os.path.abspath(env.text("DATA_DIR", str(ROOT / "runs" / "jobs"))))
+        backend, prefix = env.text("BACKEND", "local"), env.text("API_PREFIX", "").rstrip("/")
+        if backend not in BACKENDS:
+            raise UserError(f"BACKEND={backend} is none of {', '.join(BACKENDS)}; set it to one or unset it")
+        if not PREFIX.fullmatch(prefix):
+            raise UserError(f"API_PREFIX={prefix} is not like /distill-slm/v1; set it to a path or unset it")
+        roots = env.text("ALLOWED_ROOTS")
+        return cls(
+            data_dir=data_dir,
+            backend=backend,
+            max_running=env.whole("MAX_RUNNING", 1) if env.text("MAX_RUNNING") else None,
+            max_queue=env.whole("MAX_QUEUE", 1000),
+            keep_days=env.number("KEEP_DAYS", 0) or None,
+            data_quota=env.whole("DATA_QUOTA", 1) if env.text("DATA_QUOTA") else None,
+            allowed_roots=tuple(map(Path, roots.split(os.pathsep)))
+            if roots
+            else (ROOT / "runs", ROOT / "data", data_dir),
+            api_prefix=prefix,
+            api_key=env.text("API_KEY"),
+            max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 18),
+        )
+
+
+class Service:
+    """What the routes call. Everything here blocks for a moment: not for the event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises UserError where the settings cannot be met."""
+        self.settings = settings
+        self.jobs_dir = settings.data_dir / "jobs"
+        try:
+            self.store: Store = open_store(settings.data_dir)
+            self.jobs_dir.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"DATA_DIR={settings.data_dir}: {error.strerror}; choose another folder") from error
+        self.reach = Reach(settings.allowed_roots)
+        self.vocabularies = Vocabularies(self.reach)
+        self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
+        backend, at_once = self._backend()
+        self.runner = Runner(
+            self.store,
+            backend,
+            self.jobs_dir,
+            settings.max_running or at_once,
+            settings.keep_days,
+            settings.data_quota,
+        )
+        self.closing = threading.Event()  # the server is about to stop
+        self.metrics = WebMetrics()
+        gauge = Gauge("jobs", "Jobs by state.", ("state",), registry=self.metrics.registry)
+        for state in STATES:
+            gauge.labels(state).set_function(lambda state=state: self.store.counts()[state])
+
+    def _backend(self) -> tuple[Any, int]:
+        """The backend, and how many jobs it runs at once unless told."""
+        if self.settings.backend == "kubernetes":
+            from common.jobs.kubernetes_backend import Kubernetes
+
+            return Kubernetes.from_environment(self.jobs_dir), 1000  # the cluster has a queue of its own
+        cards = job_local.find_cards()
+        return job_local.Local(self.jobs_dir, cards), max(1, len(cards))
+
+    def folder(self, job: Job) -> JobFolder:
+        return JobFolder(self.jobs_dir / job.id)
+
+    def find(self, job_id: str) -> Job | None:
+        return self.store.find(job_id) if JOB_ID.fullmatch(job_id) else None
+
+    def get(self, job_id: str) -> Job:
+        """Raises Problem 404."""
+        job = self.find(job_id)
+        if job is None:
+            raise Problem(404, "there is no such job", "job_id")
+        return job
+
+    def submit(self, payload: dict[str, Any], key: str | None) -> Job:
+        """Check a request and put its job into the queue.
+
+        Raises:
+            Problem: 422 that names the field; 503 where too many wait.
+        """
+        try:
+            if key is not None and (known := self.store.by_key(key, payload)):
+                return known
+            job_id = new_id()
+            plan = self.planner.plan(payload, self.jobs_dir / job_id / "artifacts")
+            if getattr(plan.args, "teacher", None):
+                self.vocabularies.check(plan.args.teacher, plan.args.student)
+            check_memory(plan.args, plan.method, self.runner.backend.device)
+            if self.store.counts()[QUEUED] >= self.settings.max_queue:
+                raise Problem(503, f"{self.settings.max_queue} jobs wait already; try again later", retry_after=60)
+            job = self.store.submit(plan.method, payload, plan.commands, job_id, key)
+        except KeyTaken:
+            raise Problem(422, "Idempotency-Key: it was used for another request", "Idempotency-Key") from None
+        self.runner.wake()
+        return job
+
+    def cancel(self, job_id: str) -> Job:
+        """Raises Problem 404, or 409 for one that has ended."""
+        job = self.get(job_id)
+        if job.state in ENDED and job.state != CANCELLED:
+            raise Problem(409, f"the job has {job.state} already")
+        job = self.store.cancel(job_id) or job
+        self.runner.wake()
+        return job
+
+    def resume(self, job_id: str) -> Job:
+        """Raises Problem 404, or 409 for one that has neither failed nor been cancelled."""
+        job = self.get(job_id)
+        if not self.store.resume(job_id):
+            raise Problem(409, f"the job is {job.state}; one that failed or was cancelled can be resumed")
+        self.runner.wake()
+        return self.get(job_id)
+
+    def delete(self, job_id: str) -> None:
+        """Raises Problem 404, or 409 for one that has not ended."""
+        job = self.get(job_id)
+        if not self.runner.delete(job_id):
+            raise Problem(409, f"the job is {job.state}; cancel it first")
+
+    def describe(self, job: Job) -> dict[str, Any]:
+        """A job as the API shows it."""
+        waiting = job.state == QUEUED and not job.handed
+        return {
+            "job_id": job.id,
+            "method": job.method,
+            "state": job.state,
+            "cancelling": job.cancel,
+            "ahead": self.store.ahead_of(job) if waiting else None,
+            "attempt": job.attempt,
+            "created": stamp(job.created),
+            "started": stamp(job.started),
+            "ended": stamp(job.ended),
+            "command": self._command(job),
+            **job_progress.status(self.folder(job), job.state in ENDED),
+            "error": job.error,
+            "resumable": job.state in (FAILED, CANCELLED),
+            "request": job.request,
+        }
+
+    def _command(self, job: Job) -> dict[str, Any] | None:
+        """Which of a running job's commands is at work."""
+        if job.state != RUNNING:
+            return None
+        number = min(self.folder(job).read(WORKER).get("finished", 0) + 1, len(job.commands))
+        script, *words = job.commands[number - 1]["argv"]
+        return {"number": number, "of": len(job.commands), "name": words[0] if script == "-m" else Path(script).name}
+
+    def page(self, limit: int, before: int | None, state: str | None) -> dict[str, Any]:
+        """The newest jobs, and where the next page begins."""
+        jobs = self.store.page(limit + 1, before, state)
+        more = len(jobs) > limit
+        return {"jobs": [self.describe(job) for job in jobs[:limit]], "next": jobs[limit - 1].number if more else None}
+
+
+def stamp(seconds: float | None) -> str | None:
+    """Seconds since 1970 as 2026-01-02T03:04:05.678Z."""
+    if seconds is None:
+        return None
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"

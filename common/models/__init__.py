@@ -1,0 +1,1 @@
+"""Tokenizers and models, in torch, ONNX Runtime and llama.cpp."""

@@ -1,0 +1,29 @@
+"""The command-line flags of everything that uses a model, and the settings that they mean."""
+
+from __future__ import annotations
+
+import argparse
+
+from common import cli
+from common.models.batching import MAX_BATCH_TOKENS
+from common.models.source import ModelSource
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the base of an adapter is, precision and batches."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--base", help="base of the adapter, where it has moved from where it was trained")
+    model.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
+    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    model.add_argument(
+        "--max_batch_tokens", type=cli.positive_int, default=MAX_BATCH_TOKENS, help="tokens in one forward pass"
+    )
+    model.add_argument(
+        "--auto_fit", action="store_true", help="where memory is short, take settings that fit, and say so"
+    )
+    model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def source_of(args: argparse.Namespace, model_dir: str) -> ModelSource:
+    """The model in `model_dir`, loaded as the flags of `add_model_flags` say."""
+    return ModelSource(model_dir, args.base, args.load_in_4bit, args.dtype, args.trust_remote_code)

@@ -1,0 +1,135 @@
+"""An ONNX export at work in ONNX Runtime: label scores, and text token by token with its key/value cache.
+
+Nothing here needs torch: where it is not installed, an export still answers. (Where it is, transformers' tokenizers
+bring it into memory.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.cli import UserError
+from common.models import tokenizers
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FILE = "model.onnx"
+KEEP = "num_logits_to_keep"  # an optional input: logits of this many last positions, all of them by default
+
+
+def is_onnx(folder: str | Path) -> bool:
+    """Whether `folder` holds an ONNX export."""
+    return (Path(folder) / MODEL_FILE).is_file()
+
+
+class OnnxModel:
+    """An exported model in ONNX Runtime, on the CPU; `OMP_NUM_THREADS` bounds its threads as it does torch's.
+
+    Attributes:
+        name: the folder.
+        config: transformers' configuration of the model.
+        dtype: of its key/value cache, such as "float32".
+
+    Raises:
+        UserError: the folder holds no export that ONNX Runtime can read.
+    """
+
+    def __init__(self, folder: str) -> None:
+        import onnxruntime
+        from transformers import AutoConfig
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
+        options.log_severity_level = 3
+        self.name = folder
+        try:
+            self.config = AutoConfig.from_pretrained(folder)
+            self._session = onnxruntime.InferenceSession(
+                os.path.join(folder, MODEL_FILE), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's own have no common class
+            raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]}); export it again") from error
+        cache = [each for each in self._session.get_inputs() if each.name.startswith("past_key_values.")]
+        self._cache_names = [each.name for each in cache]
+        self._cache_shapes = [each.shape for each in cache]
+        self.dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}[cache[0].type]
+
+    def forward(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[OrtValue] | None, keep: int
+    ) -> tuple[np.ndarray, list[OrtValue]]:
+        """Logits of the last `keep` tokens [rows, keep, vocabulary] in float32, and the cache with all tokens in it.
+
+        Args:
+            ids: tokens [rows, new], left-padded where they are a prompt.
+            mask: [rows, past + new], 0 for padding.
+            positions: of the tokens [rows, new].
+            past: the cache of an earlier call; None: there was none.
+        """
+        from onnxruntime import OrtValue
+
+        if past is None:
+            past = self.cache([np.empty((len(ids), shape[1], 0, shape[3]), self.dtype) for shape in self._cache_shapes])
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, KEEP: np.array([keep])}
+        feeds = {name: OrtValue.ortvalue_from_numpy(value.astype(np.int64)) for name, value in feeds.items()}
+        feeds |= dict(zip(self._cache_names, past, strict=True))
+        names = ["logits", *(name.replace("past_key_values.", "present.") for name in self._cache_names)]
+        logits, *present = self._session.run_with_ort_values(names, feeds)
+        return logits.numpy().astype(np.float32, copy=False), present
+
+    @staticmethod
+    def cache(arrays: Sequence[np.ndarray]) -> list[OrtValue]:
+        """Keys and values, each [rows, heads, tokens, size of a head], as `forward` takes them."""
+        from onnxruntime import OrtValue
+
+        return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in arrays]
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after each of the tokens [tokens, vocabulary]."""
+        return self.forward(*left_padded([ids], 0), None, len(ids))[0][0]
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
+        """The greedy continuation of each prompt, without the token of `ends` that ended it."""
+        ids, mask, positions = left_padded(prompts, 0)
+        answers: list[list[int]] = [[] for _ in prompts]
+        open_rows, past = set(range(len(prompts))), None
+        for _ in range(max_new_tokens):
+            logits, past = self.forward(ids, mask, positions, past, 1)
+            ids = logits[:, -1].argmax(axis=1)[:, None]
+            open_rows -= {row for row in open_rows if ids[row, 0] in ends}
+            if not open_rows:
+                break
+            for row in open_rows:
+                answers[row].append(int(ids[row, 0]))
+            positions = positions[:, -1:] + 1
+            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+        return answers
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, shared: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids and positions [rows, longest], mask [rows, shared + longest]) of what follows a shared start."""
+    longest = max(map(len, prompts))
+    ids = np.full((len(prompts), longest), pad_id)
+    mask = np.ones((len(prompts), shared + longest), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, shared : shared + longest - len(prompt)] = 0
+    positions = (mask.cumsum(axis=1) - 1).clip(min=0)[:, shared:]
+    return ids, mask, positions
+
+
+def load(folder: str) -> tuple[OnnxModel, PreTrainedTokenizerBase]:
+    """An export and its tokenizer.
+
+    Raises:
+        UserError: see `OnnxModel` and `tokenizers.load_tokenizer`.
+    """
+    return OnnxModel(folder), tokenizers.load_tokenizer(folder)

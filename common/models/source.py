@@ -1,0 +1,44 @@
+"""Where a model comes from and how it is loaded, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, and in which precision its weights are loaded.
+
+    Attributes:
+        model_dir: a run folder (an adapter on its base), a model's folder, or a Hub id.
+        base: base of the adapter, where it has moved from where it was trained; None: as the adapter says.
+        load_in_4bit: "on", "off", or "auto" for on where there is a CUDA device: NF4 with bfloat16 compute.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the fastest that the device has.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model_dir: str
+    base: str | None = None
+    load_in_4bit: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use, and how much it may read at a time.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: aligned with the model (`tokenizers.align`).
+        max_batch_tokens: tokens in one forward pass, within what the memory allows.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    max_batch_tokens: int

@@ -1,0 +1,1 @@
+"""A box for generated code, and a judge in a box of its own."""

@@ -1,0 +1,240 @@
+"""OpenAI's chat API over the server's runs: `/v1/models` and `/v1/chat/completions`, streaming and JSON Schemas too."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from common.serving.server import Server, check_schema, estimate
+from common.serving.work import Chat, ChatAnswer, ChatTurn
+from common.web import app as web
+from common.web.app import Problem, responses
+
+if TYPE_CHECKING:
+    from common.generation.result import Generation
+
+MAX_MESSAGES = 256
+MAX_CONTENT = 1_000_000  # characters
+MAX_TOKENS = 4096
+_alone = itertools.count(1)
+
+
+class ContentPart(BaseModel):
+    type: Literal["text"]
+    text: Annotated[str, Field(max_length=MAX_CONTENT)]
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Field(max_length=MAX_CONTENT)] | Annotated[list[ContentPart], Field(max_length=64)]
+
+    def plain(self) -> dict[str, str]:
+        """As the chat template wants it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class SchemaFormat(BaseModel):
+    name: str = Field("answer", max_length=64)
+    json_schema: dict[str, Any] | bool = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+
+
+class ChatRequest(BaseModel):
+    """OpenAI's request; what is not named here is taken and has no effect."""
+
+    model_config = ConfigDict(extra="ignore")
+    model: str = Field(min_length=1, max_length=200, description="A run, `base`, or `name@hash`")
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="default: 0, greedy")
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    n: int | None = Field(None, ge=1, le=8)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = Field(None, max_length=0, description="not supported")
+
+    def schema_text(self) -> str | None:
+        """The JSON Schema that the answer has to satisfy. Raises Problem 422 for one that decoding cannot follow."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        schema: dict[str, Any] | bool = {"type": "object"}
+        if wanted.type == "json_schema":
+            if wanted.json_schema is None:
+                raise Problem(422, "response_format of type json_schema needs json_schema", "response_format")
+            schema = wanted.json_schema.json_schema
+        check_schema(schema, "response_format")
+        return json.dumps(schema)
+
+
+def add_chat(app: FastAPI, server: Server) -> None:
+    """The routes under /v1."""
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The runs, as OpenAI lists models."""
+        known = await asyncio.to_thread(server.about_models)
+        made = [
+            {"id": entry["name"], "object": "model", "created": _seconds(entry["created"]), "owned_by": "distill-slm"}
+            for entry in known["models"]
+            if entry["current"] and not entry["error"]
+        ]
+        return {"object": "list", "data": made}
+
+    @app.post("/v1/chat/completions", responses=responses(404, 409, 422, 503, 504))
+    async def complete(body: ChatRequest, request: Request) -> Response:
+        """A chat's next answer by a run; greedy unless a temperature is given."""
+        started = time.perf_counter()
+        version = await server.find(body.model, "model")
+        work = _work(body)
+        turn = ChatTurn([message.plain() for message in body.messages])
+        text = "\n".join(message["content"] for message in turn.messages)
+        head = {"id": f"chatcmpl-{web.request_id(request)}", "created": int(time.time()), "model": body.model}
+        if body.stream:
+            if work.samples > 1:
+                raise Problem(422, "n: a stream has one answer; ask for one, or without stream", "n")
+            events = _events(server, request, body, version, work, turn, head, started)
+            first = await anext(events)  # an error before the first token has a status of its own
+            return StreamingResponse(_chain(first, events), media_type="text/event-stream")
+        found: ChatAnswer = await server.answer(request, version, work, turn, tokens=estimate(text))
+        _record(server, request, version, work, started, text, found)
+        choices = [_choice(number, work, answer) for number, answer in enumerate(found.choices)]
+        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": _usage(found)})
+
+
+def _work(body: ChatRequest) -> Chat:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    temperature, samples = body.temperature or 0.0, body.n or 1
+    return Chat(
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        temperature=temperature,
+        top_p=body.top_p or 1.0,
+        samples=samples,
+        seed=body.seed or 0,
+        stop=tuple(stop),
+        schema=body.schema_text(),
+        alone=next(_alone) if body.stream else 0,
+    )
+
+
+def _choice(number: int, work: Chat, answer: Generation) -> dict[str, Any]:
+    message = {"role": "assistant", "content": work.cut(answer.text), "refusal": None}
+    return {"index": number, "message": message, "logprobs": None, "finish_reason": _reason(answer)}
+
+
+def _reason(answer: Generation) -> str:
+    return "stop" if answer.finished else "length"
+
+
+def _usage(found: ChatAnswer) -> dict[str, int]:
+    written = sum(len(answer.tokens) for answer in found.choices)
+    read = found.prompt_tokens
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def _record(
+    server: Server, request: Request, version, work: Chat, started: float, text: str, found: ChatAnswer
+) -> None:
+    server.record(request, version, work.name, started, text, **_usage(found))
+
+
+async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+async def _events(
+    server: Server, request: Request, body: ChatRequest, version, work: Chat, turn: ChatTurn, head, started: float
+) -> AsyncIterator[str]:
+    """Server-sent events: the role, the text as it comes, the reason for the end, the usage if asked for, [DONE]."""
+    texts: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def event(**fields: Any) -> str:
+        chunk = {**head, "object": "chat.completion.chunk", **fields}
+        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+    def delta(content: dict[str, str], reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": reason}
+        return event(choices=[choice])
+
+    async def answer() -> ChatAnswer:
+        try:
+            streamed = ChatTurn(turn.messages, stream=True)
+            return await server.answer(request, version, work, streamed, emit=texts.put_nowait)
+        finally:
+            texts.put_nowait(None)  # after all texts: they and the answer come through one channel, in order
+
+    task = asyncio.create_task(answer())
+    whole = sent = ""
+    try:
+        text = await texts.get()
+        if text is None:
+            await task  # raises what went wrong before the first token, if anything did
+        yield delta({"role": "assistant", "content": ""})
+        while text is not None:
+            whole += text
+            ready = work.cut(whole)
+            if ready == whole:  # a stop that has begun is held back
+                ready = whole[: len(whole) - _begun(whole, work.stop)]
+            if len(ready) > len(sent):
+                yield delta({"content": ready[len(sent) :]})
+                sent = ready
+            text = await texts.get()
+        try:
+            found = await task
+        except Problem as problem:
+            error = {"message": problem.detail, "type": web.error_types(problem.status_code), "param": problem.param}
+            yield f"data: {json.dumps({'error': error})}\n\n"
+            return
+        final = work.cut(found.choices[0].text)
+        if len(final) > len(sent):
+            yield delta({"content": final[len(sent) :]})
+        yield delta({}, _reason(found.choices[0]))
+        if body.stream_options and body.stream_options.include_usage:
+            yield event(choices=[], usage=_usage(found))
+        yield "data: [DONE]\n\n"
+        text = "\n".join(message["content"] for message in turn.messages)
+        _record(server, request, version, work, started, text, found)
+    finally:
+        task.cancel()
+
+
+def _begun(text: str, stops: tuple[str, ...]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop."""
+    lengths = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(lengths, default=0)
+
+
+def _seconds(stamp: str | None) -> int:
+    """Unix time of run.json's "2026-11-21T00:11:42Z"; 0 where there is none."""
+    import calendar
+
+    try:
+        return calendar.timegm(time.strptime(stamp or "", "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:
+        return 0

@@ -1,0 +1,248 @@
+"""The inference server's routes: the page, the runs, and the three tasks; OpenAI's are in `openai_routes`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from common.cli import UserError
+from common.generation import json_schema
+from common.serving.openai_routes import add_chat
+from common.serving.server import Server, Settings, check_schema, estimate
+from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
+from common.tasks.codegen import prompt as codegen
+from common.tasks.ranking import rows as labelled
+from common.web import app as web
+from common.web.app import ALWAYS, Guard, Problem, responses
+
+PAGE = Path(__file__).with_name("page.html")
+MAX_FEATURES, MAX_TEXT = 20_000, 1_000_000  # characters
+MAX_ROWS = 1024  # of a batch
+MAX_ANSWER_TOKENS = 4096
+
+# What comes in and goes out.
+
+Features = Annotated[str, Field(min_length=1, max_length=MAX_FEATURES, pattern=r"\S")]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
+RunName = Annotated[str, Field(min_length=1, max_length=200, description="A run, or `name@hash` for one version of it")]
+Tokens = Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)]
+
+
+class ClassifyRequest(BaseModel):
+    features: Features = Field(examples=["Age: 23.0, Occupation: Scientist, Annual Income: 19114.12"])
+
+
+class ClassifyAnswer(BaseModel):
+    """The answer of infer_creditmix.py: scores in nats, `score = raw - prior + bias`."""
+
+    model_name: str
+    prediction: str | None = Field(description="None where the calibration abstains")
+    scores: dict[str, float]
+    raw_scores: dict[str, float]
+    prior: dict[str, float]
+    probabilities: dict[str, float]
+    top2_margin: float
+
+
+class ExtractRequest(BaseModel):
+    document: Text
+    json_schema: dict[str, Any] | None = Field(
+        None, alias="schema", description="JSON Schema of the fields; default: IDP_SCHEMA"
+    )
+    run: RunName | None = Field(None, description="default: the newest run with idp in its name, else the base")
+    max_new_tokens: Tokens = ANSWER_TOKENS
+
+
+class ExtractAnswer(BaseModel):
+    """`fields` is valid by the schema, or null where `error` says why there is no valid answer."""
+
+    model_name: str
+    fields: Any
+    error: str | None
+    text: str | None = Field(description="What the model wrote, where there is an error")
+    pieces: int = Field(description="In how many pieces a long document was read")
+
+
+class CodeRequest(BaseModel):
+    prompt: Text
+    plan_then_code: bool = False
+    run: RunName | None = Field(None, description="default: the newest run with code in its name, else the base")
+    max_new_tokens: Tokens = ANSWER_TOKENS
+
+
+class CodeAnswerBody(BaseModel):
+    """Code is never run by the server."""
+
+    model_name: str
+    code: str
+    plan: str | None
+    finished: bool = Field(description="False where the token budget ended it")
+    error: str | None = Field(description="Why the code is no Python program")
+
+
+class RunEntry(BaseModel):
+    name: str
+    address: str = Field(description="`name@hash`, which names this version alone")
+    model_dir: str
+    base: str
+    adapter_sha256: str | None
+    method: str | None
+    created: str | None
+    metrics: dict[str, Any] | None
+    loaded: bool
+    current: bool = Field(description="False for a version that is no longer on the disk, but still loaded")
+    error: str | None = Field(None, description="Why the run cannot be used")
+
+
+class ModelsAnswer(BaseModel):
+    base_model: str
+    bases: list[str] = Field(description="Those in memory")
+    task: str = Field(description="What /infer/{run} classifies")
+    labels: list[str]
+    short_names: dict[str, str]
+    models: list[RunEntry]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application; nothing is loaded before a request needs it, unless PRELOAD is set.
+
+    Args:
+        settings: default: from the environment.
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    server = Server(settings or Settings.from_environment())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(server.watch())
+        if server.settings.preload:
+            server.preload()
+        yield
+        watch.cancel()
+        await server.models.close()
+        if server.audit:
+            server.audit.close()
+
+    app = FastAPI(
+        title="distill-slm inference",
+        description="Every adapter of a folder of runs on one base model: CreditMix, IDP, CodeGen and OpenAI's API.",
+        lifespan=lifespan,
+        responses=ALWAYS,
+    )
+    app.state.server = server
+    web.add_error_handlers(app)
+    app.add_middleware(
+        Guard,
+        metrics=server.web_metrics,
+        max_body_bytes=server.settings.max_body_bytes,
+        api_key=server.settings.api_key,
+        open_paths=web.open_paths(),
+    )
+    _add_inference(app, server)  # first, since routes are tried in order
+    _add_about(app, server)
+    add_chat(app, server)
+    return app
+
+
+def _add_about(app: FastAPI, server: Server) -> None:
+    web.add_about(app, server.web_metrics, PAGE)
+
+    @app.get("/readyz", responses=responses(503))
+    async def ready() -> dict[str, str]:
+        """The base is loaded and its prior known: at the first request, or soon after the start with PRELOAD=1."""
+        if not server.ready():
+            raise Problem(503, "the base is not loaded yet; PRELOAD=1 loads it at the start", retry_after=1)
+        return {"status": "ready"}
+
+    @app.get("/models", response_model=ModelsAnswer)
+    async def registry() -> Response:
+        """Every run: base, method, hash, when it was made, figures if it was evaluated, and whether it is loaded."""
+        return JSONResponse(await asyncio.to_thread(server.about_models))
+
+
+def _add_inference(app: FastAPI, server: Server) -> None:
+    @app.post("/infer/idp", response_model=ExtractAnswer, responses=responses(404, 409, 422, 503, 504))
+    async def extract(body: ExtractRequest, request: Request) -> Response:
+        """A document's fields as JSON that is valid by the schema, as infer_idp.py gives them."""
+        started = time.perf_counter()
+        version = await server.find(body.run or server.newest("idp"))
+        schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
+        check_schema(schema, "schema")
+        work = Extract(json.dumps(schema), body.max_new_tokens)
+        found = await server.answer(request, version, work, body.document, tokens=estimate(body.document))
+        facts = {"valid": found.error is None, "tokens": found.tokens}
+        server.record(request, version, work.name, started, body.document, **facts)
+        answer = {
+            "model_name": version.model_dir,
+            "fields": None if found.error else found.value,
+            "error": found.error,
+            "text": found.text if found.error else None,
+            "pieces": found.pieces,
+        }
+        return JSONResponse(answer)
+
+    @app.post("/infer/codegen", response_model=CodeAnswerBody, responses=responses(404, 409, 422, 503, 504))
+    async def write_code(body: CodeRequest, request: Request) -> Response:
+        """Code for a task, as infer_codegen.py writes it; it is not run here."""
+        started = time.perf_counter()
+        version = await server.find(body.run or server.newest("code"))
+        work = WriteCode(body.plan_then_code, body.max_new_tokens)
+        found = await server.answer(request, version, work, body.prompt, tokens=estimate(body.prompt))
+        server.record(request, version, work.name, started, body.prompt, finished=found.finished, tokens=found.tokens)
+        plan = found.plan if body.plan_then_code else None
+        answer = {
+            "model_name": version.model_dir,
+            "code": found.code,
+            "plan": plan,
+            "finished": found.finished,
+            "error": codegen.compile_error(found.code),
+        }
+        return JSONResponse(answer)
+
+    @app.post("/infer/{run}", response_model=ClassifyAnswer, responses=responses(404, 409, 422, 503, 504))
+    async def classify(run: str, body: ClassifyRequest, request: Request) -> Response:
+        """One row's label by a run, `base`, `sft`, `kd` or `dpo`, as infer_creditmix.py gives it."""
+        return JSONResponse((await classify_rows(request, run, [body.features]))[0])
+
+    @app.post("/infer/{run}/batch", response_model=list[ClassifyAnswer], responses=responses(404, 409, 422, 503, 504))
+    async def classify_batch(
+        run: str, body: Annotated[list[ClassifyRequest], Field(min_length=1, max_length=MAX_ROWS)], request: Request
+    ) -> Response:
+        """Many rows at once; the answers are in the order of the rows."""
+        return JSONResponse(await classify_rows(request, run, [row.features for row in body]))
+
+    async def classify_rows(request: Request, run: str, texts: list[str]) -> list[dict[str, Any]]:
+        started = time.perf_counter()
+        version = await server.find(run)
+        tokens = sum(map(estimate, texts))
+        task = server.settings.host.task
+        prompts = server.encode(version, [task.prompt(labelled.clean(task, text)) for text in texts])
+        answers = await server.answer(request, version, Classify(), prompts, rows=len(texts), tokens=tokens)
+        metrics = server.metrics
+        for text, answer in zip(texts, answers, strict=True):
+            metrics.child(metrics.margin, version.name).observe(answer["top2_margin"])
+            metrics.child(metrics.predictions, version.name, answer["prediction"] or "none").inc()
+            facts = {key: value for key, value in answer.items() if key != "model_name"}
+            server.record(request, version, Classify.name, started, text, **facts)
+        return answers
+
+
+def default_schema(path: str) -> dict[str, Any]:
+    """The schema of requests that bring none. Raises Problem 422 where there is no such file."""
+    if not Path(path).is_file():
+        raise Problem(422, f"send a schema: there is no {path}, where IDP_SCHEMA says the default one is", "schema")
+    try:
+        return json_schema.load(path)
+    except UserError as error:
+        raise Problem(409, f"the default schema cannot be used: {error}", "schema") from error

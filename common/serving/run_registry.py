@@ -1,0 +1,243 @@
+"""The run folders that a server may be asked for, by name and by version."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError, log
+from common.data import rows as records
+from common.models import loading as models
+
+DEFAULT_BASE = "Qwen/Qwen2.5-3B-Instruct"
+BASE = "base"  # the name of the base model among the runs
+METHODS = ("sft", "kd", "dpo")
+EXPORT_RECORD = "export.json"  # of `export_model.py`; it has the hashes of all files
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+DIGEST = re.compile(r"[0-9a-f]{8,64}")
+KEPT_VERSIONS = 3  # of one run's adapter, the one on the disk included
+LOOK = 0.25  # seconds between looks whether a run has changed on the disk
+SETTLING = 1.0  # seconds since its last change in which a file may still be being written
+
+
+class BadName(UserError):
+    """A name that no run can have, such as a path."""
+
+
+class UnknownRun(UserError):
+    """No run of this name or version."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """What an address stands for: a base model, or one state of a run folder.
+
+    Attributes:
+        name: of the run, or "base".
+        model_dir: what the scripts are given as --model_dir.
+        base: the model that is loaded for it; the same as `model_dir` where that is a whole model.
+        sha256: of the adapter's weights (see `models.adapter_hash`).
+        signature: of its files, so that a change is noticed.
+    """
+
+    name: str
+    model_dir: str
+    base: str
+    sha256: str
+    signature: tuple
+
+    @property
+    def adapter(self) -> bool:
+        return self.base != self.model_dir
+
+    @property
+    def address(self) -> str:
+        """`name@hash`, which stands for this version and no other."""
+        return f"{self.name}@{self.sha256[:16]}"
+
+
+class Registry:
+    """The run folders under `runs_dir`, by name.
+
+    Args:
+        base_model: what "base" stands for; None: the base of the adapters found, else Qwen2.5-3B-Instruct.
+        task_name: of the label task, whose runs answer to their method alone.
+
+    Attributes:
+        short: run names by their short form, e.g. "creditmix_sft" by "sft".
+    """
+
+    def __init__(self, runs_dir: str, base_model: str | None, task_name: str = "creditmix") -> None:
+        self.runs_dir, self._base_model = runs_dir, base_model
+        self.short = {method: f"{task_name}_{method}" for method in METHODS}
+        self._versions: dict[str, list[Version]] = {}  # newest first
+        self._fresh: dict[str, tuple[float, Version]] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """The runs that hold a model, in order."""
+        try:
+            entries = sorted(entry.name for entry in os.scandir(self.runs_dir) if NAME.fullmatch(entry.name))
+        except FileNotFoundError:
+            return []
+        return [name for name in entries if name != BASE and _holds_model(Path(self.runs_dir) / name)]
+
+    def base_model(self) -> str:
+        """What "base" stands for: as set, else what most adapters stood on when it was first asked for."""
+        if self._base_model:
+            return self._base_model
+        folders = [Path(self.runs_dir) / name for name in self.names()]
+        found = [base for folder in folders if models.is_adapter(folder) and (base := _base_of(folder))]
+        self._base_model = max(found, key=found.count) if found else None
+        return self._base_model or DEFAULT_BASE
+
+    def adapters_of(self, base: str) -> int:
+        """How many runs are adapters on a base; blocking."""
+        folders = [Path(self.runs_dir) / name for name in self.names()]
+        bases = [_base_of(folder) for folder in folders if models.is_adapter(folder)]
+        return sum(base_key(found) == base_key(base) for found in bases if found)
+
+    def find(self, address: str) -> Version:
+        """The version that `name` or `name@hash` stands for; blocking, since a changed adapter is hashed.
+
+        Files that have just changed may still be being written, so for a moment the name stands for the version before.
+
+        Raises:
+            BadName: a path, or no name at all.
+            UnknownRun: says which runs there are.
+            UserError: the folder holds no usable model.
+        """
+        name, at, digest = address.partition("@")
+        if not NAME.fullmatch(name) or (at and not DIGEST.fullmatch(digest)):
+            raise BadName(
+                f"'{address[:80]}' is not the name of a run; give the name of a folder in {self.runs_dir} without its "
+                "path, or name@hash with at least 8 hex digits"
+            )
+        if name in self.short and not _holds_model(Path(self.runs_dir) / name):
+            name = self.short[name]
+        model_dir = self.base_model() if name == BASE else str(Path(self.runs_dir) / name)
+        if name != BASE and not _holds_model(Path(model_dir)):
+            there = ", ".join([BASE, *self.names()])
+            raise UnknownRun(f"there is no run '{name}'; there are: {there}")
+        versions = self._look(name, model_dir)
+        for version in versions:
+            if version.sha256.startswith(digest):
+                self._fresh[address] = (time.monotonic() + LOOK, version)
+                return version
+        there = ", ".join(version.address for version in versions)
+        raise UnknownRun(f"'{name}' has no version {digest}; there are: {there}")
+
+    def known(self, address: str) -> Version | None:
+        """As `find`, where that needs no file to be read; None where it does.
+
+        The disk is looked at every `LOOK` seconds at most: at a thousand requests a second it would cost a tenth.
+        """
+        until, version = self._fresh.get(address, (0.0, None))
+        if time.monotonic() > until:
+            self._fresh.pop(address, None)
+            return None
+        return version
+
+    def versions(self, name: str) -> list[Version]:
+        """The known versions of a run, the one on the disk first."""
+        return list(self._versions.get(name, ()))
+
+    def _look(self, name: str, model_dir: str) -> list[Version]:
+        with self._lock:
+            versions = self._versions.setdefault(name, [])
+            signature = signature_of(model_dir)
+            if versions:
+                newest = versions[0]
+                if newest.signature == signature and newest.model_dir == model_dir:
+                    return list(versions)
+                parts = zip(signature, newest.signature, strict=True)
+                changed = max((part[1] / 1e9 for part, before in parts if part and part != before), default=0.0)
+                if newest.model_dir == model_dir and 0 <= time.time() - changed < SETTLING:
+                    return list(versions)
+            models.check_model_dir(model_dir)
+            base = models.base_of(model_dir) if models.is_adapter(model_dir) else model_dir
+            version = Version(name, model_dir, base, _hash(model_dir), signature)
+            # a touched file is not a new version, and of one that came back only the newest stays
+            kept = [old for old in versions if old.sha256 != version.sha256 and old.model_dir == model_dir]
+            self._versions[name] = [version, *kept][:KEPT_VERSIONS]
+            return list(self._versions[name])
+
+
+@functools.lru_cache(maxsize=256)
+def base_key(base: str) -> str:
+    """One key for the spellings of a folder's path."""
+    return os.path.realpath(base) if models.looks_local(base) else base
+
+
+def _base_of(folder: Path) -> str | None:
+    try:
+        return models.base_of(folder)
+    except UserError as error:
+        log(str(error))
+        return None
+
+
+def _holds_model(folder: Path) -> bool:
+    return models.is_adapter(folder) or (folder / "config.json").is_file()
+
+
+def _hash(model_dir: str) -> str:
+    """Of the adapter's weights; of an export the hash of its record, which has those of all its files."""
+    record = Path(model_dir) / EXPORT_RECORD
+    return records.sha256_file(record) if record.is_file() else models.adapter_hash(model_dir)
+
+
+def signature_of(model_dir: str) -> tuple:
+    """The `file_signature`s of what makes a model."""
+    names = (models.ADAPTER_WEIGHTS, models.ADAPTER_CONFIG, "config.json", "model.safetensors", EXPORT_RECORD)
+    return tuple(file_signature(os.path.join(model_dir, name)) for name in names)
+
+
+def file_signature(path: str) -> tuple[int, int, int] | None:
+    """(inode, time of change in ns, size), which tells a file from what it was before; None where there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def describe(version: Version) -> dict[str, Any]:
+    """What the registry tells of a version: base, method, hash, created, metrics where it was evaluated."""
+    about: dict[str, Any] = {
+        "name": version.name,
+        "address": version.address,
+        "model_dir": version.model_dir,
+        "base": version.base,
+        "adapter_sha256": version.sha256 if version.adapter else None,
+        "method": None,
+        "created": None,
+        "metrics": None,
+    }
+    folder = Path(version.model_dir)
+    readers = {"run.json": _read_run, "metrics.json": _read_metrics, "report/metrics.json": _read_metrics}
+    for file, read in readers.items():
+        if (folder / file).is_file():
+            try:
+                about |= read(json.loads((folder / file).read_text()), folder.name)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                log(f"{folder / file} is unreadable ({error}); it is left out of /models")
+    return about
+
+
+def _read_run(run: dict, name: str) -> dict[str, Any]:
+    return {"method": run.get("method"), "created": run.get("started")}
+
+
+def _read_metrics(report: dict, name: str) -> dict[str, Any]:
+    """The evaluator's headline figures of this run: every {"value", "low", "high"} that stands at the top level."""
+    model = next(model for model in report["models"] if Path(model["model_dir"]).name == name)
+    figures = {key: entry["value"] for key, entry in model.items() if isinstance(entry, dict) and "value" in entry}
+    return {"metrics": {"evaluator": report["evaluator"], "split": report["split"], "n": report["n"], **figures}}

@@ -1,0 +1,211 @@
+"""What the server does with a model: each kind of request as a work that a batch of them can share.
+
+They call what the scripts call: `Classifier`, `Extractor`, `CodeWriter`, `generate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from common.cli import UserError
+from common.models import tokenizers
+from common.serving.adapter_host import Unusable, View
+from common.tasks.codegen import prompt as codegen
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessor
+    from transformers.generation.streamers import BaseStreamer
+
+    from common.generation.result import Generation
+    from common.tasks.codegen.writer import CodeAnswer, CodeWriter
+    from common.tasks.idp.extractor import Extraction
+    from common.tasks.ranking.classifier import Classifier
+
+ANSWER_TOKENS = 512  # the budget of an answer, where the request gives none
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Rows of the label task. A payload is a list of prompts, its answer a list of what `Classifier.answers` gives."""
+
+    name: ClassVar[str] = "creditmix"
+    urgent: ClassVar[bool] = True
+
+    def run(self, view: View, payloads: Sequence[list[str | list[int]]]) -> list[list[dict[str, Any]]]:
+        classifier, calibration = _ready(view)
+        prompts = [tokenizers.encode_prompt(view.tokenizer, row) if isinstance(row, str) else row
+                   for rows in payloads for row in rows]  # fmt: skip
+        answers = iter(classifier.answers_to(prompts, calibration))
+        return [[next(answers) for _ in rows] for rows in payloads]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Loads the model, and with `prior` its prior, so that the first request need not wait."""
+
+    prior: bool
+    name: ClassVar[str] = "warm-up"
+    urgent: ClassVar[bool] = True
+
+    def run(self, view: View, payloads: Sequence[None]) -> list[None]:
+        if self.prior:
+            _ready(view)
+        return [None for _ in payloads]
+
+
+def _ready(view: View) -> tuple[Classifier, Any]:
+    try:
+        task = view.host.settings.task
+        return view.classifier(task), view.calibration(task)
+    except UserError as error:  # of the files in the run folder, not of a request
+        raise Unusable(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Documents to JSON. A payload is a document's text."""
+
+    schema: str  # as JSON
+    max_new_tokens: int
+    name: ClassVar[str] = "idp"
+    urgent: ClassVar[bool] = False
+
+    def run(self, view: View, payloads: Sequence[str]) -> list[Extraction]:
+        from common.generation import json_schema
+        from common.tasks.idp import extractor as idp
+
+        def make() -> idp.Extractor:
+            schema = json.loads(self.schema)
+            found = json_schema.preflight(schema)
+            return idp.Extractor(
+                view.model,
+                view.tokenizer,
+                schema,
+                found,
+                max_new_tokens=self.max_new_tokens,
+                max_batch_tokens=view.host.settings.max_batch_tokens,
+            )
+
+        return view.keep(self, make).extract(payloads)
+
+
+@dataclass(frozen=True)
+class WriteCode:
+    """Tasks to code. A payload is a task."""
+
+    plan_then_code: bool
+    max_new_tokens: int
+    name: ClassVar[str] = "codegen"
+    urgent: ClassVar[bool] = False
+
+    def run(self, view: View, payloads: Sequence[str]) -> list[CodeAnswer]:
+        writer: CodeWriter = view.keep("code writer", lambda: _code_writer(view))
+        plans = writer.plan(payloads, max_new_tokens=self.max_new_tokens) if self.plan_then_code else None
+        found = writer.write(payloads, plans, max_new_tokens=self.max_new_tokens)
+        return [samples[0] for samples in found]
+
+
+def _code_writer(view: View) -> CodeWriter:
+    from common.tasks.codegen.writer import CodeWriter, plain_base_eos
+
+    style, tokenizer = codegen.CHAT, view.tokenizer
+    eos = None if view.version.adapter else plain_base_eos(view.version.model_dir, tokenizer)
+    if eos is not None:  # a plain base model continues text, and stops at another token than in a chat
+        style, tokenizer = codegen.COMPLETION, copy.deepcopy(tokenizer)
+        tokenizer.eos_token = eos
+    return CodeWriter(view.model, tokenizer, style, view.host.settings.max_batch_tokens)
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """A request of `Chat`: its messages, and whether the text is sent as it comes."""
+
+    messages: list[dict[str, str]]
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """The answers to one chat, and how many tokens it and they have."""
+
+    choices: list[Generation]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Chats to answers, also as JSON of a schema. A payload is a `ChatTurn`.
+
+    Attributes:
+        max_tokens: None: `ANSWER_TOKENS`, or what the context leaves.
+        stop: texts that end an answer and are no part of it.
+        schema: as JSON; None lets the model write freely.
+        alone: a number that no other request has, for one whose text is sent as it comes.
+    """
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    samples: int
+    seed: int
+    stop: tuple[str, ...]
+    schema: str | None
+    alone: int = 0
+    name: ClassVar[str] = "chat"
+    urgent: ClassVar[bool] = False
+
+    def run(self, view: View, payloads: Sequence[ChatTurn]) -> list[ChatAnswer]:
+        from common.generation import generate as generation
+
+        prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages) for turn in payloads]
+        context = getattr(view.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - max(map(len, prompts))))
+        found = generation.generate(
+            view.model,
+            view.tokenizer,
+            prompts,
+            max_new_tokens=budget,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            num_samples=self.samples,
+            seed=self.seed,
+            processors=self._processors(view, budget),
+            stop=(lambda text: any(stop in text for stop in self.stop)) if self.stop else None,
+            streamer=_streamer(view) if payloads[0].stream else None,
+            max_batch_tokens=view.host.settings.max_batch_tokens,
+        )
+        return [ChatAnswer(answers, len(prompt)) for answers, prompt in zip(found, prompts, strict=True)]
+
+    def _processors(self, view: View, budget: int) -> Callable[[list[int]], list[LogitsProcessor]] | None:
+        if self.schema is None:
+            return None
+        from common.generation import json_schema
+        from common.generation.json_grammar import JsonGrammar
+
+        def make() -> JsonGrammar:
+            found = json_schema.preflight(json.loads(self.schema))
+            columns = view.model.config.get_text_config().vocab_size
+            return JsonGrammar(found.grammar_schema, view.tokenizer, columns)
+
+        grammar = view.keep(("grammar", self.schema), make)
+        if grammar.shortest is not None and grammar.shortest > budget:
+            raise UserError(f"the shortest JSON of this schema has {grammar.shortest} tokens; raise max_tokens")
+        return grammar.processors(budget)
+
+    def cut(self, text: str) -> str:
+        """The text up to the first `stop` in it."""
+        return text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+def _streamer(view: View) -> BaseStreamer:
+    from transformers import TextStreamer
+
+    class Emitter(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            view.host.emit(text)
+
+    return Emitter(view.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,1 @@
+"""The three tasks, each with its prompt, rows, metrics and report."""

@@ -1,0 +1,288 @@
+"""Programming problems with tests: MBPP, HumanEval and own rows in one form, their groups, and plans from solutions."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.data import rows as records
+from common.data import splits
+from common.sandbox.grading import Tests
+
+FORMATS = (
+    "MBPP (text or prompt, code, test_list), HumanEval (prompt, canonical_solution, test, entry_point) or "
+    "own rows (prompt, solution, tests)"
+)
+SHOWN_TEST = "\nIt must pass this test:\n"
+FILLER = set("a an the of to in for from by with and or is are be given using write find function python".split())  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task in words (or as a function stub), a solution that is right, and the tests that say so.
+
+    Attributes:
+        prompt: what the model is asked.
+        tests: pieces of source in order, each an assert or anything else that raises when a solution is wrong.
+        setup: source that is run before the tests.
+        entry_point: the function under test, which the tests may call `candidate`.
+        group: hash that problems share which are the same but for names and wording; never on two sides of a split.
+        plan: steps in words.
+    """
+
+    task_id: str
+    prompt: str
+    solution: str
+    tests: tuple[str, ...]
+    setup: str
+    entry_point: str | None
+    group: str
+    plan: tuple[str, ...]
+
+    def graded_by(self) -> Tests:
+        """The tests as `common.sandbox.grading` takes them."""
+        return Tests(self.tests, self.setup, self.entry_point)
+
+    def row(self) -> dict[str, Any]:
+        """The row of a problem file, which `read` reads back."""
+        return asdict(self)
+
+
+def read(path: str | Path, skip_bad_rows: bool = False) -> list[Problem]:
+    """Problems of a JSON or JSONL file (.gz is fine) in any of `FORMATS`, told apart row by row.
+
+    Raises:
+        UserError: no such file, or a row of no known format, by file and number.
+    """
+    unit, numbered, _ = records.numbered_rows(path)
+    return problems_of(records.check_rows(path, numbered, (), skip_bad_rows, unit, fault_of=_fault))
+
+
+def problems_of(rows: Sequence[dict]) -> list[Problem]:
+    """Good rows of any of `FORMATS` as problems, with the groups that they form together."""
+    fields = [_fields(row) for row in rows]
+    return [
+        Problem(
+            task_id=str(row.get("task_id", place)),
+            prompt=field["prompt"],
+            solution=field["solution"],
+            tests=tuple(field["tests"]),
+            setup=field["setup"],
+            entry_point=field["entry_point"],
+            group=group,
+            plan=tuple(row.get("plan") or steps_of(field["solution"], field["entry_point"])),
+        )
+        for place, (row, field, group) in enumerate(zip(rows, fields, _groups(fields), strict=True), start=1)
+    ]
+
+
+def _fault(row: dict) -> str | None:
+    """Why a row is no problem; None when it is one."""
+    if "canonical_solution" in row:
+        fault = records.row_fault(row, ("prompt", "canonical_solution", "test", "entry_point"))
+    elif "code" in row:
+        fault = records.row_fault(row, ("text" if "text" in row else "prompt", "code"))
+        fault = fault or _list_fault(row, "test_list") or ("test_imports" in row and _list_fault(row, "test_imports"))
+    elif "solution" in row:
+        fault = records.row_fault(row, ("prompt", "solution")) or _list_fault(_tests_listed(row), "tests")
+        fault = fault or ("plan" in row and _list_fault(row, "plan"))
+    else:
+        fault = f"no known format, which are {FORMATS}"
+    if fault:
+        return fault
+    field = _fields(row)
+    if not field["tests"]:
+        return "it has no tests"
+    for source in (field["solution"], field["setup"], *field["tests"]):
+        try:
+            ast.parse(source)
+        except (SyntaxError, ValueError, TypeError) as error:
+            return f"not Python ({error.args[0]}): {str(source).strip()[:60]!r}"
+    return None
+
+
+def _list_fault(row: dict, key: str) -> str | None:
+    texts = row.get(key)
+    good = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
+    return None if good else f"'{key}' must be a list of texts"
+
+
+def _fields(row: dict) -> dict[str, Any]:
+    """`prompt`, `solution`, `tests`, `setup`, `entry_point` and, where it is given, `group`."""
+    if "canonical_solution" in row:
+        return {
+            "prompt": row["prompt"],
+            "solution": (row["prompt"] + row["canonical_solution"]).rstrip(),
+            "tests": ["check(candidate)"],
+            "setup": row["test"],
+            "entry_point": row["entry_point"],
+        }
+    if "code" in row:
+        # The text does not say what the function is called; as is usual for MBPP, a test shows it.
+        shown = SHOWN_TEST + row["test_list"][0] if row["test_list"] else ""
+        return {
+            "prompt": row.get("text", row.get("prompt")) + shown,
+            "solution": row["code"].replace("\r\n", "\n").strip("\n"),
+            "tests": row["test_list"],
+            "setup": "\n".join([*row.get("test_imports", []), row.get("test_setup_code") or ""]).strip(),
+            "entry_point": _called(row["code"], row["test_list"]),
+        }
+    row = _tests_listed(row)
+    return {key: row[key] for key in ("prompt", "solution", "tests")} | {
+        "setup": row.get("setup") or "",
+        "entry_point": row.get("entry_point") or _called(row["solution"], row["tests"]),
+        "group": row.get("group"),
+    }
+
+
+def _tests_listed(row: dict) -> dict:
+    """An own row whose tests are one text, with that text as setup and list of tests, from the first assert on."""
+    if not isinstance(row.get("tests"), str):
+        return row
+    try:
+        parts = [(isinstance(node, ast.Assert), ast.unparse(node)) for node in ast.parse(row["tests"]).body]
+    except (SyntaxError, ValueError):
+        return row
+    first = next((place for place, (is_assert, _) in enumerate(parts) if is_assert), len(parts))
+    setup = [row.get("setup") or "", *(text for _, text in parts[:first])]
+    return row | {"setup": "\n".join(filter(None, setup)), "tests": [text for _, text in parts[first:]]}
+
+
+def _called(solution: str, tests: Sequence[str]) -> str | None:
+    """The last function of the solution that a test names, which may be called like a built-in one."""
+    with suppress(SyntaxError, ValueError):  # rows are checked with their fields
+        functions = [node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
+        named = [name for name in functions if any(re.search(rf"\b{name}\b", test) for test in tests)]
+        return named[-1] if named else None
+    return None
+
+
+# Groups.
+
+
+def _groups(fields: Sequence[dict[str, Any]]) -> list[str]:
+    """Group hashes: problems with the same words, or the same solution but for names, are one group, transitively.
+
+    A row that names its group keeps it. The hash is that of the group's first key in the alphabet, its words, so it
+    depends neither on the file's order nor on the version of Python.
+    """
+    leader: dict[str, str] = {}
+
+    def find(key: str) -> str:
+        while leader.setdefault(key, key) != key:
+            key = leader[key]
+        return key
+
+    given = [field.get("group") for field in fields]
+    words = ["" if group else _words_key(field["prompt"]) for field, group in zip(fields, given, strict=True)]
+    for field, group, key in zip(fields, given, words, strict=True):
+        if not group:
+            first, second = sorted((find(key), find(_program_key(field["solution"]))))
+            leader[second] = first
+    return [group or splits.group_hash(find(key)) for group, key in zip(given, words, strict=True)]
+
+
+def _words_key(prompt: str) -> str:
+    """The words of a task without order, case, numbers, filler and the test that is shown with them."""
+    task = prompt.partition(SHOWN_TEST)[0]
+    return "in words: " + " ".join(sorted({*re.findall(r"[^\W\d_]+", task.lower())} - FILLER))
+
+
+def _program_key(solution: str) -> str:
+    tree = ast.parse(solution)
+    return "program: " + ast.unparse(ast.fix_missing_locations(_Nameless(tree).visit(tree)))
+
+
+class _Nameless(ast.NodeTransformer):
+    """Numbers the names that a program defines, in the order in which they appear; drops docstrings and types."""
+
+    def __init__(self, tree: ast.AST) -> None:
+        self.names: dict[str, str] = {}
+        for node in ast.walk(tree):
+            match node:
+                case ast.FunctionDef(name=name) | ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()):
+                    self.names.setdefault(name, f"name{len(self.names)}")
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Name(self.names.get(node.id, node.id), node.ctx)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        return ast.arg(self.names[node.arg])
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        self.generic_visit(node)
+        node.name, node.returns = self.names[node.name], None
+        node.body = node.body or [ast.Pass()]
+        return node
+
+
+# Plans of solutions that came without one.
+
+
+def steps_of(solution: str, entry_point: str | None = None) -> list[str]:
+    """The steps of a solution in plain words, read off its syntax tree; inner steps are indented by two spaces.
+
+    Args:
+        entry_point: the function whose steps are told; None: the last one that is defined.
+    """
+    body = ast.parse(solution).body
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    main = next((node for node in functions if node.name == entry_point), functions[-1] if functions else None)
+    steps = []
+    for node in body:
+        if node is main:
+            continue
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            steps.append(f"Write a helper {node.name}.")
+        else:
+            steps += _steps(node, "")
+    return steps + (_block(main.body, "") if main else []) or ["Write the code."]
+
+
+def _block(statements: Sequence[ast.stmt], indent: str) -> list[str]:
+    return [step for statement in statements for step in _steps(statement, indent)]
+
+
+def _steps(node: ast.stmt, indent: str) -> list[str]:
+    """One statement as a step, and the steps inside it."""
+    inner = indent + "  "
+    say = ast.unparse
+    match node:
+        case ast.Import() | ast.ImportFrom():
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            text = f"Use the module {module}."
+        case ast.Return(value=None):
+            text = "Return."
+        case ast.Return():
+            text = f"Return {say(node.value)}."
+        case ast.Assign():
+            text = f"Set {' and '.join(map(say, node.targets))} to {say(node.value)}."
+        case ast.AugAssign(op=ast.Add()):
+            text = f"Add {say(node.value)} to {say(node.target)}."
+        case ast.AugAssign(op=ast.Sub()):
+            text = f"Subtract {say(node.value)} from {say(node.target)}."
+        case ast.For():
+            return [f"{indent}For each {say(node.target)} in {say(node.iter)}:", *_block(node.body, inner)]
+        case ast.While():
+            return [f"{indent}While {say(node.test)}:", *_block(node.body, inner)]
+        case ast.If():
+            otherwise = [f"{indent}Otherwise:", *_block(node.orelse, inner)] if node.orelse else []
+            return [f"{indent}If {say(node.test)}:", *_block(node.body, inner), *otherwise]
+        case ast.FunctionDef():
+            return [f"{indent}Write a helper {node.name}({say(node.args)}):", *_block(node.body, inner)]
+        case ast.Expr(value=ast.Constant()) | ast.Pass():  # a docstring, or nothing
+            return []
+        case ast.Break():
+            text = "Stop the loop."
+        case ast.Continue():
+            text = "Go on with the next one."
+        case _:
+            text = f"Do {say(node).splitlines()[0]}."
+    return [indent + text]

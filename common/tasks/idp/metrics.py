@@ -1,0 +1,121 @@
+"""Metrics of document extraction with bootstrap intervals, differences between models, and the commonest errors."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.evaluation.bootstrap import REPLICATES, mean_interval, ratio_interval
+from common.tasks.idp.extractor import Extraction
+from common.tasks.idp.field_metrics import MISSING, Leaf, compare, counts, same
+
+EXAMPLES = 3  # of each kind of error
+KINDS_OF_ERROR = 12
+RATES = ("valid_json_rate", "schema_valid_rate", "exact_match", "exact_match_normalised")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One document's answer against its true fields."""
+
+    leaves: list[Leaf]
+    valid_json: bool
+    schema_valid: bool
+    text: str
+
+    def rate(self, name: str) -> bool:
+        """The document's share in one of `RATES`."""
+        if name.startswith("exact_match"):
+            exact = name == "exact_match"
+            return self.valid_json and all(leaf.exact if exact else leaf.normalised for leaf in self.leaves)
+        return self.valid_json if name == "valid_json_rate" else self.schema_valid
+
+
+def judge(fields: dict, extraction: Extraction) -> Judged:
+    """Compare an extraction with the true fields; an answer that is no JSON has found nothing."""
+    found = extraction.value
+    return Judged(compare(fields, found), found is not None, extraction.error is None, extraction.text)
+
+
+def evaluate(judged: Sequence[Judged], groups: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """All metrics of one model's answers, ready for JSON.
+
+    Over all leaves of all documents (micro-averaged), precision = agreeing / found, recall = agreeing / true and
+    F1 = 2 agreeing / (found + true); "_normalised" as `field_metrics.same_normalised` compares. Exact match is the
+    share of documents in which every leaf agrees and none is invented.
+
+    Args:
+        groups: the group of each document, for the cluster bootstrap.
+
+    Returns:
+        Each of `RATES`, field_precision, field_recall, field_f1, field_f1_normalised as {"value", "low", "high"};
+        `per_field`: {name: {precision, recall, f1, f1_normalised, "support": true leaves}}; n, groups, replicates.
+    """
+    rows = [row.leaves for row in judged]
+    result: dict[str, Any] = {"n": len(judged), "groups": len(set(groups)), "replicates": REPLICATES}
+    result |= {name: mean_interval([row.rate(name) for row in judged], groups, seed) for name in RATES}
+    result |= {f"field_{name}": value for name, value in _scores(rows, groups, seed).items() if name != "support"}
+    names = dict.fromkeys(leaf.field for row in rows for leaf in row)
+    result["per_field"] = {
+        name: _scores([[leaf for leaf in row if leaf.field == name] for row in rows], groups, seed) for name in names
+    }
+    return result
+
+
+def _scores(rows: Sequence[Sequence[Leaf]], groups: Sequence[str], seed: int) -> dict[str, Any]:
+    exact, normalised = (counts(rows, each) for each in (False, True))
+    return {
+        "precision": ratio_interval(exact[:, [0, 1]], groups, seed),
+        "recall": ratio_interval(exact[:, [0, 2]], groups, seed),
+        "f1": ratio_interval(_f1_parts(exact), groups, seed),
+        "f1_normalised": ratio_interval(_f1_parts(normalised), groups, seed),
+        "support": int(exact[:, 2].sum()),
+    }
+
+
+def _f1_parts(counted: np.ndarray) -> np.ndarray:
+    """[rows, 2]: numerator and denominator of F1 from `field_metrics.counts`."""
+    return np.stack([2 * counted[:, 0], counted[:, 1] + counted[:, 2]], axis=1)
+
+
+def differences(a: Sequence[Judged], b: Sequence[Judged], groups: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """a minus b in field_f1, exact_match and schema_valid_rate on the same documents: paired."""
+    parts = [_f1_parts(counts([row.leaves for row in rows], normalised=False)) for rows in (a, b)]
+    result = {"field_f1": ratio_interval(np.concatenate(parts, axis=1), groups, seed)}
+    for name in ("exact_match", "schema_valid_rate"):
+        gains = [float(one.rate(name)) - float(other.rate(name)) for one, other in zip(a, b, strict=True)]
+        result[name] = mean_interval(gains, groups, seed)
+    return result
+
+
+def commonest_errors(rows: Sequence[dict], judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Kinds of error by field, the commonest first: {"field", "kind", "count", "examples": [{id, gold, found}]}."""
+    found: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for number, (row, answer) in enumerate(zip(rows, judged, strict=True), start=1):
+        name = str(row.get("id", f"document {number}"))
+        if not answer.valid_json:
+            found["(answer)", "not JSON"].append({"id": name, "gold": None, "found": answer.text[:200]})
+            continue
+        truths = [leaf.gold for leaf in answer.leaves if leaf.gold is not MISSING]
+        for leaf in answer.leaves:
+            if not leaf.exact:
+                found[leaf.field, _kind(leaf, truths)].append({"id": name, "gold": leaf.gold, "found": leaf.found})
+    commonest = Counter({key: len(each) for key, each in found.items()}).most_common(KINDS_OF_ERROR)
+    return [
+        {"field": field, "kind": kind, "count": count, "examples": found[field, kind][:EXAMPLES]}
+        for (field, kind), count in commonest
+    ]
+
+
+def _kind(leaf: Leaf, truths: Sequence[Any]) -> str:
+    if leaf.found is MISSING:
+        return "missing"
+    if leaf.gold is MISSING:
+        return "not asked for"
+    if leaf.normalised:
+        return "written in another way"
+    return "another field's value" if any(same(truth, leaf.found) for truth in truths) else "wrong value"

@@ -1,0 +1,189 @@
+"""An extraction result as terminal tables, one JSON line, and a folder with metrics.json, a plot and report.html.
+
+The result is a plain dict with the keys that all evaluators share (see `page`) and, for each model, what
+`idp_metrics.evaluate` returns, plus:
+
+    decoding        "constrained" | "unconstrained": of the model's own figures
+    unconstrained?  the same figures of free answers; constraint_difference?: constrained minus unconstrained
+    errors          what `idp_metrics.commonest_errors` returns
+    documents_in_pieces, tokens_per_s
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from common.evaluation import plots
+from common.evaluation import report_page as page
+from common.evaluation.report_page import Result
+
+# key, heading, what it means
+METRICS = (
+    ("valid_json_rate", "valid JSON", "share of answers that are JSON"),
+    ("schema_valid_rate", "valid by schema", "share of answers that satisfy the schema"),
+    ("field_f1", "field F1", "of precision and recall over all fields of all documents"),
+    ("field_f1_normalised", "normalised F1", "the same, however a date, an amount or white space is written"),
+    ("exact_match", "exact match", "share of documents with every field right and none invented"),
+)
+COMPARED = ("schema_valid_rate", "field_f1", "exact_match")
+HEADINGS = {key: heading for key, heading, _ in METRICS}
+
+
+def json_line(result: Result) -> str:
+    """The result on one line, without the examples of errors."""
+
+    def slim(model: dict) -> dict:
+        return {
+            key: slim(value) if key == "unconstrained" else value for key, value in model.items() if key != "errors"
+        }
+
+    return json.dumps({**result, "models": [slim(model) for model in result["models"]]}, ensure_ascii=False)
+
+
+def format_tables(result: Result) -> str:
+    """Models, decodings, differences and fields, in aligned text."""
+    names, models = page.model_names(result), result["models"]
+    text = page.interval_text
+    blocks = [
+        f"idp, {result['split']}: {result['n']:,} documents of {result['data']}\n"
+        f"value [95 % interval], {page.resampled(result)}"
+    ]
+    rows = [
+        [f"{name}, {decoding}", *(text(figures[key]) for key in HEADINGS), f"{figures['tokens_per_s']:,.0f}",
+         page.contamination_text(model)]
+        for name, model in zip(names, models, strict=True)
+        for decoding, figures in _decodings(model)
+    ]  # fmt: skip
+    blocks.append(page.columns(["model", *HEADINGS.values(), "tokens/s", "trained on"], rows))
+    if pairs := page.named_differences(result, "constraint_difference", "constrained - unconstrained"):
+        rows = [[name, *(text(difference[key], signed=True) for key in COMPARED)] for name, difference in pairs]
+        blocks.append(page.columns(["paired difference", *(HEADINGS[key] for key in COMPARED)], rows))
+    for name, model in zip(names, models, strict=True):
+        rows = [
+            [field, *(text(figures[key]) for key in ("precision", "recall", "f1", "f1_normalised")),
+             f"{figures['support']:,}"]
+            for field, figures in model["per_field"].items()
+        ]  # fmt: skip
+        blocks.append(page.columns([name, "precision", "recall", "F1", "normalised F1", "values"], rows))
+    return "\n\n".join(blocks)
+
+
+def _decodings(model: dict) -> list[tuple[str, dict]]:
+    """(decoding, its figures) of a model."""
+    free = [("unconstrained", model["unconstrained"])] if "unconstrained" in model else []
+    return [(model["decoding"], model), *free]
+
+
+def write_report(report_dir: str | Path, result: Result) -> Path:
+    """Write `metrics.json`, the plot and a self-contained `report.html`; returns the page's path.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    fields = [field for field, figures in result["models"][0]["per_field"].items() if figures["support"]]
+    blank = {"f1": {"value": 0.0, "low": 0.0, "high": 0.0}}
+    bars = [{"per_class": {field: model["per_field"].get(field, blank) for field in fields}}
+            for model in result["models"]]  # fmt: skip
+    images = {"f1_per_field.png": plots.f1_bars(bars, page.model_names(result), fields)}
+    return page.write(report_dir, result, images, render_html(result, images))
+
+
+def render_html(result: Result, images: dict[str, bytes]) -> str:
+    """The whole page; every text that comes from outside is escaped, every image embedded."""
+    names, models = page.model_names(result), result["models"]
+    best = max(range(len(models)), key=lambda place: models[place]["field_f1"]["value"])
+    top, name = models[best], f"<em>{escape(names[best])}</em>"
+    lead = (
+        f"On documents like these the true figure lies between {page.percent(top['field_f1']['low'])} and "
+        f"{page.percent(top['field_f1']['high'])}, with 95&nbsp;% confidence. Every field of a document is right in "
+        f"{page.percent(top['exact_match']['value'])} of them; {page.percent(top['schema_valid_rate']['value'])} of "
+        "the answers satisfy the schema."
+    )
+    sections = [
+        _comparison_section(result, names),
+        _differences_section(result),
+        page.section(
+            "Field by field",
+            "A short bar is a field that the model misses, invents or copies wrongly. Whiskers: 95&nbsp;% intervals.",
+            page.image(images["f1_per_field.png"], "F1 per field and model", "wide"),
+        ),
+        *(_model_section(model, name) for model, name in zip(models, names, strict=True)),
+        page.provenance_section(result),
+    ]
+    return page.page(
+        result,
+        title=f"idp: {len(names)} model{'s' if len(names) > 1 else ''} on {result['n']:,} documents",
+        headline=f"{name} reaches field F1 {top['field_f1']['value']:.3f} on {result['n']:,} documents",
+        lead=lead,
+        sections=sections,
+    )
+
+
+def _comparison_section(result: Result, names: Sequence[str]) -> str:
+    rows = []
+    for name, model in zip(names, result["models"], strict=True):
+        state = {True: "good", False: "bad", None: "unknown"}[page.clean(model)]
+        for decoding, figures in _decodings(model):
+            rows.append(
+                [
+                    f'{escape(name)}<span class="ci">{decoding}</span>',
+                    *(page.value(figures[key], gauge=key.startswith("field")) for key in HEADINGS),
+                    f"{figures['tokens_per_s']:,.0f}",
+                    f'<span class="pill {state}">{page.contamination_text(model)}</span>',
+                ]
+            )
+    meanings = "".join(f"<div><dt>{heading}</dt><dd>{meaning}</dd></div>" for _, heading, meaning in METRICS)
+    head = ["model", *HEADINGS.values(), "tokens/s", "documents<br>trained on"]
+    return page.section(
+        "Comparison",
+        "Each value with its 95&nbsp;% interval below it. Constrained answers are held to the schema while they are "
+        "written; unconstrained ones are what the model writes by itself.",
+        page.table(head, rows, "wide") + f'<dl class="meanings">{meanings}</dl>',
+    )
+
+
+def _differences_section(result: Result) -> str:
+    pairs = page.named_differences(result, "constraint_difference", "constrained - unconstrained")
+    if not pairs:
+        return ""
+    rows = [[escape(name), *(page.value(each[key], signed=True) for key in COMPARED)] for name, each in pairs]
+    return page.section(
+        "Differences, paired",
+        "First minus second on the same documents. An interval that contains 0 means that these documents do not show "
+        "a difference.",
+        page.table(["pair", *(HEADINGS[key] for key in COMPARED)], rows, "wide"),
+    )
+
+
+def _model_section(model: dict, name: str) -> str:
+    keys = ("precision", "recall", "f1", "f1_normalised")
+    rows = [
+        [escape(field), *(page.value(figures[key]) for key in keys), f"{figures['support']:,}"]
+        for field, figures in model["per_field"].items()
+    ]
+    fields = page.table(["field", "precision", "recall", "F1", "normalised F1", "values"], rows, "wide")
+    rows = [
+        [
+            f'{escape(error["field"])}<span class="ci">{error["kind"]}</span>',
+            f"{error['count']:,}",
+            "<br>".join(_example(example) for example in error["examples"]),
+        ]
+        for error in model["errors"]
+    ]
+    errors = page.table(["error", "times", "examples: what is true → what was found"], rows, "wide") if rows else ""
+    return page.section(
+        f"{escape(name)}, {model['decoding']}",
+        "Its fields, and its commonest errors." if rows else "Its fields; it made no error.",
+        fields + errors,
+    )
+
+
+def _example(example: dict[str, Any]) -> str:
+    gold, found = ("" if value is None else json.dumps(value, ensure_ascii=False)
+                   for value in (example["gold"], example["found"]))  # fmt: skip
+    where = f'<span class="ci inline">{escape(example["id"])}</span>'
+    return f"<code>{escape(gold)}</code> → <code>{escape(found)}</code> {where}"

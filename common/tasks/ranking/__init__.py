@@ -1,0 +1,1 @@
+"""Label ranking: CreditMix, or any label set."""

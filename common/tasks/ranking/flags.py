@@ -1,0 +1,28 @@
+"""The command-line flags of everything that scores labels."""
+
+from __future__ import annotations
+
+import argparse
+
+from common import cli
+from common.models.flags import add_model_flags
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of the model, the task and its calibration."""
+    add_model_flags(parser)
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--task", metavar="FILE.yaml", help="another label set; default: CreditMix")
+    scoring.add_argument(
+        "--num_null_prompts",
+        type=cli.positive_int,
+        help="content-free prompts behind the prior; default: all of the task",
+    )
+    scoring.add_argument(
+        "--calibration",
+        choices=("none", "prior", "batch", "fitted"),
+        help="default: fitted where the run folder has one, else prior",
+    )
+    scoring.add_argument(
+        "--label_bias", nargs="+", default=[], metavar="LABEL=NATS", help="offsets on the scores, e.g. Standard=0.3"
+    )

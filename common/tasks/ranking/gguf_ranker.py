@@ -1,0 +1,38 @@
+"""The label ranker on a GGUF export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.models.gguf_runtime import GgufModel
+from common.tasks.ranking.ranker import Ranker, label_scores
+from common.tasks.ranking.task import LabelTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class GgufRanker(Ranker):
+    """Scores rows against a task's labels with a GGUF, row by row (see `Ranker`)."""
+
+    def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> None:
+        super().__init__(tokenizer, task, model.context, model.vocabulary)
+        self.model, self.name, self.precision = model, model.name, ("gguf", False)
+
+    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
+        rows = []
+        if prefix:
+            self.model.after(0, prefix)
+        for suffix in suffixes:
+            end = len(prefix) + len(suffix)
+            columns = [self.model.after(len(prefix), suffix)[-1:].copy()]
+            columns += [None] * self.tree.columns
+            for branch in self.tree.branches():
+                logits = self.model.after(end, [self.tree.tokens[node] for node in branch])
+                for node, row in zip(branch, logits.copy(), strict=True):
+                    columns[node] = row[None]
+            rows.append(np.concatenate(columns))
+        return label_scores(self.tree, np.stack(rows), self.task.aggregate)

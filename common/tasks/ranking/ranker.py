@@ -1,0 +1,297 @@
+"""The calibrated label ranker without its model: prompts in batches, the tree of label tokens, scores and their prior.
+
+A word (the label, or a verbalizer of it) scores as the better of its spellings with and without a leading space, each
+by its mean token log-probability at the assistant turn (a relative of lm-evaluation-harness's acc_norm); raw(label) is
+the max, or the mean, of its words. Everything that is subtracted or scaled afterwards is in `calibration`.
+
+The log-probabilities come from torch (`torch_ranker`), from ONNX Runtime (`onnx_ranker`) or from llama.cpp
+(`gguf_ranker`); nothing here imports any of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import logsumexp
+
+from common.cli import UserError, log
+from common.data import rows as records
+from common.models import tokenizers
+from common.models.batching import KEPT_TOKENS, LOGITS_AT_ONCE, MAX_BATCH_TOKENS
+from common.tasks.ranking.task import LabelTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
+MIN_PREFIX = 4  # a shorter shared start is not worth a cache
+
+
+class LabelTree:
+    """Surface forms of all labels' words as a prefix tree over tokens.
+
+    Node 0 is the end of the prompt. `parents`, `tokens` and `depths` describe the inner nodes 1..N-1 (those that some
+    form continues after), which are the columns fed after the prompt; `forms[label][word]` lists, for each surface
+    form, the (node, next token) pairs whose log-probabilities make up its log-likelihood.
+    """
+
+    def __init__(self, token_lists: Sequence[Sequence[Sequence[Sequence[int]]]]) -> None:
+        self.parents, self.tokens, self.depths = [-1], [-1], [0]
+        children: dict[tuple[int, int], int] = {}
+
+        def path_of(form: Sequence[int]) -> list[tuple[int, int]]:
+            node, path = 0, []
+            for position, token in enumerate(form):
+                path.append((node, token))
+                if position + 1 < len(form):  # the last token of a form needs no column of its own
+                    if (node, token) not in children:
+                        children[node, token] = len(self.parents)
+                        self.parents.append(node)
+                        self.tokens.append(token)
+                        self.depths.append(self.depths[node] + 1)
+                    node = children[node, token]
+            return path
+
+        self.forms = [[[path_of(form) for form in word] for word in words] for words in token_lists]
+
+    @property
+    def columns(self) -> int:
+        """Columns appended to a prompt: inner nodes, the prompt's end not counted."""
+        return len(self.parents) - 1
+
+    def ancestors(self) -> np.ndarray:
+        """Boolean [columns, columns]: which appended columns each appended column sees, itself included."""
+        sees = np.zeros((self.columns, self.columns), dtype=bool)
+        for node in range(1, self.columns + 1):
+            if self.parents[node] > 0:
+                sees[node - 1] = sees[self.parents[node] - 1]
+            sees[node - 1, node - 1] = True
+        return sees
+
+    def branches(self) -> list[list[int]]:
+        """The inner nodes from the root's children down to each that has no inner child, in the order of `tokens`."""
+        leaves = [node for node in range(1, len(self.parents)) if node not in self.parents]
+        found = []
+        for node in leaves:
+            branch = [node]
+            while self.parents[branch[0]] > 0:
+                branch.insert(0, self.parents[branch[0]])
+            found.append(branch)
+        return found
+
+
+class Ranker:
+    """Scores rows against a task's labels with one model.
+
+    Attributes:
+        name: of the model.
+        precision: what else its scores depend on: the data type, and whether its weights are in 4 bits.
+        context: tokens that a prompt and its longest label may have.
+        vocabulary: columns of the logits.
+
+    Raises:
+        UserError: a label without text, or two labels that are the same tokens.
+    """
+
+    name: str
+    precision: tuple[str, bool]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        task: LabelTask,
+        context: int,
+        vocabulary: int,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+    ) -> None:
+        self.tokenizer, self.task, self.context, self.vocabulary = tokenizer, task, context, vocabulary
+        self.max_batch_tokens = max_batch_tokens
+        self.tree = LabelTree(label_tokens(tokenizer, task))
+        self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # their keys and values, last used last
+
+    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
+        """[rows, labels] of prompts that are `prefix` and then each of `suffixes`."""
+        raise NotImplementedError
+
+    def _read_prefix(self, prefix: tuple[int, ...]) -> Any:
+        """Keys and values of the tokens that prompts start with, for `_score`."""
+        raise NotImplementedError
+
+    def _cached(self, prefix: tuple[int, ...]) -> Any:
+        """`_read_prefix`, kept."""
+        if prefix not in self._prefixes:
+            self._prefixes[prefix] = self._read_prefix(prefix)
+        self._prefixes.move_to_end(prefix)
+        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > KEPT_TOKENS:
+            self._prefixes.popitem(last=False)
+        return self._prefixes[prefix]
+
+    def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
+        """Raw label scores [rows, labels] in nats a token, float32, in the order of `texts`.
+
+        Raises:
+            UserError: a row does not fit the context with its longest label, or the model answers NaN.
+        """
+        scores = [np.empty((0, len(self.task.labels)), dtype=np.float32)]
+        for start in range(0, len(texts), WINDOW_ROWS):
+            window = texts[start : start + WINDOW_ROWS]
+            prompts = [tokenizers.encode_prompt(self.tokenizer, self.task.prompt(text)) for text in window]
+            scores.append(self.scores_of(prompts, start))
+        return np.concatenate(scores)
+
+    def scores_of(self, prompts: Sequence[list[int]], start: int = 0) -> np.ndarray:
+        """As `raw_scores`, of prompts that are token ids already; in errors, the first is row `start` + 1."""
+        scores = np.empty((len(prompts), len(self.task.labels)), dtype=np.float32)
+        self._check_lengths(prompts, start)
+        prefix = self._shared_prefix(prompts)
+        for rows in self._batches([len(prompt) - len(prefix) for prompt in prompts]):
+            scores[rows] = self._score(prefix, [prompts[row][len(prefix) :] for row in rows])
+        if not np.isfinite(scores).all():
+            row = start + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
+            raise UserError(f"the model answers NaN for row {row}; use --dtype float32, or train the adapter again")
+        return scores
+
+    def prior(self, num_null_prompts: int | None = None) -> np.ndarray:
+        """Mean raw score of the task's first content-free inputs [labels] (contextual calibration, Zhao et al. 2021).
+
+        Args:
+            num_null_prompts: how many of them; None: all.
+        """
+        return self.raw_scores(self.task.null_inputs[:num_null_prompts]).mean(axis=0)
+
+    def _check_lengths(self, prompts: Sequence[list[int]], start: int) -> None:
+        room = self.context - max(self.tree.depths) - 1
+        for row, prompt in enumerate(prompts, start=start + 1):
+            if len(prompt) > room:
+                raise UserError(
+                    f"row {row} has {len(prompt)} tokens and with its longest label does not fit the model's context "
+                    f"of {self.context}; shorten the row"
+                )
+
+    def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
+        """Tokens that all prompts start with, short of the last one; () where a cache would not pay.
+
+        A shorter start that is at hand is taken instead, where reading this one would take more tokens than it saves.
+        """
+        first, last = min(prompts), max(prompts)
+        limit = min(map(len, prompts)) - 1
+        shared = 0
+        while shared < limit and first[shared] == last[shared]:
+            shared += 1
+        at_hand = [len(known) for known in self._prefixes if known == tuple(first[: min(len(known), shared)])]
+        if at_hand and (shared - max(at_hand)) * len(prompts) <= shared:
+            shared = max(at_hand)
+        return tuple(first[:shared]) if len(prompts) > 1 and shared >= MIN_PREFIX else ()
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Rows sorted by length, cut where rows x longest would pass the token budget, or the logits theirs.
+
+        One row always goes.
+        """
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        while order:
+            rows = self.max_batch_tokens // (lengths[order[0]] + self.tree.columns)
+            rows = max(1, min(rows, LOGITS_AT_ONCE // (self.vocabulary * (1 + self.tree.columns))))
+            yield order[:rows]
+            order = order[rows:]
+
+
+def label_scores(tree: LabelTree, logits: np.ndarray, aggregate: str) -> np.ndarray:
+    """Raw scores [rows, labels] from logits [rows, 1 + columns, vocabulary] at the prompt's end and the tree's columns.
+
+    The same as `common.tasks.ranking.torch_ranker.label_scores`, which is differentiable.
+    """
+    logits = logits.astype(np.float32, copy=False)
+    norms = logsumexp(logits, axis=-1)
+    scores = []
+    for words in tree.forms:
+        of_words = []
+        for word in words:
+            paths = (tuple(zip(*path, strict=True)) for path in word)
+            means = [(logits[:, nodes, tokens] - norms[:, nodes]).mean(axis=1) for nodes, tokens in paths]
+            of_words.append(np.max(means, axis=0))
+        scores.append(np.max(of_words, axis=0) if aggregate == "max" else np.mean(of_words, axis=0))
+    return np.stack(scores, axis=1)
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """Tokens that a model of this config can read; within a sliding window, full attention is the same."""
+    config = config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 1 << 30
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        context = min(context, config.sliding_window)
+    return context
+
+
+def sizes_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """(context, vocabulary) of a `Ranker` on a model of this config."""
+    return context_of(config), config.get_text_config().vocab_size
+
+
+def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[list[list[list[int]]]]:
+    """Distinct token sequences of the surface forms of every label's words, [label][word][form][token].
+
+    Raises:
+        UserError: a form without tokens, or one sequence that stands for two labels.
+    """
+    owners: dict[tuple[int, ...], str] = {}
+    lists = []
+    for label in task.labels:
+        lists.append([])
+        for word in task.words(label):
+            forms: dict[tuple[int, ...], None] = {}
+            for form in (word, " " + word):
+                ids = tuple(tokenizer.encode(form, add_special_tokens=False))
+                if not ids:
+                    raise UserError(f"label '{label}' has no tokens; give every label a text")
+                if owners.setdefault(ids, label) != label:
+                    raise UserError(f"labels '{owners[ids]}' and '{label}' are the same tokens; rename one")
+                forms[ids] = None
+            lists[-1].append([list(form) for form in forms])
+    return lists
+
+
+def cached_prior(
+    ranker: Ranker, folder: str | Path, model_hash: str, num_null_prompts: int | None = None
+) -> np.ndarray:
+    """The ranker's prior [labels], from `folder`/prior.json when nothing it depends on has changed, else computed.
+
+    The key covers the model's name, the adapter's hash, precision, the chat template, labels, surface forms, their
+    aggregate and the null prompts. An unreadable cache is rebuilt with a warning; a folder that cannot be written to
+    is no error.
+    """
+    task = ranker.task
+    null_inputs = task.null_inputs[:num_null_prompts]
+    null_ids = [tokenizers.encode_prompt(ranker.tokenizer, task.prompt(text)) for text in null_inputs]
+    facts = [
+        ranker.name,
+        model_hash,
+        *ranker.precision,
+        task.labels,
+        label_tokens(ranker.tokenizer, task),
+        task.aggregate,
+        null_ids,
+    ]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    path = Path(folder) / "prior.json"
+    if path.is_file():
+        try:
+            entry = json.loads(path.read_text())
+            if entry["key"] == key:
+                return np.array([entry["prior"][label] for label in task.labels], dtype=np.float32)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log(f"{path} is unreadable ({error}); computing the prior again")
+    prior = ranker.prior(num_null_prompts)
+    if Path(folder).is_dir():
+        try:
+            named = dict(zip(task.labels, map(float, prior), strict=True))
+            records.write_json(path, {"key": key, "prior": named, "null_inputs": null_inputs})
+        except OSError as error:
+            log(f"the prior could not be kept in {path} ({error.strerror}); it is computed at every start")
+    return prior

@@ -1,0 +1,1 @@
+"""A teacher writes training data."""

@@ -1,0 +1,206 @@
+"""A teacher behind an endpoint that speaks OpenAI's chat API: concurrent, paced, retried with backoff."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import httpx2
+import tenacity
+
+from common.cli import UserError
+from common.teachers.interview import Answer, NoAnswer, Request
+
+TRANSIENT = (408, 409, 425, 429)  # and every 5xx
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between attempts: doubled from the one to the other, with jitter
+LONGEST_RETRY_AFTER = 600.0  # a server that asks for more is asked again after this
+CONNECT_SECONDS = 10.0
+GIVE_UP = 10  # requests in a row without an answer
+
+
+class _Transient(Exception):
+    """An attempt that may succeed later; `after`: how many seconds the server asked to wait."""
+
+    def __init__(self, reason: str, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class ChatEndpoint:
+    """See `teacher_answers.Teacher`.
+
+    Args:
+        url: up to /v1.
+        options: of every request's body: temperature, max_tokens, ...; a "seed" counts up with the sample.
+        api_key: sent as a bearer token, and never shown; None: none is sent.
+        timeout: seconds for one attempt.
+        max_attempts: of one request, while it fails in ways that may pass.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        options: Mapping[str, Any],
+        *,
+        api_key: str | None = None,
+        concurrency: int = 8,
+        requests_per_minute: float | None = None,
+        timeout: float = 120.0,
+        max_attempts: int = 6,
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.options, self.api_key = model, dict(options), api_key
+        self.concurrency, self.timeout, self.max_attempts = concurrency, timeout, max_attempts
+        self.gap = 60 / requests_per_minute if requests_per_minute else 0.0
+        self.key: Any = ["endpoint", self.url, model, self.options]
+        self._next_turn = 0.0
+        self._reached = False
+        self._failures = 0
+
+    def ask(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
+        """See `teacher_answers.Teacher`.
+
+        Raises:
+            UserError: the endpoint cannot be reached, refuses the key, does not know the model, or fails `GIVE_UP`
+                requests in a row. What was answered by then has been kept.
+        """
+        try:
+            asyncio.run(self._ask_all(requests, keep))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _ask_all(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
+        left = iter(enumerate(requests))  # shared: each worker takes the next
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)  # the rest is bounded by --timeout as a whole
+        async with httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
+
+            async def work() -> None:
+                for place, request in left:
+                    keep(place, await self._answer(client, request))
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.concurrency, len(requests))):
+                    group.create_task(work())
+
+    async def _answer(self, client: httpx2.AsyncClient, request: Request) -> Answer | NoAnswer:
+        backoff = tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_Transient),
+            wait=lambda state: max(backoff(state), state.outcome.exception().after),
+            stop=tenacity.stop_after_attempt(self.max_attempts),
+            reraise=True,
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    found = await self._once(client, request, attempt.retry_state.attempt_number)
+        except _Transient as error:
+            found = NoAnswer(f"no answer in {self.max_attempts} attempts: {error}")
+        self._failures = self._failures + 1 if isinstance(found, NoAnswer) else 0
+        if self._failures >= GIVE_UP:
+            raise UserError(
+                f"{GIVE_UP} requests in a row failed ({found.reason}); see to the endpoint and run the same command "
+                "again: what was answered is kept"
+            )
+        return found
+
+    async def _once(self, client: httpx2.AsyncClient, request: Request, attempt: int) -> Answer | NoAnswer:
+        """One attempt. Raises _Transient or, for what no repetition will mend, UserError."""
+        await self._turn()
+        body = {"model": self.model, "messages": request.messages, **self.options}
+        if "seed" in body:
+            body["seed"] += request.sample
+        try:
+            async with asyncio.timeout(self.timeout):
+                response = await client.post(self.url, json=body)
+        except TimeoutError as error:
+            raise _Transient(f"nothing within {self.timeout:g} seconds") from error
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            if self._reached:
+                raise _Transient(f"it cannot be reached any more ({error})") from error
+            raise UserError(
+                f"--endpoint {self.url} cannot be reached ({str(error) or type(error).__name__}); start it, or check "
+                "the address"
+            ) from error
+        except httpx2.RequestError as error:
+            raise _Transient(f"the connection broke ({str(error) or type(error).__name__})") from error
+        self._reached = True
+        status = response.status_code
+        if status == 200:
+            return self._read(response, attempt)
+        told = f"{status}: {self._message(response)}"
+        if status in TRANSIENT or status >= 500:
+            raise _Transient(told, _retry_after(response))
+        if status in (401, 403):
+            raise UserError(
+                f"the endpoint refuses the API key ({told}); put it in OPENAI_API_KEY, or in another variable that "
+                "--api_key_env names"
+            )
+        if status == 404:
+            raise UserError(f"the endpoint knows no model '{self.model}' ({told}); check --model and --endpoint")
+        if status < 400:
+            raise UserError(f"--endpoint {self.url} sends elsewhere ({told}); give the address that it sends to")
+        return NoAnswer(f"the endpoint refuses the request ({told})", lasting=True)
+
+    async def _turn(self) -> None:
+        """Wait until --requests_per_minute allows another request."""
+        now = time.monotonic()
+        turn = max(now, self._next_turn)
+        self._next_turn = turn + self.gap
+        await asyncio.sleep(turn - now)
+
+    def _read(self, response: httpx2.Response, attempt: int) -> Answer:
+        try:
+            body = response.json()
+            choice = body["choices"][0]
+            message, usage = choice["message"], body.get("usage") or {}
+            text = message.get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError("content")
+            text = text.encode(errors="replace").decode()  # half a character cannot be written
+            counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+            first = self._first_token(choice) if self.options.get("logprobs") else None
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise _Transient(f"not an answer of OpenAI's chat API: {self._message(response)}") from error
+        request_id = response.headers.get("x-request-id") or body.get("id")
+        return Answer(text, choice.get("finish_reason") != "length", *counts, attempt, request_id, first)
+
+    def _first_token(self, choice: dict) -> list[tuple[str, float]]:
+        """The likeliest first tokens; raises UserError where the endpoint gives none."""
+        found = choice.get("logprobs")
+        if not found or found.get("content") is None:
+            raise UserError(
+                f"the endpoint gives no top_logprobs for '{self.model}'; leave --probabilities out, or use one that "
+                "does, or a local --teacher"
+            )
+        first = found["content"][:1]
+        return [(each["token"], float(each["logprob"])) for each in (first[0]["top_logprobs"] if first else [])]
+
+    def _message(self, response: httpx2.Response) -> str:
+        """What a response says, in a line, without the key."""
+        text = response.headers.get("location") or response.text
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            body = response.json()
+            error = body.get("error") or body.get("detail") or body.get("message")
+            text = str(error["message"] if isinstance(error, dict) else error or text)
+        text = " ".join(text.split())[:300] or response.reason_phrase
+        return text.replace(self.api_key, "...") if self.api_key else text
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    """Seconds that a server asks to wait, given as such or as a date; 0 where it does not say."""
+    text = response.headers.get("retry-after", "")
+    seconds = 0.0
+    try:
+        seconds = float(text)
+    except ValueError:
+        with suppress(ValueError):
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    return min(max(0.0, seconds), LONGEST_RETRY_AFTER)  # in this order a nan is 0

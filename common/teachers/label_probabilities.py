@@ -1,0 +1,73 @@
+"""A teacher's probability for each label: from a chat API's top log-probabilities, or from a local model's ranker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from common.tasks.ranking.task import LabelTask
+from common.teachers.interview import Answer, NoAnswer, Request
+from common.teachers.tasks import Unusable
+
+if TYPE_CHECKING:
+    from common.tasks.ranking.classifier import Classifier
+
+WINDOW = 512  # rows that are scored, and then kept, together
+
+
+def distribution(top: Sequence[tuple[str, float]], task: LabelTask) -> tuple[dict[str, float], float]:
+    """({label: probability}, the mass that the labels did not cover) from the first token of an answer.
+
+    A token counts for a label when it begins one of its words and no word of another label, white space, marks and
+    case aside. What the top tokens leave over (1 minus their sum) is an upper bound of what all absent labels have
+    together, and is given to them in equal parts; then the labels' masses are scaled to sum to 1.
+
+    Args:
+        top: the likeliest first tokens with their log-probabilities in nats.
+
+    Raises:
+        Unusable: no label is among them.
+    """
+    mass = dict.fromkeys(task.labels, 0.0)
+    for token, logprob in top:
+        start = token.strip(" \t\r\n*_`\"'").casefold()
+        owners = [
+            label for label in task.labels if any(word.casefold().startswith(start) for word in task.words(label))
+        ]
+        if start and len(owners) == 1:
+            mass[owners[0]] += math.exp(logprob)
+    covered = sum(mass.values())
+    if not covered:
+        shown = ", ".join(repr(token) for token, _ in top[:3]) or "none"
+        raise Unusable(f"no label is among the likeliest first tokens ({shown})")
+    absent = [label for label in task.labels if not mass[label]]
+    rest = max(0.0, 1 - sum(math.exp(logprob) for _, logprob in top))
+    mass |= {label: rest / len(absent) for label in absent}
+    total = sum(mass.values())
+    return {label: round(each / total, 6) for label, each in mass.items()}, round(max(0.0, 1 - covered), 6)
+
+
+class RankingTeacher:
+    """A local model whose calibrated label ranker gives the probabilities (`Classifier.answers`).
+
+    Args:
+        identity: what tells this model from another, and its precision, as JSON.
+    """
+
+    def __init__(self, classifier: Classifier, identity: Any) -> None:
+        self.classifier = classifier
+        self.calibration = classifier.calibration(None)
+        task = classifier.task
+        self.key: Any = ["ranker", identity, task.labels, task.verbalizers, repr(self.calibration)]
+
+    def ask(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
+        """See `teacher_answers.Teacher`; the question is taken off the prompt, since the ranker puts it."""
+        instruction = self.classifier.task.prompt("")
+        for start in range(0, len(requests), WINDOW):
+            some = requests[start : start + WINDOW]
+            texts = [request.messages[0]["content"].removeprefix(instruction) for request in some]
+            for place, answer in enumerate(self.classifier.answers(texts, self.calibration), start=start):
+                found = answer["probabilities"]
+                label = answer["prediction"] or max(found, key=found.get)
+                keep(place, Answer(label, probabilities=found))

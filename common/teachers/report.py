@@ -1,0 +1,99 @@
+"""The figures of a teacher's run: rows, tokens, cost, agreement with gold, and what to be warned of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from common.evaluation.bootstrap import mean_interval
+from common.teachers.dataset import Written
+
+REASONS_SHOWN = 20
+
+
+def figures(asked: int, totals: dict[str, int], written: Written, price_in: float, price_out: float) -> dict[str, Any]:
+    """What the record says of a run.
+
+    Args:
+        asked: rows.
+        totals: of `Interview.totals`.
+        price_in, price_out: of a million tokens read and written; where both are 0, "cost" is None.
+    """
+    rows = {"asked": asked, "written": len(written.rows), "rejected": len(written.rejects)}
+    cost = (totals["prompt_tokens"] * price_in + totals["completion_tokens"] * price_out) / 1e6
+    agreement = _agreement(written.agreement)
+    return {
+        "rows": rows | {"unanswered": sum(row["unanswered"] for row in written.rejects)},
+        "reasons_of_rejects": dict(Counter(row["reason"] for row in written.rejects).most_common(REASONS_SHOWN)),
+        "requests": totals,
+        "cost": round(cost, 6) if price_in or price_out else None,
+        "agreement_with_gold": agreement,
+        "statement": _statement(agreement),
+        "uncovered_mass": _uncovered(written.rows),
+    }
+
+
+def _agreement(found: Sequence[tuple[str | None, bool]]) -> dict[str, Any] | None:
+    """The share of answers that are gold's, with its 95 % interval (over groups where every row has one)."""
+    if not found:
+        return None
+    groups, right = zip(*found, strict=True)
+    return {"agree": sum(right), "of": len(right), **mean_interval(right, groups if all(groups) else None)}
+
+
+def _statement(agreement: dict[str, Any] | None) -> str:
+    """What the agreement means for a student, in words."""
+    if agreement is None:
+        return "The rows have no gold (or no tests that were run), so nothing is known of how good the teacher is."
+    if agreement["high"] < 1:
+        return (
+            f"The teacher is worse than the gold that it would replace: {agreement['of'] - agreement['agree']} of its "
+            f"{agreement['of']} answers are not gold's. A student that is trained on them learns its mistakes; where "
+            "rows have gold, train on that."
+        )
+    return "The teacher's answers are not significantly worse than gold."
+
+
+def _uncovered(rows: Sequence[dict]) -> dict[str, Any] | None:
+    """How much of an endpoint's probability the labels did not cover."""
+    found = [row["uncovered_mass"] for row in rows if "uncovered_mass" in row]
+    if not found:
+        return None
+    mean = round(sum(found) / len(found), 6)
+    return {"mean": mean, "max": max(found), "rows_above_half": sum(each > 0.5 for each in found)}
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The figures for people, a few lines."""
+    rows, totals, agreement = record["rows"], record["requests"], record["agreement_with_gold"]
+    lines = [f"{rows['asked']:,} rows asked, {rows['written']:,} written, {rows['rejected']:,} rejected"]
+    lines += [f"  {count:>8,}  {reason}" for reason, count in record["reasons_of_rejects"].items()]
+    lines.append(
+        f"{totals['answers']:,} answers ({totals['answers'] - totals['asked_now']:,} of an earlier run, "
+        f"{totals['attempts']:,} attempts), {totals['prompt_tokens']:,} tokens read, "
+        f"{totals['completion_tokens']:,} written"
+        + (f" ({totals['without_token_counts']:,} answers without counts)" if totals["without_token_counts"] else "")
+        + ("" if record["cost"] is None else f", cost {record['cost']:g}")
+    )
+    if mass := record["uncovered_mass"]:
+        lines.append(
+            f"probability that the labels did not cover: {mass['mean']:.4f} on average, {mass['max']:.4f} at most, "
+            f"above a half in {mass['rows_above_half']:,} rows"
+        )
+    if agreement:
+        interval = f"{agreement['value']:.3f} [{agreement['low']:.3f}, {agreement['high']:.3f}]"
+        lines.append(f"agreement with gold: {agreement['agree']:,} of {agreement['of']:,} answers, {interval}")
+    return "\n".join(lines)
+
+
+def warnings(record: dict[str, Any]) -> list[str]:
+    """What nobody should overlook."""
+    agreement, mass = record["agreement_with_gold"], record["uncovered_mass"]
+    found = [record["statement"]] if agreement and agreement["high"] < 1 else []
+    if mass and mass["rows_above_half"]:
+        found.append(
+            f"in {mass['rows_above_half']:,} rows the teacher gives the labels less than half of its probability; it "
+            "would rather say something else"
+        )
+    return found

@@ -1,0 +1,311 @@
+"""A teacher's task: rows to prompts, and what of its answers can be trained on.
+
+Three kinds of task (`Labels`, `Documents`, `Code`) share one form: `fault` and `item` read rows, `parse` makes of a
+teacher's text the answer that a student is to learn, `check` runs what has to be run, `score` compares with gold.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.data import rows as records
+from common.data import splits
+from common.generation import json_schema
+from common.sandbox import grading
+from common.tasks.codegen import prompt as codegen
+from common.tasks.codegen import rows as code_problems
+from common.tasks.idp import documents, field_metrics
+from common.tasks.idp import extractor as idp
+from common.tasks.ranking import creditmix
+from common.tasks.ranking import rows as labelled
+from common.tasks.ranking.task import CREDITMIX, LabelTask, label_fault
+
+REASONS = (
+    "\n\nFirst explain in a few sentences what speaks for your answer. Then write a line that begins with "
+    '"Answer:" and after it the answer alone, in the form asked for above.'
+)
+REASON_REQUEST = "\n\nExplain in a few sentences what speaks for your answer."  # what a student's rationale answers
+AGAIN = "That cannot be used: {fault}. Answer again, in the form asked for."
+
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_ANSWER_LINE = re.compile(r"^[\s*#>_]*answer[\s*_]*:[*_]*", re.IGNORECASE | re.MULTILINE)
+_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
+_AROUND = " \t\r\n*_`\"'.,;:!()[]<>#"  # what may stand around a label
+
+
+class Unusable(ValueError):
+    """Why an answer cannot be trained on, in words that the teacher is told when it is asked again."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of --data.
+
+    Attributes:
+        number: its line (or its place in a list) in the file.
+        prompt: what the student is asked, and the teacher as well.
+        gold: the answer that the row has; None where it has none.
+        kept: what the written row takes over: "output", "group", "id".
+        tests: what the code must pass; None where there is no code or no test.
+    """
+
+    number: int
+    prompt: str
+    gold: str | None
+    kept: dict[str, Any] = field(default_factory=dict)
+    tests: grading.Tests | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An answer as it was understood: `answer` in the form of training rows, and why it cannot be used, or None.
+
+    Attributes:
+        extra: what the written row says besides: "reason", "probabilities", "uncovered_mass".
+        unanswered: there was no answer, but there may be one the next time.
+    """
+
+    answer: str | None
+    fault: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    unanswered: bool = False
+
+
+def read_items(path: str, task: Labels | Documents | Code, skip_bad_rows: bool = False) -> list[Item]:
+    """The rows of a JSONL, JSON list or CSV file. Raises UserError for a bad row, by file and line."""
+    if isinstance(task, Code) and task.is_problem_file(path):
+        return [task.problem_item(n, each) for n, each in enumerate(code_problems.read(path, skip_bad_rows), start=1)]
+    unit, numbered, _ = records.numbered_rows(path)
+    numbers = {id(row): number for number, row in numbered}
+    good = records.check_rows(path, numbered, (), skip_bad_rows, unit, task.fault)
+    return [task.item(numbers[id(row)], row) for row in good]
+
+
+def understand(task: Labels | Documents | Code, prompt: str, text: str, finished: bool, reasons: bool) -> Reading:
+    """What a teacher's text says, before `check`; thoughts in `<think>` tags are passed over.
+
+    Args:
+        prompt: what a student is asked.
+        finished: the text ended by itself, not at the token budget.
+        reasons: the teacher was asked with `REASONS`.
+    """
+    text = _THOUGHTS.sub("", text).strip()
+    if not text:
+        return Reading(None, "the answer is empty")
+    extra = {}
+    try:
+        if not finished:
+            raise Unusable("the answer breaks off at --max_new_tokens")
+        if reasons:
+            line = _ANSWER_LINE.search(text)
+            reason = text[: line.start()].strip() if line else ""
+            if not reason:
+                raise Unusable('there must be reasons, and after them a line that begins with "Answer:"')
+            extra, text = {"reason": reason}, text[line.end() :].strip()
+        return Reading(task.parse(text, prompt), None, extra)
+    except Unusable as error:
+        return Reading(None, str(error))
+
+
+def _kept(row: dict, gold: str | None, group: str | None) -> dict[str, Any]:
+    found = {"id": row.get("id"), "output": gold, "group": group}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+class Labels:
+    """A label task: the answer is one label of the set, however it is dressed up."""
+
+    def __init__(self, task: LabelTask) -> None:
+        self.task, self.name = task, task.name
+        self._words = {word: label for label in task.labels for word in task.words(label)}
+        self._unlabelled = creditmix.UNLABELLED if task == CREDITMIX else ("",)
+
+    def fault(self, row: dict) -> str | None:
+        """Why a row cannot be asked: no text under "input" or the task's field, or gold that is no label."""
+        if "input" in row:
+            fault = records.row_fault(row, ("input",))
+        else:
+            fault = None if labelled.text_of(self.task, row) else f"no text under 'input' or '{self.task.text_field}'"
+        key = self._gold_key(row)
+        if fault is None and key in row and not isinstance(row[key], str):
+            fault = f"'{key}' must be a string"
+        return fault or (label_fault(key, self.task, self._unlabelled)(row) if key in row else None)
+
+    def _gold_key(self, row: dict) -> str:
+        return "output" if "input" in row else self.task.label_field
+
+    def item(self, number: int, row: dict) -> Item:
+        """A row as it is asked; a raw one by the task's prompt, with the group that *_prepare.py would give it."""
+        gold = str(row.get(self._gold_key(row)) or "").strip()
+        gold = None if gold in self._unlabelled else gold
+        if "input" in row:
+            return Item(number, row["input"], gold, _kept(row, gold, row.get("group")))
+        text = labelled.text_of(self.task, row)
+        if self.task == CREDITMIX:
+            group = creditmix.group_of(text)
+        else:
+            group = splits.group_hash(str(row.get(self.task.group_key) or "").strip() or text)
+        return Item(number, self.task.prompt(text), gold, _kept(row, gold, row.get("group") or group))
+
+    def parse(self, text: str, prompt: str = "") -> str:
+        """The label that a text is: alone or after a colon ("Answer: Good"), in any case, with marks around it."""
+        for part in (text, text.rpartition(":")[2]):
+            plain = part.strip(_AROUND).casefold()
+            found = {label for word, label in self._words.items() if word == part.strip()}
+            found = found or {label for word, label in self._words.items() if word.strip(_AROUND).casefold() == plain}
+            if len(found) == 1:
+                return found.pop()
+        raise Unusable(f"the answer must be one of {', '.join(self.task.labels)} and nothing else")
+
+    def check(self, items: Sequence[Item], readings: Sequence[Reading]) -> list[Reading]:
+        """Nothing has to be run."""
+        return list(readings)
+
+    def judged(self, item: Item) -> bool:
+        """Whether there is gold to compare with."""
+        return item.gold is not None
+
+    def score(self, item: Item, answer: str) -> float:
+        """1 where the answer is the gold label, else 0."""
+        return float(answer == item.gold)
+
+
+class Documents:
+    """IDP: the answer is JSON that satisfies the schema, written as the trained models write it."""
+
+    name = "idp"
+
+    def __init__(self, schema: json_schema.Schema) -> None:
+        self.schema = schema
+
+    def fault(self, row: dict) -> str | None:
+        """Why a row cannot be asked: no text under "input" or "document", or gold that the schema refuses."""
+        fault = records.row_fault(row, ("input" if "input" in row else "document",))
+        if fault or not (gold := self._gold(row)):
+            return fault
+        error = json_schema.parse(gold, self.schema).error
+        return f"{'output' if 'input' in row else 'fields'}: {error}" if error else None
+
+    def _gold(self, row: dict) -> str | None:
+        if "input" in row:
+            return row.get("output")
+        return json.dumps(row["fields"], ensure_ascii=False) if row.get("fields") is not None else None
+
+    def item(self, number: int, row: dict) -> Item:
+        """A row as it is asked; a document by IDP's prompt."""
+        gold = self.parse(found) if (found := self._gold(row)) else None
+        if "input" in row:
+            return Item(number, row["input"], gold, _kept(row, gold, row.get("group")))
+        text = documents.clean(row["document"])
+        kept = _kept(row, gold, row.get("group") or idp.group_of(text))
+        return Item(number, idp.prompt(text, self.schema), gold, kept)
+
+    def parse(self, text: str, prompt: str = "") -> str:
+        """The JSON in a text, bare or in a Markdown fence."""
+        fence = _FENCED.search(text)
+        found = json_schema.parse(fence[1] if fence else text, self.schema)
+        if found.error:
+            raise Unusable(found.error)
+        return json_schema.dumps(found.value, self.schema)
+
+    def check(self, items: Sequence[Item], readings: Sequence[Reading]) -> list[Reading]:
+        """Nothing has to be run."""
+        return list(readings)
+
+    def judged(self, item: Item) -> bool:
+        """Whether there is gold to compare with."""
+        return item.gold is not None
+
+    def score(self, item: Item, answer: str) -> float:
+        """F1 of the fields against gold: 1 where all agree."""
+        compared = field_metrics.compare(json.loads(item.gold), json.loads(answer))
+        agree, found, wanted = field_metrics.counts([compared], normalised=False)[0]
+        return float(2 * agree / (found + wanted)) if found + wanted else 1.0
+
+
+class Code:
+    """CodeGen: the answer is Python that compiles and, where the user consents, passes the row's tests; or a plan.
+
+    Args:
+        run_tests: code that the teacher wrote may be run, in the sandbox.
+        allow_no_sandbox: also where there is none.
+    """
+
+    name = "codegen"
+
+    def __init__(self, run_tests: bool, allow_no_sandbox: bool) -> None:
+        self.run_tests, self.allow_no_sandbox = run_tests, allow_no_sandbox
+
+    @staticmethod
+    def is_problem_file(path: str) -> bool:
+        """Whether the rows are programming problems with solutions (MBPP, HumanEval, codegen_val.jsonl)."""
+        rows = (row for _, row in records.numbered_rows(path)[1])
+        first = next((row for row in rows if isinstance(row, dict)), {})
+        return "input" not in first and not first.keys().isdisjoint(("solution", "code", "canonical_solution"))
+
+    @staticmethod
+    def problem_item(number: int, problem: code_problems.Problem) -> Item:
+        """A problem as it is asked, with its solution as gold."""
+        gold = codegen.code_answer(problem.solution)
+        kept = {"id": problem.task_id, "output": gold, "group": problem.group}
+        return Item(number, codegen.direct_prompt(problem.prompt), gold, kept, problem.graded_by())
+
+    def fault(self, row: dict) -> str | None:
+        """Why a row cannot be asked: no text under "input" or "prompt", or tests that are no list of texts."""
+        tests = row.get("tests", [])
+        if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+            return "'tests' must be a list of texts"
+        return records.row_fault(row, ("input" if "input" in row else "prompt",))
+
+    def item(self, number: int, row: dict) -> Item:
+        """A row as it is asked: "input" as it stands, or a task under "prompt"; "tests" are optional."""
+        prompt = row["input"] if "input" in row else codegen.direct_prompt(row["prompt"])
+        tests = grading.Tests(tuple(row["tests"]), row.get("setup") or "", row.get("entry_point"))
+        gold = row.get("output")
+        return Item(number, prompt, gold, _kept(row, gold, row.get("group")), tests if row.get("tests") else None)
+
+    def parse(self, text: str, prompt: str = "") -> str:
+        """The code in a text, or the plan where the prompt asks for one, in the tags of training rows."""
+        if prompt.endswith(codegen.PLAN_REQUEST):
+            if plan := codegen.plan_of(text):
+                return codegen.plan_answer(plan)
+            raise Unusable("there is no plan")
+        code = codegen.code_of(text)
+        if error := codegen.compile_error(code):
+            raise Unusable(f"the code does not compile ({error})")
+        if all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Name) for each in ast.parse(code).body):
+            raise Unusable("there is no code")  # a lone word compiles
+        return codegen.code_answer(code)
+
+    def check(self, items: Sequence[Item], readings: Sequence[Reading]) -> list[Reading]:
+        """Run the tests, if they may be run: code that fails them is a fault."""
+        checked = list(readings)
+        run = [n for n, item in enumerate(items) if self.judged(item) and readings[n].fault is None]
+        pairs = [(codegen.code_of(readings[place].answer), items[place].tests) for place in run]
+        verdicts = grading.grade_many(pairs, allow_unsafe=self.allow_no_sandbox) if pairs else []
+        for place, verdict in zip(run, verdicts, strict=True):
+            if not verdict.passed:
+                detail = f"{verdict.error}: {verdict.detail}".rstrip(": ")
+                checked[place] = Reading(readings[place].answer, f"the code fails its tests ({detail})")
+        return checked
+
+    def judged(self, item: Item) -> bool:
+        """Whether tests are run."""
+        return self.run_tests and item.tests is not None
+
+    def score(self, item: Item, answer: str) -> float:
+        """1: code that fails its tests has a fault, and is not asked about."""
+        return 1.0
+
+
+def held_out(items: Sequence[Item]) -> Iterator[Item]:
+    """The items whose group belongs to the dev or validation part."""
+    for item in items:
+        group = str(item.kept.get("group", ""))
+        if splits.GROUP_HASH.fullmatch(group) and splits.part_of(group) != "train":
+            yield item

@@ -1,0 +1,1 @@
+"""Trainers: rows to batches, losses, checkpoints, the life of a run."""

@@ -1,0 +1,136 @@
+"""Rows as batches: prompt and completion as token ids, padding, the loss of the completion, rows in order of length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.cli import UserError, log
+from common.models import tokenizers
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    pairs: Sequence[tuple[str, str]],
+    max_len: int,
+    whole: bool,
+) -> list[tokenizers.Encoded | None]:
+    """Token ids of (prompt, completion) pairs within `max_len`.
+
+    A row that is too long loses prompt text, never completion. With `whole` (structured output), and where the
+    completion alone does not fit, the row becomes None and is listed: half a JSON teaches half a JSON.
+
+    Raises:
+        UserError: no row fits.
+    """
+    encoded: list[tokenizers.Encoded | None] = []
+    cut, left_out = 0, []
+    for number, (prompt, completion) in enumerate(pairs, start=1):
+        row = tokenizers.encode_pair(tokenizer, prompt, completion)
+        if len(row.input_ids) > max_len:
+            answer = row.input_ids[row.prompt_length :]
+            shorter = None if whole else tokenizers.truncate_prompt(tokenizer, prompt, len(answer), max_len)
+            row = None if shorter is None else tokenizers.Encoded(shorter + answer, len(shorter))
+            if row is None:
+                left_out.append(number)
+            else:
+                cut += 1
+        encoded.append(row)
+    if cut:
+        log(f"{path}: {cut} of {len(pairs)} prompts cut to fit --max_len {max_len}")
+    if left_out:
+        shown = ", ".join(map(str, left_out[:20])) + (", ..." if len(left_out) > 20 else "")
+        log(f"{path}: {len(left_out)} of {len(pairs)} rows left out, longer than --max_len {max_len}: rows {shown}")
+    if len(left_out) == len(pairs):
+        raise UserError(f"{path}: no row fits --max_len {max_len}; raise it")
+    return encoded
+
+
+def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded `input_ids`, `attention_mask`, `labels` [rows, longest]; labels are IGNORE outside completions."""
+    import torch
+
+    longest = max(len(row.input_ids) for row in batch)
+    input_ids = torch.full((len(batch), longest), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE)
+    for index, row in enumerate(batch):
+        ids = torch.tensor(row.input_ids)
+        input_ids[index, : len(ids)] = ids
+        attention_mask[index, : len(ids)] = 1
+        labels[index, row.prompt_length : len(ids)] = ids[row.prompt_length :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def completion_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
+) -> tuple[torch.Tensor, Any]:
+    """Cross-entropy of the completion tokens, in nats, with the LM head applied at those columns alone.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels`, each [rows, tokens]; labels IGNORE on prompt and padding.
+        num_items: completion tokens of the whole optimizer step, so that accumulation 2x1 equals 1x2; None: this batch.
+
+    Returns:
+        (scalar loss, model output). The loss of a batch without completion tokens is 0.
+    """
+    import torch
+
+    targets = batch["labels"][:, 1:]
+    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
+    if len(columns) == 0:  # keep the graph, so that backward still works
+        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
+    targets = targets[:, columns]
+    output = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=columns
+    )
+    if num_items is None:
+        num_items = (targets != IGNORE).sum().clamp(min=1)
+    loss = torch.nn.functional.cross_entropy(
+        output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return loss / num_items, output
+
+
+@dataclass
+class LengthGroupedOrder:
+    """Row order in which neighbours have similar lengths: a sampler with its own seed, so that resume is exact.
+
+    Rows are shuffled, cut into pools of 64 steps, each pool sorted by length and its steps shuffled. The unit is the
+    rows of one optimizer step, so the order does not depend on how a step is cut into processes and micro-batches.
+    """
+
+    lengths: Sequence[int]
+    rows_per_step: int
+    seed: int
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import random
+
+        draw = random.Random(self.seed * 1_000_003 + self.epoch)
+        rows = draw.sample(range(len(self.lengths)), len(self.lengths))
+        full = len(rows) - len(rows) % self.rows_per_step
+        rows, rest = rows[:full], rows[full:]  # an incomplete step, where there is one, comes last
+        pool = 64 * self.rows_per_step
+        for start in range(0, len(rows), pool):
+            ordered = sorted(rows[start : start + pool], key=lambda row: -self.lengths[row])
+            steps = [ordered[i : i + self.rows_per_step] for i in range(0, len(ordered), self.rows_per_step)]
+            draw.shuffle(steps)
+            for step in steps:
+                yield from step
+        yield from rest

@@ -1,0 +1,139 @@
+"""Losses between a teacher and a student: divergences of distributions, of hidden states, of attention maps.
+
+Pure functions, each giving one number an item (a token, or a row with a few labels), so that a caller sums them and
+divides by the items of the whole optimizer step: accumulation then changes nothing. Divergences take log-probabilities
+over any set of outcomes: a vocabulary, the teacher's top k with the rest as one more outcome, or the labels of a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from common.models.batching import CHUNK_LOGITS
+
+TAIL_FLOOR = 1e-7  # probability; the float32 rounding of 1 - sum(p) is as large
+
+
+def log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log softmax(logits / temperature) over the last dimension, in float32 at least."""
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
+
+
+def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats of log-probabilities [..., K]; an outcome that p excludes adds nothing, also no gradient."""
+    possible = p > -math.inf
+    gap = torch.where(possible, p, 0) - torch.where(possible, q, 0)
+    return (p.exp() * gap).sum(dim=-1)
+
+
+def forward_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """T^2 KL(teacher || student), Hinton et al. 2015 (arXiv:1503.02531), section 2: covers all the teacher's modes.
+
+    Args:
+        student, teacher: log-probabilities [..., K] at that temperature (see `log_probs`).
+
+    Returns:
+        Nats an item [...]; 0 where the two are equal. T^2 keeps the gradient's size independent of the temperature.
+    """
+    return temperature**2 * _divergence(teacher, student)
+
+
+def reverse_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """T^2 KL(student || teacher), as in MiniLLM (Gu et al. 2023, arXiv:2306.08543): settles on the main modes.
+
+    Arguments and result as of `forward_kl`.
+    """
+    return temperature**2 * _divergence(student, teacher)
+
+
+def jsd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, beta: float = 0.5) -> torch.Tensor:
+    """T^2 times the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2023, arXiv:2306.13649, eq. 1).
+
+    beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student, 0 < beta < 1.
+    Arguments and result as of `forward_kl`.
+    """
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return temperature**2 * (beta * _divergence(teacher, mixture) + (1 - beta) * _divergence(student, mixture))
+
+
+def with_rest(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [n, k + 1] of the outcomes `ids` [n, k] and of all others together, from those of all [n, V].
+
+    A divergence over them is a lower bound of the one over all V (data processing inequality), and 0 where that is 0.
+    """
+    chosen = logprobs.gather(-1, ids)
+    rest = (1 - chosen.exp().sum(dim=-1, keepdim=True)).clamp(min=TAIL_FLOOR).log()
+    return torch.cat([chosen, rest], dim=-1)
+
+
+def sampled_forward_kl(
+    student: torch.Tensor, draws: torch.Tensor, entropy: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """An unbiased estimate of `forward_kl` from outcomes that were drawn from the teacher.
+
+    Random sampling KD (Anshumann et al. 2025, arXiv:2503.16870): top k alone is a biased target, draws are not.
+
+    Args:
+        student: log-probabilities [n, V].
+        draws: outcomes [n, k], drawn with replacement.
+        entropy: of the teacher's whole distribution [n], nats.
+    """
+    return temperature**2 * (-student.gather(-1, draws).mean(dim=-1) - entropy)
+
+
+def hidden_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference [...] of hidden states [..., width] (FitNets, Romero et al. 2014, arXiv:1412.6550)."""
+    return (student.float() - teacher.float()).square().mean(dim=-1)
+
+
+def hidden_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """1 - cosine similarity [...] of hidden states [..., width] (DistilBERT, Sanh et al. 2019, arXiv:1910.01108)."""
+    return 1 - functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
+
+
+def attention_mse(maps: Sequence[tuple[torch.Tensor, torch.Tensor]], queries: torch.Tensor) -> torch.Tensor:
+    """Squared difference of attention maps, means over heads (head counts may differ), summed over the keys.
+
+    After TinyBERT (Jiao et al. 2019, arXiv:1909.10351, eq. 7), which compares head by head.
+
+    Args:
+        maps: (student's, teacher's) of each pair of layers, [rows, heads, tokens, tokens].
+        queries: boolean [rows, tokens]: the tokens whose attention counts.
+
+    Returns:
+        A number per such query [n], the mean over the layers.
+
+    Raises:
+        ValueError: no maps, as models give under any attention but "eager".
+    """
+    if not maps:
+        raise ValueError('no attention maps: load both models with attn_implementation="eager"')
+    layers = [
+        (ours.float().mean(dim=1) - theirs.float().mean(dim=1))[queries].square().sum(dim=-1) for ours, theirs in maps
+    ]
+    return torch.stack(layers).mean(dim=0)
+
+
+def summed_in_chunks(
+    terms_of: Callable[..., torch.Tensor], *per_token: torch.Tensor, width: int, chunk_logits: int = CHUNK_LOGITS
+) -> torch.Tensor:
+    """Sums over tokens of `terms_of(*slices)`, which makes logits that must never all exist at once.
+
+    Each chunk's inner tensors are made again in the backward pass, so memory is one chunk's however many tokens.
+
+    Args:
+        terms_of: slices of `per_token` -> sums of the terms over the slice's tokens [terms].
+        per_token: tensors [n, ...].
+        width: logits a token.
+    """
+    size = max(1, chunk_logits // width)
+    tokens = len(per_token[0])
+    if tokens <= size:
+        return terms_of(*per_token)
+    chunks = ([tensor[start : start + size] for tensor in per_token] for start in range(0, tokens, size))
+    return torch.stack([checkpoint(terms_of, *chunk, use_reentrant=False) for chunk in chunks]).sum(dim=0)

@@ -1,0 +1,141 @@
+"""What a training shows while it runs and leaves of it: a bar, a live log, the loss curve; and its safe stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import log
+from common.data import rows as records
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+LIVE_LOG = "progress.jsonl"
+NOT_LOSSES = ("step", "epoch", "learning_rate", "grad_norm", "entropy", "num_tokens", "mean_token_accuracy")
+
+
+def bar_callback() -> TrainerCallback:
+    """A progress bar with loss on stderr; transformers' own writes its losses to stdout, where only results belong."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def __init__(self):
+            self.bar = tqdm(disable=True)
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit=" steps", disable=not state.is_world_process_zero
+            )
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(state.global_step - self.bar.n)
+            if state.global_step >= state.max_steps:
+                control.should_log = True  # the loss curve reaches to the end
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            shown = {name: f"{logs[name]:.4f}" for name in ("loss", "eval_loss") if name in (logs or {})}
+            self.bar.set_postfix(shown)
+
+    return Progress()
+
+
+def live_log_callback(save_dir: str) -> TrainerCallback:
+    """Append what is logged to `progress.jsonl` as it comes, for those who watch: {"step", "max_steps", "time", ...}.
+
+    The first line of a start, also of one that resumes, has the step it starts from and no loss.
+    """
+    from transformers import TrainerCallback
+
+    class LiveLog(TrainerCallback):
+        def _append(self, state, facts: dict):
+            if state.is_world_process_zero:
+                line = {"step": state.global_step, "max_steps": state.max_steps, "time": round(time.time(), 3), **facts}
+                with open(Path(save_dir) / LIVE_LOG, "a", encoding="utf-8") as handle:
+                    handle.write(json.dumps(line) + "\n")
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self._append(state, {})
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and ("loss" in logs or "eval_loss" in logs):
+                self._append(state, logs)
+
+    return LiveLog()
+
+
+def interruption_callback() -> TrainerCallback:
+    """Save a checkpoint and stop after the running step on SIGINT or SIGTERM; a second signal kills as usual.
+
+    With several processes all stop after the same step, whichever got the signal, and further signals change nothing:
+    torchrun passes on what a terminal has sent to every process already, and kills for good after half a minute.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    class Interruption(TrainerCallback):
+        def __init__(self):
+            self.received, self.previous = None, {}
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def _note(self, number, frame):
+            if self.received is None:
+                log("stopping after this step; a checkpoint will be saved (again to stop at once)")
+            self.received = number
+            if not torch.distributed.is_initialized():
+                self.restore()
+
+        def restore(self):
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if torch.distributed.is_initialized():
+                number = torch.tensor(self.received or 0, device=args.device)
+                torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+                self.received = int(number) or None
+            if self.received is not None:
+                control.should_save = control.should_training_stop = True
+
+    return Interruption()
+
+
+def is_loss(name: str) -> bool:
+    """Whether something that is logged is a loss or a term of one, not what transformers and TRL log beside it."""
+    return name not in NOT_LOSSES and "/" not in name
+
+
+def mean_loss(history: Sequence[dict]) -> float:
+    """The mean loss of all steps, those before an interruption included; each entry is a mean since the one before."""
+    entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    before = [0, *(step for step, _ in entries)]
+    return sum(loss * (step - last) for (step, loss), last in zip(entries, before, strict=False)) / max(before[-1], 1)
+
+
+def write_loss_curve(save_dir: str, history: Sequence[dict]) -> None:
+    """`loss.csv` (step, loss and its terms where it has several, eval_loss, learning_rate) and `loss.png`."""
+    logged = dict.fromkeys(name for entry in history if "loss" in entry for name in entry)
+    terms = [name for name in logged if name != "loss" and is_loss(name)]
+    columns = ("step", "loss", *terms, "eval_loss", "learning_rate")
+    with records.atomic_write(Path(save_dir) / "loss.csv") as handle:
+        handle.write(",".join(columns) + "\n")
+        handle.writelines(",".join(str(entry.get(name, "")) for name in columns) + "\n" for entry in history)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, words in (("loss", "training"), *((term, term) for term in terms), ("eval_loss", "held out")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=words, linewidth=1 if name in terms else 1.8)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)")
+    axes.legend()
+    with records.atomic_write(Path(save_dir) / "loss.png", "wb") as handle:
+        figure.savefig(handle, dpi=120, format="png")

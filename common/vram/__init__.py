@@ -1,0 +1,1 @@
+"""What a command will take of the memory, before it loads anything."""

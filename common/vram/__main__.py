@@ -1,0 +1,82 @@
+"""Memory preflight: predict the peak from the config alone, compare it with what is free, find what would fit.
+
+    python -m common.vram --student Qwen/Qwen2.5-3B-Instruct --max_len 1024
+    python -m common.vram --student Qwen/Qwen2.5-3B-Instruct --max_len 2048 --method dpo --card_gb 8
+    python -m common.vram --student Qwen/Qwen2.5-3B-Instruct --method serve --adapters 4 --card_gb 8
+
+--method is sft, kd, dpo, distill (beside a live --teacher, or from a cache without), infer or serve. Needs neither
+weights nor a GPU; the prediction is for a card unless --device says cpu. The formulas are in common/vram/formulas.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from common import cli
+from common.vram import model_shape as shapes
+from common.vram.formulas import BFLOAT16, FLOAT32, GB, Inference, Plan, Training, predict
+from common.vram.preflight import DESKTOP, advise, words
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, prog="python -m common.vram")
+    parser.add_argument("--student", required=True, help="model: a folder or a Hub id")
+    methods = ("sft", "kd", "dpo", "distill", "infer", "serve")
+    parser.add_argument("--method", choices=methods, default="sft")
+    parser.add_argument("--teacher", help="distill: a model that is on the device, too")
+    parser.add_argument("--max_len", type=cli.positive_int, default=1024, help="tokens a row")
+    parser.add_argument("--completion_len", type=cli.positive_int, help="of the longest completion; default: --max_len")
+    parser.add_argument("--per_device_train_batch_size", type=cli.positive_int, default=1)
+    parser.add_argument("--lora_r", type=cli.whole_number, default=16, help="0: all weights are trained")
+    parser.add_argument("--lora_dropout", type=float, default=0.05)
+    parser.add_argument("--gradient_checkpointing", choices=("on", "off"), default="on")
+    parser.add_argument("--load_in_4bit", choices=("on", "off"), default="on")
+    parser.add_argument("--max_batch_tokens", type=cli.positive_int, default=8192, help="infer and serve")
+    parser.add_argument("--adapters", type=cli.whole_number, default=1, help="infer and serve: on one base")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--card_gb", type=float, help=f"compare with a card of this size, less {DESKTOP} for a desktop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    cuda, four_bit = args.device == "cuda", args.load_in_4bit == "on" and args.lora_r > 0
+    student = shapes.of(args.student)
+    plan: Plan
+    if args.method in ("infer", "serve"):
+        plan = Inference(
+            student,
+            batch_tokens=args.max_batch_tokens,
+            adapters=args.adapters,
+            lora_r=args.lora_r,
+            four_bit=four_bit,
+            width=BFLOAT16 if cuda or four_bit else FLOAT32,
+            cuda=cuda,
+        )
+    else:
+        plan = Training(
+            student,
+            method=args.method,
+            max_len=args.max_len,
+            batch=args.per_device_train_batch_size,
+            completion_len=args.completion_len,
+            lora_r=args.lora_r,
+            lora_dropout=args.lora_dropout,
+            four_bit=four_bit,
+            checkpointing=args.gradient_checkpointing == "on",
+            cuda=cuda,
+            teacher=shapes.of(args.teacher) if args.teacher else None,
+        )
+    print(predict(plan).table())
+    if args.card_gb:
+        free = int((args.card_gb - DESKTOP) * GB)
+        if predict(plan).total <= free:
+            print(f"fits a card of {args.card_gb:g} GB")
+        else:
+            flags = argparse.Namespace() if args.method == "serve" else args  # a server has variables instead
+            print(f"too much for a card of {args.card_gb:g} GB; it would fit with {words(advise(plan, flags, free))}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

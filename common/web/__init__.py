@@ -1,0 +1,1 @@
+"""What both servers share: ids, limits, keys, errors, metrics."""

@@ -1,0 +1,126 @@
+"""Answers do not depend on their batch, log-probabilities are the model's own, and answers end where they should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+from common.cli import UserError
+from common.generation import generate as generation
+from common.models import loading as models
+from common.models import tokenizers
+from common.models.source import ModelSource
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base):
+    return models.load_base(ModelSource(tiny_base, dtype="float32")).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer) -> list[list[int]]:
+    return [tokenizers.encode_prompt(tokenizer, text) for text in ("Age: 31", "Occupation: Lawyer, Age: 2", "?")]
+
+
+class Only(LogitsProcessor):
+    """Allows, step by step, one token of each row's list."""
+
+    def __init__(self, wanted: list[list[int]]) -> None:
+        self.wanted, self.step = wanted, 0
+
+    def __call__(self, input_ids, scores):
+        masked = torch.full_like(scores, float("-inf"))
+        for row, tokens in enumerate(self.wanted):
+            masked[row, tokens[min(self.step, len(tokens) - 1)]] = 0
+        self.step += 1
+        return masked
+
+
+def greedy_by_hand(model, prompt: list[int], steps: int, ends: set[int]) -> tuple[list[int], list[float]]:
+    ids, logprobs = list(prompt), []
+    with torch.inference_mode():
+        for _ in range(steps):
+            scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(0)
+            token = int(scores.argmax())
+            if token in ends:
+                break
+            ids.append(token)
+            logprobs.append(float(scores[token]))
+    return ids[len(prompt) :], logprobs
+
+
+def test_greedy_equals_one_forward_pass_per_token(model, tokenizer, prompts):
+    answers = generation.generate(model, tokenizer, prompts, max_new_tokens=6)
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        tokens, logprobs = greedy_by_hand(model, prompt, 6, generation.end_ids(tokenizer))
+        assert answer.tokens == tokens
+        assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+        assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_samples_do_not_depend_on_the_batch(model, tokenizer, prompts):
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9, "num_samples": 3, "seed": 5}
+    together = generation.generate(model, tokenizer, prompts, **settings)
+    apart = [generation.generate(model, tokenizer, [p], **settings, max_batch_tokens=1)[0] for p in prompts]
+    assert [[a.tokens for a in row] for row in together] == [[a.tokens for a in row] for row in apart]
+    assert len({tuple(answer.tokens) for answer in together[0]}) == 3
+    other = generation.generate(model, tokenizer, prompts, **settings | {"seed": 6})
+    assert [a.tokens for a in other[0]] != [a.tokens for a in together[0]]
+
+
+def test_sampling_follows_the_distribution(model, tokenizer, prompts):
+    prompt = prompts[0]
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    two = logits.topk(2).indices.tolist()
+
+    class Two(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            masked = torch.full_like(scores, float("-inf"))
+            masked[:, two] = scores.new_tensor([0.0, 1.0])
+            return masked
+
+    (answers,) = generation.generate(
+        model, tokenizer, [prompt], max_new_tokens=1, temperature=0.5, num_samples=600, processors=lambda rows: [Two()]
+    )
+    first = [(answer.tokens or [None])[0] for answer in answers]
+    expected = torch.tensor([0.0, 2.0]).softmax(0)[1].item()
+    assert first.count(two[1]) / 600 == pytest.approx(expected, abs=0.05)
+    (nucleus,) = generation.generate(
+        model, tokenizer, [prompt], max_new_tokens=1, temperature=0.5, top_p=0.5, num_samples=50,
+        processors=lambda rows: [Two()],
+    )  # fmt: skip
+    assert {(answer.tokens or [None])[0] for answer in nucleus} == {two[1]}
+
+
+def test_ends_at_eos_or_at_the_budget(model, tokenizer, prompts):
+    word = tokenizer.encode("Good", add_special_tokens=False)
+    for end in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        wanted = [[*word, end], word * 9, word * 9]
+
+        def processors(rows, wanted=wanted):
+            return [Only([wanted[row] for row in rows])]
+
+        answers = generation.generate(model, tokenizer, prompts, max_new_tokens=5, processors=processors)
+        assert answers[0][0].tokens == word and answers[0][0].finished
+        assert answers[0][0].text == "Good"
+        assert [len(answer.tokens) for (answer,) in answers[1:]] == [5, 5]
+        assert not answers[1][0].finished
+        assert len(answers[1][0].logprobs) == 5 and max(answers[1][0].logprobs) < 0  # the model's, not the mask's
+
+
+def test_stop_ends_one_row_alone(model, tokenizer, prompts):
+    a, b = tokenizer.encode("Ab", add_special_tokens=False)[:2]
+    wanted = [[a, b, a, a, a, a], [a] * 6, [a] * 6]
+    answers = generation.generate(
+        model, tokenizer, prompts, max_new_tokens=6, stop=lambda text: text.endswith("b"),
+        processors=lambda rows: [Only([wanted[row] for row in rows])],
+    )  # fmt: skip
+    assert answers[0][0].tokens[:2] == [a, b] and len(answers[0][0].tokens) == 2 and answers[0][0].finished
+    assert len(answers[1][0].tokens) == 6 and not answers[1][0].finished
+
+
+def test_too_long_for_the_context(model, tokenizer, prompts):
+    with pytest.raises(UserError, match=r"does not fit the model's context of 2048; shorten it, or lower"):
+        generation.generate(model, tokenizer, prompts, max_new_tokens=2040)

@@ -1,0 +1,166 @@
+"""The jobs page in a real headless browser: submitted, watched, cancelled, downloaded. Skips where there is none."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from support.jobs_served import make_place, serve_jobs, sha256
+from support.pages import COLOURS, contrast, rgb
+from support.processes import wait_for
+
+from common.jobs.routes import PAGE
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with serve_jobs(make_place(tmp_path_factory.mktemp("page"))) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser, served):
+    """The page; at the end, nothing may have gone wrong in its script."""
+    opened = browser.new_page()
+    faults: list[str] = []
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.goto(served.url)
+    opened.get_by_text(re.compile(r"\d running, \d+ waiting")).wait_for()
+    yield opened
+    opened.close()
+    assert faults == []
+
+
+def fill(page, served, how: str, steps: int) -> None:
+    page.get_by_label("Method").select_option("sft")
+    page.get_by_label("Student").fill(str(served.data / "student"))
+    page.get_by_label("Data file").fill(str(served.data / f"{how}.jsonl"))
+    page.get_by_label("Steps").fill(str(steps))
+
+
+def test_nothing_comes_from_elsewhere(served):
+    text = served.ask("GET", "/")[1]
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|src=|@import|url\(", text)
+    assert "innerHTML" not in text  # what a log says is text
+    assert "/* web_page" not in text  # put in
+    assert PAGE.stat().st_size < 40_000
+
+
+def test_a_job_from_the_form_to_its_files(page, served):
+    fill(page, served, "slow", 30)
+    page.get_by_label("Export an int8 model afterwards").check()
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("progressbar").first.wait_for()
+    job_id = page.locator("#detail-title").inner_text().removeprefix("Job ")
+    page.get_by_text(re.compile(r"\d+(\.\d)?\s%, \d+ s left")).first.wait_for()
+    page.get_by_role("img", name=re.compile("Curves to step")).wait_for()
+    assert "training from step 0" in page.locator("#log").inner_text()
+    page.get_by_role("heading", name="Files").wait_for(timeout=30_000)
+    status = served.status(job_id)
+    assert status["state"] == "succeeded"
+    assert page.locator("#about .tag").inner_text() == "succeeded"
+    assert (
+        page.locator("#figure svg").get_attribute("aria-label") == "Curves to step 30: loss 2.0000, forward_kl 0.0333"
+    )
+    assert page.locator("#legend").inner_text().split("\n") == ["loss 2.0000", "forward kl 0.0333"]
+    listed = served.ask("GET", f"/artifacts/{job_id}")[1]["artifacts"]
+    assert page.locator("#files a").all_inner_texts() == [entry["path"] for entry in listed]
+    with page.expect_download() as download:
+        page.get_by_role("link", name="int8/model.int8").click()
+    assert download.value.path().read_text() == "int8"
+    assert download.value.suggested_filename == "model.int8"
+    assert page.get_by_role("link", name=re.compile(job_id)).get_attribute("aria-current") == "true"
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete").click()
+    wait_for(lambda: served.ask("GET", f"/status/{job_id}")[0] == 404)
+    page.locator("#detail").wait_for(state="hidden")
+
+
+def test_cancel_and_resume(page, served):
+    fill(page, served, "slow", 400)
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("img", name=re.compile("Curves to step")).wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Resume").click()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Resume").wait_for()
+    page.reload()  # the address holds the job
+    page.get_by_text("stopped at").first.wait_for()
+    assert page.locator("#about .tag").inner_text() == "cancelled"
+
+
+def test_errors_stand_where_they_belong(page, served):
+    fill(page, served, "quick", -5)
+    page.get_by_role("button", name="Submit").click()
+    alert = page.locator("#answer").get_by_role("alert")
+    alert.wait_for()
+    assert re.search(r"max_steps: must be between -1 and .* \(request \S+\)$", alert.inner_text())
+    assert page.evaluate("document.activeElement.id") == "max_steps"
+    assert page.get_by_label("Steps").get_attribute("aria-invalid") == "true"
+    page.get_by_text("Further settings (JSON").click()
+    page.get_by_label("Further settings", exact=True).fill("{")
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_text("The further settings are not JSON").wait_for()
+    page.get_by_label("Further settings", exact=True).fill('{"seed": 3}')
+    page.get_by_label("Steps").fill("3")
+    page.get_by_label("Data file").fill(str(served.data / "failing.jsonl"))
+    page.get_by_role("button", name="Submit").click()
+    page.locator("#about").get_by_text("the stand-in was told to fail").wait_for()
+    page.get_by_text("Request", exact=True).click()
+    assert '"seed": 3' in page.get_by_label("Request", exact=True).inner_text()
+    page.goto(f"{served.url}#job-{'0' * 16}")
+    page.get_by_text("there is no such job").wait_for()
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_text("The server cannot be reached.").first.wait_for()
+
+
+def test_the_fields_follow_the_method(page):
+    assert page.get_by_label("Teacher", exact=True).is_visible()
+    page.get_by_label("Student").fill("kept")
+    page.get_by_label("Method").select_option("dpo")
+    assert page.get_by_label("Teacher", exact=True).count() == 0
+    assert page.get_by_label("Beta").is_visible()
+    assert page.get_by_label("Student").input_value() == "kept"
+    unnamed = page.evaluate("""[...document.querySelectorAll("input, textarea, select")].filter(
+        control => !control.labels.length).map(control => control.id)""")
+    assert unnamed == []
+
+
+def test_with_a_key(browser, tmp_path):
+    with serve_jobs(make_place(tmp_path), api_key="s3cret", api_prefix="/slm") as served:
+        page = browser.new_page()
+        page.goto(f"{served.url}/slm/")
+        page.get_by_text("send the API key").wait_for()
+        page.get_by_text("API key", exact=True).click()
+        page.get_by_label("Sent with every request").fill("s3cret")
+        page.get_by_label("Sent with every request").press("Tab")
+        page.get_by_text("No jobs yet").wait_for()
+        fill(page, served, "quick", 2)
+        page.get_by_role("button", name="Submit").click()
+        with page.expect_download() as download:
+            page.get_by_role("link", name="model.safetensors").click()
+        key = {"Authorization": "Bearer s3cret"}
+        (job,) = served.ask("GET", "/slm/jobs", headers=key)[1]["jobs"]
+        listed = served.ask("GET", f"/slm/artifacts/{job['job_id']}", headers=key)[1]["artifacts"]
+        wanted = {entry["path"]: entry["sha256"] for entry in listed}
+        assert sha256(download.value.path().read_bytes()) == wanted["model.safetensors"]
+        page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone(browser, served, scheme):
+    """No sideways scrolling, and text that stands out from its ground in both schemes."""
+    job_id = served.submit("failing")
+    served.until(job_id)
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(f"{served.url}/#job-{job_id}")
+    page.get_by_role("img", name=re.compile("Curves")).wait_for()
+    page.get_by_role("heading", name="Files").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for kind in ("h2", ".quiet", "label", "button", "dt", ".tag.failed", ".error", ".jobs .name", "figcaption span"):
+        colours = page.locator(f"main {kind}").first.evaluate(COLOURS)
+        assert contrast(*map(rgb, colours)) >= 4.5, (scheme, kind, colours)
+    assert page.get_by_role("button", name="Submit").bounding_box()["height"] >= 44  # a thumb
+    context.close()

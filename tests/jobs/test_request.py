@@ -1,0 +1,396 @@
+"""From a payload to commands: the real scripts' flags, what is refused before it is queued, and nothing that leaks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+from support.inputs import CORPUS, ROOT
+from support.jobs_served import serve_jobs
+from support.models import build_base
+
+from common.cli import UserError
+from common.jobs import checks as job_checks
+from common.jobs import proof_rows as job_proof
+from common.jobs.checks import Device, Reach, Vocabularies, check_memory
+from common.jobs.request import METHODS, RANGES, Planner
+from common.jobs.routes import EXAMPLE
+from common.web.app import Problem
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tokenizer) -> Path:
+    """An allowed folder: two models with one vocabulary, a third with another, data files."""
+    from common.models import tokenizers
+    from common.training import miniature
+
+    folder = tmp_path_factory.mktemp("allowed")
+    build_base(folder / "student", tokenizer)
+    build_base(folder / "teacher", tokenizer, hidden=48)
+    build_base(folder / "stranger", tokenizers.align(miniature.build_tokenizer(CORPUS[:3], vocab_size=300)))
+    (folder / "rows.jsonl").write_text('{"input": "a", "output": "b"}\n')
+    (folder / "text.txt").write_text("\n".join(CORPUS))
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planner(data) -> Planner:
+    return Planner(ROOT, data / "service", Reach([data]))
+
+
+def payload(data: Path, **more) -> dict:
+    """The recipe's own request, with local names in place of the Hub's."""
+    local = {name: str(data / name) for name in ("teacher", "student")}
+    names = {"teacher_model": local["teacher"], "student_model": local["student"], "dataset": str(data / "text.txt")}
+    return {**EXAMPLE, **names, "subset": None, **more}
+
+
+def words(plan) -> dict[str, str]:
+    """The training's command line as {flag: value}."""
+    script, *argv = plan.commands[0]["argv"]
+    assert Path(script).is_file()
+    return dict(word.removeprefix("--").partition("=")[::2] for word in argv)
+
+
+def refused(planner, body: dict) -> tuple[str, str]:
+    """(field, message)"""
+    with pytest.raises(Problem) as told:
+        planner.plan(body, Path("/nowhere"))
+    assert told.value.status_code == 422
+    return told.value.param, str(told.value.detail)
+
+
+def test_the_recipes_payload(planner, data, tmp_path):
+    more = {
+        "alpha_kl": 0.7, "beta_ce": 0.3, "gamma_mse": 0.05, "delta_cos": 0.05, "epsilon_attn": 0.0, "lora_r": 8,
+        "lora_alpha": 16, "lora_dropout": 0.05, "use_qat": False, "post_training_quant": True, "export_onnx": True,
+        "lr": 1e-4, "weight_decay": 0.01, "warmup_steps": 10, "split": "train", "text_column": "text",
+    }  # fmt: skip
+    plan = planner.plan(payload(data, **more), tmp_path / "run")
+    assert plan.method == "distill"
+    found = vars(plan.args)
+    wanted = {
+        "teacher": str(data / "teacher"), "student": str(data / "student"), "data": str(data / "text.txt"),
+        "max_steps": 30, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 1e-4,
+        "save_steps": 30, "logging_steps": 5, "temperature": 2.0, "forward_kl": 0.7, "teacher_ce": 0.3,
+        "hidden_mse": 0.05, "hidden_cosine": 0.05, "attention_mse": 0.0, "lora_r": 8, "lora_alpha": 16,
+        "weight_decay": 0.01, "warmup_steps": 10, "save_dir": str(tmp_path / "run"), "subset": None,
+    }  # fmt: skip
+    assert {name: found[name] for name in wanted} == wanted
+    training, proof, *exports = plan.commands
+    assert training["output"] == ""
+    assert [Path(export["argv"][0]).name for export in exports] == ["export_model.py"] * 2
+    assert [export["output"] for export in exports] == ["int8", "onnx"]
+    rows = tmp_path / "proof.jsonl"
+    argv = ["-m", "common.jobs.proof_rows", f"--output={rows}", f"--data={data / 'text.txt'}"]
+    assert proof == {"argv": argv, "output": None}
+    run = tmp_path / "run"
+    assert [export["argv"][1:] for export in exports] == [
+        [f"--model_dir={run}", f"--format={name}", f"--save_dir={run / name}", f"--proof_data={rows}"]
+        for name in ("int8", "onnx")
+    ]
+
+
+def test_proof_rows(tmp_path):
+    words = [f"w{number}" for number in range(64 * 100 + 10)]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    job_proof.main(["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out.jsonl")])
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(found) == 64
+    assert (found[1]["input"].split(), found[1]["output"].split()) == (words[64:112], words[112:128])
+    (tmp_path / "dpo.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    job_proof.main(["--data", str(tmp_path / "dpo.jsonl"), "--output", str(tmp_path / "out.jsonl")])
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"input": "p", "output": "c"}
+    (tmp_path / "text.txt").write_text("too short")
+    with pytest.raises(UserError, match="fewer than 64 words"):
+        job_proof.main(["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out.jsonl")])
+
+
+def test_a_data_set_is_passed_on_with_its_part(planner, data, monkeypatch):
+    monkeypatch.setattr(planner.reach, "_ask_hub", lambda kind, name: None)
+    body = payload(data) | {"dataset": "wikitext", "subset": "wikitext-2-raw-v1", "export_onnx": True}
+    plan = planner.plan(body, Path("job/artifacts"))
+    assert (plan.args.dataset, plan.args.subset, plan.args.data) == ("wikitext", "wikitext-2-raw-v1", None)
+    assert plan.commands[1]["argv"][2:] == [
+        "--output=job/proof.jsonl", "--dataset=wikitext", "--subset=wikitext-2-raw-v1", "--split=train",
+        "--text_column=text"]  # fmt: skip
+
+
+def test_a_distilled_student_is_a_whole_model_unless_an_adapter_is_asked_for(planner, data):
+    assert planner.plan(payload(data), Path("run")).args.lora_r == 0
+    assert planner.plan(payload(data, lora_r=4), Path("run")).args.lora_r == 4
+    body = {"method": "sft", "student": str(data / "student"), "data": str(data / "rows.jsonl")}
+    assert planner.plan(body, Path("run")).args.lora_r == 16  # the script's own default
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_command_is_one_that_the_script_takes(planner, data, method):
+    body = {
+        "method": method,
+        "student_model": str(data / "student"),
+        "data": str(data / "rows.jsonl"),
+        "idp_mode": True,
+    }
+    body |= {"teacher": str(data / "teacher")} if method == "distill" else {}
+    plan = planner.plan(body | {"seed": 7, "skip_bad_rows": False, "lr_scheduler_type": "linear"}, Path("run"))
+    script, *argv = plan.commands[0]["argv"]
+    assert Path(script) == ROOT / METHODS[method]
+    assert "--idp_mode" in argv
+    assert "--skip_bad_rows" not in argv
+    again = planner.parser(method).parse_args(argv)
+    assert again == plan.args
+    assert (again.seed, again.lr_scheduler_type, again.save_dir) == (7, "linear", "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "message"),
+    [
+        ({"method": "rlhf"}, "method", "must be one of distill, sft, kd, dpo"),
+        ({"method": ["sft"]}, "method", "must be one of"),
+        ({"max_steps": "30"}, "max_steps", "must be a whole number"),
+        ({"max_steps": 3.5}, "max_steps", "must be a whole number"),
+        ({"max_steps": True}, "max_steps", "must be a whole number"),
+        ({"max_steps": 0}, "max_steps", "above 0"),
+        ({"max_steps": 10**400}, "max_steps", "must be between"),
+        ({"per_device_batch_size": 0}, "per_device_batch_size", "must be between 1 and"),
+        ({"lr": -1e-4}, "lr", "must be between"),
+        ({"lr": float("nan")}, "lr", "must be between"),
+        ({"temperature": 0}, "temperature", "must be between"),
+        ({"lora_dropout": 1.0}, "lora_dropout", "must be between 0 and 0.999"),
+        ({"alpha_kl": -1}, "alpha_kl", "must be between 0"),
+        ({"alpha_kl": 0, "beta_ce": 0}, "alpha_kl", "weight 0"),
+        ({"alpha_kl": 1, "gamma_kl": 1}, "gamma_kl", "alpha_kl are names of one setting"),
+        ({"student": "x"}, "student", "student_model are names of one setting"),
+        ({"lr_scheduler_type": "step"}, "lr_scheduler_type", "must be one of cosine"),
+        ({"save_dir": "/tmp/x"}, "save_dir", "no setting of the method distill"),
+        ({"output_dir": "/tmp/x"}, "output_dir", "no setting"),
+        ({"config": "x.yaml"}, "config", "no setting"),
+        ({"trust_remote_code": True}, "trust_remote_code", "no setting"),
+        ({"resume": True}, "resume", "no setting"),
+        ({"report_to": "wandb"}, "report_to", "no setting"),
+        ({"ünknown": 1}, "\\xfcnknown", "no setting"),
+        ({"text_column": "a\x00b"}, "text_column", "printable"),
+        ({"text_column": "\ud800"}, "text_column", "printable"),
+        ({"text_column": " "}, "text_column", "printable"),
+        ({"text_column": "x" * 5000}, "text_column", "printable"),
+        ({"subset": "../../etc"}, "subset", "must not be a path"),
+        ({"post_training_quant": "yes"}, "post_training_quant", "must be true or false"),
+        ({"dataset": None}, "data", "give data or dataset"),
+        ({"data": "rows.jsonl"}, "data", "give data or dataset, one of the two"),
+        ({"teacher_model": None}, "teacher", "--teacher is missing"),
+        ({"student_model": None}, "student", "required"),
+        ({"teacher_cache": "../x"}, "teacher_cache", "not a path"),
+        ({"teacher_cache": "x", "epsilon_attn": 1.0}, "epsilon_attn", "needs a live teacher"),
+        ({"layer_map": "5", "labels": "yes"}, "labels", "must be true or false"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(planner, data, change, field, message):
+    found, told = refused(planner, payload(data) | change)
+    assert found == field, told
+    assert message in told
+    assert told.startswith(field)
+
+
+def test_a_cache_is_a_name_in_the_services_own_folder(planner, data):
+    plan = planner.plan(payload(data, teacher_cache="squad-gpt2"), Path("run"))
+    assert plan.args.teacher_cache == str(data / "service" / "caches" / "squad-gpt2")
+
+
+def test_quantisation_aware_training(planner, data, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if torchao were installed
+    body = {"method": "sft", "student": str(data / "student"), "data": str(data / "rows.jsonl"), "use_qat": True}
+    args = planner.plan(body, Path("run")).args
+    assert (args.quantization_aware, args.lora_r) == ("int8", 0)
+    assert refused(planner, body | {"lora_r": 8})[0] == "use_qat"
+    args = planner.plan(payload(data, use_qat=True), Path("run")).args
+    assert (args.quantization_aware, args.lora_r, bool(args.teacher)) == ("int8", 0, True)
+    assert planner.plan(body | {"use_qat": False}, Path("run")).args.quantization_aware is None
+
+
+# Names and places.
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_place_that_is_not_allowed_is_like_one_that_is_not_there(planner, data, tmp_path, offline, monkeypatch):
+    secret = tmp_path / "secret"
+    build = secret / "model"
+    build.mkdir(parents=True)
+    (build / "config.json").write_text("{}")
+    (secret / "rows.jsonl").write_text("{}\n")
+    (data / "link").symlink_to(build)
+    (data / "rows_link.jsonl").symlink_to(secret / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    sibling = Path(f"{data}_sibling")  # the allowed root is a prefix of its name
+    sibling.mkdir(exist_ok=True)
+    (sibling / "rows.jsonl").write_text("{}\n")
+    there = [str(build), "secret/model", str(data / "link"), f"{data}/../../{build.relative_to('/')}", "/etc",
+             str(ROOT), "/proc/self/root" + str(build)]  # fmt: skip
+    for name in there:
+        for field in ("student_model", "teacher_model", "dataset"):
+            missing = name + "_not_there"
+            found = refused(planner, payload(data) | {field: name})
+            assert found == (field, refused(planner, payload(data) | {field: missing})[1].replace(missing, name))
+            assert found[0] == field
+    rows = {"method": "sft", "student": str(data / "student")}
+    for name in (str(secret / "rows.jsonl"), str(data / "rows_link.jsonl"), str(sibling / "rows.jsonl"), "/etc/passwd"):
+        told = refused(planner, rows | {"data": name})
+        assert told == ("data", f"data: there is no file {name!r} under the allowed folders")
+        assert refused(planner, rows | {"data": name + "x"})[1] == told[1].replace(name, name + "x")
+    assert refused(planner, rows | {"data": str(data / "empty")})[0] == "data"
+    assert "holds no model" in refused(planner, payload(data) | {"student_model": str(data / "empty")})[1]
+    assert "no folder" in refused(planner, rows | {"data": str(data / "rows.jsonl"), "init_adapter": "/etc"})[1]
+
+
+def test_a_name_of_the_hub_offline_is_refused_at_once(planner, data, offline):
+    for field, kind in (("teacher_model", "model"), ("student_model", "model"), ("dataset", "data set")):
+        found, told = refused(planner, payload(data) | {field: "nobody/nothing"})
+        assert found == field
+        assert "cannot be reached: the server is offline" in told
+        assert kind.replace("data set", "dataset") in told
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(data, monkeypatch):
+    import threading
+
+    from huggingface_hub import HfApi
+
+    hung = threading.Event()
+    monkeypatch.setattr(job_checks, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **more: hung.wait(60))
+    found, told = refused(Planner(ROOT, data, Reach([data])), payload(data) | {"student_model": "gpt2"})
+    assert (found, "did not answer within 0.2 s" in told) == ("student_model", True)
+    hung.set()
+
+
+def test_what_the_hub_says(data, monkeypatch):
+    import httpx2
+    from huggingface_hub import HfApi, errors
+
+    asked = []
+
+    def info(self, name, timeout):
+        asked.append(name)
+        assert timeout == job_checks.HUB_SECONDS
+        answer = httpx2.Response(404, request=httpx2.Request("GET", "http://hub"))
+        if name == "gone/model":
+            raise errors.RepositoryNotFoundError("no", response=answer)
+        if name == "gated/model":
+            raise errors.GatedRepoError("no", response=answer)
+        if name == "broken/model":
+            raise httpx2.ConnectError("no network")
+
+    monkeypatch.setattr(HfApi, "model_info", info)
+    monkeypatch.setattr(HfApi, "dataset_info", info)
+    reach = Reach([data])
+    assert reach.model("student", "org/model") == reach.model("student", "org/model") == "org/model"
+    assert reach.dataset("dataset", "wikitext") == "wikitext"
+    assert asked == ["org/model", "wikitext"]  # a yes is remembered
+    for name, words in (("gone", "none on the Hub"), ("gated", "set HF_TOKEN"), ("broken", "cannot be asked (Connect")):
+        with pytest.raises(Problem, match=words.replace("(", "[(]")):
+            reach.model("student", f"{name}/model")
+    for name in ("a/b/c", "-x", "a b", "https://x", "x" * 200, "../x", "/x"):
+        with pytest.raises(Problem, match="there is no model"):
+            reach.model("student", name)
+
+
+# Vocabulary and memory.
+
+
+def test_a_teacher_with_another_vocabulary(data):
+    vocabularies = Vocabularies(Reach([data]))
+    student = str(data / "student")
+    vocabularies.check(str(data / "teacher"), student)
+    with pytest.raises(Problem, match="its tokenizer is not the student's") as told:
+        vocabularies.check(str(data / "stranger"), student)
+    assert told.value.param == "teacher"
+    assert len(vocabularies._found) == 2  # each pair is compared once
+    vocabularies.check(str(data / "teacher"), student)
+    assert len(vocabularies._found) == 2
+
+
+def test_memory_is_predicted(planner, data):
+    body = {"method": "sft", "student": str(data / "student"), "data": str(data / "rows.jsonl"), "max_len": 512}
+    args = planner.plan(body | {"per_device_train_batch_size": 16}, Path("run")).args
+    check_memory(args, "sft", Device(False, 1 << 40))
+    check_memory(args, "sft", Device(True, 1 << 40))
+    check_memory(args, "sft", Device(False, None))
+    with pytest.raises(Problem, match="no settings need less") as told:
+        check_memory(args, "sft", Device(False, 1 << 20))
+    assert told.value.param == "student"
+
+
+def test_a_large_model_on_a_small_card(planner, data):
+    """Qwen's 3B fits 8 GB with the recipe; with all weights it does not, and the answer names what would."""
+    from common.vram.model_shape import QWEN_3B
+
+    (data / "qwen").mkdir(exist_ok=True)
+    (data / "qwen" / "config.json").write_text(json.dumps(QWEN_3B))
+    body = {"method": "sft", "student": str(data / "qwen"), "data": str(data / "rows.jsonl")}
+    card = Device(True, 8_188 << 20)
+    check_memory(planner.plan(body, Path("run")).args, "sft", card)
+    with pytest.raises(Problem) as told:
+        check_memory(planner.plan(body | {"lora_r": 0}, Path("run")).args, "sft", card)
+    assert (told.value.status_code, told.value.param) == (422, "student")
+    wide = planner.plan(body | {"per_device_train_batch_size": 64, "max_len": 1024}, Path("run")).args
+    with pytest.raises(Problem, match="it would fit with --per_device_train_batch_size") as told:
+        check_memory(wide, "sft", card)
+    assert told.value.param == "per_device_train_batch_size"
+    assert wide.per_device_train_batch_size == 64  # the request itself is not changed
+
+
+def test_a_model_of_an_unknown_kind_passes(data):
+    (data / "empty" / "config.json").write_text('{"model_type": "odd"}')
+    args = argparse.Namespace(student=str(data / "empty"))
+    check_memory(args, "sft", Device(True, 1))
+    (data / "empty" / "config.json").unlink()
+
+
+def test_the_example_runs_offline(data):
+    """The payload of the recipe, with local models and a text file, by the real trainer."""
+    with serve_jobs(data, data_dir=data / "service", scripts=ROOT) as served:
+        body = payload(data, max_steps=2, grad_accum_steps=1, logging_steps=1, save_every=2, max_len=64)
+        status, answer, _ = served.ask("POST", "/distill", body)
+        assert status == 202, answer
+        found = served.until(answer["job_id"])
+        assert found["state"] == "succeeded", found["error"]
+        assert found["progress"]["step"] == 2
+        assert found["losses"].keys() >= {"loss", "forward_kl", "ce"}
+        listed = {entry["path"] for entry in served.ask("GET", f"/artifacts/{answer['job_id']}")[1]["artifacts"]}
+        assert listed >= {"model.safetensors", "config.json", "tokenizer.json", "run.json", "loss.csv", "loss.png"}
+        config = served.ask("GET", f"/download/{answer['job_id']}/config.json")[1]
+        assert config["model_type"] == "qwen2"
+
+
+def test_all_of_it_over_http(data, offline):
+    """The checks in their place: before anything is queued, with the field that is to blame."""
+    scripts = data.parent / "scripts"
+    if not scripts.exists():
+        from support.jobs_served import make_place
+
+        make_place(data.parent)
+    with serve_jobs(data, scripts=ROOT) as served:
+        for change, field in (
+            ({"teacher_model": str(data / "stranger")}, "teacher"),
+            ({"student_model": "distilgpt2"}, "student_model"),
+            ({"temperature": -1}, "temperature"),
+            ({"dataset": "/etc/passwd"}, "dataset"),
+        ):
+            status, answer, _ = served.ask("POST", "/distill", payload(data) | change)
+            assert (status, answer["error"]["param"]) == (422, field), answer
+        assert served.ask("POST", "/distill", b"[]")[0] == 422
+        assert served.ask("POST", "/distill", b"{")[0] == 400
+        assert served.ask("GET", "/jobs")[1] == {"jobs": [], "next": None}
+        schema = served.service.planner.schema()["properties"]
+        assert set(RANGES) <= set(schema)
+        assert schema["jsd"]["description"].endswith("(methods: distill)")
+        assert os.listdir(served.service.jobs_dir) == []

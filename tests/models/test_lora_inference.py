@@ -1,0 +1,97 @@
+"""LoRA in place: what PEFT's own layers compute, wherever the short way is taken, and theirs wherever it is not."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from support.inputs import CORPUS
+
+from common.models import loading as models
+from common.models import lora_inference as lean_lora
+from common.models.source import ModelSource
+
+
+def adapted(base: str, **loading):
+    """A base with two adapters of random weights, "default" active."""
+    model = models.add_lora(models.load_base(ModelSource(base, **loading)), r=4, alpha=8, dropout=0.1, seed=0)
+    model.add_adapter("other", model.peft_config["default"])
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.3
+    return model.eval()
+
+
+def logits(model, tokenizer) -> torch.Tensor:
+    ids = torch.tensor([tokenizer.encode(CORPUS[0])])
+    return model(input_ids=ids).logits.float()
+
+
+@pytest.mark.parametrize("four_bit", ["off", "on"])
+def test_it_computes_what_peft_computes(four_bit, base, tokenizer):
+    model = adapted(base, load_in_4bit=four_bit)
+    with torch.inference_mode():
+        wanted = {}
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            wanted[name] = logits(model, tokenizer)
+        with model.disable_adapter():
+            plain = logits(model, tokenizer)
+        lean_lora.install(model)
+        lean_lora.install(model)
+        for name in ("other", "default"):
+            model.set_adapter(name)
+            close = {"atol": 1e-5} if four_bit == "off" else {"atol": 0.1, "rtol": 0.1}  # bfloat16 rounds elsewhere
+            torch.testing.assert_close(logits(model, tokenizer), wanted[name], rtol=close.pop("rtol", 1e-5), **close)
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(model, tokenizer), plain)
+    assert (wanted["default"] - wanted["other"]).abs().max() > 0.1
+    assert (wanted["default"] - plain).abs().max() > 0.1
+
+
+def test_rows_with_adapters_of_their_own_are_left_to_peft(base, tokenizer):
+    model = adapted(base)
+    ids = torch.tensor([tokenizer.encode(CORPUS[0])] * 3)
+    names = ["default", "other", "__base__"]
+    with torch.inference_mode():
+        wanted = model(input_ids=ids, adapter_names=names).logits
+        lean_lora.install(model)
+        torch.testing.assert_close(model(input_ids=ids, adapter_names=names).logits, wanted)
+
+
+def test_offloaded_adapters_are_fetched(base, tokenizer):
+    from accelerate import cpu_offload
+
+    model = adapted(base)
+    with torch.inference_mode():
+        wanted = logits(model, tokenizer)
+        lean_lora.install(model)
+        cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
+        torch.testing.assert_close(logits(model, tokenizer), wanted)
+
+
+def test_gradients_go_the_usual_way(base, tokenizer):
+    model = adapted(base)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        logits(model, tokenizer).logsumexp(-1).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        lean_lora.install(model)
+    assert gradients[0]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_adapters_that_are_only_used_take_it_and_the_precision_of_their_base(base, tmp_path):
+    adapted(base).save_pretrained(tmp_path)
+    bfloat16 = models.load_base(ModelSource(base, dtype="bfloat16"))
+    model = models.load_adapter(bfloat16, str(tmp_path))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    assert layer.lora_A["default"].weight.dtype == torch.bfloat16
+    assert isinstance(layer.forward, types.MethodType)
+    assert layer.forward.__func__ is lean_lora._forward
+    trainable = models.load_adapter(models.load_base(ModelSource(base)), str(tmp_path), trainable=True)
+    layer = trainable.get_base_model().model.layers[0].mlp.up_proj
+    assert "forward" not in vars(layer)

@@ -1,0 +1,68 @@
+"""The queue in front of a model: what leaves together, in which order, and when."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+
+from common.serving.batch_queue import BatchQueue, Job
+
+_numbers = itertools.count(1)
+
+
+def put(queue: BatchQueue, *keys: str, tokens: int = 10, **more) -> list[Job]:
+    jobs = [Job(next(_numbers), key, key, tokens=tokens, **more) for key in keys]
+    for job in jobs:
+        queue.put(job)
+    return jobs
+
+
+def test_the_oldest_goes_first_and_takes_its_like_along():
+    queue = BatchQueue(1000)
+    a1, b1, a2, c1, b2 = put(queue, "a", "b", "a", "c", "b")
+    assert len(queue) == 5
+    assert [queue.take(), queue.take(), queue.take(), queue.take()] == [[a1, a2], [b1, b2], [c1], []]
+    assert len(queue) == 0
+
+
+def test_a_batch_keeps_to_its_tokens():
+    queue = BatchQueue(25)
+    jobs = put(queue, *"aaaaa")
+    assert [queue.take(), queue.take(), queue.take()] == [jobs[:2], jobs[2:4], jobs[4:]]
+    large = put(queue, "a", tokens=9999)
+    assert queue.take() == large  # one always goes
+
+
+def test_a_withdrawn_job_is_not_handed_out():
+    queue = BatchQueue(1000)
+    first, second, other = put(queue, "a", "a", "b")
+    assert queue.withdraw(first.number)
+    assert not queue.withdraw(first.number)
+    assert queue.withdraw(other.number)
+    assert [queue.take(), queue.take()] == [[second], []]
+    assert not queue.withdraw(second.number)  # it is being worked on
+
+
+def test_urgent_jobs_can_be_taken_first():
+    queue = BatchQueue(1000)
+    assert queue.take(urgent=True) == []
+    (slow,) = put(queue, "s", urgent=False)
+    assert queue.take(urgent=True) == []
+    quick = put(queue, "a", "a")
+    assert [queue.take(urgent=True), queue.take()] == [quick, [slow]]
+
+
+def test_without_a_wait_a_batch_is_due_at_once():
+    queue = BatchQueue(1000)
+    assert queue.due() is None
+    put(queue, "a")
+    assert queue.due() == 0
+
+
+@pytest.mark.parametrize(("waited", "keys", "due"), [(0, "ab", 30), (12, "ab", 18), (31, "a", 0), (0, "aba", 0)])
+def test_a_batch_waits_for_company_until_it_is_full_or_late(waited, keys, due):
+    queue = BatchQueue(20, max_wait=30)
+    put(queue, *keys, arrived=time.monotonic() - waited)
+    assert queue.due() == pytest.approx(due, abs=1)

@@ -1,0 +1,1 @@
+"""What several test files share: places, small inputs, tiny models, processes, servers."""

@@ -1,0 +1,34 @@
+"""Tiny models of random weights, and what is asked of those that a test has trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def build_base(folder: Path, tokenizer, embeddings: float = 0.02, **shape: int) -> str:
+    from common.training import miniature
+
+    model = miniature.build_model(tokenizer, **({"hidden": 32, "layers": 2, "heads": 4, "seed": 0} | shape))
+    model.get_input_embeddings().weight.data *= embeddings / 0.02
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def weights(folder: str | Path) -> dict:
+    """The adapter's tensors by name."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def distance(one: str | Path, other: str | Path) -> float:
+    """The largest difference between two adapters' weights."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def run_json(folder: str | Path) -> dict:
+    return json.loads((Path(folder) / "run.json").read_text())

@@ -1,0 +1,29 @@
+"""Pages in a real browser: how to start it, and what is asked of colours."""
+
+from __future__ import annotations
+
+import re
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+
+COLOURS = """element => {
+  let ground = element;
+  while (getComputedStyle(ground).backgroundColor === "rgba(0, 0, 0, 0)") ground = ground.parentElement;
+  return [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor];
+}"""
+
+
+def rgb(colour: str) -> list[float]:
+    return [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    """The contrast ratio of WCAG 2.2."""
+
+    def luminance(colour: list[float]) -> float:
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    brighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)

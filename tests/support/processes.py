@@ -1,0 +1,50 @@
+"""Processes that are forked from one with the heavy imports, and waiting for them."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def join(children: Sequence, folder: Path) -> None:
+    """Wait for the two of `spawn.ranks`, which must have done their work."""
+    for rank, child in enumerate(children):
+        child.join(120)
+        assert child.exitcode == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def run_child(
+    main: Callable, argv: Sequence[str], log: str, file_size: int | None, environment: dict[str, str]
+) -> None:
+    import resource
+
+    from common import cli
+
+    os.environ.update(environment)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    sys.exit(cli.run(main, argv))
+
+
+@functools.cache
+def fork_server():
+    """Where processes are forked from one that has the heavy imports: a start in some milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    trainers = ["transformers.trainer", "trl.trainer.dpo_trainer", "transformers.models.qwen2.modeling_qwen2"]
+    context.set_forkserver_preload(["torch", "peft", "datasets", "matplotlib.figure", *trainers])
+    return context

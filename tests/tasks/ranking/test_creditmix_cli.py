@@ -1,0 +1,474 @@
+"""CreditMix from made-up rows to answers, through the scripts themselves, on a base that trains in seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.inputs import LABELS, write_rows
+
+import creditmix_prepare
+import eval_creditmix
+import infer_creditmix
+import sft_train
+from common import cli, run_record
+from common.cli import UserError
+from common.data import splits
+from common.tasks.ranking import creditmix
+from common.tasks.ranking.calibration import Calibration, batch_calibration
+from common.tasks.ranking.classifier import Classifier
+from common.tasks.ranking.task import CREDITMIX
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """What creditmix_prepare.py makes of 1,500 synthetic rows."""
+    folder = tmp_path_factory.mktemp("data")
+    creditmix_prepare.main(["--synthesize", "1500", "--outdir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(data) -> str:
+    return str(data / "creditmix_dataset.json")
+
+
+@pytest.fixture(scope="session")
+def trained(data, base, tmp_path_factory) -> str:
+    """An adapter of a few SFT steps, without a fitted calibration. Not to be changed."""
+    run = str(tmp_path_factory.mktemp("runs") / "sft")
+    argv = ["--student", base, "--data", str(data / "creditmix_sft.jsonl"), "--save_dir", run, "--max_steps", "24"]
+    sft_train.main([*argv, "--learning_rate", "0.01", "--logging_steps", "24"])
+    return run
+
+
+@pytest.fixture(scope="session")
+def fitted(data, trained, tmp_path_factory) -> str:
+    """The same with a calibration fitted on the dev rows."""
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "fitted")
+    eval_creditmix.main(["--model_dir", str(run), "--fit_calibration", str(data / "creditmix_dev.jsonl")])
+    return str(run)
+
+
+@pytest.fixture
+def evaluate(dataset, capsys):
+    """`evaluate(model_dir, ..., flag, ...)`: the last line of stdout as JSON."""
+
+    def run(*argv: str, code: int | None = None, file: str = dataset) -> dict:
+        capsys.readouterr()
+        assert eval_creditmix.main(["--data", file, "--model_dir", *map(str, argv)]) == code
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def rows_of(file: str | Path, part: str | None = None) -> list[dict]:
+    rows, _ = creditmix.read_labelled(file)
+    return [row for row in rows if part is None or splits.part_of(row["group"]) == part]
+
+
+# Evaluation.
+
+
+def interval(value) -> bool:
+    return value.keys() == {"value", "low", "high"} and value["low"] <= value["value"] <= value["high"]
+
+
+def test_the_result_line(evaluate, trained, dataset):
+    result = evaluate(trained)
+    rarest = min(splits.class_counts(rows_of(dataset, "validation"), lambda row: row["answer"], LABELS).values())
+    assert result["n"] == 3 * rarest > 100
+    assert {key: result[key] for key in ("evaluator", "version", "data", "split")} == {
+        "evaluator": "creditmix",
+        "version": 1,
+        "data": dataset,
+        "split": "validation",
+    }
+    assert result["contamination"] == {"rows": 0, "of": result["n"]}
+    (model,) = result["models"]
+    assert model["model_dir"] == trained
+    assert model["contamination"] == result["contamination"]
+    assert all(interval(model[key]) for key in ("accuracy", "macro_f1", "ece", "brier", "nll", "mean_margin"))
+    assert list(model["per_class"]) == list(LABELS)
+    for label in LABELS:
+        told = model["per_class"][label]
+        assert all(interval(told[key]) for key in ("precision", "recall", "f1"))
+        assert told["support"] == rarest
+    matrix = np.array(model["confusion_matrix"])
+    assert matrix.sum(axis=1).tolist() == [rarest] * 3
+    assert model["accuracy"]["value"] == pytest.approx(matrix.trace() / matrix.sum(), abs=1e-6)
+    assert model["calibration"] == model["uncalibrated"]["calibration"] == "prior"
+
+
+def test_figures_are_those_of_the_scores(evaluate, fitted, dataset):
+    """Accuracy under every --calibration against one computed here; --label_bias on top."""
+    rows = rows_of(dataset, "validation")
+    chosen = splits.balanced(rows, lambda row: row["answer"], LABELS, 20, 3, "rows")
+    y = np.array([LABELS.index(row["answer"]) for row in chosen])
+    classifier = Classifier(fitted, CREDITMIX)
+    raw = classifier.raw_scores([row["question"] for row in chosen]).astype(float)
+    bias = np.array(list(json.loads(Path(fitted, "calibration.json").read_text())["bias"].values()))
+    scores = {
+        "none": raw,
+        "prior": raw - classifier.prior,
+        "batch": batch_calibration(raw, LABELS).apply(raw).scores,
+        "fitted": raw - classifier.prior + bias,
+    }
+    for method, expected in scores.items():
+        (model,) = evaluate(fitted, "--val_per_class", "20", "--seed", "3", "--calibration", method)["models"]
+        assert model["calibration"] == method
+        assert model["accuracy"]["value"] == pytest.approx((expected.argmax(1) == y).mean(), abs=1e-6)
+        best = np.sort(expected, axis=1)
+        assert model["mean_margin"]["value"] == pytest.approx((best[:, 2] - best[:, 1]).mean(), abs=1e-3)
+    shifted = evaluate(fitted, "--val_per_class", "20", "--label_bias", "Standard=50", "Bad=-1")["models"][0]
+    assert [row[1] for row in shifted["confusion_matrix"]] == [20, 20, 20]
+    assert evaluate(fitted, "--val_per_class", "20")["models"][0]["calibration"] == "fitted"
+
+
+def test_contamination_is_counted(evaluate, trained, dataset, tmp_path):
+    groups = run_record.read_groups(trained)
+    result = evaluate(trained, "--split", "all", "--val_per_class", "50")
+    assert 50 < result["contamination"]["rows"] < result["contamination"]["of"] == 150
+    every = evaluate(trained, "--split", "all", "--val_frac", "0.999")
+    chosen = [row["group"] for row in rows_of(dataset)]
+    share = sum(group in groups for group in chosen) / len(chosen)
+    assert every["contamination"]["rows"] / every["n"] == pytest.approx(share, abs=0.1)
+    assert evaluate(trained, "--split", "dev", "--val_per_class", "5")["contamination"] == {"rows": 0, "of": 15}
+    unknown = shutil.copytree(trained, tmp_path / "unknown")
+    (unknown / "train_groups.txt").unlink()
+    assert evaluate(unknown, "--val_per_class", "5")["contamination"] is None
+    both = evaluate(unknown, trained, "--val_per_class", "5", "--split", "all")
+    assert [model["contamination"] for model in both["models"]] == [None, both["contamination"]]
+    assert both["contamination"]["rows"] > 0
+
+
+def test_several_models_are_compared(evaluate, base, trained):
+    result = evaluate(base, trained, "--val_per_class", "30")
+    before, after = result["models"]
+    (difference,) = result["differences"]
+    assert (difference["a"], difference["b"]) == (trained, base)
+    for key in ("accuracy", "macro_f1", "nll"):
+        assert interval(difference[key])
+        assert difference[key]["value"] == pytest.approx(after[key]["value"] - before[key]["value"], abs=2e-6)
+    assert before["contamination"] == {"rows": 0, "of": 90}
+    assert after["nll"]["value"] < before["nll"]["value"]
+
+
+def test_fitting_a_calibration(fitted, data):
+    stored = json.loads(Path(fitted, "calibration.json").read_text())
+    dev = rows_of(data / "creditmix_dev.jsonl")
+    y = np.array([LABELS.index(row["answer"]) for row in dev])
+    classifier = Classifier(fitted, CREDITMIX)
+    raw = classifier.raw_scores([row["question"] for row in dev])
+    weight = 1 / np.bincount(y)[y] / 3
+
+    def nll(method: str) -> float:
+        return -(weight * np.log(classifier.calibration(method).apply(raw).probabilities[range(len(y)), y])).sum()
+
+    assert nll("fitted") < nll("prior") - 1e-4
+    assert nll("fitted") < nll("none") - 0.02
+    assert stored["fitted_on"]["nll_after"] == pytest.approx(nll("fitted"), abs=1e-3)
+    assert stored["fitted_on"]["nll_before"] == pytest.approx(nll("prior"), abs=1e-3)
+    assert stored["fitted_on"]["file"] == str(data / "creditmix_dev.jsonl")
+    assert stored["fitted_on"]["rows"] == len(dev)
+    assert stored["temperature"] > 0
+
+
+def test_fitting_on_trained_customers_is_refused(trained, dataset, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(UserError, match=r"\d+ of 1500 rows of .* are of customers that .* was trained on"):
+        eval_creditmix.main(["--model_dir", str(run), "--fit_calibration", dataset])
+    assert not (run / "calibration.json").exists()
+
+
+def test_fitted_decisions(trained, data, evaluate, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    dev = str(data / "creditmix_dev.jsonl")
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps({"Good": {"Bad": 1000}, "Standard": {"Bad": 1000}}))
+    eval_creditmix.main(["--model_dir", str(run), "--fit_calibration", dev, "--optimize", "cost", "--costs",
+                         str(costs), "--abstain_below", "0.99"])  # fmt: skip
+    (model,) = evaluate(run, "--val_per_class", "20")["models"]
+    assert [row[2] for row in model["confusion_matrix"]] == [0, 0, 0]  # Bad is too costly to say
+    assert model["mean_cost"]["value"] == 0
+    assert model["coverage"]["value"] == 0
+    infer_creditmix.main(["--model_dir", str(run), "--features", LINE])
+    assert json.loads(capsys.readouterr().out)["prediction"] is None
+    costs.write_text(json.dumps({"Goood": {}}))
+    with pytest.raises(UserError, match="unknown label 'Goood'; the labels are Good, Standard, Bad"):
+        eval_creditmix.main(["--model_dir", str(run), "--fit_calibration", dev, "--optimize", "cost", "--costs",
+                             str(costs)])  # fmt: skip
+
+
+def test_drift(evaluate, trained, tmp_path):
+    draw = ("--val_per_class", "60")
+    report = tmp_path / "report"
+    assert "drift" not in evaluate(trained, *draw, "--report_dir", str(report))
+    stored = str(report / "metrics.json")
+    same = evaluate(trained, *draw, "--baseline", stored, "--fail_on_drift")
+    assert same["drift"]["drifted"] is False
+    assert same["drift"]["models"][0]["accuracy"]["difference"]["value"] == 0
+    better = json.loads((report / "metrics.json").read_text())
+    better["models"][0]["predictions"] = better["rows"]["y"]
+    better["models"][0]["accuracy"] = {"value": 1.0, "low": 1.0, "high": 1.0}
+    (report / "better.json").write_text(json.dumps(better))
+    drop = evaluate(trained, *draw, "--baseline", str(report / "better.json"), "--fail_on_drift", code=3)
+    assert drop["drift"]["drifted"] is True
+    assert drop["drift"]["models"][0]["accuracy"]["before"] == 1.0
+    assert evaluate(trained, *draw, "--baseline", str(report / "better.json"))["drift"]["drifted"] is True
+
+
+def test_the_report_folder(evaluate, base, trained, tmp_path):
+    line = evaluate(base, trained, "--val_per_class", "30", "--report_dir", str(tmp_path / "report"))
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    plots = {f"{kind}_{i}_{name}.png" for kind in ("confusion", "reliability", "margins")
+             for i, name in ((1, Path(base).name), (2, "sft"))}  # fmt: skip
+    assert names == {"metrics.json", "report.html", "f1_per_class.png", "risk_coverage.png", *plots}
+    for plot in plots:
+        assert (tmp_path / "report" / plot).read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert len(stored["rows"]["y"]) == len(stored["models"][1]["predictions"]) == 90
+    assert stored["models"][1]["accuracy"] == line["models"][1]["accuracy"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 8
+    assert "http://" not in page and "https://" not in page
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--val_per_class", "100000"], r"so 100,000 per class is more than there is; ask for at most \d+"),
+        (["--label_bias", "Standard"], "--label_bias Standard is not LABEL=NUMBER"),
+        (["--label_bias", "Average=1"], "unknown label 'Average'; the labels are Good, Standard, Bad"),
+        (["--calibration", "fitted"], "has no fitted calibration; fit one with"),
+        (["--baseline", "/none.json"], "/none.json does not exist"),
+        (["--fail_on_drift"], "--fail_on_drift needs --baseline"),
+        (["--optimize", "accuracy"], "go with --fit_calibration"),
+        (["--val_frac", "1.5"], "1.5 is not between 0 and 1"),
+        (["--val_frac", "0.1", "--val_per_class", "3"], "not allowed with argument"),
+        (["--features", "all"], "holds the six features only; --features all needs the raw credit-score CSV"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(more, sentence, trained, dataset, monkeypatch):
+    monkeypatch.setattr(Classifier, "from_flags", None)
+    with pytest.raises(UserError, match=sentence):
+        eval_creditmix.main(["--model_dir", trained, "--data", dataset, *more])
+
+
+def test_more_usage_errors(trained, dataset, tmp_path):
+    for argv, sentence in (
+        (["--model_dir", trained], "give --data with the rows to judge on"),
+        (["--model_dir", trained, trained, "--data", dataset], "names the same model twice"),
+        (["--model_dir", "a/b", "--fit_calibration", "x"], "writes into the model's folder, and a/b is not one"),
+        (["--model_dir", trained, "--fit_calibration", "x", "--baseline", "y"], "need --data"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            eval_creditmix.main(argv)
+    one_class = write_rows(tmp_path / "rows.jsonl", [row for row in rows_of(dataset) if row["answer"] == "Good"])
+    with pytest.raises(UserError, match=r"has no row of class Standard, Bad \(Good \d+"):
+        eval_creditmix.main(["--model_dir", trained, "--data", one_class])
+
+
+def test_prepared_rows_give_the_same_figures_as_the_source(evaluate, trained, data):
+    """The validation file that prepare wrote and the source itself hold the same held-out rows."""
+    one, other = (evaluate(trained, "--val_frac", "0.999", file=file)["models"][0]["nll"]["value"]
+                  for file in (str(data / "creditmix_val.jsonl"), str(data / "creditmix_dataset.json")))  # fmt: skip
+    assert one == pytest.approx(other, abs=0.1)
+
+
+# Inference.
+
+KEYS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
+LINE = (
+    "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
+    "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
+)
+
+
+@pytest.fixture
+def infer(capsys):
+    def run(model_dir: str, *argv: str) -> dict:
+        capsys.readouterr()
+        infer_creditmix.main(["--model_dir", model_dir, *argv])
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["none", "prior", "fitted", "default"])
+def test_one_row(method, infer, fitted):
+    answer = infer(fitted, "--features", LINE, *([] if method == "default" else ["--calibration", method]))
+    assert list(answer) == KEYS
+    assert answer["model_name"] == fitted
+    for key in KEYS[2:6]:
+        assert list(answer[key]) == list(LABELS)
+    stored = json.loads(Path(fitted, "calibration.json").read_text())
+    bias, temperature = dict.fromkeys(LABELS, 0.0), 1.0
+    if method in ("fitted", "default"):
+        bias, temperature = stored["bias"], stored["temperature"]
+    if method == "none":
+        assert set(answer["prior"].values()) == {0.0}
+    for label in LABELS:
+        expected = answer["raw_scores"][label] - answer["prior"][label] + bias[label]
+        assert answer["scores"][label] == pytest.approx(expected, abs=3e-6)
+    best = sorted(answer["scores"].values(), reverse=True)
+    assert answer["scores"][answer["prediction"]] == best[0]
+    assert answer["top2_margin"] == pytest.approx(best[0] - best[1], abs=3e-6)
+    total = sum(math.exp(score / temperature) for score in best)
+    for label in LABELS:
+        share = math.exp(answer["scores"][label] / temperature) / total
+        assert answer["probabilities"][label] == pytest.approx(share, abs=1e-5)
+    assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=3e-6)
+
+
+def test_label_bias_shifts_one_row(infer, trained):
+    plain = infer(trained, "--features", LINE)
+    shifted = infer(trained, "--features", LINE, "--label_bias", "Standard=0.3", "Bad=-40")
+    for label, offset in (("Good", 0.0), ("Standard", 0.3), ("Bad", -40.0)):
+        assert shifted["scores"][label] == pytest.approx(plain["scores"][label] + offset, abs=3e-6)
+    assert shifted["raw_scores"] == plain["raw_scores"]
+    assert shifted["probabilities"]["Bad"] < 1e-9
+
+
+def test_features_are_cleaned_as_in_training(infer, trained):
+    dirty = LINE.replace("23.0", "23").replace("19114.12", "19114.12_").replace("35.03", "35.0300001")
+    assert infer(trained, "--features", dirty) == infer(trained, "--features", LINE)
+
+
+@pytest.fixture(scope="session")
+def questions(data) -> list[str]:
+    return [row["question"] for row in rows_of(data / "creditmix_val.jsonl")][:23]
+
+
+def answers(model_dir: str, rows: str, output: Path, *more: str) -> list[dict]:
+    infer_creditmix.main(["--model_dir", model_dir, "--input", rows, "--output", str(output), *more])
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def near(one: list[dict], other: list[dict], tolerance: float) -> bool:
+    def flat(answer: dict) -> list[float]:
+        return [value for key in KEYS[2:6] for value in answer[key].values()] + [answer["top2_margin"]]
+
+    assert [list(answer) for answer in one] == [list(answer) for answer in other]
+    return np.abs(np.array([*map(flat, one)]) - np.array([*map(flat, other)])).max() < tolerance
+
+
+def test_a_file_equals_one_by_one(trained, questions, tmp_path, infer):
+    rows = [{"features" if i % 2 else "question": question, "id": i} for i, question in enumerate(questions)]
+    found = answers(trained, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "new" / "answers.jsonl")
+    assert near(found, [infer(trained, "--features", question) for question in questions], 1e-4)
+    assert len({answer["raw_scores"]["Good"] for answer in found}) > 15  # so that the order is tested
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["answers.jsonl"]
+
+
+@pytest.mark.parametrize("method", ["prior", "batch"])
+def test_an_interrupted_file_goes_on(method, trained, questions, tmp_path, monkeypatch, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": question} for question in questions])
+    whole = answers(trained, rows, tmp_path / "whole.jsonl", "--calibration", method)
+    output, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    partial.write_text("".join(lines[:9]) + lines[9][:40])
+    scored = []
+    raw_scores = Classifier.raw_scores
+    monkeypatch.setattr(Classifier, "raw_scores", lambda self, t: scored.append(len(t)) or raw_scores(self, t))
+    assert near(answers(trained, rows, output, "--calibration", method), whole, 1e-5)
+    assert output.read_text().startswith("".join(lines[:9]))
+    assert f"going on after 9 answers in {partial}" in capsys.readouterr().err
+    assert scored == ([23] if method == "batch" else []) + [1, 14]
+    assert not partial.exists()
+
+
+def test_ctrl_c_leaves_what_was_answered(trained, questions, tmp_path, monkeypatch, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": question} for question in questions])
+    whole = answers(trained, rows, tmp_path / "whole.jsonl")
+    argv = ["--model_dir", trained, "--input", rows, "--output", str(tmp_path / "answers.jsonl")]
+    monkeypatch.setattr(infer_creditmix, "WINDOW", 8)
+    given = Classifier.answers
+
+    def interrupted(self, texts, *more):
+        if texts[0] == questions[16]:
+            raise KeyboardInterrupt
+        return given(self, texts, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "answers", interrupted)
+        assert cli.run(infer_creditmix.main, argv) == cli.INTERRUPTED
+    assert (tmp_path / "answers.jsonl.partial").read_text().count("\n") == 16
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert cli.run(infer_creditmix.main, argv) == 0
+    assert "going on after 16 answers" in capsys.readouterr().err
+    assert near([json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()], whole, 1e-5)
+
+
+@pytest.mark.parametrize("stale", ["another model", "another bias", "other rows", "more rows", "garbage"])
+def test_answers_of_something_else_are_not_kept(stale, trained, base, questions, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": question} for question in questions])
+    whole = answers(trained, rows, tmp_path / "whole.jsonl")
+    old = tmp_path / "old.jsonl"
+    if stale == "another model":
+        answers(base, rows, old)
+    elif stale == "another bias":
+        answers(trained, rows, old, "--label_bias", "Bad=1")
+    elif stale == "other rows":
+        answers(trained, write_rows(tmp_path / "back.jsonl", [{"question": q} for q in questions[::-1]]), old)
+    elif stale == "more rows":
+        answers(trained, write_rows(tmp_path / "more.jsonl", [{"question": q} for q in questions * 2]), old)
+    else:
+        old.write_text("{}\n" * 5)
+    lines = old.read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl.partial").write_text("".join(lines if stale == "more rows" else lines[:5]))
+    capsys.readouterr()
+    assert near(answers(trained, rows, tmp_path / "answers.jsonl"), whole, 1e-5)
+    assert "holds answers of another model, calibration or input; starting again" in capsys.readouterr().err
+
+
+def test_bad_rows(trained, questions, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    good = [json.dumps({"features": question}) for question in questions[:3]]
+    rows.write_text("\n".join([good[0], "{broken", good[1], '{"features": ""}', '{"answer": "Good"}', "", good[2]]))
+    argv = ["--model_dir", trained, "--input", str(rows), "--output", str(tmp_path / "answers.jsonl")]
+    assert cli.run(infer_creditmix.main, argv) == cli.BAD_INPUT
+    told = capsys.readouterr().err
+    assert f"error: {rows}, line 2: not JSON" in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.glob("answers*"))
+    found = answers(trained, str(rows), tmp_path / "answers.jsonl", "--skip_bad_rows")
+    only = write_rows(tmp_path / "only.jsonl", [json.loads(row) for row in good])
+    assert near(found, answers(trained, only, tmp_path / "only_answers.jsonl"), 1e-5)
+    rejects = [json.loads(line) for line in (tmp_path / "answers.jsonl.rejects.jsonl").read_text().splitlines()]
+    assert [reject["line"] for reject in rejects] == [2, 4, 5]
+    assert rejects[2]["row"] == {"answer": "Good"}
+    assert "3 bad rows" in capsys.readouterr().err
+    answers(trained, only, tmp_path / "answers.jsonl", "--skip_bad_rows")
+    assert not (tmp_path / "answers.jsonl.rejects.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "give either --features, or --input and --output together"),
+        (["--features", "a", "--input", "b", "--output", "c"], "give either --features"),
+        (["--input", "a"], "give either --features"),
+        (["--features", " "], "--features is empty; give a line such as"),
+        (["--input", "/none.jsonl", "--output", "x"], "/none.jsonl does not exist"),
+        (["--input", "same.jsonl", "--output", "./same.jsonl"], "would replace --input; choose another name"),
+        (["--features", "a", "--label_bias", "Good"], "--label_bias Good is not LABEL=NUMBER"),
+        (["--features", "a", "--label_bias", "Poor=1"], "unknown label 'Poor'; the labels are Good, Standard, Bad"),
+        (["--features", "a", "--calibration", "fitted"], "has no fitted calibration; fit one with eval_creditmix.py"),
+        (["--features", "Occupation: " + "9 " * 3000], "does not fit the model's context of 2048; shorten the row"),
+    ],
+)
+def test_inference_usage_errors(argv, sentence, trained):
+    with pytest.raises(UserError, match=sentence):
+        infer_creditmix.main(["--model_dir", trained, *argv])
+
+
+def test_a_calibration_of_other_labels_is_refused(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    Calibration(("A", "B"), "fitted").save(run / "calibration.json")
+    with pytest.raises(UserError, match="was fitted for the labels A, B, not Good, Standard, Bad; fit it again"):
+        infer_creditmix.main(["--model_dir", str(run), "--features", LINE])

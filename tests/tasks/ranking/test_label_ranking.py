@@ -1,0 +1,180 @@
+"""The ranker against its definition: one forward pass per row, label and form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from common.cli import UserError
+from common.models import loading as models
+from common.models.source import ModelSource
+from common.tasks.ranking import ranker
+from common.tasks.ranking.ranker import LabelTree, cached_prior
+from common.tasks.ranking.task import CREDITMIX, LabelTask
+from common.tasks.ranking.torch_ranker import LabelRanker, label_scores, naive_scores
+
+TEXTS = [
+    "Age: 23, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98",
+    "Age: 4",
+    "Age: 35, Occupation: Lawyer, Annual Income: 143162.64, Outstanding Debt: 1303.01",
+    "",
+    "Age: 51, Occupation: Engineer, Annual Income: 9.5, Outstanding Debt: 0.25, a much longer row than the others are",
+]
+AWKWARD = LabelTask(
+    name="awkward",
+    labels=("Bad", "Bad debt", "Bad debt, unpaid for very long", "größe", "日本 語"),
+    instruction="Which one?",
+    null_inputs=("N/A", "none"),
+    verbalizers={"Bad": ["Poor", "Not good at all"]},
+)
+SIXTY = LabelTask("sixty", tuple(f"class number {i}" for i in range(60)), "Which class?", ("N/A",))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base):
+    return models.load_for_inference(ModelSource(tiny_base))[0]
+
+
+def architecture(kind: str, tokenizer):
+    torch.manual_seed(1)
+    shape = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None}
+    if kind == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **shape,
+        )
+        return LlamaForCausalLM(config).eval()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **shape)).eval()
+
+
+@pytest.mark.parametrize("task", [CREDITMIX, AWKWARD, SIXTY], ids=lambda task: task.name)
+def test_equals_the_naive_scorer(model, tokenizer, task):
+    expected = naive_scores(model, tokenizer, task, TEXTS)
+    assert np.abs(LabelRanker(model, tokenizer, task).raw_scores(TEXTS) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("task", [CREDITMIX, AWKWARD], ids=lambda task: task.name)
+def test_other_architectures(kind, task, tokenizer):
+    model = architecture(kind, tokenizer)
+    expected = naive_scores(model, tokenizer, task, TEXTS)
+    assert np.abs(LabelRanker(model, tokenizer, task).raw_scores(TEXTS) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("task", [CREDITMIX, AWKWARD], ids=lambda task: task.name)
+@pytest.mark.parametrize("budget", [1, 60, 100_000])
+def test_independent_of_batches_and_order(model, tokenizer, task, budget):
+    alone = np.concatenate([LabelRanker(model, tokenizer, task).raw_scores([text]) for text in TEXTS])
+    together = LabelRanker(model, tokenizer, task, max_batch_tokens=budget).raw_scores(TEXTS[::-1])[::-1]
+    assert np.abs(alone - together).max() < 1e-4
+
+
+def test_windows_keep_the_order(model, tokenizer, monkeypatch):
+    expected = LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
+    monkeypatch.setattr(ranker, "WINDOW_ROWS", 2)
+    assert np.abs(LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS) - expected).max() < 1e-4
+
+
+def test_bfloat16_agrees_on_the_winner(tiny_base, tokenizer):
+    rows = [f"Age: {age}, Occupation: Writer, Outstanding Debt: {13 * age}" for age in range(100, 300)]
+    exact, half = (
+        LabelRanker(models.load_base(ModelSource(tiny_base, dtype=dtype)).eval(), tokenizer, CREDITMIX).raw_scores(rows)
+        for dtype in ("float32", "bfloat16")
+    )
+    best = np.sort(exact, axis=1)
+    clear = best[:, -1] - best[:, -2] > 0.01  # random weights: near-ties mean nothing
+    assert clear.sum() > 50
+    assert (exact.argmax(1) == half.argmax(1))[clear].mean() >= 0.995
+
+
+def test_tree_shares_tokens():
+    tree = LabelTree([[[[5]]], [[[5, 6]]], [[[5, 6, 7], [8, 9]]]])
+    assert tree.tokens[1:] == [5, 6, 8]  # inner nodes: 5, 5-6 and 8; the last token of a form costs no column
+    assert tree.depths == [0, 1, 2, 1]
+    assert tree.ancestors().tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+    assert tree.forms[2][0][0] == [(0, 5), (1, 6), (2, 7)]
+
+
+def test_hand_computed_scores(tokenizer):
+    """Two labels of one and two tokens on logits that are known."""
+    tree = LabelTree([[[[0]]], [[[1, 2]]]])
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]]))
+    scores = label_scores(tree, logits, CREDITMIX.aggregate)
+    assert scores[0, 0] == pytest.approx(np.log(0.5), abs=1e-6)
+    assert scores[0, 1] == pytest.approx((np.log(0.25) + np.log(0.6)) / 2, abs=1e-6)
+
+
+def test_prior_is_the_mean_over_null_inputs(model, tokenizer):
+    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    expected = naive_scores(model, tokenizer, CREDITMIX, CREDITMIX.null_inputs).mean(axis=0)
+    assert np.abs(ranker.prior() - expected).max() < 1e-4
+
+
+def test_prefixes_at_hand_are_few(model, tokenizer):
+    """Equal long rows share all but their last token, and the keys and values of that are large."""
+    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    once = ranker.raw_scores(["Age: 1", "Age: 2"])
+    for number in range(6):
+        row = f"{number}" + " word" * (60 if number else 20)
+        assert np.ptp(ranker.raw_scores([row, row]), axis=0).max() < 1e-5
+        kept = [len(prefix) for prefix in ranker._prefixes]
+        assert len(kept) == 1 or sum(kept) <= 512
+    assert len(kept) == 1  # of the long ones there is room for one
+    assert np.abs(ranker.raw_scores(["Age: 1", "Age: 2"]) - once).max() < 1e-5
+
+
+def test_prior_cache(model, tokenizer, tmp_path, capsys):
+    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    prior = cached_prior(ranker, tmp_path, "hash-a")
+    file = tmp_path / "prior.json"
+    stored = json.loads(file.read_text())
+    stored["prior"]["Good"] = 7.0
+    file.write_text(json.dumps(stored))
+    assert cached_prior(ranker, tmp_path, "hash-a")[0] == 7.0  # read, not computed
+    assert cached_prior(ranker, tmp_path, "hash-b")[0] == pytest.approx(prior[0])  # another adapter
+    fewer = dataclasses.replace(CREDITMIX, null_inputs=CREDITMIX.null_inputs[:2])
+    of_fewer = cached_prior(LabelRanker(model, tokenizer, fewer), tmp_path, "hash-b")
+    assert of_fewer[0] != pytest.approx(prior[0], abs=1e-7)
+    file.write_text("{broken")
+    assert cached_prior(ranker, tmp_path, "hash-a")[0] == pytest.approx(prior[0])
+    assert "computing the prior again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [(("Good", ""), "has no tokens"), (("Good", " Good"), "are the same tokens")],
+)
+def test_bad_labels(model, tokenizer, labels, sentence):
+    with pytest.raises(UserError, match=sentence):
+        LabelRanker(model, tokenizer, dataclasses.replace(CREDITMIX, labels=labels))
+
+
+def test_a_row_longer_than_the_context(model, tokenizer):
+    with pytest.raises(UserError, match=r"row 2 .* does not fit the model's context of 2048"):
+        LabelRanker(model, tokenizer, CREDITMIX).raw_scores(["short", "9" * 3000])
+
+
+def test_sliding_window_is_refused_where_it_would_be_wrong(tiny_base, tokenizer):
+    model = models.load_base(ModelSource(tiny_base)).eval()
+    model.config.sliding_window, model.config.use_sliding_window = 40, True
+    with pytest.raises(UserError, match="context of 40"):
+        LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
+
+
+def test_nan_is_refused(tiny_base, tokenizer):
+    model = models.load_base(ModelSource(tiny_base)).eval()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="answers NaN for row 1"):
+        LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
