@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 from common import cli
 from common.cli import UserError, log
 from common.distillation import rows as distill_rows
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import task as tasks
 from common.training import batches as completions
@@ -226,7 +226,9 @@ def token_trainer(
     from common.distillation import fill_cache as teacher_pass
     from common.distillation import objective as distillation
 
-    theirs = tokenizers.load_tokenizer(models.tokenizer_folder(args.teacher), trust_remote_code=args.trust_remote_code)
+    theirs = tokenizers.load_tokenizer(
+        adapters.tokenizer_folder(args.teacher), trust_remote_code=args.trust_remote_code
+    )
     if reason := tokenizers.same_vocabulary(theirs, tokenizer):
         raise UserError(
             f"{args.teacher} and {args.student} have different vocabularies ({reason}); two ways work: the teacher's "
@@ -308,7 +310,7 @@ def written_cache(
     cache = teacher_cache.TeacherCache(
         args.teacher_cache,
         {
-            "teacher": models.adapter_hash(args.teacher),
+            "teacher": adapters.adapter_hash(args.teacher),
             "precision": "NF4" if models.use_4bit(args.load_teacher_in_4bit) else "16 or 32 bits",
             "vocabulary": used.vocabulary,
             "targets": args.cache_targets,

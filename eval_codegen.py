@@ -26,6 +26,7 @@ from pathlib import Path
 from common import cli, run_record
 from common.data import answer_store, splits
 from common.data import rows as records
+from common.models import adapters
 from common.models import loading as models
 from common.sandbox import box as sandbox
 from common.sandbox import grading
@@ -186,7 +187,7 @@ def write_answers(
 ) -> list[list[dict]]:
     """The answers of a model, {"code", "plan", "finished", "tokens"}; only those that are not in the store are made."""
     decoding = code_writer.decoding(args)
-    model = [models.adapter_hash(model_dir), args.base, args.load_in_4bit, args.dtype, args.prompt_style]
+    model = [adapters.adapter_hash(model_dir), args.base, args.load_in_4bit, args.dtype, args.prompt_style]
     keys = [answer_store.content_key("answer", model, mode, decoding, problem.prompt) for problem in problems]
     missing = [(key, problem.prompt) for key, problem in zip(keys, problems, strict=True) if key not in store]
     if missing:

@@ -21,6 +21,7 @@ from pathlib import Path
 from common import cli, run_record
 from common.data import rows as records
 from common.data import splits
+from common.models import adapters
 from common.models import loading as models
 from common.tasks.ranking import rows as labelled
 from common.tasks.ranking import task as tasks
@@ -156,7 +157,7 @@ def fit(args: argparse.Namespace, model_dir: str, task: LabelTask, dev: list[dic
     source = {
         "file": args.fit_calibration,
         "sha256": records.sha256_file(args.fit_calibration),
-        "adapter_sha256": models.adapter_hash(model_dir),
+        "adapter_sha256": adapters.adapter_hash(model_dir),
     }
     fitted = calibration.fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=source)
     decision = calibration.fit_decision(

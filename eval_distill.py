@@ -26,6 +26,7 @@ from common.comparison import perplexity
 from common.comparison.measure import LABELS, ROWS, SQUAD, TEXT
 from common.data import rows as records
 from common.data import splits, squad
+from common.models import adapters
 from common.models import loading as models
 from common.models.flags import add_model_flags
 from common.tasks.ranking import rows as labelled
@@ -132,7 +133,7 @@ def check_flags(args: argparse.Namespace) -> dict[str, str]:
 
 def student_base(args: argparse.Namespace) -> str | None:
     """What the student's adapter is put on, if not where it was trained: --base, unless that is an adapter itself."""
-    return None if args.base is None or models.is_adapter(args.base) else args.base
+    return None if args.base is None or adapters.is_adapter(args.base) else args.base
 
 
 def kind_of(data: str) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from common import cli
 from common.data import rows as records
 from common.generation import json_schema
+from common.models import adapters
 from common.models import loading as models
 from common.models.flags import source_of
 from common.tasks.idp import documents
@@ -107,7 +108,7 @@ def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | No
         return named | {"fields": extraction.value} | confidence | pieces
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
-    decided_by = [settings, records.sha256_file(args.input), extractor.schema, models.adapter_hash(args.model_dir)]
+    decided_by = [settings, records.sha256_file(args.input), extractor.schema, adapters.adapter_hash(args.model_dir)]
     counts = Counter()
     for each in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
         counts.update({"documents"} | ({"pieces", "error"} & each.keys()))

@@ -31,6 +31,7 @@ from common import cli, run_record
 from common.cli import UserError
 from common.data import rows as records
 from common.generation import json_schema
+from common.models import adapters
 from common.models import loading as models
 from common.models.flags import add_model_flags, source_of
 from common.sandbox import box as sandbox
@@ -264,7 +265,7 @@ def build_teacher(args: argparse.Namespace, task: Labels | Documents | Code) -> 
         )
     source = source_of(args, args.teacher)
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
-    identity = [models.adapter_hash(args.teacher), str(loaded.model.dtype), models.use_4bit(args.load_in_4bit)]
+    identity = [adapters.adapter_hash(args.teacher), str(loaded.model.dtype), models.use_4bit(args.load_in_4bit)]
     if args.probabilities:
         from common.tasks.ranking.classifier import Classifier
         from common.teachers.label_probabilities import RankingTeacher

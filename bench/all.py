@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from common import cli, run_record
 from common.data import rows as records
+from common.models import adapters
 from common.models import loading as models
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +169,7 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[list[str]]]
     """The commands of each bench: those that make what it needs, and its own last."""
     sft, dev, val = (f"{args.data_dir}/creditmix_{part}.jsonl" for part in ("sft", "dev", "val"))
     run, teacher = f"{args.runs_dir}/{ADAPTERS[0]}", args.teacher or f"{work}/teacher"
-    served = [name for name in ADAPTERS if models.is_adapter(Path(args.runs_dir) / name)]
+    served = [name for name in ADAPTERS if adapters.is_adapter(Path(args.runs_dir) / name)]
     exports = [f"{work}/{form}" for form in EXPORTS]
     flags = {
         "train_throughput": ["--student", args.student, "--data", sft],

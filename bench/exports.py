@@ -129,10 +129,11 @@ def reading(size: int, times: int) -> Callable[[], None]:
 
 def merged_forward(model_dir: str, texts: Sequence[str]) -> Callable[[], None]:
     """The bare forward pass of bench/label_ranking.py, an adapter merged into its base."""
+    from common.models import adapters
     from common.models import loading as models
 
     model, tokenizer = models.load_for_inference(ModelSource(model_dir))
-    if models.is_adapter(model_dir):
+    if adapters.is_adapter(model_dir):
         model = model.merge_and_unload()
     return bare_forward(model, tokenizer, texts, CPU_BATCH_TOKENS)
 

@@ -263,14 +263,14 @@ def random_nf4(linear: Any, device: str) -> Any:
 
 def with_adapters(base: Any, plan: Plan) -> Any:
     """The base under a fresh adapter, or as many as are served."""
-    from common.models import loading as models
+    from common.models import adapters
 
     dropout = plan.lora_dropout if isinstance(plan, Training) else 0.0
-    student = models.add_lora(base, r=plan.lora_r, alpha=2 * plan.lora_r, dropout=dropout, seed=0)
+    student = adapters.add_lora(base, r=plan.lora_r, alpha=2 * plan.lora_r, dropout=dropout, seed=0)
     for number in range(1, plan.adapters if isinstance(plan, Inference) else 1):
         student.add_adapter(f"adapter_{number}", student.peft_config["default"])
     if isinstance(plan, Inference):
-        models.make_inference_adapters(student)
+        adapters.make_inference_adapters(student)
     return student
 
 

@@ -37,6 +37,7 @@ from bench.serve_load import Load, read_texts, server
 from bench.slopes import Curve, Expected, Series
 from bench.turns import every_round
 from common import cli
+from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
 
@@ -335,18 +336,20 @@ class Served:
 
         self.adapters = ADAPTERS[:-1] if self.args.quick else ADAPTERS
         most = 1 + max(self.adapters) if "adapters" in self.args.only else 1
-        base = models.base_of(self.args.model_dir) if models.is_adapter(self.args.model_dir) else self.args.model_dir
-        tokenizer = tokenizers.load_tokenizer(models.tokenizer_folder(self.args.model_dir, base))
+        base = (
+            adapters.base_of(self.args.model_dir) if adapters.is_adapter(self.args.model_dir) else self.args.model_dir
+        )
+        tokenizer = tokenizers.load_tokenizer(adapters.tokenizer_folder(self.args.model_dir, base))
         self.names = [f"growth_{number:02}" for number in range(most)]
         make_adapters([Path(self.folder) / name for name in self.names], base, tokenizer)
-        self.file_bytes = (Path(self.folder) / self.names[0] / models.ADAPTER_WEIGHTS).stat().st_size
+        self.file_bytes = (Path(self.folder) / self.names[0] / adapters.ADAPTER_WEIGHTS).stat().st_size
 
         cleaned = [creditmix.clean_features(text) for text in self.texts]
         model = models.load_base(ModelSource(base)).eval()
         models.align_model(model, tokenizer)
         for further, name in enumerate(self.names):
             path = str(Path(self.folder) / name)
-            model = models.load_adapter(model, path, name=name).eval()
+            model = adapters.load_adapter(model, path, name=name).eval()
             model.set_adapter(name)
             classifier = Classifier(path, CREDITMIX, loaded=(model, tokenizer))
             self.expected.append(classifier.answers(cleaned, classifier.calibration(None)))
@@ -375,8 +378,8 @@ def make_adapters(folders: Sequence[Path], base: str, tokenizer: Any) -> None:
     import torch
 
     model = models.load_base(ModelSource(base))
-    fingerprint = models.fingerprint(model)
-    adapted = models.add_lora(model, r=16, alpha=32, dropout=0.0, seed=0)
+    fingerprint = adapters.fingerprint(model)
+    adapted = adapters.add_lora(model, r=16, alpha=32, dropout=0.0, seed=0)
     generator = torch.Generator().manual_seed(0)
     for folder in folders:
         for name, parameter in adapted.named_parameters():

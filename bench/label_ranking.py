@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 from bench.gpu_peers import Peer, python_of
 from bench.turns import leave_out, print_table, take_turns
 from common import cli
+from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking import creditmix
@@ -235,7 +236,7 @@ def vllm(
     from common.models import tokenizers
 
     python = python_of("vllm", args.vllm_python)
-    if python is None or not args.model or models.is_adapter(args.model):
+    if python is None or not args.model or adapters.is_adapter(args.model):
         cli.log("vllm left out: " + ("it needs a plain model" if python else "it is not installed; see --help"))
         return None
     tree = ranker.tree

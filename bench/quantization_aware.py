@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from common import cli
+from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking.task import CREDITMIX
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     for model_dir in args.model_dir:
         models.check_model_dir(model_dir)
-        if models.is_adapter(model_dir):
+        if adapters.is_adapter(model_dir):
             raise cli.UserError(f"{model_dir} is an adapter; give a whole model, trained with --lora_r 0 or merged")
 
     from common.export import parity

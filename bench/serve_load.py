@@ -36,7 +36,7 @@ from bench.memory import own_bytes
 from bench.turns import print_table, take_turns
 from common import cli
 from common.data import rows as records
-from common.models import loading as models
+from common.models import adapters
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-4  # of a score, in nats
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def adapters_in(runs_dir: str) -> list[str]:
     """The first four adapters of a folder."""
     folder = Path(runs_dir)
-    names = sorted(run.name for run in folder.iterdir() if models.is_adapter(run)) if folder.is_dir() else []
+    names = sorted(run.name for run in folder.iterdir() if adapters.is_adapter(run)) if folder.is_dir() else []
     if not names:
         raise cli.UserError(f"--runs_dir {runs_dir} has no adapter; train one first, e.g. with ./demo.sh")
     return names[:4]
@@ -131,7 +131,7 @@ def weigh_adapters(args: argparse.Namespace, names: Sequence[str], texts: Sequen
             for text in texts[:WARM_ROWS]:
                 fresh.post(name, text)
         added = fresh.resident() - before
-    files = [Path(args.runs_dir) / name / models.ADAPTER_WEIGHTS for name in names[1:]]
+    files = [Path(args.runs_dir) / name / adapters.ADAPTER_WEIGHTS for name in names[1:]]
     return {"added": added, "files": sum(file.stat().st_size for file in files)}
 
 

@@ -126,10 +126,10 @@ def load_frozen(args: argparse.Namespace):
 
 def load(args: argparse.Namespace):
     """(base with a fresh LoRA, tokenizer), the recipe's."""
-    from common.models import loading as models
+    from common.models import adapters
 
     base, tokenizer = load_frozen(args)
-    return models.add_lora(base, **LORA, seed=args.seed), tokenizer
+    return adapters.add_lora(base, **LORA, seed=args.seed), tokenizer
 
 
 def timer(tokens_per_step: float):
@@ -305,8 +305,8 @@ def train_unsloth(args, train, held_out, per_device: int, _) -> tuple[float, flo
     """(tokens a second, held-out loss) of unsloth under TRL's SFTTrainer, in a process of its own."""
     import torch
 
+    from common.models import adapters, tokenizers
     from common.models import loading as models
-    from common.models import tokenizers
 
     gc.collect()
     torch.cuda.empty_cache()  # the card is shared with that process
@@ -333,13 +333,13 @@ def train_unsloth(args, train, held_out, per_device: int, _) -> tuple[float, flo
             "learning_rate": args.learning_rate,
             "seed": args.seed,
             "load_in_4bit": models.use_4bit(args.load_in_4bit),
-            "lora": lora | {"target_modules": models.LORA_TARGETS},
+            "lora": lora | {"target_modules": adapters.LORA_TARGETS},
             "save_dir": folder,
         }
         with Peer(python_of("unsloth", args.unsloth_python), "unsloth", settings) as peer:
             seconds = peer.turn()["seconds"]
         base, tokenizer = load_frozen(args)
-        loss = held_out_loss(models.load_adapter(base, folder), tokenizer, held_out)
+        loss = held_out_loss(adapters.load_adapter(base, folder), tokenizer, held_out)
     tokens = args.effective_batch * statistics.mean(len(row.input_ids) for row in encoded)
     return tokens * (args.steps - WARM_UP) / seconds, loss
 

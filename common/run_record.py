@@ -18,7 +18,7 @@ from typing import Any
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
-from common.models import loading as models
+from common.models import adapters
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 FILE = "run.json"
@@ -152,7 +152,7 @@ def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | Non
     """{"rows", "of"}: rows whose group the run was trained on; None where a run keeps no record of that."""
     trained = read_groups(model_dir)
     if trained is None:
-        if models.is_adapter(model_dir) or (Path(model_dir) / FILE).is_file():
+        if adapters.is_adapter(model_dir) or (Path(model_dir) / FILE).is_file():
             return None
         trained = set()  # a base model was trained on no labelled row of ours
     seen, of = splits.overlap(groups, trained)

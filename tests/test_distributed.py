@@ -22,6 +22,7 @@ import dpo_train
 import sft_train
 from common import distributed as launch
 from common.cli import UserError
+from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.training import trainer as training
@@ -332,7 +333,7 @@ def test_fsdp_equals_one_process(kind, more, wide, rows, uneven, fsdp, tmp_path)
     if "--eval_data" in more:
         assert records[0]["best"] == pytest.approx(records[1]["best"], abs=1e-5)
     assert records[0]["effective_batch"] == records[1]["effective_batch"] == 2
-    name = "model.safetensors" if "--lora_r" in more else models.ADAPTER_WEIGHTS
+    name = "model.safetensors" if "--lora_r" in more else adapters.ADAPTER_WEIGHTS
     a, b = (load_file(tmp_path / folder / name) for folder in ("two", "one"))
     assert a.keys() == b.keys()
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 2e-5
@@ -362,5 +363,5 @@ def test_fsdp_of_4bit_weights_in_mixed_precision(wide, uneven, fsdp, tmp_path):
     fsdp(sft_train.main, [*argv, "--per_device_train_batch_size", "4"], ACCELERATE_MIXED_PRECISION="bf16")
     found = run_json(tmp_path / "run")
     assert found["final_loss"] < found["train_loss"] - 1
-    tensors = load_file(tmp_path / "run" / models.ADAPTER_WEIGHTS)
+    tensors = load_file(tmp_path / "run" / adapters.ADAPTER_WEIGHTS)
     assert len(tensors) == 28 and {tensor.dtype for tensor in tensors.values()} == {torch.float32}

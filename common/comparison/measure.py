@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from common import run_record
 from common.cli import UserError, log
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking.task import LabelTask
 
@@ -237,11 +237,11 @@ def size_facts(model: PreTrainedModel, model_dir: str, base: str | None) -> dict
         "parameters", of which "adapter_parameters"; "disk_bytes": {"adapter", "base"} of the weight files, base None
         where they cannot be found; "loaded_bytes": of the weights as loaded; "precision".
     """
-    adapter = models.is_adapter(model_dir)
+    adapter = adapters.is_adapter(model_dir)
     own = model.get_base_model() if adapter else model  # the adapter's matrices are modules of it
-    base = (base or models.base_of(model_dir)) if adapter else model_dir
+    base = (base or adapters.base_of(model_dir)) if adapter else model_dir
     four_bit = getattr(own, "is_loaded_in_4bit", False)
-    weights = Path(model_dir) / models.ADAPTER_WEIGHTS
+    weights = Path(model_dir) / adapters.ADAPTER_WEIGHTS
     return {
         "parameters": own.num_parameters(),
         "adapter_parameters": sum(p.numel() for name, p in own.named_parameters() if ".lora_" in name),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError
 from common.data import rows as records
+from common.models import adapters
 from common.models import loading as models
 from common.models.tokenizers import load_tokenizer
 
@@ -111,14 +112,14 @@ class Deltas:
     def __init__(self, folder: str | Path) -> None:
         from safetensors.torch import load_file
 
-        config = records.read_json(Path(folder) / models.ADAPTER_CONFIG)
+        config = records.read_json(Path(folder) / adapters.ADAPTER_CONFIG)
         other = [key for key in ("use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save") if config.get(key)]
         other += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or other:
             what = other[0] if other else f"{config.get('peft_type')} with bias {config.get('bias')}"
             raise UserError(f"the adapter {folder} has {what}, which cannot be merged here; train a plain LoRA adapter")
         self.scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-        weights = load_file(Path(folder) / models.ADAPTER_WEIGHTS)
+        weights = load_file(Path(folder) / adapters.ADAPTER_WEIGHTS)
         self._factors = {}
         for name in [name for name in weights if name.endswith(".lora_A.weight")]:
             layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -192,7 +193,7 @@ def merge(
     quantised = linear - {f"{name}.weight" for name, module in empty.named_modules() if module is head}
 
     checkpoint = Checkpoint(base)
-    deltas = Deltas(model_dir) if models.is_adapter(model_dir) else None
+    deltas = Deltas(model_dir) if adapters.is_adapter(model_dir) else None
     if deltas and (missing := deltas.names - checkpoint.shapes.keys()):
         raise UserError(
             f"the adapter {model_dir} has {min(missing)}, which its base has not; give its base with --base"
@@ -217,7 +218,7 @@ def merge(
         total = checkpoint.numbers * number_type.itemsize
         records.write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    tokenizer = load_tokenizer(models.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(adapters.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
     if (base / "generation_config.json").is_file():
         empty.generation_config = GenerationConfig.from_pretrained(base)
     models.align_model(empty, tokenizer)

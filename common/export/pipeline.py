@@ -23,6 +23,7 @@ from common.data import rows as records
 from common.export import merge as merging
 from common.export import parity
 from common.export.parity import Material, Measured, Runtime, TorchRuntime
+from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking.classifier import CALIBRATION_FILE
@@ -67,7 +68,7 @@ class Request:
         numbers = merging.Checkpoint(self.base).numbers
         out = FLOAT_BYTES[self.dtype]
         if self.format == "merged":
-            each = out * (2 if self.four_bit and models.is_adapter(self.model_dir) else 1)
+            each = out * (2 if self.four_bit and adapters.is_adapter(self.model_dir) else 1)
         else:  # float32 weights, merged or as a graph, and what is made of them
             each = FLOAT_BYTES["float32"] + {"onnx": out, "int8": FLOAT_BYTES["float32"], "gguf": 2}[self.format]
         return int(numbers * each * ROOM)
@@ -79,8 +80,8 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
     Raises:
         UserError: it cannot be had, it is stored quantised, or its architecture has no such export.
     """
-    adapter = models.is_adapter(model_dir)
-    folder = merging.local_base((base or models.base_of(model_dir)) if adapter else model_dir)
+    adapter = adapters.is_adapter(model_dir)
+    folder = merging.local_base((base or adapters.base_of(model_dir)) if adapter else model_dir)
     config = records.read_json(folder / "config.json")
     kind = config.get("model_type")
     if config.get("quantization_config"):
@@ -108,7 +109,7 @@ def own_dtype(base: Path) -> str:
 
 def trained_in_4bit(model_dir: str, load_in_4bit: str) -> bool:
     """Whether the run stands on a 4-bit base: as `--load_in_4bit` says, else as its run.json does."""
-    if load_in_4bit != "auto" or not models.is_adapter(model_dir):
+    if load_in_4bit != "auto" or not adapters.is_adapter(model_dir):
         return load_in_4bit == "on"
     run = run_record.read(model_dir)
     if run is None:
@@ -161,7 +162,7 @@ class Export:
 
     def __init__(self, request: Request, material: Material) -> None:
         self.request, self.material = request, material
-        self.is_adapter = models.is_adapter(request.model_dir)
+        self.is_adapter = adapters.is_adapter(request.model_dir)
         self.from_nf4 = request.four_bit and self.is_adapter
         merging.empty_model(request.base, request.trust_remote_code)  # imports what loading would else be timed with
         log(f"measuring {request.model_dir} on {len(material.prompts):,} rows of {material.path}")
@@ -171,7 +172,7 @@ class Export:
         precision = "NF4" if request.four_bit else str(load().model.dtype).removeprefix("torch.")
         self.origin = {
             "model_dir": request.model_dir,
-            "sha256": models.adapter_hash(request.model_dir),
+            "sha256": adapters.adapter_hash(request.model_dir),
             "base": str(request.base) if self.is_adapter else None,
             "reference": f"{'adapter on its base' if self.is_adapter else 'whole model'} in {precision}",
         }
@@ -209,7 +210,7 @@ class Export:
         model, self.tokenizer = models.load_for_inference(
             ModelSource(
                 model_dir,
-                base=str(self.request.base) if models.is_adapter(model_dir) else None,
+                base=str(self.request.base) if adapters.is_adapter(model_dir) else None,
                 load_in_4bit="on" if four_bit else "off",
                 trust_remote_code=self.request.trust_remote_code,
             )

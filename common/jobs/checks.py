@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from common.models import loading as models
+from common.models import adapters
 from common.vram import model_shape as shapes
 from common.web.app import Problem
 
@@ -62,7 +62,7 @@ class Reach:
         path = self.local(name)
         if path is None:
             return self._on_hub("model", field, name)
-        if not os.path.isfile(os.path.join(path, "config.json")) and not models.is_adapter(path):
+        if not os.path.isfile(os.path.join(path, "config.json")) and not adapters.is_adapter(path):
             raise Problem(422, f"{field}: the folder {name} holds no model", field)
         return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,3 +43,8 @@ class LoadedModel:
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     max_batch_tokens: int
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model name is meant as a folder here, not as a Hub id (`owner/name` or `name`)."""
+    return Path(name).exists() or name.startswith(("/", ".", "~", "runs/", "models/")) or name.count("/") > 1

@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from common.cli import UserError, log
 from common.data import rows as records
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.onnx_runtime import OnnxModel, is_onnx
 from common.models.source import ModelSource
 from common.serving.batch_queue import BatchQueue, Job
@@ -172,7 +172,7 @@ class State:
     """What the server is told of a model's process whenever it changes.
 
     Attributes:
-        base_hash: `models.fingerprint` of the base; None while it is not loaded, and for an export.
+        base_hash: `adapters.fingerprint` of the base; None while it is not loaded, and for an export.
         views: the versions that are loaded, and whether their prior is known.
         gpu_bytes: that torch has given out.
     """
@@ -294,7 +294,7 @@ class Host:
             self.model = OnnxModel(self.base)
             return
         self.model = models.load_base(ModelSource(self.base, load_in_4bit=self.settings.load_in_4bit)).eval()
-        self._base_hash = models.fingerprint(self.model)
+        self._base_hash = adapters.fingerprint(self.model)
         models.align_model(self.model, self._tokenizer(self.base))
         # Runs before every forward pass, also those within `generate`, whoever calls it.
         self.model.register_forward_pre_hook(lambda module, inputs: self._between_steps())
@@ -385,7 +385,7 @@ class Host:
         name = f"a{self._attached}"  # a run's own name may hold dots, which module names cannot
         shared = hasattr(self.model, "peft_config")
         try:
-            self.model = models.load_adapter(self.model, version.model_dir, name=name).eval()
+            self.model = adapters.load_adapter(self.model, version.model_dir, name=name).eval()
         except UserError:
             if not shared:  # PEFT has left its layers in the base
                 self._load()
@@ -394,7 +394,7 @@ class Host:
         self._layers = [module for module in self.model.modules() if hasattr(module, "_active_adapter")]
         if signature_of(version.model_dir) != version.signature:
             raise UserError(f"{version.model_dir} changed while it was being loaded; send the request again")
-        return name, self._tokenizer(models.tokenizer_folder(version.model_dir, self.base))
+        return name, self._tokenizer(adapters.tokenizer_folder(version.model_dir, self.base))
 
     def _detach_old(self, name: str) -> None:
         """Drop the versions of a run that are too old to be asked for."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.cli import UserError, log
 from common.data import rows as records
+from common.models import adapters
 from common.models import loading as models
 
 DEFAULT_BASE = "Qwen/Qwen2.5-3B-Instruct"
@@ -43,7 +44,7 @@ class Version:
         name: of the run, or "base".
         model_dir: what the scripts are given as --model_dir.
         base: the model that is loaded for it; the same as `model_dir` where that is a whole model.
-        sha256: of the adapter's weights (see `models.adapter_hash`).
+        sha256: of the adapter's weights (see `adapters.adapter_hash`).
         signature: of its files, so that a change is noticed.
     """
 
@@ -94,14 +95,14 @@ class Registry:
         if self._base_model:
             return self._base_model
         folders = [Path(self.runs_dir) / name for name in self.names()]
-        found = [base for folder in folders if models.is_adapter(folder) and (base := _base_of(folder))]
+        found = [base for folder in folders if adapters.is_adapter(folder) and (base := _base_of(folder))]
         self._base_model = max(found, key=found.count) if found else None
         return self._base_model or DEFAULT_BASE
 
     def adapters_of(self, base: str) -> int:
         """How many runs are adapters on a base; blocking."""
         folders = [Path(self.runs_dir) / name for name in self.names()]
-        bases = [_base_of(folder) for folder in folders if models.is_adapter(folder)]
+        bases = [_base_of(folder) for folder in folders if adapters.is_adapter(folder)]
         return sum(base_key(found) == base_key(base) for found in bases if found)
 
     def find(self, address: str) -> Version:
@@ -162,7 +163,7 @@ class Registry:
                 if newest.model_dir == model_dir and 0 <= time.time() - changed < SETTLING:
                     return list(versions)
             models.check_model_dir(model_dir)
-            base = models.base_of(model_dir) if models.is_adapter(model_dir) else model_dir
+            base = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
             version = Version(name, model_dir, base, _hash(model_dir), signature)
             # a touched file is not a new version, and of one that came back only the newest stays
             kept = [old for old in versions if old.sha256 != version.sha256 and old.model_dir == model_dir]
@@ -178,25 +179,25 @@ def base_key(base: str) -> str:
 
 def _base_of(folder: Path) -> str | None:
     try:
-        return models.base_of(folder)
+        return adapters.base_of(folder)
     except UserError as error:
         log(str(error))
         return None
 
 
 def _holds_model(folder: Path) -> bool:
-    return models.is_adapter(folder) or (folder / "config.json").is_file()
+    return adapters.is_adapter(folder) or (folder / "config.json").is_file()
 
 
 def _hash(model_dir: str) -> str:
     """Of the adapter's weights; of an export the hash of its record, which has those of all its files."""
     record = Path(model_dir) / EXPORT_RECORD
-    return records.sha256_file(record) if record.is_file() else models.adapter_hash(model_dir)
+    return records.sha256_file(record) if record.is_file() else adapters.adapter_hash(model_dir)
 
 
 def signature_of(model_dir: str) -> tuple:
     """The `file_signature`s of what makes a model."""
-    names = (models.ADAPTER_WEIGHTS, models.ADAPTER_CONFIG, "config.json", "model.safetensors", EXPORT_RECORD)
+    names = (adapters.ADAPTER_WEIGHTS, adapters.ADAPTER_CONFIG, "config.json", "model.safetensors", EXPORT_RECORD)
     return tuple(file_signature(os.path.join(model_dir, name)) for name in names)
 
 

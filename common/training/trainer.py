@@ -21,8 +21,8 @@ from common import cli, run_record
 from common import distributed as launch
 from common.cli import UserError, log
 from common.data import rows as records
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH
 from common.models.source import ModelSource
 from common.training import batches as completions
@@ -110,9 +110,9 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     quantization_aware.check_flags(args)
     models.check_model_dir(args.student)
-    if models.is_adapter(args.student):
+    if adapters.is_adapter(args.student):
         raise UserError(f"--student {args.student} is an adapter; give its base, and this folder as --init_adapter")
-    if args.init_adapter and not models.is_adapter(args.init_adapter):
+    if args.init_adapter and not adapters.is_adapter(args.init_adapter):
         raise UserError(f"--init_adapter {args.init_adapter} holds no adapter; give a run folder")
     found = run_record.read(args.save_dir)
     if found and not args.overwrite:
@@ -402,7 +402,7 @@ def put_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pa
 
 def put_files(source: Path, folder: Path) -> None:
     """Move a saved student's files into `folder`, its config last."""
-    for file in sorted(source.iterdir(), key=lambda file: file.name in (models.ADAPTER_CONFIG, "config.json")):
+    for file in sorted(source.iterdir(), key=lambda file: file.name in (adapters.ADAPTER_CONFIG, "config.json")):
         os.replace(file, folder / file.name)
 
 
@@ -427,9 +427,11 @@ def prepare_student(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if args.init_adapter:
-        student = models.load_adapter(base, args.init_adapter, trainable=True)
+        student = adapters.load_adapter(base, args.init_adapter, trainable=True)
     else:
-        student = models.add_lora(base, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, seed=args.seed)
+        student = adapters.add_lora(
+            base, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, seed=args.seed
+        )
     student.enable_input_require_grads()
     return student
 
@@ -488,7 +490,7 @@ def start(args: argparse.Namespace, method: str, rows: list[dict], argv: Sequenc
         return None
     if not args.resume:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        stale = ("loss.csv", "loss.png", progress.LIVE_LOG, models.ADAPTER_CONFIG, "config.json", *WEIGHTS)
+        stale = ("loss.csv", "loss.png", progress.LIVE_LOG, adapters.ADAPTER_CONFIG, "config.json", *WEIGHTS)
         for file in [*(folder / name for name in stale), *folder.glob("model-*.safetensors")]:
             file.unlink(missing_ok=True)
     for name in ("calibration.json", run_record.GROUPS_FILE):  # of the adapter that was here before
@@ -540,7 +542,7 @@ def train_and_save(trainer: Any, args: argparse.Namespace, record: run_record.Ru
     if record:
         record.write(
             device=models.describe_device(),
-            base_fingerprint=models.fingerprint(student.get_base_model() if args.lora_r else student),
+            base_fingerprint=adapters.fingerprint(student.get_base_model() if args.lora_r else student),
             trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
             effective_batch=trainer.args.train_batch_size
             * trainer.args.gradient_accumulation_steps

@@ -29,8 +29,8 @@ from common.comparison import report as distill_report
 from common.data import rows as records
 from common.data import splits
 from common.generation import generate as generation
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import metrics
 
@@ -394,7 +394,7 @@ def test_text_gets_perplexity_of_all_its_windows(evaluate, folders, here, tmp_pa
 def test_an_adapter_counts_with_its_base(folders, tmp_path):
     base = models.load_base(ModelSource(folders["base"]))
     adapter = str(tmp_path / "run")
-    models.add_lora(base, r=4, alpha=8, dropout=0.0, seed=0).save_pretrained(adapter)
+    adapters.add_lora(base, r=4, alpha=8, dropout=0.0, seed=0).save_pretrained(adapter)
     model, _ = models.load_for_inference(ModelSource(adapter, base=folders["base"]))
     facts = judging.size_facts(model, adapter, folders["base"])
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)

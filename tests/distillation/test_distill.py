@@ -21,8 +21,8 @@ from common import cli
 from common.cli import UserError
 from common.distillation.label_objective import LabelDistillation
 from common.distillation.objective import Objective, layer_pairs
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import torch_ranker as label_ranking
 from common.tasks.ranking.task import CREDITMIX
@@ -224,7 +224,7 @@ def test_full_fine_tuning_trains_every_weight(base, uneven, tmp_path):
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (base, tmp_path / "run"))
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
-    assert not models.is_adapter(tmp_path / "run")
+    assert not adapters.is_adapter(tmp_path / "run")
     models.load_for_inference(ModelSource(str(tmp_path / "run")))
     for more, words in ((["--load_in_4bit", "on"], "--load_in_4bit"), (["--init_adapter", "x"], "--init_adapter")):
         with pytest.raises(UserError, match=f"neither in 4 bits nor from an adapter; leave {words} out"):
@@ -298,7 +298,7 @@ def equal(two: Path, one: Path) -> None:
     records = run_json(two), run_json(one)
     assert records[0]["effective_batch"] == records[1]["effective_batch"] == 4
     assert records[0]["final_loss"] == pytest.approx(records[1]["final_loss"], abs=1e-5)
-    if models.is_adapter(one):
+    if adapters.is_adapter(one):
         assert distance(two, one) < 1e-5
     else:
         a, b = (load_file(folder / "model.safetensors") for folder in (two, one))

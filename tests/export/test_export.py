@@ -31,8 +31,8 @@ from common.export import merge as merging
 from common.export import parity
 from common.export import pipeline as export
 from common.export.parity import Measured
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import rows as labelled
 from common.tasks.ranking.classifier import Classifier
@@ -71,7 +71,7 @@ def test_merging_equals_pefts(from_nf4, tmp_path, tokenizer):
         if from_nf4
         else models.load_base(ModelSource(base))
     )
-    expected = models.load_adapter(whole, run).merge_and_unload().state_dict()
+    expected = adapters.load_adapter(whole, run).merge_and_unload().state_dict()
     found = models.load_base(ModelSource(str(tmp_path / "merged"), dtype=dtype)).state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -315,7 +315,7 @@ def test_room_that_is_asked_for(run, tmp_path):
     """Bytes a parameter of what is on the disk at once: the merged weights and what is made of them."""
     facts = {
         "model_dir": run,
-        "base": Path(models.base_of(run)),
+        "base": Path(adapters.base_of(run)),
         "quant": "F16",
         "scales": "block",
         "keep_lm_head": False,
@@ -346,12 +346,12 @@ def test_an_unknown_architecture(tiny_base, dev, tmp_path):
 
 def test_an_adapter_without_its_base(run, dev, tmp_path, tokenizer):
     lost = Path(shutil.copytree(run, tmp_path / "lost"))
-    config = json.loads((lost / models.ADAPTER_CONFIG).read_text())
-    (lost / models.ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "/not/there"}))
+    config = json.loads((lost / adapters.ADAPTER_CONFIG).read_text())
+    (lost / adapters.ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "/not/there"}))
     assert "needs its base /not/there, which is not there" in refused(str(lost), dev, tmp_path)
     other = build_base(tmp_path / "other", tokenizer, seed=5)
     assert "was trained on other base weights" in refused(run, dev, tmp_path, "--base", other)
-    export_run(str(lost), "merged", tmp_path / "found", dev, "--base", models.base_of(run))
+    export_run(str(lost), "merged", tmp_path / "found", dev, "--base", adapters.base_of(run))
 
 
 def test_other_adapters_are_refused(run, dev, tmp_path):
@@ -362,8 +362,8 @@ def test_other_adapters_are_refused(run, dev, tmp_path):
         ({"rank_pattern": {"q_proj": 2}}, "has rank_pattern"),
     ):
         copy = Path(shutil.copytree(run, tmp_path / what))
-        config = json.loads((copy / models.ADAPTER_CONFIG).read_text())
-        (copy / models.ADAPTER_CONFIG).write_text(json.dumps(config | change))
+        config = json.loads((copy / adapters.ADAPTER_CONFIG).read_text())
+        (copy / adapters.ADAPTER_CONFIG).write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=what):
             merging.Deltas(copy)
 

@@ -21,9 +21,9 @@ import infer_creditmix
 from common.cli import UserError
 from common.export import onnx_writer as onnx_export
 from common.export.parity import TorchRuntime
+from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models import onnx_runtime as onnx_model
-from common.models import tokenizers
 from common.models.onnx_runtime import OnnxModel
 from common.models.source import ModelSource
 from common.tasks.ranking.onnx_ranker import OnnxRanker
@@ -169,7 +169,7 @@ def test_int8(run, dev, onnx, tmp_path, monkeypatch):
     reuse(monkeypatch, onnx)
     record = export_run(run, "int8", tmp_path / "int8", dev, "--max_metric_drop", "1")
     graph = onnx_format.load(str(tmp_path / "int8" / "model.onnx")).graph
-    layers = models.load_base(ModelSource(models.base_of(run))).config.num_hidden_layers
+    layers = models.load_base(ModelSource(adapters.base_of(run))).config.num_hidden_layers
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 7 * layers
     assert 0 < record["proof"]["logits"]["mean_kl"] < 0.1
     exported, tokenizer = onnx_model.load(str(tmp_path / "int8"))
@@ -240,7 +240,7 @@ def test_an_export_answers_where_torch_is_not_installed(onnx, capsys):
 def test_the_server_takes_an_export(onnx, run, tmp_path):
     shutil.copytree(onnx, tmp_path / "onnx")
     shutil.copytree(run, tmp_path / "creditmix_sft")
-    with serve(tmp_path, base_model=models.base_of(run)) as served:
+    with serve(tmp_path, base_model=adapters.base_of(run)) as served:
         one, other = (served.post(f"/infer/{name}", {"features": LINES[0]}) for name in ("onnx", "sft"))
         assert one["raw_scores"] == pytest.approx(other["raw_scores"], abs=1e-3)
         assert one["prediction"] == other["prediction"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.inputs import CORPUS
 
+from common.models import adapters
 from common.models import loading as models
 from common.models import lora_inference as lean_lora
 from common.models.source import ModelSource
@@ -15,7 +16,7 @@ from common.models.source import ModelSource
 
 def adapted(base: str, **loading):
     """A base with two adapters of random weights, "default" active."""
-    model = models.add_lora(models.load_base(ModelSource(base, **loading)), r=4, alpha=8, dropout=0.1, seed=0)
+    model = adapters.add_lora(models.load_base(ModelSource(base, **loading)), r=4, alpha=8, dropout=0.1, seed=0)
     model.add_adapter("other", model.peft_config["default"])
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -87,11 +88,11 @@ def test_gradients_go_the_usual_way(base, tokenizer):
 def test_adapters_that_are_only_used_take_it_and_the_precision_of_their_base(base, tmp_path):
     adapted(base).save_pretrained(tmp_path)
     bfloat16 = models.load_base(ModelSource(base, dtype="bfloat16"))
-    model = models.load_adapter(bfloat16, str(tmp_path))
+    model = adapters.load_adapter(bfloat16, str(tmp_path))
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     assert layer.lora_A["default"].weight.dtype == torch.bfloat16
     assert isinstance(layer.forward, types.MethodType)
     assert layer.forward.__func__ is lean_lora._forward
-    trainable = models.load_adapter(models.load_base(ModelSource(base)), str(tmp_path), trainable=True)
+    trainable = adapters.load_adapter(models.load_base(ModelSource(base)), str(tmp_path), trainable=True)
     layer = trainable.get_base_model().model.layers[0].mlp.up_proj
     assert "forward" not in vars(layer)

@@ -15,8 +15,8 @@ from support.models import build_base, distance
 
 import sft_train
 from common.cli import UserError
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking.task import CREDITMIX
 from common.tasks.ranking.torch_ranker import LabelRanker, naive_scores
@@ -277,15 +277,15 @@ def test_fingerprint(base, tokenizer, tmp_path):
     from accelerate import disk_offload
 
     whole = models.load_base(ModelSource(base, dtype="float32"))
-    expected = models.fingerprint(whole)
-    assert models.fingerprint(models.load_base(ModelSource(base, dtype="bfloat16"))) == expected
-    assert models.fingerprint(models.load_base(ModelSource(base, load_in_4bit="on"))) == expected
-    assert models.fingerprint(models.load_base(ModelSource(base), training=True)) == expected
+    expected = adapters.fingerprint(whole)
+    assert adapters.fingerprint(models.load_base(ModelSource(base, dtype="bfloat16"))) == expected
+    assert adapters.fingerprint(models.load_base(ModelSource(base, load_in_4bit="on"))) == expected
+    assert adapters.fingerprint(models.load_base(ModelSource(base), training=True)) == expected
     disk_offload(whole, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
     assert next(whole.parameters()).device.type == "meta"
-    assert models.fingerprint(whole) == expected
+    assert adapters.fingerprint(whole) == expected
     others = [build_base(tmp_path / f"{n}", tokenizer, **shape) for n, shape in enumerate(({"seed": 1}, {"layers": 3}))]
-    assert len({expected, *(models.fingerprint(models.load_base(ModelSource(other))) for other in others)}) == 3
+    assert len({expected, *(adapters.fingerprint(models.load_base(ModelSource(other))) for other in others)}) == 3
 
 
 def test_offload_folder(run, tmp_path, monkeypatch):

@@ -34,12 +34,12 @@ def make_run(folder: Path, base: str, seed: int, method: str = "sft") -> Path:
     """An adapter of random weights, as a trainer leaves it."""
     import torch
 
+    from common.models import adapters, tokenizers
     from common.models import loading as models
-    from common.models import tokenizers
 
     model = models.load_base(ModelSource(base, dtype="float32"))
-    fingerprint = models.fingerprint(model)
-    adapted = models.add_lora(model, r=4, alpha=8, dropout=0.0, seed=seed)
+    fingerprint = adapters.fingerprint(model)
+    adapted = adapters.add_lora(model, r=4, alpha=8, dropout=0.0, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

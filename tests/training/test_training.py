@@ -26,8 +26,8 @@ import kd_train
 import sft_train
 from common import cli, run_record
 from common.cli import UserError
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.models.tokenizers import Encoded
 from common.training import batches as completions
@@ -299,7 +299,7 @@ def test_killed_and_resumed_equals_unbroken(kind, unbroken, spawn, steps, tmp_pa
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
     assert run_json(save_dir)["state"] == "running"
-    assert not models.is_adapter(save_dir)
+    assert not adapters.is_adapter(save_dir)
     with pytest.raises(UserError, match="holds an unfinished run; pass --resume"):
         train(main, base, data, save_dir, *unbroken.settings(kind))
     before = int(training.newest_checkpoint(str(save_dir)).rpartition("-")[2])
@@ -392,7 +392,7 @@ def test_a_loss_that_is_not_a_number_fails_the_run(base, rows, tmp_path):
     record = run_json(tmp_path / "run")
     assert record["state"] == "failed"
     assert "the loss became nan" in record["error"]
-    assert not models.is_adapter(tmp_path / "run")
+    assert not adapters.is_adapter(tmp_path / "run")
 
 
 # What a run leaves behind.
@@ -408,7 +408,7 @@ def test_the_record_of_a_run(unbroken, rows, base):
     assert record["settings"]["lora_dropout"] == 0.2
     assert record["data"] == {"path": rows["sft"], "sha256": sha256_file(rows["sft"]), "rows": 24}
     assert (record["method"], record["base_model"], record["seed"]) == ("sft", base, 0)
-    assert record["base_fingerprint"] == models.fingerprint(models.load_base(ModelSource(base)))
+    assert record["base_fingerprint"] == adapters.fingerprint(models.load_base(ModelSource(base)))
     assert record["versions"] == run_record.versions()
     assert record["versions"]["torch"] == torch.__version__
     assert record["effective_batch"] == 2
@@ -568,7 +568,7 @@ def test_dpo_of_all_weights(base, rows, tmp_path):
                 "--learning_rate", 0.001)  # fmt: skip
     assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(run)[-1] < 0.6
-    assert not models.is_adapter(run)
+    assert not adapters.is_adapter(run)
     model, _ = models.load_for_inference(ModelSource(str(run)))
     assert model.config.use_cache
 

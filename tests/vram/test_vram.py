@@ -43,13 +43,13 @@ def student_of(plan: Training, settings: dict):
     """A student of random weights as the trainers prepare it, and a step of it that leaves gradients."""
     import torch
 
-    from common.models import loading as models
+    from common.models import adapters
 
     student = gpu_8gb.random_model(settings, four_bit=plan.four_bit, device="cpu")
     if plan.full:
         student.requires_grad_(True)
     else:
-        student = models.add_lora(student, r=plan.lora_r, alpha=32, dropout=plan.lora_dropout, seed=0)
+        student = adapters.add_lora(student, r=plan.lora_r, alpha=32, dropout=plan.lora_dropout, seed=0)
         student.enable_input_require_grads()
     if plan.checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -153,14 +153,14 @@ def test_distillation_peak(terms, live):
 
 
 def test_inference_peak(tokenizer):
-    from common.models import loading as models
+    from common.models import adapters
     from common.tasks.ranking import task as tasks
     from common.tasks.ranking.torch_ranker import LabelRanker
 
     settings = config(128, 1024, layers=3, vocabulary=1024)
     base = gpu_8gb.random_model(settings, four_bit=False, device="cpu")
-    student = models.add_lora(base, r=16, alpha=32, dropout=0.0, seed=0).eval()
-    models.make_inference_adapters(student)
+    student = adapters.add_lora(base, r=16, alpha=32, dropout=0.0, seed=0).eval()
+    adapters.make_inference_adapters(student)
     ranker = LabelRanker(student, tokenizer, tasks.CREDITMIX, 2048)
     texts = [f"{row:03}" + "12345678" * 20 for row in range(40)]
     plan = Inference(shapes.from_config(settings), batch_tokens=2048, generates=False, width=4, **CPU)
@@ -187,7 +187,7 @@ def test_many_labels_take_no_more_than_is_predicted(labels, tokenizer):
 
 
 def test_weights():
-    from common.models import loading as models
+    from common.models import adapters
 
     assert sum(QWEN_3B.parameters().values()) == 3_085_938_688  # as published, 3.09 B
     assert sum(QWEN_7B.parameters().values()) == 7_615_616_512
@@ -198,7 +198,7 @@ def test_weights():
         buffers = sum(each.nbytes for each in base.buffers())
         expected = peak_memory.weight_bytes(shape, four_bit=four_bit, width=width)
         assert expected == memory.held_bytes(base) - buffers
-    student = models.add_lora(base, r=8, alpha=8, dropout=0.0, seed=0)
+    student = adapters.add_lora(base, r=8, alpha=8, dropout=0.0, seed=0)
     assert shape.lora_parameters(8) == sum(each.numel() for each in student.parameters() if each.requires_grad)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from common import cli
+from common.models import adapters
 from common.models import loading as models
 from common.models.flags import add_model_flags, source_of
 from common.tasks.codegen import prompt as codegen
@@ -96,7 +97,7 @@ class CodeWriter:
         """The writer that a command's flags ask for (`add_flags`)."""
         loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
         model, tokenizer = loaded.model, loaded.tokenizer
-        eos = None if models.is_adapter(model_dir) else plain_base_eos(model_dir, tokenizer, args.trust_remote_code)
+        eos = None if adapters.is_adapter(model_dir) else plain_base_eos(model_dir, tokenizer, args.trust_remote_code)
         if args.prompt_style == "chat" or (args.prompt_style == "auto" and eos is None):
             return cls(model, tokenizer, codegen.CHAT, loaded.max_batch_tokens)
         if eos is not None:

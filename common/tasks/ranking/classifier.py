@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.cli import UserError
+from common.models import adapters
 from common.models import loading as models
 from common.models import onnx_runtime as onnx_model
 from common.models.batching import MAX_BATCH_TOKENS
@@ -55,7 +56,7 @@ class Classifier:
         """Loads the model, or takes a `loaded` one that others share and whose adapter is active at every call.
 
         Args:
-            model_hash: `models.adapter_hash`, where it is known already.
+            model_hash: `adapters.adapter_hash`, where it is known already.
             prior_dir: where the prior is cached; default: `model_dir`.
         """
         self.model_dir, self.task = model_dir, task
@@ -70,7 +71,7 @@ class Classifier:
             source = ModelSource(model_dir, base, load_in_4bit, dtype, trust_remote_code)
             model, tokenizer = loaded or models.load_for_inference(source)
             self.ranker = LabelRanker(model, tokenizer, task, max_batch_tokens)
-        model_hash = model_hash or models.adapter_hash(model_dir)
+        model_hash = model_hash or adapters.adapter_hash(model_dir)
         self.prior = cached_prior(self.ranker, prior_dir or model_dir, model_hash, num_null_prompts)
 
     @classmethod

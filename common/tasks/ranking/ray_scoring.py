@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, log
 from common.data import rows as records
-from common.models import loading as models
+from common.models import adapters
 from common.tasks.ranking import row_blocks
 from common.tasks.ranking import rows as labelled
 from common.tasks.ranking import task as tasks
@@ -350,7 +350,7 @@ def _decided_by(args: argparse.Namespace, task: LabelTask, label_bias: dict, fil
     calibration = Path(args.model_dir) / CALIBRATION_FILE
     flags = ("model_dir", "base", "load_in_4bit", "dtype", "num_null_prompts", "calibration", "skip_bad_rows")
     facts = {flag: getattr(args, flag) for flag in flags} | {
-        "model_hash": models.adapter_hash(args.model_dir),
+        "model_hash": adapters.adapter_hash(args.model_dir),
         "fitted": records.sha256_file(calibration) if calibration.is_file() else None,
         "label_bias": label_bias,
         "task": dataclasses.asdict(task),

@@ -18,7 +18,7 @@ import infer_codegen
 import tiny_student
 from common import cli, run_record
 from common.data import splits
-from common.models import loading as models
+from common.models import adapters
 from common.sandbox import grading
 from common.tasks.codegen import prompt as codegen
 from common.tasks.codegen import rows as code_problems
@@ -428,7 +428,7 @@ def test_trained_adapters_are_asked_in_turns(base, prepared, tmp_path):
     run = str(tmp_path / "run")
     data = str(prepared / "one/codegen_sft.jsonl")
     sft_train.main(["--student", base, "--data", data, "--save_dir", run, "--max_steps", "2", "--max_len", "512"])
-    assert models.is_adapter(run) and writer_of(run).style is codegen.CHAT
+    assert adapters.is_adapter(run) and writer_of(run).style is codegen.CHAT
     assert run_record.read_groups(run) == {row["group"] for row in rows_of(Path(data))}
 
 
