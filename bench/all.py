@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 from common import cli, run_record
 from common.data import rows as records
 from common.models import adapters
-from common.models import loading as models
+from common.models.source import looks_local
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench/all.py: begin -->", "<!-- bench/all.py: end -->"
@@ -159,7 +159,7 @@ def check_inputs(args: argparse.Namespace) -> None:
     """Refuse to start without what ./demo.sh leaves behind."""
     parts = [Path(args.data_dir) / f"creditmix_{part}.jsonl" for part in ("sft", "dev", "val")]
     needed = [*parts, Path(args.runs_dir) / ADAPTERS[0]]
-    needed += [Path(args.student)] if models.looks_local(args.student) else []
+    needed += [Path(args.student)] if looks_local(args.student) else []
     for path in needed:
         if not path.exists():
             raise cli.UserError(f"{path} is not there; run ./demo.sh first, or see --help for where else it may be")

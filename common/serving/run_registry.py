@@ -16,6 +16,7 @@ from common.cli import UserError, log
 from common.data import rows as records
 from common.models import adapters
 from common.models import loading as models
+from common.models.source import looks_local
 
 DEFAULT_BASE = "Qwen/Qwen2.5-3B-Instruct"
 BASE = "base"  # the name of the base model among the runs
@@ -174,7 +175,7 @@ class Registry:
 @functools.lru_cache(maxsize=256)
 def base_key(base: str) -> str:
     """One key for the spellings of a folder's path."""
-    return os.path.realpath(base) if models.looks_local(base) else base
+    return os.path.realpath(base) if looks_local(base) else base
 
 
 def _base_of(folder: Path) -> str | None:
