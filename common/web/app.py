@@ -120,7 +120,7 @@ def add_about(app: FastAPI, metrics: WebMetrics, page: Path, prefix: str = "") -
     """The routes that every server has: its page at `prefix`/, /healthz, /metrics."""
     content = page.read_text(encoding="utf-8")
     for name in ("page.css", "page.js"):
-        content = content.replace(f"/* {name} */\n", page.with_name(name).read_text(encoding="utf-8"))
+        content = content.replace(f"/* {name} */\n", Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
     @app.get(f"{prefix}/", response_class=HTMLResponse, include_in_schema=False)
     async def the_page() -> Response:

@@ -349,7 +349,7 @@ def test_boxes_die_with_their_parent(level):
     """Also when that is killed and cannot close them."""
     script = f"""
 import time
-from common import sandbox
+from common.sandbox import box as sandbox
 box = sandbox.Box({level!r}, sandbox.Limits())
 box.run("send(b'1')\\n" + {FOREVER!r})
 box.receive(time.monotonic() + 30)
