@@ -190,7 +190,7 @@ def test_driver_and_worker_killed(cluster, tiny_base, tmp_path, monkeypatch, cap
     output = tmp_path / "answers"
     argv = command(tiny_base, rows, output, "--skip_bad_rows", "--workers", "2", "--label_bias", "Bad=0.5")
 
-    sizes = "from common import row_blocks; row_blocks.BLOCK_ROWS, row_blocks.BLOCK_BYTES = 10, 1100"
+    sizes = "from common.tasks.ranking import row_blocks; row_blocks.BLOCK_ROWS, row_blocks.BLOCK_BYTES = 10, 1100"
     driver = subprocess.Popen(
         [sys.executable, "-c", f"{sizes}; import infer_creditmix, sys; infer_creditmix.main(sys.argv[1:])", *argv],
         env=os.environ | {"RAY_ADDRESS": address},
