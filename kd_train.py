@@ -9,22 +9,23 @@ teacher, the gold answer stands in as teacher_output. Writes the same files as s
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
-from common.training import trainer as training
+from common.training import completion, flags
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="kd_train.py")
-    training.add_flags(parser, learning_rate=2e-4)
+    flags.add_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
-    training.run_completion_training(args, "kd", records.KD_KEYS, argv)
+    settings = flags.kd_settings(cli.parse_args(build_parser(), argv))
+    completion.train(settings, records.KD_KEYS, argv)
 
 
 if __name__ == "__main__":

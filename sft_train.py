@@ -12,22 +12,23 @@ Writes the adapter, tokenizer, run.json and loss curve to --save_dir; go on afte
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
-from common.training import trainer as training
+from common.training import completion, flags
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="sft_train.py")
-    training.add_flags(parser, learning_rate=2e-4)
+    flags.add_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
-    training.run_completion_training(args, "sft", records.SFT_KEYS, argv)
+    settings = flags.sft_settings(cli.parse_args(build_parser(), argv))
+    completion.train(settings, records.SFT_KEYS, argv)
 
 
 if __name__ == "__main__":

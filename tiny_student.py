@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         prompts += miniature.other_prompts(max(1, round(OTHER_SHARE * len(prompts))), args.seed)
         source = miniature.SelfSupervision(prompts, args.seed, texts)
-    sample = source.draw.sample(source.prompts, min(len(source.prompts), TOKENIZER_PROMPTS))
+    sample = source.rng.sample(source.prompts, min(len(source.prompts), TOKENIZER_PROMPTS))
     sample += [source.texts[prompt] for prompt in sample if prompt in source.texts]
     phrases = copying.tokens(prompts) if args.copying else None
     tokenizer = tokenizers.align(miniature.build_tokenizer(sample, VOCABULARY, phrases))

@@ -5,7 +5,6 @@ One process trains on one card. `torchrun` and `accelerate launch` start several
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -46,8 +45,11 @@ def fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def check(args: argparse.Namespace, method: str) -> None:
+def check(*, reads_teacher: bool = False) -> None:
     """Refuse a launch that would not do what it was told, before anything is loaded.
+
+    Args:
+        reads_teacher: whether the training learns from a teacher's distributions or what is inside it.
 
     Raises:
         UserError: more processes were asked for than run, or FSDP is to do what it cannot.
@@ -66,7 +68,7 @@ def check(args: argparse.Namespace, method: str) -> None:
     for name, (value, reason) in FSDP_NEEDS.items() if fsdp() else ():
         if os.environ.get(name, "").lower() != value.lower():
             raise UserError(f"FSDP needs {name.lower()}: {value} ({reason}); see recipes/accelerate_fsdp_qlora.yaml")
-    if fsdp() and method == "distill" and args.teacher:
+    if fsdp() and reads_teacher:
         raise UserError(
             "distilling from a teacher's distributions reads the LM head outside of the forward pass, where FSDP has "
             "no whole weights; launch it without FSDP (recipes/accelerate_ddp.yaml)"
@@ -96,7 +98,7 @@ def one_card(settings: TrainingArguments) -> TrainingArguments:
 
 
 def remedy(processes: int) -> str:
-    """The words that tell how to start so many."""
+    """The command that starts so many, in words."""
     script = Path(sys.argv[0]).name
     return f"start {processes} with: torchrun --standalone --nproc_per_node {processes} {script} ..."
 

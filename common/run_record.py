@@ -27,13 +27,13 @@ GROUPS_FILE = "train_groups.txt"
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide a result, and Python's."""
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def git_commit() -> str | None:

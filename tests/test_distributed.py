@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +23,9 @@ from common.cli import UserError
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.training import trainer as training
+from common.training import checkpoints, completion
+from common.training.settings import TrainSettings
+from common.training.trainer import fit_batch_size
 
 QUICK = ("--learning_rate", "0.01", "--logging_steps", "1", "--gradient_accumulation_steps", "1", "--max_steps", "4",
          "--lora_dropout", "0", "--save_steps", "2")  # fmt: skip
@@ -118,12 +118,11 @@ def test_what_is_refused_and_what_is_not(environment, parent, words, monkeypatch
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "parents_command", lambda: parent)
-    args = argparse.Namespace(teacher=None)
     if words is None:
-        launch.check(args, "sft")
+        launch.check()
     else:
         with pytest.raises(UserError, match=words):
-            launch.check(args, "sft")
+            launch.check()
 
 
 @pytest.mark.parametrize(
@@ -133,14 +132,14 @@ def test_what_is_refused_and_what_is_not(environment, parent, words, monkeypatch
 )  # fmt: skip
 def test_a_trainer_that_is_alone_after_all(name, value, words, base, rows, tmp_path, monkeypatch):
     """As where a cluster sets WORLD_SIZE and RANK but not LOCAL_RANK, or where there is no GPU."""
-    build = training.fitted_trainer
+    build = completion.fitted_trainer
 
     def built_alone(*args, **kwargs):
         trainer = build(*args, **kwargs)
         monkeypatch.setenv(name, value)
         return trainer
 
-    monkeypatch.setattr(training, "fitted_trainer", built_alone)
+    monkeypatch.setattr(completion, "fitted_trainer", built_alone)
     with pytest.raises(UserError, match=words):
         sft_train.main(flags(base, rows["sft"], tmp_path / "run"))
 
@@ -170,13 +169,13 @@ def test_one_process_trains_on_one_card(kind, base, rows, tmp_path, monkeypatch,
 
 
 def only_the_first_saves(main, argv) -> int | None:
-    save = training.save_student
+    save = checkpoints.save_student
 
     def checked(*args):
         assert launch.is_main()
         save(*args)
 
-    training.save_student = checked
+    checkpoints.save_student = checked
     return main(argv)
 
 
@@ -185,7 +184,7 @@ def test_checkpoints_are_written_once(kind, base, rows, spawn, tmp_path):
     """Two that write the same files at once can leave half of each."""
     argv = flags(base, rows[kind], tmp_path / "run", "--per_device_train_batch_size", 1)
     join(spawn.ranks(functools.partial(only_the_first_saves, TRAINERS[kind]), argv, tmp_path), tmp_path)
-    assert training.newest_checkpoint(str(tmp_path / "run")).endswith("checkpoint-4")
+    assert checkpoints.newest_checkpoint(str(tmp_path / "run")).endswith("checkpoint-4")
 
 
 # accelerate's configs.
@@ -222,14 +221,14 @@ def test_the_fsdp_config(monkeypatch):
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
     assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
     assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
-    launch.check(argparse.Namespace(teacher=None), "sft")
+    launch.check()
     with pytest.raises(UserError, match="launch it without FSDP"):
-        launch.check(argparse.Namespace(teacher="gpt2"), "distill")
+        launch.check(reads_teacher=True)
     for name, value in (("FSDP_VERSION", "1"), ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"),
                         ("FSDP_ACTIVATION_CHECKPOINTING", "true")):  # fmt: skip
         with monkeypatch.context() as other, pytest.raises(UserError, match=f"FSDP needs {name.lower()}: "):
             other.setenv(name, value)
-            launch.check(argparse.Namespace(teacher=None), "sft")
+            launch.check()
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +249,10 @@ def test_4bit_numbers_lie_in_what_fsdp_can_shard(wide, monkeypatch):
 
 
 def test_under_fsdp_the_batch_is_one_row_a_card(monkeypatch):
-    args = SimpleNamespace(per_device_train_batch_size=None, gradient_accumulation_steps=None)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     tried: list[int] = []
-    assert training.fit_batch_size(args, 100, tried.append) == (1, 8)
+    assert fit_batch_size(TrainSettings(student="-", save_dir="-"), 100, tried.append) == (1, 8)
     assert not tried
 
 
@@ -267,7 +265,7 @@ def sharded(main, argv) -> int | None:
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
-    start, gather = AcceleratorState.__init__, training.trained_state
+    start, gather = AcceleratorState.__init__, checkpoints.trained_state
 
     def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -284,7 +282,7 @@ def sharded(main, argv) -> int | None:
             assert parameter.to_local().numel() <= (parameter.numel() + parameter[0].numel()) / 2
         return state
 
-    AcceleratorState.__init__, training.trained_state = with_fsdp, in_parts
+    AcceleratorState.__init__, checkpoints.trained_state = with_fsdp, in_parts
     return main(argv)
 
 

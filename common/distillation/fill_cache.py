@@ -2,88 +2,214 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import log
-from common.distillation.objective import Reader, predicted
+from common.cli import UserError, log
+from common.distillation import objective, teacher_cache
+from common.distillation.objective import HiddenStateReader, Signals, predicted
+from common.distillation.settings import DistillSettings
 from common.distillation.teacher_cache import TeacherCache, pack, unpack
+from common.models import adapters, loading
+from common.models.batching import CHUNK_LOGITS
 from common.models.tokenizers import Encoded
-from common.training import batches as completions
-from common.training import losses as distill_losses
+from common.training import batches, losses
+from common.vram import preflight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.run_record import RunRecord
 
 SHARD_TOKENS = 1 << 16  # at most so many are lost when the writing of a cache is interrupted
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What a cache keeps of each distribution.
+
+    Attributes:
+        drawn: outcomes are drawn from the distribution; else the most likely ones are kept, with their
+            log-probabilities.
+        k: outcomes; 0 where distributions are not learnt from.
+        temperature: of the distributions.
+        vocabulary: ids that both models have.
+        layers: of the teacher, whose hidden states are kept.
+    """
+
+    drawn: bool
+    k: int
+    temperature: float
+    vocabulary: int
+    layers: Sequence[int]
+
+    @classmethod
+    def of(cls, settings: DistillSettings, signals: Signals) -> Targets:
+        """Those that the settings ask for."""
+        drawn = settings.cache_targets == "sampled" and signals.distributions
+        k = settings.cache_k if drawn else min(settings.cache_k, signals.vocabulary)
+        layers = [theirs for _, theirs in signals.pairs] if signals.hidden else []
+        return cls(drawn, k if signals.distributions else 0, settings.temperature, signals.vocabulary, layers)
+
+    def outcomes(self, logits: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
+        """`teacher_cache.pack`'s arguments of logits [n, vocabulary]."""
+        logprobs = losses.log_probs(logits[:, : self.vocabulary], self.temperature)
+        if self.drawn:
+            draws = torch.multinomial(logprobs.exp(), self.k, replacement=True, generator=rng)
+            return {"ids": draws, "rest": -(logprobs.exp() * logprobs).sum(dim=-1)}
+        top, ids = logprobs.topk(self.k)
+        return {"ids": ids, "rest": (1 - top.exp().sum(dim=-1)).clamp(min=0), "logprobs": top}
+
+
 def collate(batch: Sequence[Encoded], pad_id: int, cache: TeacherCache | None = None) -> dict[str, Any]:
-    """`completions.collate`, and under "teacher" what the cache holds of the rows' completion tokens, in their order.
+    """`batches.collate`, and under "teacher" what the cache holds of the rows' completion tokens, in their order.
 
     Rows that it does not hold (those that a run is judged by) get none.
     """
-    made = completions.collate(batch, pad_id)
-    found = [cache.get(row) for row in batch] if cache else [None]
-    if all(packed is not None for packed in found):
-        made["teacher"] = {name: torch.from_numpy(array) for name, array in unpack(np.concatenate(found)).items()}
-    return made
+    tensors: dict[str, Any] = batches.collate(batch, pad_id)
+    packed = [cache.get(row) for row in batch] if cache else [None]
+    if all(records is not None for records in packed):
+        tensors["teacher"] = {name: torch.from_numpy(array) for name, array in unpack(np.concatenate(packed)).items()}
+    return tensors
+
+
+def written_cache(
+    settings: DistillSettings,
+    record: RunRecord | None,
+    signals: Signals,
+    teacher_width: int,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+) -> TeacherCache:
+    """The cache with all of `rows` in it. The teacher is loaded only if some are missing, and is gone afterwards.
+
+    Each of several processes writes its share.
+
+    Args:
+        teacher_width: of the teacher's hidden states.
+
+    Raises:
+        UserError: the teacher does not fit the memory, or the vocabulary not the cache.
+    """
+    from accelerate import PartialState
+
+    targets = Targets.of(settings, signals)
+    cache = open_cache(settings, targets, teacher_width)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    missing = cache.missing(rows)
+    if missing:
+        log(f"{len(missing):,} of {len(rows):,} rows are not in {cache.folder}; the teacher reads them first")
+        fitted = teacher_within_memory(settings, record)
+        if fitted.load_teacher_in_4bit != settings.load_teacher_in_4bit:  # then it is another cache
+            return written_cache(fitted, record, signals, teacher_width, tokenizer, rows)
+        share = missing[state.process_index :: state.num_processes]
+        batch_tokens, seed = fitted.max_batch_tokens, fitted.seed + state.process_index
+        try:
+            reader = objective.load_teacher(fitted, signals)
+            fill_cache(cache, reader, share, targets, tokenizer.pad_token_id, max_batch_tokens=batch_tokens, seed=seed)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the device ran out of memory while the teacher read; lower --max_batch_tokens {batch_tokens}"
+            ) from error
+        del reader
+        gc.collect()
+        torch.cuda.empty_cache()
+    state.wait_for_everyone()
+    cache.refresh()
+    if cache.missing(rows):
+        raise UserError(f"{cache.folder} lacks rows that other processes wrote; give a folder that all share")
+    return cache
+
+
+def open_cache(settings: DistillSettings, targets: Targets, teacher_width: int) -> TeacherCache:
+    """The cache in its folder, as yet without what is missing."""
+    teacher_cache.check_vocabulary(targets.vocabulary)
+    facts = {
+        "teacher": adapters.adapter_hash(settings.teacher),
+        "precision": "NF4" if loading.use_4bit(settings.load_teacher_in_4bit) else "16 or 32 bits",
+        "vocabulary": targets.vocabulary,
+        "targets": settings.cache_targets,
+        "k": targets.k,
+        "temperature": targets.temperature if targets.k else None,
+        "layers": list(targets.layers),
+    }
+    hidden = (len(targets.layers), teacher_width)
+    record_type = teacher_cache.record_type(targets.k, logprobs=not targets.drawn, hidden=hidden)
+    return TeacherCache(settings.teacher_cache, facts, record_type)
+
+
+def teacher_within_memory(settings: DistillSettings, record: RunRecord | None) -> DistillSettings:
+    """The settings, or with --auto_fit milder ones, under which the teacher alone fits the memory.
+
+    Raises:
+        UserError: it does not fit; the message names what would.
+    """
+    plan = preflight.if_known(
+        lambda: preflight.inference_plan(settings.teacher_source, max_batch_tokens=settings.max_batch_tokens)
+    )
+    if plan is None:
+        return settings
+    log(f"the teacher {settings.teacher} reads first, alone:")
+    flags = {
+        "max_batch_tokens": preflight.INFERENCE["max_batch_tokens"],
+        "OFFLOAD_FOLDER": preflight.INFERENCE["OFFLOAD_FOLDER"],
+        "load_teacher_in_4bit": preflight.INFERENCE["load_in_4bit"],
+    }
+    plan = replace(plan, generates=False, logits=CHUNK_LOGITS)
+    changes = preflight.preflight(plan, flags, auto_fit=settings.auto_fit)
+    if record and changes:
+        record.write(auto_fit=record.facts.get("auto_fit", {}) | changes)
+    return replace(settings, **{name: value for name, value in changes.items() if not name.isupper()})
 
 
 @torch.no_grad()
 def fill_cache(
     cache: TeacherCache,
-    teacher: Reader,
+    teacher: HiddenStateReader,
     rows: Sequence[Encoded],
-    *,
+    targets: Targets,
     pad_id: int,
-    targets: str,
-    temperature: float,
-    vocabulary: int,
-    layers: Sequence[int],
+    *,
     max_batch_tokens: int,
     seed: int,
 ) -> None:
     """Write what the teacher says of `rows` into the cache.
 
     Args:
-        targets: "topk", or "sampled" for draws from the distribution.
-        layers: whose hidden states are kept.
+        max_batch_tokens: in one forward pass.
+        seed: of what is drawn.
     """
-    device, k = teacher.model.device, cache.record["low"].shape[0]
-    draw = torch.Generator(device).manual_seed(seed)
+    device = teacher.model.device
+    rng = torch.Generator(device).manual_seed(seed)
     rows = sorted(rows, key=lambda row: len(row.input_ids))
     shard: list[Encoded] = []
     packed: list = []
-
-    def outcomes(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        logprobs = distill_losses.log_probs(teacher.logits(hidden)[:, :vocabulary], temperature)
-        if targets == "sampled":
-            draws = torch.multinomial(logprobs.exp(), k, replacement=True, generator=draw)
-            return {"ids": draws, "rest": -(logprobs.exp() * logprobs).sum(dim=-1)}
-        top, ids = logprobs.topk(k)
-        return {"ids": ids, "rest": (1 - top.exp().sum(dim=-1)).clamp(min=0), "logprobs": top}
 
     def flush() -> None:
         if shard:
             cache.add(shard, np.concatenate(packed))
             shard.clear(), packed.clear()
 
-    size = max(1, distill_losses.CHUNK_LOGITS // teacher.head.weight.shape[0])
+    size = max(1, CHUNK_LOGITS // teacher.head.weight.shape[0])
     with tqdm(total=len(rows), unit=" rows", desc="teacher") as progress:
         while rows:
             batch_rows = [rows.pop()]
             while rows and (len(batch_rows) + 1) * len(batch_rows[0].input_ids) <= max_batch_tokens:
                 batch_rows.append(rows.pop())
-            batch = {name: tensor.to(device) for name, tensor in completions.collate(batch_rows, pad_id).items()}
-            reading, mask = teacher.read(teacher.model, batch), predicted(batch)
-            last = reading.last[:, :-1][mask]
-            parts = [outcomes(last[start : start + size]) for start in range(0, len(last), size)]
-            found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            if layers:
-                found["hidden"] = reading.hidden_at(mask, layers)
-            packed.append(pack(cache.record, **{name: tensor.cpu().float().numpy() for name, tensor in found.items()}))
+            batch = {name: tensor.to(device) for name, tensor in batches.collate(batch_rows, pad_id).items()}
+            states, mask = teacher.read(teacher.model, batch), predicted(batch)
+            last = states.last[:, :-1][mask]
+            parts = [targets.outcomes(teacher.logits(piece), rng) for piece in last.split(size)]
+            values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            if targets.layers:
+                values["hidden"] = states.hidden_at(mask, targets.layers)
+            packed.append(pack(cache.record, **{name: value.cpu().float().numpy() for name, value in values.items()}))
             shard += batch_rows
             if sum(map(len, packed)) >= SHARD_TOKENS:
                 flush()

@@ -17,7 +17,7 @@ from common.distillation.rows import PROBABILITIES
 from common.models import tokenizers
 from common.tasks.ranking import torch_ranker as label_ranking
 from common.tasks.ranking.task import LabelTask
-from common.training import batches as completions
+from common.training.batches import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,14 +84,14 @@ class LabelDistillation:
             "position_ids": positions,
             "attention_mask": sees,
             PROBABILITIES: torch.tensor([row.probabilities or nothing for row in batch]),
-            "gold": torch.tensor([completions.IGNORE if row.gold is None else row.gold for row in batch]),
-            "labels": torch.tensor([[completions.IGNORE, 0]] * len(batch)),
+            "gold": torch.tensor([IGNORE if row.gold is None else row.gold for row in batch]),
+            "labels": torch.tensor([[IGNORE, 0]] * len(batch)),
         }
 
     def __call__(
         self, model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(scalar loss, its terms), means over the step's rows; see `training.Loss`.
+        """(scalar loss, its terms), means over the step's rows; see `common.training.trainer.Loss`.
 
         Divergences are between the teacher's probabilities and the softmax of the student's raw scores; ce and
         teacher_ce are nats a token of the gold, or the teacher's likeliest, label as an answer with its end.
@@ -111,7 +111,7 @@ class LabelDistillation:
         teacher = (batch[PROBABILITIES][taught].clamp(min=LEAST).log() / temperature).log_softmax(dim=-1)
         terms = self.objective.divergences((scores[taught] / temperature).log_softmax(dim=-1), teacher)
         if "ce" in self.objective.weights:
-            known = batch["gold"] != completions.IGNORE
+            known = batch["gold"] != IGNORE
             terms["ce"] = -answers[known].gather(1, batch["gold"][known][:, None])
         if "teacher_ce" in self.objective.weights:
             terms["teacher_ce"] = -answers[taught].gather(1, teacher.argmax(dim=1)[:, None])

@@ -10,16 +10,13 @@ import torch
 from torch.nn import functional
 
 from common.cli import UserError
-from common.training import batches as completions
-from common.training import losses as distill_losses
+from common.distillation.settings import DIVERGENCES, OF_HIDDEN, OF_LOGITS, DistillSettings
+from common.models import loading
+from common.training import losses
+from common.training.batches import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-OF_LOGITS = (*DIVERGENCES, "ce", "teacher_ce")
-OF_HIDDEN = ("hidden_mse", "hidden_cosine")
-TERMS = (*OF_LOGITS, *OF_HIDDEN, "attention_mse")
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,9 @@ class Objective:
     def divergences(self, student: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
         """The divergences that count, each [n], of log-probabilities [n, K] at the temperature."""
         makers = {
-            "forward_kl": distill_losses.forward_kl,
-            "reverse_kl": distill_losses.reverse_kl,
-            "jsd": lambda *args: distill_losses.jsd(*args, beta=self.beta),
+            "forward_kl": losses.forward_kl,
+            "reverse_kl": losses.reverse_kl,
+            "jsd": lambda *args: losses.jsd(*args, beta=self.beta),
         }
         return {name: make(student, teacher, self.temperature) for name, make in makers.items() if name in self.weights}
 
@@ -57,8 +54,8 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Used:
-    """What of both models an objective uses.
+class Signals:
+    """What an objective learns from in both models.
 
     Attributes:
         pairs: layers that are compared, (student's, teacher's).
@@ -91,7 +88,7 @@ class Used:
 
 
 @dataclass(frozen=True)
-class Reading:
+class HiddenStates:
     """What a model made of a batch: states [rows, tokens, width] after its last norm, and by layer where asked for."""
 
     last: torch.Tensor
@@ -104,7 +101,7 @@ class Reading:
         return torch.stack([state[:, :-1][mask] for state in states], dim=1)
 
 
-class Reader:
+class HiddenStateReader:
     """A model's hidden states, and its logits from the last of them, made only where and when they are needed."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
@@ -135,7 +132,7 @@ class Reader:
     def _keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         self._last = output[0]
 
-    def read(self, model: Any, batch: dict[str, torch.Tensor], attentions: bool = False) -> Reading:
+    def read(self, model: Any, batch: dict[str, torch.Tensor], attentions: bool = False) -> HiddenStates:
         """A forward pass through `model` (this one, or the wrapper it trains in) with the LM head at one column."""
         output = model(
             input_ids=batch["input_ids"],
@@ -146,7 +143,7 @@ class Reader:
             logits_to_keep=1,
         )
         last, self._last = self._last, None
-        return Reading(last, output.hidden_states if self.keep_layers else None, output.attentions)
+        return HiddenStates(last, output.hidden_states if self.keep_layers else None, output.attentions)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, vocabulary] of last hidden states [n, width]."""
@@ -183,32 +180,40 @@ def layer_pairs(layer_map: str, student_layers: int, teacher_layers: int) -> lis
 
 def predicted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Boolean [rows, tokens - 1]: the columns whose next token belongs to a completion."""
-    return batch["labels"][:, 1:] != completions.IGNORE
+    return batch["labels"][:, 1:] != IGNORE
+
+
+def load_teacher(settings: DistillSettings, signals: Signals) -> HiddenStateReader:
+    """The teacher, ready to be read."""
+    model, _ = loading.load_for_inference(settings.teacher_source)
+    layers = [theirs for _, theirs in signals.pairs] if signals.hidden else []
+    return HiddenStateReader(model.requires_grad_(False), layers)
 
 
 class LiveTeacher:
     """A teacher that reads each batch along with the student."""
 
-    def __init__(self, reader: Reader, used: Used) -> None:
-        self.reader, self.used = reader, used
+    def __init__(self, reader: HiddenStateReader, signals: Signals) -> None:
+        self.reader, self.signals = reader, signals
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, Any]:
         """Of the columns in `mask`: "last" [n, width] and, where used, "hidden" [n, layers, width], "attentions"."""
-        reading = self.reader.read(self.reader.model, batch, self.used.attentions)
-        found = {"last": reading.last[:, :-1][mask], "attentions": reading.attentions}
-        if self.used.hidden:
-            found["hidden"] = reading.hidden_at(mask, [theirs for _, theirs in self.used.pairs])
-        return found
+        reading = self.reader.read(self.reader.model, batch, self.signals.attentions)
+        learnt = {"last": reading.last[:, :-1][mask], "attentions": reading.attentions}
+        if self.signals.hidden:
+            learnt["hidden"] = reading.hidden_at(mask, [theirs for _, theirs in self.signals.pairs])
+        return learnt
 
 
 class DistillationLoss:
-    """The loss of a batch (see `training.Loss`): weighted terms, each a sum over tokens divided by the step's items."""
+    """The loss of a batch (see `common.training.trainer.Loss`): weighted terms, each a sum over tokens divided by the
+    step's items."""
 
     def __init__(
         self,
-        used: Used,
-        student: Reader,
+        signals: Signals,
+        student: HiddenStateReader,
         teacher: LiveTeacher | None,
         projections: torch.nn.ModuleList | None = None,
     ) -> None:
@@ -217,7 +222,7 @@ class DistillationLoss:
             teacher: None where batches carry what a cache holds of it.
             projections: of the student's hidden states to the teacher's width, one a pair; None: the widths agree.
         """
-        self.used, self.objective = used, used.objective
+        self.signals, self.objective = signals, signals.objective
         self.student, self.teacher, self.projections = student, teacher, projections
 
     def __call__(
@@ -225,61 +230,59 @@ class DistillationLoss:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(scalar loss, its terms); both 0 for a batch without completion tokens."""
         mask = predicted(batch)
-        reading = self.student.read(model, batch, self.used.attentions)
+        reading = self.student.read(model, batch, self.signals.attentions)
         teacher = batch.get("teacher") if self.teacher is None else self.teacher(batch, mask)
         terms = {}
-        if self.used.of_logits:
+        if self.signals.of_logits:
             per_token = [reading.last[:, :-1][mask], batch["labels"][:, 1:][mask]]
             if self.teacher is not None:
                 per_token.append(teacher["last"])
             elif teacher is not None:
                 per_token += [teacher[name] for name in ("ids", "rest", "logprobs") if name in teacher]
-            sums = distill_losses.summed_in_chunks(
-                self._logit_terms, *per_token, width=self.student.head.weight.shape[0]
-            )
-            terms = dict(zip(self.used.of_logits, sums, strict=True))
-        if self.used.hidden:
-            ours = reading.hidden_at(mask, [layer for layer, _ in self.used.pairs])
+            sums = losses.summed_in_chunks(self._logit_terms, *per_token, width=self.student.head.weight.shape[0])
+            terms = dict(zip(self.signals.of_logits, sums, strict=True))
+        if self.signals.hidden:
+            ours = reading.hidden_at(mask, [layer for layer, _ in self.signals.pairs])
             if self.projections is not None:
                 ours = torch.stack([project(ours[:, i].float()) for i, project in enumerate(self.projections)], dim=1)
             for name in OF_HIDDEN:
                 if name in self.objective.weights:
-                    terms[name] = getattr(distill_losses, name)(ours, teacher["hidden"]).mean(dim=1).sum()
-        if self.used.attentions:
+                    terms[name] = getattr(losses, name)(ours, teacher["hidden"]).mean(dim=1).sum()
+        if self.signals.attentions:
             ours, theirs = reading.attentions, teacher["attentions"]
-            maps = [(ours[i - 1], theirs[j - 1]) for i, j in self.used.pairs] if ours and theirs else []
+            maps = [(ours[i - 1], theirs[j - 1]) for i, j in self.signals.pairs] if ours and theirs else []
             queries = functional.pad(mask, (0, 1))
-            terms["attention_mse"] = distill_losses.attention_mse(maps, queries).sum()
+            terms["attention_mse"] = losses.attention_mse(maps, queries).sum()
         items = mask.sum().clamp(min=1) if num_items is None else num_items
         terms = {name: value / items for name, value in terms.items()}
         return self.objective.total(terms), terms
 
     def _logit_terms(self, hidden: torch.Tensor, gold: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
-        """Sums over tokens of the terms made from logits, in the order of `Used.of_logits`."""
+        """Sums over tokens of the terms made from logits, in the order of `Signals.of_logits`."""
         logits = self.student.logits(hidden)
         terms = {}
         if "ce" in self.objective.weights:
             terms["ce"] = functional.cross_entropy(logits.float(), gold, reduction="none")
-        if self.used.distributions:
-            ours = distill_losses.log_probs(logits[:, : self.used.vocabulary], self.objective.temperature)
+        if self.signals.distributions:
+            ours = losses.log_probs(logits[:, : self.signals.vocabulary], self.objective.temperature)
             terms |= self._teacher_terms(logits, ours, *teacher)
-        return torch.stack([terms[name].sum() for name in self.used.of_logits])
+        return torch.stack([terms[name].sum() for name in self.signals.of_logits])
 
     def _teacher_terms(self, logits: torch.Tensor, ours: torch.Tensor, *teacher: torch.Tensor) -> dict:
         """The terms [n] that need the teacher: from its last hidden states, or from what a cache holds (see `pack`)."""
         temperature = self.objective.temperature
         if self.teacher is not None:
             with torch.no_grad():
-                theirs = self.teacher.reader.logits(*teacher)[:, : self.used.vocabulary]
-                theirs = distill_losses.log_probs(theirs, temperature)
+                theirs = self.teacher.reader.logits(*teacher)[:, : self.signals.vocabulary]
+                theirs = losses.log_probs(theirs, temperature)
             likeliest = theirs.argmax(dim=-1)
         elif len(teacher) == 2:  # draws and entropy
-            return {"forward_kl": distill_losses.sampled_forward_kl(ours, *teacher, temperature)}
+            return {"forward_kl": losses.sampled_forward_kl(ours, *teacher, temperature)}
         else:
             ids, rest, logprobs = teacher
-            rest = rest.clamp(min=distill_losses.TAIL_FLOOR).log()[:, None]
+            rest = rest.clamp(min=losses.TAIL_FLOOR).log()[:, None]
             theirs = torch.cat([logprobs, rest], dim=-1).log_softmax(dim=-1)
-            ours, likeliest = distill_losses.with_rest(ours, ids), ids[:, 0]
+            ours, likeliest = losses.with_rest(ours, ids), ids[:, 0]
         terms = self.objective.divergences(ours, theirs)
         return terms | {"teacher_ce": functional.cross_entropy(logits.float(), likeliest, reduction="none")}
 

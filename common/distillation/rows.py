@@ -10,15 +10,38 @@ from typing import TYPE_CHECKING
 from common.cli import UserError, log
 from common.data import rows as records
 from common.data import squad
+from common.distillation.settings import DistillSettings
 from common.models import tokenizers
 from common.tasks.ranking.task import LabelTask
-from common.training import batches as completions
+from common.training.batches import encode_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBABILITIES = "probabilities"
 MASS = 1e-3  # how far the probabilities of a row may add up to something else than 1
+
+
+def read_both(settings: DistillSettings, task: LabelTask) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and rows to judge by (none without `eval_data`), of the kind that the settings ask for.
+
+    Raises:
+        UserError: as `read`, `read_dataset` and `read_labelled`, or labelled rows to judge by without a gold label.
+    """
+
+    def read_file(path: str, part: str) -> list[dict]:
+        if not settings.labels:
+            return read(path, part, settings.skip_bad_rows)
+        rows = read_labelled(path, task, settings.skip_bad_rows)
+        if part == "dev" and not (rows := [row for row in rows if row.get("output")]):
+            raise UserError(f"{path} has no row with an output to judge by; add gold labels, or leave --eval_data out")
+        return rows
+
+    held_out = read_file(settings.eval_data, "dev") if settings.eval_data else []
+    if settings.dataset:
+        source = (settings.dataset, settings.subset, settings.split, settings.text_column)
+        return read_dataset(*source, settings.skip_bad_rows), held_out
+    return read_file(settings.data, "train"), held_out
 
 
 def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
@@ -55,20 +78,20 @@ def read_dataset(
 
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(name, subset, split=split)
+        dataset = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--dataset {name} cannot be read ({reason}); check --subset and --split, or give a file with --data"
         ) from error
-    columns = set(found.column_names)
+    columns = set(dataset.column_names)
     if columns.issuperset(records.SFT_KEYS):
-        return records.check_rows(name, enumerate(found, start=1), records.SFT_KEYS, skip_bad_rows, "row")
+        return records.check_rows(name, enumerate(dataset, start=1), records.SFT_KEYS, skip_bad_rows, "row")
     if text_column not in columns:
         raise UserError(
             f"--dataset {name} has the columns {', '.join(sorted(columns))}; name that of the text by --text_column"
         )
-    text = "\n".join(line.rstrip("\n") for line in found[text_column] if line)
+    text = "\n".join(line.rstrip("\n") for line in dataset[text_column] if line)
     if not text.strip():
         raise UserError(f"--dataset {name} has no text in its column {text_column}; name another by --text_column")
     return [{"text": text}]
@@ -114,7 +137,7 @@ def encode(
     """
     if "input" in rows[0]:
         pairs = [(row["input"], row["output"]) for row in rows]
-        return [row for row in completions.encode_rows(tokenizer, path, pairs, max_len, whole) if row]
+        return [row for row in encode_rows(tokenizer, path, pairs, max_len, whole) if row]
     encoded = [piece for row in rows for piece in tokenizers.windows(tokenizer, row["text"], max_len)]
     if not encoded:
         raise UserError(f"{path} has a single token; give more text")

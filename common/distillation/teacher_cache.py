@@ -2,7 +2,7 @@
 
 Each row's completion tokens have one record a token: the teacher's top k log-probabilities and the mass of the rest (or
 draws from the distribution and its entropy), and hidden states where they are asked for. A row is found by its content
-(its token ids), never by its place or its training step, so shuffling, accumulation and resuming are safe.
+(its token ids), never by its position or its training step, so shuffling, accumulation and resuming are safe.
 
 A folder holds meta.json (whose distributions these are) and shards: `*.tokens`, records that are read by memory map,
 and `*.rows`, the keys and token counts of the rows in it, written last: it makes the shard count. What was written
@@ -27,6 +27,15 @@ META = "meta.json"
 HALF_MAX = 65_504  # of float16
 INDEX = np.dtype([("key", "S32"), ("tokens", "<u4")])
 MAX_VOCABULARY = 1 << 20  # ids are kept as 16 low and 4 high bits
+
+
+def check_vocabulary(vocabulary: int) -> None:
+    """Raises UserError for a vocabulary some of whose ids would not fit a record."""
+    if vocabulary > MAX_VOCABULARY:
+        raise UserError(
+            f"a teacher cache keeps token ids below {MAX_VOCABULARY:,}, and these models share {vocabulary:,}; leave "
+            "--teacher_cache out, so that the teacher reads along"
+        )
 
 
 def row_key(row: Encoded) -> bytes:
@@ -93,12 +102,12 @@ class TeacherCache:
         facts = {**facts, "record": str(record.descr)}
         path = self.folder / META
         if path.is_file():
-            found = records.read_json(path)
+            written = records.read_json(path)
             for name, value in facts.items():
-                if found.get(name) != value:
+                if written.get(name) != value:
                     raise UserError(
-                        f"the teacher cache {folder} was written with another {name} ({found.get(name)}, not {value}); "
-                        "name another folder, or delete this one"
+                        f"the teacher cache {folder} was written with another {name} ({written.get(name)}, not "
+                        f"{value}); name another folder, or delete this one"
                     )
         else:
             if any(file.name != META for file in self.folder.glob("[!.]*")):

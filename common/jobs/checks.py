@@ -6,7 +6,6 @@ exist, so that nobody learns from the service what else is on its disk.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import threading
@@ -14,13 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
 from common.models import adapters
-from common.vram import model_shape as shapes
+from common.training.settings import TrainSettings
+from common.vram import model_shape, preflight
 from common.web.app import Problem
 
 IMPORTING = threading.Lock()
@@ -192,42 +192,31 @@ class Device:
     size: int | None
 
 
-def check_memory(args: argparse.Namespace, method: str, device: Device) -> None:
+def check_memory(settings: TrainSettings, device: Device) -> None:
     """Raises Problem 422 where a training is predicted to need more memory than its device has.
 
     A model of a kind that cannot be predicted passes: its training finds out.
     """
     if device.size is None:
         return
-    names = [name for name in (args.student, getattr(args, "teacher", None)) if name]
+    names = [name for name in (settings.student, getattr(settings, "teacher", None)) if name]
     if not all(map(os.path.isdir, names)):
         import_libraries()
     try:
-        for name in names:
-            shapes.of(name)
-    except shapes.UnknownShape:
+        plan = settings.plan(cuda=device.cuda)
+    except model_shape.UnknownShape:
         return
     import_libraries()
-    from common.vram import preflight as vram
-
-    settings = argparse.Namespace(**vars(args))
-    if device.cuda:  # what the trainers do by themselves on a card, which this server need not have
-        settings.per_device_train_batch_size = args.per_device_train_batch_size or 1
-    for name, on in (
-        ("load_in_4bit", args.lora_r > 0),
-        ("load_teacher_in_4bit", True),
-        ("gradient_checkpointing", True),
-    ):
-        if getattr(args, name, None) == "auto":
-            setattr(settings, name, "on" if device.cuda and on else "off")
-    plan = replace(vram.training_plan(settings, method), cuda=device.cuda)
-    if vram.predict(plan).total > device.size:
-        try:
-            advice = vram.advise(plan, settings, device.size)
-            needed, there = vram.predict(plan).total / 1e9, device.size / 1e9
-            told = (
-                f"about {needed:.1f} GB are needed, the device has {there:.1f}; it would fit with {vram.words(advice)}"
-            )
-            raise Problem(422, f"{next(iter(advice))}: {told}", next(iter(advice)))
-        except UserError as error:
-            raise Problem(422, f"student: {error}", "student") from error
+    needed = preflight.predict(plan).total
+    if needed <= device.size:
+        return
+    try:
+        changes = preflight.advise(plan, settings.memory_flags(plan.batch), device.size)
+    except UserError as error:
+        raise Problem(422, f"student: {error}", "student") from error
+    field = next(iter(changes))
+    message = (
+        f"about {needed / 1e9:.1f} GB are needed, the device has {device.size / 1e9:.1f}; it would fit with "
+        f"{preflight.words(changes)}"
+    )
+    raise Problem(422, f"{field}: {message}", field)

@@ -7,24 +7,40 @@ the scripts do not have, and none is described twice.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from common import cli
 from common.cli import UserError
+from common.distillation import flags as distillation_flags
+from common.distillation.settings import DistillSettings
 from common.jobs.checks import Reach
-from common.training import trainer as training
+from common.training import flags as training_flags
+from common.training.settings import TrainSettings
 from common.web.app import Problem
 
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: the script that does it, what adds its flags to a parser, and what makes settings of them."""
+
+    script: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    settings_of: Callable[[argparse.Namespace], TrainSettings]
+
+
 DISTILL = "distill"
-METHODS = {DISTILL: "distill_train.py", "sft": "sft_train.py", "kd": "kd_train.py", "dpo": "dpo_train.py"}
+METHODS = {
+    DISTILL: Method("distill_train.py", distillation_flags.add_flags, distillation_flags.settings_of),
+    "sft": Method("sft_train.py", training_flags.add_flags, training_flags.sft_settings),
+    "kd": Method("kd_train.py", training_flags.add_flags, training_flags.kd_settings),
+    "dpo": Method("dpo_train.py", training_flags.add_dpo_flags, training_flags.dpo_settings),
+}
 EXPORTER = "export_model.py"
 EXPORTS = {"post_training_quant": "int8", "export_onnx": "onnx"}  # field: format of the exporter
 SWITCHES = {
@@ -65,7 +81,7 @@ class Plan:
     """
 
     method: str
-    args: argparse.Namespace
+    settings: TrainSettings
     commands: list[dict[str, Any]]
 
 
@@ -81,17 +97,11 @@ class Planner:
         self.scripts, self.data_dir, self.reach = scripts, data_dir, reach
 
     @cache  # noqa: B019 (one planner lives as long as the server)
-    def script(self, method: str) -> ModuleType:
-        """A method's script, by its path: its parser and its checks are wanted here, and it needs no torch for them."""
-        path = self.scripts / METHODS[method]
-        spec = importlib.util.spec_from_file_location(f"job_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    @cache  # noqa: B019
     def parser(self, method: str) -> argparse.ArgumentParser:
-        return self.script(method).build_parser()
+        """What parses the flags of a method's script."""
+        parser = cli.parser(method, prog=METHODS[method].script)
+        METHODS[method].add_flags(parser)
+        return parser
 
     def fields(self, method: str) -> dict[str, argparse.Action]:
         """What a request may set, by every name that it has."""
@@ -115,24 +125,24 @@ class Planner:
         argv, names = [f"--save_dir={save_dir}"], {}
         for name, (field, value) in given.items():
             names[name] = field
-            place = self._reached(name, field, value)
-            if name == "dataset" and os.path.isfile(place):
+            value = self._reached(name, field, value)
+            if name == "dataset" and os.path.isfile(value):
                 name = "data"  # a file is none of the datasets library's
-            argv += flag(self.fields(method)[name], place)
+            argv += flag(self.fields(method)[name], value)
         if (method == DISTILL or QAT in given) and "lora_r" not in given:
             argv.append("--lora_r=0")  # a whole model, unless an adapter is asked for
-        args = self._parse(method, argv, names)
-        script = str(self.scripts / METHODS[method])
+        settings = self._parse(method, argv, names)
+        script = str(self.scripts / METHODS[method].script)
         commands = [{"argv": [script, *argv], "output": ""}]
         formats = [format for field, format in EXPORTS.items() if switch(payload, field)]
         proof = save_dir.with_name("proof.jsonl")
         if formats:
-            commands.append({"argv": proof_command(args, proof), "output": None})
+            commands.append({"argv": proof_command(settings, proof), "output": None})
         for format in formats:
             words = [f"--model_dir={save_dir}", f"--format={format}", f"--save_dir={save_dir / format}"]
             exporter = [str(self.scripts / EXPORTER), *words, f"--proof_data={proof}"]
             commands.append({"argv": exporter, "output": format})
-        return Plan(method, args, commands)
+        return Plan(method, settings, commands)
 
     def _settings(self, method: str, payload: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         """{name of the setting: (name it was given under, value)}; null counts as not given."""
@@ -171,15 +181,10 @@ class Planner:
             raise Problem(422, f"{field}: must not be a path", field)
         return value
 
-    def _parse(self, method: str, argv: list[str], names: Mapping[str, str]) -> argparse.Namespace:
+    def _parse(self, method: str, argv: list[str], names: Mapping[str, str]) -> TrainSettings:
         """The settings, when the script's parser and its checks take them."""
         try:
-            args = cli.parse_args(self.parser(method), argv)
-            if method == DISTILL:
-                script = self.script(method)
-                script.check_flags(args, script.resolve_weights(args))
-            else:
-                training.check_flags(args)
+            return METHODS[method].settings_of(cli.parse_args(self.parser(method), argv))
         except UserError as error:
             message = str(error).partition(" (see: ")[0]
             known = self.fields(method)
@@ -187,7 +192,6 @@ class Planner:
             blamed = [known[name].dest for name in flags if name in known]
             field = next((names[name] for name in blamed if name in names), (blamed or ["body"])[0])
             raise Problem(422, f"{field}: {message}", field) from error
-        return args
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of a request, for the API's description: the settings of all methods."""
@@ -206,13 +210,14 @@ class Planner:
         return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def proof_command(args: argparse.Namespace, output: Path) -> list[str]:
+def proof_command(settings: TrainSettings, output: Path) -> list[str]:
     """What writes the rows that an export is compared on: held-out ones where there are any."""
     words = ["-m", "common.jobs.proof_rows", f"--output={output}"]
-    if args.eval_data or args.data:
-        return [*words, f"--data={args.eval_data or args.data}"]
+    if settings.eval_data or settings.data:
+        return [*words, f"--data={settings.eval_data or settings.data}"]
+    assert isinstance(settings, DistillSettings)  # no other method goes without --data
     names = ("dataset", "subset", "split", "text_column")
-    return [*words, *(f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None)]
+    return [*words, *(f"--{name}={value}" for name in names if (value := getattr(settings, name)) is not None)]
 
 
 def shown(name: str) -> str:

@@ -147,9 +147,9 @@ class Service:
                 return known
             job_id = new_id()
             plan = self.planner.plan(payload, self.jobs_dir / job_id / "artifacts")
-            if getattr(plan.args, "teacher", None):
-                self.vocabularies.check(plan.args.teacher, plan.args.student)
-            check_memory(plan.args, plan.method, self.runner.backend.device)
+            if teacher := getattr(plan.settings, "teacher", None):
+                self.vocabularies.check(teacher, plan.settings.student)
+            check_memory(plan.settings, self.runner.backend.device)
             if self.store.counts()[QUEUED] >= self.settings.max_queue:
                 raise Problem(503, f"{self.settings.max_queue} jobs wait already; try again later", retry_after=60)
             job = self.store.submit(plan.method, payload, plan.commands, job_id, key)

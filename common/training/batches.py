@@ -1,10 +1,10 @@
-"""Rows as batches: prompt and completion as token ids, padding, the loss of the completion, rows in order of length."""
+"""Rows as batches: prompt and completion as token ids, padding, rows in order of length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.cli import UserError, log
 from common.models import tokenizers
@@ -70,36 +70,6 @@ def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def completion_loss(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
-) -> tuple[torch.Tensor, Any]:
-    """Cross-entropy of the completion tokens, in nats, with the LM head applied at those columns alone.
-
-    Args:
-        batch: `input_ids`, `attention_mask`, `labels`, each [rows, tokens]; labels IGNORE on prompt and padding.
-        num_items: completion tokens of the whole optimizer step, so that accumulation 2x1 equals 1x2; None: this batch.
-
-    Returns:
-        (scalar loss, model output). The loss of a batch without completion tokens is 0.
-    """
-    import torch
-
-    targets = batch["labels"][:, 1:]
-    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
-    if len(columns) == 0:  # keep the graph, so that backward still works
-        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
-    targets = targets[:, columns]
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=columns
-    )
-    if num_items is None:
-        num_items = (targets != IGNORE).sum().clamp(min=1)
-    loss = torch.nn.functional.cross_entropy(
-        output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return loss / num_items, output
-
-
 @dataclass
 class LengthGroupedOrder:
     """Row order in which neighbours have similar lengths: a sampler with its own seed, so that resume is exact.
@@ -114,6 +84,7 @@ class LengthGroupedOrder:
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """The order of that epoch from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -122,15 +93,15 @@ class LengthGroupedOrder:
     def __iter__(self) -> Iterator[int]:
         import random
 
-        draw = random.Random(self.seed * 1_000_003 + self.epoch)
-        rows = draw.sample(range(len(self.lengths)), len(self.lengths))
+        rng = random.Random(self.seed * 1_000_003 + self.epoch)
+        rows = rng.sample(range(len(self.lengths)), len(self.lengths))
         full = len(rows) - len(rows) % self.rows_per_step
         rows, rest = rows[:full], rows[full:]  # an incomplete step, where there is one, comes last
         pool = 64 * self.rows_per_step
         for start in range(0, len(rows), pool):
             ordered = sorted(rows[start : start + pool], key=lambda row: -self.lengths[row])
             steps = [ordered[i : i + self.rows_per_step] for i in range(0, len(ordered), self.rows_per_step)]
-            draw.shuffle(steps)
+            rng.shuffle(steps)
             for step in steps:
                 yield from step
         yield from rest

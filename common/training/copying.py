@@ -57,14 +57,14 @@ class CopyExercises(SelfSupervision):
         The schema's own keys are left out: drawn at random, they would become one and the same to the model.
         """
         words = re.findall(r"\s*\S+", prompt.removeprefix(self.frame))
-        length = self.draw.randint(min(6, len(words)), len(words))
-        start = self.draw.randint(0, len(words) - length)
+        length = self.rng.randint(min(6, len(words)), len(words))
+        start = self.rng.randint(0, len(words) - length)
         words = words[start : start + length]
         spans = {}
         for _ in range(SPANS):
-            start = self.draw.randrange(len(words))
-            middle = start + self.draw.randint(1, 2)
-            end = middle + self.draw.randint(2, 6)
+            start = self.rng.randrange(len(words))
+            middle = start + self.rng.randint(1, 2)
+            end = middle + self.rng.randint(2, 6)
             spans["".join(words[start:middle]).strip()] = "".join(words[middle:end]).strip()
         return self.frame + "".join(words), json.dumps(spans, ensure_ascii=False, separators=(",", ":"))
 

@@ -1,22 +1,54 @@
-"""Losses between a teacher and a student: divergences of distributions, of hidden states, of attention maps.
+"""All losses: of a completion its cross-entropy; of a student beside its teacher divergences of distributions, of
+hidden states and of attention maps.
 
-Pure functions, each giving one number an item (a token, or a row with a few labels), so that a caller sums them and
-divides by the items of the whole optimizer step: accumulation then changes nothing. Divergences take log-probabilities
-over any set of outcomes: a vocabulary, the teacher's top k with the rest as one more outcome, or the labels of a task.
+Those are pure functions, each giving one number an item (a token, or a row with a few labels), so that a caller sums
+them and divides by the items of the whole optimizer step: accumulation then changes nothing. Divergences take
+log-probabilities over any set of outcomes: a vocabulary, the teacher's top k with the rest as one more outcome, or the
+labels of a task.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from common.models.batching import CHUNK_LOGITS
+from common.training.batches import IGNORE
 
 TAIL_FLOOR = 1e-7  # probability; the float32 rounding of 1 - sum(p) is as large
+
+
+def completion_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
+) -> tuple[torch.Tensor, Any]:
+    """Cross-entropy of the completion tokens, in nats, with the LM head applied at those columns alone.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels`, each [rows, tokens]; labels IGNORE on prompt and padding.
+        num_items: completion tokens of the whole optimizer step, so that accumulation 2x1 equals 1x2; None: this batch.
+
+    Returns:
+        (scalar loss, model output). The loss of a batch without completion tokens is 0.
+    """
+    targets = batch["labels"][:, 1:]
+    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
+    if len(columns) == 0:  # keep the graph, so that backward still works
+        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
+    targets = targets[:, columns]
+    output = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=columns
+    )
+    if num_items is None:
+        num_items = (targets != IGNORE).sum().clamp(min=1)
+    loss = functional.cross_entropy(
+        output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return loss / num_items, output
 
 
 def log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -113,8 +113,8 @@ class SelfSupervision:
     learn_prompts = True
 
     def __init__(self, prompts: Sequence[str], seed: int, texts: Sequence[str] = ()) -> None:
-        self.draw = random.Random(seed)
-        self.texts = {prompt: text for _ in range(TEXT_VARIANTS) for prompt, text in keyword_prompts(texts, self.draw)}
+        self.rng = random.Random(seed)
+        self.texts = {prompt: text for _ in range(TEXT_VARIANTS) for prompt, text in keyword_prompts(texts, self.rng)}
         self.prompts = [*prompts, *self.texts]
         values: dict[str, list[float]] = {}
         for prompt in self.prompts:
@@ -147,13 +147,13 @@ class SelfSupervision:
         if prompt.startswith(SAY):
             return prompt.removeprefix(SAY)
         if any(f"{field}: " in prompt for field in self.fields):
-            return self.draw.choice(ANSWER_WORDS)
+            return self.rng.choice(ANSWER_WORDS)
         words = prompt.split(" ")
-        start = self.draw.randrange(len(words))
+        start = self.rng.randrange(len(words))
         return " ".join(words[start : start + 6])
 
 
-def keyword_prompts(texts: Sequence[str], draw: random.Random) -> Iterator[tuple[str, str]]:
+def keyword_prompts(texts: Sequence[str], rng: random.Random) -> Iterator[tuple[str, str]]:
     """(a prompt with the keywords of a text, the text) for each, a form of denoising (Lewis et al. 2019, BART).
 
     First its numbers, its quoted words and its rare names are exchanged for those of other texts, the same for the
@@ -170,7 +170,7 @@ def keyword_prompts(texts: Sequence[str], draw: random.Random) -> Iterator[tuple
     ]
     pool_of = {word: pool for pool in pools for word in pool}
     for text in texts:
-        other = {word: draw.choice(pool_of[word]) for word in WORD.findall(text) if word in pool_of}
+        other = {word: rng.choice(pool_of[word]) for word in WORD.findall(text) if word in pool_of}
         text = WORD.sub(lambda match, other=other: other.get(match[0], match[0]), text)
         words = dict.fromkeys(WORD.findall(text))
         yield KEYWORDS + " ".join(word for word in words if counts[word] < KEYWORD_SHARE * len(texts)), text
@@ -179,25 +179,25 @@ def keyword_prompts(texts: Sequence[str], draw: random.Random) -> Iterator[tuple
 def other_prompts(count: int, seed: int) -> list[str]:
     """Made-up prompts: half ask for a word to be said, the rest are like IDP's and CodeGen's, so that the miniature
     has seen the other two tasks' kind of text."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     companies = ("Acme Co.", "Bar LLC", "Foo Ltd.", "Globex Inc.", "Initech GmbH", "Umbrella AG")
     goods = ("USB-C Cable", "65W Charger", "Desk Lamp", "Paper A4", "Coffee Beans", "Notebook")
     verbs = ("returns the sum of", "sorts", "reverses", "counts the words of", "finds the largest of", "filters")
     things = ("a list of numbers", "a string", "two integers", "the rows of a table", "a dictionary's keys")
     prompts = []
     for _ in range(count):
-        kind = draw.random()
+        kind = rng.random()
         if kind < 0.5:
-            prompts.append(SAY + draw.choice(ANSWER_WORDS))
+            prompts.append(SAY + rng.choice(ANSWER_WORDS))
         elif kind < 0.75:
-            date = f"{draw.randint(2020, 2026)}-{draw.randint(1, 12):02}-{draw.randint(1, 28):02}"
-            item = f"{draw.choice(goods)} x{draw.randint(1, 9)}"
-            total = f"{draw.choice(('USD', 'EUR', 'INR'))} {draw.randint(1, 9999)}.{draw.randint(0, 99):02}"
-            company = draw.choice(companies)
-            prompts.append(f"Invoice #INV-{draw.randint(1, 999)} dated {date} from {company}. {item}. Total: {total}")
+            date = f"{rng.randint(2020, 2026)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
+            item = f"{rng.choice(goods)} x{rng.randint(1, 9)}"
+            total = f"{rng.choice(('USD', 'EUR', 'INR'))} {rng.randint(1, 9999)}.{rng.randint(0, 99):02}"
+            company = rng.choice(companies)
+            prompts.append(f"Invoice #INV-{rng.randint(1, 999)} dated {date} from {company}. {item}. Total: {total}")
         else:
-            name = "".join(draw.choices("abcdefgh", k=4))
-            prompts.append(f"Write a function {name} that {draw.choice(verbs)} {draw.choice(things)}.")
+            name = "".join(rng.choices("abcdefgh", k=4))
+            prompts.append(f"Write a function {name} that {rng.choice(verbs)} {rng.choice(things)}.")
     return prompts
 
 
@@ -246,7 +246,7 @@ def pretrain(
     model.train()
     with trange(steps, desc="pretraining", unit=" steps") as progress:
         for step in progress:
-            chosen = source.draw.choices(source.prompts, k=rows_per_step)
+            chosen = source.rng.choices(source.prompts, k=rows_per_step)
             prompts, answers = zip(*(source.example(prompt) for prompt in chosen), strict=True)
             answers = [tokenizers.encode_completion(tokenizer, answer) for answer in answers]
             learnt_from = [0 if source.learn_prompts else len(encode(prompt)) for prompt in prompts]

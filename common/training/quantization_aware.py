@@ -7,7 +7,6 @@ training saw; other runtimes round a little differently.
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
@@ -19,15 +18,15 @@ KINDS = ("int8", "int4")
 GROUP = 32  # weights that share a scale in INT4; in INT8 those of an output do
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check(kind: str | None, lora_r: int) -> None:
     """Refuse what would not train what is shipped.
 
     Raises:
         UserError: with LoRA, or torchao is not installed.
     """
-    if not args.quantization_aware:
+    if kind is None:
         return
-    if args.lora_r:
+    if lora_r:
         raise UserError(
             "--quantization_aware trains all weights: with LoRA the rounding would be learnt for "
             "the base's weights, and merging the adapter changes them; pass --lora_r 0"

@@ -14,12 +14,21 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli
-from common.vram import model_shape as shapes
+from common.vram import model_shape
 from common.vram.formulas import BFLOAT16, FLOAT32, GB, Inference, Plan, Training, predict
-from common.vram.preflight import DESKTOP, advise, words
+from common.vram.preflight import DESKTOP, INFERENCE, SERVER, Flags, advise, words
+
+TRAINING: Flags = {
+    "per_device_train_batch_size": lambda plan: plan.batch,
+    "gradient_checkpointing": lambda plan: "on" if plan.checkpointing else "off",
+    "teacher_cache": lambda plan: None if plan.teacher else "runs/teacher_cache",
+    "max_len": lambda plan: plan.max_len,
+    "load_in_4bit": lambda plan: "on" if plan.four_bit else "off",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
     parser = cli.parser(__doc__, prog="python -m common.vram")
     parser.add_argument("--student", required=True, help="model: a folder or a Hub id")
     methods = ("sft", "kd", "dpo", "distill", "infer", "serve")
@@ -40,9 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Print the prediction, and with --card_gb whether it fits."""
     args = cli.parse_args(build_parser(), argv)
     cuda, four_bit = args.device == "cuda", args.load_in_4bit == "on" and args.lora_r > 0
-    student = shapes.of(args.student)
+    student = model_shape.of(args.student)
     plan: Plan
     if args.method in ("infer", "serve"):
         plan = Inference(
@@ -66,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             four_bit=four_bit,
             checkpointing=args.gradient_checkpointing == "on",
             cuda=cuda,
-            teacher=shapes.of(args.teacher) if args.teacher else None,
+            teacher=model_shape.of(args.teacher) if args.teacher else None,
         )
     print(predict(plan).table())
     if args.card_gb:
@@ -74,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if predict(plan).total <= free:
             print(f"fits a card of {args.card_gb:g} GB")
         else:
-            flags = argparse.Namespace() if args.method == "serve" else args  # a server has variables instead
+            flags = {"infer": INFERENCE, "serve": SERVER}.get(args.method, TRAINING)
             print(f"too much for a card of {args.card_gb:g} GB; it would fit with {words(advise(plan, flags, free))}")
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.models.batching import CHUNK_LOGITS, KEPT_TOKENS, LOGITS_AT_ONCE
-from common.vram.model_shape import Shape
+from common.models.batching import CHUNK_LOGITS, KEPT_TOKENS, LOGITS_AT_ONCE, REFERENCE_TOKENS
+from common.vram.model_shape import ModelShape
 
 GB = 1e9
 FLOAT32, BFLOAT16, BOOL = 4, 2, 1
 BLOCK, NESTED_BLOCK = 64, 256  # weights a constant of NF4, constants a constant of those: bitsandbytes' defaults
 HEAD_TOKENS, HEAD_LOGITS = 4096, 32_768  # of a tile of TRL's fused LM head, for DPO
-REFERENCE_TOKENS = 2048  # that dpo_train.py scores at a time before training
 ROW_TOKENS = 256  # of a row to score
 
 # What the allocator does not see. NVIDIA's driver keeps a context for each process that uses the card, and loads the
@@ -56,7 +55,7 @@ class Prediction:
 class Training:
     """What decides the peak of a training step; the defaults are the recipe's on a card."""
 
-    student: Shape
+    student: ModelShape
     method: str = "sft"  # sft, kd, dpo or distill
     max_len: int = 1024  # tokens a row
     batch: int = 1  # rows (DPO: pairs) on the device at a time
@@ -67,7 +66,7 @@ class Training:
     checkpointing: bool = True
     cuda: bool = True
     terms: tuple[str, ...] = ("forward_kl",)  # of distill
-    teacher: Shape | None = None  # of distill: one that is on the device, too
+    teacher: ModelShape | None = None  # of distill: one that is on the device, too
     teacher_four_bit: bool = True
 
     @property
@@ -132,7 +131,7 @@ class Training:
 class Inference:
     """What decides the peak of scoring or generating, without gradients."""
 
-    model: Shape
+    model: ModelShape
     batch_tokens: int = 8192  # in one forward pass, and in its key/value cache
     generates: bool = True  # text, and so keeps keys and values of all layers; ranking labels needs one layer's
     logits: int = LOGITS_AT_ONCE  # made at a time
@@ -156,7 +155,7 @@ def nf4_bytes(weights: int) -> int:
     return -(-weights // 2) + blocks + FLOAT32 * (-(-blocks // NESTED_BLOCK) + 1 + 16 + 256)
 
 
-def weight_bytes(shape: Shape, *, four_bit: bool, width: int) -> int:
+def weight_bytes(shape: ModelShape, *, four_bit: bool, width: int) -> int:
     """All weights: matrices of the layers in NF4 where `four_bit`, everything else in `width` bytes each."""
     counts = shape.parameters()
     linear = counts.pop("linear")
@@ -167,7 +166,7 @@ def weight_bytes(shape: Shape, *, four_bit: bool, width: int) -> int:
 
 
 def kept_by_layer(plan: Training) -> float:
-    """Bytes a token that one decoder layer keeps for its backward pass, in `completions.completion_loss`.
+    """Bytes a token that one decoder layer keeps for its backward pass, in `common.training.losses.completion_loss`.
 
     By autograd's own list (torch.autograd.graph.saved_tensors_hooks) these are, with d hidden, q and k the widths of
     queries and keys, f intermediate:
@@ -294,12 +293,12 @@ def moments(plan: Training) -> dict[str, float]:
         layer -= tokens * d * FLOAT32 if plan.residual == FLOAT32 else 0  # its input is the checkpoint itself
     else:  # the last norm's backward pass: six tensors of its width, and what it keeps
         loss = max(loss, tokens * FLOAT32 * (7 * d + 1))
-    found = {"loss": loss, "a layer's backward pass": layer}
+    sizes = {"loss": loss, "a layer's backward pass": layer}
     if plan.teacher:
-        found["the teacher's forward pass"] = teacher_work(plan)
+        sizes["the teacher's forward pass"] = teacher_work(plan)
     if plan.method == "dpo":  # when nothing is learnt and kept yet
-        found["the reference's pass"] = reference_work(plan) - 3 * plan.trained * plan.trained_width - kept(plan)
-    return found
+        sizes["the reference's pass"] = reference_work(plan) - 3 * plan.trained * plan.trained_width - kept(plan)
+    return sizes
 
 
 def predict_training(plan: Training) -> Prediction:

@@ -41,7 +41,7 @@ class UnknownShape(UserError):
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """Of a dense decoder with grouped-query attention and gated MLPs."""
 
     vocabulary: int  # rows of the embedding, padding included
@@ -87,7 +87,7 @@ class Shape:
         return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.projections)
 
 
-def from_config(config: dict[str, Any]) -> Shape:
+def from_config(config: dict[str, Any]) -> ModelShape:
     """The shape that config.json's keys describe.
 
     Raises:
@@ -99,7 +99,7 @@ def from_config(config: dict[str, Any]) -> Shape:
     if not dense or not {"hidden_size", "intermediate_size"} <= config.keys():
         raise UnknownShape(f"the memory of {kind} cannot be predicted; only dense decoders with gated MLPs are known")
     heads = config["num_attention_heads"]
-    return Shape(
+    return ModelShape(
         vocabulary=config["vocab_size"],
         hidden=config["hidden_size"],
         intermediate=config["intermediate_size"],
@@ -114,7 +114,7 @@ def from_config(config: dict[str, Any]) -> Shape:
     )
 
 
-def of(name_or_path: str, *, trust_remote_code: bool = False) -> Shape:
+def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
     """The shape of a model folder, of one of the KNOWN, or of a Hub id whose config can be had.
 
     Raises:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common import distributed as launch
 from common.cli import UserError, log
 from common.models import loading as models
-from common.models.batching import (
-    CHUNK_LOGITS,
-    CPU_BATCH_TOKENS,
-    CPU_TOKENS_PER_BATCH,
-    EFFECTIVE_BATCH,
-    MAX_BATCH_TOKENS,
-)
+from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS
 from common.models.source import LoadedModel, ModelSource
 from common.vram import model_shape as shapes
 from common.vram.formulas import BFLOAT16, CUDA_CONTEXT, GB, Inference, Plan, Training, predict
@@ -26,9 +19,19 @@ from common.vram.formulas import BFLOAT16, CUDA_CONTEXT, GB, Inference, Plan, Tr
 DESKTOP = 0.7  # GB of a card that also draws the screen
 LEAST_LEN, LEAST_BATCH_TOKENS = 128, 512  # shorter rows, or smaller batches, are not proposed
 OFFLOAD_FOLDER = "/tmp/offload"
-# What distill_train.py can weigh.
-TERMS = ("forward_kl", "reverse_kl", "jsd", "ce", "teacher_ce", "attention_mse")
-OF_LAYERS = ("hidden_mse", "hidden_cosine")
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+Flags = Mapping[str, Callable[[Any], Any]]  # a command's flags, or its environment variables, each read off a plan
+INFERENCE: Flags = {
+    "max_batch_tokens": lambda plan: plan.batch_tokens,
+    "OFFLOAD_FOLDER": lambda plan: OFFLOAD_FOLDER if plan.offload else None,
+    "load_in_4bit": lambda plan: "on" if plan.four_bit else "off",
+}
+SERVER: Flags = {
+    "MAX_BATCH_TOKENS": INFERENCE["max_batch_tokens"],
+    "OFFLOAD_FOLDER": INFERENCE["OFFLOAD_FOLDER"],
+    "LOAD_IN_4BIT": INFERENCE["load_in_4bit"],
+}
 
 
 def free_bytes() -> int | None:
@@ -55,56 +58,6 @@ def is_wsl() -> bool:
         return "microsoft" in Path("/proc/version").read_text().lower()
     except OSError:
         return False
-
-
-def training_plan(
-    args: argparse.Namespace,
-    method: str = "sft",
-    *,
-    longest: int | None = None,
-    completion_len: int | None = None,
-    cuda: bool | None = None,
-) -> Training:
-    """What a trainer's flags mean for memory.
-
-    Args:
-        args: the flags of `training.add_flags`; of distill_train.py also `teacher` and `teacher_cache`.
-        method: sft, kd, dpo or distill.
-        longest, completion_len: tokens of the longest row and of the longest completion, where they are known.
-        cuda: whether it trains on a card; None: as this machine would.
-
-    Raises:
-        UnknownShape: the student's or the teacher's memory cannot be predicted.
-    """
-    if cuda is None:
-        import torch
-
-        cuda = torch.cuda.is_available()
-
-    def on(switch: str) -> bool:
-        return switch == "on" or (switch == "auto" and cuda)
-
-    student = shapes.of(args.student, trust_remote_code=args.trust_remote_code)
-    max_len = min(longest or args.max_len, args.max_len, student.context)
-    # A batch that is not given is fitted by the trainer: on a card by trying, on a CPU by a token budget.
-    on_cpu = max(1, min(EFFECTIVE_BATCH, CPU_TOKENS_PER_BATCH // max_len))
-    weighed = TERMS if getattr(args, "layer_map", "last") == "last" else TERMS + OF_LAYERS  # the last is there anyway
-    live = getattr(args, "teacher", None) and not getattr(args, "teacher_cache", None)
-    return Training(
-        student,
-        method=method,
-        max_len=max_len,
-        batch=args.per_device_train_batch_size or (1 if cuda else on_cpu),
-        completion_len=completion_len,
-        lora_r=args.lora_r,
-        lora_dropout=args.lora_dropout,
-        four_bit=args.lora_r > 0 and on(args.load_in_4bit),
-        checkpointing=on(args.gradient_checkpointing),
-        cuda=cuda,
-        terms=tuple(name for name in weighed if getattr(args, name, None)),
-        teacher=shapes.of(args.teacher, trust_remote_code=args.trust_remote_code) if live else None,
-        teacher_four_bit=on(getattr(args, "load_teacher_in_4bit", "auto")),
-    )
 
 
 def inference_plan(
@@ -176,8 +129,8 @@ def fit(plan: Plan, free: int) -> Plan | None:
         return next((candidate for candidate in candidates if predict(candidate).total <= free), None)
 
     for name, values in options(plan).items():
-        if found := mildest(name, values):
-            chosen = found
+        if candidate := mildest(name, values):
+            chosen = candidate
             break
         chosen = replace(chosen, **{name: values[-1]})
         spared.append((name, values))
@@ -188,40 +141,9 @@ def fit(plan: Plan, free: int) -> Plan | None:
     return chosen
 
 
-def changed_flags(plan: Plan, fitted: Plan, args: argparse.Namespace) -> dict[str, Any]:
-    """The flags, or the server's environment variables, with their values, that turn `plan` into `fitted`."""
-    changes: dict[str, Any] = {}
-    if isinstance(plan, Inference):
-        if fitted.batch_tokens != plan.batch_tokens:
-            name = "max_batch_tokens" if hasattr(args, "max_batch_tokens") else "MAX_BATCH_TOKENS"
-            changes[name] = fitted.batch_tokens
-        if fitted.offload != plan.offload:
-            changes["OFFLOAD_FOLDER"] = OFFLOAD_FOLDER
-    else:
-        if fitted.batch != plan.batch:
-            changes["per_device_train_batch_size"] = fitted.batch
-            if accumulation := getattr(args, "gradient_accumulation_steps", None):
-                changes["gradient_accumulation_steps"] = accumulation * -(-plan.batch // fitted.batch)
-        if fitted.checkpointing != plan.checkpointing:
-            changes["gradient_checkpointing"] = "on"
-        if fitted.teacher != plan.teacher:
-            changes["teacher_cache"] = str(Path(getattr(args, "save_dir", "runs"), "teacher_cache"))
-        if fitted.max_len != plan.max_len:
-            changes["max_len"] = fitted.max_len
-    if fitted.four_bit != plan.four_bit:
-        names = (name for name in ("load_in_4bit", "load_teacher_in_4bit") if hasattr(args, name))
-        changes[next(names, "LOAD_IN_4BIT")] = "on"
-    return changes
-
-
-def before_training(args: argparse.Namespace, method: str, **known: int) -> dict[str, Any]:
-    """`preflight` of a trainer's flags; `known` as `training_plan`'s. Models it does not know pass, with a notice, and
-    so does FSDP: how much each card then holds is not predicted."""
-    if launch.fsdp():
-        log("under FSDP memory is not predicted")
-        return {}
-    plan = _known(lambda: training_plan(args, method, **known))
-    return preflight(plan, args) if plan else {}
+def changed_flags(plan: Plan, fitted: Plan, flags: Flags) -> dict[str, Any]:
+    """{flag: value}: the flags, or the environment variables, that turn `plan` into `fitted`."""
+    return {name: value(fitted) for name, value in flags.items() if value(fitted) != value(plan)}
 
 
 def fit_inference(
@@ -237,12 +159,10 @@ def fit_inference(
     Raises:
         UserError: too little memory is free, and `auto_fit` is off; the message names what would fit.
     """
-    plan = _known(lambda: inference_plan(source, max_batch_tokens=max_batch_tokens, generates=generates))
-    if plan is None:
-        return source, max_batch_tokens
-    flags = argparse.Namespace(max_batch_tokens=max_batch_tokens, load_in_4bit=source.load_in_4bit, auto_fit=auto_fit)
-    preflight(plan, flags)
-    return replace(source, load_in_4bit=flags.load_in_4bit), flags.max_batch_tokens
+    plan = if_known(lambda: inference_plan(source, max_batch_tokens=max_batch_tokens, generates=generates))
+    changes = preflight(plan, INFERENCE, auto_fit=auto_fit) if plan else {}
+    fitted = replace(source, load_in_4bit=changes.get("load_in_4bit", source.load_in_4bit))
+    return fitted, changes.get("max_batch_tokens", max_batch_tokens)
 
 
 def load_within_memory(source: ModelSource, max_batch_tokens: int, *, auto_fit: bool) -> LoadedModel:
@@ -255,35 +175,17 @@ def load_within_memory(source: ModelSource, max_batch_tokens: int, *, auto_fit: 
     return LoadedModel(*models.load_for_inference(source), max_batch_tokens)
 
 
-def before_teacher_pass(args: argparse.Namespace) -> dict[str, Any]:
-    """`preflight` of distill_train.py's pass 1, in which the teacher alone reads the rows and its cache is written."""
-    plan = _known(
-        lambda: inference_plan(
-            ModelSource(args.teacher, load_in_4bit=args.load_teacher_in_4bit, trust_remote_code=args.trust_remote_code),
-            max_batch_tokens=args.max_batch_tokens,
-        )
-    )
-    if plan is None:
-        return {}
-    log(f"the teacher {args.teacher} reads first, alone:")
-    own = ("max_batch_tokens", "load_teacher_in_4bit", "auto_fit")  # the rest is of the student's training
-    flags = argparse.Namespace(**{name: getattr(args, name) for name in own})
-    changed = preflight(replace(plan, generates=False, logits=CHUNK_LOGITS), flags)
-    vars(args).update(vars(flags))
-    return changed
-
-
 def before_serving(
     base: str, *, adapters: int, max_batch_tokens: int, load_in_4bit: str, auto_fit: bool
 ) -> dict[str, Any]:
     """`preflight` of the server's settings, for a base with so many adapters on it; exports pass."""
-    plan = _known(
+    plan = if_known(
         lambda: inference_plan(ModelSource(base, load_in_4bit=load_in_4bit), max_batch_tokens=max_batch_tokens)
     )
-    return preflight(replace(plan, adapters=adapters), argparse.Namespace(auto_fit=auto_fit)) if plan else {}
+    return preflight(replace(plan, adapters=adapters), SERVER, auto_fit=auto_fit) if plan else {}
 
 
-def _known(plan: Callable[[], Plan]) -> Plan | None:
+def if_known(plan: Callable[[], AnyPlan]) -> AnyPlan | None:
     """The plan; None, with a notice, where the memory of its model cannot be predicted."""
     try:
         return plan()
@@ -292,15 +194,17 @@ def _known(plan: Callable[[], Plan]) -> Plan | None:
         return None
 
 
-def preflight(plan: Plan, args: argparse.Namespace, *, free: int | None = None) -> dict[str, Any]:
-    """Say how much memory `plan` will take, and stop, or with `args.auto_fit` change the flags, where it is too much.
+def preflight(plan: Plan, flags: Flags, *, auto_fit: bool = False, free: int | None = None) -> dict[str, Any]:
+    """Say how much memory `plan` will take, and stop where it is too much, unless something milder may be taken.
 
     Args:
-        args: the flags that the plan is of; those that have to change are set, variables in the environment.
+        flags: those of the command that the plan is of.
+        auto_fit: take milder settings where they are needed. Environment variables among them are set here; flags are
+            the caller's to change.
         free: bytes; None: `free_bytes()`.
 
     Returns:
-        What was changed, {flag: value}; empty where it fits.
+        What has to change, {flag: value}; empty where it fits.
 
     Raises:
         UserError: more than is free; the message names the smallest changes that would fit.
@@ -314,20 +218,16 @@ def preflight(plan: Plan, args: argparse.Namespace, *, free: int | None = None) 
         _refuse_to_spill(free)
     if prediction.total <= free:
         return {}
-    advice = advise(plan, args, free)
+    changes = advise(plan, flags, free)
     alone = launch.world_size() == 1  # others could see other free memory, and change other flags
-    if not (alone and getattr(args, "auto_fit", False)):
-        raise UserError(f"about {prediction.total / GB:.1f} GB are needed, {free / GB:.1f} are free; {words(advice)}")
-    log(f"to fit: {words(advice)}")
-    for name, value in advice.items():
-        if name.isupper():
-            os.environ[name] = str(value)
-        else:
-            setattr(args, name, value)
-    return advice
+    if not (alone and auto_fit):
+        raise UserError(f"about {prediction.total / GB:.1f} GB are needed, {free / GB:.1f} are free; {words(changes)}")
+    log(f"to fit: {words(changes)}")
+    os.environ.update({name: str(value) for name, value in changes.items() if name.isupper()})
+    return changes
 
 
-def advise(plan: Plan, args: argparse.Namespace, free: int) -> dict[str, Any]:
+def advise(plan: Plan, flags: Flags, free: int) -> dict[str, Any]:
     """The flags that would make `plan` fit into `free` bytes.
 
     Raises:
@@ -341,7 +241,7 @@ def advise(plan: Plan, args: argparse.Namespace, free: int) -> dict[str, Any]:
             f"about {predict(plan).total / GB:.1f} GB are needed, {free / GB:.1f} are free, and no settings need less "
             f"than {predict(least).total / GB:.1f}; take {instead}"
         )
-    return changed_flags(plan, fitted, args)
+    return changed_flags(plan, fitted, flags)
 
 
 def words(changes: dict[str, Any]) -> str:

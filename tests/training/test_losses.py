@@ -1,13 +1,17 @@
-"""Distillation losses against their definitions, in float64."""
+"""Losses against their definitions: those beside a teacher in float64, that of a completion against the model's own."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 
-from common.training import losses
+from common.models import loading as models
+from common.models.source import ModelSource
+from common.models.tokenizers import Encoded
+from common.training import batches, losses
 
 
 @pytest.fixture
@@ -165,3 +169,42 @@ def test_chunks_equal_the_whole(logits, tokens):
         assert torch.allclose(one, other)
     assert parts[3] <= 2  # tokens whose logits existed at a time
     assert whole[3] == tokens
+
+
+# Of a completion.
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return models.load_base(ModelSource(base, dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = random.Random(0)
+    rows = [Encoded([rng.randrange(400) for _ in range(n)], prompt) for n, prompt in ((9, 4), (14, 11), (6, 1))]
+    return batches.collate(rows, pad_id=0)
+
+
+def test_completion_loss_is_the_full_models(model, batch):
+    loss, output = losses.completion_loss(model, batch)
+    assert loss.item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
+    columns = {t - 1 for row in batch["labels"].tolist() for t, label in enumerate(row) if label != batches.IGNORE}
+    assert output.logits.shape == (3, len(columns), model.config.vocab_size)
+    assert len(columns) < batch["labels"].shape[1] - 1
+
+
+def test_completion_loss_of_parts_adds_up(model, batch):
+    items = (batch["labels"] != batches.IGNORE).sum()
+    parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
+    total = sum(losses.completion_loss(model, part, items)[0].item() for part in parts)
+    assert total == pytest.approx(losses.completion_loss(model, batch)[0].item(), abs=1e-6)
+
+
+def test_an_all_masked_batch_gives_zero(base, batch):
+    model = models.load_base(ModelSource(base), training=True)
+    masked = batch | {"labels": torch.full_like(batch["labels"], batches.IGNORE)}
+    loss, _ = losses.completion_loss(model, masked)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +11,11 @@ from support.inputs import ROOT
 
 from bench import gpu_8gb, memory
 from common import cli
+from common.distillation.settings import DistillSettings
 from common.models.flags import source_of
 from common.models.source import ModelSource
+from common.training import run
+from common.training.settings import TrainSettings
 from common.vram import formulas as peak_memory
 from common.vram import model_shape as shapes
 from common.vram import preflight as vram
@@ -53,18 +55,18 @@ def student_of(plan: Training, settings: dict):
         student.enable_input_require_grads()
     if plan.checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW([each for each in student.parameters() if each.requires_grad], fused=True)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
     return student.train(), optimizer
 
 
 def batch_of(plan: Training) -> dict:
     """Rows of falling lengths with completions at their ends; `completion_len` is that of all of them together."""
     from common.models import tokenizers
-    from common.training import batches as completions
+    from common.training import batches
 
     lengths = [plan.max_len - 3 * row for row in range(plan.rows)]
     answer = plan.completion_len - 3 * (plan.rows - 1)
-    return completions.collate([tokenizers.Encoded([1] * length, length - answer) for length in lengths], 0)
+    return batches.collate([tokenizers.Encoded([1] * length, length - answer) for length in lengths], 0)
 
 
 def measured(student, optimizer, step) -> int:
@@ -88,12 +90,12 @@ def measured(student, optimizer, step) -> int:
 )
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_training_peak(settings, plan, checkpointing):
-    from common.training import batches as completions
+    from common.training import losses
 
     plan = Training(shapes.from_config(settings), checkpointing=checkpointing, **CPU, **plan)
     student, optimizer = student_of(plan, settings)
     batch = batch_of(plan)
-    peak = measured(student, optimizer, lambda: completions.completion_loss(student, batch)[0].backward())
+    peak = measured(student, optimizer, lambda: losses.completion_loss(student, batch)[0].backward())
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
@@ -103,7 +105,7 @@ def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypa
     import peft.tuners.lora.bnb
     import torch
 
-    from common.training import batches as completions
+    from common.training import losses
 
     class Torch:
         is_autocast_enabled = staticmethod(lambda: True)  # PEFT asks for CUDA's
@@ -119,7 +121,7 @@ def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypa
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = completions.completion_loss(student, batch)[0]
+            loss = losses.completion_loss(student, batch)[0]
         loss.backward()
 
     assert 0.97 <= predict(plan).tensors / measured(student, optimizer, step) <= 1.10
@@ -129,10 +131,15 @@ def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypa
 def test_distillation_peak(terms, live):
     import torch
 
-    from common.distillation.objective import DistillationLoss, LiveTeacher, Objective, Reader, Used, predicted
-    from common.training import losses as distill_losses
+    from common.distillation.objective import (
+        DistillationLoss,
+        HiddenStateReader,
+        LiveTeacher,
+        Objective,
+        Signals,
+        predicted,
+    )
 
-    assert peak_memory.CHUNK_LOGITS == distill_losses.CHUNK_LOGITS
     settings = config(vocabulary=8192)
     teacher = gpu_8gb.random_model(config(96, 256, heads=6, vocabulary=8192), four_bit=False, device="cpu").eval()
     shape = shapes.from_config(settings)
@@ -141,12 +148,12 @@ def test_distillation_peak(terms, live):
         shape, method="distill", max_len=96, completion_len=60, terms=terms, checkpointing=False, **CPU, **of_teacher
     )
     student, optimizer = student_of(plan, settings)
-    used = Used(Objective(dict.fromkeys(terms, 1.0)), (), 8192)
+    signals = Signals(Objective(dict.fromkeys(terms, 1.0)), (), 8192)
     batch = batch_of(plan)
     n = int(predicted(batch).sum())
     batch["teacher"] = {"ids": torch.zeros(n, 4, dtype=int), "rest": torch.ones(n) / 2, "logprobs": -torch.ones(n, 4)}
-    reader = Reader(student.get_base_model())
-    loss = DistillationLoss(used, reader, LiveTeacher(Reader(teacher), used) if live else None)
+    reader = HiddenStateReader(student.get_base_model())
+    loss = DistillationLoss(signals, reader, LiveTeacher(HiddenStateReader(teacher), signals) if live else None)
     peak = measured(student, optimizer, lambda: loss(student, batch)[0].backward())
     peak += memory.held_bytes(teacher) if live else 0
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
@@ -195,11 +202,11 @@ def test_weights():
     for four_bit, width in ((False, 4), (True, 2)):
         base = gpu_8gb.random_model(WIDE, four_bit=four_bit, device="cpu")
         shape = shapes.from_config(WIDE)
-        buffers = sum(each.nbytes for each in base.buffers())
+        buffers = sum(buffer.nbytes for buffer in base.buffers())
         expected = peak_memory.weight_bytes(shape, four_bit=four_bit, width=width)
         assert expected == memory.held_bytes(base) - buffers
     student = adapters.add_lora(base, r=8, alpha=8, dropout=0.0, seed=0)
-    assert shape.lora_parameters(8) == sum(each.numel() for each in student.parameters() if each.requires_grad)
+    assert shape.lora_parameters(8) == sum(p.numel() for p in student.parameters() if p.requires_grad)
 
 
 def test_shapes_from_a_folder_and_of_others(tiny_base, tmp_path):
@@ -228,7 +235,7 @@ def test_the_8_gb_promise():
     serving = Inference(QWEN_3B, adapters=4)
     assert predict(serving).total < 4 * GB
     assert vram.fit(serving, int(3.5 * GB)) == replace(serving, batch_tokens=4096)
-    assert vram.advise(serving, argparse.Namespace(), int(3.5 * GB)) == {"MAX_BATCH_TOKENS": 4096}
+    assert vram.advise(serving, vram.SERVER, int(3.5 * GB)) == {"MAX_BATCH_TOKENS": 4096}
     assert vram.words({"MAX_BATCH_TOKENS": 4096, "max_len": 512}) == "MAX_BATCH_TOKENS=4096, --max_len 512"
 
 
@@ -263,48 +270,60 @@ def test_fit_takes_the_least_harm():
     assert vram.fit(plan, GB) is None
 
 
-def flags(base: str, **changes) -> argparse.Namespace:
-    import sft_train
-
-    args = cli.parse_args(sft_train.build_parser(), ["--student", base, "--data", "-", "--save_dir", "runs/x"])
-    return argparse.Namespace(**vars(args) | changes)
+def settings_of(base: str, **changes) -> TrainSettings:
+    return TrainSettings(student=base, data="-", save_dir="runs/x", **changes)
 
 
-def test_preflight_stops_or_changes_the_flags(tiny_base, capsys, monkeypatch):
-    args = flags(tiny_base, max_len=256, per_device_train_batch_size=8, gradient_accumulation_steps=2)
-    plan = vram.training_plan(args)
+def test_preflight_stops_or_says_what_to_change(tiny_base, capsys, monkeypatch):
+    settings = settings_of(tiny_base, max_len=256, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    plan = settings.plan()
+    flags = settings.memory_flags(plan.batch)
     assert (plan.batch, plan.max_len, plan.four_bit, plan.checkpointing) == (8, 256, False, False)
-    assert vram.preflight(plan, args) == {}
+    assert vram.preflight(plan, flags) == {}
     assert "predicted peak" in capsys.readouterr().err
 
     free = predict(replace(plan, batch=2)).total
     with pytest.raises(cli.UserError, match="--per_device_train_batch_size 2, --gradient_accumulation_steps 8"):
-        vram.preflight(plan, args, free=free)
-    args.auto_fit = True
-    changes = vram.preflight(plan, args, free=free)
+        vram.preflight(plan, flags, free=free)
+    changes = vram.preflight(plan, flags, auto_fit=True, free=free)
     assert changes == {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
-    assert vars(args) | changes == vars(args)
-    assert predict(vram.training_plan(args)).total <= free
+    assert predict(replace(settings, **changes).plan()).total <= free
     monkeypatch.setenv("WORLD_SIZE", "2")  # each process for itself could choose other flags
     with pytest.raises(cli.UserError, match="--per_device_train_batch_size 1"):
-        vram.preflight(vram.training_plan(args), args, free=predict(replace(plan, batch=1)).total)
+        vram.preflight(plan, flags, auto_fit=True, free=predict(replace(plan, batch=1)).total)
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(cli.UserError, match=r"no settings need less than .* take a smaller model"):
-        vram.preflight(plan, args, free=1000)
+        vram.preflight(plan, flags, free=1000)
     with pytest.raises(cli.UserError, match="--lora_r 16"):
-        vram.preflight(replace(plan, lora_r=0), args, free=1000)
+        vram.preflight(replace(plan, lora_r=0), flags, free=1000)
+
+
+def test_every_setting_of_a_training_has_its_flag(tiny_base):
+    settings = DistillSettings(student=tiny_base, save_dir="runs/x", teacher=tiny_base, forward_kl=1.0)
+    plan = settings.plan()
+    flags = settings.memory_flags(plan.batch)
+    for change, expected in (
+        ({"batch": 1}, {"per_device_train_batch_size": 1}),
+        ({"checkpointing": True}, {"gradient_checkpointing": "on"}),
+        ({"teacher": None}, {"teacher_cache": "runs/x/teacher_cache"}),
+        ({"four_bit": True}, {"load_in_4bit": "on"}),
+        ({"max_len": 128}, {"max_len": 128}),
+        ({}, {}),
+    ):
+        assert vram.changed_flags(plan, replace(plan, **change), flags) == expected
 
 
 def test_plan_of_a_run_without_a_batch_and_of_an_adapter(tiny_base, tmp_path, monkeypatch):
-    assert vram.training_plan(flags(tiny_base, max_len=1024)).batch == 16
-    assert vram.training_plan(flags(tiny_base, max_len=10_000), longest=900, completion_len=7).max_len == 900
-    card = vram.training_plan(flags(tiny_base), cuda=True)
+    assert settings_of(tiny_base, max_len=1024).plan().batch == 16
+    assert settings_of(tiny_base, max_len=10_000).plan(longest=900, completion_len=7).max_len == 900
+    card = settings_of(tiny_base).plan(cuda=True)
     assert (card.batch, card.four_bit, card.checkpointing, card.cuda) == (1, True, True, True)
-    live = vram.training_plan(flags(tiny_base, teacher=tiny_base, teacher_cache=None, forward_kl=1.0), "distill")
+    common = {"student": tiny_base, "save_dir": "runs/x", "data": "-"}
+    live = DistillSettings(**common, teacher=tiny_base, forward_kl=1.0).plan()
     assert live.teacher == live.student and live.terms == ("forward_kl",)
-    layers = flags(tiny_base, layer_map="uniform", hidden_mse=1.0, forward_kl=None)
-    assert vram.training_plan(layers, "distill").states
-    assert vram.training_plan(flags(tiny_base, teacher=tiny_base, teacher_cache="x"), "distill").teacher is None
+    assert DistillSettings(**common, layer_map="uniform", hidden_mse=1.0).plan().states
+    assert DistillSettings(**common, teacher=tiny_base, teacher_cache="x").plan().teacher is None
+    assert DistillSettings(**common, labels=True).plan().method == "sft"
     plan = vram.inference_plan(ModelSource(tiny_base), max_batch_tokens=512)
     assert (plan.adapters, plan.width, plan.offload) == (0, 4, False)
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_base}"}}')
@@ -318,14 +337,16 @@ def test_plan_of_a_run_without_a_batch_and_of_an_adapter(tiny_base, tmp_path, mo
 def test_what_the_scripts_call(tiny_base, tmp_path, capsys):
     import infer_creditmix
 
-    assert vram.before_training(flags(tiny_base), "kd", longest=200, completion_len=5) == {}
+    settings = settings_of(tiny_base)
+    assert run.within_memory(settings, None, longest=200, completion_len=5) == settings
     assert "adapter, gradients, AdamW" in capsys.readouterr().err
     args = cli.parse_args(infer_creditmix.build_parser(), ["--model_dir", tiny_base])
     source = source_of(args, tiny_base)
     assert vram.fit_inference(source, 8192, auto_fit=False) == (source, 8192)
     assert "a forward pass" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert vram.before_training(flags(str(tmp_path)), "sft") == {}
+    settings = settings_of(str(tmp_path))
+    assert run.within_memory(settings, None, longest=200, completion_len=5) == settings
     unknown = source_of(args, str(tmp_path))
     assert vram.fit_inference(unknown, 512, auto_fit=False) == (unknown, 512)
     assert capsys.readouterr().err.count("the memory of gpt2 cannot be predicted") == 2
@@ -334,8 +355,7 @@ def test_what_the_scripts_call(tiny_base, tmp_path, capsys):
 def test_inference_preflight_offloads_last(monkeypatch):
     monkeypatch.delenv("OFFLOAD_FOLDER", raising=False)
     plan = Inference(QWEN_7B, batch_tokens=4096)
-    args = argparse.Namespace(auto_fit=True, max_batch_tokens=4096)
-    changes = vram.preflight(plan, args, free=int(5 * GB))
+    changes = vram.preflight(plan, vram.INFERENCE, auto_fit=True, free=int(5 * GB))
     assert set(changes) == {"OFFLOAD_FOLDER"}
     assert vram.os.environ.pop("OFFLOAD_FOLDER") == vram.OFFLOAD_FOLDER
 

@@ -1,0 +1,124 @@
+"""The command-line flags of distill_train.py, and the settings that they mean."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from common import cli
+from common.cli import UserError
+from common.distillation.settings import DEFAULT_WEIGHTS, OF_LOGITS, DistillSettings
+from common.models import loading
+from common.training import flags as training_flags
+
+WEIGHTS = {  # flag: names of it in other recipes, what it weighs
+    "forward_kl": (("alpha_kl", "gamma_kl"), "KL(teacher || student)"),
+    "reverse_kl": ((), "KL(student || teacher)"),
+    "jsd": ((), "generalised Jensen-Shannon divergence"),
+    "ce": (("alpha_ce",), "cross-entropy of the data's own tokens"),
+    "teacher_ce": (("beta_ce",), "cross-entropy of the teacher's likeliest tokens"),
+    "hidden_mse": (("beta_mse", "gamma_mse"), "mean squared difference of hidden states"),
+    "hidden_cosine": (("delta_cos",), "1 - cosine of hidden states"),
+    "attention_mse": (("epsilon_attn",), "squared difference of attention maps (live teacher only)"),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All of them, those of every trainer too."""
+    defaults = DistillSettings
+    training_flags.add_flags(parser, defaults, data_required=False)
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument("--teacher", "--teacher_model", "--teacher_model_name", help="a folder or a Hub id")
+    teacher.add_argument(
+        "--load_teacher_in_4bit",
+        choices=("auto", "on", "off"),
+        default=defaults.load_teacher_in_4bit,
+        help="auto: on CUDA",
+    )
+    teacher.add_argument("--teacher_cache", metavar="DIR", help="first write here what the teacher says; train from it")
+    teacher.add_argument("--cache_targets", choices=("topk", "sampled"), default=defaults.cache_targets)
+    teacher.add_argument(
+        "--cache_k", type=cli.positive_int, default=defaults.cache_k, help="tokens kept, or drawn, at each position"
+    )
+    teacher.add_argument(
+        "--max_batch_tokens", type=cli.positive_int, default=defaults.max_batch_tokens, help="of the teacher's pass"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", metavar="NAME", help="a data set of the Hub, or a folder, instead of --data")
+    data.add_argument("--subset", help="of --dataset")
+    data.add_argument("--split", default=defaults.split, help="of --dataset")
+    data.add_argument(
+        "--text_column", default=defaults.text_column, help="of --dataset, where it has no input and output"
+    )
+    loss = parser.add_argument_group("loss")
+    for name, (aliases, meaning) in WEIGHTS.items():
+        loss.add_argument(f"--{name}", *(f"--{alias}" for alias in aliases), type=float, metavar="WEIGHT", help=meaning)
+    loss.add_argument("--temperature", type=float, default=defaults.temperature, help="of the divergences")
+    loss.add_argument(
+        "--jsd_beta", type=cli.fraction, default=defaults.jsd_beta, help="the teacher's share of the mixture"
+    )
+    loss.add_argument(
+        "--layer_map", default=defaults.layer_map, help="layers compared: last, uniform, or pairs 1:2,3:6"
+    )
+    labels = parser.add_argument_group("labels")
+    labels.add_argument("--labels", action="store_true", help="learn label probabilities, by the label ranker's scores")
+    labels.add_argument("--task", metavar="FILE.yaml", help="the label set; default: CreditMix")
+
+
+def settings_of(args: argparse.Namespace) -> DistillSettings:
+    """The settings, with the weights of those terms that count.
+
+    Raises:
+        UserError: what cannot work together, before anything is read.
+    """
+    return checked(DistillSettings(**vars(args) | resolve_weights(args)))
+
+
+def resolve_weights(args: argparse.Namespace) -> dict[str, float]:
+    """The terms that count, by name. Raises UserError for weights that mean nothing."""
+    given = {name: getattr(args, name) for name in WEIGHTS if getattr(args, name) is not None}
+    if not all(0 <= weight < math.inf for weight in given.values()):
+        raise UserError("a loss term's weight must be 0 or above; mend the flag")
+    if given and not any(given.values()):
+        raise UserError("every loss term has the weight 0; give one of them more, e.g. --forward_kl 1.0")
+    weights = {name: weight for name, weight in (given or DEFAULT_WEIGHTS).items() if weight}
+    return {"ce": 1.0} if weights.keys() == {"ce"} else weights  # alone, a weight says nothing
+
+
+def checked(settings: DistillSettings) -> DistillSettings:
+    """The same settings, refused where they cannot work together. Raises UserError."""
+    training_flags.checked(settings)
+    if not 0 < settings.temperature < math.inf:
+        raise UserError(f"--temperature {settings.temperature} must be above 0")
+    if (settings.data is None) == (settings.dataset is None):
+        raise UserError("give either --data FILE or --dataset NAME")
+    weights = settings.weights
+    if settings.labels:
+        if settings.teacher or settings.teacher_cache or settings.dataset:
+            raise UserError(
+                "with --labels the rows of --data carry the teacher's probabilities: write them with "
+                "teacher_generate.py --probabilities, and leave --teacher, --teacher_cache and --dataset out"
+            )
+        if other := sorted(weights.keys() - set(OF_LOGITS)):
+            raise UserError(f"--{other[0]} compares what is inside models; with --labels use {', '.join(OF_LOGITS)}")
+        return settings
+    if settings.task:
+        raise UserError("--task names a label set; give --labels with it")
+    of_teacher = sorted(weights.keys() - {"ce"})
+    if of_teacher and not settings.teacher:
+        raise UserError(f"--teacher is missing; {of_teacher[0]} needs one (with --ce alone, none is needed)")
+    if not of_teacher and settings.teacher:
+        raise UserError("--ce alone asks nothing of the teacher; give another term a weight, or leave --teacher out")
+    if settings.cache_targets == "sampled" and not settings.teacher_cache:
+        raise UserError("--cache_targets is of --teacher_cache; give that too, or leave it out")
+    if not settings.teacher and settings.teacher_cache:
+        raise UserError("--teacher_cache without --teacher; give both, or leave it out")
+    if not settings.teacher:
+        return settings
+    loading.check_model_dir(settings.teacher)
+    if settings.teacher_cache and "attention_mse" in weights:
+        raise UserError("--attention_mse needs a live teacher; leave --teacher_cache out, or the weight")
+    other = sorted(weights.keys() & {"reverse_kl", "jsd", "teacher_ce"})
+    if settings.teacher_cache and settings.cache_targets == "sampled" and other:
+        raise UserError(f"--{other[0]} needs --cache_targets topk; draws serve forward_kl alone")
+    return settings

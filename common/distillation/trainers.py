@@ -1,0 +1,203 @@
+"""From a distillation's settings to a Trainer: one on tokens, one on labels, one on the data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from common.cli import UserError
+from common.distillation import rows as distill_rows
+from common.distillation.settings import DistillSettings
+from common.models import adapters, loading, tokenizers
+from common.tasks.ranking.task import LabelTask
+from common.training import run
+from common.training.checkpoints import EXTRA
+from common.training.completion import completion_rows
+from common.training.trainer import TrainingRows, fitted_trainer, freeze_unreached, limit_length, prepare_student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+    from common.distillation.objective import Objective, Signals
+    from common.models.tokenizers import Encoded
+    from common.run_record import RunRecord
+
+
+def build(
+    settings: DistillSettings,
+    record: RunRecord | None,
+    objective: Objective,
+    task: LabelTask,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
+) -> tuple[Trainer, DistillSettings]:
+    """The trainer that the settings ask for, and the settings under which it fits the memory.
+
+    Args:
+        task: the label set, with `settings.labels`.
+        rows, held_out: what is trained on and what is judged, as `distill_rows.read_both` gives them.
+    """
+    tokenizer = tokenizers.load_tokenizer(settings.student, trust_remote_code=settings.trust_remote_code)
+    if settings.labels:
+        return label_trainer(settings, record, objective, tokenizer, task, rows, held_out)
+    make = token_trainer if settings.teacher else plain_trainer
+    return make(settings, record, objective, tokenizer, rows, held_out)
+
+
+def encoded_rows(
+    settings: DistillSettings,
+    record: RunRecord | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
+) -> tuple[DistillSettings, list[Encoded], list[Encoded]]:
+    """Settings under which training fits the memory, and under them token ids of the rows and of those to judge by."""
+
+    def encode(settings: DistillSettings, path: str, rows: Sequence[dict]) -> list[Encoded]:
+        return distill_rows.encode(tokenizer, path, rows, settings.max_len, settings.idp_mode)
+
+    settings, train_rows = run.fitting_rows(
+        settings, record, lambda settings: encode(settings, settings.data_name, rows)
+    )
+    return settings, train_rows, encode(settings, settings.eval_data, held_out) if held_out else []
+
+
+def plain_trainer(
+    settings: DistillSettings,
+    record: RunRecord | None,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
+) -> tuple[Trainer, DistillSettings]:
+    """A trainer on the data's own tokens alone, of which `objective` is the cross-entropy."""
+    settings, train_rows, eval_rows = encoded_rows(limit_length(settings), record, tokenizer, rows, held_out)
+    student = prepare_student(settings, tokenizer)
+    data = completion_rows(train_rows, tokenizer.pad_token_id, eval_rows)
+    return fitted_trainer(settings, student, tokenizer, data), settings
+
+
+def token_trainer(
+    settings: DistillSettings,
+    record: RunRecord | None,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
+) -> tuple[Trainer, DistillSettings]:
+    """A trainer whose student learns the teacher's next-token distributions.
+
+    Raises:
+        UserError: teacher and student have different vocabularies, or layers are compared that they do not have.
+    """
+    from accelerate.utils import send_to_device
+
+    from common.distillation import fill_cache
+    from common.distillation.objective import Signals, layer_pairs
+    from common.training.losses import completion_loss
+
+    vocabulary = shared_vocabulary(settings, tokenizer)
+    ours, teachers = (
+        loading.load_config(name, settings.trust_remote_code) for name in (settings.student, settings.teacher)
+    )
+    settings = limit_length(settings, settings.teacher)
+    pairs = layer_pairs(settings.layer_map, ours.num_hidden_layers, teachers.num_hidden_layers)
+    settings, train_rows, eval_rows = encoded_rows(settings, record, tokenizer, rows, held_out)
+    signals = Signals(objective, pairs, min(ours.vocab_size, teachers.vocab_size, vocabulary))
+    cache = None
+    if settings.teacher_cache:
+        cache = fill_cache.written_cache(settings, record, signals, teachers.hidden_size, tokenizer, train_rows)
+    student = prepare_student(settings, tokenizer)
+    loss = distillation_loss(settings, signals, student, (ours.hidden_size, teachers.hidden_size), live=cache is None)
+
+    def collate(batch: Sequence[Encoded]) -> dict[str, Any]:
+        return fill_cache.collate(batch, tokenizer.pad_token_id, cache)
+
+    if not signals.of_logits:
+        shortest = min(train_rows, key=lambda row: len(row.input_ids))
+        batch = send_to_device(collate([shortest]), student.device)
+        freeze_unreached(student, lambda: loss(student, batch)[0])
+    data = TrainingRows(
+        rows=train_rows,
+        lengths=[len(row.input_ids) for row in train_rows],
+        collate=collate,
+        loss=loss,
+        eval_rows=eval_rows,
+        eval_loss=lambda *batch: (completion_loss(*batch)[0], {}),
+    )
+    return fitted_trainer(settings, student, tokenizer, data), settings
+
+
+def shared_vocabulary(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token ids that the tokenizers of teacher and student (`tokenizer`) both have.
+
+    Raises:
+        UserError: the ids mean different tokens.
+    """
+    folder = adapters.tokenizer_folder(settings.teacher)
+    theirs = tokenizers.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    if reason := tokenizers.same_vocabulary(theirs, tokenizer):
+        raise UserError(
+            f"{settings.teacher} and {settings.student} have different vocabularies ({reason}); two ways work: the "
+            "teacher's text (teacher_generate.py, then kd_train.py), and label probabilities (teacher_generate.py "
+            "--probabilities, then --labels)"
+        )
+    return min(max(t.get_vocab().values()) + 1 for t in (tokenizer, theirs))
+
+
+def distillation_loss(
+    settings: DistillSettings, signals: Signals, student: Any, widths: tuple[int, int], *, live: bool
+) -> Any:
+    """The DistillationLoss of a student, beside the teacher itself or, not `live`, from what batches carry of it.
+
+    Args:
+        widths: of the student's and of the teacher's hidden states. Where they differ and are compared, the student
+            gets projections between them, trained along with it.
+    """
+    from common.distillation import objective
+    from common.distillation.objective import DistillationLoss, HiddenStateReader, LiveTeacher, projections
+
+    compared = [layer for layer, _ in signals.pairs] if signals.hidden else []
+    reader = HiddenStateReader(student if settings.full else student.get_base_model(), compared)
+    teacher = LiveTeacher(objective.load_teacher(settings, signals), signals) if live else None
+    if signals.attentions:
+        for model in (reader.model, teacher.reader.model):
+            model.set_attn_implementation("eager")
+    maps = None
+    if signals.hidden and widths[0] != widths[1]:
+        maps = projections(*widths, len(signals.pairs), settings.seed)
+        student.add_module(EXTRA, maps.to(student.device))
+    return DistillationLoss(signals, reader, teacher, maps)
+
+
+def label_trainer(
+    settings: DistillSettings,
+    record: RunRecord | None,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    task: LabelTask,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
+) -> tuple[Trainer, DistillSettings]:
+    """A trainer whose student's label scores learn the teacher's label probabilities."""
+    from common.distillation.label_objective import LabelDistillation
+    from common.distillation.objective import Objective
+
+    settings = limit_length(settings)
+    loss = LabelDistillation(objective, tokenizer, task)
+    train_rows = loss.encode(settings.data, rows, settings.max_len)
+    columns = loss.tree.columns
+    longest = max(len(row.prompt) for row in train_rows) + columns
+    fitted = run.within_memory(settings, record, longest, columns + 1)
+    if fitted.max_len != settings.max_len:
+        train_rows = loss.encode(fitted.data, rows, fitted.max_len)
+    student = prepare_student(fitted, tokenizer)
+    data = TrainingRows(
+        rows=train_rows,
+        lengths=[len(row.prompt) for row in train_rows],
+        collate=loss.collate,
+        loss=loss,
+        eval_rows=loss.encode(fitted.eval_data, held_out, fitted.max_len) if held_out else [],
+        eval_loss=LabelDistillation(Objective({"ce": 1.0}), tokenizer, task),
+    )
+    return fitted_trainer(fitted, student, tokenizer, data), fitted

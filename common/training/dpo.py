@@ -1,0 +1,181 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) by TRL's DPOTrainer, on rows encoded here.
+
+The reference is the base with the adapter off, or the starting adapter as it was. Its log-probabilities are computed
+once, before the first step, so training all weights needs no copy of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common import distributed as launch
+from common.cli import UserError
+from common.data import rows as records
+from common.models import tokenizers
+from common.models.batching import REFERENCE_TOKENS
+from common.training import checkpoints, run
+from common.training.batches import collate, encode_rows
+from common.training.settings import DpoSettings
+from common.training.trainer import (
+    fit_batch_size,
+    limit_length,
+    prepare_student,
+    row_order,
+    training_arguments,
+    try_step,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a prompt and of two answers to it, of which the chosen one is the better."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the longer answer."""
+        return max(len(self.chosen_ids), len(self.rejected_ids))
+
+    def __len__(self) -> int:
+        """Tokens of the prompt with the longer answer."""
+        return len(self.prompt_ids) + self.answer_length
+
+
+def train(settings: DpoSettings, argv: Sequence[str] | None) -> None:
+    """A whole run: pairs -> adapter in the run folder.
+
+    Args:
+        argv: the command's words, for the record; None: those of this process.
+    """
+    rows = read_pairs(settings.data, settings.skip_bad_rows)
+    held_out = read_pairs(settings.eval_data, settings.skip_bad_rows) if settings.eval_data else []
+    record = run.start(settings, rows, argv)
+    with run.recorded_failure(record):
+        tokenizer = tokenizers.load_tokenizer(settings.student, trust_remote_code=settings.trust_remote_code)
+        settings = limit_length(settings)
+        pairs = encode_pairs(tokenizer, settings.data, rows, settings.max_len, whole=settings.idp_mode)
+        longest, answer = max(map(len, pairs)), max(pair.answer_length for pair in pairs)
+        fitted = run.within_memory(settings, record, longest, answer)
+        if fitted.max_len != settings.max_len:
+            pairs = encode_pairs(tokenizer, fitted.data, rows, fitted.max_len, whole=fitted.idp_mode)
+        student = prepare_student(fitted, tokenizer)
+        eval_pairs = []
+        if held_out:
+            eval_pairs = encode_pairs(tokenizer, fitted.eval_data, held_out, fitted.max_len, whole=fitted.idp_mode)
+        run.train_and_save(build_trainer(fitted, student, tokenizer, pairs, eval_pairs), fitted, record)
+
+
+def read_pairs(path: str, skip_bad_rows: bool) -> list[dict]:
+    """Rows {"prompt", "chosen", "rejected"}; a pair whose two answers are the same teaches nothing and is bad input."""
+
+    def fault(row: dict) -> str | None:
+        return "the chosen and the rejected answer are the same" if row["chosen"] == row["rejected"] else None
+
+    return records.check_rows(path, records.iter_jsonl(path), records.DPO_KEYS, skip_bad_rows, fault_of=fault)
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, path: str, rows: Sequence[dict], max_len: int, *, whole: bool
+) -> list[Pair]:
+    """The rows that fit `max_len`; see `encode_rows`.
+
+    Raises:
+        UserError: none does.
+    """
+    sides = [
+        encode_rows(tokenizer, path, [(row["prompt"], row[side]) for row in rows], max_len, whole)
+        for side in ("chosen", "rejected")
+    ]
+    pairs = []
+    for chosen, rejected in zip(*sides, strict=True):
+        if chosen is None or rejected is None:
+            continue
+        # Both answers must follow the same prompt: take the one that was cut more.
+        shorter = min(chosen, rejected, key=lambda row: row.prompt_length)
+        pairs.append(
+            Pair(
+                shorter.input_ids[: shorter.prompt_length],
+                chosen.input_ids[chosen.prompt_length :],
+                rejected.input_ids[rejected.prompt_length :],
+            )
+        )
+    if not pairs:
+        raise UserError(f"{path}: no pair fits --max_len {max_len}; raise it")
+    return pairs
+
+
+def build_trainer(
+    settings: DpoSettings,
+    student: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    eval_pairs: Sequence[Pair] = (),
+) -> Trainer:
+    """TRL's DPOTrainer on pairs that are encoded already, with reference log-probabilities computed once."""
+    import torch
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+    from trl import DPOConfig, DPOTrainer
+
+    lengths = list(map(len, pairs))
+
+    class PairTrainer(checkpoints.StudentSaver, DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset  # encoded by common.models.tokenizers, as every other script does
+
+        def _precompute_ref_logps(self, dataset, name, batch_size):
+            """As TRL's, without its cache file (whose name differs from process to process) and without dropout."""
+            loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+            self.model.eval()
+            batches = [
+                self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch))
+                for batch in self.accelerator.prepare(loader)
+            ]
+            chosen, rejected = (torch.cat(parts).tolist() for parts in zip(*batches, strict=True))
+            return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+        def _get_train_sampler(self, train_dataset=None):
+            return row_order(self.args, lengths)
+
+    per_device, accumulation = fit_batch_size(
+        settings, 2 * max(lengths), lambda size: try_pairs(settings, student, max(pairs, key=len), size, tokenizer)
+    )
+    config = DPOConfig(
+        **training_arguments(settings, per_device, accumulation),
+        beta=settings.beta,
+        max_length=None,
+        disable_dropout=settings.lora_dropout == 0,
+        precompute_ref_log_probs=True,
+        # without gradients more fit at once, up to where their logits would weigh more than a training step
+        precompute_ref_batch_size=max(per_device, REFERENCE_TOKENS // (2 * max(lengths))),
+    )
+    trainer = PairTrainer(
+        model=student,
+        args=launch.one_card(config),
+        train_dataset=Dataset.from_list(list(map(vars, pairs))),
+        eval_dataset=Dataset.from_list(list(map(vars, eval_pairs))) if eval_pairs else None,
+        processing_class=tokenizer,
+    )
+    if not settings.full and not settings.init_adapter and "ref" in student.peft_config:
+        student.delete_adapter("ref")  # a copy of the untrained adapter: the reference is the base itself
+    return trainer
+
+
+def try_pairs(
+    settings: DpoSettings, student: Any, longest: Pair, size: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A step on `size` copies of a pair, as `try_step`."""
+    from common.training.losses import completion_loss
+
+    row = tokenizers.Encoded(longest.prompt_ids + longest.chosen_ids, len(longest.prompt_ids))
+    batch = collate([row] * (2 * size), tokenizer.pad_token_id)
+    batch = {name: tensor.to(student.device) for name, tensor in batch.items()}
+    try_step(settings, student, lambda: completion_loss(student, batch)[0])

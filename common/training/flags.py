@@ -1,0 +1,139 @@
+"""The trainers' command-line flags, and the settings that they mean."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TypeVar
+
+from common import cli, run_record
+from common.cli import UserError
+from common.models import adapters, loading
+from common.models.batching import EFFECTIVE_BATCH
+from common.training import quantization_aware
+from common.training.checkpoints import newest_checkpoint
+from common.training.settings import DpoSettings, KdSettings, TrainSettings
+
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, defaults: type[TrainSettings] = TrainSettings, *, data_required: bool = True
+) -> None:
+    """The flags that every trainer has; names are Hugging Face's where it has one, others' are accepted."""
+    run = parser.add_argument_group("run")
+    names = ("--student", "--student_model", "--student_model_name")
+    run.add_argument(*names, required=True, help="base model: a folder or a Hub id")
+    run.add_argument("--data", required=data_required, help="training rows, JSONL")
+    names = ("--save_dir", "--output_dir")
+    run.add_argument(*names, required=True, help="run folder for adapter, tokenizer, run.json and loss curve")
+    run.add_argument("--eval_data", help="rows of the same kind, judged after every epoch; the best epoch is kept")
+    run.add_argument("--config", metavar="FILE.yaml", help="settings; keys are these flags, the command line wins")
+    run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --save_dir")
+    run.add_argument("--overwrite", action="store_true", help="replace a run that --save_dir already holds")
+    run.add_argument("--init_adapter", metavar="DIR", help="start from this adapter instead of a fresh one")
+    run.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
+    run.add_argument("--idp_mode", action="store_true", help="structured output: leave a long row out, never cut it")
+    run.add_argument(
+        "--max_len", type=cli.positive_int, default=defaults.max_len, help="tokens a row, prompt and completion"
+    )
+    run.add_argument("--report_to", default=defaults.report_to, help="none, tensorboard, wandb, ... (as transformers)")
+    steps = parser.add_argument_group("optimisation")
+    steps.add_argument("--epochs", type=float, default=defaults.epochs)
+    steps.add_argument("--max_steps", type=int, default=defaults.max_steps, help="optimizer steps; -1 = use --epochs")
+    steps.add_argument("--learning_rate", "--lr", type=float, default=defaults.learning_rate)
+    steps.add_argument(
+        "--lr_scheduler_type", choices=SCHEDULES, default=defaults.lr_scheduler_type, help="as transformers"
+    )
+    steps.add_argument(
+        "--warmup_steps", type=float, default=defaults.warmup_steps, help="steps, or a share of them when below 1"
+    )
+    steps.add_argument("--weight_decay", type=float, default=defaults.weight_decay)
+    steps.add_argument("--max_grad_norm", type=float, default=defaults.max_grad_norm)
+    names = ("--per_device_train_batch_size", "--per_device_batch_size")
+    steps.add_argument(*names, type=cli.positive_int, help=f"default: what fits, at most {EFFECTIVE_BATCH}")
+    names = ("--gradient_accumulation_steps", "--grad_accum_steps")
+    steps.add_argument(*names, type=cli.positive_int, help=f"default: to reach {EFFECTIVE_BATCH} rows a step")
+    steps.add_argument(
+        "--gradient_checkpointing",
+        choices=("auto", "on", "off"),
+        default=defaults.gradient_checkpointing,
+        help="auto: on CUDA",
+    )
+    names = ("--save_steps", "--save_every")
+    steps.add_argument(
+        *names, type=cli.positive_int, default=defaults.save_steps, help="optimizer steps between checkpoints"
+    )
+    steps.add_argument("--logging_steps", type=cli.positive_int, default=defaults.logging_steps)
+    steps.add_argument("--seed", type=int, default=defaults.seed)
+    adapter = parser.add_argument_group("adapter and precision")
+    adapter.add_argument(
+        "--lora_r", type=cli.whole_number, default=defaults.lora_r, help="rank; 0 trains all weights, without LoRA"
+    )
+    adapter.add_argument("--lora_alpha", type=cli.positive_int, default=defaults.lora_alpha)
+    adapter.add_argument("--lora_dropout", type=float, default=defaults.lora_dropout)
+    adapter.add_argument(
+        "--load_in_4bit", choices=("auto", "on", "off"), default=defaults.load_in_4bit, help="NF4; auto: on CUDA"
+    )
+    adapter.add_argument(
+        "--quantization_aware", choices=quantization_aware.KINDS, help="with --lora_r 0: learn to bear rounding"
+    )
+    adapter.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    adapter.add_argument("--auto_fit", action="store_true", help="where memory is short, change settings, and say so")
+
+
+def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of dpo_train.py."""
+    add_flags(parser, DpoSettings)
+    parser.add_argument(
+        "--beta", type=float, default=DpoSettings.beta, help="strength of the pull towards the reference"
+    )
+
+
+def sft_settings(args: argparse.Namespace) -> TrainSettings:
+    """The settings of sft_train.py. Raises UserError as `check`."""
+    return checked(TrainSettings(**vars(args)))
+
+
+def kd_settings(args: argparse.Namespace) -> KdSettings:
+    """The settings of kd_train.py. Raises UserError as `check`."""
+    return checked(KdSettings(**vars(args)))
+
+
+def dpo_settings(args: argparse.Namespace) -> DpoSettings:
+    """The settings of dpo_train.py. Raises UserError as `check`, and for a beta that is not above 0."""
+    if args.beta <= 0:
+        raise UserError(f"--beta {args.beta} must be above 0")
+    return checked(DpoSettings(**vars(args)))
+
+
+def checked(settings: Settings) -> Settings:
+    """The same settings, refused where they cannot work, before anything is read.
+
+    Raises:
+        UserError: a value out of range, or a run folder that would be lost.
+    """
+    numbers = (settings.epochs, settings.learning_rate)
+    if not all(0 < number < math.inf for number in numbers) or settings.max_steps == 0 or settings.max_steps < -1:
+        raise UserError("--epochs and --learning_rate must be above 0, --max_steps above 0 or -1")
+    if not 0 <= settings.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {settings.lora_dropout} is not in [0, 1)")
+    if settings.full and (settings.init_adapter or settings.load_in_4bit == "on"):
+        raise UserError(
+            "--lora_r 0 trains all weights, which works neither in 4 bits nor from an adapter; leave "
+            f"{'--init_adapter' if settings.init_adapter else '--load_in_4bit'} out, or give --lora_r 16"
+        )
+    quantization_aware.check(settings.quantization_aware, settings.lora_r)
+    loading.check_model_dir(settings.student)
+    if adapters.is_adapter(settings.student):
+        raise UserError(f"--student {settings.student} is an adapter; give its base, and this folder as --init_adapter")
+    if settings.init_adapter and not adapters.is_adapter(settings.init_adapter):
+        raise UserError(f"--init_adapter {settings.init_adapter} holds no adapter; give a run folder")
+    save_dir, run = settings.save_dir, run_record.read(settings.save_dir)
+    if run and not settings.overwrite and not settings.resume:
+        if run["state"] == "done":
+            raise UserError(f"{save_dir} holds a finished run; choose another --save_dir, or pass --overwrite")
+        if newest_checkpoint(save_dir):
+            raise UserError(f"{save_dir} holds an unfinished run; pass --resume to go on, or --overwrite")
+    return settings

@@ -1,0 +1,239 @@
+"""The life of a run: its folder and record, what fits the memory, training to the end, what is left when it fails."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from common import distributed as launch
+from common import run_record
+from common.cli import UserError, log
+from common.models import adapters, loading
+from common.run_record import RunRecord
+from common.training import checkpoints, progress
+from common.training.checkpoints import BEST, BEST_FACTS, CHECKPOINTS, WEIGHTS
+from common.training.settings import TrainSettings
+from common.vram import preflight
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from common.models.tokenizers import Encoded
+
+STEPPED_DOWN = "DISTILL_SLM_STEPPED_DOWN"  # in the environment of a run that has run out of memory once
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def start(settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | None) -> RunRecord | None:
+    """Open the run folder: record, group hashes, nothing stale of an earlier run.
+
+    Args:
+        rows: those that are trained on, with the hash of their "group" where they have one.
+        argv: the command's words; None: those of this process.
+
+    Returns:
+        The record in the main process, None in others.
+
+    Raises:
+        UserError: the launch does not do what was asked of it.
+    """
+    launch.check(reads_teacher=settings.reads_teacher)
+    folder = Path(settings.save_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not launch.is_main():
+        return None
+    if not settings.resume:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        stale = ("loss.csv", "loss.png", progress.LIVE_LOG, adapters.ADAPTER_CONFIG, "config.json", *WEIGHTS)
+        for file in [*(folder / name for name in stale), *folder.glob("model-*.safetensors")]:
+            file.unlink(missing_ok=True)
+    for name in ("calibration.json", run_record.GROUPS_FILE):  # of the adapter that was here before
+        (folder / name).unlink(missing_ok=True)
+    groups = {row["group"] for row in rows if row.get("group")}
+    seen = run_record.read_groups(settings.init_adapter) if settings.init_adapter else set()
+    if seen is None:
+        log(f"{settings.init_adapter} keeps no record of what it was trained on, so this run keeps none either")
+    elif groups or seen:  # what the starting adapter was trained on counts as seen
+        run_record.write_groups(folder, groups | seen)
+    return RunRecord(
+        settings.save_dir,
+        argv=list(sys.argv if argv is None else [Path(sys.argv[0]).name, *argv]),
+        settings=settings.as_dict(),
+        method=settings.method,
+        base_model=settings.student,
+        seed=settings.seed,
+        data=settings.described_data(len(rows)),
+    )
+
+
+@contextmanager
+def recorded_failure(record: RunRecord | None) -> Iterator[None]:
+    """Close the record as failed, with the reason, when the block raises."""
+    try:
+        yield
+    except BaseException as error:
+        if record is not None:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            record.end("failed", error="interrupted" if interrupted else f"{type(error).__name__}: {error}")
+        raise
+
+
+def within_memory(settings: Settings, record: RunRecord | None, longest: int, completion_len: int) -> Settings:
+    """The settings, or with --auto_fit milder ones, under which a training fits the memory.
+
+    Models whose memory is not known pass, with a notice, and so does FSDP: how much each card then holds is not
+    predicted.
+
+    Args:
+        longest, completion_len: tokens of the longest row and of the longest completion.
+
+    Raises:
+        UserError: it does not fit; the message names what would.
+    """
+    if launch.fsdp():
+        log("under FSDP memory is not predicted")
+        return settings
+    plan = preflight.if_known(lambda: settings.plan(longest=longest, completion_len=completion_len))
+    if plan is None:
+        return settings
+    changes = preflight.preflight(plan, settings.memory_flags(plan.batch), auto_fit=settings.auto_fit)
+    if record and changes:
+        record.write(auto_fit=changes)
+    return replace(settings, **changes)
+
+
+def fitting_rows(
+    settings: Settings, record: RunRecord | None, encode: Callable[[Settings], list[Encoded]]
+) -> tuple[Settings, list[Encoded]]:
+    """The settings (see `within_memory`) and training rows of a training that fits the memory.
+
+    Args:
+        encode: the rows under the settings' max_len.
+    """
+    rows = encode(settings)
+    longest = max(len(row.input_ids) for row in rows)
+    completion = max(len(row.input_ids) - row.prompt_length for row in rows)
+    fitted = within_memory(settings, record, longest, completion)
+    return fitted, rows if fitted.max_len == settings.max_len else encode(fitted)
+
+
+def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord | None) -> None:
+    """Train (or resume), then save what was trained (the best epoch of it, if judged), loss curve and closing record.
+
+    Raises:
+        KeyboardInterrupt: stopped by SIGINT or SIGTERM, with a resumable checkpoint.
+        UserError: not launched as the environment says, or resumed under FSDP from a run without it, or vice versa.
+    """
+    from transformers.trainer_callback import PrinterCallback
+
+    launch.check_trainer(trainer)
+    checkpoint = to_resume_from(trainer, settings) if settings.resume else None
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    best = Path(settings.save_dir, CHECKPOINTS, BEST)
+    trainer.add_callback(checkpoints.best_callback(trainer, best))
+    trainer.remove_callback(PrinterCallback)
+    if record:
+        arguments = trainer.args
+        record.write(
+            device=loading.describe_device(),
+            base_fingerprint=adapters.fingerprint(student if settings.full else student.get_base_model()),
+            trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
+            effective_batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        )
+    watched_train(trainer, settings, record, checkpoint)
+    weights = checkpoints.trained_state(trainer)
+    if trainer.is_world_process_zero():
+        kept = checkpoints.read_best(best)
+        if kept:
+            log(f"keeping the weights of step {kept['step']}: the lowest held-out loss, {kept['eval_loss']:.4f}")
+            checkpoints.put_files(best, Path(settings.save_dir))
+            Path(settings.save_dir, BEST_FACTS).unlink()
+        else:
+            checkpoints.put_student(student, trainer.processing_class, settings.save_dir, weights)
+        close(trainer, settings.save_dir, record, kept)
+    trainer.accelerator.wait_for_everyone()  # a process that goes can take with it one that is still writing
+
+
+def to_resume_from(trainer: Trainer, settings: TrainSettings) -> str | None:
+    """The checkpoint to go on from; None where there is none.
+
+    Raises:
+        UserError: it was written under FSDP and this run is without, or vice versa.
+    """
+    checkpoint = checkpoints.newest_checkpoint(settings.save_dir)
+    log(f"going on from {checkpoint}" if checkpoint else "no complete checkpoint to go on from; starting afresh")
+    if checkpoint and checkpoints.is_sharded(checkpoint) != trainer.is_fsdp_enabled:
+        raise UserError(
+            f"{checkpoint} was written {'without' if trainer.is_fsdp_enabled else 'under'} FSDP; launch --resume as "
+            "the run was launched, or start again with --overwrite"
+        )
+    return checkpoint
+
+
+def watched_train(trainer: Trainer, settings: TrainSettings, record: RunRecord | None, checkpoint: str | None) -> None:
+    """Train under a progress bar and a live log, with a safe stop. Raises as `train_and_save`."""
+    import torch
+
+    interruption, bar = progress.interruption_callback(), progress.bar_callback()
+    for callback in (interruption, bar, progress.live_log_callback(settings.save_dir)):
+        trainer.add_callback(callback)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if interruption.received is not None:
+            raise KeyboardInterrupt
+        if not math.isfinite(result.training_loss):
+            raise UserError(f"the loss became {result.training_loss}; lower --learning_rate {settings.learning_rate}")
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the device ran out of memory; try {step_down(settings, record)}") from error
+    finally:
+        interruption.restore()
+        bar.bar.close()
+
+
+def close(trainer: Trainer, save_dir: str, record: RunRecord, best: dict[str, Any] | None) -> None:
+    """Write the loss curve and end the record as done."""
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    progress.write_loss_curve(save_dir, history)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    train_loss = progress.mean_loss(history)
+    record.end(
+        "done",
+        steps=trainer.state.global_step,
+        train_loss=train_loss,
+        final_loss=losses[-1] if losses else None,
+        final_eval_loss=evals[-1] if evals else None,
+        best=best,
+    )
+    log(f"saved {save_dir} ({trainer.state.global_step} steps, loss {train_loss:.4f})")
+
+
+def step_down(settings: TrainSettings, record: RunRecord | None) -> str:
+    """After running out of memory: with --auto_fit go on from the checkpoint under milder settings, in a new process.
+
+    A process that has run out of memory keeps what it holds, so nothing less than another one starts afresh.
+
+    Returns:
+        Without it, or the second time, or where others train along: the flags to take instead.
+    """
+    try:
+        plan = settings.plan()
+        changes = preflight.advise(plan, settings.memory_flags(plan.batch), int(0.9 * preflight.predict(plan).total))
+    except UserError:
+        return "a smaller student"
+    flags = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    alone = launch.world_size() == 1
+    if settings.auto_fit and alone and STEPPED_DOWN not in os.environ:
+        log(f"the device ran out of memory; going on from the last checkpoint with {preflight.words(changes)}")
+        record.end("failed", error="out of memory")
+        os.environ[STEPPED_DOWN] = "1"
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, sys.argv[0], *record.facts["argv"][1:], *flags, "--resume"])
+    return preflight.words(changes)

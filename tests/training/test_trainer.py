@@ -1,0 +1,39 @@
+"""The trainers against each other: accumulation, checkpointing, KD on the same texts."""
+
+from __future__ import annotations
+
+import pytest
+from support.models import distance, run_json, weights
+from support.training import loss_curve, train
+
+import kd_train
+import sft_train
+
+
+def test_accumulation_equals_a_real_batch(base, uneven, tmp_path):
+    runs = [
+        train(sft_train.main, base, uneven, tmp_path / f"{size}x{accumulation}", "--per_device_train_batch_size",
+              size, "--gradient_accumulation_steps", accumulation, "--max_steps", 6, "--lora_dropout", 0)
+        for size, accumulation in ((4, 1), (2, 2), (1, 4))
+    ]  # fmt: skip
+    assert max(t.abs().max() for name, t in weights(runs[0]).items() if "lora_B" in name) > 1e-3
+    assert distance(runs[0], runs[1]) < 1e-5
+    assert distance(runs[0], runs[2]) < 1e-5
+    assert loss_curve(runs[0]) == pytest.approx(loss_curve(runs[2]), abs=1e-5)
+    assert {run_json(run)["effective_batch"] for run in runs} == {4}
+
+
+def test_gradient_checkpointing_changes_nothing(base, uneven, tmp_path):
+    runs = [
+        train(sft_train.main, base, uneven, tmp_path / f"gc_{switch}", "--gradient_checkpointing", switch,
+              "--max_steps", 3, "--lora_dropout", 0)
+        for switch in ("on", "off")
+    ]  # fmt: skip
+    assert distance(*runs) < 1e-6
+
+
+def test_kd_on_the_same_texts_is_sft(base, rows, tmp_path):
+    one = train(sft_train.main, base, rows["sft"], tmp_path / "sft", "--max_steps", 4)
+    other = train(kd_train.main, base, rows["kd"], tmp_path / "kd", "--max_steps", 4)
+    assert distance(one, other) == 0
+    assert run_json(other)["method"] == "kd"
