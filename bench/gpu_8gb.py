@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
@@ -32,6 +32,9 @@ from common.models.batching import LOGITS_AT_ONCE
 from common.vram import model_shape as shapes
 from common.vram import preflight as vram
 from common.vram.formulas import BFLOAT16, FLOAT32, GB, Inference, Plan, Training, predict, runtime_bytes
+
+if TYPE_CHECKING:
+    from common.training.trainer import TrainingRows
 
 SERVING_GB = 4.0  # that four adapters are to be served within
 ADAPTERS = 4
@@ -121,7 +124,7 @@ def driver_bytes() -> int:
     return total - free - torch.cuda.memory_reserved()
 
 
-def plans(shape: shapes.Shape, lengths: Sequence[int], room: int, cuda: bool) -> Iterator[tuple[str, Plan]]:
+def plans(shape: shapes.ModelShape, lengths: Sequence[int], room: int, cuda: bool) -> Iterator[tuple[str, Plan]]:
     """What is run, by name. On a CPU all is float32 without checkpointing, as the trainers do it there."""
     for length in lengths:
         plan = Training(
@@ -279,10 +282,11 @@ def trained(name: str, plan: Training, student: Any, tokenizer: Any, steps: int)
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
-    import dpo_train
-    import sft_train
     from common.models.tokenizers import Encoded
-    from common.training import trainer as training
+    from common.training import dpo
+    from common.training.completion import completion_rows
+    from common.training.settings import DpoSettings, TrainSettings
+    from common.training.trainer import fitted_trainer
 
     student.enable_input_require_grads()
     ids = torch.randint(0, len(tokenizer), (max(steps, LEAST_ROWS), plan.max_len)).tolist()
@@ -294,21 +298,23 @@ def trained(name: str, plan: Training, student: Any, tokenizer: Any, steps: int)
             marks.append(time.perf_counter())
 
     def work() -> float:
-        script = dpo_train if name == "dpo" else sft_train
         with tempfile.TemporaryDirectory() as folder:
-            flags = ["--student", "-", "--data", "-", "--save_dir", folder, "--max_steps", str(steps)]
-            flags += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
-            flags += ["--lora_dropout", str(plan.lora_dropout)]
-            args = cli.parse_args(script.build_parser(), flags)
-            rows = [Encoded(row, cut) for row in ids]
+            settings = (DpoSettings if name == "dpo" else TrainSettings)(
+                student="-",
+                save_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=1,
+                lora_dropout=plan.lora_dropout,
+            )
             if name == "dpo":
-                pairs = [{"prompt_ids": row[:cut], "chosen_ids": row[cut:], "rejected_ids": row[cut:-1]} for row in ids]
-                trainer = dpo_train.build_trainer(args, student, tokenizer, pairs, None)
+                pairs = [dpo.Pair(row[:cut], row[cut:], row[cut:-1]) for row in ids]
+                trainer = dpo.build_trainer(settings, student, tokenizer, pairs)
             else:
-                parts = training.completion_parts(rows, tokenizer.pad_token_id)
+                data = completion_rows([Encoded(row, cut) for row in ids], tokenizer.pad_token_id)
                 if name == "distill, cached":
-                    parts |= from_cache(plan, student, parts["collate"])
-                trainer = training.fitted_trainer(args, student, tokenizer, eval_rows=[], **parts)
+                    data = from_cache(plan, student, data)
+                trainer = fitted_trainer(settings, student, tokenizer, data)
             trainer.add_callback(Clock)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -317,24 +323,25 @@ def trained(name: str, plan: Training, student: Any, tokenizer: Any, steps: int)
     return work
 
 
-def from_cache(plan: Training, student: Any, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> dict[str, Any]:
-    """The parts of a trainer on forward KL to the few outcomes that a teacher's cache holds, here random ones."""
+def from_cache(plan: Training, student: Any, data: TrainingRows) -> TrainingRows:
+    """The same rows under forward KL to the few outcomes that a teacher's cache holds, here random ones."""
     import torch
 
-    from common.distillation.objective import DistillationLoss, Objective, Reader, Used
-    from common.training import batches as completions
+    from common.distillation.objective import DistillationLoss, HiddenStateReader, Objective, Signals
+    from common.training.batches import IGNORE
 
     vocabulary = plan.student.vocabulary
 
     def with_teacher(batch: Sequence[Any]) -> dict[str, Any]:
-        tensors = collate(batch)
-        n = int((tensors["labels"][:, 1:] != completions.IGNORE).sum())
+        tensors = data.collate(batch)
+        n = int((tensors["labels"][:, 1:] != IGNORE).sum())
         logprobs = torch.randn(n, CACHED).log_softmax(-1) - 0.1
         ids = torch.randint(0, vocabulary, (n, CACHED))
         return tensors | {"teacher": {"ids": ids, "rest": 1 - logprobs.exp().sum(-1), "logprobs": logprobs}}
 
-    used = Used(Objective({"forward_kl": 1.0}), (), vocabulary)
-    return {"collate": with_teacher, "loss": DistillationLoss(used, Reader(student.get_base_model()), None)}
+    signals = Signals(Objective({"forward_kl": 1.0}), (), vocabulary)
+    loss = DistillationLoss(signals, HiddenStateReader(student.get_base_model()), None)
+    return replace(data, collate=with_teacher, loss=loss)
 
 
 def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[[], float]:

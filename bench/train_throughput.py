@@ -162,7 +162,7 @@ def held_out_loss(model, tokenizer, rows: Sequence[dict]) -> float:
     import torch
 
     from common.models import tokenizers
-    from common.training import batches as completions
+    from common.training import batches, losses
 
     model.eval()
     total = count = 0.0
@@ -171,10 +171,10 @@ def held_out_loss(model, tokenizer, rows: Sequence[dict]) -> float:
             encoded = [
                 tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows[start : start + 32]
             ]
-            batch = completions.collate(encoded, tokenizer.pad_token_id)
+            batch = batches.collate(encoded, tokenizer.pad_token_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            tokens = int((batch["labels"][:, 1:] != completions.IGNORE).sum())
-            total += completions.completion_loss(model, batch)[0].item() * tokens
+            tokens = int((batch["labels"][:, 1:] != batches.IGNORE).sum())
+            total += losses.completion_loss(model, batch)[0].item() * tokens
             count += tokens
     return total / count
 
@@ -183,27 +183,28 @@ def train_ours(args, train, held_out, per_device: int, _) -> tuple[float, float]
     """(tokens a second, held-out loss) of this toolkit's trainer, with sft_train.py's own settings."""
     from transformers import PrinterCallback, TrainingArguments
 
-    import sft_train
     from common.models import tokenizers
-    from common.training import trainer as training
+    from common.training.completion import completion_rows
+    from common.training.settings import TrainSettings
+    from common.training.trainer import loss_trainer, training_arguments
 
     model, tokenizer = load(args)
     model.enable_input_require_grads()
     encoded = [tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in train]
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--student", args.student, "--data", args.data, "--save_dir", folder]
-        flags += ["--max_steps", str(args.steps), "--learning_rate", str(args.learning_rate), "--save_steps", "100000"]
-        settings = cli.parse_args(sft_train.build_parser(), [*flags, "--seed", str(args.seed)])
-        clock, read = timer(args.effective_batch * statistics.mean(len(row.input_ids) for row in encoded))
-        trainer = training.loss_trainer(
-            **training.completion_parts(encoded, tokenizer.pad_token_id),
-            model=model,
-            args=TrainingArguments(
-                **training.trainer_settings(settings, per_device, args.effective_batch // per_device)
-            ),
-            processing_class=tokenizer,
-            callbacks=[clock],
+        settings = TrainSettings(
+            student=args.student,
+            save_dir=folder,
+            max_steps=args.steps,
+            learning_rate=args.learning_rate,
+            save_steps=100_000,
+            seed=args.seed,
         )
+        clock, read = timer(args.effective_batch * statistics.mean(len(row.input_ids) for row in encoded))
+        arguments = training_arguments(settings, per_device, args.effective_batch // per_device)
+        data = completion_rows(encoded, tokenizer.pad_token_id)
+        trainer = loss_trainer(data, model, tokenizer, TrainingArguments(**arguments))
+        trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return read(), held_out_loss(model, tokenizer, held_out)
@@ -261,7 +262,8 @@ def train_bare(args, train, held_out, per_device: int, _) -> tuple[float, float]
     import torch
 
     from common.models import tokenizers
-    from common.training import batches as completions
+    from common.training import losses
+    from common.training.batches import collate
 
     model, tokenizer = load(args)
     cuda = model.device.type == "cuda"
@@ -269,7 +271,7 @@ def train_bare(args, train, held_out, per_device: int, _) -> tuple[float, float]
     encoded.sort(key=lambda row: len(row.input_ids))
     batches = []
     for start in range(0, len(encoded), per_device):
-        batch = completions.collate(encoded[start : start + per_device], tokenizer.pad_token_id)
+        batch = collate(encoded[start : start + per_device], tokenizer.pad_token_id)
         batches.append({name: tensor.to(model.device) for name, tensor in batch.items()})
     batches = batches[::2] + batches[1::2]  # short and long ones, in the warm-up too
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -279,7 +281,7 @@ def train_bare(args, train, held_out, per_device: int, _) -> tuple[float, float]
         if step == WARM_UP:
             started = now()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cuda):
-            loss, _ = completions.completion_loss(model, batch)
+            loss, _ = losses.completion_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -119,7 +119,9 @@ def test_every_flag_does_something(script):
     parser = parser_of(ROOT / script)
     for action in parser._actions:
         if action.dest not in ("help", "config"):  # --config is read by cli.parse_args
-            assert re.search(rf"\bargs\.{action.dest}\b|\"{action.dest}\"", source), f"--{action.dest} is never read"
+            assert re.search(rf"\b(args|settings|self)\.{action.dest}\b|\"{action.dest}\"", source), (
+                f"--{action.dest} is never read"
+            )
             assert action.help or action.choices or action.default is not None or action.required, action.dest
 
 

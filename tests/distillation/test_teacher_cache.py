@@ -102,3 +102,16 @@ def test_a_damaged_shard_is_named(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{shard.name} is damaged; delete it"):
         TeacherCache(tmp_path / "cache", FACTS, record_type(4))
+
+
+def test_ids_that_would_not_fit_a_record_are_refused():
+    """They have 20 bits: one more would end up in its neighbour."""
+    largest = teacher_cache.MAX_VOCABULARY - 1
+    record = record_type(2)
+    packed = pack(record, np.array([[largest, 1]]), np.zeros(1, "f4"), logprobs=np.zeros((1, 2), "f4"))
+    assert unpack(packed)["ids"].tolist() == [[largest, 1]]
+    teacher_cache.check_vocabulary(teacher_cache.MAX_VOCABULARY)
+    with pytest.raises(
+        UserError, match=r"below 1,048,576, and these models share 1,048,577; leave --teacher_cache out"
+    ):
+        teacher_cache.check_vocabulary(teacher_cache.MAX_VOCABULARY + 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -18,6 +17,7 @@ from common.jobs import proof_rows as job_proof
 from common.jobs.checks import Device, Reach, Vocabularies, check_memory
 from common.jobs.request import METHODS, RANGES, Planner
 from common.jobs.routes import EXAMPLE
+from common.training.settings import TrainSettings
 from common.web.app import Problem
 
 
@@ -72,7 +72,7 @@ def test_the_recipes_payload(planner, data, tmp_path):
     }  # fmt: skip
     plan = planner.plan(payload(data, **more), tmp_path / "run")
     assert plan.method == "distill"
-    found = vars(plan.args)
+    found = plan.settings.as_dict()
     wanted = {
         "teacher": str(data / "teacher"), "student": str(data / "student"), "data": str(data / "text.txt"),
         "max_steps": 30, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 1e-4,
@@ -114,17 +114,17 @@ def test_a_data_set_is_passed_on_with_its_part(planner, data, monkeypatch):
     monkeypatch.setattr(planner.reach, "_ask_hub", lambda kind, name: None)
     body = payload(data) | {"dataset": "wikitext", "subset": "wikitext-2-raw-v1", "export_onnx": True}
     plan = planner.plan(body, Path("job/artifacts"))
-    assert (plan.args.dataset, plan.args.subset, plan.args.data) == ("wikitext", "wikitext-2-raw-v1", None)
+    assert (plan.settings.dataset, plan.settings.subset, plan.settings.data) == ("wikitext", "wikitext-2-raw-v1", None)
     assert plan.commands[1]["argv"][2:] == [
         "--output=job/proof.jsonl", "--dataset=wikitext", "--subset=wikitext-2-raw-v1", "--split=train",
         "--text_column=text"]  # fmt: skip
 
 
 def test_a_distilled_student_is_a_whole_model_unless_an_adapter_is_asked_for(planner, data):
-    assert planner.plan(payload(data), Path("run")).args.lora_r == 0
-    assert planner.plan(payload(data, lora_r=4), Path("run")).args.lora_r == 4
+    assert planner.plan(payload(data), Path("run")).settings.lora_r == 0
+    assert planner.plan(payload(data, lora_r=4), Path("run")).settings.lora_r == 4
     body = {"method": "sft", "student": str(data / "student"), "data": str(data / "rows.jsonl")}
-    assert planner.plan(body, Path("run")).args.lora_r == 16  # the script's own default
+    assert planner.plan(body, Path("run")).settings.lora_r == 16  # the script's own default
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -138,11 +138,11 @@ def test_the_command_is_one_that_the_script_takes(planner, data, method):
     body |= {"teacher": str(data / "teacher")} if method == "distill" else {}
     plan = planner.plan(body | {"seed": 7, "skip_bad_rows": False, "lr_scheduler_type": "linear"}, Path("run"))
     script, *argv = plan.commands[0]["argv"]
-    assert Path(script) == ROOT / METHODS[method]
+    assert Path(script) == ROOT / METHODS[method].script
     assert "--idp_mode" in argv
     assert "--skip_bad_rows" not in argv
-    again = planner.parser(method).parse_args(argv)
-    assert again == plan.args
+    again = METHODS[method].settings_of(planner.parser(method).parse_args(argv))
+    assert again == plan.settings
     assert (again.seed, again.lr_scheduler_type, again.save_dir) == (7, "linear", "run")
 
 
@@ -197,18 +197,18 @@ def test_what_is_refused(planner, data, change, field, message):
 
 def test_a_cache_is_a_name_in_the_services_own_folder(planner, data):
     plan = planner.plan(payload(data, teacher_cache="squad-gpt2"), Path("run"))
-    assert plan.args.teacher_cache == str(data / "service" / "caches" / "squad-gpt2")
+    assert plan.settings.teacher_cache == str(data / "service" / "caches" / "squad-gpt2")
 
 
 def test_quantisation_aware_training(planner, data, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if torchao were installed
     body = {"method": "sft", "student": str(data / "student"), "data": str(data / "rows.jsonl"), "use_qat": True}
-    args = planner.plan(body, Path("run")).args
-    assert (args.quantization_aware, args.lora_r) == ("int8", 0)
+    settings = planner.plan(body, Path("run")).settings
+    assert (settings.quantization_aware, settings.lora_r) == ("int8", 0)
     assert refused(planner, body | {"lora_r": 8})[0] == "use_qat"
-    args = planner.plan(payload(data, use_qat=True), Path("run")).args
-    assert (args.quantization_aware, args.lora_r, bool(args.teacher)) == ("int8", 0, True)
-    assert planner.plan(body | {"use_qat": False}, Path("run")).args.quantization_aware is None
+    settings = planner.plan(payload(data, use_qat=True), Path("run")).settings
+    assert (settings.quantization_aware, settings.lora_r, bool(settings.teacher)) == ("int8", 0, True)
+    assert planner.plan(body | {"use_qat": False}, Path("run")).settings.quantization_aware is None
 
 
 # Names and places.
@@ -320,12 +320,12 @@ def test_a_teacher_with_another_vocabulary(data):
 
 def test_memory_is_predicted(planner, data):
     body = {"method": "sft", "student": str(data / "student"), "data": str(data / "rows.jsonl"), "max_len": 512}
-    args = planner.plan(body | {"per_device_train_batch_size": 16}, Path("run")).args
-    check_memory(args, "sft", Device(False, 1 << 40))
-    check_memory(args, "sft", Device(True, 1 << 40))
-    check_memory(args, "sft", Device(False, None))
+    settings = planner.plan(body | {"per_device_train_batch_size": 16}, Path("run")).settings
+    check_memory(settings, Device(False, 1 << 40))
+    check_memory(settings, Device(True, 1 << 40))
+    check_memory(settings, Device(False, None))
     with pytest.raises(Problem, match="no settings need less") as told:
-        check_memory(args, "sft", Device(False, 1 << 20))
+        check_memory(settings, Device(False, 1 << 20))
     assert told.value.param == "student"
 
 
@@ -337,21 +337,21 @@ def test_a_large_model_on_a_small_card(planner, data):
     (data / "qwen" / "config.json").write_text(json.dumps(QWEN_3B))
     body = {"method": "sft", "student": str(data / "qwen"), "data": str(data / "rows.jsonl")}
     card = Device(True, 8_188 << 20)
-    check_memory(planner.plan(body, Path("run")).args, "sft", card)
+    check_memory(planner.plan(body, Path("run")).settings, card)
     with pytest.raises(Problem) as told:
-        check_memory(planner.plan(body | {"lora_r": 0}, Path("run")).args, "sft", card)
+        check_memory(planner.plan(body | {"lora_r": 0}, Path("run")).settings, card)
     assert (told.value.status_code, told.value.param) == (422, "student")
-    wide = planner.plan(body | {"per_device_train_batch_size": 64, "max_len": 1024}, Path("run")).args
+    wide = planner.plan(body | {"per_device_train_batch_size": 64, "max_len": 1024}, Path("run")).settings
     with pytest.raises(Problem, match="it would fit with --per_device_train_batch_size") as told:
-        check_memory(wide, "sft", card)
+        check_memory(wide, card)
     assert told.value.param == "per_device_train_batch_size"
     assert wide.per_device_train_batch_size == 64  # the request itself is not changed
 
 
 def test_a_model_of_an_unknown_kind_passes(data):
     (data / "empty" / "config.json").write_text('{"model_type": "odd"}')
-    args = argparse.Namespace(student=str(data / "empty"))
-    check_memory(args, "sft", Device(True, 1))
+    settings = TrainSettings(student=str(data / "empty"), save_dir="run")
+    check_memory(settings, Device(True, 1))
     (data / "empty" / "config.json").unlink()
 
 

@@ -30,26 +30,13 @@ TRAINER = """
 import fcntl, json, os, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from common import cli, training
+from common import cli
+from common.{room} import flags
 
 def build_parser():
     parser = cli.parser("A stand-in.", prog="stand_in.py")
-    training.add_flags(parser, learning_rate=1e-4, data_required=not {distill})
-    if {distill}:
-        parser.add_argument("--teacher", "--teacher_model", required=True)
-        parser.add_argument("--dataset")
-        parser.add_argument("--subset")
-        parser.add_argument("--split", default="train")
-        parser.add_argument("--temperature", type=float, default=1.0)
-        parser.add_argument("--forward_kl", "--alpha_kl", type=float, default=1.0)
-        parser.add_argument("--teacher_cache")
+    flags.{add_flags}(parser)
     return parser
-
-def resolve_weights(args):
-    return {{}}
-
-def check_flags(args, weights):
-    training.check_flags(args)
 
 def main(argv=None):
     args = cli.parse_args(build_parser(), argv)
@@ -133,7 +120,9 @@ def write_scripts(folder: Path) -> Path:
     """The stand-ins, under the names of the scripts."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("distill", "sft", "kd", "dpo"):
-        text = TRAINER.format(root=str(ROOT), distill=name == "distill")
+        room = "distillation" if name == "distill" else "training"
+        add_flags = "add_dpo_flags" if name == "dpo" else "add_flags"
+        text = TRAINER.format(root=str(ROOT), room=room, add_flags=add_flags)
         (folder / f"{name}_train.py").write_text(text)
     (folder / "export_model.py").write_text(EXPORTER.format(root=str(ROOT)))
     return folder

@@ -1,0 +1,102 @@
+"""Training from a cache against training beside the live teacher; what is written, and by whom."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from support.distillation import distill, loss_column
+from support.models import distance, run_json
+
+from common.cli import UserError
+from common.distillation import fill_cache, objective
+from common.models.batching import CHUNK_LOGITS
+from common.models.source import ModelSource
+from common.vram import preflight
+
+OF_LOGITS = ("--forward_kl", 1, "--reverse_kl", 0.1, "--jsd", 0.1, "--ce", 0.5, "--teacher_ce", 0.2, "--temperature", 2)
+ALL_TERMS = (*OF_LOGITS, "--hidden_mse", 0.1, "--hidden_cosine", 0.1)
+
+
+@pytest.mark.parametrize("layers", ["uniform", "2:1,1:3,2:3"])
+def test_a_cache_of_everything_equals_the_live_teacher(layers, base, teacher, uneven, tmp_path):
+    more = ("--teacher", teacher, "--data", uneven, *ALL_TERMS, "--layer_map", layers)
+    live = distill(base, tmp_path / "live", *more)
+    cached = distill(base, tmp_path / "cached", *more, "--teacher_cache", tmp_path / "cache", "--cache_k", 100_000)
+    assert loss_column(cached) == pytest.approx(loss_column(live), abs=1e-3)
+    for name in ("forward_kl", "reverse_kl", "jsd", "teacher_ce", "hidden_mse", "hidden_cosine"):
+        assert loss_column(cached, name) == pytest.approx(loss_column(live, name), rel=0.01, abs=1e-3), name
+    assert loss_column(live)[-1] < loss_column(live)[0]
+
+
+def test_a_complete_cache_needs_no_teacher(base, teacher, uneven, tmp_path, monkeypatch):
+    gone = tmp_path / "teacher"
+    shutil.copytree(teacher, gone)
+    more = ("--teacher", gone, "--data", uneven, "--teacher_cache", tmp_path / "cache", "--cache_k", 8)
+    first = distill(base, tmp_path / "first", *more)
+    monkeypatch.setattr(objective, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    again = distill(base, tmp_path / "again", *more, "--per_device_train_batch_size", 2,
+                    "--gradient_accumulation_steps", 2)  # fmt: skip
+    assert distance(first, again) < 1e-5  # accumulation changes nothing
+    loss = loss_column(first)
+    assert loss[-1] < loss[0]
+
+
+def test_draws_serve_as_well(base, teacher, uneven, tmp_path):
+    more = ("--teacher", teacher, "--data", uneven, "--forward_kl", 1)
+    live = distill(base, tmp_path / "live", *more)
+    cache = ("--teacher_cache", tmp_path / "cache", "--cache_targets", "sampled", "--cache_k", 3000)
+    drawn = distill(base, tmp_path / "drawn", *more, *cache)
+    assert loss_column(drawn) == pytest.approx(loss_column(live), abs=0.05)
+
+
+def test_an_interrupted_cache_goes_on(base, teacher, uneven, tmp_path, monkeypatch):
+    monkeypatch.setattr(fill_cache, "SHARD_TOKENS", 10)
+    add, shards = fill_cache.TeacherCache.add, []
+
+    def stop_at_the_third(self, rows, packed):
+        if len(shards) == 2:
+            raise KeyboardInterrupt
+        shards.append(len(rows))
+        add(self, rows, packed)
+
+    more = ("--teacher", teacher, "--data", uneven, "--teacher_cache", tmp_path / "cache", "--max_batch_tokens", 200)
+    monkeypatch.setattr(fill_cache.TeacherCache, "add", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        distill(base, tmp_path / "run", *more)
+    assert run_json(tmp_path / "run")["error"] == "interrupted"
+    seen = []
+    monkeypatch.setattr(
+        fill_cache.TeacherCache, "add", lambda self, rows, packed: (seen.extend(rows), add(self, rows, packed))
+    )
+    distill(base, tmp_path / "run", *more)
+    assert len(seen) == 16 - sum(shards)
+
+
+@pytest.mark.parametrize("auto_fit", [False, True])
+def test_a_teacher_that_does_not_fit_is_said_before_it_is_loaded(
+    auto_fit, base, teacher, uneven, tmp_path, monkeypatch
+):
+    """Its pass has a batch of its own; what training changes is another matter."""
+    plan = preflight.inference_plan(ModelSource(teacher), max_batch_tokens=1 << 20, generates=True)
+    needed = preflight.predict(replace(plan, generates=False, logits=CHUNK_LOGITS)).total
+    free = iter([1 << 40, needed - 1])  # of the student's training, then of the teacher's pass
+    monkeypatch.setattr(preflight, "free_bytes", lambda: next(free))
+    more = [
+        "--teacher",
+        teacher,
+        "--data",
+        uneven,
+        "--teacher_cache",
+        tmp_path / "cache",
+        "--max_batch_tokens",
+        1 << 20,
+    ]
+    if auto_fit:
+        run = distill(base, tmp_path / "run", *more, "--auto_fit")
+        assert run_json(run)["auto_fit"] == {"max_batch_tokens": 1 << 19}
+    else:
+        monkeypatch.setattr(objective, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+        with pytest.raises(UserError, match=f"are free; --max_batch_tokens {1 << 19}"):
+            distill(base, tmp_path / "run", *more)

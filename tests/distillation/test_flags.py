@@ -1,0 +1,88 @@
+"""What cannot work together is refused; the names of other recipes mean what they meant."""
+
+from __future__ import annotations
+
+import pytest
+from support.distillation import distill
+from support.inputs import CORPUS
+from support.models import build_base
+
+import distill_train
+from common import cli
+from common.cli import UserError
+from common.distillation.flags import WEIGHTS, resolve_weights, settings_of
+from common.distillation.settings import TERMS, DistillSettings
+from common.models import tokenizers
+
+
+def parsed(*argv: object):
+    base = ["--student", "s", "--save_dir", "x", "--data", "d.jsonl"]
+    return cli.parse_args(distill_train.build_parser(), [*base, *map(str, argv)])
+
+
+def test_weights_of_two_other_recipes_have_one_meaning(tmp_path):
+    gemma = parsed("--alpha_ce", 1.0, "--beta_mse", 0.1, "--gamma_kl", 0.5)
+    assert resolve_weights(gemma) == {"ce": 1.0, "hidden_mse": 0.1, "forward_kl": 0.5}
+    gpt2 = parsed("--alpha_kl", 0.7, "--beta_ce", 0.3, "--gamma_mse", 0.05, "--delta_cos", 0.05, "--epsilon_attn", 0)
+    expected = {"forward_kl": 0.7, "teacher_ce": 0.3, "hidden_mse": 0.05, "hidden_cosine": 0.05}
+    assert resolve_weights(gpt2) == expected
+    assert resolve_weights(parsed()) == {"forward_kl": 0.5, "ce": 0.5}
+    (tmp_path / "c.yaml").write_text(
+        "teacher_model_name: t\ngamma_kl: 0.5\nper_device_batch_size: 2\ngrad_accum_steps: 8\nlr: 0.1\n"
+    )
+    args = parsed("--config", tmp_path / "c.yaml")
+    values = (args.teacher, args.forward_kl, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    assert (*values, args.learning_rate) == ("t", 0.5, 2, 8, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--forward_kl", -1), "weight must be 0 or above"),
+        (("--forward_kl", 0), "every loss term has the weight 0"),
+        (("--temperature", 0), "--temperature 0.0 must be above 0"),
+        ((), "--teacher is missing; forward_kl needs one"),
+        (("--ce", 1, "--teacher_cache", "c"), "--teacher_cache without --teacher"),
+        (("--teacher", "BASE", "--cache_targets", "sampled"), "--cache_targets is of --teacher_cache"),
+        (("--ce", 1, "--teacher", "BASE"), "--ce alone asks nothing of the teacher"),
+        (("--teacher", "t", "--dataset", "wikitext"), "either --data FILE or --dataset NAME"),
+        (("--teacher", "t", "--task", "f.yaml"), "give --labels with it"),
+        (("--labels", "--teacher", "t"), "teacher_generate.py --probabilities"),
+        (("--labels", "--hidden_mse", 1), "--hidden_mse compares what is inside models"),
+        (("--teacher", "BASE", "--teacher_cache", "c", "--attention_mse", 1), "needs a live teacher"),
+        (("--teacher", "BASE", "--teacher_cache", "c", "--cache_targets", "sampled", "--jsd", 1),
+         "--jsd needs --cache_targets topk"),
+        (("--teacher", "BASE", "--layer_map", "1:9"), "the student has the layers 1 to 2, the teacher 1 to 2"),
+        (("--teacher", "BASE", "--layer_map", "first"), "is not last, uniform or pairs"),
+        (("--teacher", "./nowhere"), "nowhere does not exist"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(more, words, base, uneven, tmp_path):
+    more = [base if word == "BASE" else word for word in more]
+    with pytest.raises(UserError, match=words):
+        distill(base, tmp_path / "run", "--data", uneven, *more)
+
+
+def test_another_tokenizer_is_refused_with_the_ways_that_work(base, uneven, tmp_path):
+    from common.training import miniature
+
+    other = tokenizers.align(miniature.build_tokenizer([text.upper() for text in CORPUS], vocab_size=400))
+    stranger = build_base(tmp_path / "stranger", other)
+    with pytest.raises(UserError, match=r"different vocabularies \(.*\); two ways work: .*kd_train.py.*--labels"):
+        distill(base, tmp_path / "run", "--data", uneven, "--teacher", stranger)
+
+
+def test_each_setting_is_a_flag_and_keeps_its_default():
+    args = parsed("--ce", 1)
+    settings = settings_of(args)
+    assert (
+        settings.as_dict() == vars(args) == DistillSettings(student="s", save_dir="x", data="d.jsonl", ce=1.0).as_dict()
+    )
+    assert set(TERMS) == set(WEIGHTS)
+
+
+def test_weights_are_those_of_the_terms_that_count():
+    common = {"student": "s", "save_dir": "x"}
+    settings = DistillSettings(**common, jsd=0.0, hidden_mse=0.1, forward_kl=1.0)
+    assert settings.weights == {"forward_kl": 1.0, "hidden_mse": 0.1}
+    assert DistillSettings(**common).weights == {}

@@ -1,0 +1,45 @@
+"""Flags become settings: each has its field, its default, and its place in run.json."""
+
+from __future__ import annotations
+
+import pytest
+
+import dpo_train
+import kd_train
+import sft_train
+from common import cli
+from common.cli import UserError
+from common.training import flags
+from common.training.settings import DpoSettings, KdSettings, TrainSettings, is_on
+
+
+@pytest.mark.parametrize(
+    ("script", "settings_of", "kind", "method"),
+    [
+        (sft_train, flags.sft_settings, TrainSettings, "sft"),
+        (kd_train, flags.kd_settings, KdSettings, "kd"),
+        (dpo_train, flags.dpo_settings, DpoSettings, "dpo"),
+    ],
+)
+def test_each_setting_is_a_flag_and_keeps_its_default(script, settings_of, kind, method):
+    args = cli.parse_args(script.build_parser(), ["--student", "s", "--data", "d", "--save_dir", "r"])
+    settings = settings_of(args)
+    assert settings.as_dict() == vars(args) == kind(student="s", data="d", save_dir="r").as_dict()
+    assert (type(settings), settings.method) == (kind, method)
+
+
+def test_the_recipe_of_each_method():
+    assert (TrainSettings.learning_rate, KdSettings.learning_rate, DpoSettings.learning_rate) == (2e-4, 2e-4, 5e-5)
+    assert (TrainSettings.lora_dropout, DpoSettings.lora_dropout) == (0.05, 0.0)
+    assert (TrainSettings.lora_r, TrainSettings.lora_alpha, TrainSettings.max_len) == (16, 32, 1024)
+
+
+def test_beta_is_above_0():
+    args = cli.parse_args(dpo_train.build_parser(), ["--student", "s", "--data", "d", "--save_dir", "r", "--beta", "0"])
+    with pytest.raises(UserError, match=r"--beta 0.0 must be above 0"):
+        flags.dpo_settings(args)
+
+
+def test_switches():
+    assert [is_on(switch, cuda) for switch in ("on", "off", "auto") for cuda in (True, False)] == [
+        True, True, False, False, True, False]  # fmt: skip
