@@ -72,7 +72,6 @@ def test_the_terms_are_their_definitions(base, teacher, uneven, tmp_path):
     )
 
 
-@pytest.mark.parametrize("layers", ["uniform", "2:1,1:3,2:3"])
 def test_gradient_checkpointing_and_chunks_change_nothing(base, teacher, uneven, tmp_path, monkeypatch):
     more = ("--teacher", teacher, "--data", uneven, *ALL_TERMS)
     plain = distill(base, tmp_path / "plain", *more)
