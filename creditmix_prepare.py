@@ -24,6 +24,7 @@ from common import cli
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
+from common.files import json_text, jsonl_text, read_json, sha256_file, sha256_text, write_together
 from common.tasks.ranking import creditmix
 from common.tasks.ranking import rows as labelled
 from common.tasks.ranking import task as tasks
@@ -68,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = name = f"--synthesize {args.synthesize} --seed {args.seed}"
         raw = creditmix.synthesize(args.synthesize, args.seed)
         rows, counts = creditmix.clean_rows(raw, source)
-        texts[RAW_FILE] = records.json_text(raw)
-        digest = records.sha256_text(texts[RAW_FILE])
+        texts[RAW_FILE] = json_text(raw)
+        digest = sha256_text(texts[RAW_FILE])
     else:
         source, name = args.src, Path(args.src).name
         rows, counts = labelled.read(source, task, args.features, args.skip_bad_rows)
-        digest = records.sha256_file(source)
+        digest = sha256_file(source)
 
     def label(row: dict) -> str:
         return row[task.label_field]
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kd, teacher = _kd_rows(task, parts, train, args)
     sft = [_with_prompt(task, row, "input", output=label(row)) for row in train]
     for file, members in zip(files, (sft, kd, _dpo_rows(task, train), parts["dev"], parts["validation"]), strict=True):
-        texts[file] = records.jsonl_text(members)
+        texts[file] = jsonl_text(members)
     manifest = {
         "task": task.name,
         "source": {"name": name, "sha256": digest},
@@ -107,11 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "teacher": teacher,
         "cleaning": counts,
-        "files": {
-            file: {"rows": _row_count(text), "sha256": records.sha256_text(text)} for file, text in texts.items()
-        },
+        "files": {file: {"rows": _row_count(text), "sha256": sha256_text(text)} for file, text in texts.items()},
     }
-    records.write_together(outdir, texts | {f"{task.name}_manifest.json": records.json_text(manifest)})
+    write_together(outdir, texts | {f"{task.name}_manifest.json": json_text(manifest)})
     _print_summary(task, manifest, outdir)
 
 
@@ -124,7 +123,7 @@ def _keep_real_data(path: Path) -> None:
     if not path.exists():
         return
     try:
-        synthetic = all(row["synthetic"] is True for row in records.read_json(path))
+        synthetic = all(row["synthetic"] is True for row in read_json(path))
     except (UserError, TypeError, KeyError):
         synthetic = False
     if not synthetic:
@@ -174,7 +173,7 @@ def _kd_rows(
         )
     teacher = {
         "name": Path(args.teacher_file).name,
-        "sha256": records.sha256_file(args.teacher_file),
+        "sha256": sha256_file(args.teacher_file),
         "answers": len(answers),
         "answers_without_row": len(answers) - len(questions),
         "rows_taught": len(taught),

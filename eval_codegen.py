@@ -25,7 +25,7 @@ from pathlib import Path
 
 from common import cli, run_record
 from common.data import answer_store, splits
-from common.data import rows as records
+from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.sandbox import box as sandbox
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "evaluator": "codegen",
         "version": 1,
         "data": args.data,
-        "data_sha256": records.sha256_file(args.data),
+        "data_sha256": sha256_file(args.data),
         "split": args.split,
         "n": len(problems),
         "k": ks,

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import cli, run_record
-from common.data import rows as records
 from common.data import splits
+from common.files import read_json, sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.tasks.ranking import rows as labelled
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "evaluator": task.name,
         "version": 1,
         "data": args.data,
-        "data_sha256": records.sha256_file(args.data),
+        "data_sha256": sha256_file(args.data),
         "split": args.split,
         "n": len(rows),
         "labels": list(task.labels),
@@ -110,7 +110,7 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
     # what is read later is read once now: a mistake is found before an hour of scoring, not after it
     cli.parse_label_bias(args.label_bias, task.labels)
     if args.baseline:
-        records.read_json(args.baseline)
+        read_json(args.baseline)
     if args.costs:
         cost_matrix(args.costs, task.labels)
     if args.calibration == "fitted" and not args.fit_calibration:
@@ -156,7 +156,7 @@ def fit(args: argparse.Namespace, model_dir: str, task: LabelTask, dev: list[dic
     raw, y = classifier.raw_scores([row[task.text_field] for row in dev]), true_labels(task, dev)
     source = {
         "file": args.fit_calibration,
-        "sha256": records.sha256_file(args.fit_calibration),
+        "sha256": sha256_file(args.fit_calibration),
         "adapter_sha256": adapters.adapter_hash(model_dir),
     }
     fitted = calibration.fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=source)
@@ -179,7 +179,7 @@ def fit(args: argparse.Namespace, model_dir: str, task: LabelTask, dev: list[dic
 
 def cost_matrix(path: str, labels: Sequence[str]) -> list[list[float]]:
     """costs[true][predicted] from a JSON file of named labels; a pair that is left out costs 0."""
-    named = records.read_json(path)
+    named = read_json(path)
     if not isinstance(named, dict) or not all(isinstance(row, dict) for row in named.values()):
         raise cli.UserError(f'{path} must be {{"true label": {{"predicted label": cost, ...}}, ...}}')
     unknown = sorted(({*named} | {label for row in named.values() for label in row}) - {*labels})
@@ -257,7 +257,7 @@ def publish(args: argparse.Namespace, result: dict) -> int | None:
     from common.tasks.ranking import metrics, report
 
     if args.baseline:
-        result["drift"] = metrics.drift(records.read_json(args.baseline), result, args.seed)
+        result["drift"] = metrics.drift(read_json(args.baseline), result, args.seed)
     print(report.format_table(result))
     if args.report_dir:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")

@@ -26,6 +26,7 @@ from common.comparison import perplexity
 from common.comparison.measure import LABELS, ROWS, SQUAD, TEXT
 from common.data import rows as records
 from common.data import splits, squad
+from common.files import sha256_file, sha256_text
 from common.models import adapters
 from common.models import loading as models
 from common.models.flags import add_model_flags
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for role, model_dir in contestants.items()
     }
-    sha256 = records.sha256_file(args.data)
+    sha256 = sha256_file(args.data)
     result = {
         "evaluator": "distill",
         "version": 1,
@@ -161,7 +162,7 @@ def choose_rows(args: argparse.Namespace, kind: str, task: LabelTask | None) -> 
         raise cli.UserError(f"--sample {args.sample} is more than the {len(rows):,} rows of {args.data}; ask for fewer")
     if not args.sample:
         return rows, len(rows)
-    order = sorted(range(len(rows)), key=lambda place: records.sha256_text(text_of(rows[place])))
+    order = sorted(range(len(rows)), key=lambda place: sha256_text(text_of(rows[place])))
     return [rows[place] for place in sorted(order[: args.sample])], len(rows)
 
 

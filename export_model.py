@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, run_record
-from common.data import rows as records
+from common.files import write_json
 from common.models import loading as models
 from common.tasks.ranking import task as tasks
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metric = record["proof"]["metric"]
         passed = -metric["difference"]["value"] <= args.max_metric_drop
         record |= {"max_metric_drop": args.max_metric_drop, "passed": passed}
-        records.write_json(folder / export.RECORD, record | run_record.provenance("export_model.py", argv))
+        write_json(folder / export.RECORD, record | run_record.provenance("export_model.py", argv))
         target = save_dir if passed else save_dir.with_name(f"{save_dir.name}.rejected")
         export.put_in_place(folder, target)
     print_table(record)

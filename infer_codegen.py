@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
+from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.tasks.codegen import prompt as codegen
@@ -125,7 +126,7 @@ def write_file(args: argparse.Namespace, writer: code_writer.CodeWriter, tasks: 
         return {"plan": one.plan, "code": one.code, "error": codegen.compile_error(one.code)}
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
-    decided_by = [settings, records.sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
+    decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
     rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
     errors = [one["error"] for row in rows for one in row["answers"]]
     if any(errors):

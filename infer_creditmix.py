@@ -25,6 +25,7 @@ from pathlib import Path
 
 from common import cli
 from common.data import rows as records
+from common.files import write_jsonl
 from common.models import loading as models
 from common.tasks.ranking import rows as labelled
 from common.tasks.ranking import task as tasks
@@ -128,7 +129,7 @@ def classify_file(args: argparse.Namespace, classifier, label_bias: dict[str, fl
     os.replace(partial, args.output)
     rejects.unlink(missing_ok=True)
     if bad:
-        records.write_jsonl(rejects, bad)
+        write_jsonl(rejects, bad)
         cli.log(f"{len(bad)} bad rows of {args.input} skipped; they are in {rejects}")
 
 

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 from common import cli, run_record
 from common.cli import UserError
-from common.data import rows as records
+from common.files import write_json, write_jsonl
 from common.generation import json_schema
 from common.models import adapters
 from common.models import loading as models
@@ -317,11 +317,11 @@ def finish(
     """Write OUT, its rejects and its record, and say what is in them; FAILED where rows got no answer at all."""
     from common.teachers import report as teacher_report
 
-    records.write_jsonl(args.out, written.rows)
+    write_jsonl(args.out, written.rows)
     rejects = Path(f"{args.out}.rejects.jsonl")
     rejects.unlink(missing_ok=True)
     if written.rejects:
-        records.write_jsonl(rejects, written.rejects)
+        write_jsonl(rejects, written.rejects)
     record = {
         "task": args.task,
         "teacher": args.teacher or {"endpoint": args.endpoint, "model": args.model},
@@ -330,7 +330,7 @@ def finish(
         **teacher_report.figures(asked, totals, written, args.price_in, args.price_out),
         **run_record.provenance("teacher_generate.py", argv),
     }
-    records.write_json(f"{args.out}.run.json", record)
+    write_json(f"{args.out}.run.json", record)
     print(teacher_report.summary(record))
     for path in (args.out, *([rejects] if written.rejects else []), f"{args.out}.raw.jsonl", f"{args.out}.run.json"):
         print(path)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from common.data import rows as records
 from common.data import splits
+from common.files import atomic_write, sha256_file, write_json
 from common.models import adapters
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
@@ -80,7 +80,7 @@ def provenance(script: str, argv: Sequence[str] | None) -> dict[str, Any]:
 
 def describe_data(path: str, rows: int) -> dict[str, Any]:
     """Provenance of a data file: path, SHA-256 and the rows that were used of it."""
-    return {"path": path, "sha256": records.sha256_file(path), "rows": rows}
+    return {"path": path, "sha256": sha256_file(path), "rows": rows}
 
 
 def peak_memory_bytes() -> dict[str, int]:
@@ -127,7 +127,7 @@ class RunRecord:
     def write(self, **facts: Any) -> None:
         """Add facts and save."""
         self.facts |= facts
-        records.write_json(self.path, self.facts)
+        write_json(self.path, self.facts)
 
     def end(self, state: str, **facts: Any) -> None:
         """Close with `state` "done" or "failed"."""
@@ -138,7 +138,7 @@ class RunRecord:
 
 def write_groups(save_dir: str | Path, groups: set[str]) -> None:
     """Keep the group hashes that the run trains on: evaluators count the overlap with them."""
-    with records.atomic_write(Path(save_dir) / GROUPS_FILE) as handle:
+    with atomic_write(Path(save_dir) / GROUPS_FILE) as handle:
         handle.writelines(f"{group}\n" for group in sorted(groups))
 
 

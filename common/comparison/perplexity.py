@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.cli import UserError
-from common.data import rows as records
 from common.data import splits
+from common.files import read_text
 from common.models.tokenizers import Encoded
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def passages(path: str) -> list[dict]:
     Raises:
         UserError: there is no text in it.
     """
-    lines = records.read_text(path).splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     articles = any(TITLE.fullmatch(line) for line in lines)
     rows: list[dict] = []
     article, piece, size = 0, [], 0

@@ -11,6 +11,7 @@ from common.cli import UserError, log
 from common.data import rows as records
 from common.data import squad
 from common.distillation.settings import DistillSettings
+from common.files import read_text
 from common.models import tokenizers
 from common.tasks.ranking.task import LabelTask
 from common.training.batches import encode_rows
@@ -56,7 +57,7 @@ def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
         UserError: none of these, or without a usable row.
     """
     if Path(path).suffix == ".txt":
-        text = records.read_text(path)
+        text = read_text(path)
         if not text.strip():
             raise UserError(f"{path} is empty; give a text file with text in it")
         return [{"text": text}]

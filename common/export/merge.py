@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
-from common.data import rows as records
+from common.files import read_json, write_json
 from common.models import adapters
 from common.models import loading as models
 from common.models.tokenizers import load_tokenizer
@@ -112,7 +112,7 @@ class Deltas:
     def __init__(self, folder: str | Path) -> None:
         from safetensors.torch import load_file
 
-        config = records.read_json(Path(folder) / adapters.ADAPTER_CONFIG)
+        config = read_json(Path(folder) / adapters.ADAPTER_CONFIG)
         other = [key for key in ("use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save") if config.get(key)]
         other += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or other:
@@ -216,7 +216,7 @@ def merge(
         shard.clear()
     if len(shards) > 1:
         total = checkpoint.numbers * number_type.itemsize
-        records.write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     tokenizer = load_tokenizer(adapters.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
     if (base / "generation_config.json").is_file():

@@ -18,6 +18,7 @@ from scipy.special import log_softmax, logsumexp
 from common.cli import UserError
 from common.data import rows as records
 from common.evaluation import bootstrap
+from common.files import sha256_file
 from common.models import tokenizers
 from common.tasks.ranking import metrics
 from common.tasks.ranking import rows as labelled
@@ -248,7 +249,7 @@ def compare(reference: Measured, export: Measured, material: Material) -> dict[s
     right = [one == other for one, other in zip(reference.answers, export.answers, strict=True)]
     proof: dict[str, Any] = {
         "data": material.path,
-        "data_sha256": records.sha256_file(material.path),
+        "data_sha256": sha256_file(material.path),
         "rows": len(material.prompts),
         "logits": {
             "positions": len(divergences),

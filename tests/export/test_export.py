@@ -26,11 +26,11 @@ import eval_creditmix
 import export_model
 from common import cli
 from common.cli import UserError
-from common.data import rows as records
 from common.export import merge as merging
 from common.export import parity
 from common.export import pipeline as export
 from common.export.parity import Measured
+from common.files import sha256_file
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
@@ -132,7 +132,7 @@ def test_merged_needs_no_peft(run, dev, tmp_path, torch_model, capsys):
     assert proof["logits"]["max_difference"] < 1e-4 and proof["logits"]["mean_kl"] < 1e-8
     for name, file in record["files"].items():
         path = tmp_path / "merged" / name
-        assert (file["bytes"], file["sha256"]) == (path.stat().st_size, records.sha256_file(path))
+        assert (file["bytes"], file["sha256"]) == (path.stat().st_size, sha256_file(path))
     assert set(record["files"]) == {path.name for path in (tmp_path / "merged").iterdir()} - {export.RECORD}
     last = capsys.readouterr().out.splitlines()[-1]
     assert json.loads(last)["metric"] == proof["metric"]

@@ -31,6 +31,7 @@ import teacher_generate
 from common import cli
 from common.cli import UserError
 from common.data import rows as records
+from common.files import sha256_file
 from common.generation import generate as generation
 from common.generation import json_schema
 from common.models import loading as models
@@ -213,7 +214,7 @@ def test_rows_keep_their_order_and_what_they_carry(stub, files, capsys):
         "without_token_counts": 0,
     }  # fmt: skip
     assert record["cost"] == pytest.approx((800 * 2 + 80 * 10) / 1e6)
-    assert record["data"]["sha256"] == records.sha256_file(files.out.parent / "rows.jsonl")
+    assert record["data"]["sha256"] == sha256_file(files.out.parent / "rows.jsonl")
     raw = [line["value"] for line in lines(f"{files.out}.raw.jsonl")]
     assert sorted(value["row"] for value in raw) == [*range(1, 9)]
     assert {(value["request_id"], value["prompt_tokens"], value["attempts"]) for value in raw} == {

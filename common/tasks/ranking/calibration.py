@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
 
 from common.cli import UserError
-from common.data.rows import read_json, write_json
+from common.files import read_json, write_json
 
 METHODS = ("none", "prior", "batch", "fitted")
 OBJECTIVES = ("accuracy", "macro_f1", "cost")

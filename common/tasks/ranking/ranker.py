@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from common.cli import UserError, log
-from common.data import rows as records
+from common.files import write_json
 from common.models import tokenizers
 from common.models.batching import KEPT_TOKENS, LOGITS_AT_ONCE, MAX_BATCH_TOKENS
 from common.tasks.ranking.task import LabelTask
@@ -291,7 +291,7 @@ def cached_prior(
     if Path(folder).is_dir():
         try:
             named = dict(zip(task.labels, map(float, prior), strict=True))
-            records.write_json(path, {"key": key, "prior": named, "null_inputs": null_inputs})
+            write_json(path, {"key": key, "prior": named, "null_inputs": null_inputs})
         except OSError as error:
             log(f"the prior could not be kept in {path} ({error.strerror}); it is computed at every start")
     return prior

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, log
-from common.data import rows as records
+from common.files import json_text, jsonl_text, sha256_file
 from common.models import adapters
 from common.tasks.ranking import row_blocks
 from common.tasks.ranking import rows as labelled
@@ -83,7 +83,7 @@ def score(args: argparse.Namespace, task: LabelTask, label_bias: dict[str, float
             blocks = inspect_all(source, row_blocks.cut(source, root, files, task), args)
             manifest = {"state": "running", "decided_by": decided_by, "parts": blocks}
             target.create_dir(folder, recursive=True)
-            _write(target, f"{folder}/{MANIFEST}", records.json_text(manifest))
+            _write(target, f"{folder}/{MANIFEST}", json_text(manifest))
         blocks = manifest["parts"]
         there = _names(target, folder)
         missing = [block for block in blocks if _part(block) not in there]
@@ -95,7 +95,7 @@ def score(args: argparse.Namespace, task: LabelTask, label_bias: dict[str, float
     for name in _names(target, folder):
         if name.endswith(".tmp"):  # of a worker that was killed
             target.delete_file(f"{folder}/{name}")
-    _write(target, f"{folder}/{MANIFEST}", records.json_text(manifest | {"state": "done"}))
+    _write(target, f"{folder}/{MANIFEST}", json_text(manifest | {"state": "done"}))
     if bad := sum(block["bad"] for block in blocks):
         log(f"{bad} bad rows of {args.input} skipped; they are in {args.output}/rejects-*.jsonl")
 
@@ -213,7 +213,7 @@ class Scorer:
                 rejects: list[dict] = []
                 answers = "".join(self._answers(block, rejects))
                 if rejects:
-                    _write(self.target, part.replace("/part-", "/rejects-"), records.jsonl_text(rejects))
+                    _write(self.target, part.replace("/part-", "/rejects-"), jsonl_text(rejects))
                 _write(self.target, part, answers)
             return {"rows": block["good"], "error": ""}
         except UserError as error:
@@ -232,7 +232,7 @@ class Scorer:
                 else:
                     good[_id(block, number)] = text
             answers = self.classifier.answers(list(good.values()), self.calibration) if good else []
-            yield records.jsonl_text({"id": id} | answer for id, answer in zip(good, answers, strict=True))
+            yield jsonl_text({"id": id} | answer for id, answer in zip(good, answers, strict=True))
 
 
 def score_all(blocks: list[Block], workers: int | None, *job: Any) -> None:
@@ -351,7 +351,7 @@ def _decided_by(args: argparse.Namespace, task: LabelTask, label_bias: dict, fil
     flags = ("model_dir", "base", "load_in_4bit", "dtype", "num_null_prompts", "calibration", "skip_bad_rows")
     facts = {flag: getattr(args, flag) for flag in flags} | {
         "model_hash": adapters.adapter_hash(args.model_dir),
-        "fitted": records.sha256_file(calibration) if calibration.is_file() else None,
+        "fitted": sha256_file(calibration) if calibration.is_file() else None,
         "label_bias": label_bias,
         "task": dataclasses.asdict(task),
         "files": [[file.path, file.size, file.mtime_ns] for file in files],

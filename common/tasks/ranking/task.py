@@ -24,8 +24,8 @@ from typing import Any
 import yaml
 
 from common.cli import UserError
-from common.data import rows as records
 from common.data import splits
+from common.files import read_text
 
 AGGREGATES = ("max", "mean")
 
@@ -115,7 +115,7 @@ def load(path: str | None) -> LabelTask:
     if path is None:
         return CREDITMIX
     try:
-        found = yaml.safe_load(records.read_text(path))
+        found = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"--task {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):

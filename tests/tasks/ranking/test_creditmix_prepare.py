@@ -21,6 +21,7 @@ import creditmix_prepare
 from common import cli
 from common.data import rows as records
 from common.data import splits
+from common.files import jsonl_text, read_json, sha256_file, write_together
 from common.tasks.ranking import creditmix
 from common.tasks.ranking.task import CREDITMIX as TASK
 
@@ -64,8 +65,10 @@ def write_source(path: Path, rows: list[dict]) -> Path:
     """`rows` in the format that the file's name says."""
     if ".csv" in path.suffixes:
         text = as_csv(rows)
+    elif path.suffix == ".json":
+        text = json.dumps(rows)
     else:
-        text = json.dumps(rows) if path.suffix == ".json" else records.jsonl_text(rows)
+        text = jsonl_text(rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
@@ -73,7 +76,7 @@ def write_source(path: Path, rows: list[dict]) -> Path:
 def prepare(src: Path, outdir: Path, *flags: str) -> dict:
     """Run the script on `src`; returns its manifest."""
     assert cli.run(creditmix_prepare.main, ["--src", str(src), "--outdir", str(outdir), *flags]) == cli.DONE
-    return records.read_json(outdir / "creditmix_manifest.json")
+    return read_json(outdir / "creditmix_manifest.json")
 
 
 def read(outdir: Path, what: str) -> list[dict]:
@@ -299,7 +302,7 @@ def test_training_rows_are_balanced_and_held_out_rows_are_not(prepared):
         assert Counter(row["answer"] for row in read(out, file)) == manifest["parts"][part]["rows"]
         assert {splits.part_of(row["group"]) for row in read(out, file)} == {part}
     everyone = sum(sum(told["rows"].values()) for told in manifest["parts"].values())
-    assert everyone == manifest["cleaning"]["rows kept"] == len(records.read_json(source))
+    assert everyone == manifest["cleaning"]["rows kept"] == len(read_json(source))
 
 
 def test_the_three_training_files_hold_the_same_prompts(prepared):
@@ -324,7 +327,7 @@ def test_the_manifest_vouches_for_every_file(prepared):
     for name, told in manifest["files"].items():
         data = (out / name).read_bytes()
         assert told == {"rows": data.count(b"\n"), "sha256": hashlib.sha256(data).hexdigest()}
-    assert manifest["source"] == {"name": "list.json", "sha256": records.sha256_file(source)}
+    assert manifest["source"] == {"name": "list.json", "sha256": sha256_file(source)}
     assert not manifest["synthetic"] and manifest["features"] == "six" and manifest["seed"] == 42
     assert str(out) not in (out / "creditmix_manifest.json").read_text()
 
@@ -379,7 +382,7 @@ def test_synthesizing_writes_its_raw_file_and_says_synthetic(tmp_path, capsys):
     flags = ["--synthesize", "600", "--outdir", str(tmp_path / "a")]
     assert cli.run(creditmix_prepare.main, flags) == cli.DONE
     assert "SYNTHETIC" in capsys.readouterr().out
-    manifest = records.read_json(tmp_path / "a" / "creditmix_manifest.json")
+    manifest = read_json(tmp_path / "a" / "creditmix_manifest.json")
     assert manifest["synthetic"] and manifest["cleaning"]["rows read"] == 600
     again = prepare(tmp_path / "a" / "creditmix_dataset.json", tmp_path / "b")
     assert again["synthetic"]  # the rows themselves say so
@@ -416,9 +419,9 @@ def test_kd_rows_are_those_that_the_teacher_answered(tmp_path, capsys, style):
     if style == "csv":
         teacher.write_text(csv_text([{"question": q, "teacher_reason": "so", "teacher_label": t} for q, t in answers]))
     elif style == "question":
-        teacher.write_text(records.jsonl_text({"question": q, "teacher_output": t} for q, t in answers))
+        teacher.write_text(jsonl_text({"question": q, "teacher_output": t} for q, t in answers))
     else:
-        teacher.write_text(records.jsonl_text({"input": TASK.prompt(q), "teacher_output": t} for q, t in answers))
+        teacher.write_text(jsonl_text({"input": TASK.prompt(q), "teacher_output": t} for q, t in answers))
     told = prepare(source, tmp_path / "out", "--teacher_file", str(teacher))["teacher"]
 
     expected = {}
@@ -561,7 +564,7 @@ def test_bad_rows_are_skipped_named_and_counted_when_asked(tmp_path, capsys):
     bad = [7, {"question": "Age: 1"}, {"question": "Age: 1", "answer": "Fine"}]
     clean = prepare(write_source(tmp_path / "good.jsonl", rows), tmp_path / "clean")
     source = tmp_path / "bad.jsonl"
-    source.write_text(records.jsonl_text([*bad, *rows]))
+    source.write_text(jsonl_text([*bad, *rows]))
     capsys.readouterr()
     manifest = prepare(source, tmp_path / "out", "--skip_bad_rows")
     told = capsys.readouterr().err
@@ -595,7 +598,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch, capsys):
 
 def test_files_that_belong_together_are_written_all_or_none(tmp_path):
     with pytest.raises(UnicodeEncodeError):
-        records.write_together(tmp_path, {"a": "fine", "b": "\ud800", "c": "fine"})
+        write_together(tmp_path, {"a": "fine", "b": "\ud800", "c": "fine"})
     assert list(tmp_path.iterdir()) == []
 
 

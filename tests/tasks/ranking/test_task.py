@@ -192,8 +192,8 @@ def test_fewer_null_prompts_are_another_prior(tiny_base, capsys):
 def test_two_processes_that_write_one_prior_do_no_harm(tmp_path):
     """What `cached_prior` writes with: a reader sees the one or the other, never half of either."""
     code = (
-        "import sys; from common.data import rows as records\n"
-        "for _ in range(150): records.write_json(sys.argv[1], {'key': sys.argv[2], 'prior': [sys.argv[2]] * 500})"
+        "import sys; from common import files\n"
+        "for _ in range(150): files.write_json(sys.argv[1], {'key': sys.argv[2], 'prior': [sys.argv[2]] * 500})"
     )
     file = tmp_path / "prior.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
