@@ -112,7 +112,7 @@ def report_errors(codes: Sequence[str]) -> int | None:
 
 def write_file(args: argparse.Namespace, writer: code_writer.CodeWriter, tasks: Sequence[str]) -> int | None:
     """Answer --input into --output."""
-    from common.data.answer_file import write_answers
+    from common.data.resumable import write_answers
 
     decoding = code_writer.decoding(args)
 

@@ -89,7 +89,7 @@ def rounded(extraction: idp.Extraction) -> dict[str, float]:
 
 def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | None:
     """Stream --input to --output; says how many documents were long, and how many got no valid answer."""
-    from common.data.answer_file import write_answers
+    from common.data.resumable import write_answers
 
     def rows() -> Iterator[dict]:
         for _, row in records.iter_jsonl(args.input):

@@ -35,7 +35,7 @@ from common.models import adapters
 from common.models import loading as models
 from common.models.flags import add_model_flags, source_of
 from common.sandbox import box as sandbox
-from common.tasks.ranking import task as tasks
+from common.tasks.ranking.loading import load_task
 from common.teachers import tasks as teacher_rows
 from common.teachers.tasks import Code, Documents, Item, Labels
 from common.vram import preflight as vram
@@ -226,7 +226,7 @@ def choose_task(args: argparse.Namespace) -> Labels | Documents | Code:
         if args.confirm_run_unsafe_code:
             cli.log(f"sandbox: {sandbox.level(args.allow_no_sandbox)}")
         return Code(args.confirm_run_unsafe_code, args.allow_no_sandbox)
-    return Labels(tasks.load(None if args.task == tasks.CREDITMIX.name else args.task))
+    return Labels(load_task(args.task))
 
 
 def check_items(args: argparse.Namespace, task: Labels | Documents | Code, items: Sequence[Item]) -> None:
@@ -270,10 +270,7 @@ def build_teacher(args: argparse.Namespace, task: Labels | Documents | Code) -> 
         from common.tasks.ranking.classifier import Classifier
         from common.teachers.label_probabilities import RankingTeacher
 
-        classifier = Classifier(
-            args.teacher, task.task, max_batch_tokens=loaded.max_batch_tokens, loaded=(loaded.model, loaded.tokenizer)
-        )
-        return RankingTeacher(classifier, identity)
+        return RankingTeacher(Classifier.on(loaded, args.teacher, task.task), identity)
     from common.teachers.local_model import LocalTeacher
 
     return LocalTeacher(

@@ -23,7 +23,7 @@ from common import cli, run_record
 from common.data import rows as records
 from common.files import sha256_file, write_json
 from common.tasks.ranking import creditmix
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 SIZES = {  # hidden size, layers, heads
     "small": (128, 3, 8),

@@ -69,12 +69,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def utc_stamp(seconds: float, milliseconds: bool = False) -> str:
+    """Seconds since 1970 as 2026-01-02T03:04:05Z, or 2026-01-02T03:04:05.678Z."""
+    fraction = f".{int(seconds % 1 * 1000):03d}" if milliseconds else ""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + fraction + "Z"
+
+
 def provenance(script: str, argv: Sequence[str] | None) -> dict[str, Any]:
     """What an evaluation's result says of itself: "command", "versions" (this project's commit too) and "created"."""
     return {
         "command": shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)]),
         "versions": versions() | {"distill-slm": git_commit() or "unknown"},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": utc_stamp(time.time()),
     }
 
 
@@ -115,7 +121,7 @@ class RunRecord:
         self.started = time.time()
         self.facts = {
             "state": "running",
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "started": utc_stamp(self.started),
             "argv": argv,
             "settings": settings,
             "git_commit": git_commit(),

@@ -19,7 +19,7 @@ from common import cli
 from common.data import rows as records
 from common.files import atomic_write, write_jsonl
 from common.tasks.ranking import creditmix
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 COLUMNS = ("id", "prediction", "top2_margin", "probability_of_bad", "least_confidence", "note")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import UserError, log
+from common.cli import UserError, log, reason
 from common.data import rows as records
 from common.data import squad
 from common.distillation.settings import DistillSettings
@@ -81,9 +81,8 @@ def read_dataset(
     try:
         dataset = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--dataset {name} cannot be read ({reason}); check --subset and --split, or give a file with --data"
+            f"--dataset {name} cannot be read ({reason(error)}); check --subset and --split, or give a file with --data"
         ) from error
     columns = set(dataset.column_names)
     if columns.issuperset(records.SFT_KEYS):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.files import read_json, write_json
 from common.models import adapters
 from common.models import loading as models
@@ -98,8 +98,7 @@ def local_base(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
     except Exception as error:  # of the network, the Hub or the cache
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the base {name} cannot be fetched ({reason}); give its folder with --base") from error
+        raise UserError(f"the base {name} cannot be fetched ({reason(error)}); give its folder with --base") from error
 
 
 class Deltas:
@@ -144,8 +143,9 @@ def empty_model(base: Path, trust_remote_code: bool = False) -> PreTrainedModel:
         with init_empty_weights():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{base} is of no known architecture ({reason}); give a causal language model") from error
+        raise UserError(
+            f"{base} is of no known architecture ({reason(error)}); give a causal language model"
+        ) from error
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:

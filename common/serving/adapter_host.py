@@ -36,7 +36,7 @@ from common.files import sha256_file
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.onnx_runtime import OnnxModel, is_onnx
-from common.models.source import ModelSource
+from common.models.source import LoadedModel, ModelSource
 from common.serving.batch_queue import BatchQueue, Job
 from common.serving.channel import Channel
 from common.serving.run_registry import LOOK, Version, file_signature, signature_of
@@ -108,11 +108,10 @@ class View:
             from common.tasks.ranking.classifier import Classifier
 
             started = time.perf_counter()
-            self._classifiers[task.name] = Classifier(
+            self._classifiers[task.name] = Classifier.on(
+                LoadedModel(self.host.model, self.tokenizer, self.host.settings.max_batch_tokens),
                 self.version.model_dir,
                 task,
-                loaded=(self.host.model, self.tokenizer),
-                max_batch_tokens=self.host.settings.max_batch_tokens,
                 num_null_prompts=self.host.settings.num_null_prompts,
                 model_hash=self.version.sha256,
                 prior_dir=self.prior_dir(),

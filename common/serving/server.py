@@ -19,7 +19,7 @@ from common.serving.audit_log import AuditLog
 from common.serving.model_process import Gone, ModelProcess, Models, Pending, QueueFull
 from common.serving.run_registry import BASE, BadName, Registry, UnknownRun, Version, describe
 from common.serving.work import WarmUp
-from common.tasks.ranking import task as tasks
+from common.tasks.ranking.loading import load_task
 from common.web import app as web
 from common.web.app import Environment, Problem, WebMetrics
 
@@ -50,7 +50,7 @@ class Settings:
         """Raises UserError for a value that cannot be."""
         env = Environment()
         runs_dir = env.text("RUNS_DIR", "runs")
-        task = tasks.load(env.text("TASK"))
+        task = load_task(env.text("TASK"))
         nulls = env.whole("NUM_NULL_PROMPTS", len(task.null_inputs))
         if nulls > len(task.null_inputs):
             raise UserError(f"NUM_NULL_PROMPTS={nulls} is more than the {len(task.null_inputs)} that there are")

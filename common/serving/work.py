@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.cli import UserError
 from common.models import tokenizers
+from common.models.batching import context_of
 from common.serving.adapter_host import Unusable, View
 from common.tasks.codegen import prompt as codegen
 
@@ -162,7 +163,7 @@ class Chat:
         from common.generation import generate as generation
 
         prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages) for turn in payloads]
-        context = getattr(view.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        context = context_of(view.model.config)
         budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - max(map(len, prompts))))
         found = generation.generate(
             view.model,

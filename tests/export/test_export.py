@@ -34,9 +34,8 @@ from common.files import sha256_file
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.tasks.ranking import rows as labelled
 from common.tasks.ranking.classifier import Classifier
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 
 @pytest.fixture(scope="module")
@@ -230,9 +229,9 @@ def test_the_labels_are_those_of_the_runs_calibration(run, dev, tmp_path):
     eval_creditmix.main(["--model_dir", str(fitted), "--fit_calibration", dev])
     record = export_run(str(fitted), "merged", tmp_path / "merged", dev)
     assert {"calibration.json", "train_groups.txt"} <= set(record["files"])
-    classifier = Classifier(str(fitted), CREDITMIX)
+    classifier = Classifier.load(ModelSource(str(fitted)), CREDITMIX)
     rows = [json.loads(line) for line in Path(dev).read_text().splitlines()]
-    texts = [labelled.clean(CREDITMIX, row["question"]) for row in rows]
+    texts = [CREDITMIX.clean(row["question"]) for row in rows]
     scores = classifier.calibration(None).apply(classifier.raw_scores(texts))
     f1 = f1_score([row["answer"] for row in rows], [LABELS[i] for i in scores.predictions], average="macro")
     assert record["proof"]["metric"]["export"]["value"] == pytest.approx(f1, abs=1e-5)

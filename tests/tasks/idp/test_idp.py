@@ -19,7 +19,7 @@ import infer_idp
 import kd_train
 import sft_train
 from common.cli import UserError
-from common.data import answer_file, splits
+from common.data import resumable, splits
 from common.files import sha256_file
 from common.generation import json_schema
 from common.generation.result import Generation
@@ -451,7 +451,7 @@ def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path):
         return [{"n": row} for row in rows]
 
     def run(key: str = "a") -> list[dict]:
-        return list(answer_file.write_answers(output, range(7), answer, window=2, decided_by=key))
+        return list(resumable.write_answers(output, range(7), answer, window=2, decided_by=key))
 
     with pytest.raises(KeyboardInterrupt):
         run()

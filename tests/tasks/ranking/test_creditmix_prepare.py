@@ -23,7 +23,7 @@ from common.data import rows as records
 from common.data import splits
 from common.files import jsonl_text, read_json, sha256_file, write_together
 from common.tasks.ranking import creditmix
-from common.tasks.ranking.task import CREDITMIX as TASK
+from common.tasks.ranking.creditmix import CREDITMIX as TASK
 
 REAL = SHARED / "data" / "creditmix"
 LINE = "Age: 23.0, Occupation: {}, Annual Income: 19114.12, Outstanding Debt: {}, Credit Utilization Ratio: {}"

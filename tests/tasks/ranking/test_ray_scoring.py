@@ -23,7 +23,7 @@ import infer_creditmix
 from common import cli
 from common.cli import UserError
 from common.tasks.ranking import ray_scoring, row_blocks
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is an optional extra")
 SYSTEM = LocalFileSystem()
