@@ -363,7 +363,7 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
         started = time.perf_counter()
         for adapter in student.peft_config:
             student.set_adapter(adapter)
-            ranker._prefixes.clear()  # they are of the adapter before
+            ranker.prefixes.clear()  # they are of the adapter before
             ranker.raw_scores(texts)
         return len(student.peft_config) * len(texts) * TEXT_DIGITS / (time.perf_counter() - started)
 

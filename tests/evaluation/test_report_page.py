@@ -113,12 +113,12 @@ def test_everything_from_outside_is_escaped(tmp_path):
 
 def test_contaminated_results_show_themselves(tmp_path):
     mixed = made(contamination=(None, 119))
-    page = report.render_html(mixed, report._images(mixed))
+    page = report.render_html(mixed, report.images_of(mixed))
     assert "<b>119 of 120 rows</b> share a customer with the training rows of sft" in page
     assert "memory, not skill" in page and "Nobody recorded what base was trained on" in page
     assert "<em>base</em> is the most accurate" in page  # a model that trained on these rows cannot win
     alone = made(("runs/sft",), contamination=(119,))
-    page = report.render_html(alone, report._images(alone))
+    page = report.render_html(alone, report.images_of(alone))
     assert "119 of them of customers that it was trained on</h1>" in page
 
 

@@ -46,6 +46,7 @@ class Ranker:
         precision: what else its scores depend on: the data type, and whether its weights are in 4 bits.
         context: tokens that a prompt and its longest label may have.
         vocabulary: columns of the logits.
+        prefixes: what is kept of token sequences that prompts start with (`_read_prefix`), used last at the end.
 
     Raises:
         UserError: a label without text, or two labels that are the same tokens.
@@ -65,7 +66,7 @@ class Ranker:
         self.tokenizer, self.task, self.context, self.vocabulary = tokenizer, task, context, vocabulary
         self.max_batch_tokens = max_batch_tokens
         self.tree = LabelTree(label_tokens(tokenizer, task))
-        self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # their keys and values, last used last
+        self.prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         """[rows, labels] of prompts that are `prefix` and then each of `suffixes`."""
@@ -77,12 +78,12 @@ class Ranker:
 
     def _cached(self, prefix: tuple[int, ...]) -> Any:
         """`_read_prefix`, kept."""
-        if prefix not in self._prefixes:
-            self._prefixes[prefix] = self._read_prefix(prefix)
-        self._prefixes.move_to_end(prefix)
-        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > KEPT_TOKENS:
-            self._prefixes.popitem(last=False)
-        return self._prefixes[prefix]
+        if prefix not in self.prefixes:
+            self.prefixes[prefix] = self._read_prefix(prefix)
+        self.prefixes.move_to_end(prefix)
+        while len(self.prefixes) > 1 and sum(map(len, self.prefixes)) > KEPT_TOKENS:
+            self.prefixes.popitem(last=False)
+        return self.prefixes[prefix]
 
     def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
         """Raw label scores [rows, labels] in nats a token, float32, in the order of `texts`.
@@ -136,7 +137,7 @@ class Ranker:
         shared = 0
         while shared < limit and first[shared] == last[shared]:
             shared += 1
-        at_hand = [len(known) for known in self._prefixes if known == tuple(first[: min(len(known), shared)])]
+        at_hand = [len(known) for known in self.prefixes if known == tuple(first[: min(len(known), shared)])]
         if at_hand and (shared - max(at_hand)) * len(prompts) <= shared:
             shared = max(at_hand)
         return tuple(first[:shared]) if len(prompts) > 1 and shared >= MIN_PREFIX else ()

@@ -246,7 +246,7 @@ def score_all(blocks: list[Block], workers: int | None, scoring: FileScoring, pl
     machines = sum(node["Alive"] for node in ray.nodes())
     workers = min(workers or gpus or machines, len(blocks))
     # one CPU stays free for tasks that are none of the scorers'; were all taken, such a task would wait for ever
-    share = {"num_gpus": _share(workers, gpus), "num_cpus": 0} if gpus else {"num_cpus": _share(workers, cpus - 1)}
+    share = {"num_gpus": share_of(workers, gpus), "num_cpus": 0} if gpus else {"num_cpus": share_of(workers, cpus - 1)}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus // workers))
     done = from_items(blocks, override_num_blocks=len(blocks)).map(
         Scorer,
@@ -261,7 +261,7 @@ def score_all(blocks: list[Block], workers: int | None, scoring: FileScoring, pl
             progress.update(told["rows"])
 
 
-def _share(workers: int, units: int) -> float:
+def share_of(workers: int, units: int) -> float:
     """Of a CPU or GPU for each worker, so that all find a place: 1 / (workers on the fullest unit)."""
     return 1 / math.ceil(workers / units) if units > 0 else 0
 

@@ -71,11 +71,12 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    images = _images(result)
+    images = images_of(result)
     return page.write(report_dir, result, images, render_html(result, images))
 
 
-def _images(result: Result) -> dict[str, bytes]:
+def images_of(result: Result) -> dict[str, bytes]:
+    """The figures of a result as PNG bytes, by file name."""
     models, names, labels = result["models"], page.model_names(result), result["labels"]
     images = {
         "f1_per_class.png": f1_bars(models, names, labels),

@@ -131,7 +131,7 @@ def test_prefixes_at_hand_are_few(model, tokenizer):
     for number in range(6):
         row = f"{number}" + " word" * (60 if number else 20)
         assert np.ptp(ranker.raw_scores([row, row]), axis=0).max() < 1e-5
-        kept = [len(prefix) for prefix in ranker._prefixes]
+        kept = [len(prefix) for prefix in ranker.prefixes]
         assert len(kept) == 1 or sum(kept) <= 512
     assert len(kept) == 1  # of the long ones there is room for one
     assert np.abs(ranker.raw_scores(["Age: 1", "Age: 2"]) - once).max() < 1e-5
