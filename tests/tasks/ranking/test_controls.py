@@ -7,11 +7,13 @@ import random
 
 import numpy as np
 import pytest
-from support.inputs import SHARED
+from support.inputs import SHARED, write_rows
 
 from common.cli import UserError
 from common.tasks.ranking import creditmix
 from common.tasks.ranking.controls import BOOSTING, TFIDF, controls
+from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.evaluate import evaluate_controls
 
 
 def test_words_that_tell_the_label_are_learnt():
@@ -40,6 +42,41 @@ def test_a_value_that_training_never_saw_is_none_of_the_known():
     texts = [f"Job: {'a' if i % 2 else 'b'}, Debt: {i}" for i in range(60)]
     answers = controls(texts, [i % 2 for i in range(60)], ["Job: new, Debt: 3", "Job: a, Debt: N/A"], classes=2)
     assert np.isfinite(answers[BOOSTING]).all()
+
+
+def labelled(count: int) -> list[dict]:
+    """Rows whose debt tells the label."""
+    return [
+        {
+            "question": f"Age: {20 + i % 40}, Outstanding Debt: {i % 3 * 900 + i}",
+            "answer": CREDITMIX.labels[i % 3],
+            "group": f"{i:016x}",
+        }
+        for i in range(count)
+    ]
+
+
+def test_controls_are_entries_like_the_models(tmp_path):
+    rows = labelled(240)
+    train = [
+        {"input": CREDITMIX.prompt(row["question"]), "output": row["answer"], "group": row["group"]}
+        for row in rows[:200]
+    ]
+    evaluated = dict(
+        (entry["model_dir"], (entry, scores))
+        for entry, scores in evaluate_controls(write_rows(tmp_path / "sft.jsonl", train), CREDITMIX, rows[195:])
+    )
+    assert set(evaluated) == {TFIDF, BOOSTING}
+    entry, scores = evaluated[BOOSTING]
+    assert entry["contamination"] == {"rows": 5, "of": 45} and entry["control"]
+    assert entry["accuracy"]["value"] > 0.9
+    assert entry["predictions"] == scores.predictions.tolist()
+
+
+def test_rows_of_another_task_are_refused(tmp_path):
+    train = [{"input": "Rate this ticket.\n\nOn fire", "output": "Good"}]
+    with pytest.raises(UserError, match="row 1 is no training row of creditmix"):
+        evaluate_controls(write_rows(tmp_path / "sft.jsonl", train), CREDITMIX, labelled(9))
 
 
 def test_one_label_is_too_few():
