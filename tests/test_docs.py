@@ -114,6 +114,9 @@ def test_the_map_of_the_rooms_is_the_house():
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     drawn = re.search(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1].splitlines()
     assert drawn == ["scripts, bench", *contract["layers"]]
+    picture = (ROOT / "docs/ARCHITECTURE.mmd").read_text()
+    for room in " | ".join(contract["layers"]).split(" | "):
+        assert f'["{room}<br/>' in picture or f'["{room}.' in picture, f"docs/ARCHITECTURE.mmd lacks {room}"
 
 
 # Requests.
@@ -163,10 +166,9 @@ def test_fields_of_jobs_are_settings_of_their_method():
     sent = [json.loads(words[words.index("-d") + 1]) for _, words in requests() if any("/distill" in w for w in words)]
     assert len(sent) >= 4
     for payload in sent:
-        script = METHODS[payload.pop("method", "distill")]
-        flags = {
-            flag[2:] for action in generate.parsers()[f"python {script}"]._actions for flag in action.option_strings
-        }
+        script = METHODS[payload.pop("method", "distill")].script
+        parser = generate.parsers()[f"python {script}"]
+        flags = {flag[2:] for action in parser._actions for flag in action.option_strings}
         assert payload.keys() <= flags | SWITCHES.keys() | ALIASES.keys()
 
 
