@@ -19,7 +19,7 @@ from common.generation import json_schema
 from common.serving.openai_routes import add_chat
 from common.serving.server import Server, Settings, check_schema, estimate
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
-from common.tasks.codegen import prompt as codegen
+from common.tasks.codegen.answer import compile_error
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
 
@@ -205,7 +205,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
             "code": found.code,
             "plan": plan,
             "finished": found.finished,
-            "error": codegen.compile_error(found.code),
+            "error": compile_error(found.code),
         }
         return JSONResponse(answer)
 
