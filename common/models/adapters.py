@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.models.source import looks_local
 
 if TYPE_CHECKING:
@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # never the pickled adapter_model.bin
+
+# Kinds (PEFT's `peft_type`) that change what a base's layers compute and nothing else. Those that put virtual tokens
+# before the input, or need to be told more at each step, would be read wrongly by label ranking and its prefix cache.
+KINDS = frozenset(
+    {"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "LN_TUNING",
+     "TRAINABLE_TOKENS"}
+)  # fmt: skip
+# Settings of a LoRA that need to be told more at each step, or rebuild the base.
+UNUSABLE = ("alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config", "use_bdlora")
+# Settings of a LoRA that leave its base and its neighbours alone, whatever their value; others have to be unset.
+NEIGHBOURLY = frozenset(
+    {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+     "runtime_config", "r", "lora_alpha", "lora_dropout", "lora_bias", "target_modules", "exclude_modules",
+     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora",
+     "use_dora", "init_lora_weights", "loftq_config", "eva_config", "ensure_weight_tying", "megatron_core",
+     "qalora_group_size"}
+)  # fmt: skip
+# Ways to begin a LoRA that do not subtract the beginning from the base.
+NEIGHBOURLY_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -30,13 +49,57 @@ def base_of(folder: str | Path) -> str:
     Raises:
         UserError: the base is a local folder that is no longer there, or the adapter's config is broken.
     """
-    try:
-        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken ({error}); train the adapter again") from error
+    base = _settings(folder).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken (it names no base); train the adapter again")
     if looks_local(base) and not Path(base).is_dir():
         raise UserError(f"the adapter {folder} needs its base {base}, which is not there; put it back or pass --base")
     return base
+
+
+def _settings(folder: str | Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken ({error}); train the adapter again") from error
+    return settings
+
+
+def check_kind(folder: str | Path, *, shared: bool = False) -> None:
+    """Refuse an adapter that cannot be used as one, before anything is loaded.
+
+    Args:
+        shared: other adapters are, or will be, on the same base: then it has to be a LoRA that leaves that base alone,
+            or it would change the answers of its neighbours.
+
+    Raises:
+        UserError: it is of such a kind, or its config is broken.
+    """
+    settings = _settings(folder)
+    kind = settings.get("peft_type")
+    if kind not in KINDS:
+        raise UserError(f"the adapter {folder} is of the kind {kind}, which cannot be used here; train a LoRA adapter")
+    unusable = [name for name in UNUSABLE if settings.get(name)] if kind == "LORA" else []
+    if unusable:
+        raise UserError(
+            f"the adapter {folder} has {unusable[0]}, which cannot be used here; train a plain LoRA adapter"
+        )
+    if not shared:
+        return
+    remedy = "use it with the scripts, merge it with export_model.py, or train a plain LoRA adapter"
+    if kind != "LORA":
+        raise UserError(
+            f"the adapter {folder} is of the kind {kind}, and only LoRA adapters can share a base; {remedy}"
+        )
+    changing = [name for name, value in settings.items() if name not in NEIGHBOURLY and value and value != "none"]
+    if settings.get("init_lora_weights") not in NEIGHBOURLY_STARTS:
+        changing.append("init_lora_weights")
+    if changing:
+        raise UserError(
+            f"the adapter {folder} has {changing[0]}, which changes the base that others are on as well; {remedy}"
+        )
 
 
 def tokenizer_folder(model_dir: str, base: str | None = None) -> str:
@@ -73,12 +136,15 @@ def load_adapter(
     twice the memory and cast each of its inputs, for digits that the base rounds away.
 
     Raises:
-        UserError: no weights, or of another base, in shape or (by the run's fingerprint) in weights.
+        UserError: no weights, or of another base, in the names of its layers, in shape or (by the run's fingerprint) in
+            weights; a kind that cannot be used (`check_kind`).
     """
     import torch
     from peft import PeftModel
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
 
+    shared = isinstance(model, PeftModel)
+    check_kind(folder, shared=shared)
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; copy it again, or train it again")
     expected = None
@@ -90,25 +156,43 @@ def load_adapter(
             f"the adapter {folder} was trained on other base weights than {model.name_or_path}; "
             "give its own base with --base, or train it again on this one"
         )
-    shared = isinstance(model, PeftModel)
     try:
+        with safe_open(Path(folder) / ADAPTER_WEIGHTS, "pt") as file:
+            stored = set(file.keys())
+        if shared and (foreign := [key for key in stored if ".lora_" not in key]):  # would be read into the base
+            raise ValueError(f"it holds {min(foreign)}, which is no weight of a LoRA")
         if shared:
             model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
         else:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        _check_keys(model, name, stored)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         if shared and name in model.peft_config:
             model.delete_adapter(name)
         if isinstance(error, torch.OutOfMemoryError):  # which is a RuntimeError, and no fault of the adapter's
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "mismatch" in line), lines[0])
+        mismatch = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), None)
         raise UserError(
-            f"the adapter {folder} does not fit the base {model.name_or_path} ({reason}); give its own base with --base"
+            f"the adapter {folder} does not fit the base {model.name_or_path} ({mismatch or reason(error)}); "
+            "give its own base with --base"
         ) from error
     if not trainable:
         make_inference_adapters(model)
     return model
+
+
+def _check_keys(model: PeftModel, name: str, stored: set[str]) -> None:
+    """Raises ValueError unless the file's weights (`stored`, by name) are those that the adapter on `model` has.
+
+    PEFT passes over names that it does not know and leaves weights that are missing as they began, without effect.
+    """
+    from peft import get_peft_model_state_dict
+
+    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if unknown := stored - expected:
+        raise ValueError(f"{len(unknown)} of its {len(stored)} weights have no place there, such as {min(unknown)}")
+    if missing := expected - stored:
+        raise ValueError(f"it lacks {len(missing)} of {len(expected)} weights, such as {min(missing)}")
 
 
 def make_inference_adapters(model: PeftModel) -> None:

@@ -380,6 +380,7 @@ class Host:
             return None, self._tokenizer(self.base)
         if signature_of(version.model_dir) != version.signature:
             raise UserError(f"{version.address} is no longer on the disk; ask for {version.name}")
+        adapters.check_kind(version.model_dir, shared=True)
         self._attached += 1
         name = f"a{self._attached}"  # a run's own name may hold dots, which module names cannot
         shared = hasattr(self.model, "peft_config")
@@ -393,7 +394,9 @@ class Host:
         self._layers = [module for module in self.model.modules() if hasattr(module, "_active_adapter")]
         if signature_of(version.model_dir) != version.signature:
             raise UserError(f"{version.model_dir} changed while it was being loaded; send the request again")
-        return name, self._tokenizer(adapters.tokenizer_folder(version.model_dir, self.base))
+        tokenizer = self._tokenizer(adapters.tokenizer_folder(version.model_dir, self.base))
+        tokenizers.fit_to_embedding(tokenizer, self.model.get_input_embeddings().weight.shape[0])
+        return name, tokenizer
 
     def _detach_old(self, name: str) -> None:
         """Drop the versions of a run that are too old to be asked for."""
