@@ -141,7 +141,9 @@ def empty_model(base: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         with init_empty_weights():
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(
+                models.without_stray_pad(config), trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{base} is of no known architecture ({reason(error)}); give a causal language model"

@@ -57,6 +57,14 @@ def load_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedCo
         ) from error
 
 
+def without_stray_pad(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config, its PAD removed where it lies beyond the embedding: no model can be built with it."""
+    text = config.get_text_config()
+    if (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", 1 << 60):
+        config.pad_token_id = text.pad_token_id = None
+    return config
+
+
 def use_4bit(load_in_4bit: str) -> bool:
     """`--load_in_4bit auto|on|off`: auto is on where there is a CUDA device."""
     import torch
@@ -108,7 +116,7 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
         UserError: no model under this name or path, or the 4-bit library is missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet_libraries()
     four_bit = use_4bit(source.load_in_4bit)
@@ -136,9 +144,12 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
     elif four_bit:
         settings["device_map"] = {"": "cpu"}
     try:
+        config = AutoConfig.from_pretrained(source.model_dir, trust_remote_code=source.trust_remote_code)
         if not training and not four_bit:
             chosen = inference_dtype(source)
-        model = AutoModelForCausalLM.from_pretrained(source.model_dir, dtype=chosen, **settings)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.model_dir, config=without_stray_pad(config), dtype=chosen, **settings
+        )
     except ImportError as error:
         raise UserError(f"4-bit loading needs bitsandbytes ({error}); pip install -r requirements.txt") from error
     except (OSError, ValueError) as error:
@@ -164,11 +175,30 @@ def _keep_weights_unpacked(model: torch.nn.Module) -> None:
 
 
 def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell model and generation config the tokenizer's PAD and EOS, so that a trained model stops."""
-    for config in (model.config, model.generation_config):
-        if config is not None:
-            config.pad_token_id = tokenizer.pad_token_id
-            config.eos_token_id = tokenizer.eos_token_id
+    """Agree on what is input and what ends an answer: the model stops at the tokenizer's EOS and where it did before.
+
+    Both of the model's configs get EOS, first, then every other stop token that the model's files name. A tokenizer
+    with tokens that the embedding has no row for is fitted to it (`tokenizers.fit_to_embedding`).
+
+    Raises:
+        UserError: the tokenizer is not the model's.
+    """
+    from common.models.tokenizers import fit_to_embedding, token_ids
+
+    fit_to_embedding(tokenizer, model.get_input_embeddings().weight.shape[0])
+    config, generation_config = model.config.get_text_config(), model.generation_config
+    derived = generation_config is None or generation_config._from_model_config
+    declared = [] if derived else token_ids(generation_config.eos_token_id)
+    # A config class may have a number of its own where the files have none, so that of a config has to be a token that
+    # was added to the vocabulary, as those that end something are.
+    added = tokenizer.added_tokens_decoder
+    declared += [token for token in token_ids(getattr(config, "eos_token_id", None)) if token in added]
+    declared = [token for token in declared if 0 <= token < config.vocab_size]
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+    for settings in (model.config, generation_config):
+        if settings is not None:
+            settings.pad_token_id = tokenizer.pad_token_id
+            settings.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def base_source(source: ModelSource) -> ModelSource:

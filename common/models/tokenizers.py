@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from common.cli import UserError, reason
+from common.models import chat_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 PROBES = (
@@ -29,69 +31,154 @@ class Encoded:
     prompt_length: int
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant turn: what the chat template puts after the content, else the tokenizer's EOS.
+def align(
+    tokenizer: PreTrainedTokenizerBase, *, declared: Sequence[int] = (), embedding_rows: int | None = None
+) -> PreTrainedTokenizerBase:
+    """Make EOS the end of the assistant's turn, PAD a token, and answers begin at once; returns the tokenizer.
 
-    Qwen's base (non-Instruct) tokenizers declare `<|endoftext|>` as EOS while their template ends turns with
-    `<|im_end|>`; a model trained on the one and stopped on the other never stops.
+    EOS is what the chat template writes behind an answer, whatever the files call it: a model trained on one token and
+    stopped at another never stops. Without a template, or where it writes nothing, EOS stays the tokenizer's, else it
+    is the first of `declared`. PAD stays, or is a spare token where there is one, so that it is not EOS.
+
+    Args:
+        declared: tokens that end an answer, by the model's own files.
+        embedding_rows: of the model (see `fit_to_embedding`); None where it is not known.
+
+    Raises:
+        UserError: nothing ends an answer; the template cannot be rendered; the tokenizer is not the model's.
     """
+    candidates = [tokenizer.eos_token_id, *(token for token in declared if token < len(tokenizer))]
     if tokenizer.chat_template:
-        mark = "\u2402"  # unlikely in any template, one piece in none
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
-        special = set(tokenizer.all_special_ids)
-        for token in tokenizer.encode(tail, add_special_tokens=False):
-            if token in special:
-                return token
-    if tokenizer.eos_token_id is None:
+        try:
+            template = chat_template.answer_at_once(tokenizer)
+        except (ValueError, TypeError, TemplateError) as error:
+            raise chat_template.refusal(error) from error
+        if template != tokenizer.chat_template:
+            tokenizer.chat_template = template
+        candidates.insert(0, chat_template.turn_end(tokenizer, declared))
+    eos = next((token for token in candidates if token is not None), None)
+    if eos is None:
         raise UserError("the tokenizer has neither an EOS token nor a chat template with one; use another base model")
-    return tokenizer.eos_token_id
-
-
-def align(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Make EOS the end of the assistant turn and PAD a token of its own where there is one; returns the tokenizer."""
-    eos = end_of_turn_id(tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    _make_special(tokenizer, eos)  # so that no text can end a turn, and no answer shows it
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == eos:
         spare = [name for name in ("<|endoftext|>", "<pad>", "[PAD]") if name in tokenizer.get_vocab()]
         spare = [name for name in spare if tokenizer.convert_tokens_to_ids(name) != eos]
         # EOS as PAD does no harm here: padding is masked by position, never by token id.
         tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+    if embedding_rows is not None:
+        fit_to_embedding(tokenizer, embedding_rows)
     return tokenizer
 
 
-def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The aligned tokenizer of a model id or folder.
+def fit_to_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Keep what a model's embedding has no row for out of its input, in place.
+
+    Tokens that were added without making the embedding larger are read as the plain text they are; a PAD among them is
+    EOS instead.
+
+    Args:
+        rows: of the embedding; what lies beyond the tokenizer's last token is of no use and does no harm.
 
     Raises:
-        UserError: there is none.
+        UserError: one of them is EOS or stands in every prompt, or tokens that were not added lie there, too.
     """
-    from transformers import AutoTokenizer
+    if len(tokenizer) <= rows and max(tokenizer.added_tokens_decoder, default=0) < rows:
+        return
+    if tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    added = tokenizer.added_tokens_decoder
+    beyond = [token for token in added if token >= rows]
+    for token in beyond:
+        _make_special(tokenizer, token)
+    needed = [token for token in (*encode_prompt(tokenizer, "x"), tokenizer.eos_token_id) if token >= rows]
+    needed += [token for token in tokenizer.get_vocab().values() if token >= rows and token not in added]
+    if needed:
+        raise UserError(
+            f"the tokenizer's {tokenizer.convert_ids_to_tokens(needed[0])!r} is token {needed[0]}, but the model's "
+            f"embedding has {rows} rows; give the model the tokenizer that it was trained with, or resize its embedding"
+        )
+
+
+def _make_special(tokenizer: PreTrainedTokenizerBase, token: int) -> None:
+    """Have a token split into plain ones where it stands in a text, and left out in decoding."""
+    from transformers import AddedToken
+
+    known = tokenizer.added_tokens_decoder.get(token)
+    if known is None:
+        known = AddedToken(tokenizer.convert_ids_to_tokens(token), normalized=False)
+    if not known.special:
+        changed = AddedToken(
+            known.content,
+            single_word=known.single_word,
+            lstrip=known.lstrip,
+            rstrip=known.rstrip,
+            normalized=known.normalized,
+            special=True,
+        )
+        tokenizer.add_tokens([changed], special_tokens=True)
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model id or folder, aligned with the configs that lie beside it.
+
+    Raises:
+        UserError: there is none; see `align`.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        return align(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no tokenizer can be loaded from {name_or_path} ({reason(error)}); give a model folder or a Hub id, "
             "or build the offline base with: python tiny_student.py"
         ) from error
+    rows, declared = None, []
+    with suppress(OSError, ValueError):  # beside an adapter there is no config
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+    with suppress(OSError, ValueError):
+        declared = token_ids(GenerationConfig.from_pretrained(name_or_path).eos_token_id)
+    return align(tokenizer, declared=declared, embedding_rows=rows)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def token_ids(declared: int | Sequence[int] | None) -> list[int]:
+    """A config's `eos_token_id`, which can be one id, several or none, as a list."""
+    if declared is None:
+        return []
+    return [declared] if isinstance(declared, int) else list(declared)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
+    """The tokens that end an answer: EOS, then the others of the model's generation config, then PAD.
+
+    Args:
+        tokenizer: aligned (`align`).
+        generation_config: the model's (see `loading.align_model`).
+    """
+    declared = [] if generation_config is None else token_ids(generation_config.eos_token_id)
+    return list(dict.fromkeys([tokenizer.eos_token_id, *declared, tokenizer.pad_token_id]))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, thinking: bool = False) -> list[int]:
     """Token ids of a user turn up to where the assistant's answer starts (without a chat template: text, newline).
 
     Special tokens in `text`, such as `<|im_end|>`, are encoded as the plain text they are, so that no input can end
     the user turn or begin another one.
 
+    Args:
+        thinking: let the model think first, where its template knows of that; else the answer starts at once.
+
     Raises:
         UserError: the tokenizer has no plain-text form for a special token in `text`.
     """
-    if not tokenizer.chat_template:
-        return tokenizer.encode(text + "\n", add_special_tokens=True, split_special_tokens=True)
-    return encode_chat(tokenizer, [{"role": "user", "content": text}])
+    return _encode_turns(tokenizer, [{"role": "user", "content": text}], thinking)
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, thinking: bool = False
+) -> list[int]:
     """Token ids of the turns of a chat, up to where the assistant's next answer starts (see `encode_prompt`).
 
     Args:
@@ -100,17 +187,39 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     Raises:
         UserError: the template refuses the order of the roles, or a special token in a text has no plain-text form.
     """
+    return _encode_turns(tokenizer, messages, thinking)
+
+
+def _encode_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], thinking: bool
+) -> list[int]:
+    contents = [message["content"] for message in messages]
     if not tokenizer.chat_template:
-        return encode_prompt(tokenizer, "\n".join(message["content"] for message in messages))
+        return tokenizer.encode("\n".join(contents) + "\n", add_special_tokens=True, split_special_tokens=True)
+    if not any(has_special_token(tokenizer, content) for content in contents):
+        rendered = chat_template.render(tokenizer, messages, thinking=thinking)
+        return tokenizer.encode(rendered, add_special_tokens=False)  # the same ids at half the cost
     try:
-        if any(has_special_token(tokenizer, message["content"]) for message in messages):
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-            )
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (ValueError, TemplateError) as error:
-        raise UserError(f"the chat cannot be encoded ({reason(error)}); change its roles or its text") from error
-    return tokenizer.encode(rendered, add_special_tokens=False)  # the same ids at half the cost
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_dict=False,
+            **chat_template.thinking_switches(thinking),
+        )
+    except (ValueError, TypeError, TemplateError) as error:
+        raise chat_template.refusal(error) from error
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer, without special tokens but with the tags of its thinking, should they be special."""
+    added, tags = tokenizer.added_tokens_decoder, (chat_template.THINK, chat_template.THINK_END)
+    text, start = "", 0
+    for index, token in enumerate(ids):
+        if token in added and added[token].special and added[token].content in tags:
+            text += tokenizer.decode(ids[start:index], skip_special_tokens=True) + added[token].content
+            start = index + 1
+    return text + tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -149,8 +258,7 @@ def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder | None:
         return None  # no template, or one that says another day's date tomorrow
 
     def rendered(text: str) -> str:
-        turn = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return chat_template.render(tokenizer, [{"role": "user", "content": text}])
 
     mark = "prompt 7f3a"
     head, found, tail = rendered(mark).partition(mark)

@@ -1,33 +1,20 @@
-"""Loading: tokenizers whose EOS is the end of the turn, models and adapters that belong together."""
+"""Tokenizers: EOS and PAD, prompts and completions as token ids, texts that cannot end a turn."""
 
 from __future__ import annotations
 
 import json
 import pickle
-import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from support.inputs import CORPUS, PROMPTS, SHARED
-from support.models import build_base, distance
+from support.inputs import CORPUS, SHARED
 
-import sft_train
 from common.cli import UserError
-from common.models import adapters, tokenizers
-from common.models import loading as models
-from common.models.source import ModelSource
-from common.tasks.ranking.creditmix import CREDITMIX
-from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores
+from common.models import tokenizers
 from common.training import miniature
 
 QWEN = SHARED / "models" / "qwen2.5-tokenizer"
 STORIES = SHARED / "models" / "stories260k"
 TEXTS = ["Age: 23, Occupation: Scientist", "Age: 4", "Age: 51, Occupation: Engineer, Annual Income: 9.5"]
-
-
-# Tokenizers.
 
 
 @pytest.fixture(scope="module")
@@ -152,158 +139,6 @@ def test_truncation_keeps_as_much_as_fits(tokenizer):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer can be loaded from .*; give a model folder or a Hub id"):
         tokenizers.load_tokenizer(str(tmp_path))
-
-
-@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the stories model")
-def test_a_llama_without_a_chat_template(tmp_path):
-    """Sentence pieces, BOS, no template: loaded, ranked, trained and loaded again."""
-    model, tokenizer = models.load_for_inference(ModelSource(str(STORIES), dtype="float32"))
-    assert tokenizer.chat_template is None
-    row = tokenizers.encode_pair(tokenizer, "Once upon", "a time")
-    assert (row.input_ids[0], row.input_ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    assert row.input_ids == [*tokenizer.encode("Once upon\n"), *tokenizer.encode("a time", add_special_tokens=False),
-                             tokenizer.eos_token_id]  # fmt: skip
-    hostile = tokenizers.encode_prompt(tokenizer, "Once</s><s> upon")
-    assert hostile.count(tokenizer.bos_token_id) == 1
-    assert tokenizer.eos_token_id not in hostile
-    expected = naive_scores(model, tokenizer, CREDITMIX, TEXTS)
-    assert np.abs(TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS) - expected).max() < 1e-4
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"input": prompt, "output": "Good"}) + "\n" for prompt in PROMPTS))
-    run = tmp_path / "run"
-    sft_train.main(["--student", str(STORIES), "--data", str(data), "--save_dir", str(run), "--max_steps", "2",
-                    "--learning_rate", "0.01", "--logging_steps", "1"])  # fmt: skip
-    trained, _ = models.load_for_inference(ModelSource(str(run), dtype="float32"))
-    after = TorchRanker(trained, tokenizer, CREDITMIX).raw_scores(TEXTS)
-    assert (after[:, 0] > expected[:, 0]).all()
-
-
-# Models.
-
-
-@pytest.fixture(scope="module")
-def run(base, rows, tmp_path_factory) -> Path:
-    """An adapter on a base of its own."""
-    folder = tmp_path_factory.mktemp("run")
-    shutil.copytree(base, folder / "base")
-    argv = ["--student", str(folder / "base"), "--data", rows["sft"], "--save_dir", str(folder / "adapter")]
-    sft_train.main([*argv, "--max_steps", "2", "--learning_rate", "0.01"])
-    return folder / "adapter"
-
-
-@pytest.fixture
-def copy(run, tmp_path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "adapter"))
-
-
-def scores(folder: Path | str, **how) -> np.ndarray:
-    model, tokenizer = models.load_for_inference(ModelSource(str(folder), **{"dtype": "float32"} | how))
-    return TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
-
-
-def test_an_adapter_is_loaded_on_its_base(run, base):
-    assert np.abs(scores(run) - scores(base)).max() > 0.1
-    assert np.array_equal(scores(run), scores(run, base=base))  # the same weights in another place
-
-
-def test_an_adapter_without_its_base(copy, base):
-    config = json.loads((copy / "adapter_config.json").read_text())
-    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
-    with pytest.raises(UserError, match=r"adapter .* needs its base /gone/base, which is not there; .* pass --base"):
-        models.load_for_inference(ModelSource(str(copy)))
-    assert np.isfinite(scores(copy, base=base)).all()
-
-
-def test_a_base_of_other_weights(run, tokenizer, tmp_path):
-    other = build_base(tmp_path / "other", tokenizer, seed=1)
-    with pytest.raises(UserError, match=r"was trained on other base weights than .*; give its own base with --base"):
-        models.load_for_inference(ModelSource(str(run), base=other))
-
-
-def test_a_base_of_another_shape(copy, tokenizer, tmp_path):
-    wide = build_base(tmp_path / "wide", tokenizer, hidden=64)
-    with pytest.raises(UserError, match="was trained on other base weights"):
-        models.load_for_inference(ModelSource(str(copy), base=wide))
-    (copy / "run.json").unlink()
-    with pytest.raises(UserError, match=r"does not fit the base .* \(.*size mismatch.*\); give its own base"):
-        models.load_for_inference(ModelSource(str(copy), base=wide))
-
-
-@pytest.mark.parametrize(
-    ("names", "sentence"),
-    [
-        ([], "holds neither adapter_config.json nor config.json; give a run folder or a model"),
-        (["adapter_config.json"], "adapter_config.json is broken"),
-        (["config.json"], "no tokenizer can be loaded from"),
-    ],
-)
-def test_folders_that_hold_no_model(names, sentence, tmp_path):
-    for name in names:
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=sentence):
-        models.load_for_inference(ModelSource(str(tmp_path)))
-
-
-def test_an_adapter_without_weights(copy):
-    (copy / "adapter_model.safetensors").unlink()
-    torch.save({}, copy / "adapter_model.bin")  # pickled: not read
-    with pytest.raises(UserError, match=r"has no adapter_model.safetensors; copy it again, or train it again"):
-        models.load_for_inference(ModelSource(str(copy)))
-
-
-def test_a_folder_that_is_not_there():
-    with pytest.raises(UserError, match="runs/nothing does not exist; train it first or check the path"):
-        models.check_model_dir("runs/nothing")
-    with pytest.raises(UserError, match="give a model folder or a Hub id"):
-        models.load_base(ModelSource("nobody/nothing-of-that-name"))
-
-
-def test_pickled_weights_are_refused(base, tmp_path):
-    folder = Path(shutil.copytree(base, tmp_path / "pickled"))
-    torch.save(models.load_base(ModelSource(base)).state_dict(), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"cannot load .*safetensors"):
-        models.load_base(ModelSource(str(folder)))
-
-
-def test_a_bare_adapter_takes_its_bases_tokenizer(copy, run):
-    for file in copy.glob("*token*"):
-        file.unlink()
-    (copy / "chat_template.jinja").unlink()
-    assert np.array_equal(scores(copy), scores(run))
-
-
-def test_fingerprint(base, tokenizer, tmp_path):
-    from accelerate import disk_offload
-
-    whole = models.load_base(ModelSource(base, dtype="float32"))
-    expected = adapters.fingerprint(whole)
-    assert adapters.fingerprint(models.load_base(ModelSource(base, dtype="bfloat16"))) == expected
-    assert adapters.fingerprint(models.load_base(ModelSource(base, load_in_4bit="on"))) == expected
-    assert adapters.fingerprint(models.load_base(ModelSource(base), training=True)) == expected
-    disk_offload(whole, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
-    assert next(whole.parameters()).device.type == "meta"
-    assert adapters.fingerprint(whole) == expected
-    others = [build_base(tmp_path / f"{n}", tokenizer, **shape) for n, shape in enumerate(({"seed": 1}, {"layers": 3}))]
-    assert len({expected, *(adapters.fingerprint(models.load_base(ModelSource(other))) for other in others)}) == 3
-
-
-def test_offload_folder(run, tmp_path, monkeypatch):
-    expected = scores(run)
-    monkeypatch.setenv("OFFLOAD_FOLDER", str(tmp_path / "offload"))
-    assert np.abs(scores(run) - expected).max() < 1e-6
-    assert (tmp_path / "offload").is_dir()
-    assert np.isfinite(scores(run, load_in_4bit="on")).all()
-
-
-def test_offload_is_not_for_training(base, rows, run, tmp_path, monkeypatch, capsys):
-    argv = json.loads((run / "run.json").read_text())["argv"][1:]
-    argv[argv.index(str(run))] = str(tmp_path / "again")
-    monkeypatch.setenv("OFFLOAD_FOLDER", str(tmp_path / "offload"))
-    sft_train.main(argv)
-    assert "OFFLOAD_FOLDER is for inference" in capsys.readouterr().err
-    assert not (tmp_path / "offload").exists()
-    assert distance(tmp_path / "again", run) == 0
 
 
 def test_same_vocabulary(tokenizer, tmp_path):
