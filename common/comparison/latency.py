@@ -21,9 +21,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
+from common.models.tokenizers import stop_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WARM_UP = 2  # rows
 PASSES = 3
@@ -46,8 +47,8 @@ class _Clock(BaseStreamer):
 class _NeverEnd(LogitsProcessor):
     """Takes the tokens that end an answer out of the choice."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.ends = sorted(generation.end_ids(tokenizer))
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> None:
+        self.ends = sorted(stop_ids(tokenizer, generation_config))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, self.ends] = float("-inf")
@@ -98,7 +99,7 @@ def _time_row(model, tokenizer, prompt: Sequence[int], answer: Callable[[], obje
         tokenizer,
         [prompt],
         Decoding(NEW_TOKENS),
-        processors=lambda rows: [_NeverEnd(tokenizer)],
+        processors=lambda rows: [_NeverEnd(tokenizer, model.generation_config)],
         streamer=clock,
     )
     whole = time.perf_counter() - started

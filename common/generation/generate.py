@@ -7,7 +7,7 @@ rows of a batch from one stream, so that an answer would depend on its neighbour
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +15,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from common.cli import UserError
 from common.generation.decoding import Decoding
-from common.generation.result import Generation
+from common.generation.result import Generation, final_answer
 from common.models.batching import MAX_BATCH_TOKENS, by_token_budget, context_of
+from common.models.tokenizers import decode, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,14 +37,15 @@ def generate(
 ) -> list[list[Generation]]:
     """`decoding.num_samples` answers to each prompt, [prompt][sample].
 
-    An answer ends at EOS or PAD (`<|endoftext|>` in Qwen). A sample depends on the model, the prompt, its number and
-    the seed alone, not on the batch.
+    An answer ends at any of the model's stop tokens (`tokenizers.stop_ids`); thinking before it is not part of it. A
+    sample depends on the model, the prompt, its number and the seed alone, not on the batch.
 
     Args:
         prompts: token ids, as `tokenizers.encode_prompt` makes them.
         processors: called for every batch with the prompt number of each of its rows; returns processors of the scores
-            of those rows, new ones each time. They see the scores before temperature and top_p.
-        stop: called with the text so far of a row after every token; True ends that row.
+            of those rows, new ones each time. They see the scores before temperature and top_p. A text that they hold
+            to a grammar is an answer as a whole: no thinking is looked for in it.
+        stop: called with the answer so far of a row after every token; True ends that row.
         streamer: gets the tokens as they come; for one prompt and one sample.
         max_batch_tokens: bounds rows x (longest prompt + max_new_tokens) of a batch; one row always goes.
 
@@ -58,6 +60,12 @@ def generate(
                 f"context of {context}; shorten it, or lower --max_new_tokens"
             )
     answers: list[list[Generation]] = [[] for _ in prompts]
+    ends = set(stop_ids(tokenizer, model.generation_config))
+
+    def read(tokens: Sequence[int]) -> str:
+        text = decode(tokenizer, tokens)
+        return text if processors else final_answer(text)
+
     wanted = [row for row in range(len(prompts)) for _ in range(decoding.num_samples)]  # samples of a prompt in order
     sample_numbers = [0] * len(prompts)
     for batch in by_token_budget([len(prompts[row]) for row in wanted], max_batch_tokens, added=max_new_tokens):
@@ -70,18 +78,13 @@ def generate(
                 keys.append((decoding.seed, sample_numbers[row], prompts[row]))
                 sample_numbers[row] += 1
             chain.append(_Sample(keys, decoding.temperature, decoding.top_p))
-        tokens = _generate_batch(
-            model, tokenizer, [prompts[row] for row in rows], max_new_tokens, chain, stop, streamer
-        )
+        asked = [prompts[row] for row in rows]
+        stop_text = _StopText(read, max(map(len, asked)), stop) if stop else None
+        tokens = _generate_batch(model, tokenizer, asked, max_new_tokens, chain, stop_text, streamer)
         logprobs = recorder.finish(tokens)
         for index, row in enumerate(rows):
-            answers[row].append(_answer(tokenizer, tokens[index].tolist(), logprobs[index], max_new_tokens, stop))
+            answers[row].append(_answer(read, ends, tokens[index].tolist(), logprobs[index], max_new_tokens, stop))
     return answers
-
-
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer."""
-    return {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
 
 @torch.inference_mode()
@@ -91,7 +94,7 @@ def _generate_batch(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     chain: list[LogitsProcessor],
-    stop: Callable[[str], bool] | None,
+    stop: _StopText | None,
     streamer: BaseStreamer | None,
 ) -> torch.Tensor:
     """New token ids [rows, at most max_new_tokens], padded after the end of an answer."""
@@ -112,26 +115,26 @@ def _generate_batch(
             top_p=1.0,
             top_k=50,
             repetition_penalty=1.0,  # or the one of the model's own generation config
-            eos_token_id=sorted(end_ids(tokenizer)),
+            eos_token_id=stop_ids(tokenizer, model.generation_config),
             pad_token_id=tokenizer.pad_token_id,
         ),
         logits_processor=LogitsProcessorList(chain),
-        stopping_criteria=StoppingCriteriaList([_StopText(tokenizer, longest, stop)] if stop else []),
+        stopping_criteria=StoppingCriteriaList([stop] if stop else []),
         streamer=streamer,
     )
     return output[:, longest:].cpu()
 
 
 def _answer(
-    tokenizer: PreTrainedTokenizerBase,
+    read: Callable[[Sequence[int]], str],
+    ends: Set[int],
     tokens: list[int],
     logprobs: list[float],
     max_new_tokens: int,
     stop: Callable[[str], bool] | None,
 ) -> Generation:
-    ends = end_ids(tokenizer)
     length = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-    text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    text = read(tokens[:length])
     finished = length < len(tokens) or len(tokens) < max_new_tokens or bool(stop and stop(text))
     return Generation(text, tokens[:length], logprobs[:length], finished)
 
@@ -191,9 +194,11 @@ class _Sample(LogitsProcessor):
 class _StopText(StoppingCriteria):
     """Ends each row whose text satisfies `stop`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stop: Callable[[str], bool]) -> None:
-        self.tokenizer, self.prompt_length, self.stop = tokenizer, prompt_length, stop
+    def __init__(
+        self, read: Callable[[Sequence[int]], str], prompt_length: int, stop: Callable[[str], bool]
+    ) -> None:
+        self.read, self.prompt_length, self.stop = read, prompt_length, stop
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        texts = [self.read(row) for row in input_ids[:, self.prompt_length :].tolist()]
         return torch.tensor([self.stop(text) for text in texts], device=input_ids.device)

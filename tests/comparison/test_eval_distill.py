@@ -124,8 +124,8 @@ def test_the_surprise_of_a_batch_is_that_of_each_row_alone(folders):
 
 def test_every_row_is_timed_in_passes_on_answers_of_one_length(folders, monkeypatch):
     model, tokenizer = models.load_for_inference(ModelSource(folders["student"]))
-    masked = speed._NeverEnd(tokenizer)(torch.empty(1, 0), torch.zeros(1, len(tokenizer)))
-    assert set(torch.isinf(masked[0]).nonzero()[:, 0].tolist()) == generation.end_ids(tokenizer)
+    masked = speed._NeverEnd(tokenizer, model.generation_config)(torch.empty(1, 0), torch.zeros(1, len(tokenizer)))
+    assert set(torch.isinf(masked[0]).nonzero()[:, 0].tolist()) == set(tokenizers.stop_ids(tokenizer))
     lengths, calls, generate = [], [], generation.generate
 
     def watched(*args, **kwargs):

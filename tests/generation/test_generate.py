@@ -56,7 +56,7 @@ def greedy_by_hand(model, prompt: list[int], steps: int, ends: set[int]) -> tupl
 def test_greedy_equals_one_forward_pass_per_token(model, tokenizer, prompts):
     answers = generation.generate(model, tokenizer, prompts, Decoding(6))
     for prompt, (answer,) in zip(prompts, answers, strict=True):
-        tokens, logprobs = greedy_by_hand(model, prompt, 6, generation.end_ids(tokenizer))
+        tokens, logprobs = greedy_by_hand(model, prompt, 6, tokenizers.stop_ids(tokenizer))
         assert answer.tokens == tokens
         assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
         assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
