@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -22,12 +23,35 @@ class Generation:
     finished: bool
 
 
+# In quotes it is a part of some code.
+THINKING_ENDS = re.compile(r"(?<![\"'`])</think(?:ing)?>(?![\"'`])", re.IGNORECASE)
+THINKING_BEGINS = re.compile(r"\s*<think(?:ing)?>", re.IGNORECASE)
+
+
 def final_answer(text: str) -> str:
     """What a model answers behind its thinking, which ends at the last `</think>`; "" while it still thinks.
 
     The first `<think>` may stand in the prompt, and a draft of the answer in the thinking.
     """
-    _, ended, answer = text.rpartition("</think>")
-    if answer.lstrip().startswith("<think>"):
+    *thoughts, answer = THINKING_ENDS.split(text)
+    if THINKING_BEGINS.match(answer):
         return ""
-    return answer.lstrip() if ended else answer
+    return answer.lstrip() if thoughts else answer
+
+
+class AnswerStream:
+    """A growing text less the thinking before it, piece by piece. Thinking has to begin with its tag to be seen."""
+
+    def __init__(self) -> None:
+        self.text = self.shown = ""
+
+    def feed(self, piece: str, *, end: bool = False) -> str:
+        """What more of the answer there is with this piece of the text, "" where that cannot be told yet."""
+        self.text += piece
+        beginning = self.text.lstrip().lower()
+        if not end and ("<think>".startswith(beginning) or "<thinking>".startswith(beginning)):
+            return ""
+        answer = final_answer(self.text)
+        more = answer.removeprefix(self.shown)
+        self.shown = answer
+        return more

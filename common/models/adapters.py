@@ -88,7 +88,7 @@ def check_kind(folder: str | Path, *, shared: bool = False) -> None:
         )
     if not shared:
         return
-    remedy = "use it with the scripts, merge it with export_model.py, or train a plain LoRA adapter"
+    remedy = "use it with the scripts, or train a plain LoRA adapter"
     if kind != "LORA":
         raise UserError(
             f"the adapter {folder} is of the kind {kind}, and only LoRA adapters can share a base; {remedy}"

@@ -167,7 +167,7 @@ class Chat:
             Decoding(budget, self.temperature, self.top_p, self.samples, self.seed),
             processors=self._processors(view, budget),
             stop=(lambda text: any(stop in text for stop in self.stop)) if self.stop else None,
-            streamer=_streamer(view) if payloads[0].stream else None,
+            streamer=_streamer(view, self.schema is not None) if payloads[0].stream else None,
             max_batch_tokens=view.host.settings.max_batch_tokens,
         )
         return [ChatAnswer(answers, len(prompt)) for answers, prompt in zip(found, prompts, strict=True)]
@@ -193,11 +193,16 @@ class Chat:
         return text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text))]
 
 
-def _streamer(view: View) -> BaseStreamer:
+def _streamer(view: View, all_answer: bool) -> BaseStreamer:
+    """Sends a text as it comes; unless it is `all_answer`, without the thinking before its answer."""
     from transformers import TextStreamer
+
+    from common.generation.result import AnswerStream
+
+    answer = AnswerStream()
 
     class Emitter(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            view.host.emit(text)
+            view.host.emit(text if all_answer else answer.feed(text, end=stream_end))
 
     return Emitter(view.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 
@@ -39,15 +40,12 @@ class Channel:
 def ask(base: str, runs, names: list[str]) -> list:
     """What each of these runs answers to the first row, asked one after the other in one process."""
     registry = Registry(str(runs), base)
-    answers = []
-    channel = Channel()
-    host = Host(base, settings(runs).host, 3, channel)
-    host._load()
-    for name in names:
-        host._begin([Job(len(answers), (registry.find(name), Classify()), [PROMPT])])
-        answers += [answer for kind, *fields in channel.sent if kind == "done" for answer in fields[1]]
-        channel.sent.clear()
-    return answers
+    jobs = [("job", Job(n, (registry.find(name), Classify()), [PROMPT])) for n, name in enumerate(names)]
+    channel = Channel(*jobs, ("close",))
+    Host(base, settings(runs).host, 3, channel).serve()
+    gc.unfreeze()  # it is not alone in this process
+    done = [pair for kind, *fields in channel.sent if kind == "done" for pair in zip(*fields, strict=True)]
+    return [answer for _, answer in sorted(done, key=lambda pair: pair[0])]
 
 
 def tokens(folder, base: str) -> None:
