@@ -112,12 +112,17 @@ class Deltas:
         from safetensors.torch import load_file
 
         config = read_json(Path(folder) / adapters.ADAPTER_CONFIG)
-        other = [key for key in ("use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save") if config.get(key)]
+        other = [
+            key for key in ("use_dora", "use_qalora", "modules_to_save", "trainable_token_indices") if config.get(key)
+        ]
         other += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+        if config.get("init_lora_weights", True) not in adapters.NEIGHBOURLY_STARTS:  # it rebuilds the base
+            other.append("init_lora_weights")
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or other:
             what = other[0] if other else f"{config.get('peft_type')} with bias {config.get('bias')}"
             raise UserError(f"the adapter {folder} has {what}, which cannot be merged here; train a plain LoRA adapter")
         self.scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+        self.transposed = bool(config.get("fan_in_fan_out"))  # GPT-2 stores its weights as [in, out]
         weights = load_file(Path(folder) / adapters.ADAPTER_WEIGHTS)
         self._factors = {}
         for name in [name for name in weights if name.endswith(".lora_A.weight")]:
@@ -128,8 +133,10 @@ class Deltas:
         self.names = set(self._factors)
 
     def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The merged weight [out, in], in float32."""
+        """The merged weight [out, in], in float32, or [in, out] where the model stores it so."""
         a, b = self._factors[name]
+        if self.transposed:
+            return weight.float().addmm_(a.float().t(), b.float().t(), alpha=self.scale)
         return weight.float().addmm_(b.float(), a.float(), alpha=self.scale)
 
 

@@ -36,6 +36,11 @@ KNOWN = {  # so that these need neither weights nor network
     "Qwen/Qwen2.5-7B-Instruct": QWEN_7B,
 }
 
+# Kinds whose parameters are counted rightly below (a test counts them on models); others are counted when asked for.
+DENSE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3"})
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+TOLERANCE = 0.02  # of the parameters, in norms and biases that are not counted
+
 
 class UnknownShape(UserError):
     """No config, or one of another architecture than a dense decoder with gated MLPs (Llama, Mistral, Qwen, ...)."""
@@ -97,6 +102,7 @@ def from_config(config: dict[str, Any]) -> ModelShape:
     config = config.get("text_config", config)
     kind = config.get("model_type", "a model without model_type")
     dense = not any("expert" in name and config[name] for name in config)
+    dense = dense and set(config.get("layer_types") or ()) <= ATTENTION
     if not dense or not {"hidden_size", "intermediate_size"} <= config.keys():
         raise UnknownShape(f"the memory of {kind} cannot be predicted; only dense decoders with gated MLPs are known")
     heads = config["num_attention_heads"]
@@ -115,6 +121,26 @@ def from_config(config: dict[str, Any]) -> ModelShape:
     )
 
 
+def _check_by_counting(name: str, shape: ModelShape, trust_remote_code: bool) -> None:
+    """Raises UnknownShape unless a model without weights (on the meta device) has about as many parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    expected = sum(shape.parameters().values())
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any model's code
+        raise UnknownShape(f"the memory of {name} cannot be predicted ({reason(error)})") from error
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    if abs(counted - expected) > TOLERANCE * counted:
+        raise UnknownShape(
+            f"the memory of {config.model_type} cannot be predicted: it has {counted:,} parameters, "
+            f"where a dense decoder with gated MLPs has {expected:,}"
+        )
+
+
 def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
     """The shape of a model folder, of one of the KNOWN, or of a Hub id whose config can be had.
 
@@ -124,15 +150,22 @@ def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
     path = Path(name_or_path) / "config.json"
     if path.is_file():
         try:
-            return from_config(json.loads(path.read_text(encoding="utf-8")))
+            config = json.loads(path.read_text(encoding="utf-8"))
+            shape = from_config(config)
         except (ValueError, KeyError, TypeError) as error:
             raise UnknownShape(f"{path} is not a model's config ({error})") from error
-    if name_or_path in KNOWN:
+    elif name_or_path in KNOWN:
         return from_config(KNOWN[name_or_path])
-    from transformers import AutoConfig
+    else:
+        from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UnknownShape(f"no config of {name_or_path} ({reason(error)}); give a model folder or a Hub id") from error
-    return from_config(config.get_text_config().to_dict())
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code).to_dict()
+        except (OSError, ValueError) as error:
+            raise UnknownShape(
+                f"no config of {name_or_path} ({reason(error)}); give a model folder or a Hub id"
+            ) from error
+        shape = from_config(config)
+    if config.get("model_type") not in DENSE:
+        _check_by_counting(name_or_path, shape, trust_remote_code)
+    return shape

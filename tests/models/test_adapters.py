@@ -15,8 +15,8 @@ from common.cli import UserError
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.tasks.ranking.task import CREDITMIX
-from common.tasks.ranking.torch_ranker import LabelRanker, naive_scores
+from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores
 
 TEXTS = ["Age: 23, Occupation: Scientist", "Age: 4", "Age: 51, Occupation: Engineer, Annual Income: 9.5"]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -104,7 +104,7 @@ def test_an_adapter_alone_on_its_base(name, of_kind, base):
     expected = logits(PeftModel.from_pretrained(fresh, of_kind(name)).eval(), IDS)
     assert (logits(model, IDS) - expected).abs().max() < 1e-4
     assert (expected - plain).abs().max() > 1e-4
-    scores = LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
+    scores = TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
     assert np.abs(scores - naive_scores(model, tokenizer, CREDITMIX, TEXTS)).max() < 1e-4
 
 

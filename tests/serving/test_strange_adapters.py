@@ -18,7 +18,7 @@ from common.serving.batch_queue import Job
 from common.serving.run_registry import Registry
 from common.serving.work import Classify
 from common.tasks.ranking import creditmix
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 PROMPT = CREDITMIX.prompt(creditmix.clean_features(ROWS[0]))
 
