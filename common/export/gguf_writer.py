@@ -119,6 +119,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, config: PreTrainedConfig, tokenizer:
         is_byte = not byte_level and len(token) == 6 and token.startswith("<0x")
         types[number] = kinds.BYTE if is_byte else kinds.NORMAL
     for added in spec["added_tokens"]:
+        if added["id"] >= config.vocab_size:  # no row of the embedding is its own, and no text becomes it
+            continue
         tokens[added["id"]] = added["content"]
         types[added["id"]] = kinds.CONTROL if added["special"] else kinds.USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
