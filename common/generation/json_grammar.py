@@ -66,7 +66,7 @@ class JsonGrammar:
     Args:
         schema: `Preflight.grammar_schema`.
         tokenizer: an aligned tokenizer (`common.models.tokenizers`); its EOS ends the document.
-        columns: width of the model's logits, at least the tokenizer's size.
+        columns: width of the model's logits; what tokens the tokenizer has beyond them are never written.
         bounds: what is closed when it runs on.
 
     Raises:
@@ -128,7 +128,7 @@ class JsonProcessor(LogitsProcessor):
     def __init__(self, grammar: JsonGrammar, rows: int, max_new_tokens: int) -> None:
         self.grammar = grammar
         self.rows = [_Row(grammar, max_new_tokens) for _ in range(rows)]
-        self.bitmask = torch.empty(rows, (grammar.columns + 31) // 32, dtype=torch.int32)
+        self.bitmask = torch.empty(rows, (grammar.tokens.vocab_size + 31) // 32, dtype=torch.int32)
         self.bias: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
 
@@ -261,11 +261,12 @@ def _engine_tokenizer(
     """
     if not tokenizer.is_fast:
         raise UserError("constrained decoding needs a fast tokenizer; use a model that has a tokenizer.json")
-    tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=columns)
+    known = 1 + max(tokenizer.added_tokens_decoder, default=-1)  # can be more than the model has columns for
+    tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(columns, known, len(tokenizer)))
     words = [tokens.decode_bytes([token]) for token in range(len(tokenizer))]
     not_starting = {}
     for start in (b'"', b'""'):
-        bits = np.full((columns + 31) // 32 * 4, 0xFF, dtype=np.uint8)
+        bits = np.full((tokens.vocab_size + 31) // 32 * 4, 0xFF, dtype=np.uint8)
         for token in (token for token, word in enumerate(words) if word.startswith(start)):
             bits[token // 8] &= ~np.uint8(1 << token % 8)
         not_starting[start] = torch.from_numpy(bits).view(torch.int32)
