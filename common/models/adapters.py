@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,10 +162,12 @@ def load_adapter(
             stored = set(file.keys())
         if shared and (foreign := [key for key in stored if ".lora_" not in key]):  # would be read into the base
             raise ValueError(f"it holds {min(foreign)}, which is no weight of a LoRA")
-        if shared:
-            model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
-        else:
-            model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which is an error here
+            if shared:
+                model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
         _check_keys(model, name, stored)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         if shared and name in model.peft_config:

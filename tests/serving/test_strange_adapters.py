@@ -48,6 +48,10 @@ def ask(base: str, runs, names: list[str]) -> list:
     return [answer for _, answer in sorted(done, key=lambda pair: pair[0])]
 
 
+def raw_scores(answers: list) -> list[dict[str, float]]:
+    return [answer["raw_scores"] for (answer,) in answers]
+
+
 def tokens(folder, base: str) -> None:
     """A LoRA that trains some rows of the embedding, too."""
     import peft
@@ -84,15 +88,16 @@ STRANGE = {tokens: "has trainable_token_indices, which changes the base", ia3: "
 def test_neighbours_of_a_strange_adapter_answer_as_before(make, base, tmp_path):
     runs = make_runs(tmp_path / "runs", base)
     healthy = sorted(folder.name for folder in runs.iterdir() if (folder / "adapter_config.json").is_file())
-    expected = ask(base, runs, healthy)
+    expected = [pytest.approx(scores, abs=1e-5) for scores in raw_scores(ask(base, runs, healthy))]
     strange = shutil.copytree(runs / healthy[0], runs / "strange")
     make(strange, base)
     config = json.loads((strange / "adapter_config.json").read_text())
     (strange / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
     first, *between, last = ask(base, runs, ["strange", *healthy, "strange"])
-    assert between == expected
+    assert raw_scores(between) == expected
     for refusal in (first, last):
         assert isinstance(refusal, Unusable)
         assert f"the adapter {strange} " in str(refusal)
         assert STRANGE[make] in str(refusal)
-    assert ask(base, runs, [*healthy, "strange", *healthy])[-len(healthy) :] == expected
+    after = ask(base, runs, [*healthy, "strange", *healthy])[-len(healthy) :]
+    assert raw_scores(after) == expected
