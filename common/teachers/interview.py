@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from common.data.resumable import AnswerStore, content_key
+from common.generation.result import final_answer
 from common.teachers.tasks import AGAIN, Reading
 
 Messages = list[dict[str, str]]
@@ -153,7 +154,7 @@ def until_usable(
             if reading.fault is not None:
                 request = asked[place]
                 turns = [
-                    {"role": "assistant", "content": answered[place].text or "(nothing)"},
+                    {"role": "assistant", "content": final_answer(answered[place].text) or "(nothing)"},
                     {"role": "user", "content": AGAIN.format(fault=reading.fault)},
                 ]
                 again[place] = Request(request.row, request.messages + turns, request.sample)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.generation.result import final_answer
 from common.teachers.interview import Answer, Interview, Request, until_usable
 from common.teachers.tasks import Code, Documents, Item, Labels, Reading
 
@@ -114,7 +115,7 @@ def _question(item: Item, some: Sequence[Candidate]) -> str:
 
 def _ranking(text: str, count: int) -> Reading:
     """ "best worst" as numbers from 1."""
-    match = _RANKED.search(text)
+    match = _RANKED.search(final_answer(text))
     best, worst = map(int, match.groups()) if match else (0, 0)
     if best == worst or not {best, worst} <= set(range(1, count + 1)):
         return Reading(None, f"two different numbers from 1 to {count} are needed, of the best and the worst answer")

@@ -16,6 +16,7 @@ from typing import Any
 from common.data import rows as records
 from common.data import splits
 from common.generation import json_schema, json_writer
+from common.generation.result import final_answer
 from common.sandbox import grading
 from common.tasks.codegen import answer as code_answer
 from common.tasks.codegen import prompt as code_prompt
@@ -31,7 +32,6 @@ REASONS = (
 REASON_REQUEST = "\n\nExplain in a few sentences what speaks for your answer."  # what a student's rationale answers
 AGAIN = "That cannot be used: {fault}. Answer again, in the form asked for."
 
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _ANSWER_LINE = re.compile(r"^[\s*#>_]*answer[\s*_]*:[*_]*", re.IGNORECASE | re.MULTILINE)
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
 _AROUND = " \t\r\n*_`\"'.,;:!()[]<>#"  # what may stand around a label
@@ -86,15 +86,15 @@ def read_items(path: str, task: Labels | Documents | Code, skip_bad_rows: bool =
 
 
 def understand(task: Labels | Documents | Code, prompt: str, text: str, finished: bool, reasons: bool) -> Reading:
-    """What a teacher's text says, before `check`; thoughts in `<think>` tags are passed over.
+    """What a teacher's text says, before `check`; thinking before it is passed over (`final_answer`).
 
     Args:
         prompt: what a student is asked.
         finished: the text ended by itself, not at the token budget.
         reasons: the teacher was asked with `REASONS`.
     """
-    text = _THOUGHTS.sub("", text).strip()
-    if not text:
+    text = final_answer(text).strip()
+    if not text and finished:
         return Reading(None, "the answer is empty")
     extra = {}
     try:

@@ -454,12 +454,17 @@ def test_the_projects_own_server(tmp_path, base, files):
     [
         ("Good", "Good"), (" bad.\n", "Bad"), ("**Standard**", "Standard"), ("Label: Good", "Good"),
         ("<think>Bad? No.</think>\n\n`Good`", "Good"), ("Goods", None), ("Good or Bad", None), ("not Good", None),
-        ("", None), ("<think>Good</think>", None), ("Average", None),
+        ("", None), ("<think>Good</think>", None), ("Average", None), ("Bad? No, never.</think>Good", "Good"),
+        ("<think>Good", None), ("<think>\nBad.\n</think>Bad</think>\n\nGood", "Good"),
     ],
 )  # fmt: skip
 def test_labels(text, label):
     reading = understand(Labels(CREDITMIX), "?", text, True, False)
     assert reading.answer == label and (reading.fault is None) == (label is not None)
+
+
+def test_a_text_that_is_cut_off_in_its_thinking():
+    assert "breaks off" in understand(Labels(CREDITMIX), "?", "<think>Good", False, False).fault
 
 
 def test_labels_that_differ_in_marks_and_other_words():
@@ -568,6 +573,7 @@ WRONG = "def add(a, b):\n    return a - b"
     ("prompt", "text", "answer", "fault"),
     [
         ("Add.", f"Sure:\n```python\n{CODE}\n```", codegen.code_answer(CODE), None),
+        ("Add.", f"Perhaps\n```python\n{WRONG}\n```\nNo.</think>\n```\n{CODE}\n```", codegen.code_answer(CODE), None),
         ("Add.", "<CODE>\ndef add(a, b:\n</CODE>", None, "the code does not compile (line 1"),
         ("Add.", "Sure", None, "there is no code"),
         (codegen.plan_prompt("Add."), "<PLAN>\n- Add.\n</PLAN>", "<PLAN>\n- Add.\n</PLAN>", None),
