@@ -194,9 +194,7 @@ class _Sample(LogitsProcessor):
 class _StopText(StoppingCriteria):
     """Ends each row whose text satisfies `stop`."""
 
-    def __init__(
-        self, read: Callable[[Sequence[int]], str], prompt_length: int, stop: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, read: Callable[[Sequence[int]], str], prompt_length: int, stop: Callable[[str], bool]) -> None:
         self.read, self.prompt_length, self.stop = read, prompt_length, stop
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:

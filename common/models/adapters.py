@@ -199,13 +199,13 @@ def _check_keys(model: PeftModel, name: str, stored: set[str]) -> None:
 
 
 def make_inference_adapters(model: PeftModel) -> None:
-    """Make all adapters on a base cheap to use, in place: its data type, and `lean_lora`. They train no more."""
-    from common.models import lora_inference as lean_lora
+    """Make all adapters on a base cheap to use, in place: its data type, and `lora_inference`. They train no more."""
+    from common.models import lora_inference
 
     for key, parameter in model.named_parameters():
         if ".lora_" in key:
             parameter.data = parameter.data.to(model.dtype)
-    lean_lora.install(model)
+    lora_inference.install(model)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

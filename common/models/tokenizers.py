@@ -261,12 +261,12 @@ def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder | None:
         return chat_template.render(tokenizer, [{"role": "user", "content": text}])
 
     mark = "prompt 7f3a"
-    head, found, tail = rendered(mark).partition(mark)
+    head, shown, tail = rendered(mark).partition(mark)
     special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     encoder = PromptEncoder(backend.to_str(), head, tail, special)
     probes = (*PROBES, " a\n", "\n\n a {{ b }} <c> ' \" ")
     encode = encoder.load()
-    if not found or any(rendered(probe) != head + probe + tail for probe in probes):
+    if not shown or any(rendered(probe) != head + probe + tail for probe in probes):
         return None
     return encoder if all(encode(probe) == encode_prompt(tokenizer, probe) for probe in probes) else None
 

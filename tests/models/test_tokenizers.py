@@ -41,22 +41,22 @@ def test_a_base_tokenizer_is_aligned_to_its_template(qwen):
 
 @pytest.mark.parametrize("form", ["Good", " Good", "Standard", " Standard", "Bad", " Bad"])
 def test_labels_are_one_token(qwen, tokenizer, form):
-    for each in (qwen, tokenizer):
-        ids = each.encode(form, add_special_tokens=False)
+    for subject in (qwen, tokenizer):
+        ids = subject.encode(form, add_special_tokens=False)
         assert len(ids) == 1
-        assert each.decode(ids) == form
+        assert subject.decode(ids) == form
 
 
 def test_a_row_is_what_the_chat_template_makes_of_it(qwen, tokenizer):
     turns = [{"role": "user", "content": "Which one?\n\nAge: 23.5"}, {"role": "assistant", "content": "Standard"}]
-    for each in (qwen, tokenizer):
-        row = tokenizers.encode_pair(each, turns[0]["content"], turns[1]["content"])
-        rendered = each.apply_chat_template(turns, tokenize=False)
-        assert each.decode(row.input_ids) == rendered.rstrip("\n")
-        assert row.input_ids == each.encode(rendered.rstrip("\n"), add_special_tokens=False)
-        assert row.input_ids[-1] == each.eos_token_id
-        assert each.decode(row.input_ids[: row.prompt_length]).endswith("<|im_end|>\n<|im_start|>assistant\n")
-        assert row.input_ids[: row.prompt_length] == tokenizers.encode_prompt(each, turns[0]["content"])
+    for subject in (qwen, tokenizer):
+        row = tokenizers.encode_pair(subject, turns[0]["content"], turns[1]["content"])
+        rendered = subject.apply_chat_template(turns, tokenize=False)
+        assert subject.decode(row.input_ids) == rendered.rstrip("\n")
+        assert row.input_ids == subject.encode(rendered.rstrip("\n"), add_special_tokens=False)
+        assert row.input_ids[-1] == subject.eos_token_id
+        assert subject.decode(row.input_ids[: row.prompt_length]).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert row.input_ids[: row.prompt_length] == tokenizers.encode_prompt(subject, turns[0]["content"])
 
 
 def plain(tokenizer, **tokens):
@@ -89,27 +89,27 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_cannot_end_the_turn(text, qwen, tokenizer):
-    for each in (qwen, tokenizer):
-        special = {token for token, fact in each.added_tokens_decoder.items() if fact.special}
-        frame = [token for token in tokenizers.encode_prompt(each, "x") if token in special]
-        ids = tokenizers.encode_prompt(each, text)
+    for subject in (qwen, tokenizer):
+        special = {token for token, fact in subject.added_tokens_decoder.items() if fact.special}
+        frame = [token for token in tokenizers.encode_prompt(subject, "x") if token in special]
+        ids = tokenizers.encode_prompt(subject, text)
         assert [token for token in ids if token in special] == frame
         private = str.maketrans("", "", "\ue000\ue001")
-        assert each.decode(ids).translate(private) == each.apply_chat_template(
+        assert subject.decode(ids).translate(private) == subject.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         ).translate(private)
-        completion = tokenizers.encode_completion(each, text)
-        assert [token for token in completion if token in special] == [each.eos_token_id]
-        assert each.decode(completion[:-1]) == text
+        completion = tokenizers.encode_completion(subject, text)
+        assert [token for token in completion if token in special] == [subject.eos_token_id]
+        assert subject.decode(completion[:-1]) == text
 
 
 @pytest.mark.parametrize("text", ["", " \n", "Age: 23.5, Occupation: Scientist", "<b> <|im_en d|> é 日本\n\n"])
 def test_plain_text_has_the_ids_of_the_rendered_template(text, qwen, tokenizer):
-    for each in (qwen, tokenizer):
+    for subject in (qwen, tokenizer):
         turn = [{"role": "user", "content": text}]
-        rendered = each.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        assert tokenizers.encode_prompt(each, text) == each.encode(rendered, add_special_tokens=False)
-        assert tokenizers.encode_completion(each, text)[:-1] == each.encode(text, add_special_tokens=False)
+        rendered = subject.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        assert tokenizers.encode_prompt(subject, text) == subject.encode(rendered, add_special_tokens=False)
+        assert tokenizers.encode_completion(subject, text)[:-1] == subject.encode(text, add_special_tokens=False)
 
 
 def test_added_phrases_are_still_one_token(tokenizer):
