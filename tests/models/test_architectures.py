@@ -17,6 +17,7 @@ import sft_train
 from common.export import merge
 from common.generation import generate as generation
 from common.generation import json_schema
+from common.generation.decoding import Decoding
 from common.generation.json_grammar import JsonGrammar
 from common.models import loading as models
 from common.models import tokenizers
@@ -73,7 +74,7 @@ def test_generation_is_one_forward_pass_a_token(loaded):
     """In a batch of unlike lengths, beyond the window of those that slide one, as without a cache."""
     model, tokenizer = loaded
     prompts = [tokenizers.encode_prompt(tokenizer, text) for text in ("Age: 31", CORPUS[3])]
-    answers = generation.generate(model, tokenizer, prompts, max_new_tokens=8)
+    answers = generation.generate(model, tokenizer, prompts, Decoding(8))
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         ids = list(prompt)
         for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
@@ -88,7 +89,7 @@ def test_constrained_json(loaded):
     schema = json_schema.preflight(SCHEMA)
     grammar = JsonGrammar(schema.grammar_schema, tokenizer, model.config.get_text_config().vocab_size)
     prompts = [tokenizers.encode_prompt(tokenizer, text) for text in ("Age: 31", CORPUS[3])]
-    answers = generation.generate(model, tokenizer, prompts, max_new_tokens=40, processors=grammar.processors(40))
+    answers = generation.generate(model, tokenizer, prompts, Decoding(40), processors=grammar.processors(40))
     for (answer,) in answers:
         assert json_schema.errors(json.loads(answer.text), SCHEMA) == []
 
@@ -111,7 +112,7 @@ def test_it_is_served(student, loaded):
     """The server writes what the scripts write."""
     model, tokenizer = loaded
     prompts = [tokenizers.encode_prompt(tokenizer, CORPUS[3])]
-    ((expected,),) = generation.generate(model, tokenizer, prompts, max_new_tokens=8)
+    ((expected,),) = generation.generate(model, tokenizer, prompts, Decoding(8))
     runs = Path(student["run"]).parent
     version = Registry(str(runs), student["base"]).find("adapter")
     turn = ChatTurn([{"role": "user", "content": CORPUS[3]}])

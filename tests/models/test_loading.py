@@ -16,6 +16,7 @@ import sft_train
 from common.cli import UserError
 from common.export import merge
 from common.generation import generate as generation
+from common.generation.decoding import Decoding
 from common.generation.json_grammar import JsonGrammar
 from common.models import adapters, tokenizers
 from common.models import loading as models
@@ -259,9 +260,9 @@ def test_tokens_beyond_the_embedding_are_text(beyond, base, rows, tmp_path):
     sft_train.main([*argv, "--per_device_train_batch_size", "4"])
     model, tokenizer = models.load_for_inference(ModelSource(str(tmp_path / "run"), dtype="float32"))
     prompts = [tokenizers.encode_prompt(tokenizer, text * times) for times in (1, 5)]
-    assert len(generation.generate(model, tokenizer, prompts, max_new_tokens=4)) == 2
+    assert len(generation.generate(model, tokenizer, prompts, Decoding(4))) == 2
     grammar = JsonGrammar({"type": "array", "items": {"type": "string"}, "maxItems": 2}, tokenizer, embedding)
-    for (answer,) in generation.generate(model, tokenizer, prompts, max_new_tokens=9, processors=grammar.processors(9)):
+    for (answer,) in generation.generate(model, tokenizer, prompts, Decoding(9), processors=grammar.processors(9)):
         assert isinstance(json.loads(answer.text), list)
     (tmp_path / "merged").mkdir()
     merge.merge(str(tmp_path / "run"), beyond, tmp_path / "merged", **MERGE)
