@@ -13,7 +13,6 @@ and error (null where the code compiles). An interrupted run goes on where it st
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -125,8 +124,10 @@ def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding,
         answers = writer.write(window, decoding, plans)
         return [answer_row(task, of_task) for task, of_task in zip(window, answers, strict=True)]
 
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
-    settings |= dataclasses.asdict(decoding)
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens", "thinking")
+    }
+    settings |= decoding.as_dict()
     decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
     rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
     errors = [one["error"] for row in rows for one in row["answers"]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Decoding:
             al. 2020, arXiv:1904.09751).
         num_samples: answers to each prompt.
         seed: of the samples.
+        thinking: let the model think before it answers, where its chat template knows of that.
     """
 
     max_new_tokens: int = 512
@@ -23,3 +25,11 @@ class Decoding:
     top_p: float = 1.0
     num_samples: int = 1
     seed: int = 0
+    thinking: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For keys of what is kept: thinking is named only where it is asked for, as before there was any."""
+        settings = asdict(self)
+        if not self.thinking:
+            del settings["thinking"]
+        return settings

@@ -165,7 +165,7 @@ class Evaluation:
         """The answers of a model, as `CodeAnswer` in JSON; only those that are not in the store are made."""
         identity = settings.identity()
         keys = [
-            content_key("answer", identity, mode, asdict(self.decoding), problem.prompt) for problem in self.problems
+            content_key("answer", identity, mode, self.decoding.as_dict(), problem.prompt) for problem in self.problems
         ]
         missing = [(key, problem.prompt) for key, problem in zip(keys, self.problems, strict=True)
                    if key not in self.store]  # fmt: skip

@@ -21,6 +21,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--max_new_tokens", type=cli.positive_int, default=512, help="of a plan, and of the code")
     group.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        default="off",
+        help="on: let a reasoning model think first, within --max_new_tokens; its thinking is left out of the answer",
+    )
+    group.add_argument(
         "--prompt_style",
         choices=PROMPT_STYLES,
         default="auto",
@@ -42,7 +48,8 @@ def decoding(args: argparse.Namespace) -> Decoding:
         raise cli.UserError("--temperature must be 0 or more, --top_p above 0 and at most 1")
     if args.num_samples > 1 and temperature == 0:
         raise cli.UserError("--num_samples above 1 needs a --temperature above 0: greedy answers are all the same")
-    return Decoding(args.max_new_tokens, temperature, args.top_p, args.num_samples, args.seed)
+    thinking = args.thinking == "on"
+    return Decoding(args.max_new_tokens, temperature, args.top_p, args.num_samples, args.seed, thinking)
 
 
 def load_writer(args: argparse.Namespace, model_dir: str) -> CodeWriter:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
 from common.generation.decoding import Decoding
+from common.generation.result import final_answer
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import LoadedModel, ModelSource
@@ -121,7 +122,7 @@ class CodeWriter:
         from common.models import tokenizers
 
         if self.style is CHAT:
-            prompts = [tokenizers.encode_prompt(self.tokenizer, text) for text in texts]
+            prompts = [tokenizers.encode_prompt(self.tokenizer, text, thinking=decoding.thinking) for text in texts]
         else:
             prompts = [self.tokenizer.encode(text, split_special_tokens=True) for text in texts]
         return generation.generate(
@@ -169,7 +170,8 @@ def _code_streamer(tokenizer: PreTrainedTokenizerBase, out: TextIO) -> BaseStrea
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
-            code = answer.code_of(self.text) + "\n" if stream_end else answer.marked_lines(self.text)
+            written = final_answer(self.text)
+            code = answer.code_of(written) + "\n" if stream_end else answer.marked_lines(written)
             out.write(code[len(self.shown) :])
             out.flush()
             self.shown = code
