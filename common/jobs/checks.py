@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
+from common.jobs.backend import Device
 from common.models import adapters
 from common.training.settings import TrainSettings
 from common.vram import model_shape, preflight
@@ -144,15 +144,15 @@ class Vocabularies:
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
         self._lock = threading.Lock()
-        self._found: dict[tuple, str | None] = {}
+        self.differences: dict[tuple, str | None] = {}
 
     def check(self, teacher: str, student: str) -> None:
         """Raises Problem 422 where the tokenizers differ or cannot be had."""
         key = (teacher, changed(teacher), student, changed(student))
         with self._lock:  # the first comparison imports transformers, which takes a while
-            if key not in self._found:
-                self._found[key] = self._difference(teacher, student)
-        if reason := self._found[key]:
+            if key not in self.differences:
+                self.differences[key] = self._difference(teacher, student)
+        if reason := self.differences[key]:
             raise Problem(422, f"teacher: its tokenizer is not the student's: {reason}", "teacher")
 
     def _difference(self, teacher: str, student: str) -> str | None:
@@ -177,19 +177,6 @@ def changed(folder: str) -> float:
         return max((entry.stat().st_mtime for entry in os.scandir(folder)), default=0.0)
     except OSError:
         return 0.0
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a job runs on.
-
-    Attributes:
-        cuda: whether it is a card.
-        size: bytes of its memory; None where they are not known.
-    """
-
-    cuda: bool
-    size: int | None
 
 
 def check_memory(settings: TrainSettings, device: Device) -> None:

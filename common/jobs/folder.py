@@ -56,8 +56,8 @@ class JobFolder:
 
     def result(self, attempt: int) -> dict[str, Any] | None:
         """What the worker of this attempt left; None where it has not ended, or not by itself."""
-        found = self.read(RESULT)
-        return found if found.get("attempt") == attempt else None
+        result = self.read(RESULT)
+        return result if result.get("attempt") == attempt else None
 
     def take_lock(self) -> int | None:
         """A file descriptor that holds the lock until no process has it open; None where another holds it."""
@@ -87,13 +87,13 @@ class JobFolder:
 
     def list_artifacts(self) -> list[dict[str, Any]]:
         """{"path", "bytes", "sha256"} of every file of the run folder, but for checkpoints and hidden files."""
-        found = []
+        listed = []
         for file in plain_files(self.artifacts):
             path = file.relative_to(self.artifacts)
             if path.parts[0] != CHECKPOINTS and not any(part.startswith(".") for part in path.parts):
                 facts = {"path": str(path), "bytes": file.stat().st_size, "sha256": records.sha256_file(file)}
-                found.append(facts)
-        return found
+                listed.append(facts)
+        return listed
 
     def size(self) -> int:
         """Bytes of all files."""

@@ -22,15 +22,15 @@ OF_THE_LOG = {"max_steps", "time"}  # what each of its lines has beside what was
 
 def parse(content: bytes) -> list[dict[str, Any]]:
     """The complete lines of a live log; a number that is not finite becomes None, as JSON has no such."""
-    found = []
+    entries = []
     for line in content.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # the beginning was cut off, or a kill left half a line
         if isinstance(entry, dict) and entry.keys() >= {"step", "max_steps", "time"}:
-            found.append({name: value if is_finite(value) else None for name, value in entry.items()})
-    return found
+            entries.append({name: value if is_finite(value) else None for name, value in entry.items()})
+    return entries
 
 
 def losses_of(entry: dict[str, Any]) -> dict[str, float | None]:
@@ -117,7 +117,7 @@ async def events(
         closing: whether the server is about to stop, which ends the stream.
     """
     log_at, live_at = where
-    told, silent = None, 0.0
+    sent, silent = None, 0.0
     while not closing():
         job = await asyncio.to_thread(find)
         lines, log_at = await asyncio.to_thread(read_on, folder.log, log_at)
@@ -127,15 +127,15 @@ async def events(
         if logged := [entry for entry in parse(entries) if losses_of(entry)]:
             yield event("metrics", logged, (log_at, live_at))
         state = await asyncio.to_thread(describe, job) if job else None
-        if state != told:
+        if state != sent:
             yield event("state", state, (log_at, live_at))
         if state is None or (job.state in ENDED and not lines and not entries):
             return
-        silent = 0.0 if lines or entries or state != told else silent + POLL
+        silent = 0.0 if lines or entries or state != sent else silent + POLL
         if silent >= BEAT:
             silent = 0.0
             yield ": still here\n\n"
-        told = state
+        sent = state
         if not lines and not entries:
             await asyncio.sleep(POLL)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import log
+from common.jobs.backend import GONE, Backend, Ended
 from common.jobs.folder import JobFolder
-from common.jobs.local_backend import GONE, Ended
 from common.jobs.store import FAILED, QUEUED, RUNNING, Job, Store
 
 TICK = 0.1  # seconds between two looks while jobs run
@@ -30,13 +30,18 @@ class Runner:
     killed, another, or its successor, gets the lock and finds the jobs that were handed over.
 
     Args:
-        backend: `Local` or `Kubernetes`.
         keep_days: ended jobs are deleted after that many days; None keeps them.
         quota: bytes that the jobs' folders may have together before the oldest ended ones are deleted; None: no end.
     """
 
     def __init__(
-        self, store: Store, backend: Any, jobs_dir: Path, max_running: int, keep_days: float | None, quota: int | None
+        self,
+        store: Store,
+        backend: Backend,
+        jobs_dir: Path,
+        max_running: int,
+        keep_days: float | None,
+        quota: int | None,
     ) -> None:
         self.store, self.backend, self.jobs_dir = store, backend, jobs_dir
         self.max_running, self.keep_days, self.quota = max_running, keep_days, quota
@@ -116,13 +121,13 @@ class Runner:
             self._finish(job, Ended(FAILED, {"reason": f"cannot start: {error}", "exit_code": None, "log": []}))
 
     def _look(self, job: Job) -> None:
-        found = self.backend.look(job)
-        if isinstance(found, Ended):
-            self._finish(job, found)
-        elif found == GONE:
+        status = self.backend.look(job)
+        if isinstance(status, Ended):
+            self._finish(job, status)
+        elif status == GONE:
             self._start(job)  # it goes on from its checkpoint
         else:
-            if found == RUNNING and job.state == QUEUED:
+            if status == RUNNING and job.state == QUEUED:
                 self.store.begin(job)
             if job.cancel:
                 self.backend.stop(job)

@@ -13,8 +13,8 @@ from typing import Any
 from prometheus_client import Gauge
 
 from common.cli import UserError
-from common.jobs import local_backend as job_local
-from common.jobs import progress as job_progress
+from common.jobs import local_backend, progress
+from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
 from common.jobs.folder import WORKER, JobFolder
 from common.jobs.request import Planner
@@ -41,7 +41,7 @@ BACKENDS = ("local", "kubernetes")
 
 
 @dataclass(frozen=True)
-class Settings:
+class JobServiceSettings:
     """What the environment may set; the defaults are in `from_environment`."""
 
     data_dir: Path
@@ -58,7 +58,7 @@ class Settings:
     scripts: Path = ROOT
 
     @classmethod
-    def from_environment(cls) -> Settings:
+    def from_environment(cls) -> JobServiceSettings:
         """Raises UserError for a value that cannot be."""
         env = Environment()
         data_dir = Path(os.path.abspath(env.text("DATA_DIR", str(ROOT / "runs" / "jobs"))))
@@ -87,7 +87,7 @@ class Settings:
 class Service:
     """What the routes call. Everything here blocks for a moment: not for the event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: JobServiceSettings) -> None:
         """Raises UserError where the settings cannot be met."""
         self.settings = settings
         self.jobs_dir = settings.data_dir / "jobs"
@@ -114,14 +114,14 @@ class Service:
         for state in STATES:
             gauge.labels(state).set_function(lambda state=state: self.store.counts()[state])
 
-    def _backend(self) -> tuple[Any, int]:
-        """The backend, and how many jobs it runs at once unless told."""
+    def _backend(self) -> tuple[Backend, int]:
+        """The backend, and how many jobs it runs at once where MAX_RUNNING is not set."""
         if self.settings.backend == "kubernetes":
-            from common.jobs.kubernetes_backend import Kubernetes
+            from common.jobs.kubernetes_backend import KubernetesBackend
 
-            return Kubernetes.from_environment(self.jobs_dir), 1000  # the cluster has a queue of its own
-        cards = job_local.find_cards()
-        return job_local.Local(self.jobs_dir, cards), max(1, len(cards))
+            return KubernetesBackend.from_environment(self.jobs_dir), 1000  # the cluster has a queue of its own
+        cards = local_backend.find_cards()
+        return local_backend.LocalBackend(self.jobs_dir, cards), max(1, len(cards))
 
     def folder(self, job: Job) -> JobFolder:
         return JobFolder(self.jobs_dir / job.id)
@@ -195,7 +195,7 @@ class Service:
             "started": stamp(job.started),
             "ended": stamp(job.ended),
             "command": self._command(job),
-            **job_progress.status(self.folder(job), job.state in ENDED),
+            **progress.status(self.folder(job), job.state in ENDED),
             "error": job.error,
             "resumable": job.state in (FAILED, CANCELLED),
             "request": job.request,

@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS job (
     id TEXT NOT NULL UNIQUE,
     method TEXT NOT NULL,
     request TEXT NOT NULL,                     -- JSON, as it was sent
-    commands TEXT NOT NULL,                    -- JSON, see job_request.Plan
+    commands TEXT NOT NULL,                    -- JSON, see request.PlannedJob
     key TEXT UNIQUE,                           -- of idempotency
     place INTEGER NOT NULL,                    -- in the queue
     state TEXT NOT NULL DEFAULT 'queued',
@@ -171,8 +171,8 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """Jobs by state; every state is there."""
-        found = dict(self._rows("SELECT state, count(*) FROM job GROUP BY state"))
-        return {state: found.get(state, 0) for state in STATES}
+        counts = dict(self._rows("SELECT state, count(*) FROM job GROUP BY state"))
+        return {state: counts.get(state, 0) for state in STATES}
 
     def cancel(self, job_id: str) -> Job | None:
         """A job that waits is cancelled; one that is handed gets a mark, for the runner. Others stay as they are."""

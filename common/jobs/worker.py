@@ -3,7 +3,7 @@
     python -m common.jobs.worker FOLDER --attempt 1
 
 Writes result.json at its end (see `common.jobs.folder`). Exit codes: 0 succeeded, 1 failed, 75 another worker has the
-job, 143 told to stop (the training then saves a checkpoint; there is no result, and a further attempt goes on).
+job, 143 asked to stop (the training then saves a checkpoint; there is no result, and a further attempt goes on).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Worker:
                 pass_fds=(self.lock,),
                 preexec_fn=lambda: self.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0),
             )
-        if self.stopped:  # told so while the command started
+        if self.stopped:  # asked to while the command started
             self.child.send_signal(signal.SIGTERM)
         code = self.child.wait()
         return (failure(code, self.folder.log_tail(start=start)) if code else None), code

@@ -120,10 +120,10 @@ def add_chat(app: FastAPI, server: Server) -> None:
             events = _events(server, request, body, version, work, turn, head, started)
             first = await anext(events)  # an error before the first token has a status of its own
             return StreamingResponse(_chain(first, events), media_type="text/event-stream")
-        found: ChatAnswer = await server.answer(request, version, work, turn, tokens=estimate(text))
-        _record(server, request, version, work, started, text, found)
-        choices = [_choice(number, work, answer) for number, answer in enumerate(found.choices)]
-        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": _usage(found)})
+        answer: ChatAnswer = await server.answer(request, version, work, turn, tokens=estimate(text))
+        _record(server, request, version, work, started, text, answer)
+        choices = [_choice(number, work, choice) for number, choice in enumerate(answer.choices)]
+        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": _usage(answer)})
 
 
 def _work(body: ChatRequest) -> Chat:
@@ -150,16 +150,16 @@ def _reason(answer: Generation) -> str:
     return "stop" if answer.finished else "length"
 
 
-def _usage(found: ChatAnswer) -> dict[str, int]:
-    written = sum(len(answer.tokens) for answer in found.choices)
-    read = found.prompt_tokens
+def _usage(answer: ChatAnswer) -> dict[str, int]:
+    written = sum(len(choice.tokens) for choice in answer.choices)
+    read = answer.prompt_tokens
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 def _record(
-    server: Server, request: Request, version, work: Chat, started: float, text: str, found: ChatAnswer
+    server: Server, request: Request, version, work: Chat, started: float, text: str, answer: ChatAnswer
 ) -> None:
-    server.record(request, version, work.name, started, text, **_usage(found))
+    server.record(request, version, work.name, started, text, **_usage(answer))
 
 
 async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -182,14 +182,14 @@ async def _events(
         choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": reason}
         return event(choices=[choice])
 
-    async def answer() -> ChatAnswer:
+    async def run() -> ChatAnswer:
         try:
             streamed = ChatTurn(turn.messages, stream=True)
             return await server.answer(request, version, work, streamed, emit=texts.put_nowait)
         finally:
             texts.put_nowait(None)  # after all texts: they and the answer come through one channel, in order
 
-    task = asyncio.create_task(answer())
+    task = asyncio.create_task(run())
     whole = sent = ""
     try:
         text = await texts.get()
@@ -206,20 +206,20 @@ async def _events(
                 sent = ready
             text = await texts.get()
         try:
-            found = await task
+            answer = await task
         except Problem as problem:
             error = {"message": problem.detail, "type": web.error_types(problem.status_code), "param": problem.param}
             yield f"data: {json.dumps({'error': error})}\n\n"
             return
-        final = work.cut(found.choices[0].text)
+        final = work.cut(answer.choices[0].text)
         if len(final) > len(sent):
             yield delta({"content": final[len(sent) :]})
-        yield delta({}, _reason(found.choices[0]))
+        yield delta({}, _reason(answer.choices[0]))
         if body.stream_options and body.stream_options.include_usage:
-            yield event(choices=[], usage=_usage(found))
+            yield event(choices=[], usage=_usage(answer))
         yield "data: [DONE]\n\n"
         text = "\n".join(message["content"] for message in turn.messages)
-        _record(server, request, version, work, started, text, found)
+        _record(server, request, version, work, started, text, answer)
     finally:
         task.cancel()
 

