@@ -38,6 +38,8 @@ from common.tasks.ranking import rows as labelled
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.task import CREDITMIX
 
+pytestmark = pytest.mark.exports
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 
+import pytest
 from support.jobs_served import make_place, processes_of, serve_jobs
 from support.processes import wait_for
 
 from common.jobs import local_backend, runner
 from common.jobs.folder import JobFolder
+
+pytestmark = pytest.mark.processes
 
 
 def test_jobs_start_in_order_and_no_more_than_may_run(tmp_path):

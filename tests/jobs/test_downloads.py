@@ -8,7 +8,10 @@ import shutil
 from pathlib import Path
 from urllib.parse import quote
 
+import pytest
 from support.jobs_served import sha256
+
+pytestmark = pytest.mark.processes
 
 
 def test_ranges_and_conditions(served, done):

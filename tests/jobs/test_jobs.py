@@ -10,6 +10,8 @@ from support.jobs_served import sha256
 
 from common.jobs import local_backend
 
+pytestmark = pytest.mark.processes
+
 
 def test_a_job_runs_the_scripts_and_leaves_files_with_their_hashes(served, done):
     status = served.status(done)

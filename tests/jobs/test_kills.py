@@ -17,6 +17,8 @@ from common.jobs import local_backend
 from common.jobs.folder import JobFolder
 from common.jobs.store import open_store
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def process(tmp_path):

@@ -30,6 +30,8 @@ from common.jobs.kubernetes_backend import KubernetesBackend, device_of, read_te
 from common.jobs.service import Service
 from common.jobs.worker import BUSY, STOPPED
 
+pytestmark = pytest.mark.processes
+
 K8S = ROOT / "k8s"
 MANIFESTS = [
     (path.name, body) for path in sorted(K8S.glob("*.yaml")) for body in yaml.safe_load_all(path.read_text()) if body

@@ -11,6 +11,8 @@ from support.processes import wait_for
 
 from common.jobs.routes import PAGE
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):

@@ -356,6 +356,7 @@ def test_a_model_of_an_unknown_kind_passes(data):
     (data / "empty" / "config.json").unlink()
 
 
+@pytest.mark.processes
 def test_the_example_runs_offline(data):
     """The payload of the recipe, with local models and a text file, by the real trainer."""
     with serve_jobs(data, data_dir=data / "service", scripts=ROOT) as served:

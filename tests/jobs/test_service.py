@@ -14,6 +14,8 @@ from common.jobs import local_backend
 from common.jobs.backend import Device
 from common.jobs.routes import create_app
 
+pytestmark = pytest.mark.processes
+
 
 def test_key_prefix_and_limits(tmp_path):
     data = make_place(tmp_path)

@@ -23,6 +23,8 @@ from common.tasks.ranking import creditmix
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.task import CREDITMIX
 
+pytestmark = pytest.mark.processes
+
 
 def test_every_adapter_answers_as_the_script_does(served, expected):
     for name in NAMES:

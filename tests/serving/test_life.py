@@ -35,6 +35,8 @@ from common.serving.view import View
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.task import CREDITMIX
 
+pytestmark = pytest.mark.processes
+
 
 def test_a_second_start_computes_no_prior(own):
     with serve(own) as served:

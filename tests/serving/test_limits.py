@@ -22,6 +22,8 @@ from common.serving import model_process, routes
 from common.serving.messages import Abandoned
 from common.serving.work import Classify
 
+pytestmark = pytest.mark.processes
+
 
 def test_a_full_queue(runs):
     with ThreadPoolExecutor(8) as pool, serve(runs, max_queue=3) as served:

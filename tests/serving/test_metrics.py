@@ -24,6 +24,8 @@ from common.cli import UserError
 from common.serving.settings import ServerSettings
 from common.tasks.ranking.task import CREDITMIX
 
+pytestmark = pytest.mark.processes
+
 NULLS = len(CREDITMIX.null_inputs)
 
 

@@ -27,6 +27,8 @@ from common.serving.settings import ServerSettings
 from common.tasks.ranking import task as tasks
 from common.tasks.ranking.classifier import Classifier
 
+pytestmark = pytest.mark.processes
+
 
 def test_models_lists_every_run(served, runs):
     served.post("/infer/sft", {"features": ROWS[0]})

@@ -21,6 +21,8 @@ from common.serving.openai_routes import ChatRequest
 from common.tasks.codegen import prompt as codegen
 from common.tasks.idp import extractor as idp
 
+pytestmark = pytest.mark.processes
+
 SCHEMA = {
     "type": "object",
     "properties": {

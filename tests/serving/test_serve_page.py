@@ -11,6 +11,8 @@ from support.pages import COLOURS, contrast, rgb
 
 from common.serving.routes import PAGE
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def page(browser, served):
