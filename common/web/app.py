@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import enum
 import hmac
 import itertools
 import os
@@ -28,6 +30,7 @@ from common.cli import UserError, log
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # what is taken over from a client; anything else is replaced
 DRAIN = 32 << 20  # bytes of a refused body that are read, so that the client gets to see the answer
+BODY_SECONDS = 60.0  # that the body of a request may take to arrive
 MAX_FAULTS = 5  # of a body that breaks many rules, as many are named
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -39,6 +42,16 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # b
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Refusal(enum.Enum):
+    """Why a body was not taken."""
+
+    TOO_LARGE = enum.auto()
+    TOO_SLOW = enum.auto()
+
+
+TOO_LARGE, TOO_SLOW = Refusal.TOO_LARGE, Refusal.TOO_SLOW
 
 
 class ErrorDetail(BaseModel):
@@ -100,6 +113,7 @@ def responses(*statuses: int, own: Mapping[int, str] | None = None) -> dict[int,
 ALWAYS = {
     400: {"model": ErrorBody, "description": "The body is not JSON"},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
+    408: {"model": ErrorBody, "description": "The body did not arrive in time"},
     413: {"model": ErrorBody, "description": "The body is too large"},
     500: {"model": ErrorBody, "description": "A fault of the server; its log names it under the request id"},
 }
@@ -205,7 +219,10 @@ class Guard:
             if not self._may_pass(scope["path"], headers):
                 challenge = {"WWW-Authenticate": "Bearer"}
                 await refuse(401, "send the API key as `Authorization: Bearer KEY`", headers=challenge)
-            elif (body := await self._read(headers, receive)) is None:
+            elif (body := await self._read_in_time(headers, receive)) is TOO_SLOW:
+                late = f"the body did not arrive within {BODY_SECONDS:g} s; send it faster, or send less"
+                await refuse(408, late, headers={"Connection": "close"})
+            elif body is TOO_LARGE:
                 limit = f"the body is larger than {self.max_body_bytes:,} bytes; send less in one request"
                 await refuse(413, limit, headers={"Connection": "close"})
             else:
@@ -234,8 +251,15 @@ class Guard:
         scheme, _, key = given.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The whole body; None where it is too large (a part of it is read, or the client would not see the answer)."""
+    async def _read_in_time(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | Refusal:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await self._read(headers, receive)
+        except TimeoutError:
+            return TOO_SLOW
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | Refusal:
+        """The whole body, unless it is too large (a part of it is read, or the client would not see the answer)."""
         chunks, size, more = [], 0, True
         length = headers.get(b"content-length", b"")
         too_large = length.isdigit() and int(length) > self.max_body_bytes
@@ -248,7 +272,7 @@ class Guard:
             if not too_large:
                 chunks.append(message.get("body", b""))
             more = message.get("more_body", False)
-        return None if too_large else b"".join(chunks)
+        return TOO_LARGE if too_large else b"".join(chunks)
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,22 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
-    """Serve until a signal, without a line in the log for every request."""
+    """Serve until a signal, without a line in the log for every request, and with patience for slow clients."""
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, access_log=False)
+    from common.web.connections import PatientProtocol
+
+    allow_many_connections()
+    uvicorn.run(app, host=host, port=port, access_log=False, http=PatientProtocol)
+
+
+def allow_many_connections() -> None:
+    """Raise this process's number of open files to what its limits allow; 1024 are soon reached."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limits here
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def app_on_demand(module: str, create_app: Callable[[], FastAPI]) -> Callable[[str], Any]:

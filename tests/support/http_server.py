@@ -58,7 +58,10 @@ def run_app(app) -> Iterator[tuple[Any, int]]:
     """(uvicorn's server, its port) of an application; stopped at the end as by a signal."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
+    from common.web.connections import PatientProtocol
+
+    config = uvicorn.Config(app, port=0, log_level="warning", access_log=False, http=PatientProtocol)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
