@@ -23,9 +23,9 @@ from typing import Any
 from common import cli
 from common.cli import log
 from common.jobs.folder import CHECKPOINTS, PLAN, RESULT, WORKER, JobFolder
+from common.processes import SET_PARENT_DEATH_SIGNAL
 
 BUSY, STOPPED = 75, 128 + signal.SIGTERM
-SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import processes
 from common.cli import UserError, log
 from common.data import rows as records
 from common.models import adapters, tokenizers
@@ -38,6 +39,7 @@ from common.serving.channel import Channel
 from common.serving.messages import (
     Abandoned,
     Answers,
+    Beat,
     Broken,
     Close,
     Encoder,
@@ -59,6 +61,9 @@ from common.vram import preflight as vram
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+BEAT = 1.0  # seconds between two signs of life, at least
 
 
 class Host:
@@ -85,6 +90,7 @@ class Host:
         self._signature: tuple = ()  # of the base's files when it was loaded
         self._active: str | None = None
         self._layers: list[Any] = []  # those that adapters are in
+        self._last_beat = 0.0
         self._attached = 0
 
     def serve(self) -> None:
@@ -131,6 +137,7 @@ class Host:
                     if not self.queue.withdraw(number):
                         for request in itertools.chain(*self._taken):
                             request.abandoned = request.abandoned or request.number == number
+                    self.channel.send(Beat())
                 case KeepVersions(name, versions):
                     self._versions[name] = versions
                     for old in [old for old in self._refused if old.name == name and old not in versions]:
@@ -210,6 +217,9 @@ class Host:
 
     def _between_steps(self) -> None:
         """Within a longer piece of work: stop when nobody waits for it, and let short ones go first."""
+        if time.monotonic() - self._last_beat > BEAT:
+            self._last_beat = time.monotonic()
+            self.channel.send(Beat())
         if not self.batch or self.batch[0].urgent:
             return
         self.receive(0.0)
@@ -332,4 +342,5 @@ def main(end: socket.socket) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager stops all processes; this one by its server
+    processes.die_with_parent(int(sys.argv[2]))
     main(socket.socket(fileno=int(sys.argv[1])))

@@ -1,7 +1,7 @@
 """What the server and a model's process say to each other; `channel` carries it.
 
 To the process: `Start` first, then `QueuedRequest`, `Withdraw`, `KeepVersions`, `Close`. From it: `Broken`, `State`,
-`Loaded`, `Taken`, `Text`, `Encoder`, `EncodesWith`, `Answers`.
+`Loaded`, `Taken`, `Text`, `Encoder`, `EncodesWith`, `Answers`, `Beat`.
 """
 
 from __future__ import annotations
@@ -122,6 +122,11 @@ class Loaded:
     kind: str
     name: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The process is alive: sent now and then in the middle of its work, and for every `Withdraw`."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from common import processes
 from common.cli import log
 from common.serving.batch_queue import QueuedRequest
 from common.serving.channel import Unpacker, pack
@@ -41,7 +40,6 @@ from common.serving.messages import (
 )
 from common.serving.run_registry import Version, base_key
 
-ROOT = Path(__file__).parents[2]
 RETRY = 10.0  # seconds until a base that could not be loaded is tried again
 CLOSING = 30.0  # seconds that a process has for what it has accepted when the server stops
 MAX_ENCODED = 20_000  # characters of a request whose prompts are encoded here
@@ -53,19 +51,18 @@ class QueueFull(Exception):
 
 
 class Gone(Exception):
-    """The model's process has ended before it answered."""
+    """The model's process has ended before it answered; it can be started again."""
 
 
 def launch(end: socket.socket) -> subprocess.Popen:
-    """Start a model's process at the other end of `end`; it ends when that is closed.
+    """Start a model's process at the other end of `end`; it ends when that is closed, or when this process ends.
 
-    It runs this checkout's code, whatever lies where the user stands (-P). It has a session of its own, so that Ctrl-C
+    It has a session of its own, so that Ctrl-C
     in a terminal reaches the server alone, which has answers to wait for.
     """
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "common.serving.adapter_host", str(end.fileno())],
-        env=os.environ | {"PYTHONPATH": path},
+        processes.module_command("common.serving.adapter_host", str(end.fileno()), str(os.getpid())),
+        env=processes.module_environment(),
         pass_fds=[end.fileno()],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
@@ -101,7 +98,7 @@ class ModelProcess(asyncio.Protocol):
     Attributes:
         rows: that wait.
         busy: requests that are being worked on.
-        broken: why the base cannot be loaded.
+        broken: why the base cannot be loaded, or that its process has ended over it.
     """
 
     def __init__(
@@ -119,10 +116,12 @@ class ModelProcess(asyncio.Protocol):
         self.rows = self.busy = 0
         self.loaded = False
         self.state = State()
-        self.broken: str | None = None
+        self.broken: Unusable | Gone | None = None
         self.broken_since = -math.inf
         self.process: Any = None
         self._closing = False
+        self._silent = False  # it was ended because it did not answer
+        self._owing: float | None = None  # since when it has been silent though it owes an answer
         self._numbers = 0
         self._pending: dict[int, Pending] = {}
         self._kept_versions: dict[str, list[Version]] = {}  # of each run, as the process knows them
@@ -155,9 +154,11 @@ class ModelProcess(asyncio.Protocol):
         Raises:
             QueueFull: more rows wait than MAX_QUEUE, or more bytes than are reasonable.
             Unusable: the base could not be loaded.
+            Gone: its process has just ended.
         """
         if self.closed.done():
-            raise Unusable(self.broken or f"the process of {self.base} has ended; send the request again")
+            reason = self.broken or Gone(f"the process of {self.base} has ended; send the request again")
+            raise type(reason)(str(reason))  # a new one: each raise of one exception would lengthen its traceback
         if self.full():
             raise QueueFull
         if self._kept_versions.get(version.name) != (current := [*versions]):
@@ -170,6 +171,7 @@ class ModelProcess(asyncio.Protocol):
         pending = Pending(queued, asyncio.get_running_loop().create_future(), emit)
         self._pending[queued.number] = pending
         self.rows += rows
+        self._owing = self._owing or time.monotonic()
         self._send(queued)
         return pending
 
@@ -205,10 +207,23 @@ class ModelProcess(asyncio.Protocol):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGKILL)
 
+    def end_if_silent(self, seconds: float) -> None:
+        """End the process where it has owed an answer, and has shown no sign of life, for so long.
+
+        One that loads its base is left alone: that is a single step, and can take long.
+        """
+        if self.loaded and self._owing is not None and time.monotonic() - self._owing > seconds:
+            self._silent = True
+            self.kill()
+
     # What comes from the process.
 
     def receive(self, message: Any) -> None:
         """One message of the process."""
+        self._receive(message)
+        self._owing = time.monotonic() if self.busy or self._pending else None
+
+    def _receive(self, message: Any) -> None:
         match message:
             case Answers():
                 self.on_answers(message)
@@ -229,7 +244,7 @@ class ModelProcess(asyncio.Protocol):
             case EncodesWith(version, number):
                 self._encodes[version] = number
             case Broken(reason):
-                self.on_broken(reason)
+                self.on_broken(Unusable(reason))
 
     def on_answers(self, message: Answers) -> None:
         self.busy -= len(message.numbers)
@@ -240,7 +255,7 @@ class ModelProcess(asyncio.Protocol):
             if pending and not pending.answer.done():
                 pending.answer.set_result(answer)
 
-    def on_broken(self, reason: str) -> None:
+    def on_broken(self, reason: Unusable | Gone) -> None:
         self.broken, self.broken_since = reason, time.monotonic()
         if self._transport:
             self._transport.close()  # which it waits for, so that this message is not lost
@@ -286,12 +301,12 @@ class ModelProcess(asyncio.Protocol):
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
             await self._lost.wait()
             code = await asyncio.to_thread(self.process.wait)
-            reason = Unusable(self.broken) if self.broken else Gone(_ending(self.base, code))
+            reason = self.broken or Gone(self._ending(code))
         except OSError as error:
             reason = Gone(f"the process of {self.base} could not be started ({error.strerror})")
         finally:
             if not (self.loaded or self.broken or self._closing):  # it ended while it was loading: not at once again
-                self.on_broken(str(reason))
+                self.on_broken(reason)
             self.loaded, self.state = False, State()
             if self._pending:
                 log(str(reason))
@@ -300,17 +315,17 @@ class ModelProcess(asyncio.Protocol):
                 if not pending.answer.done():
                     pending.answer.set_result(reason)
             self._pending.clear()
-            self.busy = 0
+            self.busy, self._owing = 0, None
 
-
-def _ending(base: str, code: int | None) -> str:
-    """How a process ended, in words."""
-    how = f"code {code}"
-    if code is not None and code < 0:
-        with contextlib.suppress(ValueError):
-            how = signal.Signals(-code).name
-        how += ", as where memory runs out" if code == -signal.SIGKILL else ""
-    return f"the process of {base} ended ({how}); the next request starts it again"
+    def _ending(self, code: int | None) -> str:
+        """How the process ended, in words."""
+        how = f"code {code}"
+        if code is not None and code < 0:
+            with contextlib.suppress(ValueError):
+                how = signal.Signals(-code).name
+            how += ", as where memory runs out" if code == -signal.SIGKILL else ""
+        ended = "did not answer and was ended" if self._silent else f"ended ({how})"
+        return f"the process of {self.base} {ended}; the next request starts it again"
 
 
 class Models:

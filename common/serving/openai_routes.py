@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from common.serving.server import Server, check_schema, estimate
+from common.serving.server import Server, estimate
 from common.serving.work import Chat, ChatAnswer, ChatTurn
 from common.web import app as web
 from common.web.app import Problem, responses
@@ -77,18 +77,16 @@ class ChatRequest(BaseModel):
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = Field(None, max_length=0, description="not supported")
 
-    def schema_text(self) -> str | None:
-        """The JSON Schema that the answer has to satisfy. Raises Problem 422 for one that decoding cannot follow."""
+    def schema(self) -> dict[str, Any] | bool | None:
+        """The JSON Schema that the answer has to satisfy; None where there is none. Raises Problem 422."""
         wanted = self.response_format
         if wanted is None or wanted.type == "text":
             return None
-        schema: dict[str, Any] | bool = {"type": "object"}
-        if wanted.type == "json_schema":
-            if wanted.json_schema is None:
-                raise Problem(422, "response_format of type json_schema needs json_schema", "response_format")
-            schema = wanted.json_schema.json_schema
-        check_schema(schema, "response_format")
-        return json.dumps(schema)
+        if wanted.type == "json_object":
+            return {"type": "object"}
+        if wanted.json_schema is None:
+            raise Problem(422, "response_format of type json_schema needs json_schema", "response_format")
+        return wanted.json_schema.json_schema
 
 
 def add_chat(app: FastAPI, server: Server) -> None:
@@ -110,7 +108,10 @@ def add_chat(app: FastAPI, server: Server) -> None:
         """A chat's next answer by a run; greedy unless a temperature is given."""
         started = time.perf_counter()
         version = await server.find(body.model, "model")
-        work = _work(body)
+        schema = body.schema()
+        if schema is not None:
+            await server.check_schema(schema, "response_format")
+        work = _work(body, schema)
         turn = ChatTurn([message.plain() for message in body.messages])
         text = "\n".join(message["content"] for message in turn.messages)
         head = {"id": f"chatcmpl-{web.request_id(request)}", "created": int(time.time()), "model": body.model}
@@ -126,7 +127,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
         return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": _usage(answer)})
 
 
-def _work(body: ChatRequest) -> Chat:
+def _work(body: ChatRequest, schema: dict[str, Any] | bool | None) -> Chat:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     temperature, samples = body.temperature or 0.0, body.n or 1
     return Chat(
@@ -136,7 +137,7 @@ def _work(body: ChatRequest) -> Chat:
         samples=samples,
         seed=body.seed or 0,
         stop=tuple(stop),
-        schema=body.schema_text(),
+        schema=None if schema is None else json.dumps(schema),
         alone=next(_alone) if body.stream else 0,
     )
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from common.cli import UserError
 from common.generation import json_schema
 from common.serving.openai_routes import add_chat
-from common.serving.server import Server, check_schema, estimate
+from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.tasks.codegen import prompt as codegen
@@ -132,6 +132,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         yield
         watch.cancel()
         await server.models.close()
+        await server.schema_checks.close()
         if server.audit:
             server.audit.close()
 
@@ -181,7 +182,7 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("idp"))
         schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
-        check_schema(schema, "schema")
+        await server.check_schema(schema, "schema")
         work = Extract(json.dumps(schema), body.max_new_tokens)
         extraction = await server.answer(request, version, work, body.document, tokens=estimate(body.document))
         error = extraction.error

@@ -11,18 +11,19 @@ from typing import Any
 from fastapi import Request
 
 from common.cli import UserError, log
-from common.generation import json_schema
 from common.serving.audit_log import AuditLog
 from common.serving.messages import Loaded, Unusable
 from common.serving.metrics import ServingMetrics
 from common.serving.model_process import Gone, ModelProcess, Models, Pending, QueueFull
 from common.serving.run_registry import BASE, BadName, Registry, UnknownRun, Version, describe
+from common.serving.schema_checks import SchemaChecks
 from common.serving.settings import ServerSettings
 from common.serving.view import Work
 from common.serving.work import WarmUp
 from common.web import app as web
 from common.web.app import Problem, WebMetrics
 
+GRACE = 30.0  # seconds beyond REQUEST_TIMEOUT until a model's process that does not answer is ended
 POLL = 0.25  # seconds between looks whether the client is still there
 CHARACTERS_A_TOKEN = 3  # about; how many rows make a batch is decided before they are encoded
 FRAME_TOKENS = 40  # about, of the instruction and the chat template
@@ -37,6 +38,7 @@ class Server:
         self.audit = AuditLog(settings.audit_log, settings.audit_max_bytes) if settings.audit_log else None
         self.web_metrics = WebMetrics()
         self.models = Models(settings.max_bases, self._start)
+        self.schema_checks = SchemaChecks()
         self.metrics = ServingMetrics(
             self.web_metrics.registry, self.models.all, lambda: self.audit.failures if self.audit else 0
         )
@@ -69,6 +71,15 @@ class Server:
             raise Problem(404, str(error), param) from error
         except UserError as error:
             raise Problem(409, str(error), param) from error
+
+    async def check_schema(self, schema: Any, param: str) -> None:
+        """Raises Problem 422 for a schema that decoding cannot follow, 503 where too many wait to be checked."""
+        try:
+            fault = await self.schema_checks.fault(schema)
+        except QueueFull:
+            raise Problem(503, "too many schemas wait to be checked; try again", retry_after=1) from None
+        if fault:
+            raise Problem(422, fault, param)
 
     def encode(self, version: Version, prompts: Sequence[str]) -> list[str | list[int]]:
         """Prompts as token ids, where this process knows how (see `ModelProcess.encode`)."""
@@ -106,9 +117,14 @@ class Server:
         return outcome(answer)
 
     async def watch(self) -> None:
-        """End the wait of requests that are late or whose client has gone; one round for all costs each one nothing."""
+        """End the wait of requests that are late or whose client has gone, and processes that do not answer.
+
+        One round for all costs each of them nothing.
+        """
         while True:
             await asyncio.sleep(min(POLL, self.settings.request_timeout / 4))
+            for process in self.models.all():
+                process.end_if_silent(self.settings.request_timeout + GRACE)
             late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
             for pending, (request, deadline) in list(self._waiting.items()):
                 problem = None
@@ -127,6 +143,8 @@ class Server:
             raise Problem(503, "the queue is full; try again", retry_after=1) from None
         except Unusable as error:
             raise Problem(409, str(error)) from None
+        except Gone as error:
+            raise Problem(503, str(error), retry_after=10) from None
 
     def preload(self) -> None:
         """Load the base and the runs behind the short names, with their priors."""
@@ -236,11 +254,3 @@ def outcome(answer: Any) -> Any:
 def estimate(text: str) -> int:
     """About how many tokens a prompt with this text has."""
     return FRAME_TOKENS + len(text) // CHARACTERS_A_TOKEN
-
-
-def check_schema(schema: dict[str, Any], param: str) -> None:
-    """Raises Problem 422 for a schema that decoding cannot follow."""
-    try:
-        json_schema.preflight(schema)
-    except UserError as error:
-        raise Problem(422, str(error), param) from error

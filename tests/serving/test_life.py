@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from support.http_server import Client
 from support.inputs import LABELS, ROOT
 from support.models import build_base
@@ -28,10 +29,11 @@ from support.served import (
     settings,
 )
 
-from common.serving import model_process
+from common.serving import adapter_host, model_process, routes, server
 from common.serving.messages import State
 from common.serving.run_registry import Registry, Version
 from common.serving.view import View
+from common.serving.work import Classify
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.task import CREDITMIX
 
@@ -106,6 +108,51 @@ def test_a_model_whose_process_is_killed_is_started_again(own):
         assert served.post("/infer/sft", row) == before
 
 
+def test_a_model_that_does_not_answer_is_ended_and_started_again(own, monkeypatch):
+    """A process that stands still takes the place of one that is busy for ever."""
+    monkeypatch.setattr(server, "GRACE", 0.5)
+    row = {"features": ROWS[0]}
+    with ThreadPoolExecutor(2) as pool, serve(own) as served:
+        before = served.post("/infer/sft", row)
+        (process,) = served.processes
+        monkeypatch.setattr(served.server, "settings", settings(own, request_timeout=0.5))
+        os.kill(process.process.pid, signal.SIGSTOP)
+        assert "no answer within 0.5 s" in served.refused(504, "/infer/sft", row)
+        monkeypatch.setattr(served.server, "settings", settings(own))
+        asked = pool.submit(served.ask, "POST", "/infer/kd", row)
+        wait_for(lambda: served.waiting() == 1)
+        monkeypatch.setattr(served.server, "settings", settings(own, request_timeout=0.5))
+        status, answer, headers = asked.result()
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert answer["error"]["message"].endswith("did not answer and was ended; the next request starts it again")
+        monkeypatch.setattr(served.server, "settings", settings(own))
+        assert served.post("/infer/sft", row) == before
+
+
+class Slow(Classify):
+    """Many steps, each short, that together take longer than a process may be silent."""
+
+    def run(self, view, payloads):
+        for _ in range(35):
+            time.sleep(0.1)
+            view.model(torch.tensor([[1]]))
+        return super().run(view, payloads)
+
+
+def test_long_work_that_shows_signs_of_life_is_not_ended(runs, expected, monkeypatch):
+    monkeypatch.setattr(server, "GRACE", adapter_host.BEAT)
+    with serve(runs) as served:
+        served.post("/infer/sft", {"features": ROWS[0]})
+        monkeypatch.setattr(routes, "Classify", Slow)
+        monkeypatch.setattr(served.server, "settings", settings(runs, request_timeout=0.8))
+        late = "no answer within 0.8 s; send less, or raise REQUEST_TIMEOUT"
+        assert served.refused(504, "/infer/sft", {"features": ROWS[0]}) == late
+        monkeypatch.undo()
+        same(served.post("/infer/sft", {"features": ROWS[0]}), expected["sft"][0])
+        (process,) = served.processes
+        assert not process.closed.done()
+
+
 def test_dead_processes_harm_neither_the_next_base_nor_the_end(tmp_path, tokenizer):
     runs = tmp_path / "runs"
     for seed in range(2):
@@ -132,7 +179,8 @@ def test_a_process_that_ends_while_it_loads_is_not_started_for_each_request(runs
         first = served.refused(503, "/infer/sft", {"features": ROWS[0]})
         assert "ended (code 1); the next request starts it again" in first
         for _ in range(3):
-            served.refused(409, "/infer/sft", {"features": ROWS[0]})
+            status, _, headers = served.ask("POST", "/infer/sft", {"features": ROWS[0]})
+            assert (status, headers["retry-after"]) == (503, "10")
         assert len(starts) == 1
 
 
@@ -150,8 +198,8 @@ def test_a_server_that_is_killed_leaves_no_process(runs):
         port = probe.getsockname()[1]
     words = [sys.executable, str(ROOT / "serve_creditmix.py"), "--port", str(port)]
     environment = os.environ | {"RUNS_DIR": str(runs), "PRELOAD": "1"}
-    server = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    started = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
     try:
         wait_for(lambda: children.read_text().strip())
         (model,) = map(int, children.read_text().split())
@@ -164,9 +212,9 @@ def test_a_server_that_is_killed_leaves_no_process(runs):
             ("/v1/chat/completions", {"model": "sft", "messages": [chat_turn("user")], "max_tokens": 2}),
         ):
             served.post(path, body)
-        modules = subprocess.run(["grep", "-c", "libtorch_cpu", f"/proc/{server.pid}/maps"], stdout=subprocess.PIPE)
+        modules = subprocess.run(["grep", "-c", "libtorch_cpu", f"/proc/{started.pid}/maps"], stdout=subprocess.PIPE)
         assert int(modules.stdout) == 0  # the server's own process needs no torch
     finally:
-        server.kill()
-        server.wait()
+        started.kill()
+        started.wait()
     wait_for(lambda: not Path(f"/proc/{model}").exists() or "zombie" in Path(f"/proc/{model}/status").read_text())
