@@ -18,6 +18,7 @@ from typing import Any
 
 from common.cli import UserError
 from common.jobs.backend import Device
+from common.jobs.folder import ARTIFACTS
 from common.models import adapters
 from common.training.settings import TrainSettings
 from common.vram import model_shape, preflight
@@ -26,6 +27,7 @@ from common.web.app import Problem
 IMPORTING = threading.Lock()
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SERVICE_FILES = ("jobs.db", "runner.lock", "reserve")  # how the names of the service's own files begin
 HUB_SECONDS = 8.0  # a question to the Hub may take
 TOKENIZER_SECONDS = 60.0  # two tokenizers may take to be loaded, the first time also downloaded
 REMEMBER = 600.0  # seconds that a yes of the Hub holds
@@ -44,10 +46,12 @@ class Reach:
 
     Args:
         roots: folders under which local paths are allowed.
+        own: the service's own folder, of which only what trainings have left is in reach.
     """
 
-    def __init__(self, roots: Sequence[Path]) -> None:
+    def __init__(self, roots: Sequence[Path], own: Path | None = None) -> None:
         self.roots = [os.path.realpath(root) for root in roots]
+        self.own = os.path.realpath(own) if own else None
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="hub")
         self._known: dict[tuple[str, str], float] = {}
 
@@ -55,7 +59,18 @@ class Reach:
         """The real path of what exists under an allowed root."""
         path = os.path.realpath(name)
         inside = any(path == root or path.startswith(root + os.sep) for root in self.roots)
-        return path if inside and os.path.exists(path) else None
+        return path if inside and os.path.exists(path) and not self._is_own(path) else None
+
+    def _is_own(self, path: str) -> bool:
+        """Whether a path is, or holds, a file by which the service runs: its table, a job's plan or its log."""
+        if self.own is None:
+            return False
+        if path == self.own or self.own.startswith(path.rstrip(os.sep) + os.sep):
+            return True
+        first, *others = os.path.relpath(path, self.own).split(os.sep)
+        if first == "jobs":  # jobs/<id>/artifacts is what a training has left
+            return len(others) < 2 or others[1] != ARTIFACTS
+        return first.startswith(SERVICE_FILES)
 
     def model(self, field: str, name: str) -> str:
         """The place of a model: a folder here, else an id on the Hub. Raises Problem 422."""

@@ -53,7 +53,7 @@ class LocalBackend:
         if len(self.cards) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = self.cards[job.slot % len(self.cards)]
         self._seen.add(job.id)
-        with open(folder.log, "ab") as log:
+        with folder.open_log() as log:
             self._children[job.id] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "common.jobs.worker", str(folder.path), "--attempt", str(job.attempt)],
                 cwd=folder.path,

@@ -6,13 +6,13 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
-from common.jobs.folder import JobFolder, log_lines
+from common.jobs.folder import ARTIFACTS, LOG, JobFolder, log_lines
 from common.jobs.store import ENDED, Job
 from common.training.progress import LIVE_LOG, is_loss
 
+LIVE = f"{ARTIFACTS}/{LIVE_LOG}"
 TAIL = 1 << 14  # bytes of the live log behind a status
 CHUNK = 1 << 18  # bytes of a log that are sent at once
 POLL = 0.25  # seconds between two looks for something new
@@ -43,18 +43,14 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def read(path: Path, start: int, most: int) -> bytes:
-    """At most so many bytes of a file, from `start`, or with a negative start from so far before its end."""
+def read(folder: JobFolder, name: str, start: int, most: int) -> bytes:
+    """At most so many bytes of a job's file, from `start`, or with a negative start from so far before its end."""
     try:
-        with open(path, "rb") as handle:
+        with folder.open(name) as handle:
             handle.seek(max(0, handle.seek(0, 2) + start) if start < 0 else start)
             return handle.read(most)
     except OSError:
         return b""
-
-
-def live_log(folder: JobFolder) -> Path:
-    return folder.artifacts / LIVE_LOG
 
 
 def status(folder: JobFolder, ended: bool) -> dict[str, Any]:
@@ -62,7 +58,7 @@ def status(folder: JobFolder, ended: bool) -> dict[str, Any]:
 
     The time that is left follows from the speed since the training started, or went on, within the last lines.
     """
-    entries = parse(read(live_log(folder), -TAIL, TAIL))
+    entries = parse(read(folder, LIVE, -TAIL, TAIL))
     losses: dict[str, float | None] = {}
     for entry in entries:
         losses |= losses_of(entry)
@@ -89,7 +85,7 @@ def session_start(entries: list[dict[str, Any]]) -> dict[str, Any]:
 def curves(folder: JobFolder) -> list[dict[str, Any]]:
     """All that was logged, each step once: what a resumed training logs again takes the place of what was."""
     entries: dict[tuple[int, bool], dict[str, Any]] = {}
-    for entry in parse(read(live_log(folder), 0, -1)):
+    for entry in parse(read(folder, LIVE, 0, -1)):
         if losses_of(entry):
             entries[entry["step"], "eval_loss" in entry] = entry
         else:  # it goes on from here
@@ -120,8 +116,8 @@ async def events(
     sent, silent = None, 0.0
     while not closing():
         job = await asyncio.to_thread(find)
-        lines, log_at = await asyncio.to_thread(read_on, folder.log, log_at)
-        entries, live_at = await asyncio.to_thread(read_on, live_log(folder), live_at)
+        lines, log_at = await asyncio.to_thread(read_on, folder, LOG, log_at)
+        entries, live_at = await asyncio.to_thread(read_on, folder, LIVE, live_at)
         if lines:
             yield event("log", log_lines(lines), (log_at, live_at))
         if logged := [entry for entry in parse(entries) if losses_of(entry)]:
@@ -140,9 +136,9 @@ async def events(
             await asyncio.sleep(POLL)
 
 
-def read_on(path: Path, start: int) -> tuple[bytes, int]:
+def read_on(folder: JobFolder, name: str, start: int) -> tuple[bytes, int]:
     """The whole lines that follow byte `start`, and where they end; a part of a line when it alone is too long."""
-    content = read(path, start, CHUNK)
+    content = read(folder, name, start, CHUNK)
     if len(content) < CHUNK or b"\n" in content:
         content = content[: content.rfind(b"\n") + 1]
     return content, start + len(content)

@@ -162,6 +162,7 @@ def create_app(settings: JobServiceSettings | None = None) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         api_key=settings.api_key,
         open_paths=web.open_paths(prefix),
+        hosts=settings.allowed_hosts,
     )
     web.add_about(app, service.metrics, PAGE, prefix)
 

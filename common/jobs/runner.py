@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 import threading
@@ -15,7 +14,7 @@ from typing import Any
 
 from common.cli import log
 from common.jobs.backend import GONE, Backend, Ended
-from common.jobs.folder import JobFolder
+from common.jobs.folder import JobFolder, delete_set_aside, try_lock
 from common.jobs.store import FAILED, QUEUED, RUNNING, Job, Store
 
 TICK = 0.1  # seconds between two looks while jobs run
@@ -69,9 +68,7 @@ class Runner:
         lock = os.open(self.jobs_dir.parent / "runner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             while not self._stop.is_set():
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self.is_leader = True
+                self.is_leader = self.is_leader or try_lock(lock)
                 if self.is_leader:
                     self._tick()
                 self._wake.wait(TICK)
@@ -138,11 +135,9 @@ class Runner:
         self.store.finish(job, ended.state, ended.error, ended.artifacts, folder.size())
 
     def clean(self) -> None:
-        """Delete what is too old or too much, and folders that no job has."""
-        known = self.store.ids()
-        for folder in self.jobs_dir.iterdir():
-            if folder.name not in known:
-                JobFolder(folder).delete()
+        """Delete what is too old or too much. A folder is only deleted for a job of the table, or after one."""
+        delete_set_aside(self.jobs_dir)
+        self.store.keep_reserve()
         ended = self.store.ended()
         used = sum(size for _, _, size in ended)
         if self.quota is not None:
@@ -155,7 +150,15 @@ class Runner:
 
     def delete(self, job_id: str) -> bool:
         """Delete a job that has ended, and its folder; False where it has not."""
-        if not self.store.delete(job_id):
-            return False
-        JobFolder(self.jobs_dir / job_id).delete()
-        return True
+
+        def set_aside() -> None:
+            with contextlib.suppress(FileNotFoundError):  # one that was cancelled before it began has none
+                JobFolder(self.jobs_dir / job_id).set_aside()
+
+        try:
+            deleted = self.store.delete(job_id, set_aside)
+        except sqlite3.OperationalError:  # a full disk: its files make room
+            delete_set_aside(self.jobs_dir)
+            deleted = self.store.delete(job_id)
+        delete_set_aside(self.jobs_dir)
+        return deleted

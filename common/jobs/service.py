@@ -16,7 +16,8 @@ from common.cli import UserError
 from common.jobs import local_backend, progress
 from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
-from common.jobs.folder import WORKER, JobFolder
+from common.jobs.folder import JOB_ID, WORKER, JobFolder, check_system
+from common.jobs.recovery import adopt_folders, keep_row
 from common.jobs.request import Planner
 from common.jobs.runner import Runner
 from common.jobs.store import (
@@ -35,7 +36,6 @@ from common.jobs.store import (
 from common.web.app import Environment, Problem, WebMetrics
 
 ROOT = Path(__file__).parents[2]
-JOB_ID = re.compile(r"[0-9a-f]{16}")
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 BACKENDS = ("local", "kubernetes")
 
@@ -56,6 +56,7 @@ class JobServiceSettings:
     max_body_bytes: int
     warm_up: bool = True  # import what the checks need before the first request needs it
     scripts: Path = ROOT
+    allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
     def from_environment(cls) -> JobServiceSettings:
@@ -81,6 +82,7 @@ class JobServiceSettings:
             api_prefix=prefix,
             api_key=env.text("API_KEY"),
             max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 18),
+            allowed_hosts=env.names("ALLOWED_HOSTS"),
         )
 
 
@@ -91,12 +93,14 @@ class Service:
         """Raises UserError where the settings cannot be met."""
         self.settings = settings
         self.jobs_dir = settings.data_dir / "jobs"
+        check_system()
         try:
-            self.store: Store = open_store(settings.data_dir)
+            self.store: Store = open_store(settings.data_dir, lambda job: keep_row(self.folder(job), job))
             self.jobs_dir.mkdir(exist_ok=True)
+            adopt_folders(self.store, self.jobs_dir)
         except OSError as error:
             raise UserError(f"DATA_DIR={settings.data_dir}: {error.strerror}; choose another folder") from error
-        self.reach = Reach(settings.allowed_roots)
+        self.reach = Reach(settings.allowed_roots, own=settings.data_dir)
         self.vocabularies = Vocabularies(self.reach)
         self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
         backend, at_once = self._backend()
@@ -155,6 +159,8 @@ class Service:
             job = self.store.submit(plan.method, payload, plan.commands, job_id, key)
         except KeyTaken:
             raise Problem(422, "Idempotency-Key: it was used for another request", "Idempotency-Key") from None
+        except OSError as error:
+            raise Problem(503, f"the job cannot be kept ({error.strerror}); try again", retry_after=60) from error
         self.runner.wake()
         return job
 

@@ -94,7 +94,7 @@ class Worker:
             shutil.rmtree(self.folder.artifacts / command["output"], ignore_errors=True)
         elif command["output"] == "" and self.folder.read_record():
             argv.append("--resume")
-        with open(self.folder.log, "ab", buffering=0) as output:
+        with self.folder.open_log() as output:
             output.write(f"$ {shlex.join(['python', Path(argv[0]).name, *argv[1:]])}\n".encode())
             start = os.fstat(output.fileno()).st_size
             self.child = subprocess.Popen(

@@ -10,6 +10,7 @@ import pytest
 from support.jobs_served import make_place, serve_jobs, settings
 from support.processes import wait_for
 
+from common.cli import UserError
 from common.jobs import local_backend
 from common.jobs.backend import Device
 from common.jobs.routes import create_app
@@ -81,7 +82,6 @@ def test_schemathesis(served, done, tmp_path):
 
 
 def test_settings_from_the_environment(monkeypatch, tmp_path):
-    from common.cli import UserError
     from common.jobs.service import ROOT, JobServiceSettings
 
     for name in ("API_KEY", "DATA_DIR", "ALLOWED_ROOTS"):
@@ -131,3 +131,9 @@ def test_each_job_has_a_card_of_its_own(tmp_path, monkeypatch):
         ]
     assert used[:2] == ["4", "5"]
     assert used[2] in ("4", "5")
+
+
+def test_native_windows_is_told_of_wsl(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.jobs.folder.fcntl", None)
+    with pytest.raises(UserError, match="run the job service in WSL"):
+        create_app(settings(tmp_path))
