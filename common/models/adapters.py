@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.models.source import looks_local
@@ -30,13 +31,28 @@ def base_of(folder: str | Path) -> str:
     Raises:
         UserError: the base is a local folder that is no longer there, or the adapter's config is broken.
     """
-    try:
-        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken ({error}); train the adapter again") from error
-    if looks_local(base) and not Path(base).is_dir():
+    base = read_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken: it names no base; train the adapter again")
+    if looks_local(base) and not os.path.isdir(base):
         raise UserError(f"the adapter {folder} needs its base {base}, which is not there; put it back or pass --base")
     return base
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The settings of the adapter in `folder`. Raises UserError where they cannot be read."""
+    return _read_object(Path(folder) / ADAPTER_CONFIG, "train the adapter again")
+
+
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object in a file. Raises UserError for anything else."""
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is broken ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is broken (no JSON object); {remedy}")
+    return value
 
 
 def tokenizer_folder(model_dir: str, base: str | None = None) -> str:
@@ -84,7 +100,7 @@ def load_adapter(
     expected = None
     record = Path(folder) / "run.json"
     if record.is_file():
-        expected = json.loads(record.read_text()).get("base_fingerprint")
+        expected = _read_object(record, "restore it, or train the adapter again").get("base_fingerprint")
     if expected and expected != fingerprint(model):
         raise UserError(
             f"the adapter {folder} was trained on other base weights than {model.name_or_path}; "

@@ -34,6 +34,7 @@ from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.onnx_runtime import OnnxModel, is_onnx
 from common.models.source import ModelSource
+from common.serving import shared_adapters
 from common.serving.batch_queue import BatchQueue, QueuedRequest
 from common.serving.channel import Channel
 from common.serving.messages import (
@@ -60,6 +61,7 @@ from common.serving.view import View
 from common.vram import preflight as vram
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -238,9 +240,15 @@ class Host:
                 started = time.perf_counter()
                 self.views[version] = View(self, version, *self._attach(version))
                 self.report_loaded("adapter", version.name, time.perf_counter() - started)
-            except UserError as error:
-                self._refused[version] = str(error)
-                raise Unusable(str(error)) from error
+            except Exception as error:  # whatever a library makes of files that are not what they should be
+                if type(error).__name__ == "OutOfMemoryError":
+                    raise
+                reason = str(error)
+                if not isinstance(error, UserError):
+                    log(f"{version.model_dir} cannot be loaded:\n{traceback.format_exc()}")
+                    reason = f"{version.model_dir} cannot be loaded ({type(error).__name__}); train it again"
+                self._refused[version] = reason
+                raise Unusable(reason) from error
             self._detach_old(version.name)
             self._send_state()
             self._offer_encoder(version)
@@ -267,11 +275,13 @@ class Host:
             raise UserError(f"{version.address} is no longer on the disk; ask for {version.name}")
         self._attached += 1
         name = f"a{self._attached}"  # a run's own name may hold dots, which module names cannot
-        shared = hasattr(self.model, "peft_config")
+        shared_adapters.check(version.model_dir, [key for key, _ in self.model.named_modules()])
+        before = self._shape()
         try:
             self.model = adapters.load_adapter(self.model, version.model_dir, name=name).eval()
-        except UserError:
-            if not shared:  # PEFT has left its layers in the base
+        except BaseException:
+            self._active = ""  # PEFT may have switched
+            if self._shape() != before:  # it has left something on the base
                 self.load()
             raise
         self._active = ""  # PEFT has switched
@@ -279,6 +289,10 @@ class Host:
         if signature_of(version.model_dir) != version.signature:
             raise UserError(f"{version.model_dir} changed while it was being loaded; send the request again")
         return name, self._tokenizer(adapters.tokenizer_folder(version.model_dir, self.base))
+
+    def _shape(self) -> list[tuple[str, torch.Size]]:
+        """The model's weights by name and size: the same after a failed load as before it."""
+        return [(name, weight.shape) for name, weight in self.model.named_parameters()]
 
     def _detach_old(self, name: str) -> None:
         """Drop the versions of a run that are too old to be asked for."""

@@ -190,8 +190,8 @@ class Server:
                 for version in self.registry.versions(name):
                     about = describe(version) | {"loaded": version in loaded, "current": version == newest}
                     if about["current"] or about["loaded"]:
-                        entries.append({**about, "error": None})
-            except UserError as error:
+                        entries.append(about)
+            except (UserError, OSError, ValueError, RecursionError) as error:
                 nothing = dict.fromkeys(("adapter_sha256", "method", "created", "metrics"))
                 entries.append(
                     {
