@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,11 +35,11 @@ class ContentPart(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CONTENT)] | Annotated[list[ContentPart], Field(max_length=64)]
+    content: Annotated[str, Field(max_length=MAX_CONTENT)] | Annotated[list[ContentPart], Field(max_length=64)] | None
 
     def plain(self) -> dict[str, str]:
-        """As the chat template wants it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """As the chat template wants it; the answer of another server that was cut off may have no content."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -75,7 +76,19 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = Field(None, max_length=0, description="not supported")
+    tools: list[Any] | None = Field(None, description="not supported")
+    functions: list[Any] | None = Field(None, description="not supported")
+    logprobs: bool | None = Field(None, description="not supported")
+    top_logprobs: int | None = Field(None, description="not supported")
+
+    def refuse_what_is_missing(self) -> None:
+        """Raises Problem 422 where an answer without it would be taken for one with it."""
+        for field in ("tools", "functions"):
+            if getattr(self, field):
+                raise Problem(422, f"{field}: the models here call none; ask without", field)
+        for field in ("logprobs", "top_logprobs"):
+            if getattr(self, field):
+                raise Problem(422, f"{field}: answers have none here; ask without", field)
 
     def schema(self) -> dict[str, Any] | bool | None:
         """The JSON Schema that the answer has to satisfy; None where there is none. Raises Problem 422."""
@@ -99,7 +112,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
         made = [
             {"id": entry["name"], "object": "model", "created": _seconds(entry["created"]), "owned_by": "distill-slm"}
             for entry in known["models"]
-            if entry["current"] and not entry["error"]
+            if entry["current"] and entry["base"]  # one that cannot be used has none
         ]
         return {"object": "list", "data": made}
 
@@ -107,6 +120,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
     async def complete(body: ChatRequest, request: Request) -> Response:
         """A chat's next answer by a run; greedy unless a temperature is given."""
         started = time.perf_counter()
+        body.refuse_what_is_missing()
         version = await server.find(body.model, "model")
         schema = body.schema()
         if schema is not None:
@@ -130,12 +144,15 @@ def add_chat(app: FastAPI, server: Server) -> None:
 def _work(body: ChatRequest, schema: dict[str, Any] | bool | None) -> Chat:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     temperature, samples = body.temperature or 0.0, body.n or 1
+    seed = body.seed
+    if seed is None:  # another answer each time; greedy ones are the same, and can share a batch
+        seed = secrets.randbits(63) if temperature else 0
     return Chat(
         max_tokens=body.max_completion_tokens or body.max_tokens,
         temperature=temperature,
         top_p=body.top_p or 1.0,
         samples=samples,
-        seed=body.seed or 0,
+        seed=seed,
         stop=tuple(stop),
         schema=None if schema is None else json.dumps(schema),
         alone=next(_alone) if body.stream else 0,
@@ -177,7 +194,7 @@ async def _events(
 
     def event(**fields: Any) -> str:
         chunk = {**head, "object": "chat.completion.chunk", **fields}
-        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(chunk)}\n\n"  # in ASCII: some clients end lines at U+2028
 
     def delta(content: dict[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": reason}

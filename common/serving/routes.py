@@ -150,6 +150,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         max_body_bytes=server.settings.max_body_bytes,
         api_key=server.settings.api_key,
         open_paths=web.open_paths(),
+        hosts=server.settings.allowed_hosts,
     )
     _add_extraction(app, server)  # routes are tried in order: these before /infer/{run}
     _add_code(app, server)

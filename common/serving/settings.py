@@ -26,6 +26,7 @@ class ServerSettings:
         audit_inputs: write the texts of requests, too.
         audit_max_bytes: size at which the audit log is rotated.
         preload: load the base and the named runs at the start.
+        allowed_hosts: names by which the server may be asked for without a key, beside localhost and addresses.
     """
 
     runs_dir: str
@@ -40,6 +41,7 @@ class ServerSettings:
     audit_inputs: bool
     audit_max_bytes: int
     preload: bool
+    allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
     def from_environment(cls) -> ServerSettings:
@@ -72,4 +74,5 @@ class ServerSettings:
             audit_inputs=env.switch("AUDIT_INPUTS"),
             audit_max_bytes=env.whole("AUDIT_MAX_BYTES", 64 << 20),
             preload=env.switch("PRELOAD"),
+            allowed_hosts=env.names("ALLOWED_HOSTS"),
         )

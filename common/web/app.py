@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import hmac
+import ipaddress
 import itertools
 import os
 import re
@@ -113,6 +115,7 @@ def responses(*statuses: int, own: Mapping[int, str] | None = None) -> dict[int,
 ALWAYS = {
     400: {"model": ErrorBody, "description": "The body is not JSON"},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
+    403: {"model": ErrorBody, "description": "No API key is set, and the Host header is none of ALLOWED_HOSTS"},
     408: {"model": ErrorBody, "description": "The body did not arrive in time"},
     413: {"model": ErrorBody, "description": "The body is too large"},
     500: {"model": ErrorBody, "description": "A fault of the server; its log names it under the request id"},
@@ -184,15 +187,25 @@ class Guard:
     taken for a broken body there.
 
     Args:
-        api_key: None lets everybody in.
+        api_key: None lets everybody in who asks for a name in `hosts`, or for an address: a page elsewhere, to whose
+            own name an attacker has given this machine's address, may not speak for its reader.
         open_paths: paths that need no key.
+        hosts: names by which the server may be asked for; "*" for any.
     """
 
     def __init__(
-        self, app, *, metrics: WebMetrics, max_body_bytes: int, api_key: str | None, open_paths: frozenset[str]
+        self,
+        app,
+        *,
+        metrics: WebMetrics,
+        max_body_bytes: int,
+        api_key: str | None,
+        open_paths: frozenset[str],
+        hosts: Sequence[str] = (),
     ) -> None:
         self.app, self.metrics, self.max_body_bytes, self.open_paths = app, metrics, max_body_bytes, open_paths
         self.api_key = api_key.encode() if api_key else None
+        self.hosts = {"localhost", *hosts}
         self.first_part, self.numbers = secrets.token_hex(4).encode(), itertools.count(1)  # of the ids given here
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -219,6 +232,11 @@ class Guard:
             if not self._may_pass(scope["path"], headers):
                 challenge = {"WWW-Authenticate": "Bearer"}
                 await refuse(401, "send the API key as `Authorization: Bearer KEY`", headers=challenge)
+            elif not (scope["path"] in self.open_paths or self._is_asked_for(headers)):
+                unnamed = (
+                    "without an API_KEY this server answers to localhost and addresses; set ALLOWED_HOSTS or API_KEY"
+                )
+                await refuse(403, unnamed)
             elif (body := await self._read_in_time(headers, receive)) is TOO_SLOW:
                 late = f"the body did not arrive within {BODY_SECONDS:g} s; send it faster, or send less"
                 await refuse(408, late, headers={"Connection": "close"})
@@ -250,6 +268,19 @@ class Guard:
         given = headers.get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
+
+    def _is_asked_for(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether the Host header names this server."""
+        if self.api_key is not None or "*" in self.hosts:
+            return True
+        host = headers.get(b"host", b"").decode("latin-1").strip().lower()
+        name = host.partition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
+        if name in self.hosts:
+            return True
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(name)
+            return True
+        return not host  # of HTTP/1.0, which no browser sends
 
     async def _read_in_time(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | Refusal:
         try:
@@ -336,6 +367,10 @@ class Environment:
         if value not in choices:
             raise UserError(f"{name}={value} is none of {', '.join(choices)}; set it to one or unset it")
         return value
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """A comma-separated list, in lower case."""
+        return tuple(part.strip().lower() for part in (self.text(name) or "").split(",") if part.strip())
 
     def switch(self, name: str) -> bool:
         """Off unless set to something else than 0, false, no or off."""

@@ -94,6 +94,22 @@ def test_an_api_key(runs):
             assert served.ask("GET", path)[0] == 200
 
 
+def test_without_a_key_only_its_own_names_are_answered_to(runs):
+    """A name that somebody else has given this machine's address is none of them."""
+    with serve(runs, allowed_hosts=("models.example",)) as served:
+        good = ("localhost", f"127.0.0.1:{served.port}", "[::1]:8000", "10.1.2.3", "LOCALHOST:1", "models.example:80")
+        for host in good:
+            assert served.ask("GET", "/models", headers={"Host": host})[0] == 200, host
+        for host in ("attacker.example", "localhost.attacker.example", "127.0.0.1.attacker.example:8000", "[x]"):
+            status, answer, _ = served.ask("GET", "/models", headers={"Host": host})
+            assert status == 403, host
+            assert "set ALLOWED_HOSTS or API_KEY" in answer["error"]["message"]
+            assert served.ask("GET", "/healthz", headers={"Host": host})[0] == 200
+    with serve(runs, api_key="s3cret") as served:
+        key = {"Authorization": "Bearer s3cret", "Host": "anything.example"}
+        assert served.ask("GET", "/models", headers=key)[0] == 200
+
+
 def test_a_body_that_is_too_large(runs):
     with serve(runs, max_body_bytes=1000) as served:
         large = {"features": "x" * 5_000_000}
@@ -103,6 +119,9 @@ def test_a_body_that_is_too_large(runs):
         connection.request("POST", "/infer/sft", chunks, JSON, encode_chunked=True)
         assert connection.getresponse().status == 413
         assert served.ask("GET", "/healthz")[0] == 200
+
+
+CHAT = {"model": "base", "messages": [chat_turn("user")]}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +147,10 @@ def test_a_body_that_is_too_large(runs):
         ("/v1/chat/completions", {"model": "base", "messages": []}, "messages", "messages: List should have at least"),
         ("/v1/chat/completions", {"model": "a/b", "messages": [chat_turn("user")]}, "model", "not the name of a run"),
         ("/v1/chat/completions", {"model": "base", "messages": [chat_turn("tool")]}, "messages.0.role", ""),
+        ("/v1/chat/completions", CHAT | {"tools": [{"type": "function"}]}, "tools", "tools: the models here call none"),
+        ("/v1/chat/completions", CHAT | {"functions": [{}]}, "functions", "functions: the models here call none"),
+        ("/v1/chat/completions", CHAT | {"logprobs": True}, "logprobs", "logprobs: answers have none here"),
+        ("/v1/chat/completions", CHAT | {"top_logprobs": 2}, "top_logprobs", "top_logprobs: answers have none here"),
     ],
 )  # fmt: skip
 def test_bad_input_names_its_field(served, path, body, field, message):

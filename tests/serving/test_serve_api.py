@@ -150,6 +150,25 @@ def test_samples_stops_and_seeds(served):
         assert choice["message"]["content"] == text.partition(stop)[0]
 
 
+def test_without_a_seed_each_answer_is_drawn_anew(served):
+    body = chat(ROWS[1], max_tokens=12, temperature=1.5)
+    texts = [served.post("/v1/chat/completions", body)["choices"][0]["message"]["content"] for _ in range(4)]
+    assert len({*texts}) > 1
+    greedy = chat(ROWS[1], max_tokens=12)
+    assert (
+        served.post("/v1/chat/completions", greedy)["choices"] == served.post("/v1/chat/completions", greedy)["choices"]
+    )
+
+
+def test_an_answer_without_content_may_stand_in_a_chat(served):
+    """Another server's, whose budget ended before it said anything."""
+    turns = [("user", "Age: 23"), ("assistant", None), ("user", "go on")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    answer = served.post("/v1/chat/completions", {"model": "sft", "messages": messages, "max_tokens": 2})
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    assert answer["choices"][0]["message"]["content"] is not None
+
+
 def events(served, body: dict) -> list:
     """The data of a stream, [DONE] included."""
     connection = served.connect()
@@ -157,7 +176,9 @@ def events(served, body: dict) -> list:
     answer = connection.getresponse()
     assert answer.status == 200
     assert answer.getheader("content-type").startswith("text/event-stream")
-    lines = answer.read().decode().split("\n\n")
+    content = answer.read()
+    assert content.isascii()  # some clients end lines at U+2028 and the like
+    lines = content.decode().split("\n\n")
     assert lines.pop() == ""
     return [data if (data := line.removeprefix("data: ")) == "[DONE]" else json.loads(data) for line in lines]
 
