@@ -144,7 +144,7 @@ def create_app(settings: JobServiceSettings | None = None) -> FastAPI:
         description="Distillation, SFT, KD and DPO as jobs: submit, watch, cancel, resume, download.",
         lifespan=lifespan,
         responses=ALWAYS,
-        docs_url=f"{prefix}/docs",
+        docs_url=None,
         openapi_url=f"{prefix}/openapi.json",
         redoc_url=None,
     )

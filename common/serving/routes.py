@@ -141,6 +141,8 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         description="Every adapter of a folder of runs on one base model: CreditMix, IDP, CodeGen and OpenAI's API.",
         lifespan=lifespan,
         responses=ALWAYS,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.server = server
     web.add_error_handlers(app)

@@ -29,6 +29,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from common.cli import UserError, log
+from common.web import docs_pages
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # what is taken over from a client; anything else is replaced
 DRAIN = 32 << 20  # bytes of a refused body that are read, so that the client gets to see the answer
@@ -129,15 +130,17 @@ def request_id(request: Request) -> str:
 
 def open_paths(prefix: str = "") -> frozenset[str]:
     """Paths that need no API key: the page (it asks for the key), the API's description, health."""
-    public = ("/", "/favicon.ico", "/docs", "/openapi.json")
-    return frozenset(("/healthz", "/readyz", *(prefix + path for path in public)))
+    public = ("/", "/favicon.ico", "/openapi.json")
+    return frozenset(("/healthz", "/readyz", *(prefix + path for path in public), *docs_pages.paths(prefix)))
 
 
 def add_about(app: FastAPI, metrics: WebMetrics, page: Path, prefix: str = "") -> None:
-    """The routes that every server has: its page at `prefix`/, /healthz, /metrics."""
+    """The routes that every server has: its page at `prefix`/, pages on its API, /healthz, /metrics."""
     content = page.read_text(encoding="utf-8")
     for name in ("page.css", "page.js"):
         content = content.replace(f"/* {name} */\n", Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+    docs_pages.add_docs_pages(app, prefix)
 
     @app.get(f"{prefix}/", response_class=HTMLResponse, include_in_schema=False)
     async def the_page() -> Response:
