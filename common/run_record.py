@@ -102,9 +102,12 @@ def read(save_dir: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        facts = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is broken ({error}); train again with --overwrite") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("state"), str):
+        raise UserError(f"{path} is broken (it says no state of a run); train again with --overwrite")
+    return facts
 
 
 class RunRecord:
@@ -112,6 +115,7 @@ class RunRecord:
 
     def __init__(self, save_dir: str, argv: list[str], settings: dict[str, Any], **facts: Any) -> None:
         self.path = Path(save_dir) / FILE
+        self.lock: int | None = None  # file descriptor of the folder's lock, let go of with the end of the run
         self.started = time.time()
         self.facts = {
             "state": "running",
@@ -134,6 +138,9 @@ class RunRecord:
         self.write(
             state=state, seconds=round(time.time() - self.started, 1), peak_memory_bytes=peak_memory_bytes(), **facts
         )
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
 def write_groups(save_dir: str | Path, groups: set[str]) -> None:

@@ -19,6 +19,7 @@ from common.cli import UserError, log
 SFT_KEYS = ("input", "output")
 KD_KEYS = ("input", "teacher_output")
 DPO_KEYS = ("prompt", "chosen", "rejected")
+MAX_DIGITS = 4000  # of a whole number; Python reads few more
 
 
 @contextlib.contextmanager
@@ -112,9 +113,39 @@ def read_text(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     """A JSON file. Raises UserError with the line where the JSON breaks."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); mend the file") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; mend the file") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+        ValueError: what Python would read otherwise than it is written, or not at all: a name that an object has
+            twice, a number of thousands of digits, nesting beyond all bounds.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)[:60]}' is given twice")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"it has a number of {len(text):,} digits")
+    return int(text)
 
 
 def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -123,9 +154,11 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(handle, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    yield number, parse_json(line)
                 except json.JSONDecodeError as error:
                     yield number, ValueError(f"not JSON ({error.msg})")
+                except ValueError as error:
+                    yield number, error
 
 
 def numbered_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str] | None]:
@@ -151,6 +184,8 @@ def _csv_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str]]:
         reader = csv.reader(handle, strict=True)
         try:
             header = [name.strip() for name in next(reader)]
+            if repeated := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
+                raise UserError(f"{path}, line 1: the column '{repeated[0][:60]}' is given twice; rename one of them")
             for cells in reader:
                 if len(cells) == len(header):
                     numbered.append((reader.line_num, dict(zip(header, cells, strict=True))))

@@ -57,7 +57,17 @@ ALIASES = {  # names of the llm2slm payload, for methods whose script does not k
     "save_every": "save_steps",
 }
 QAT = "quantization_aware"
-OF_THE_SERVER = ("save_dir", "output_dir", "resume", "overwrite", "config", "trust_remote_code", "report_to", "help")
+OF_THE_SERVER = (
+    "save_dir",
+    "output_dir",
+    "resume",
+    "with_changes",
+    "overwrite",
+    "config",
+    "trust_remote_code",
+    "report_to",
+    "help",
+)
 MODELS, FILES = ("student", "teacher"), ("data", "eval_data", "task")
 LONGEST = 4096  # characters of a text
 MOST = 1e9

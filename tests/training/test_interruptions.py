@@ -79,7 +79,10 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, spawn, tmp_path):
     assert run_json(save_dir)["state"] == "done"
 
 
-@pytest.mark.parametrize("damage", ["no trainer_state.json", "half a trainer_state.json", "no optimizer.pt"])
+@pytest.mark.parametrize("damage", [
+    "no trainer_state.json", "half a trainer_state.json", "no optimizer.pt", "half a optimizer.pt",
+    "half a adapter_model.safetensors",
+])  # fmt: skip
 def test_a_checkpoint_cut_short_is_passed_over(damage, unbroken, tmp_path, capsys):
     main, base, data = unbroken.task("sft")
     save_dir = tmp_path / "run"

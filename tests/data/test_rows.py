@@ -1,0 +1,44 @@
+"""Rows on disk: what a line holds that cannot be taken as it is written is named by its line."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.cli import UserError
+from common.data import rows
+
+GOOD = '{"input": "a", "output": "b", "n": 12345678901234567890}\n'
+BAD = {
+    "a key twice": ('{"input": "a", "output": "b", "age": 23, "age": 45}', "the key 'age' is given twice"),
+    "a key twice within": ('{"input": "a", "output": "b", "x": {"n": 1, "n": 1}}', "the key 'n' is given twice"),
+    "digits": ('{"input": "a", "output": "b", "n": ' + "7" * 6000 + "}", "it has a number of 6,000 digits"),
+    "depth": ('{"input": "a", "output": ' + "[" * 100_000 + "]" * 100_000 + "}", "it is nested too deeply"),
+    "half": ('{"input": "a", "outp', "not JSON (Unterminated string starting at)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_line_is_named(tmp_path, kind, capsys):
+    line, reason = BAD[kind]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD + line + "\n" + GOOD)
+    with pytest.raises(UserError) as raised:
+        rows.read_rows(path, rows.SFT_KEYS)
+    assert str(raised.value).startswith(f"{path}, line 2: {reason}; mend the row, or pass --skip_bad_rows")
+    assert [row["n"] for row in rows.read_rows(path, rows.SFT_KEYS, skip_bad_rows=True)] == [12345678901234567890] * 2
+    assert f"line 2: {reason}; skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_named(tmp_path, kind):
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{GOOD}, {BAD[kind][0]}]")
+    with pytest.raises(UserError, match="mend the file"):
+        rows.read_json(path)
+
+
+def test_a_column_that_repeats_is_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("Age,Income,Age\n1,2,3\n")
+    with pytest.raises(UserError, match="line 1: the column 'Age' is given twice; rename one of them"):
+        rows.numbered_rows(path)
