@@ -1,7 +1,7 @@
 """The pages on an API's description, /docs (Swagger UI) and /redoc, without anything from elsewhere.
 
 Both programs lie in assets/, as their makers publish them, compressed: swagger-ui-dist 5.35.0 (Apache-2.0) and
-redoc 2.5.4 (MIT).
+redoc 2.5.4 (MIT), without the address of a picture that its page would load from its maker.
 """
 
 from __future__ import annotations
