@@ -23,6 +23,7 @@ from common import cli
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
+from common.files import json_text, jsonl_text, sha256_file, sha256_text, write_together
 from common.sandbox import grading
 from common.tasks.codegen import mutation as code_mutation
 from common.tasks.codegen import prompt as codegen
@@ -56,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.synthesize:
         problems = code_problems.problems_of(code_synthesis.synthesize(args.synthesize, args.seed))
         name = f"--synthesize {args.synthesize} --seed {args.seed}"
-        digest = records.sha256_text(records.jsonl_text(problem.row() for problem in problems))
+        digest = sha256_text(jsonl_text(problem.row() for problem in problems))
     else:
         problems = code_problems.read(args.src, args.skip_bad_rows)
-        name, digest = Path(args.src).name, records.sha256_file(args.src)
+        name, digest = Path(args.src).name, sha256_file(args.src)
         problems, failing = run_solutions(problems, args.allow_no_sandbox)
     parts: dict[str, list[Problem]] = {part: [] for part in splits.PARTS}
     for problem in problems:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         zip(
             OUTPUT_FILES,
             (
-                records.jsonl_text(rows)
+                jsonl_text(rows)
                 for rows in (sft, kd, dpo, *([p.row() for p in parts[part]] for part in ("dev", "validation")))
             ),
             strict=True,
@@ -96,11 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for part, members in parts.items()
         },
         "teacher": {"name": "gold solutions"},
-        "files": {
-            file: {"rows": text.count("\n"), "sha256": records.sha256_text(text)} for file, text in texts.items()
-        },
+        "files": {file: {"rows": text.count("\n"), "sha256": sha256_text(text)} for file, text in texts.items()},
     }
-    records.write_together(outdir, texts | {"codegen_manifest.json": records.json_text(manifest)})
+    write_together(outdir, texts | {"codegen_manifest.json": json_text(manifest)})
     print_summary(manifest, outdir)
 
 

@@ -17,17 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 
 from common import cli
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
-from common.tasks.ranking import creditmix
-from common.tasks.ranking import rows as labelled
-from common.tasks.ranking import task as tasks
-from common.tasks.ranking.task import CREDITMIX, LabelTask
+from common.files import json_text, jsonl_text, read_json, sha256_file, sha256_text, write_together
+from common.tasks.ranking import creditmix, prepare
+from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.task import LabelTask
 
 RAW_FILE = "creditmix_dataset.json"
 OUTPUTS = ("sft", "kd", "dpo", "dev", "val")
@@ -57,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the data files and print what is in them."""
     args = cli.parse_args(build_parser(), argv)
-    task, outdir = tasks.load(args.task), Path(args.outdir)
+    task, outdir = load_task(args.task), Path(args.outdir)
     files = [f"{task.name}_{what}.jsonl" for what in OUTPUTS]
     records.check_outdir(outdir, args.src, files)
     texts: dict[str, str] = {}
@@ -68,22 +67,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = name = f"--synthesize {args.synthesize} --seed {args.seed}"
         raw = creditmix.synthesize(args.synthesize, args.seed)
         rows, counts = creditmix.clean_rows(raw, source)
-        texts[RAW_FILE] = records.json_text(raw)
-        digest = records.sha256_text(texts[RAW_FILE])
+        texts[RAW_FILE] = json_text(raw)
+        digest = sha256_text(texts[RAW_FILE])
     else:
         source, name = args.src, Path(args.src).name
-        rows, counts = labelled.read(source, task, args.features, args.skip_bad_rows)
-        digest = records.sha256_file(source)
+        rows, counts = task.read(source, args.features, args.skip_bad_rows)
+        digest = sha256_file(source)
 
-    def label(row: dict) -> str:
-        return row[task.label_field]
-
-    parts = _parts(task, rows, source)
-    train = splits.balanced(parts["train"], label, task.labels, None, args.seed, f"the train part of {source}")
-    kd, teacher = _kd_rows(task, parts, train, args)
-    sft = [_with_prompt(task, row, "input", output=label(row)) for row in train]
-    for file, members in zip(files, (sft, kd, _dpo_rows(task, train), parts["dev"], parts["validation"]), strict=True):
-        texts[file] = records.jsonl_text(members)
+    parts = prepare.split_by_group(task, rows, source)
+    train = splits.balanced(
+        parts["train"], lambda row: row[task.label_field], task.labels, None, args.seed, f"the train part of {source}"
+    )
+    if args.teacher_file:
+        kd, teacher = prepare.teacher_rows(task, parts, args.teacher_file, args.skip_bad_rows)
+    else:
+        kd, teacher = prepare.gold_rows(task, train)
+    written = (prepare.sft_rows(task, train), kd, prepare.dpo_rows(task, train), parts["dev"], parts["validation"])
+    for file, members in zip(files, written, strict=True):
+        texts[file] = jsonl_text(members)
     manifest = {
         "task": task.name,
         "source": {"name": name, "sha256": digest},
@@ -91,27 +92,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": args.seed,
         "features": args.features,
         "instruction": task.instruction,
-        "group_key": creditmix.GROUP_KEY if task == CREDITMIX else task.group_key or task.text_field,
+        "group_key": task.group_rule,
         "shares": {
             "train": round(1 - splits.DEV_SHARE - splits.VALIDATION_SHARE, 4),
             "dev": splits.DEV_SHARE,
             "validation": splits.VALIDATION_SHARE,
         },
-        "parts": {
-            part: {
-                "groups": len(splits.groups_of(members)),
-                "rows": splits.class_counts(members, label, task.labels),
-                "rows_written": splits.class_counts(train if part == "train" else members, label, task.labels),
-            }
-            for part, members in parts.items()
-        },
+        "parts": prepare.describe_parts(task, parts, train),
         "teacher": teacher,
         "cleaning": counts,
-        "files": {
-            file: {"rows": _row_count(text), "sha256": records.sha256_text(text)} for file, text in texts.items()
-        },
+        "files": {file: {"rows": _row_count(text), "sha256": sha256_text(text)} for file, text in texts.items()},
     }
-    records.write_together(outdir, texts | {f"{task.name}_manifest.json": records.json_text(manifest)})
+    write_together(outdir, texts | {f"{task.name}_manifest.json": json_text(manifest)})
     _print_summary(task, manifest, outdir)
 
 
@@ -124,75 +116,11 @@ def _keep_real_data(path: Path) -> None:
     if not path.exists():
         return
     try:
-        synthetic = all(row["synthetic"] is True for row in records.read_json(path))
+        synthetic = all(row["synthetic"] is True for row in read_json(path))
     except (UserError, TypeError, KeyError):
         synthetic = False
     if not synthetic:
         raise UserError(f"{path} is there and not synthetic; choose another --outdir, or move the file away")
-
-
-def _parts(task: LabelTask, rows: list[dict], source: str) -> dict[str, list[dict]]:
-    """Rows of each part; every part must have every class."""
-    _need_every_class(task, rows, source)
-    parts: dict[str, list[dict]] = {part: [] for part in splits.PARTS}
-    for row in rows:
-        parts[splits.part_of(row["group"])].append(row)
-    for part, members in parts.items():
-        _need_every_class(task, members, f"the {part} part of {source}")
-    return parts
-
-
-def _need_every_class(task: LabelTask, rows: list[dict], what: str) -> None:
-    counts = splits.class_counts(rows, lambda row: row[task.label_field], task.labels)
-    if not all(counts.values()):
-        empty = ", ".join(label for label, count in counts.items() if not count)
-        told = ", ".join(f"{label} {count:,}" for label, count in counts.items())
-        raise UserError(f"{what} has no row of class {empty} ({told}); give more {task.group_name}s of that class")
-
-
-def _with_prompt(task: LabelTask, row: dict, key: str, **answers: str) -> dict:
-    return {key: task.prompt(row[task.text_field]), **answers, "group": row["group"]}
-
-
-def _kd_rows(
-    task: LabelTask, parts: dict[str, list[dict]], train: list[dict], args: argparse.Namespace
-) -> tuple[list[dict], dict]:
-    """KD rows and what the manifest says of their teacher: the gold labels, or a teacher's own answers."""
-    text, label = task.text_field, task.label_field
-    if not args.teacher_file:
-        rows = [_with_prompt(task, row, "input", teacher_output=row[label]) for row in train]
-        return rows, {"name": "gold labels"}
-    answers = labelled.read_teacher(args.teacher_file, task, args.skip_bad_rows)
-    matched = {part: [row for row in members if row[text] in answers] for part, members in parts.items()}
-    questions = {row[text] for members in matched.values() for row in members}
-    # Every training row that the teacher answered, not only those of the balanced draw: answers are scarce.
-    taught = matched["train"]
-    if not taught:
-        raise UserError(
-            f"--teacher_file {args.teacher_file} answers no training row ({len(questions):,} of its {len(answers):,} "
-            "questions are in the source); give the answers to this source's questions, with the same --features"
-        )
-    teacher = {
-        "name": Path(args.teacher_file).name,
-        "sha256": records.sha256_file(args.teacher_file),
-        "answers": len(answers),
-        "answers_without_row": len(answers) - len(questions),
-        "rows_taught": len(taught),
-        "rows_agreeing_with_gold": sum(answers[row[text]] == row[label] for row in taught),
-        "rows_left_out_dev": len(matched["dev"]),
-        "rows_left_out_validation": len(matched["validation"]),
-    }
-    return [_with_prompt(task, row, "input", teacher_output=answers[row[text]]) for row in taught], teacher
-
-
-def _dpo_rows(task: LabelTask, train: list[dict]) -> list[dict]:
-    """One pair a row; for each chosen label the other labels are rejected in turn, so equally often."""
-    others = {label: cycle([other for other in task.labels if other != label]) for label in task.labels}
-    labels = [row[task.label_field] for row in train]
-    return [
-        _with_prompt(task, row, "prompt", chosen=label, rejected=next(others[label]))
-        for row, label in zip(train, labels, strict=True)
-    ]
 
 
 def _print_summary(task: LabelTask, manifest: dict, outdir: Path) -> None:
@@ -206,10 +134,10 @@ def _print_summary(task: LabelTask, manifest: dict, outdir: Path) -> None:
         if not rule.startswith("rows "):
             print(f"  {count:>8,}  {rule}")
     print(f"{'part':<12}{task.group_name + 's':>10}" + "".join(f"{label:>10}" for label in task.labels))
-    for part, told in manifest["parts"].items():
+    for part, facts in manifest["parts"].items():
         for name, key in ((part, "rows"), *([("  balanced", "rows_written")] if part == "train" else [])):
-            customers = f"{told['groups']:,}" if key == "rows" else ""
-            print(f"{name:<12}{customers:>10}" + "".join(f"{count:>10,}" for count in told[key].values()))
+            customers = f"{facts['groups']:,}" if key == "rows" else ""
+            print(f"{name:<12}{customers:>10}" + "".join(f"{count:>10,}" for count in facts[key].values()))
     teacher = manifest["teacher"]
     if "answers" in teacher:
         print(
@@ -218,8 +146,8 @@ def _print_summary(task: LabelTask, manifest: dict, outdir: Path) -> None:
             f"{teacher['rows_left_out_validation']:,} of validation rows left out, "
             f"{teacher['answers_without_row']:,} of no row of the source"
         )
-    for file, told in manifest["files"].items():
-        print(f"{outdir / file}: {told['rows']:,} rows")
+    for file, facts in manifest["files"].items():
+        print(f"{outdir / file}: {facts['rows']:,} rows")
     print(outdir / f"{task.name}_manifest.json")
 
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from common import cli
 from common.distillation import flags, trainers
 from common.distillation import rows as distill_rows
-from common.tasks.ranking import task as tasks
+from common.tasks.ranking.loading import load_task
 from common.training import run
 
 
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = flags.settings_of(cli.parse_args(build_parser(), argv))
-    task = tasks.load(settings.task)
+    task = load_task(settings.task)
     rows, held_out = distill_rows.read_both(settings, task)
     record = run.start(settings, rows, argv)
     with run.recorded_failure(record):

@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common import cli, run_record
-from common.data import answer_store, splits
-from common.data import rows as records
+from common.data import resumable, splits
+from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.sandbox import box as sandbox
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     from common.tasks.codegen import report as codegen_report
 
-    store = answer_store.AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
+    store = resumable.AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
     groups = [problem.group for problem in problems]
     modes = ("direct", "plan_then_code") if args.plan_then_code else ("direct",)
     entries, firsts = [], []
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "evaluator": "codegen",
         "version": 1,
         "data": args.data,
-        "data_sha256": records.sha256_file(args.data),
+        "data_sha256": sha256_file(args.data),
         "split": args.split,
         "n": len(problems),
         "k": ks,
@@ -159,7 +159,7 @@ def judge(
     model_dir: str,
     mode: str,
     problems: Sequence[Problem],
-    store: answer_store.AnswerStore,
+    store: resumable.AnswerStore,
 ) -> list[list[code_metrics.Judged]]:
     """The samples of one model in one mode, judged, [problem][sample]."""
     answers = write_answers(args, model_dir, mode, problems, store)
@@ -183,12 +183,12 @@ def write_answers(
     model_dir: str,
     mode: str,
     problems: Sequence[Problem],
-    store: answer_store.AnswerStore,
+    store: resumable.AnswerStore,
 ) -> list[list[dict]]:
     """The answers of a model, {"code", "plan", "finished", "tokens"}; only those that are not in the store are made."""
     decoding = code_writer.decoding(args)
     model = [adapters.adapter_hash(model_dir), args.base, args.load_in_4bit, args.dtype, args.prompt_style]
-    keys = [answer_store.content_key("answer", model, mode, decoding, problem.prompt) for problem in problems]
+    keys = [resumable.content_key("answer", model, mode, decoding, problem.prompt) for problem in problems]
     missing = [(key, problem.prompt) for key, problem in zip(keys, problems, strict=True) if key not in store]
     if missing:
         writer = code_writer.CodeWriter.from_flags(args, model_dir)
@@ -206,10 +206,10 @@ def write_answers(
 
 def verdict_key(problem: Problem, code: str) -> str:
     """Where the store has the verdict on `code`: {"error", "detail", "share" of the tests that pass}."""
-    return answer_store.content_key("verdict", code, dataclasses.asdict(problem.graded_by()))
+    return resumable.content_key("verdict", code, dataclasses.asdict(problem.graded_by()))
 
 
-def run_tests(args: argparse.Namespace, codes: Sequence[tuple[Problem, str]], store: answer_store.AnswerStore) -> None:
+def run_tests(args: argparse.Namespace, codes: Sequence[tuple[Problem, str]], store: resumable.AnswerStore) -> None:
     """Put the verdict on every program into the store; the same program is run once only."""
     missing = {verdict_key(problem, code): (code, problem.graded_by()) for problem, code in codes}
     waiting = [key for key in missing if key not in store]

@@ -26,11 +26,11 @@ from common.comparison import perplexity
 from common.comparison.measure import LABELS, ROWS, SQUAD, TEXT
 from common.data import rows as records
 from common.data import splits, squad
+from common.files import sha256_file, sha256_text
 from common.models import adapters
 from common.models import loading as models
 from common.models.flags import add_model_flags
-from common.tasks.ranking import rows as labelled
-from common.tasks.ranking import task as tasks
+from common.tasks.ranking.loading import load_task
 from common.tasks.ranking.task import LabelTask
 
 NEW_TOKENS = {SQUAD: 32, ROWS: 256, LABELS: 1, TEXT: 1}
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     contestants = check_flags(args)
-    task = tasks.load(None if args.task == "creditmix" else args.task) if args.task else None
+    task = load_task(args.task) if args.task else None
     kind = LABELS if task else kind_of(args.data)
     rows, of = choose_rows(args, kind, task)
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for role, model_dir in contestants.items()
     }
-    sha256 = records.sha256_file(args.data)
+    sha256 = sha256_file(args.data)
     result = {
         "evaluator": "distill",
         "version": 1,
@@ -161,13 +161,13 @@ def choose_rows(args: argparse.Namespace, kind: str, task: LabelTask | None) -> 
         raise cli.UserError(f"--sample {args.sample} is more than the {len(rows):,} rows of {args.data}; ask for fewer")
     if not args.sample:
         return rows, len(rows)
-    order = sorted(range(len(rows)), key=lambda place: records.sha256_text(text_of(rows[place])))
+    order = sorted(range(len(rows)), key=lambda place: sha256_text(text_of(rows[place])))
     return [rows[place] for place in sorted(order[: args.sample])], len(rows)
 
 
 def draw_labelled(args: argparse.Namespace, task: LabelTask) -> list[dict]:
     """Rows {"text", "label", "group"}, as many of each label: the draw of eval_creditmix.py with the same seed."""
-    rows, _ = labelled.read(args.data, task, skip_bad_rows=args.skip_bad_rows)
+    rows, _ = task.read(args.data, skip_bad_rows=args.skip_bad_rows)
     rows = [row for row in rows if args.split in ("all", splits.part_of(row["group"]))]
     what = args.data if args.split == "all" else f"the {args.split} part of {args.data}"
     drawn = splits.balanced(rows, lambda row: row[task.label_field], task.labels, None, args.seed, what)

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import cli, run_record
-from common.data import rows as records
 from common.data import splits
+from common.files import sha256_file
 from common.generation import json_schema
 from common.models import loading as models
 from common.models.flags import source_of
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "evaluator": "idp",
         "version": 1,
         "data": args.data,
-        "data_sha256": None if Path(args.data).is_dir() else records.sha256_file(args.data),
+        "data_sha256": None if Path(args.data).is_dir() else sha256_file(args.data),
         "split": args.split,
         "n": len(rows),
         "group_name": "document",

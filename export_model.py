@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, run_record
-from common.data import rows as records
+from common.files import write_json
 from common.models import loading as models
-from common.tasks.ranking import task as tasks
+from common.tasks.ranking.loading import load_task
 
 FORMATS = ("merged", "onnx", "int8", "gguf")
 QUANTS = ("Q8_0", "F16")
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse_args(build_parser(), argv)
-    task = tasks.load(args.task)
+    task = load_task(args.task)
     check_flags(args)
     data = args.proof_data or f"data/{task.name}_dev.jsonl"
     if not Path(data).is_file():
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metric = record["proof"]["metric"]
         passed = -metric["difference"]["value"] <= args.max_metric_drop
         record |= {"max_metric_drop": args.max_metric_drop, "passed": passed}
-        records.write_json(folder / export.RECORD, record | run_record.provenance("export_model.py", argv))
+        write_json(folder / export.RECORD, record | run_record.provenance("export_model.py", argv))
         target = save_dir if passed else save_dir.with_name(f"{save_dir.name}.rejected")
         export.put_in_place(folder, target)
     print_table(record)

@@ -22,6 +22,7 @@ from common import cli
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
+from common.files import json_text, jsonl_text, read_json, sha256_text, write_together
 from common.generation import json_schema
 from common.tasks.idp import extractor as idp
 from common.tasks.idp import rows as idp_rows
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         json_schema.preflight(schema, best_effort=True)  # stops at a schema that no fields can satisfy
     else:
         schema = idp_synthesis.SCHEMA
-        texts[SCHEMA_FILE] = records.json_text(schema)
+        texts[SCHEMA_FILE] = json_text(schema)
         _keep_other_schema(outdir / SCHEMA_FILE, schema)
     if args.src:
         name = Path(args.src).name
@@ -82,16 +83,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         mistake = idp_rows.rejected(row["fields"], schema, draw)
         dpo.append({"prompt": prompt, "chosen": answer, "rejected": mistake, **group})
     for file, members in zip(OUTPUT_FILES, (sft, kd, dpo, parts["dev"], parts["validation"]), strict=True):
-        texts[file] = records.jsonl_text(members)
+        texts[file] = jsonl_text(members)
     manifest = {
         "task": "idp",
-        "source": {"name": name, "sha256": records.sha256_text(records.jsonl_text(rows))},
+        "source": {"name": name, "sha256": sha256_text(jsonl_text(rows))},
         "synthetic": args.src is None,
         "seed": args.seed,
         "instruction": idp.INSTRUCTION,
         "schema": {
             "name": Path(args.schema or SCHEMA_FILE).name,
-            "sha256": records.sha256_text(records.json_text(schema)),
+            "sha256": sha256_text(json_text(schema)),
         },
         "group_key": "document",
         "shares": {
@@ -103,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             part: {"groups": len(splits.groups_of(members)), "rows": len(members)} for part, members in parts.items()
         },
         "teacher": {"name": "gold fields"},
-        "files": {file: {"sha256": records.sha256_text(text)} for file, text in texts.items()},
+        "files": {file: {"sha256": sha256_text(text)} for file, text in texts.items()},
     }
-    records.write_together(outdir, texts | {"idp_manifest.json": records.json_text(manifest)})
+    write_together(outdir, texts | {"idp_manifest.json": json_text(manifest)})
     _print_summary(manifest, outdir)
 
 
@@ -122,7 +123,7 @@ def _synthetic_rows(args: argparse.Namespace, schema: json_schema.Schema) -> lis
 
 def _keep_other_schema(path: Path, schema: json_schema.Schema) -> None:
     """Refuse to write the synthetic invoices' schema over another one."""
-    if path.exists() and records.read_json(path) != schema:
+    if path.exists() and read_json(path) != schema:
         raise UserError(f"{path} is there and is another schema; choose another --outdir, or move the file away")
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
+from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.tasks.codegen import prompt as codegen
@@ -111,7 +112,7 @@ def report_errors(codes: Sequence[str]) -> int | None:
 
 def write_file(args: argparse.Namespace, writer: code_writer.CodeWriter, tasks: Sequence[str]) -> int | None:
     """Answer --input into --output."""
-    from common.data.answer_file import write_answers
+    from common.data.resumable import write_answers
 
     decoding = code_writer.decoding(args)
 
@@ -125,7 +126,7 @@ def write_file(args: argparse.Namespace, writer: code_writer.CodeWriter, tasks: 
         return {"plan": one.plan, "code": one.code, "error": codegen.compile_error(one.code)}
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
-    decided_by = [settings, records.sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
+    decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
     rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
     errors = [one["error"] for row in rows for one in row["answers"]]
     if any(errors):

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from common import cli
 from common.data import rows as records
+from common.files import sha256_file
 from common.generation import json_schema
 from common.models import adapters
 from common.models import loading as models
@@ -88,7 +89,7 @@ def rounded(extraction: idp.Extraction) -> dict[str, float]:
 
 def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | None:
     """Stream --input to --output; says how many documents were long, and how many got no valid answer."""
-    from common.data.answer_file import write_answers
+    from common.data.resumable import write_answers
 
     def rows() -> Iterator[dict]:
         for _, row in records.iter_jsonl(args.input):
@@ -108,7 +109,7 @@ def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | No
         return named | {"fields": extraction.value} | confidence | pieces
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
-    decided_by = [settings, records.sha256_file(args.input), extractor.schema, adapters.adapter_hash(args.model_dir)]
+    decided_by = [settings, sha256_file(args.input), extractor.schema, adapters.adapter_hash(args.model_dir)]
     counts = Counter()
     for each in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
         counts.update({"documents"} | ({"pieces", "error"} & each.keys()))

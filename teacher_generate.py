@@ -29,13 +29,13 @@ from urllib.parse import urlsplit
 
 from common import cli, run_record
 from common.cli import UserError
-from common.data import rows as records
+from common.files import write_json, write_jsonl
 from common.generation import json_schema
 from common.models import adapters
 from common.models import loading as models
 from common.models.flags import add_model_flags, source_of
 from common.sandbox import box as sandbox
-from common.tasks.ranking import task as tasks
+from common.tasks.ranking.loading import load_task
 from common.teachers import tasks as teacher_rows
 from common.teachers.tasks import Code, Documents, Item, Labels
 from common.vram import preflight as vram
@@ -226,7 +226,7 @@ def choose_task(args: argparse.Namespace) -> Labels | Documents | Code:
         if args.confirm_run_unsafe_code:
             cli.log(f"sandbox: {sandbox.level(args.allow_no_sandbox)}")
         return Code(args.confirm_run_unsafe_code, args.allow_no_sandbox)
-    return Labels(tasks.load(None if args.task == tasks.CREDITMIX.name else args.task))
+    return Labels(load_task(args.task))
 
 
 def check_items(args: argparse.Namespace, task: Labels | Documents | Code, items: Sequence[Item]) -> None:
@@ -270,10 +270,7 @@ def build_teacher(args: argparse.Namespace, task: Labels | Documents | Code) -> 
         from common.tasks.ranking.classifier import Classifier
         from common.teachers.label_probabilities import RankingTeacher
 
-        classifier = Classifier(
-            args.teacher, task.task, max_batch_tokens=loaded.max_batch_tokens, loaded=(loaded.model, loaded.tokenizer)
-        )
-        return RankingTeacher(classifier, identity)
+        return RankingTeacher(Classifier.on(loaded, args.teacher, task.task), identity)
     from common.teachers.local_model import LocalTeacher
 
     return LocalTeacher(
@@ -317,11 +314,11 @@ def finish(
     """Write OUT, its rejects and its record, and say what is in them; FAILED where rows got no answer at all."""
     from common.teachers import report as teacher_report
 
-    records.write_jsonl(args.out, written.rows)
+    write_jsonl(args.out, written.rows)
     rejects = Path(f"{args.out}.rejects.jsonl")
     rejects.unlink(missing_ok=True)
     if written.rejects:
-        records.write_jsonl(rejects, written.rejects)
+        write_jsonl(rejects, written.rejects)
     record = {
         "task": args.task,
         "teacher": args.teacher or {"endpoint": args.endpoint, "model": args.model},
@@ -330,7 +327,7 @@ def finish(
         **teacher_report.figures(asked, totals, written, args.price_in, args.price_out),
         **run_record.provenance("teacher_generate.py", argv),
     }
-    records.write_json(f"{args.out}.run.json", record)
+    write_json(f"{args.out}.run.json", record)
     print(teacher_report.summary(record))
     for path in (args.out, *([rejects] if written.rejects else []), f"{args.out}.raw.jsonl", f"{args.out}.run.json"):
         print(path)

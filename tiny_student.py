@@ -21,8 +21,9 @@ from pathlib import Path
 
 from common import cli, run_record
 from common.data import rows as records
+from common.files import sha256_file, write_json
 from common.tasks.ranking import creditmix
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 SIZES = {  # hidden size, layers, heads
     "small": (128, 3, 8),
@@ -102,11 +103,11 @@ def save(args: argparse.Namespace, model, tokenizer, losses: dict[str, float]) -
         "settings": vars(args),
         "parameters": model.num_parameters(),
         "losses": losses,
-        "prompts": [{"path": path, "sha256": records.sha256_file(path)} for path in args.prompts] or "synthetic",
-        "texts": [{"path": path, "sha256": records.sha256_file(path)} for path in args.texts],
+        "prompts": [{"path": path, "sha256": sha256_file(path)} for path in args.prompts] or "synthetic",
+        "texts": [{"path": path, "sha256": sha256_file(path)} for path in args.texts],
         "versions": run_record.versions(),
     }
-    records.write_json(building / "base.json", facts)
+    write_json(building / "base.json", facts)
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)
     cli.log(f"saved {target}: {model.num_parameters():,} parameters, losses {losses}")

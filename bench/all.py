@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from common import cli, run_record
-from common.data import rows as records
+from common.files import atomic_write, read_text
 from common.models import adapters
 from common.models.source import looks_local
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.write and (args.only or args.quick):
         raise cli.UserError("--write publishes the whole comparison; leave --only and --quick out")
     if args.write:
-        replace_section(records.read_text(args.write), "", args.write)  # now rather than after all the work
+        replace_section(read_text(args.write), "", args.write)  # now rather than after all the work
     check_inputs(args)
     outcome = {
         "bench": "all",
@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(outcome["results"]))
     if args.write:
         section = render(outcome, shown([sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)], Path()))
-        text = replace_section(records.read_text(args.write), section, args.write)
-        with records.atomic_write(args.write) as handle:
+        text = replace_section(read_text(args.write), section, args.write)
+        with atomic_write(args.write) as handle:
             handle.write(text)
     print(json.dumps(outcome))
     return cli.FAILED if any(map(failed, outcome["results"])) else cli.DONE

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 from bench.turns import print_table, take_turns
 from common import cli
 from common.data import rows as records
+from common.files import write_jsonl
 from common.models import loading as models
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compare(args: argparse.Namespace, rows: list[dict], folder: Path) -> None:
     """Write the caches, let the contestants take turns, print the table and the JSON line."""
-    records.write_jsonl(folder / "rows.jsonl", rows)
+    write_jsonl(folder / "rows.jsonl", rows)
     distill = ["distill_train.py", "--teacher", args.teacher]
     contestants = {
         "sft": ["sft_train.py"],

@@ -29,8 +29,8 @@ from bench.turns import print_table, take_turns
 from common import cli
 from common.models.batching import CPU_BATCH_TOKENS
 from common.models.source import ModelSource
+from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.rankers import ranker_of
-from common.tasks.ranking.task import CREDITMIX
 
 PROMPTS, TOKENS = 3, 64  # of the text that is timed
 

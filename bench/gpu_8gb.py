@@ -350,20 +350,20 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
 
     from common.generation.generate import generate
     from common.generation.json_grammar import JsonGrammar
-    from common.tasks.ranking import task as tasks
-    from common.tasks.ranking.torch_ranker import LabelRanker
+    from common.tasks.ranking.creditmix import CREDITMIX
+    from common.tasks.ranking.torch_ranker import TorchRanker
 
     student.eval()
     draw = random.Random(0)
     texts = ["".join(draw.choices("0123456789", k=TEXT_DIGITS)) for _ in range(2 * plan.batch_tokens // TEXT_DIGITS)]
 
     def rank() -> float:
-        ranker = LabelRanker(student, tokenizer, tasks.CREDITMIX, plan.batch_tokens)
+        ranker = TorchRanker(student, tokenizer, CREDITMIX, plan.batch_tokens)
         ranker.max_batch_tokens = plan.batch_tokens  # as many on a CPU, whose memory stands for a card's
         started = time.perf_counter()
         for adapter in student.peft_config:
             student.set_adapter(adapter)
-            ranker._prefixes.clear()  # they are of the adapter before
+            ranker.prefixes.clear()  # they are of the adapter before
             ranker.raw_scores(texts)
         return len(student.peft_config) * len(texts) * TEXT_DIGITS / (time.perf_counter() - started)
 

@@ -39,7 +39,8 @@ from bench.turns import every_round
 from common import cli
 from common.models import adapters
 from common.models import loading as models
-from common.models.source import ModelSource
+from common.models.batching import MAX_BATCH_TOKENS
+from common.models.source import LoadedModel, ModelSource
 
 ROWS = (16, 64, 256, 512, 1024, 2048, 4096)
 LABELS = (2, 4, 8, 16, 32, 64)
@@ -197,14 +198,15 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 def label_curve(scene: Scene, name: str) -> Curve:
     """Rows against a task's own labels, or a few rows against more, related or longer ones."""
-    from common.tasks.ranking.task import CREDITMIX, LabelTask
-    from common.tasks.ranking.torch_ranker import LabelRanker
+    from common.tasks.ranking.creditmix import CREDITMIX
+    from common.tasks.ranking.task import LabelTask
+    from common.tasks.ranking.torch_ranker import TorchRanker
 
     def made_up(labels: Sequence[str]) -> LabelTask:
         return replace(CREDITMIX, labels=tuple(labels), instruction="Which label fits?")
 
-    def ranking(task: LabelTask, rows: int, **budget: int) -> tuple[LabelRanker, Callable[[], Any]]:
-        ranker, texts = LabelRanker(scene.model, scene.tokenizer, task, **budget), scene.rows(rows)
+    def ranking(task: LabelTask, rows: int, **budget: int) -> tuple[TorchRanker, Callable[[], Any]]:
+        ranker, texts = TorchRanker(scene.model, scene.tokenizer, task, **budget), scene.rows(rows)
         return ranker, lambda: ranker.raw_scores(texts)
 
     against, one, every = {
@@ -332,7 +334,7 @@ class Served:
         from common.models import tokenizers
         from common.tasks.ranking import creditmix
         from common.tasks.ranking.classifier import Classifier
-        from common.tasks.ranking.task import CREDITMIX
+        from common.tasks.ranking.creditmix import CREDITMIX
 
         self.adapters = ADAPTERS[:-1] if self.args.quick else ADAPTERS
         most = 1 + max(self.adapters) if "adapters" in self.args.only else 1
@@ -351,7 +353,7 @@ class Served:
             path = str(Path(self.folder) / name)
             model = adapters.load_adapter(model, path, name=name).eval()
             model.set_adapter(name)
-            classifier = Classifier(path, CREDITMIX, loaded=(model, tokenizer))
+            classifier = Classifier.on(LoadedModel(model, tokenizer, MAX_BATCH_TOKENS), path, CREDITMIX)
             self.expected.append(classifier.answers(cleaned, classifier.calibration(None)))
             if not further:
                 first = held_bytes(model)

@@ -40,12 +40,13 @@ from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking import creditmix
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from common.tasks.ranking.ranker import LabelTree, Ranker
+    from common.tasks.ranking.label_tree import LabelTree
+    from common.tasks.ranking.ranker import Ranker
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads: Qwen2.5's
     "0.5b": (896, 4864, 24, 14, 2),
@@ -85,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import numpy as np
 
-    from common.tasks.ranking.torch_ranker import LabelRanker, naive_scores
+    from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores
 
     model, tokenizer = load(args)
-    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    ranker = TorchRanker(model, tokenizer, CREDITMIX)
     args.max_batch_tokens = ranker.max_batch_tokens = args.max_batch_tokens or ranker.max_batch_tokens
     few = texts[: args.naive_rows]
     contestants: dict[str, tuple[int, Callable[[], object]]] = {
@@ -199,7 +200,7 @@ def harness(args: argparse.Namespace, model, tokenizer, texts: Sequence[str]) ->
     from lm_eval.models.huggingface import HFLM
 
     from common.models import tokenizers
-    from common.tasks.ranking.ranker import label_tokens
+    from common.tasks.ranking.label_tree import label_tokens
 
     batch = max(1, args.max_batch_tokens // 128)
     peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))

@@ -20,7 +20,7 @@ from common import cli
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 from common.training import quantization_aware
 
 
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common.export import parity
     from common.tasks.ranking import metrics
     from common.tasks.ranking.calibration import Calibration, Scores
-    from common.tasks.ranking.torch_ranker import LabelRanker
+    from common.tasks.ranking.torch_ranker import TorchRanker
 
     def judge(model, tokenizer, material: parity.Material) -> Scores:
-        ranker = LabelRanker(model, tokenizer, CREDITMIX)
+        ranker = TorchRanker(model, tokenizer, CREDITMIX)
         calibration = material.calibration or Calibration(CREDITMIX.labels, "prior", tuple(ranker.prior()))
         return calibration.apply(ranker.raw_scores(material.texts))
 
@@ -56,10 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         exact = judge(model, tokenizer, material)
         rounded = judge(quantization_aware.quantized(model, args.kind), tokenizer, material)
         y, groups = material.y, material.groups
-        before, after = (
-            metrics.evaluate(scores.probabilities, y, CREDITMIX.labels, scores.predictions, groups=groups)
-            for scores in (exact, rounded)
-        )
+        before, after = (metrics.evaluate(scores, y, CREDITMIX.labels, groups=groups) for scores in (exact, rounded))
         change = metrics.compare(rounded, exact, y, groups)
         row: dict = {"name": model_dir, "same_labels": float((exact.predictions == rounded.predictions).mean())}
         print(f"{model_dir}: {row['same_labels']:.2%} of {len(y):,} labels are the same")

@@ -145,12 +145,13 @@ class Script:
     """infer_creditmix.py's scorer, in this process."""
 
     def __init__(self, args: argparse.Namespace, names: Sequence[str], texts: Sequence[str]) -> None:
+        from common.models.source import ModelSource
         from common.tasks.ranking import creditmix
         from common.tasks.ranking.classifier import Classifier
-        from common.tasks.ranking.task import CREDITMIX
+        from common.tasks.ranking.creditmix import CREDITMIX
 
         self.texts = [creditmix.clean_features(text) for text in texts]
-        self.classifiers = [Classifier(str(Path(args.runs_dir) / name), CREDITMIX) for name in names]
+        self.classifiers = [Classifier.load(ModelSource(str(Path(args.runs_dir) / name)), CREDITMIX) for name in names]
         self.calibrations = [classifier.calibration(None) for classifier in self.classifiers]
         self.expected = self._answers()
 

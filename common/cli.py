@@ -198,6 +198,11 @@ def _write_failure(error: Exception) -> OSError | None:
     return error if isinstance(error, OSError) else OSError(number, os.strerror(number))
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing, to stand in a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def log(message: str) -> None:
     """Progress and notices: stderr, so that stdout stays results only."""
     print(message, file=sys.stderr, flush=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from common.data import rows as records
 from common.data import splits
+from common.files import atomic_write, sha256_file, write_json
 from common.models import adapters
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
@@ -69,18 +69,24 @@ def machine() -> dict[str, Any]:
     }
 
 
+def utc_stamp(seconds: float, milliseconds: bool = False) -> str:
+    """Seconds since 1970 as 2026-01-02T03:04:05Z, or 2026-01-02T03:04:05.678Z."""
+    fraction = f".{int(seconds % 1 * 1000):03d}" if milliseconds else ""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + fraction + "Z"
+
+
 def provenance(script: str, argv: Sequence[str] | None) -> dict[str, Any]:
     """What an evaluation's result says of itself: "command", "versions" (this project's commit too) and "created"."""
     return {
         "command": shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)]),
         "versions": versions() | {"distill-slm": git_commit() or "unknown"},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": utc_stamp(time.time()),
     }
 
 
 def describe_data(path: str, rows: int) -> dict[str, Any]:
     """Provenance of a data file: path, SHA-256 and the rows that were used of it."""
-    return {"path": path, "sha256": records.sha256_file(path), "rows": rows}
+    return {"path": path, "sha256": sha256_file(path), "rows": rows}
 
 
 def peak_memory_bytes() -> dict[str, int]:
@@ -119,7 +125,7 @@ class RunRecord:
         self.started = time.time()
         self.facts = {
             "state": "running",
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "started": utc_stamp(self.started),
             "argv": argv,
             "settings": settings,
             "git_commit": git_commit(),
@@ -131,7 +137,7 @@ class RunRecord:
     def write(self, **facts: Any) -> None:
         """Add facts and save."""
         self.facts |= facts
-        records.write_json(self.path, self.facts)
+        write_json(self.path, self.facts)
 
     def end(self, state: str, **facts: Any) -> None:
         """Close with `state` "done" or "failed"."""
@@ -145,7 +151,7 @@ class RunRecord:
 
 def write_groups(save_dir: str | Path, groups: set[str]) -> None:
     """Keep the group hashes that the run trains on: evaluators count the overlap with them."""
-    with records.atomic_write(Path(save_dir) / GROUPS_FILE) as handle:
+    with atomic_write(Path(save_dir) / GROUPS_FILE) as handle:
         handle.writelines(f"{group}\n" for group in sorted(groups))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run by its path
 
 from common import cli
-from common.data import rows as records
+from common.files import write_jsonl
 from common.tasks.ranking import creditmix
 
 OPENINGS = ("Dear Sir or Madam,", "Hello,", "Dear credit team,", "To whom it may concern,")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [creditmix.clean_features(row["question"]) for row in made_up]
     people = list({creditmix.group_of(line): line for line in lines}.values())[: args.rows]
     rows = (letter(draw, number, line) for number, line in enumerate(people, start=1))
-    count = records.write_jsonl(args.out, rows)
+    count = write_jsonl(args.out, rows)
     print(f"{args.out}: {count:,} made-up letters")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run by its path
 
 from common import cli
-from common.data import rows as records
+from common.files import write_jsonl
 
 PRODUCTS = ("Billing", "Search", "Reports", "Mail", "Mobile app", "Web shop", "Single sign-on", "Export")
 SYMPTOMS = {  # how bad each is by itself
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     draw = random.Random(args.seed)
     tempers = [draw.gauss(0, 0.4) for _ in range(-(-args.rows // 3))]
-    count = records.write_jsonl(args.out, (ticket(draw, tempers) for _ in range(args.rows)))
+    count = write_jsonl(args.out, (ticket(draw, tempers) for _ in range(args.rows)))
     print(f"{args.out}: {count:,} made-up tickets")
 
 

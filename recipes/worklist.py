@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run by its path
 
 from common import cli
 from common.data import rows as records
+from common.files import atomic_write, write_jsonl
 from common.tasks.ranking import creditmix
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 COLUMNS = ("id", "prediction", "top2_margin", "probability_of_bad", "least_confidence", "note")
 
@@ -36,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     letters = [row for _, row in records.iter_jsonl(args.read)]
     if args.what == "features":
-        records.write_jsonl(args.out, ({"features": features(row["fields"])} for row in letters if "fields" in row))
+        write_jsonl(args.out, ({"features": features(row["fields"])} for row in letters if "fields" in row))
         return
     if args.answers is None:
         raise cli.UserError("list needs --answers")
     answers = (row for _, row in records.iter_jsonl(args.answers))
     entries = [entry(row, next(answers) if "fields" in row else None) for row in letters]
     entries.sort(key=urgency)
-    with records.atomic_write(args.out) as handle:
+    with atomic_write(args.out) as handle:
         writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(entries)

@@ -14,7 +14,7 @@ from support.inputs import ROOT
 import sft_train
 from common import cli
 from common.cli import UserError
-from common.data import rows as records
+from common.files import atomic_write, read_json, write_json
 
 REQUIRED = ["--student", "s", "--data", "d", "--save_dir", "r"]
 
@@ -189,16 +189,16 @@ def test_a_closed_pipe_is_no_error():
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     path = tmp_path / "facts.json"
-    records.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
 
     def main(argv):
-        with records.atomic_write(path) as handle:
+        with atomic_write(path) as handle:
             handle.write("half of ")
             full_disk()
 
     assert cli.run(main, []) == cli.FAILED
     assert "cannot write (runs/x/adapter): No space left on device; free some space" in capsys.readouterr().err
-    assert records.read_json(path) == {"old": 1}
+    assert read_json(path) == {"old": 1}
     assert os.listdir(tmp_path) == ["facts.json"]
 
 

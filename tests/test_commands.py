@@ -16,7 +16,7 @@ from support.inputs import ROOT
 from support.scripts import parser_of
 
 from common import cli
-from common.tasks.ranking import task as tasks
+from common.tasks.ranking.loading import load_task
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 ESTABLISHED = """
@@ -132,7 +132,7 @@ def test_recipes_are_settings_of_a_trainer_or_a_task(recipe):
     if "distributed_type" in settings:
         return  # accelerate's; see test_launch.py
     if isinstance(settings.get("labels"), list):
-        tasks.load(str(recipe))
+        load_task(str(recipe))
         return
     faults = []
     for script in SCRIPTS:

@@ -18,7 +18,8 @@ from common import run_record
 from common.cli import UserError, log
 from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models.source import ModelSource
+from common.models.batching import context_of, window_of
+from common.models.source import LoadedModel, ModelSource
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -123,16 +124,14 @@ class Contestant:
     """A loaded model and the rows it is to answer."""
 
     def __init__(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        from common.tasks.ranking.ranker import context_of
-
         self.job, self.model, self.tokenizer = job, model, tokenizer
-        self.limit = min(job.max_len, context_of(model.config))
+        self.limit = min(job.max_len, context_of(model.config), window_of(model.config))
         self.classifier = None
         if job.kind == LABELS:
             from common.tasks.ranking.classifier import Classifier
 
-            self.classifier = Classifier(
-                job.model_dir, job.task, loaded=(model, tokenizer), max_batch_tokens=job.max_batch_tokens
+            self.classifier = Classifier.on(
+                LoadedModel(model, tokenizer, job.max_batch_tokens), job.model_dir, job.task
             )
 
     def prompt(self, row: int, new_tokens: int) -> list[int]:

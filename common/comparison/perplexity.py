@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.cli import UserError
-from common.data import rows as records
 from common.data import splits
+from common.files import read_text
+from common.models.batching import by_token_budget
 from common.models.tokenizers import Encoded
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def passages(path: str) -> list[dict]:
     Raises:
         UserError: there is no text in it.
     """
-    lines = records.read_text(path).splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     articles = any(TITLE.fullmatch(line) for line in lines)
     rows: list[dict] = []
     article, piece, size = 0, [], 0
@@ -69,12 +70,9 @@ def negative_log_likelihood(
     from common.training import batches as completions
 
     budget = min(max_batch_tokens, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row].input_ids))
     sums = np.zeros(len(rows))
     with torch.inference_mode(), tqdm(total=len(rows), unit=" rows") as progress:
-        while order:
-            size = max(1, budget // len(rows[order[0]].input_ids))
-            batch_rows, order = order[:size], order[size:]
+        for batch_rows in by_token_budget([len(row.input_ids) for row in rows], budget):
             batch = completions.collate([rows[row] for row in batch_rows], pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             targets = batch["labels"][:, 1:]

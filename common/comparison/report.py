@@ -18,11 +18,11 @@ from pathlib import Path
 
 from common.comparison import plots as distill_plots
 from common.comparison.measure import SQUAD, TEXT
-from common.data.rows import atomic_write
 from common.evaluation import plots
 from common.evaluation import report_page as page
 from common.evaluation.bootstrap import Interval
 from common.evaluation.report_page import Result
+from common.files import atomic_write
 
 UNITS = {SQUAD: "questions", TEXT: "passages"}
 SPEEDS = (("latency", "latency"), ("ttft", "first token"), ("decode", "tokens/s"))

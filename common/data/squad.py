@@ -15,6 +15,7 @@ from pathlib import Path
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
+from common.files import open_text, read_json
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -35,7 +36,7 @@ def is_squad(path: str | Path) -> bool:
     """Whether a file is SQuAD's JSON: *.json or *.json.gz with one object in it (rows are *.jsonl, or a list)."""
     if ".json" not in Path(path).suffixes:
         return False
-    with records.open_text(path) as handle:
+    with open_text(path) as handle:
         return handle.read(4096).lstrip().startswith("{")
 
 
@@ -70,7 +71,7 @@ def rows(path: str | Path, split: str = "all", skip_bad_rows: bool = False) -> l
 
 def _questions(path: str | Path) -> list[tuple[int, dict]]:
     """(number from 1, row) of every question; what a row lacks is an empty text."""
-    content = records.read_json(path)
+    content = read_json(path)
     try:
         triples = [
             (article, paragraph, question)

@@ -17,7 +17,7 @@ from common.distillation.objective import HiddenStateReader, Signals, predicted
 from common.distillation.settings import DistillSettings
 from common.distillation.teacher_cache import TeacherCache, pack, unpack
 from common.models import adapters, loading
-from common.models.batching import CHUNK_LOGITS
+from common.models.batching import CHUNK_LOGITS, by_token_budget
 from common.models.tokenizers import Encoded
 from common.training import batches, losses
 from common.vram import preflight
@@ -187,7 +187,7 @@ def fill_cache(
     """
     device = teacher.model.device
     rng = torch.Generator(device).manual_seed(seed)
-    rows = sorted(rows, key=lambda row: len(row.input_ids))
+    rows = rows[::-1]  # rows of one length in the order in which caches have always had them
     shard: list[Encoded] = []
     packed: list = []
 
@@ -198,10 +198,8 @@ def fill_cache(
 
     size = max(1, CHUNK_LOGITS // teacher.head.weight.shape[0])
     with tqdm(total=len(rows), unit=" rows", desc="teacher") as progress:
-        while rows:
-            batch_rows = [rows.pop()]
-            while rows and (len(batch_rows) + 1) * len(batch_rows[0].input_ids) <= max_batch_tokens:
-                batch_rows.append(rows.pop())
+        for numbers in by_token_budget([len(row.input_ids) for row in rows], max_batch_tokens):
+            batch_rows = [rows[number] for number in numbers]
             batch = {name: tensor.to(device) for name, tensor in batches.collate(batch_rows, pad_id).items()}
             states, mask = teacher.read(teacher.model, batch), predicted(batch)
             last = states.last[:, :-1][mask]

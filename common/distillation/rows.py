@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import UserError, log
+from common.cli import UserError, log, reason
 from common.data import rows as records
 from common.data import squad
 from common.distillation.settings import DistillSettings
+from common.files import read_text
 from common.models import tokenizers
 from common.tasks.ranking.task import LabelTask
 from common.training.batches import encode_rows
@@ -56,7 +57,7 @@ def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
         UserError: none of these, or without a usable row.
     """
     if Path(path).suffix == ".txt":
-        text = records.read_text(path)
+        text = read_text(path)
         if not text.strip():
             raise UserError(f"{path} is empty; give a text file with text in it")
         return [{"text": text}]
@@ -80,9 +81,8 @@ def read_dataset(
     try:
         dataset = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--dataset {name} cannot be read ({reason}); check --subset and --split, or give a file with --data"
+            f"--dataset {name} cannot be read ({reason(error)}); check --subset and --split, or give a file with --data"
         ) from error
     columns = set(dataset.column_names)
     if columns.issuperset(records.SFT_KEYS):

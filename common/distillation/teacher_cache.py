@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import UserError
-from common.data import rows as records
+from common.files import atomic_write, read_json, write_json
 from common.models.tokenizers import Encoded
 
 META = "meta.json"
@@ -102,7 +102,7 @@ class TeacherCache:
         facts = {**facts, "record": str(record.descr)}
         path = self.folder / META
         if path.is_file():
-            written = records.read_json(path)
+            written = read_json(path)
             for name, value in facts.items():
                 if written.get(name) != value:
                     raise UserError(
@@ -112,7 +112,7 @@ class TeacherCache:
         else:
             if any(file.name != META for file in self.folder.glob("[!.]*")):
                 raise UserError(f"{folder} holds files that are no teacher cache; name a new folder")
-            records.write_json(path, facts)
+            write_json(path, facts)
         self._where: dict[bytes, tuple[np.ndarray, int, int]] = {}
         self._shards: set[str] = set()
         self.refresh()
@@ -149,9 +149,9 @@ class TeacherCache:
         index = np.array([(row_key(row), completion_tokens(row)) for row in rows], INDEX)
         digest = hashlib.sha256(index.tobytes()).hexdigest()[:16]
         path = self.folder / f"{digest}.rows"
-        with records.atomic_write(path.with_suffix(".tokens"), "wb") as handle:
+        with atomic_write(path.with_suffix(".tokens"), "wb") as handle:
             handle.write(packed.tobytes())
-        with records.atomic_write(path, "wb") as handle:
+        with atomic_write(path, "wb") as handle:
             handle.write(index.tobytes())
         self.refresh()
 

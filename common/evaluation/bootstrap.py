@@ -12,7 +12,7 @@ from common.cli import UserError
 Interval = dict[str, float]
 
 REPLICATES = 1000
-_DRAWS_AT_ONCE = 4_000_000  # bounds the memory of a bootstrap, whatever the number of rows
+DRAWS_AT_ONCE = 4_000_000  # bounds the memory of a bootstrap, whatever the number of rows
 
 
 def mean_interval(
@@ -60,7 +60,7 @@ def resample(sums: sparse.csr_matrix, seed: int, replicates: int) -> np.ndarray:
     """[replicates, features]: sums over as many units as there are, drawn with replacement."""
     rng = np.random.default_rng(seed)
     units = sums.shape[0]
-    at_once = max(1, _DRAWS_AT_ONCE // units)
+    at_once = max(1, DRAWS_AT_ONCE // units)
     parts = []
     for start in range(0, replicates, at_once):
         size = min(at_once, replicates - start)

@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from string import Template
 from typing import Any
 
-from common.data.rows import atomic_write, write_json
+from common.files import atomic_write, write_json
 
 Result = dict[str, Any]
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import UserError
-from common.data import rows as records
+from common.cli import UserError, reason
+from common.files import read_json, write_json
 from common.models import adapters
 from common.models import loading as models
 from common.models.tokenizers import load_tokenizer
@@ -98,8 +98,7 @@ def local_base(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
     except Exception as error:  # of the network, the Hub or the cache
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the base {name} cannot be fetched ({reason}); give its folder with --base") from error
+        raise UserError(f"the base {name} cannot be fetched ({reason(error)}); give its folder with --base") from error
 
 
 class Deltas:
@@ -112,7 +111,7 @@ class Deltas:
     def __init__(self, folder: str | Path) -> None:
         from safetensors.torch import load_file
 
-        config = records.read_json(Path(folder) / adapters.ADAPTER_CONFIG)
+        config = read_json(Path(folder) / adapters.ADAPTER_CONFIG)
         other = [key for key in ("use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save") if config.get(key)]
         other += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or other:
@@ -144,8 +143,9 @@ def empty_model(base: Path, trust_remote_code: bool = False) -> PreTrainedModel:
         with init_empty_weights():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{base} is of no known architecture ({reason}); give a causal language model") from error
+        raise UserError(
+            f"{base} is of no known architecture ({reason(error)}); give a causal language model"
+        ) from error
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -216,7 +216,7 @@ def merge(
         shard.clear()
     if len(shards) > 1:
         total = checkpoint.numbers * number_type.itemsize
-        records.write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     tokenizer = load_tokenizer(adapters.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
     if (base / "generation_config.json").is_file():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.models.onnx_runtime import KEEP, MODEL_FILE
 
 if TYPE_CHECKING:
@@ -101,8 +101,9 @@ def export(model: PreTrainedModel, folder: str | Path, *, protobuf_limit: int = 
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"torch cannot export {config.model_type} to ONNX ({reason}); choose another format") from error
+        raise UserError(
+            f"torch cannot export {config.model_type} to ONNX ({reason(error)}); choose another format"
+        ) from error
     _bound_logits(program.model.graph)
     _strip(program.model)
     path = Path(folder) / MODEL_FILE

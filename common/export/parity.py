@@ -18,9 +18,9 @@ from scipy.special import log_softmax, logsumexp
 from common.cli import UserError
 from common.data import rows as records
 from common.evaluation import bootstrap
+from common.files import sha256_file
 from common.models import tokenizers
 from common.tasks.ranking import metrics
-from common.tasks.ranking import rows as labelled
 from common.tasks.ranking.calibration import Calibration, Scores
 from common.tasks.ranking.classifier import CALIBRATION_FILE
 from common.tasks.ranking.rankers import ranker_of
@@ -125,7 +125,7 @@ def read_material(path: str, task: LabelTask, model_dir: str, most: int | None) 
             f"{path}, line {number}: a row of a proof has {task.text_field} and {task.label_field}, or input and "
             "output; give such rows with --proof_data"
         )
-    rows = _spaced(labelled.read(path, task)[0], most)
+    rows = _spaced(task.read(path)[0], most)
     texts = [row[task.text_field] for row in rows]
     fitted = Path(model_dir) / CALIBRATION_FILE
     return Material(
@@ -248,7 +248,7 @@ def compare(reference: Measured, export: Measured, material: Material) -> dict[s
     right = [one == other for one, other in zip(reference.answers, export.answers, strict=True)]
     proof: dict[str, Any] = {
         "data": material.path,
-        "data_sha256": records.sha256_file(material.path),
+        "data_sha256": sha256_file(material.path),
         "rows": len(material.prompts),
         "logits": {
             "positions": len(divergences),
@@ -281,8 +281,7 @@ def _shared(reference: Measured, export: Measured) -> float:
 def _compare_labels(reference: Scores, export: Scores, material: Material) -> dict[str, Any]:
     y, groups = material.y, material.groups
     values = [
-        metrics.evaluate(each.probabilities, y, material.task.labels, each.predictions, groups=groups)["macro_f1"]
-        for each in (reference, export)
+        metrics.evaluate(each, y, material.task.labels, groups=groups)["macro_f1"] for each in (reference, export)
     ]
     difference = metrics.compare(export, reference, y, groups)["macro_f1"]
     return {

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from common import run_record
 from common.cli import UserError, log
-from common.data import rows as records
 from common.export import merge as merging
 from common.export import parity
 from common.export.parity import Material, Measured, Runtime, TorchRuntime
+from common.files import atomic_write, read_json, sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
@@ -82,7 +82,7 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
     """
     adapter = adapters.is_adapter(model_dir)
     folder = merging.local_base((base or adapters.base_of(model_dir)) if adapter else model_dir)
-    config = records.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if config.get("quantization_config"):
         raise UserError(f"{folder} is stored quantised; give its 16-bit original{' with --base' if adapter else ''}")
@@ -103,7 +103,7 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
 
 def own_dtype(base: Path) -> str:
     """The type that a model's weights are stored in."""
-    config = records.read_json(base / "config.json")
+    config = read_json(base / "config.json")
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
@@ -154,7 +154,7 @@ def put_in_place(folder: Path, target: Path) -> None:
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """{"bytes", "sha256"} of every file of an export."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: {"bytes": path.stat().st_size, "sha256": records.sha256_file(path)} for path in files}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
 
 
 class Export:
@@ -296,7 +296,7 @@ class Export:
         gguf_export.write(merged, file, quant, self.tokenizer)
         self.tokenizer.save_pretrained(folder)
         stop = dict.fromkeys((self.tokenizer.eos_token, self.tokenizer.pad_token))
-        with records.atomic_write(folder / gguf_export.MODELFILE) as handle:
+        with atomic_write(folder / gguf_export.MODELFILE) as handle:
             handle.write(gguf_export.modelfile(self.tokenizer, file.name, list(stop)))
         context = parity.longest(self.tokenizer, self.material) + parity.TIMED_TOKENS
         load = functools.cache(lambda: GgufModel(file, context))

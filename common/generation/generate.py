@@ -15,12 +15,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from common.cli import UserError
 from common.generation.result import Generation
+from common.models.batching import MAX_BATCH_TOKENS, by_token_budget, context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
-
-MAX_BATCH_TOKENS = 8192
 
 
 def generate(
@@ -57,7 +56,7 @@ def generate(
     Raises:
         UserError: a prompt does not fit the model's context with `max_new_tokens`.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    context = context_of(model.config)
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) + max_new_tokens > context:
             raise UserError(
@@ -65,12 +64,10 @@ def generate(
                 f"context of {context}; shorten it, or lower --max_new_tokens"
             )
     answers: list[list[Generation]] = [[] for _ in prompts]
-    # Samples of a prompt stay in order, since the sort is stable and batches are cut from its front.
-    order = sorted((row for row in range(len(prompts)) for _ in range(num_samples)), key=lambda row: -len(prompts[row]))
+    wanted = [row for row in range(len(prompts)) for _ in range(num_samples)]  # samples of a prompt stay in order
     sample_numbers = [0] * len(prompts)
-    while order:
-        size = max(1, max_batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
-        rows, order = order[:size], order[size:]
+    for batch in by_token_budget([len(prompts[row]) for row in wanted], max_batch_tokens, added=max_new_tokens):
+        rows = [wanted[number] for number in batch]
         chain: list[LogitsProcessor] = [recorder := _TokenLogprobs()]
         chain += processors(rows) if processors else []
         if temperature > 0:
@@ -79,10 +76,12 @@ def generate(
                 keys.append((seed, sample_numbers[row], prompts[row]))
                 sample_numbers[row] += 1
             chain.append(_Sample(keys, temperature, top_p))
-        batch = _generate_batch(model, tokenizer, [prompts[row] for row in rows], max_new_tokens, chain, stop, streamer)
-        logprobs = recorder.finish(batch)
+        tokens = _generate_batch(
+            model, tokenizer, [prompts[row] for row in rows], max_new_tokens, chain, stop, streamer
+        )
+        logprobs = recorder.finish(tokens)
         for place, row in enumerate(rows):
-            answers[row].append(_answer(tokenizer, batch[place].tolist(), logprobs[place], max_new_tokens, stop))
+            answers[row].append(_answer(tokenizer, tokens[place].tolist(), logprobs[place], max_new_tokens, stop))
     return answers
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.cli import UserError
-from common.data import rows as records
+from common.files import sha256_file, write_json
 
 try:
     import fcntl
@@ -66,7 +66,7 @@ class JobFolder:
     def prepare(self, attempt: int, commands: Sequence[dict[str, Any]]) -> None:
         """Make the folder ready for an attempt. Raises OSError."""
         self.artifacts.mkdir(parents=True, exist_ok=True)
-        records.write_json(self.path / PLAN, {"attempt": attempt, "commands": list(commands)})
+        write_json(self.path / PLAN, {"attempt": attempt, "commands": list(commands)})
 
     def read(self, name: str) -> dict[str, Any]:
         """One of the JSON files; empty where there is none that can be read."""
@@ -90,7 +90,7 @@ class JobFolder:
         return self.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def write(self, name: str, facts: dict[str, Any]) -> None:
-        records.write_json(self.path / name, facts)
+        write_json(self.path / name, facts)
 
     def result(self, attempt: int) -> dict[str, Any] | None:
         """What the worker of this attempt left; None where it has not ended, or not by itself."""
@@ -130,7 +130,7 @@ class JobFolder:
         for file in plain_files(self.artifacts):
             path = file.relative_to(self.artifacts)
             if path.parts[0] != CHECKPOINTS and not any(part.startswith(".") for part in path.parts):
-                facts = {"path": str(path), "bytes": file.stat().st_size, "sha256": records.sha256_file(file)}
+                facts = {"path": str(path), "bytes": file.stat().st_size, "sha256": sha256_file(file)}
                 listed.append(facts)
         return listed
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from common import cli
 from common.data import rows as records
 from common.distillation import rows as distill_rows
+from common.files import write_jsonl
 
 INPUT_WORDS, OUTPUT_WORDS = 48, 16
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not pairs:
         raise cli.UserError(f"{args.data or args.dataset} has fewer than {INPUT_WORDS + OUTPUT_WORDS} words; give more")
     step = max(1, len(pairs) // args.rows)
-    kept = records.write_jsonl(args.output, pairs[::step][: args.rows])
+    kept = write_jsonl(args.output, pairs[::step][: args.rows])
     cli.log(f"{kept} rows for the proof of an export")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from common.jobs.store import (
     new_id,
     open_store,
 )
+from common.run_record import utc_stamp
 from common.web.app import Environment, Problem, WebMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +224,4 @@ class Service:
 
 def stamp(seconds: float | None) -> str | None:
     """Seconds since 1970 as 2026-01-02T03:04:05.678Z."""
-    if seconds is None:
-        return None
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
+    return None if seconds is None else utc_stamp(seconds, milliseconds=True)

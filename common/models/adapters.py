@@ -160,7 +160,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def adapter_hash(folder: str | Path) -> str:
     """SHA-256 of the adapter's weights; of `config.json` for a plain model folder; of the name for a Hub id."""
-    from common.data.rows import sha256_file
+    from common.files import sha256_file
 
     for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "config.json"):
         if (Path(folder) / name).is_file():

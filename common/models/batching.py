@@ -1,5 +1,13 @@
 """How much goes through a model at a time, wherever it is trained, asked or predicted."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 MAX_BATCH_TOKENS = 8192  # of a batch to score or to write for
 CPU_BATCH_TOKENS = 2048  # where a CPU is fastest: what passes between layers still fits its caches (docs/results.md)
 LOGITS_AT_ONCE = 1 << 24  # rows x scored columns x vocabulary of a batch of labels, unless one row has more
@@ -8,3 +16,36 @@ REFERENCE_TOKENS = 2048  # of a batch that DPO's reference scores before trainin
 CHUNK_LOGITS = 1 << 26  # of a distillation loss: 256 MB in float32
 EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
 CPU_TOKENS_PER_BATCH = 16_384  # of a training batch on a CPU
+UNLIMITED = 1 << 30  # tokens that a model can read whose config names no limit
+
+
+def by_token_budget(
+    lengths: Sequence[int], max_tokens: int, *, added: int = 0, most_rows: int | None = None
+) -> Iterator[list[int]]:
+    """Row numbers in batches, the longest rows first; rows of one length keep their order. One row always goes.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: bounds rows x (longest row + `added`) of a batch.
+        added: columns that every row of a batch gets behind its own tokens.
+        most_rows: of a batch, whatever their length; None: no bound.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while order:
+        rows = max_tokens // (lengths[order[0]] + added)
+        rows = max(1, rows if most_rows is None else min(rows, most_rows))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """Tokens that a model of this config can read."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+
+
+def window_of(config: PreTrainedConfig) -> int:
+    """Tokens back that a model of this config sees at most, in any of its layers (sliding window attention)."""
+    config = config.get_text_config()
+    if getattr(config, "use_sliding_window", True):
+        return getattr(config, "sliding_window", None) or UNLIMITED
+    return UNLIMITED

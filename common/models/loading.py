@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import distributed as launch
-from common.cli import UserError, log
+from common.cli import UserError, log, reason
 from common.models import adapters
 from common.models.source import ModelSource, looks_local
 
@@ -52,8 +52,9 @@ def load_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedCo
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name} has no readable config.json ({reason}); give a model folder or a Hub id") from error
+        raise UserError(
+            f"{name} has no readable config.json ({reason(error)}); give a model folder or a Hub id"
+        ) from error
 
 
 def use_4bit(load_in_4bit: str) -> bool:
@@ -141,9 +142,8 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
     except ImportError as error:
         raise UserError(f"4-bit loading needs bitsandbytes ({error}); pip install -r requirements.txt") from error
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"cannot load {source.model_dir} ({reason}); give a model folder or a Hub id, "
+            f"cannot load {source.model_dir} ({reason(error)}); give a model folder or a Hub id, "
             "or build the offline base with: python tiny_student.py"
         ) from error
     if four_bit:

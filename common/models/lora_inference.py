@@ -24,10 +24,10 @@ def install(model: PeftModel) -> None:
 
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), torch.nn.Linear):  # 4-bit ones too
-            module.forward = types.MethodType(_forward, module)
+            module.forward = types.MethodType(forward, module)
 
 
-def _forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Of a linear layer with its active adapters (Hu et al. 2021, arXiv:2106.09685, equation 3)."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = not (args or kwargs or layer.merged or layer.disable_adapters)

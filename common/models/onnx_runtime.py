@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.models import tokenizers
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class OnnxModel:
                 os.path.join(folder, MODEL_FILE), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's own have no common class
-            raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]}); export it again") from error
+            raise UserError(f"{folder} cannot be read ({reason(error)}); export it again") from error
         cache = [each for each in self._session.get_inputs() if each.name.startswith("past_key_values.")]
         self._cache_names = [each.name for each in cache]
         self._cache_shapes = [each.shape for each in cache]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from common.cli import UserError
+from common.cli import UserError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
         return align(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no tokenizer can be loaded from {name_or_path} ({_first_line(error)}); give a model folder or a Hub id, "
+            f"no tokenizer can be loaded from {name_or_path} ({reason(error)}); give a model folder or a Hub id, "
             "or build the offline base with: python tiny_student.py"
         ) from error
 
@@ -109,7 +109,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
             )
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (ValueError, TemplateError) as error:
-        raise UserError(f"the chat cannot be encoded ({_first_line(error)}); change its roles or its text") from error
+        raise UserError(f"the chat cannot be encoded ({reason(error)}); change its roles or its text") from error
     return tokenizer.encode(rendered, add_special_tokens=False)  # the same ids at half the cost
 
 
@@ -230,7 +230,3 @@ def truncate_prompt(
         else:
             too_long = middle
     return encode_prompt(tokenizer, prompt[:fits]) if prompt[:fits].strip() else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

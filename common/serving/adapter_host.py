@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import processes
 from common.cli import UserError, log
-from common.data import rows as records
+from common.files import sha256_file
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.onnx_runtime import OnnxModel, is_onnx
@@ -331,7 +331,7 @@ def _tokenizer_key(folder: str) -> str:
     facts: list[Any] = []
     for name in ("tokenizer.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"):
         path = Path(folder) / name
-        facts.append(records.sha256_file(path) if path.is_file() else None)
+        facts.append(sha256_file(path) if path.is_file() else None)
     if not any(facts):
         return folder  # a Hub id
     path = Path(folder) / "tokenizer_config.json"

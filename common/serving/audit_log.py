@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.cli import UserError, log
+from common.run_record import utc_stamp
 
 KEPT_FILES = 5  # path.1 to path.5 beside the current one
 
@@ -40,8 +41,7 @@ class AuditLog:
 
     def write(self, **facts: Any) -> None:
         """Append one line: the time, then `facts`."""
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+        stamp = utc_stamp(time.time(), milliseconds=True)
         line = json.dumps({"time": stamp, **facts}, ensure_ascii=False, separators=(",", ":"))
         self._handler.handle(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
 

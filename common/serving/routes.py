@@ -21,7 +21,6 @@ from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.tasks.codegen import prompt as codegen
-from common.tasks.ranking import rows as labelled
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
 
@@ -239,7 +238,7 @@ def _add_classification(app: FastAPI, server: Server) -> None:
         version = await server.find(run)
         tokens = sum(map(estimate, texts))
         task = server.settings.host.task
-        prompts = server.encode(version, [task.prompt(labelled.clean(task, text)) for text in texts])
+        prompts = server.encode(version, [task.prompt(task.clean(text)) for text in texts])
         answers = await server.answer(request, version, Classify(), prompts, rows=len(texts), tokens=tokens)
         metrics = server.metrics
         for text, answer in zip(texts, answers, strict=True):

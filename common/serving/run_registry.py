@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, log
-from common.data import rows as records
+from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import looks_local
@@ -195,7 +195,7 @@ def _holds_model(folder: Path) -> bool:
 def _hash(model_dir: str) -> str:
     """Of the adapter's weights; of an export the hash of its record, which has those of all its files."""
     record = Path(model_dir) / EXPORT_RECORD
-    return records.sha256_file(record) if record.is_file() else adapters.adapter_hash(model_dir)
+    return sha256_file(record) if record.is_file() else adapters.adapter_hash(model_dir)
 
 
 def signature_of(model_dir: str) -> tuple:

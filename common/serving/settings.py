@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from common.cli import UserError
 from common.serving.messages import HostSettings
-from common.tasks.ranking import task as tasks
+from common.tasks.ranking.loading import load_task
 from common.web.app import Environment
 
 
@@ -48,7 +48,7 @@ class ServerSettings:
         """Raises UserError for a value that cannot be."""
         env = Environment()
         runs_dir = env.text("RUNS_DIR", "runs")
-        task = tasks.load(env.text("TASK"))
+        task = load_task(env.text("TASK"))
         nulls = env.whole("NUM_NULL_PROMPTS", len(task.null_inputs))
         if nulls > len(task.null_inputs):
             raise UserError(f"NUM_NULL_PROMPTS={nulls} is more than the {len(task.null_inputs)} that there are")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from common.models.onnx_runtime import OnnxModel
+from common.models.source import LoadedModel
 from common.serving.messages import Unusable
 from common.serving.run_registry import LOOK, Version, file_signature
 from common.tasks.ranking.calibration import Calibration
@@ -71,11 +72,10 @@ class View:
             from common.tasks.ranking.classifier import Classifier
 
             started = time.perf_counter()
-            self._classifiers[task.name] = Classifier(
+            self._classifiers[task.name] = Classifier.on(
+                LoadedModel(self.host.model, self.tokenizer, self.host.settings.max_batch_tokens),
                 self.version.model_dir,
                 task,
-                loaded=(self.host.model, self.tokenizer),
-                max_batch_tokens=self.host.settings.max_batch_tokens,
                 num_null_prompts=self.host.settings.num_null_prompts,
                 model_hash=self.version.sha256,
                 prior_dir=self.prior_dir(),

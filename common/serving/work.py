@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.cli import UserError
 from common.models import tokenizers
+from common.models.batching import context_of
 from common.serving.messages import Unusable
 from common.serving.view import View
 from common.tasks.codegen import prompt as codegen
@@ -163,7 +164,7 @@ class Chat:
         from common.generation import generate as generation
 
         prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages) for turn in payloads]
-        context = getattr(view.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        context = context_of(view.model.config)
         budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - max(map(len, prompts))))
         generations = generation.generate(
             view.model,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from common.data.answer_store import AnswerStore, content_key
+from common.data.resumable import AnswerStore, content_key
 from common.teachers.tasks import AGAIN, Reading
 
 Messages = list[dict[str, str]]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.generation import generate as generation
 from common.models import tokenizers
+from common.models.batching import context_of
 from common.teachers.interview import Answer, NoAnswer, Request
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class LocalTeacher:
 
     def ask(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
         """See `teacher_answers.Teacher`; a chat that does not fit the model's context gets no answer."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        context = context_of(self.model.config)
         room = context - self.decoding["max_new_tokens"]
         fitting = []
         for place, request in enumerate(requests):

@@ -21,9 +21,7 @@ from common.tasks.codegen import prompt as codegen
 from common.tasks.codegen import rows as code_problems
 from common.tasks.idp import documents, field_metrics
 from common.tasks.idp import extractor as idp
-from common.tasks.ranking import creditmix
-from common.tasks.ranking import rows as labelled
-from common.tasks.ranking.task import CREDITMIX, LabelTask, label_fault
+from common.tasks.ranking.task import LabelTask
 
 REASONS = (
     "\n\nFirst explain in a few sentences what speaks for your answer. Then write a line that begins with "
@@ -123,18 +121,18 @@ class Labels:
     def __init__(self, task: LabelTask) -> None:
         self.task, self.name = task, task.name
         self._words = {word: label for label in task.labels for word in task.words(label)}
-        self._unlabelled = creditmix.UNLABELLED if task == CREDITMIX else ("",)
+        self._unlabelled = task.unlabelled or ("",)
 
     def fault(self, row: dict) -> str | None:
         """Why a row cannot be asked: no text under "input" or the task's field, or gold that is no label."""
         if "input" in row:
             fault = records.row_fault(row, ("input",))
         else:
-            fault = None if labelled.text_of(self.task, row) else f"no text under 'input' or '{self.task.text_field}'"
+            fault = None if self.task.text_of(row) else f"no text under 'input' or '{self.task.text_field}'"
         key = self._gold_key(row)
         if fault is None and key in row and not isinstance(row[key], str):
             fault = f"'{key}' must be a string"
-        return fault or (label_fault(key, self.task, self._unlabelled)(row) if key in row else None)
+        return fault or (self.task.label_fault(key, self._unlabelled)(row) if key in row else None)
 
     def _gold_key(self, row: dict) -> str:
         return "output" if "input" in row else self.task.label_field
@@ -145,12 +143,9 @@ class Labels:
         gold = None if gold in self._unlabelled else gold
         if "input" in row:
             return Item(number, row["input"], gold, _kept(row, gold, row.get("group")))
-        text = labelled.text_of(self.task, row)
-        if self.task == CREDITMIX:
-            group = creditmix.group_of(text)
-        else:
-            group = splits.group_hash(str(row.get(self.task.group_key) or "").strip() or text)
-        return Item(number, self.task.prompt(text), gold, _kept(row, gold, row.get("group") or group))
+        text = self.task.text_of(row)
+        group = row.get("group") or self.task.group_of(row)
+        return Item(number, self.task.prompt(text), gold, _kept(row, gold, group))
 
     def parse(self, text: str, prompt: str = "") -> str:
         """The label that a text is: alone or after a colon ("Answer: Good"), in any case, with marks around it."""

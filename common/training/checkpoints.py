@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import log
-from common.data import rows as records
+from common.files import write_json
 from common.models import adapters
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def best_callback(trainer: Any, folder: Path) -> TrainerCallback:
             building.mkdir(parents=True)
             student = trainer.accelerator.unwrap_model(trainer.model)
             save_student(student, trainer.processing_class, str(building), weights)
-            records.write_json(
+            write_json(
                 building / BEST_FACTS,
                 {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]},
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import log
-from common.data import rows as records
+from common.files import atomic_write
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -124,7 +124,7 @@ def write_loss_curve(save_dir: str, history: Sequence[dict]) -> None:
     logged = dict.fromkeys(name for entry in history if "loss" in entry for name in entry)
     terms = [name for name in logged if name != "loss" and is_loss(name)]
     columns = ("step", "loss", *terms, "eval_loss", "learning_rate")
-    with records.atomic_write(Path(save_dir) / "loss.csv") as handle:
+    with atomic_write(Path(save_dir) / "loss.csv") as handle:
         handle.write(",".join(columns) + "\n")
         handle.writelines(",".join(str(entry.get(name, "")) for name in columns) + "\n" for entry in history)
     from matplotlib.figure import Figure
@@ -137,5 +137,5 @@ def write_loss_curve(save_dir: str, history: Sequence[dict]) -> None:
             axes.plot(*zip(*points, strict=True), label=words, linewidth=1 if name in terms else 1.8)
     axes.set(xlabel="optimizer step", ylabel="loss (nats)")
     axes.legend()
-    with records.atomic_write(Path(save_dir) / "loss.png", "wb") as handle:
+    with atomic_write(Path(save_dir) / "loss.png", "wb") as handle:
         figure.savefig(handle, dpi=120, format="png")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed as launch
 from common.cli import UserError, log
 from common.models import adapters, loading
-from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH
+from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH, context_of
 from common.training import checkpoints, quantization_aware
 from common.training.batches import LengthGroupedOrder
 from common.training.checkpoints import CHECKPOINTS, EXTRA, EXTRA_FILE
@@ -60,8 +60,8 @@ class TrainingRows:
 def limit_length(settings: Settings, *others: str) -> Settings:
     """The settings with max_len within the context of the student (and of `others` that read along), and say so."""
     for name in (settings.student, *others):
-        limit = getattr(loading.load_config(name, settings.trust_remote_code), "max_position_embeddings", None)
-        if not limit or settings.max_len <= limit:
+        limit = context_of(loading.load_config(name, settings.trust_remote_code))
+        if settings.max_len <= limit:
             continue
         log(f"--max_len {settings.max_len} is more than the context of {name}; using {limit}")
         settings = replace(settings, max_len=limit)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import UserError
+from common.cli import UserError, reason
+from common.models.batching import UNLIMITED
 
 QWEN_3B = {
     "vocab_size": 151_936,
@@ -110,7 +111,7 @@ def from_config(config: dict[str, Any]) -> ModelShape:
         # what transformers takes for a key that is not there
         tied=config.get("tie_word_embeddings", kind.startswith("gemma")),
         qkv_bias=config.get("attention_bias", kind == "qwen2"),
-        context=config.get("max_position_embeddings") or 1 << 30,
+        context=config.get("max_position_embeddings") or UNLIMITED,
     )
 
 
@@ -133,6 +134,5 @@ def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnknownShape(f"no config of {name_or_path} ({reason}); give a model folder or a Hub id") from error
+        raise UnknownShape(f"no config of {name_or_path} ({reason(error)}); give a model folder or a Hub id") from error
     return from_config(config.get_text_config().to_dict())

@@ -17,7 +17,7 @@ from bench import label_ranking, train_throughput, turns
 from common import cli
 from common.data import rows as records
 from common.models import tokenizers
-from common.tasks.ranking import creditmix, ranker
+from common.tasks.ranking import creditmix, label_tree
 from common.training import miniature
 
 
@@ -345,7 +345,7 @@ def test_vllm_gets_every_row_and_its_figures_land_in_the_table(monkeypatch, tmp_
         for row in synthetic
     ]
     forms = [
-        form for label in ranker.label_tokens(tokenizer, label_ranking.CREDITMIX) for word in label for form in word
+        form for label in label_tree.label_tokens(tokenizer, label_ranking.CREDITMIX) for word in label for form in word
     ]
     asked = {tuple(prompt + form[:place]) for prompt in prompts for form in forms for place in range(len(form))}
     assert len(set(map(len, forms))) > 1  # labels of one token and of several

@@ -33,6 +33,7 @@ from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking import metrics
+from common.tasks.ranking.calibration import Scores
 
 REAL_TEXT = SHARED / "data/wikitext2/valid.txt"
 
@@ -177,7 +178,7 @@ def test_macro_f1_and_its_interval_are_those_of_the_other_evaluators():
     groups = [str(row // 3) for row in range(200)]
     features = {role: retention.hits(predictions, y, 3) for role in ("teacher", "student")}
     found = retention.figures(retention.MACRO_F1, features, groups)["student"]["value"]
-    assert found == metrics.evaluate(np.eye(3)[predictions], y, LABELS, groups=groups)["macro_f1"]
+    assert found == metrics.evaluate(Scores.of(np.eye(3)[predictions]), y, LABELS, groups=groups)["macro_f1"]
 
 
 def test_perplexity_counts_tokens_alike_and_less_is_better():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from common import files
 from common.cli import UserError
 from common.data import rows
 
@@ -34,7 +35,7 @@ def test_a_bad_file_is_named(tmp_path, kind):
     path = tmp_path / "rows.json"
     path.write_text(f"[{GOOD}, {BAD[kind][0]}]")
     with pytest.raises(UserError, match="mend the file"):
-        rows.read_json(path)
+        files.read_json(path)
 
 
 def test_a_column_that_repeats_is_named(tmp_path):

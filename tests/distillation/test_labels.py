@@ -14,14 +14,14 @@ from common.models import loading as models
 from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import torch_ranker
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 from common.training import batches, losses
 
 
 def test_label_scores_in_training_are_the_rankers(base):
     model, tokenizer = models.load_for_inference(ModelSource(base, dtype="float32"))
     texts = [prompt.removeprefix(CREDITMIX.prompt("")) for prompt in PROMPTS[:5]]
-    expected = torch_ranker.LabelRanker(model, tokenizer, CREDITMIX).raw_scores(texts)
+    expected = torch_ranker.TorchRanker(model, tokenizer, CREDITMIX).raw_scores(texts)
     loss = LabelDistillation(Objective({"forward_kl": 1.0, "ce": 1.0}, temperature=2.0), tokenizer, CREDITMIX)
     p = torch.tensor([0.6, 0.3, 0.1])
     facts = {"probabilities": dict(zip(LABELS, p.tolist(), strict=True)), "output": "Bad"}

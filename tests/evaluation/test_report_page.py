@@ -10,8 +10,10 @@ import pytest
 
 from common.evaluation import report_page as page
 from common.tasks.ranking import report
-from common.tasks.ranking.calibration import Calibration, Decision
-from common.tasks.ranking.metrics import compare, drift, evaluate
+from common.tasks.ranking.calibration import Calibration
+from common.tasks.ranking.decision import Decision
+from common.tasks.ranking.drift import drift
+from common.tasks.ranking.metrics import compare, evaluate
 
 LABELS = ("Good", "Standard", "Bad")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -27,10 +29,7 @@ def made(names=("runs/base", "runs/sft"), contamination=(0, 0), labels=LABELS, r
         before = Calibration(labels)
         after = Calibration(labels, "fitted", temperature=0.8, decision=Decision(abstain_below=0.5 if i else None))
         scores.append(after.apply(raw))
-        parts = [
-            evaluate(s.probabilities, y, labels, s.predictions, s.top2_margin, s.answered, groups, replicates=100)
-            for s in (before.apply(raw), scores[-1])
-        ]
+        parts = [evaluate(s, y, labels, groups=groups, replicates=100) for s in (before.apply(raw), scores[-1])]
         seen = contamination[i]
         models.append(
             {
@@ -114,12 +113,12 @@ def test_everything_from_outside_is_escaped(tmp_path):
 
 def test_contaminated_results_show_themselves(tmp_path):
     mixed = made(contamination=(None, 119))
-    page = report.render_html(mixed, report._images(mixed))
+    page = report.render_html(mixed, report.images_of(mixed))
     assert "<b>119 of 120 rows</b> share a customer with the training rows of sft" in page
     assert "memory, not skill" in page and "Nobody recorded what base was trained on" in page
     assert "<em>base</em> is the most accurate" in page  # a model that trained on these rows cannot win
     alone = made(("runs/sft",), contamination=(119,))
-    page = report.render_html(alone, report._images(alone))
+    page = report.render_html(alone, report.images_of(alone))
     assert "119 of them of customers that it was trained on</h1>" in page
 
 

@@ -26,17 +26,16 @@ import eval_creditmix
 import export_model
 from common import cli
 from common.cli import UserError
-from common.data import rows as records
 from common.export import merge as merging
 from common.export import parity
 from common.export import pipeline as export
 from common.export.parity import Measured
+from common.files import sha256_file
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.tasks.ranking import rows as labelled
 from common.tasks.ranking.classifier import Classifier
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 pytestmark = pytest.mark.exports
 
@@ -134,7 +133,7 @@ def test_merged_needs_no_peft(run, dev, tmp_path, torch_model, capsys):
     assert proof["logits"]["max_difference"] < 1e-4 and proof["logits"]["mean_kl"] < 1e-8
     for name, file in record["files"].items():
         path = tmp_path / "merged" / name
-        assert (file["bytes"], file["sha256"]) == (path.stat().st_size, records.sha256_file(path))
+        assert (file["bytes"], file["sha256"]) == (path.stat().st_size, sha256_file(path))
     assert set(record["files"]) == {path.name for path in (tmp_path / "merged").iterdir()} - {export.RECORD}
     last = capsys.readouterr().out.splitlines()[-1]
     assert json.loads(last)["metric"] == proof["metric"]
@@ -232,9 +231,9 @@ def test_the_labels_are_those_of_the_runs_calibration(run, dev, tmp_path):
     eval_creditmix.main(["--model_dir", str(fitted), "--fit_calibration", dev])
     record = export_run(str(fitted), "merged", tmp_path / "merged", dev)
     assert {"calibration.json", "train_groups.txt"} <= set(record["files"])
-    classifier = Classifier(str(fitted), CREDITMIX)
+    classifier = Classifier.load(ModelSource(str(fitted)), CREDITMIX)
     rows = [json.loads(line) for line in Path(dev).read_text().splitlines()]
-    texts = [labelled.clean(CREDITMIX, row["question"]) for row in rows]
+    texts = [CREDITMIX.clean(row["question"]) for row in rows]
     scores = classifier.calibration(None).apply(classifier.raw_scores(texts))
     f1 = f1_score([row["answer"] for row in rows], [LABELS[i] for i in scores.predictions], average="macro")
     assert record["proof"]["metric"]["export"]["value"] == pytest.approx(f1, abs=1e-5)

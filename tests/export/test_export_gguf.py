@@ -16,7 +16,7 @@ from common.models import loading as models
 from common.models.gguf_runtime import GgufModel
 from common.models.source import ModelSource
 from common.tasks.ranking.rankers import ranker_of
-from common.tasks.ranking.torch_ranker import LabelRanker
+from common.tasks.ranking.torch_ranker import TorchRanker
 
 pytestmark = pytest.mark.exports
 
@@ -64,7 +64,7 @@ def test_gguf_in_llama_cpp(quant, run, dev, tmp_path):
         assert proof["generated"]["prompts"] == proof["generated"]["equal"] == 20
     model, tokenizer = models.load_for_inference(ModelSource(run, dtype="float32"))
     exported = GgufModel(tmp_path / "gguf" / f"model-{quant}.gguf", 256)
-    expected = LabelRanker(model, tokenizer, AWKWARD).raw_scores(LINES[:4])
+    expected = TorchRanker(model, tokenizer, AWKWARD).raw_scores(LINES[:4])
     found = ranker_of(exported, tokenizer, AWKWARD).raw_scores(LINES[:4])
     exported.close()
     assert np.abs(found - expected).max() < (0.02 if quant == "F16" else 0.5)

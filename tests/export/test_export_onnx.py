@@ -26,9 +26,9 @@ from common.models import loading as models
 from common.models import onnx_runtime as onnx_model
 from common.models.onnx_runtime import OnnxModel
 from common.models.source import ModelSource
+from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.onnx_ranker import OnnxRanker
 from common.tasks.ranking.rankers import ranker_of
-from common.tasks.ranking.task import CREDITMIX
 from common.tasks.ranking.torch_ranker import naive_scores
 
 pytestmark = pytest.mark.exports

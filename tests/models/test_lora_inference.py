@@ -92,7 +92,7 @@ def test_adapters_that_are_only_used_take_it_and_the_precision_of_their_base(bas
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     assert layer.lora_A["default"].weight.dtype == torch.bfloat16
     assert isinstance(layer.forward, types.MethodType)
-    assert layer.forward.__func__ is lean_lora._forward
+    assert layer.forward.__func__ is lean_lora.forward
     trainable = adapters.load_adapter(models.load_base(ModelSource(base)), str(tmp_path), trainable=True)
     layer = trainable.get_base_model().model.layers[0].mlp.up_proj
     assert "forward" not in vars(layer)

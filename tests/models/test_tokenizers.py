@@ -18,8 +18,8 @@ from common.cli import UserError
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.tasks.ranking.task import CREDITMIX
-from common.tasks.ranking.torch_ranker import LabelRanker, naive_scores
+from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores
 from common.training import miniature
 
 QWEN = SHARED / "models" / "qwen2.5-tokenizer"
@@ -167,14 +167,14 @@ def test_a_llama_without_a_chat_template(tmp_path):
     assert hostile.count(tokenizer.bos_token_id) == 1
     assert tokenizer.eos_token_id not in hostile
     expected = naive_scores(model, tokenizer, CREDITMIX, TEXTS)
-    assert np.abs(LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS) - expected).max() < 1e-4
+    assert np.abs(TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS) - expected).max() < 1e-4
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"input": prompt, "output": "Good"}) + "\n" for prompt in PROMPTS))
     run = tmp_path / "run"
     sft_train.main(["--student", str(STORIES), "--data", str(data), "--save_dir", str(run), "--max_steps", "2",
                     "--learning_rate", "0.01", "--logging_steps", "1"])  # fmt: skip
     trained, _ = models.load_for_inference(ModelSource(str(run), dtype="float32"))
-    after = LabelRanker(trained, tokenizer, CREDITMIX).raw_scores(TEXTS)
+    after = TorchRanker(trained, tokenizer, CREDITMIX).raw_scores(TEXTS)
     assert (after[:, 0] > expected[:, 0]).all()
 
 
@@ -198,7 +198,7 @@ def copy(run, tmp_path) -> Path:
 
 def scores(folder: Path | str, **how) -> np.ndarray:
     model, tokenizer = models.load_for_inference(ModelSource(str(folder), **{"dtype": "float32"} | how))
-    return LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
+    return TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
 
 
 def test_an_adapter_is_loaded_on_its_base(run, base):

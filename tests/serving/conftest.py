@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from support.served import NAMES, ROWS, make_runs, serve
 
+from common.models.source import ModelSource
 from common.tasks.ranking import creditmix
 from common.tasks.ranking.classifier import Classifier
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def expected(runs, base) -> dict[str, list[dict]]:
     folders = {"base": base} | {name: str(runs / f"creditmix_{name}") for name in NAMES[1:]}
     answers = {}
     for name, folder in folders.items():
-        classifier = Classifier(folder, CREDITMIX)
+        classifier = Classifier.load(ModelSource(folder), CREDITMIX)
         texts = [creditmix.clean_features(row) for row in ROWS]
         answers[name] = classifier.answers(texts, classifier.calibration(None))
     return answers

@@ -18,7 +18,7 @@ from common.serving.run_registry import Registry
 from common.serving.work import Classify
 from common.tasks.ranking import creditmix
 from common.tasks.ranking.classifier import Classifier
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 from common.vram import preflight as vram
 
 PROMPT = CREDITMIX.prompt(creditmix.clean_features(ROWS[0]))
@@ -97,11 +97,13 @@ def test_a_batch_that_is_too_large_for_the_memory(auto_fit, base, runs, monkeypa
 def test_a_base_in_4_bits_answers_as_the_script_in_4_bits(base, runs):
     version = Registry(str(runs), base).find("kd")
     ((answer,),) = answers(serve(base, runs, [version], load_in_4bit="on"))
-    classifier = Classifier(version.model_dir, CREDITMIX, load_in_4bit="on")
+    classifier = Classifier.load(ModelSource(version.model_dir, load_in_4bit="on"), CREDITMIX)
     (wanted,) = classifier.answers([creditmix.clean_features(ROWS[0])], classifier.calibration(None))
     for key in ("raw_scores", "prior", "scores"):
         assert answer[key] == pytest.approx(wanted[key], abs=1e-4)
-    exact = Classifier(version.model_dir, CREDITMIX).raw_scores([creditmix.clean_features(ROWS[0])])[0]
+    exact = Classifier.load(ModelSource(version.model_dir), CREDITMIX).raw_scores([creditmix.clean_features(ROWS[0])])[
+        0
+    ]
     assert abs(exact[0] - wanted["raw_scores"]["Good"]) > 1e-4  # it was in 4 bits
 
 

@@ -29,13 +29,14 @@ from support.served import (
     settings,
 )
 
+from common.models.source import ModelSource
 from common.serving import adapter_host, model_process, routes, server
 from common.serving.messages import State
 from common.serving.run_registry import Registry, Version
 from common.serving.view import View
 from common.serving.work import Classify
 from common.tasks.ranking.classifier import Classifier
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 pytestmark = pytest.mark.processes
 
@@ -75,7 +76,7 @@ def test_fewer_null_prompts(own, base):
 
 
 def mean_of_nulls(base: str, count: int) -> dict[str, float]:
-    classifier = Classifier(base, CREDITMIX)
+    classifier = Classifier.load(ModelSource(base), CREDITMIX)
     raw = classifier.raw_scores(CREDITMIX.null_inputs[:count]).mean(axis=0)
     return dict(zip(LABELS, map(float, raw), strict=True))
 

@@ -22,7 +22,7 @@ from support.served import (
 from bench.memory import own_bytes
 from common.cli import UserError
 from common.serving.settings import ServerSettings
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 pytestmark = pytest.mark.processes
 

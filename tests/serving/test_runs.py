@@ -22,10 +22,11 @@ from support.served import (
     serve,
 )
 
+from common.models.source import ModelSource
 from common.serving.run_registry import LOOK, BadName, Registry, UnknownRun
 from common.serving.settings import ServerSettings
-from common.tasks.ranking import task as tasks
 from common.tasks.ranking.classifier import Classifier
+from common.tasks.ranking.loading import load_task
 
 pytestmark = pytest.mark.processes
 
@@ -124,9 +125,9 @@ def test_a_new_calibration_is_picked_up(own):
 
 
 def test_another_label_set(own, monkeypatch):
-    task = tasks.load(str(ROOT / "recipes" / "ticket_severity.yaml"))
+    task = load_task(str(ROOT / "recipes" / "ticket_severity.yaml"))
     shutil.copytree(own / "creditmix_sft", own / "ticket_severity_sft")
-    wanted = Classifier(str(own / "ticket_severity_sft"), task)
+    wanted = Classifier.load(ModelSource(str(own / "ticket_severity_sft")), task)
     text = "Mail. Users affected: 3, Hours open: 2, mails arrive an hour late, no workaround"
     with serve(own, task=task, num_null_prompts=len(task.null_inputs)) as served:
         answer = served.post("/infer/sft", {"features": text})

@@ -15,7 +15,7 @@ from common.models.source import ModelSource
 from common.serving import shared_adapters
 from common.tasks.ranking import creditmix
 from common.tasks.ranking.classifier import Classifier
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 pytestmark = pytest.mark.processes
 
@@ -133,7 +133,7 @@ def test_what_may_share_a_base_answers_as_it_does_alone(tmp_path, base):
     wanted = {}
     for name, settings in KINDS.items():
         folder = make_adapter(tmp_path / "runs" / name, base, **settings)
-        classifier = Classifier(str(folder), CREDITMIX)
+        classifier = Classifier.load(ModelSource(str(folder)), CREDITMIX)
         (wanted[name],) = classifier.answers([creditmix.clean_features(ROWS[0])], classifier.calibration(None))
     assert len({answer["raw_scores"]["Good"] for answer in wanted.values()}) == len(KINDS)
     with serve(tmp_path / "runs", base_model=base) as served:

@@ -22,7 +22,7 @@ from common.serving.messages import HostSettings
 from common.serving.model_process import ModelProcess
 from common.serving.routes import create_app
 from common.serving.settings import ServerSettings
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 from support.http_server import Client, run_app
 from support.inputs import CORPUS
 from support.processes import fork_server

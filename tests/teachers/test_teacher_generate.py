@@ -31,6 +31,7 @@ import teacher_generate
 from common import cli
 from common.cli import UserError
 from common.data import rows as records
+from common.files import sha256_file
 from common.generation import generate as generation
 from common.generation import json_schema
 from common.models import loading as models
@@ -38,8 +39,8 @@ from common.models import tokenizers
 from common.models.source import ModelSource
 from common.sandbox import box as sandbox
 from common.tasks.codegen import prompt as codegen
-from common.tasks.ranking import rows as labelled
-from common.tasks.ranking.task import CREDITMIX, LabelTask
+from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.task import LabelTask
 from common.teachers import chat_endpoint as teacher_client
 from common.teachers.label_probabilities import distribution
 from common.teachers.preferences import Candidate, best_and_worst
@@ -202,7 +203,7 @@ def test_rows_keep_their_order_and_what_they_carry(stub, files, capsys):
         for place, row in enumerate(rows)
     ]
     assert len(records.read_rows(files.out, records.KD_KEYS)) == 8  # as kd_train.py reads them
-    taught = labelled.read_teacher(files.out, CREDITMIX)  # as creditmix_prepare.py --teacher_file does
+    taught = CREDITMIX.read_teacher(files.out)  # as creditmix_prepare.py --teacher_file does
     assert [*taught.values()] == [LABELS[place % 3] for place in range(8)]
     assert stub.asked[0]["messages"] == [{"role": "user", "content": question_of(stub.asked[0])}]
     assert (stub.asked[0]["model"], stub.asked[0]["temperature"], stub.asked[0]["max_tokens"]) == ("m", 0.0, 512)
@@ -213,7 +214,7 @@ def test_rows_keep_their_order_and_what_they_carry(stub, files, capsys):
         "without_token_counts": 0,
     }  # fmt: skip
     assert record["cost"] == pytest.approx((800 * 2 + 80 * 10) / 1e6)
-    assert record["data"]["sha256"] == records.sha256_file(files.out.parent / "rows.jsonl")
+    assert record["data"]["sha256"] == sha256_file(files.out.parent / "rows.jsonl")
     raw = [line["value"] for line in lines(f"{files.out}.raw.jsonl")]
     assert sorted(value["row"] for value in raw) == [*range(1, 9)]
     assert {(value["request_id"], value["prompt_tokens"], value["attempts"]) for value in raw} == {
@@ -509,7 +510,7 @@ def test_raw_rows_of_a_label_task(tmp_path, stub, files):
         tmp_path / "dev.jsonl", [{"question": "Age: 23, Outstanding Debt: 5", "answer": "Bad", "group": "ab" * 8}]
     )
     (item,) = read_items(dev, Labels(CREDITMIX))
-    assert item.prompt == CREDITMIX.prompt(labelled.clean(CREDITMIX, "Age: 23, Outstanding Debt: 5"))
+    assert item.prompt == CREDITMIX.prompt(CREDITMIX.clean("Age: 23, Outstanding Debt: 5"))
     assert (item.gold, item.kept) == ("Bad", {"output": "Bad", "group": "ab" * 8})
     (tmp_path / "raw.csv").write_text('question,answer\n"Age: 23, Outstanding Debt: 5",_\n')
     (item,) = read_items(str(tmp_path / "raw.csv"), Labels(CREDITMIX))
@@ -731,7 +732,7 @@ def test_probabilities_of_a_local_model(base, files):
     rows = [{"input": text, "output": "Good"} for text in CORPUS[:5]]
     argv = ["--teacher", base, *files(rows), "--probabilities"]
     assert teacher_generate.main(argv) is None
-    classifier = Classifier(base, CREDITMIX)
+    classifier = Classifier.load(ModelSource(base), CREDITMIX)
     texts = [text.removeprefix(CREDITMIX.prompt("")) for text in CORPUS[:5]]
     wanted = classifier.answers(texts, classifier.calibration(None))
     found = lines(files.out)
@@ -812,7 +813,7 @@ def test_a_real_teachers_answers(stub, files):
     path = SHARED / "data" / "creditmix" / "llm_teacher_300.csv"
     if not path.is_file():
         pytest.skip("needs the shared data")
-    answers = {labelled.clean(CREDITMIX, row["question"]): row["teacher_label"]
+    answers = {CREDITMIX.clean(row["question"]): row["teacher_label"]
                for _, row in records.numbered_rows(path)[1]}  # fmt: skip
     stub.reply = lambda body: answers[question_of(body).removeprefix(CREDITMIX.prompt(""))]
     assert generate(stub, "--data", str(path), "--out", str(files.out), "--concurrency", "16") == 0

@@ -21,7 +21,7 @@ from common.training import batches, losses
 
 
 def test_the_record_of_a_run(unbroken, rows, base):
-    from common.data.rows import sha256_file
+    from common.files import sha256_file
 
     folder = unbroken("sft")
     record = run_json(folder)

@@ -161,14 +161,14 @@ def test_distillation_peak(terms, live):
 
 def test_inference_peak(tokenizer):
     from common.models import adapters
-    from common.tasks.ranking import task as tasks
-    from common.tasks.ranking.torch_ranker import LabelRanker
+    from common.tasks.ranking.creditmix import CREDITMIX
+    from common.tasks.ranking.torch_ranker import TorchRanker
 
     settings = config(128, 1024, layers=3, vocabulary=1024)
     base = gpu_8gb.random_model(settings, four_bit=False, device="cpu")
     student = adapters.add_lora(base, r=16, alpha=32, dropout=0.0, seed=0).eval()
     adapters.make_inference_adapters(student)
-    ranker = LabelRanker(student, tokenizer, tasks.CREDITMIX, 2048)
+    ranker = TorchRanker(student, tokenizer, CREDITMIX, 2048)
     texts = [f"{row:03}" + "12345678" * 20 for row in range(40)]
     plan = Inference(shapes.from_config(settings), batch_tokens=2048, generates=False, width=4, **CPU)
     peak = memory.held_bytes(student) + memory.tracked_peak(lambda: ranker.raw_scores(texts))
@@ -179,12 +179,12 @@ def test_inference_peak(tokenizer):
 def test_many_labels_take_no_more_than_is_predicted(labels, tokenizer):
     """Each further column of a label has logits over the whole vocabulary; a batch makes so many and no more."""
     from common.tasks.ranking.task import LabelTask
-    from common.tasks.ranking.torch_ranker import LabelRanker
+    from common.tasks.ranking.torch_ranker import TorchRanker
 
     settings = config(128, 640, layers=2, vocabulary=32_768)
     model = gpu_8gb.random_model(settings, four_bit=False, device="cpu").eval()
     task = LabelTask("kinds", tuple(f"Kind {number} of {labels}" for number in range(labels)), "Which?")
-    ranker = LabelRanker(model, tokenizer, task, 2048)
+    ranker = TorchRanker(model, tokenizer, task, 2048)
     plan = Inference(
         shapes.from_config(settings), batch_tokens=2048, generates=False, adapters=0, **CPU | {"four_bit": False}
     )

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from common.cli import UserError
-from common.data import rows as records
+from common.files import read_text
 
 SUFFIXES = (".pdf", ".txt")
 
@@ -18,7 +18,7 @@ def read_document(path: str | Path) -> str:
     Raises:
         UserError: unreadable, encrypted, broken, or without any text, as a scanned PDF is.
     """
-    text = clean(_pdf_text(path) if Path(path).suffix.lower() == ".pdf" else records.read_text(path))
+    text = clean(_pdf_text(path) if Path(path).suffix.lower() == ".pdf" else read_text(path))
     if not text:
         raise UserError(f"{path} is empty; give a document with text")
     return text

@@ -16,6 +16,7 @@ from common.cli import UserError
 from common.data import splits
 from common.generation import json_schema
 from common.models import tokenizers
+from common.models.batching import context_of
 from common.models.flags import add_model_flags
 from common.models.source import LoadedModel
 from common.tasks.idp import documents
@@ -104,7 +105,7 @@ class Extractor:
     ) -> None:
         self.model, self.tokenizer, self.schema = model, tokenizer, schema
         self.max_new_tokens, self.long, self.max_batch_tokens = max_new_tokens, long, max_batch_tokens
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        context = context_of(model.config)
         self.room = min(max_len or context, context) - max_new_tokens  # for the prompt
         bare = len(tokenizers.encode_prompt(tokenizer, prompt("", schema)))
         if self.room < bare + SMALLEST_PIECE:

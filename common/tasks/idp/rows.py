@@ -12,6 +12,7 @@ from typing import Any
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
+from common.files import read_json
 from common.generation import json_schema
 from common.tasks.idp import documents
 from common.tasks.idp import extractor as idp
@@ -59,7 +60,7 @@ def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix.lower() not in documents.SUFFIXES:
             continue
         try:
-            fields = records.read_json(path.with_suffix(".json"))
+            fields = read_json(path.with_suffix(".json"))
             if isinstance(fields, list) and len(fields) == 1:
                 fields = fields[0]
             yield path.name, {"id": path.stem, "document": documents.read_document(path), "fields": fields}

@@ -5,106 +5,89 @@ Torch is imported only for a model that needs it: an ONNX export answers without
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.cli import UserError
-from common.models import adapters
-from common.models import loading as models
-from common.models import onnx_runtime as onnx_model
-from common.models.batching import MAX_BATCH_TOKENS
-from common.models.flags import source_of
-from common.models.source import ModelSource
+from common.models import adapters, onnx_runtime
+from common.models.loading import load_for_inference
+from common.models.source import LoadedModel, ModelSource
 from common.tasks.ranking.calibration import Calibration, batch_calibration
-from common.tasks.ranking.onnx_ranker import OnnxRanker
-from common.tasks.ranking.ranker import cached_prior
+from common.tasks.ranking.ranker import Ranker, cached_prior
+from common.tasks.ranking.rankers import ranker_of
+from common.tasks.ranking.settings import DEFAULT, ScoringSettings
 from common.tasks.ranking.task import LabelTask
-from common.vram import preflight as vram
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from common.models.onnx_runtime import OnnxModel
+from common.vram.preflight import fit_inference
 
 CALIBRATION_FILE = "calibration.json"
 DIGITS = 6  # of the numbers in an answer
 
 
 class Classifier:
-    """One model (adapter on its base, plain model or ONNX export) with its label ranker, prior and calibration."""
+    """A model's label ranker with its prior and calibration.
 
-    def __init__(
-        self,
+    Attributes:
+        model_dir: the model's folder, which may hold a fitted calibration.
+        task: what is asked.
+        ranker: gives the raw scores.
+        prior: [labels] what the model gives each label before it sees a row, in nats.
+    """
+
+    def __init__(self, model_dir: str, task: LabelTask, ranker: Ranker, prior: np.ndarray) -> None:
+        self.model_dir, self.task, self.ranker, self.prior = model_dir, task, ranker, prior
+
+    @classmethod
+    def load(cls, source: ModelSource, task: LabelTask, settings: ScoringSettings = DEFAULT) -> Classifier:
+        """The classifier on a model that is loaded for it: adapter on its base, plain model or ONNX export.
+
+        Raises:
+            UserError: more null prompts than the task has, settings that an export does not take, memory that is too
+                short; see also `loading.load_for_inference`.
+        """
+        if (settings.num_null_prompts or 0) > len(task.null_inputs):
+            raise UserError(
+                f"--num_null_prompts {settings.num_null_prompts} is more than the {len(task.null_inputs)} null inputs "
+                f"of {task.name}; give fewer, or leave the flag out"
+            )
+        max_batch_tokens = settings.max_batch_tokens
+        if onnx_runtime.is_onnx(source.model_dir):
+            if source.base or source.load_in_4bit == "on" or source.dtype != "auto":
+                raise UserError(f"{source.model_dir} is an ONNX export; leave --base, --load_in_4bit and --dtype out")
+            model, tokenizer = onnx_runtime.load(source.model_dir)
+        else:
+            source, max_batch_tokens = fit_inference(
+                source, max_batch_tokens, auto_fit=settings.auto_fit, generates=False
+            )
+            model, tokenizer = load_for_inference(source)
+        loaded = LoadedModel(model, tokenizer, max_batch_tokens)
+        return cls.on(loaded, source.model_dir, task, num_null_prompts=settings.num_null_prompts)
+
+    @classmethod
+    def on(
+        cls,
+        loaded: LoadedModel,
         model_dir: str,
         task: LabelTask,
         *,
-        base: str | None = None,
-        load_in_4bit: str = "auto",
-        dtype: str = "auto",
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
         num_null_prompts: int | None = None,
-        trust_remote_code: bool = False,
-        loaded: tuple[PreTrainedModel | PeftModel | OnnxModel, PreTrainedTokenizerBase] | None = None,
         model_hash: str | None = None,
         prior_dir: str | Path | None = None,
-    ) -> None:
-        """Loads the model, or takes a `loaded` one that others share and whose adapter is active at every call.
+    ) -> Classifier:
+        """The classifier on a model that is loaded already; others may use it too if its adapter is active when asked.
 
         Args:
             model_hash: `adapters.adapter_hash`, where it is known already.
             prior_dir: where the prior is cached; default: `model_dir`.
         """
-        self.model_dir, self.task = model_dir, task
-        if onnx_model.is_onnx(model_dir):
-            if base or load_in_4bit == "on" or dtype != "auto":
-                raise UserError(f"{model_dir} is an ONNX export; leave --base, --load_in_4bit and --dtype out")
-            model, tokenizer = loaded or onnx_model.load(model_dir)
-            self.ranker = OnnxRanker(model, tokenizer, task, max_batch_tokens)
-        else:
-            from common.tasks.ranking.torch_ranker import LabelRanker
-
-            source = ModelSource(model_dir, base, load_in_4bit, dtype, trust_remote_code)
-            model, tokenizer = loaded or models.load_for_inference(source)
-            self.ranker = LabelRanker(model, tokenizer, task, max_batch_tokens)
+        ranker = ranker_of(loaded.model, loaded.tokenizer, task, loaded.max_batch_tokens)
         model_hash = model_hash or adapters.adapter_hash(model_dir)
-        self.prior = cached_prior(self.ranker, prior_dir or model_dir, model_hash, num_null_prompts)
+        return cls(model_dir, task, ranker, cached_prior(ranker, prior_dir or model_dir, model_hash, num_null_prompts))
 
-    @classmethod
-    def from_flags(cls, args: argparse.Namespace, model_dir: str, task: LabelTask) -> Classifier:
-        """The classifier that a command's scoring flags ask for (`cli.add_scoring_flags`).
-
-        Raises:
-            UserError: more null prompts than the task has; see `models.load_for_inference`.
-        """
-        if args.num_null_prompts and args.num_null_prompts > len(task.null_inputs):
-            raise UserError(
-                f"--num_null_prompts {args.num_null_prompts} is more than the {len(task.null_inputs)} null inputs of "
-                f"{task.name}; give fewer, or leave the flag out"
-            )
-        source, max_batch_tokens = source_of(args, model_dir), args.max_batch_tokens
-        if not onnx_model.is_onnx(model_dir):
-            source, max_batch_tokens = vram.fit_inference(
-                source, max_batch_tokens, auto_fit=args.auto_fit, generates=False
-            )
-        return cls(
-            model_dir,
-            task,
-            base=source.base,
-            load_in_4bit=source.load_in_4bit,
-            dtype=source.dtype,
-            max_batch_tokens=max_batch_tokens,
-            num_null_prompts=args.num_null_prompts,
-            trust_remote_code=source.trust_remote_code,
-        )
-
-    def raw_scores(self, texts: Sequence[str], **progress) -> np.ndarray:
-        """See `LabelRanker.raw_scores`."""
-        return self.ranker.raw_scores(texts, **progress)
+    def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
+        """See `Ranker.raw_scores`."""
+        return self.ranker.raw_scores(texts)
 
     def calibration(
         self, method: str | None, raw: np.ndarray | None = None, label_bias: Mapping[str, float] | None = None

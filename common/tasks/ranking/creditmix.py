@@ -1,4 +1,4 @@
-"""CreditMix sources: every accepted format becomes cleaned, labelled rows that know their customer.
+"""CreditMix, the built-in label task, and its sources: every accepted format becomes cleaned, labelled rows.
 
 One features line is `Key: value, Key: value`. `clean_features` is the one place where a line is normalised; prepare,
 eval, infer and serve all pass through it, so a model never meets a spelling that it was not trained on.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
-from common.tasks.ranking.task import CREDITMIX, label_fault
+from common.tasks.ranking.task import LabelTask
 
 MISSING = "N/A"
 UNLABELLED = ("", "_")
@@ -26,6 +26,52 @@ GROUP_KEY = (
     "(the few customers with equal debts are kept together); in a CSV also Customer_ID; without a debt the whole line"
 )
 MAX_SYNTHETIC_ROWS = 300_000  # the debts that tell customers apart must not run out
+
+
+class CreditMix(LabelTask):
+    """CreditMix's way to read its rows; see `LabelTask` for the rest."""
+
+    unlabelled = UNLABELLED
+
+    @property
+    def group_rule(self) -> str:
+        return GROUP_KEY
+
+    @property
+    def text_keys(self) -> tuple[str, ...]:
+        return ("features", self.text_field)
+
+    def clean(self, text: str, tally: Counter[str] | None = None) -> str:
+        """See `clean_features`."""
+        return clean_features(text, tally)
+
+    def group_of(self, row: dict) -> str:
+        """The group hash of a row's customer; see `group_of`."""
+        return group_of(self.text_of(row) or "")
+
+    def read(
+        self, path: str | Path, features: str = "six", skip_bad_rows: bool = False
+    ) -> tuple[list[dict], dict[str, int]]:
+        """See `read_labelled`."""
+        return read_labelled(path, features, skip_bad_rows)
+
+
+CREDITMIX = CreditMix(
+    name="creditmix",
+    labels=("Good", "Standard", "Bad"),
+    instruction="Classify the credit mix of this customer as Good, Standard or Bad. Return only the label.",
+    null_inputs=(
+        "N/A",
+        "Unknown",
+        "No information.",
+        "Age: N/A, Occupation: N/A, Annual Income: N/A, Outstanding Debt: N/A, "
+        "Credit Utilization Ratio: N/A, Payment Behaviour: N/A",
+        "Age: , Occupation: , Annual Income: , Outstanding Debt: , Credit Utilization Ratio: , Payment Behaviour: ",
+    ),
+    text_field="question",
+    label_field="answer",
+    group_key="customer",
+)
 
 
 class Column(NamedTuple):
@@ -179,7 +225,7 @@ def read_labelled(
     unit, numbered, header = records.numbered_rows(path)
     if header is not None and not {"question", "answer"} <= set(header):
         return _read_raw_csv(path, numbered, header, features, skip_bad_rows)
-    fault_of = label_fault("answer", CREDITMIX, UNLABELLED)
+    fault_of = CREDITMIX.label_fault("answer", UNLABELLED)
     good = records.check_rows(path, numbered, ("question", "answer"), skip_bad_rows, unit, fault_of)
     if features == "all" and all({key for key, _ in split_features(row["question"])} <= SIX_KEYS for row in good):
         raise UserError(f"{path} holds the six features only; --features all needs the raw credit-score CSV")
@@ -230,7 +276,7 @@ def _read_raw_csv(
             f"{path} has neither the columns question and answer nor those of the raw credit-score CSV "
             f"({', '.join(missing[:7])} missing); give one of the two"
         )
-    fault_of = label_fault("Credit_Mix", CREDITMIX, UNLABELLED)
+    fault_of = CREDITMIX.label_fault("Credit_Mix", UNLABELLED)
     raw = records.check_rows(path, numbered, (), skip_bad_rows, "line", fault_of)
     tally: Counter[str] = Counter()
     customers = [row.get("Customer_ID", "").strip() for row in raw]

@@ -1,4 +1,4 @@
-"""The command-line flags of everything that scores labels."""
+"""The command-line flags of everything that scores labels, and the settings that they mean."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 
 from common import cli
 from common.models.flags import add_model_flags
+from common.tasks.ranking.settings import ScoringSettings
+from common.tasks.ranking.task import LabelTask
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,4 +27,19 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     )
     scoring.add_argument(
         "--label_bias", nargs="+", default=[], metavar="LABEL=NATS", help="offsets on the scores, e.g. Standard=0.3"
+    )
+
+
+def scoring_settings(args: argparse.Namespace, task: LabelTask) -> ScoringSettings:
+    """What the flags of `add_scoring_flags` ask for.
+
+    Raises:
+        UserError: --label_bias is not LABEL=NUMBER of a label of the task.
+    """
+    return ScoringSettings(
+        max_batch_tokens=args.max_batch_tokens,
+        auto_fit=args.auto_fit,
+        num_null_prompts=args.num_null_prompts,
+        calibration=args.calibration,
+        label_bias=cli.parse_label_bias(args.label_bias, task.labels),
     )

@@ -1,4 +1,4 @@
-"""Classification metrics with bootstrap intervals, differences between models, and drift between two results.
+"""Classification metrics with bootstrap intervals, and differences between models.
 
 Every metric is a function of sums over rows (hits per class, rows per confidence bin, squared error, ...). The sums
 are taken once per unit of resampling; a bootstrap replicate is then a weighted sum of those, so a thousand replicates
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse
 
 from common.cli import UserError
 from common.evaluation.bootstrap import (
@@ -30,17 +30,14 @@ from common.evaluation.bootstrap import (
 from common.tasks.ranking.calibration import Scores
 
 BINS = 15
-SIGNIFICANCE = 0.05
 _TOTALS = ("n", "brier", "nll", "margin", "answered", "answered_wrong", "cost")
 
 
 def evaluate(
-    probabilities: np.ndarray,
+    scores: Scores,
     y: np.ndarray,
     labels: Sequence[str],
-    predictions: np.ndarray | None = None,
-    margins: np.ndarray | None = None,
-    answered: np.ndarray | None = None,
+    *,
     groups: Sequence[str] | None = None,
     costs: Sequence[Sequence[float]] | None = None,
     seed: int = 0,
@@ -48,18 +45,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """All metrics of one model on one set of rows, ready for JSON.
 
-    Accuracy, F1 and the confusion matrix judge `predictions` on every row, abstained or not. ECE, Brier and NLL judge
+    Accuracy, F1 and the confusion matrix judge the predictions on every row, abstained or not. ECE, Brier and NLL judge
     the probabilities, whatever was decided on them:
     ECE = sum over 15 equal-width bins of (share of rows) x |accuracy - mean confidence|, confidence and accuracy being
     those of the most probable label (Guo et al. 2017, eq. 3); Brier = mean of sum_k (p_k - [y = k])^2, from 0 to 2
     (Brier 1950); NLL = mean of -log p_y, in nats.
 
     Args:
-        probabilities: [n, K].
+        scores: of n rows; where some are not answered, `coverage` and `selective_risk` (error rate among answers) are
+            added.
         y: [n] true label indices.
-        predictions: [n] label indices; argmax when None.
-        margins: [n] top-2 margins, in nats; those of the log-probabilities when None.
-        answered: [n] False where the model abstains; adds `coverage` and `selective_risk` (error rate among answers).
         groups: [n] group of each row, for the cluster bootstrap.
         costs: costs[true][predicted]; adds `mean_cost`.
 
@@ -73,18 +68,16 @@ def evaluate(
         UserError: no rows.
     """
     y = np.asarray(y, dtype=np.int64)
+    probabilities, predictions, margins = scores.probabilities, scores.predictions, scores.top2_margin
     rows, classes = probabilities.shape
     if not rows:
         raise UserError("there is no row to evaluate; give a file with rows")
-    top = probabilities.argmax(axis=1)
-    predictions = top if predictions is None else np.asarray(predictions)
-    margins = _log_margins(probabilities) if margins is None else margins
-    features = _row_features(probabilities, y, predictions, margins, answered, costs)
+    features = _row_features(scores, y, costs)
     units, count = unit_of_rows(groups, rows)
     sums = sum_units(features, units, count)
     values = _metrics(np.asarray(sums.sum(axis=0)).reshape(1, -1), classes)
     samples = _metrics(resample(sums, seed, replicates), classes)
-    if answered is None or np.all(answered):
+    if scores.answered.all():
         del values["coverage"], values["selective_risk"]
     if costs is None:
         del values["mean_cost"]
@@ -127,7 +120,7 @@ def compare(
     units, count = unit_of_rows(groups, len(y))
     values, samples = [], []
     for model in (a, b):
-        features = _row_features(model.probabilities, y, model.predictions, model.top2_margin, None, None)
+        features = _row_features(model, y, None)
         sums = sum_units(features, units, count)
         values.append(_metrics(np.asarray(sums.sum(axis=0)).reshape(1, -1), classes))
         samples.append(_metrics(resample(sums, seed, replicates), classes))
@@ -142,28 +135,21 @@ def compare(
 # The bootstrap: rows -> features -> sums per unit -> replicates -> metrics.
 
 
-def _row_features(
-    probabilities: np.ndarray,
-    y: np.ndarray,
-    predictions: np.ndarray,
-    margins: np.ndarray,
-    answered: np.ndarray | None,
-    costs: Sequence[Sequence[float]] | None,
-) -> sparse.csr_matrix:
+def _row_features(scores: Scores, y: np.ndarray, costs: Sequence[Sequence[float]] | None) -> sparse.csr_matrix:
     """[n, 3K + 3 BINS + totals]: what a row adds to hits, predicted and true per class, to its bin and the totals."""
+    probabilities, predictions, answered = scores.probabilities, scores.predictions, scores.answered
     rows, classes = probabilities.shape
     every = np.arange(rows)
     top = probabilities.argmax(axis=1)
     confidence = probabilities[every, top]
     bins = 3 * classes + _bin_of(confidence)
     right = predictions == y
-    answered = np.ones(rows, dtype=bool) if answered is None else np.asarray(answered)
     of_truth = probabilities[every, y]
     totals = {
         "n": np.ones(rows),
         "brier": (probabilities**2).sum(axis=1) - 2 * of_truth + 1,
         "nll": -np.log(np.clip(of_truth, np.finfo(np.float64).tiny, None)),
-        "margin": margins,
+        "margin": scores.top2_margin,
         "answered": answered,
         "answered_wrong": answered & ~right,
         "cost": np.zeros(rows) if costs is None else np.asarray(costs, dtype=np.float64)[y, predictions],
@@ -225,12 +211,6 @@ def _bin_of(confidence: np.ndarray) -> np.ndarray:
     return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
 
 
-def _log_margins(probabilities: np.ndarray) -> np.ndarray:
-    log_p = np.log(np.clip(probabilities, np.finfo(np.float64).tiny, None))
-    best_two = np.partition(log_p, -2, axis=1)[:, -2:]
-    return best_two[:, 1] - best_two[:, 0]
-
-
 def reliability_bins(probabilities: np.ndarray, y: np.ndarray) -> dict[str, list]:
     """Per confidence bin: rows, mean confidence and accuracy (None where the bin is empty)."""
     confidence = probabilities.max(axis=1)
@@ -270,135 +250,4 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> dict[str, list[f
         "coverage": (kept / len(order)).round(6).tolist(),
         "risk": (errors[kept - 1] / kept).round(6).tolist(),
         "threshold": np.asarray(confidence)[order][kept - 1].round(6).tolist(),
-    }
-
-
-# Drift: a stored result against a new one.
-
-
-def drift(baseline: dict[str, Any], now: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Compare two results of an evaluator (the content of two `metrics.json`), model by model.
-
-    Where both hold the same rows (`rows.ids`, and each model's `predictions`) the differences are paired; else each
-    result's interval gives its standard error and the two are taken as independent. A drop is significant when the
-    95 % interval of (now - before) lies below 0. Label shift is a chi-square test on the class counts (`class_counts`
-    of the file where the result has them, else the evaluated rows, which say nothing if they were drawn balanced);
-    margin shift is a two-sample Kolmogorov-Smirnov test on the stored histograms, conservative because binned. Shifts
-    are reported; only a drop counts as drift.
-
-    Models are matched by `model_dir`; a single model on both sides is matched whatever it is called.
-
-    Returns:
-        {"drifted": bool, "label_shift": {statistic, p_value, shifted}, "models": [{"model_dir", "paired",
-        "accuracy" and "macro_f1": {"before", "now", "difference": {value, low, high}, "dropped"}, "margin_shift"}]}
-
-    Raises:
-        UserError: the results have different labels, no model in common, or `baseline` is not a result.
-    """
-    try:
-        if baseline["labels"] != now["labels"]:
-            raise UserError(
-                f"the baseline has the labels {', '.join(baseline['labels'])}, this result {', '.join(now['labels'])}; "
-                "compare results of the same task"
-            )
-        before_models = {model["model_dir"]: model for model in baseline["models"]}
-        if len(before_models) == len(now["models"]) == 1:
-            pairs = [(next(iter(before_models.values())), now["models"][0])]
-        else:
-            pairs = [(before_models[m["model_dir"]], m) for m in now["models"] if m["model_dir"] in before_models]
-        if not pairs:
-            raise UserError(f"the baseline has other models ({', '.join(before_models)}); evaluate one of them")
-        order = _same_rows(baseline, now)
-        models = [_model_drift(before, after, baseline, now, order, seed) for before, after in pairs]
-        label_shift = _label_shift(_class_counts(baseline), _class_counts(now))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the baseline is not a metrics.json of this evaluator ({error}); write one with --report_dir"
-        ) from error
-    dropped = any(model[name]["dropped"] for model in models for name in ("accuracy", "macro_f1"))
-    return {"drifted": dropped, "label_shift": label_shift, "models": models}
-
-
-def _model_drift(before: dict, after: dict, baseline: dict, now: dict, order: np.ndarray | None, seed: int) -> dict:
-    paired = order is not None and "predictions" in before and "predictions" in after
-    if paired:
-        y = np.asarray(now["rows"]["y"])
-        onehot = np.eye(len(now["labels"]))
-
-        def decided(predictions: np.ndarray) -> Scores:
-            never = np.zeros(len(y))
-            return Scores(onehot[predictions], onehot[predictions], predictions, never == 0, never)
-
-        differences = compare(
-            decided(np.asarray(after["predictions"])),
-            decided(np.asarray(before["predictions"])[order]),
-            y,
-            now["rows"].get("groups"),
-            seed,
-        )
-    report = {"model_dir": after["model_dir"], "paired": paired}
-    for name in ("accuracy", "macro_f1"):
-        difference = differences[name] if paired else _unpaired(before[name], after[name])
-        report[name] = {
-            "before": before[name]["value"],
-            "now": after[name]["value"],
-            "difference": difference,
-            "dropped": difference["high"] < 0,
-        }
-    report["margin_shift"] = _margin_shift(before["curves"]["margins"], after["curves"]["margins"])
-    return report
-
-
-def _same_rows(baseline: dict, now: dict) -> np.ndarray | None:
-    """For each row of `now` its place in `baseline`; None unless both hold the same ids, once each, and labels."""
-    if not (baseline.get("rows") and now.get("rows")):
-        return None
-    place = {row: i for i, row in enumerate(baseline["rows"]["ids"])}
-    ids = now["rows"]["ids"]
-    if len(place) != len(baseline["rows"]["ids"]) or len(set(ids)) != len(ids) or place.keys() != set(ids):
-        return None
-    order = np.array([place[row] for row in ids])
-    return order if np.array_equal(np.asarray(baseline["rows"]["y"])[order], now["rows"]["y"]) else None
-
-
-def _unpaired(before: Interval, after: Interval) -> Interval:
-    z = float(stats.norm.ppf(0.975))
-    errors = [(interval["high"] - interval["low"]) / (2 * z) for interval in (before, after)]
-    value, reach = after["value"] - before["value"], z * float(np.hypot(*errors))
-    return {"value": round(value, 6), "low": round(value - reach, 6), "high": round(value + reach, 6)}
-
-
-def _class_counts(result: dict) -> list[int]:
-    per_class = result["models"][0]["per_class"]
-    counts = result.get("class_counts") or {label: per_class[label]["support"] for label in result["labels"]}
-    return [counts[label] for label in result["labels"]]
-
-
-def _label_shift(before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:
-    table = np.array([before, after])
-    table = table[:, table.sum(axis=0) > 0]
-    statistic, p_value = stats.chi2_contingency(table)[:2] if table.shape[1] > 1 else (0.0, 1.0)
-    return _shift(statistic, p_value)
-
-
-def _margin_shift(before: dict, after: dict) -> dict[str, Any]:
-    width = max(before["width"], after["width"])
-    reach = min(before["width"], after["width"]) * 63  # above this one of the two no longer tells bins apart
-    edges = int(reach / width)
-    shares, sizes = [], []
-    for histogram in (before, after):
-        step = round(width / histogram["width"])
-        counts = np.cumsum(np.asarray(histogram["right"]) + np.asarray(histogram["wrong"]))
-        shares.append(counts[step - 1 :: step][:edges] / counts[-1])
-        sizes.append(counts[-1])
-    statistic = float(np.abs(shares[0] - shares[1]).max()) if edges else 1.0
-    effective = np.sqrt(sizes[0] * sizes[1] / (sizes[0] + sizes[1]))
-    return _shift(statistic, stats.kstwobign.sf(statistic * effective))
-
-
-def _shift(statistic: float, p_value: float) -> dict[str, Any]:
-    return {
-        "statistic": round(float(statistic), 6),
-        "p_value": round(float(p_value), 6),
-        "shifted": bool(p_value < SIGNIFICANCE),
     }

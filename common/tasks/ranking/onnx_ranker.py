@@ -9,7 +9,8 @@ import numpy as np
 
 from common.models.batching import MAX_BATCH_TOKENS
 from common.models.onnx_runtime import OnnxModel, left_padded
-from common.tasks.ranking.ranker import Ranker, label_scores, sizes_of
+from common.tasks.ranking.label_tree import label_scores
+from common.tasks.ranking.ranker import Ranker, sizes_of
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:

@@ -1,8 +1,6 @@
-"""The calibrated label ranker without its model: prompts in batches, the tree of label tokens, scores and their prior.
+"""The calibrated label ranker without its model: prompts in batches, scores and their prior.
 
-A word (the label, or a verbalizer of it) scores as the better of its spellings with and without a leading space, each
-by its mean token log-probability at the assistant turn (a relative of lm-evaluation-harness's acc_norm); raw(label) is
-the max, or the mean, of its words. Everything that is subtracted or scaled afterwards is in `calibration`.
+`label_tree` says what a label's score is. Everything that is subtracted or scaled afterwards is in `calibration`.
 
 The log-probabilities come from torch (`torch_ranker`), from ONNX Runtime (`onnx_ranker`) or from llama.cpp
 (`gguf_ranker`); nothing here imports any of them.
@@ -18,12 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import logsumexp
 
 from common.cli import UserError, log
-from common.data import rows as records
+from common.files import write_json
 from common.models import tokenizers
-from common.models.batching import KEPT_TOKENS, LOGITS_AT_ONCE, MAX_BATCH_TOKENS
+from common.models.batching import (
+    KEPT_TOKENS,
+    LOGITS_AT_ONCE,
+    MAX_BATCH_TOKENS,
+    by_token_budget,
+    context_of,
+    window_of,
+)
+from common.tasks.ranking.label_tree import LabelTree, label_tokens
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -31,59 +36,6 @@ if TYPE_CHECKING:
 
 WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
 MIN_PREFIX = 4  # a shorter shared start is not worth a cache
-
-
-class LabelTree:
-    """Surface forms of all labels' words as a prefix tree over tokens.
-
-    Node 0 is the end of the prompt. `parents`, `tokens` and `depths` describe the inner nodes 1..N-1 (those that some
-    form continues after), which are the columns fed after the prompt; `forms[label][word]` lists, for each surface
-    form, the (node, next token) pairs whose log-probabilities make up its log-likelihood.
-    """
-
-    def __init__(self, token_lists: Sequence[Sequence[Sequence[Sequence[int]]]]) -> None:
-        self.parents, self.tokens, self.depths = [-1], [-1], [0]
-        children: dict[tuple[int, int], int] = {}
-
-        def path_of(form: Sequence[int]) -> list[tuple[int, int]]:
-            node, path = 0, []
-            for position, token in enumerate(form):
-                path.append((node, token))
-                if position + 1 < len(form):  # the last token of a form needs no column of its own
-                    if (node, token) not in children:
-                        children[node, token] = len(self.parents)
-                        self.parents.append(node)
-                        self.tokens.append(token)
-                        self.depths.append(self.depths[node] + 1)
-                    node = children[node, token]
-            return path
-
-        self.forms = [[[path_of(form) for form in word] for word in words] for words in token_lists]
-
-    @property
-    def columns(self) -> int:
-        """Columns appended to a prompt: inner nodes, the prompt's end not counted."""
-        return len(self.parents) - 1
-
-    def ancestors(self) -> np.ndarray:
-        """Boolean [columns, columns]: which appended columns each appended column sees, itself included."""
-        sees = np.zeros((self.columns, self.columns), dtype=bool)
-        for node in range(1, self.columns + 1):
-            if self.parents[node] > 0:
-                sees[node - 1] = sees[self.parents[node] - 1]
-            sees[node - 1, node - 1] = True
-        return sees
-
-    def branches(self) -> list[list[int]]:
-        """The inner nodes from the root's children down to each that has no inner child, in the order of `tokens`."""
-        leaves = [node for node in range(1, len(self.parents)) if node not in self.parents]
-        found = []
-        for node in leaves:
-            branch = [node]
-            while self.parents[branch[0]] > 0:
-                branch.insert(0, self.parents[branch[0]])
-            found.append(branch)
-        return found
 
 
 class Ranker:
@@ -94,6 +46,7 @@ class Ranker:
         precision: what else its scores depend on: the data type, and whether its weights are in 4 bits.
         context: tokens that a prompt and its longest label may have.
         vocabulary: columns of the logits.
+        prefixes: what is kept of token sequences that prompts start with (`_read_prefix`), used last at the end.
 
     Raises:
         UserError: a label without text, or two labels that are the same tokens.
@@ -113,7 +66,7 @@ class Ranker:
         self.tokenizer, self.task, self.context, self.vocabulary = tokenizer, task, context, vocabulary
         self.max_batch_tokens = max_batch_tokens
         self.tree = LabelTree(label_tokens(tokenizer, task))
-        self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # their keys and values, last used last
+        self.prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         """[rows, labels] of prompts that are `prefix` and then each of `suffixes`."""
@@ -125,12 +78,12 @@ class Ranker:
 
     def _cached(self, prefix: tuple[int, ...]) -> Any:
         """`_read_prefix`, kept."""
-        if prefix not in self._prefixes:
-            self._prefixes[prefix] = self._read_prefix(prefix)
-        self._prefixes.move_to_end(prefix)
-        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > KEPT_TOKENS:
-            self._prefixes.popitem(last=False)
-        return self._prefixes[prefix]
+        if prefix not in self.prefixes:
+            self.prefixes[prefix] = self._read_prefix(prefix)
+        self.prefixes.move_to_end(prefix)
+        while len(self.prefixes) > 1 and sum(map(len, self.prefixes)) > KEPT_TOKENS:
+            self.prefixes.popitem(last=False)
+        return self.prefixes[prefix]
 
     def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
         """Raw label scores [rows, labels] in nats a token, float32, in the order of `texts`.
@@ -184,77 +137,21 @@ class Ranker:
         shared = 0
         while shared < limit and first[shared] == last[shared]:
             shared += 1
-        at_hand = [len(known) for known in self._prefixes if known == tuple(first[: min(len(known), shared)])]
+        at_hand = [len(known) for known in self.prefixes if known == tuple(first[: min(len(known), shared)])]
         if at_hand and (shared - max(at_hand)) * len(prompts) <= shared:
             shared = max(at_hand)
         return tuple(first[:shared]) if len(prompts) > 1 and shared >= MIN_PREFIX else ()
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Rows sorted by length, cut where rows x longest would pass the token budget, or the logits theirs.
-
-        One row always goes.
-        """
-        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        while order:
-            rows = self.max_batch_tokens // (lengths[order[0]] + self.tree.columns)
-            rows = max(1, min(rows, LOGITS_AT_ONCE // (self.vocabulary * (1 + self.tree.columns))))
-            yield order[:rows]
-            order = order[rows:]
-
-
-def label_scores(tree: LabelTree, logits: np.ndarray, aggregate: str) -> np.ndarray:
-    """Raw scores [rows, labels] from logits [rows, 1 + columns, vocabulary] at the prompt's end and the tree's columns.
-
-    The same as `common.tasks.ranking.torch_ranker.label_scores`, which is differentiable.
-    """
-    logits = logits.astype(np.float32, copy=False)
-    norms = logsumexp(logits, axis=-1)
-    scores = []
-    for words in tree.forms:
-        of_words = []
-        for word in words:
-            paths = (tuple(zip(*path, strict=True)) for path in word)
-            means = [(logits[:, nodes, tokens] - norms[:, nodes]).mean(axis=1) for nodes, tokens in paths]
-            of_words.append(np.max(means, axis=0))
-        scores.append(np.max(of_words, axis=0) if aggregate == "max" else np.mean(of_words, axis=0))
-    return np.stack(scores, axis=1)
-
-
-def context_of(config: PreTrainedConfig) -> int:
-    """Tokens that a model of this config can read; within a sliding window, full attention is the same."""
-    config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or 1 << 30
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        context = min(context, config.sliding_window)
-    return context
+        """Rows sorted by length, cut where rows x longest would pass the token budget, or the logits theirs."""
+        most_rows = LOGITS_AT_ONCE // (self.vocabulary * (1 + self.tree.columns))
+        return by_token_budget(lengths, self.max_batch_tokens, added=self.tree.columns, most_rows=most_rows)
 
 
 def sizes_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """(context, vocabulary) of a `Ranker` on a model of this config."""
-    return context_of(config), config.get_text_config().vocab_size
-
-
-def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[list[list[list[int]]]]:
-    """Distinct token sequences of the surface forms of every label's words, [label][word][form][token].
-
-    Raises:
-        UserError: a form without tokens, or one sequence that stands for two labels.
-    """
-    owners: dict[tuple[int, ...], str] = {}
-    lists = []
-    for label in task.labels:
-        lists.append([])
-        for word in task.words(label):
-            forms: dict[tuple[int, ...], None] = {}
-            for form in (word, " " + word):
-                ids = tuple(tokenizer.encode(form, add_special_tokens=False))
-                if not ids:
-                    raise UserError(f"label '{label}' has no tokens; give every label a text")
-                if owners.setdefault(ids, label) != label:
-                    raise UserError(f"labels '{owners[ids]}' and '{label}' are the same tokens; rename one")
-                forms[ids] = None
-            lists[-1].append([list(form) for form in forms])
-    return lists
+    """(context, vocabulary) of a `Ranker` on a model of this config; within a sliding window, full attention is the
+    same."""
+    return min(context_of(config), window_of(config)), config.get_text_config().vocab_size
 
 
 def cached_prior(
@@ -291,7 +188,7 @@ def cached_prior(
     if Path(folder).is_dir():
         try:
             named = dict(zip(task.labels, map(float, prior), strict=True))
-            records.write_json(path, {"key": key, "prior": named, "null_inputs": null_inputs})
+            write_json(path, {"key": key, "prior": named, "null_inputs": null_inputs})
         except OSError as error:
             log(f"the prior could not be kept in {path} ({error.strerror}); it is computed at every start")
     return prior

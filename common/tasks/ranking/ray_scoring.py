@@ -8,9 +8,7 @@ the answers in the order of the rows.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -19,24 +17,22 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.cli import UserError, log
-from common.data import rows as records
-from common.models import adapters
+from common.files import json_text, jsonl_text
 from common.tasks.ranking import row_blocks
-from common.tasks.ranking import rows as labelled
-from common.tasks.ranking import task as tasks
 from common.tasks.ranking.calibration import Calibration
-from common.tasks.ranking.classifier import CALIBRATION_FILE, Classifier
+from common.tasks.ranking.classifier import Classifier
+from common.tasks.ranking.file_scoring import FileScoring
 from common.tasks.ranking.row_blocks import Block
-from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileInfo, FileSystem
+    from pyarrow.fs import FileSystem
     from ray.actor import ActorHandle
 
 WINDOW = 4096  # rows that a worker holds at a time
@@ -44,35 +40,35 @@ ATTEMPTS = 5  # workers that may die of one block, before the blame is on the bl
 MANIFEST = "manifest.json"
 
 
-def score(args: argparse.Namespace, task: LabelTask, label_bias: dict[str, float]) -> None:
-    """Classify the rows of `args.input` into the folder `args.output`, on the cluster of RAY_ADDRESS or on one here.
+def score(scoring: FileScoring, workers: int | None = None) -> None:
+    """Classify the rows of `scoring.input` into the folder `scoring.output`, on the cluster of RAY_ADDRESS or one here.
 
     The folder gets part-00000.jsonl and so on, rejects-00000.jsonl where rows of a part are bad, and manifest.json,
     whose "state" is "done" at the end. An answer has the row's "id", FILE:NUMBER with the line or row from 1, and then
     what `Classifier.answers` gives. A run that was interrupted goes on with the parts that are missing.
 
     Args:
-        args: the flags of infer_creditmix.py.
+        workers: how many; None: one for each GPU of the cluster, without GPUs one for each machine.
 
     Raises:
-        UserError: Ray is not installed, or input, output or a flag cannot work; a bad row without --skip_bad_rows.
+        UserError: Ray is not installed, or input, output or a setting cannot work; a bad row that is not to be skipped.
     """
     try:
         import ray.data  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError("--engine ray needs Ray; pip install -r requirements/ray.txt") from error
-    if args.calibration == "batch":
+    if scoring.settings.calibration == "batch":
         raise UserError(
             "--calibration batch estimates from rows that one process holds; with --engine ray use prior or fitted"
         )
-    source, root, files = row_blocks.find_files(args.input)
-    target, folder = row_blocks.file_system(args.output)
+    source, root, files = row_blocks.find_files(scoring.input)
+    target, folder = row_blocks.file_system(scoring.output)
     if any(PurePosixPath(folder) in PurePosixPath(file.path).parents for file in files):
-        raise UserError(f"--output {args.output} lies among the rows of --input; choose another folder")
-    decided_by = _decided_by(args, task, label_bias, files)
-    manifest = _read_manifest(target, folder, args.output)
+        raise UserError(f"--output {scoring.output} lies among the rows of --input; choose another folder")
+    decided_by = scoring.decided_by() | {"files": [[file.path, file.size, file.mtime_ns] for file in files]}
+    manifest = _read_manifest(target, folder, scoring.output)
     if manifest and manifest["decided_by"] != decided_by:
-        log(f"{args.output} holds answers of another model, input or settings; starting again")
+        log(f"{scoring.output} holds answers of another model, input or settings; starting again")
         for name in sorted(_names(target, folder), reverse=True):  # the manifest last
             if name.startswith(("part-", "rejects-", MANIFEST)):
                 target.delete_file(f"{folder}/{name}")
@@ -80,24 +76,24 @@ def score(args: argparse.Namespace, task: LabelTask, label_bias: dict[str, float
 
     with cluster():
         if manifest is None:
-            blocks = inspect_all(source, row_blocks.cut(source, root, files, task), args)
+            blocks = inspect_all(source, row_blocks.cut(source, root, files, scoring.task), scoring)
             manifest = {"state": "running", "decided_by": decided_by, "parts": blocks}
             target.create_dir(folder, recursive=True)
-            _write(target, f"{folder}/{MANIFEST}", records.json_text(manifest))
+            _write(target, f"{folder}/{MANIFEST}", json_text(manifest))
         blocks = manifest["parts"]
         there = _names(target, folder)
         missing = [block for block in blocks if _part(block) not in there]
         if len(missing) < len(blocks):
-            log(f"going on after {len(blocks) - len(missing):,} of {len(blocks):,} parts in {args.output}")
+            log(f"going on after {len(blocks) - len(missing):,} of {len(blocks):,} parts in {scoring.output}")
         if missing:
-            score_all(missing, args.workers, args, label_bias, source, target, folder)
+            score_all(missing, workers, scoring, Places(source, target, folder))
         check_all(target, folder, blocks)
     for name in _names(target, folder):
         if name.endswith(".tmp"):  # of a worker that was killed
             target.delete_file(f"{folder}/{name}")
-    _write(target, f"{folder}/{MANIFEST}", records.json_text(manifest | {"state": "done"}))
+    _write(target, f"{folder}/{MANIFEST}", json_text(manifest | {"state": "done"}))
     if bad := sum(block["bad"] for block in blocks):
-        log(f"{bad} bad rows of {args.input} skipped; they are in {args.output}/rejects-*.jsonl")
+        log(f"{bad} bad rows of {scoring.input} skipped; they are in {scoring.output}/rejects-*.jsonl")
 
 
 @contextlib.contextmanager
@@ -123,18 +119,18 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def inspect_all(source: FileSystem, blocks: list[Block], args: argparse.Namespace) -> list[Block]:
+def inspect_all(source: FileSystem, blocks: list[Block], scoring: FileScoring) -> list[Block]:
     """The blocks that have rows, with "part", "first" row's number in its file, and how many "rows" and "good" ones.
 
-    Every row is read once, before a model loads, as `infer_creditmix.check_input` does.
+    Every row is read once, before a model loads, as `file_scoring.check_input` does.
 
     Raises:
         UserError: a bad row without --skip_bad_rows, or no good one at all.
     """
     from ray.data import from_items
 
-    task_file = args.task and os.path.abspath(args.task)
-    found = from_items(blocks, override_num_blocks=len(blocks)).map(row_blocks.inspect, fn_args=(source, task_file))
+    task = scoring.task
+    found = from_items(blocks, override_num_blocks=len(blocks)).map(row_blocks.inspect, fn_args=(source, task))
     first: dict[str, int] = {}
     parts = []
     for block in sorted(found.iter_rows(), key=lambda block: (block["file"], block["start"])):
@@ -143,15 +139,13 @@ def inspect_all(source: FileSystem, blocks: list[Block], args: argparse.Namespac
         first[block["file"]] += block["rows"]
         if broken:
             raise UserError(f"{block['file']} cannot be read ({broken}); copy or download it again")
-        if fault and not args.skip_bad_rows:
+        if fault and not scoring.skip_bad_rows:
             place = f"{block['file']}, row {block['first'] + fault_at}"
             raise UserError(f"{place}: {fault}; mend the row, or pass --skip_bad_rows")
         if block["rows"]:
             parts.append(block | {"part": len(parts)})
     if not any(block["good"] for block in parts):
-        raise UserError(
-            f"{args.input} has no usable rows; each needs its text under '{tasks.load(args.task).text_field}'"
-        )
+        raise UserError(f"{scoring.input} has no usable rows; each needs its text under '{task.text_field}'")
     return parts
 
 
@@ -167,23 +161,21 @@ class Attempts:
         return self._of[part]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where blocks are read, and the folder that their parts are written to."""
+
+    source: FileSystem
+    target: FileSystem
+    folder: str
+
+
 class Scorer:
     """What a worker does with a block: read, score, write. The model loads with the first one."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        label_bias: dict[str, float],
-        source: FileSystem,
-        target: FileSystem,
-        folder: str,
-        cwd: str,
-        threads: int,
-        attempts: ActorHandle,
-    ) -> None:
-        """Args: the flags, where blocks are and parts go, the command's folder, threads, and `Attempts` as an actor."""
-        self.args, self.label_bias = args, label_bias
-        self.source, self.target, self.folder = source, target, folder
+    def __init__(self, scoring: FileScoring, places: Places, cwd: str, threads: int, attempts: ActorHandle) -> None:
+        """Takes what is to be done, the command's working directory, threads, and `Attempts` as an actor."""
+        self.scoring, self.places = scoring, places
         self.cwd, self.threads, self.attempts = cwd, threads, attempts
 
     @cached_property
@@ -191,56 +183,56 @@ class Scorer:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # read when torch is imported, below; Ray's own choice is 1
         if os.path.isdir(self.cwd):
             os.chdir(self.cwd)  # so that relative paths, also that of an adapter's base, are the command's
-        return Classifier.from_flags(self.args, self.args.model_dir, tasks.load(self.args.task))
+        return Classifier.load(self.scoring.source, self.scoring.task, self.scoring.settings)
 
     @cached_property
     def calibration(self) -> Calibration:
-        return self.classifier.calibration(self.args.calibration, label_bias=self.label_bias)
+        settings = self.scoring.settings
+        return self.classifier.calibration(settings.calibration, label_bias=settings.label_bias)
 
     def __call__(self, block: Block) -> dict:
         """Write the part of `block`, unless an earlier attempt has. A user's mistake comes back under "error"."""
         import ray
         from pyarrow.fs import FileType
 
-        part = f"{self.folder}/{_part(block)}"
+        target, part = self.places.target, f"{self.places.folder}/{_part(block)}"
         if ray.get(self.attempts.begin.remote(block["part"])) > ATTEMPTS:
             return {
                 "rows": 0,
                 "error": f"{ATTEMPTS} workers died on {_place(block)}; give fewer --workers, if memory was short",
             }
         try:
-            if self.target.get_file_info(part).type == FileType.NotFound:
+            if target.get_file_info(part).type == FileType.NotFound:
                 rejects: list[dict] = []
                 answers = "".join(self._answers(block, rejects))
                 if rejects:
-                    _write(self.target, part.replace("/part-", "/rejects-"), records.jsonl_text(rejects))
-                _write(self.target, part, answers)
+                    _write(target, part.replace("/part-", "/rejects-"), jsonl_text(rejects))
+                _write(target, part, answers)
             return {"rows": block["good"], "error": ""}
         except UserError as error:
             return {"rows": 0, "error": f"{_place(block)}: {error}"}
 
     def _answers(self, block: Block, rejects: list[dict]) -> Iterator[str]:
-        task = self.classifier.task
-        rows = row_blocks.rows_of(self.source, block, task)
+        task = self.scoring.task
+        rows = row_blocks.rows_of(self.places.source, block, task)
         while window := list(islice(rows, WINDOW)):
             good = {}
             for number, row in window:
-                text = labelled.text_of(task, row)
+                text = task.text_of(row)
                 if text is None:
                     row = str(row) if isinstance(row, ValueError) else row
                     rejects.append({"id": _id(block, number), "line": number, "row": row})
                 else:
                     good[_id(block, number)] = text
             answers = self.classifier.answers(list(good.values()), self.calibration) if good else []
-            yield records.jsonl_text({"id": id} | answer for id, answer in zip(good, answers, strict=True))
+            yield jsonl_text({"id": id} | answer for id, answer in zip(good, answers, strict=True))
 
 
-def score_all(blocks: list[Block], workers: int | None, *job: Any) -> None:
+def score_all(blocks: list[Block], workers: int | None, scoring: FileScoring, places: Places) -> None:
     """Let scorers write the parts of the blocks.
 
     Args:
         workers: how many; None: one for each GPU of the cluster, without GPUs one for each machine.
-        job: the first arguments of `Scorer`.
 
     Raises:
         UserError: the first that a scorer met.
@@ -254,11 +246,11 @@ def score_all(blocks: list[Block], workers: int | None, *job: Any) -> None:
     machines = sum(node["Alive"] for node in ray.nodes())
     workers = min(workers or gpus or machines, len(blocks))
     # one CPU stays free for tasks that are none of the scorers'; were all taken, such a task would wait for ever
-    share = {"num_gpus": _share(workers, gpus), "num_cpus": 0} if gpus else {"num_cpus": _share(workers, cpus - 1)}
+    share = {"num_gpus": share_of(workers, gpus), "num_cpus": 0} if gpus else {"num_cpus": share_of(workers, cpus - 1)}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus // workers))
     done = from_items(blocks, override_num_blocks=len(blocks)).map(
         Scorer,
-        fn_constructor_args=(*job, os.getcwd(), threads, ray.remote(num_cpus=0)(Attempts).remote()),
+        fn_constructor_args=(scoring, places, os.getcwd(), threads, ray.remote(num_cpus=0)(Attempts).remote()),
         compute=ActorPoolStrategy(size=workers),
         **share,
     )
@@ -269,7 +261,7 @@ def score_all(blocks: list[Block], workers: int | None, *job: Any) -> None:
             progress.update(told["rows"])
 
 
-def _share(workers: int, units: int) -> float:
+def share_of(workers: int, units: int) -> float:
     """Of a CPU or GPU for each worker, so that all find a place: 1 / (workers on the fullest unit)."""
     return 1 / math.ceil(workers / units) if units > 0 else 0
 
@@ -343,17 +335,3 @@ def _read_manifest(target: FileSystem, folder: str, output: str) -> dict | None:
     if names:
         raise UserError(f"--output {output} is a folder with other files; --engine ray needs a new one")
     return None
-
-
-def _decided_by(args: argparse.Namespace, task: LabelTask, label_bias: dict, files: list[FileInfo]) -> dict:
-    """All that decides the answers, as JSON: answers of an interrupted run are kept only if it is the same."""
-    calibration = Path(args.model_dir) / CALIBRATION_FILE
-    flags = ("model_dir", "base", "load_in_4bit", "dtype", "num_null_prompts", "calibration", "skip_bad_rows")
-    facts = {flag: getattr(args, flag) for flag in flags} | {
-        "model_hash": adapters.adapter_hash(args.model_dir),
-        "fitted": records.sha256_file(calibration) if calibration.is_file() else None,
-        "label_bias": label_bias,
-        "task": dataclasses.asdict(task),
-        "files": [[file.path, file.size, file.mtime_ns] for file in files],
-    }
-    return json.loads(json.dumps(facts))

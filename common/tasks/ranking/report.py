@@ -10,7 +10,7 @@ The result is a plain dict, and everything here is made from it alone, so a repo
     n               rows evaluated
     labels          [label, ...] in the order of every table and matrix
     group_name?     what a group is, for the sentences ("customer"; default "group")
-    class_counts?   {label: rows} before balancing, for the label shift of `metrics.drift`
+    class_counts?   {label: rows} before balancing, for the label shift of `drift.drift`
     rows?           {"ids": [...], "y": [label index, ...], "groups"?: [...]}, for paired drift
     models          [{
         model_dir
@@ -19,12 +19,12 @@ The result is a plain dict, and everything here is made from it alone, so a repo
         contamination?    {"rows": rows that share a group with training, "of": rows}; None where nobody knows
         ...               all that `metrics.evaluate` returns
         uncalibrated?     what `metrics.evaluate` returns for the scores before calibration, plus its "calibration"
-        decision?         `calibration.Decision` as a dict
+        decision?         `decision.Decision` as a dict
         predictions?      [label index, ...], for paired drift
         rows_per_s?       speed of scoring
     }, ...]
     differences?    [{"a": model_dir, "b": model_dir, **`metrics.compare`}]: a minus b
-    drift?          what `metrics.drift` returns
+    drift?          what `drift.drift` returns
     command?        the command line; versions?: {package: version}; created?: date and time
 """
 
@@ -36,9 +36,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from common.evaluation import plots
 from common.evaluation import report_page as page
+from common.evaluation.plots import f1_bars
 from common.evaluation.report_page import Result
+from common.tasks.ranking import plots
 
 # key, heading, True where more is better, what it means
 METRICS = (
@@ -70,14 +71,15 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    images = _images(result)
+    images = images_of(result)
     return page.write(report_dir, result, images, render_html(result, images))
 
 
-def _images(result: Result) -> dict[str, bytes]:
+def images_of(result: Result) -> dict[str, bytes]:
+    """The figures of a result as PNG bytes, by file name."""
     models, names, labels = result["models"], page.model_names(result), result["labels"]
     images = {
-        "f1_per_class.png": plots.f1_bars(models, names, labels),
+        "f1_per_class.png": f1_bars(models, names, labels),
         "risk_coverage.png": plots.risk_coverage(models, names),
     }
     for model, stem in zip(models, _stems(result), strict=True):

@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from common.cli import UserError
-from common.tasks.ranking import rows as labelled
-from common.tasks.ranking import task as tasks
+from common.cli import UserError, reason
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -55,9 +53,7 @@ def find_files(where: str) -> tuple[FileSystem, str, list[FileInfo]]:
             deep = pattern is None or len(pattern) > 1
             files = system.get_file_info(FileSelector(path, allow_not_found=True, recursive=deep))
     except OSError as error:
-        raise UserError(
-            f"--input {where} cannot be listed ({str(error).splitlines()[0]}); check the address"
-        ) from error
+        raise UserError(f"--input {where} cannot be listed ({reason(error)}); check the address") from error
 
     def matches(info: FileInfo) -> bool:
         parts = info.path[len(path) :].strip("/").split("/")
@@ -87,7 +83,7 @@ def file_system(where: str) -> tuple[FileSystem, str]:
     try:
         return FileSystem.from_uri(where)
     except (ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{where} cannot be opened: {str(error).splitlines()[0]}; check the address") from error
+        raise UserError(f"{where} cannot be opened: {reason(error)}; check the address") from error
 
 
 def cut(system: FileSystem, root: str, files: list[FileInfo], task: LabelTask) -> list[Block]:
@@ -127,8 +123,8 @@ def cut(system: FileSystem, root: str, files: list[FileInfo], task: LabelTask) -
 
 
 def _text_columns(columns: list[str], task: LabelTask) -> list[str]:
-    """The columns that `labelled.text_of` looks at."""
-    return [name for name in dict.fromkeys(("features", task.text_field)) if name in columns]
+    """The columns that `task.text_of` looks at."""
+    return [name for name in task.text_keys if name in columns]
 
 
 def rows_of(system: FileSystem, block: Block, task: LabelTask) -> Iterator[tuple[int, Any]]:
@@ -184,7 +180,7 @@ def _parquet_rows(system: FileSystem, block: Block, task: LabelTask) -> Iterator
             position += batch.num_rows
 
 
-def inspect(block: Block, system: FileSystem, task_file: str | None) -> Block:
+def inspect(block: Block, system: FileSystem, task: LabelTask) -> Block:
     """The block with its number of "rows" (of a JSONL file all lines), how many are "good" and how many "bad".
 
     Also with what is wrong: "broken", if it cannot be read, and the first "fault" of a row, with its place from 0
@@ -192,12 +188,11 @@ def inspect(block: Block, system: FileSystem, task_file: str | None) -> Block:
     """
     from pyarrow import ArrowException
 
-    task = tasks.load(task_file)
     found = {"rows": 0, "good": 0, "bad": 0, "broken": "", "fault": "", "fault_at": 0}
     try:
         for place, row in enumerate(_rows(system, block, task)):
             found["rows"] += 1
-            if labelled.text_of(task, row) is not None:
+            if task.text_of(row) is not None:
                 found["good"] += 1
             elif row is not BLANK:
                 found["bad"] += 1
@@ -205,5 +200,5 @@ def inspect(block: Block, system: FileSystem, task_file: str | None) -> Block:
                     found["fault"] = str(row) if isinstance(row, ValueError) else f"no text under '{task.text_field}'"
                     found["fault_at"] = place
     except (ArrowException, OSError) as error:
-        found["broken"] = str(error).splitlines()[0]
+        found["broken"] = reason(error)
     return block | found

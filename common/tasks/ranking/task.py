@@ -1,6 +1,7 @@
-"""What a label-ranking task is: its labels, its question and its content-free inputs. CreditMix is the built-in one.
+"""What a label-ranking task is: its labels, its question, its content-free inputs and how its rows are read.
 
-Any other is described by a YAML file (`--task FILE.yaml`); recipes/ticket_severity.yaml is a complete one:
+CreditMix is the built-in one (`creditmix`). Any other is described by a YAML file (`--task FILE.yaml`);
+recipes/ticket_severity.yaml is a complete one:
 
     name: ticket_severity            # part of the file names; default: the name of the YAML file
     labels: [Low, Medium, High]      # in the order of every table and matrix
@@ -16,16 +17,18 @@ Any other is described by a YAML file (`--task FILE.yaml`); recipes/ticket_sever
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
+from common.files import read_text
 
 AGGREGATES = ("max", "mean")
 
@@ -44,7 +47,10 @@ class LabelTask:
         text_field: the key of a row's text.
         label_field: the key of a row's label.
         group_key: the key whose value names a row's group; None: the text itself does.
+        unlabelled: what stands for a label in a row that has none, in a teacher's file.
     """
+
+    unlabelled: ClassVar[tuple[str, ...]] = ()
 
     name: str
     labels: tuple[str, ...]
@@ -69,56 +75,130 @@ class LabelTask:
         """What a group of rows is, for the sentences of a report."""
         return (self.group_key or self.text_field).replace("_", " ")
 
+    @property
+    def group_rule(self) -> str:
+        """What makes rows one group, for the manifest of a split."""
+        return self.group_key or self.text_field
 
-CREDITMIX = LabelTask(
-    name="creditmix",
-    labels=("Good", "Standard", "Bad"),
-    instruction="Classify the credit mix of this customer as Good, Standard or Bad. Return only the label.",
-    null_inputs=(
-        "N/A",
-        "Unknown",
-        "No information.",
-        "Age: N/A, Occupation: N/A, Annual Income: N/A, Outstanding Debt: N/A, "
-        "Credit Utilization Ratio: N/A, Payment Behaviour: N/A",
-        "Age: , Occupation: , Annual Income: , Outstanding Debt: , Credit Utilization Ratio: , Payment Behaviour: ",
-    ),
-    text_field="question",
-    label_field="answer",
-    group_key="customer",
-)
+    @property
+    def text_keys(self) -> tuple[str, ...]:
+        """Where a row that is to be labelled may have its text; the first that is there counts."""
+        return (self.text_field,)
 
+    def clean(self, text: str, tally: Counter[str] | None = None) -> str:
+        """A row's text as the model is to see it, in training and in use alike.
 
-def label_fault(key: str, task: LabelTask, unlabelled: Sequence[str] = ()) -> Callable[[dict], str | None]:
-    """A check for `records.check_rows`: why a row's label (under `key`) or group hash cannot be used; None when it can.
+        Args:
+            tally: counts what was done, by rule.
+        """
+        return text.strip()
 
-    Args:
-        unlabelled: what stands in a row without a label.
-    """
-    allowed = {*task.labels, *unlabelled}
-
-    def fault(row: dict) -> str | None:
-        if row[key].strip() not in allowed:
-            return f"{key} '{row[key]}' is not one of {', '.join(task.labels)}"
-        if "group" in row and not splits.GROUP_HASH.fullmatch(str(row["group"])):
-            return f"group '{row['group']}' is not the 16 hex digits that creditmix_prepare.py writes"
+    def text_of(self, row: Any) -> str | None:
+        """The clean text of a row without a label; None where it has none."""
+        for key in self.text_keys:
+            if records.row_fault(row, (key,)) is None:
+                return self.clean(row[key])
         return None
 
-    return fault
+    def group_of(self, row: dict) -> str:
+        """The group hash of a row, whose text need not be clean, from its group key or its text."""
+        return splits.group_hash(str(row.get(self.group_key) or "").strip() or self.clean(row[self.text_field]))
+
+    def label_fault(self, key: str, unlabelled: Sequence[str] = ()) -> Callable[[dict], str | None]:
+        """A check for `records.check_rows`: why a row's label (under `key`) or group hash cannot be used, or None.
+
+        Args:
+            unlabelled: what stands in a row without a label.
+        """
+        allowed = {*self.labels, *unlabelled}
+
+        def fault(row: dict) -> str | None:
+            if row[key].strip() not in allowed:
+                return f"{key} '{row[key]}' is not one of {', '.join(self.labels)}"
+            if "group" in row and not splits.GROUP_HASH.fullmatch(str(row["group"])):
+                return f"group '{row['group']}' is not the 16 hex digits that creditmix_prepare.py writes"
+            return None
+
+        return fault
+
+    def read(
+        self, path: str | Path, features: str = "six", skip_bad_rows: bool = False
+    ) -> tuple[list[dict], dict[str, int]]:
+        """Labelled rows of a JSON list, JSONL or CSV file (also gzipped), and what was done to get them.
+
+        Args:
+            features: of CreditMix's raw CSV (see `creditmix.read_labelled`).
+            skip_bad_rows: go on without bad rows, which are then named and counted, instead of stopping.
+
+        Returns:
+            Rows {text_field: text, label_field: label, "group": group hash}, and counts: "rows read", "rows kept",
+            "rows unlabelled", "rows bad", "rows synthetic", for CreditMix also what each cleaning rule changed.
+
+        Raises:
+            UserError: by file and line, whatever makes the file unusable.
+        """
+        if features != "six":
+            raise UserError(f"--features {features} is for CreditMix's CSV; leave it out with --task")
+        unit, numbered, _ = records.numbered_rows(path)
+        label_fault = self.label_fault(self.label_field)
+
+        def fault(row: dict) -> str | None:
+            if self.group_key and "group" not in row and not str(row.get(self.group_key) or "").strip():
+                return f"the group key '{self.group_key}' is missing or empty"
+            return label_fault(row)
+
+        good = records.check_rows(path, numbered, (self.text_field, self.label_field), skip_bad_rows, unit, fault)
+        rows = [
+            {
+                self.text_field: self.clean(row[self.text_field]),
+                self.label_field: row[self.label_field].strip(),
+                "group": row.get("group") or self.group_of(row),
+            }
+            for row in good
+        ]
+        counts = {
+            "rows read": len(numbered),
+            "rows kept": len(rows),
+            "rows unlabelled": 0,
+            "rows bad": len(numbered) - len(rows),
+            "rows synthetic": sum(row.get("synthetic") in (True, "true", "True") for row in good),
+        }
+        return rows, counts
+
+    def read_teacher(self, path: str | Path, skip_bad_rows: bool = False) -> dict[str, str]:
+        """A teacher's labels by clean text, from the CSV or JSON(L) that a teacher run wrote.
+
+        The text is under the task's text field or "input" (which may be the whole prompt), the label under
+        "teacher_label" or "teacher_output". Where a text occurs twice, the first answer counts.
+        """
+        unit, numbered, header = records.numbered_rows(path)
+        keys = set(header or ()).union(*(row for _, row in numbered if isinstance(row, dict)))
+        key = self.text_field if self.text_field in keys else "input"
+        answer = "teacher_label" if "teacher_label" in keys else "teacher_output"
+        if not {key, answer} <= keys:
+            raise UserError(
+                f"{path} needs a {self.text_field} (or input) and a teacher_label (or teacher_output) in every row"
+            )
+        fault_of = self.label_fault(answer, self.unlabelled)
+        labels: dict[str, str] = {}
+        for row in records.check_rows(path, numbered, (key, answer), skip_bad_rows, unit, fault_of):
+            text = self.clean(row[key].removeprefix(self.prompt("")))
+            if (label := row[answer].strip()) not in self.unlabelled:
+                labels.setdefault(text, label)
+        return labels
 
 
-def load(path: str | None) -> LabelTask:
-    """The task of a YAML file; CreditMix for None.
+def from_yaml(path: str) -> LabelTask:
+    """The task of a YAML file.
 
     Raises:
         UserError: unreadable, an unknown key, or a value that cannot work; names the key.
     """
-    if path is None:
-        return CREDITMIX
     try:
-        found = yaml.safe_load(records.read_text(path))
+        settings = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"--task {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise UserError(
             f"--task {path} must be a mapping with labels and instruction; see recipes/ticket_severity.yaml"
         )
@@ -126,14 +206,14 @@ def load(path: str | None) -> LabelTask:
     def refuse(key: str, what: str) -> UserError:
         return UserError(f"--task {path}: {key} {what}")
 
-    known = [each.name for each in fields(LabelTask)]
-    for key in found:
+    known = [item.name for item in fields(LabelTask)]
+    for key in settings:
         if key not in known:
             raise refuse(f"unknown key '{key}';", f"the keys are {', '.join(known)}")
     for key in ("labels", "instruction"):
-        if key not in found:
+        if key not in settings:
             raise refuse(key, "is missing; see recipes/ticket_severity.yaml")
-    task = {"name": Path(path).stem, **found}
+    task = {"name": Path(path).stem, **settings}
     for key in ("labels", "null_inputs"):
         if key in task:
             task[key] = tuple(_texts(task[key], lambda what, key=key: refuse(key, what)))

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from common.models import tokenizers
 from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS
-from common.tasks.ranking.ranker import LabelTree, Ranker, label_tokens, sizes_of
+from common.tasks.ranking.label_tree import LabelTree, label_tokens
+from common.tasks.ranking.ranker import Ranker, sizes_of
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class PrefixLayer(DynamicLayer):
         return joined(self.keys, keys), joined(self.values, values)
 
 
-class LabelRanker(Ranker):
+class TorchRanker(Ranker):
     """Scores rows against a task's labels with one model (see `Ranker`)."""
 
     def __init__(
@@ -150,7 +151,7 @@ def label_score(forms: Sequence[Sequence[torch.Tensor]], aggregate: str) -> torc
 def naive_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: LabelTask, texts: Sequence[str]
 ) -> np.ndarray:
-    """The definition, one full forward pass per row, label and form: what `LabelRanker` is tested and timed against."""
+    """The definition, one full forward pass per row, label and form: what `TorchRanker` is tested and timed against."""
     scores = np.empty((len(texts), len(task.labels)), dtype=np.float32)
     with torch.inference_mode():
         for row, text in enumerate(texts):

@@ -12,7 +12,7 @@ import pytest
 from support.inputs import SHARED, write_rows
 
 from common.cli import UserError
-from common.data import answer_store, splits
+from common.data import resumable, splits
 from common.sandbox import grading
 from common.tasks.codegen import metrics as code_metrics
 from common.tasks.codegen import mutation as code_mutation
@@ -386,16 +386,16 @@ def test_lints():
 
 def test_answers_are_kept_and_a_cut_line_is_dropped(tmp_path):
     path = tmp_path / "report" / "answers.jsonl"
-    store = answer_store.AnswerStore(path)
+    store = resumable.AnswerStore(path)
     store.add([("a", {"code": "é"}), ("b", [1])])
     with path.open("ab") as handle:
         handle.write(b'{"key": "c", "val')
-    again = answer_store.AnswerStore(path)
+    again = resumable.AnswerStore(path)
     assert again["a"] == {"code": "é"} and "b" in again and "c" not in again
     again.add([("c", 3)])
-    assert answer_store.AnswerStore(path)["c"] == 3
+    assert resumable.AnswerStore(path)["c"] == 3
     (tmp_path / "other.jsonl").write_text("[1]\n")
     with pytest.raises(UserError, match="does not hold answers"):
-        answer_store.AnswerStore(tmp_path / "other.jsonl")
-    assert answer_store.content_key("a", {"x": 1, "y": 2}) == answer_store.content_key("a", {"y": 2, "x": 1})
-    assert answer_store.content_key("a") != answer_store.content_key("b")
+        resumable.AnswerStore(tmp_path / "other.jsonl")
+    assert resumable.content_key("a", {"x": 1, "y": 2}) == resumable.content_key("a", {"y": 2, "x": 1})
+    assert resumable.content_key("a") != resumable.content_key("b")

@@ -19,8 +19,8 @@ import infer_idp
 import kd_train
 import sft_train
 from common.cli import UserError
-from common.data import answer_file, splits
-from common.data import rows as records
+from common.data import resumable, splits
+from common.files import sha256_file
 from common.generation import json_schema
 from common.generation.result import Generation
 from common.models.source import ModelSource
@@ -140,7 +140,7 @@ def test_what_prepare_writes(data):
     manifest = json.loads((data / "idp_manifest.json").read_text())
     assert manifest["parts"]["validation"] == {"groups": len(validation), "rows": len(validation)}
     for file, told in manifest["files"].items():
-        assert told["sha256"] == records.sha256_file(data / file)
+        assert told["sha256"] == sha256_file(data / file)
 
 
 def test_the_same_seed_gives_the_same_bytes(data, tmp_path):
@@ -451,7 +451,7 @@ def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path):
         return [{"n": row} for row in rows]
 
     def run(key: str = "a") -> list[dict]:
-        return list(answer_file.write_answers(output, range(7), answer, window=2, decided_by=key))
+        return list(resumable.write_answers(output, range(7), answer, window=2, decided_by=key))
 
     with pytest.raises(KeyboardInterrupt):
         run()

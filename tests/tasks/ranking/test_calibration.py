@@ -12,13 +12,10 @@ from scipy.special import softmax
 from common.cli import UserError
 from common.tasks.ranking.calibration import (
     Calibration,
-    Decision,
     batch_calibration,
-    fit_decision,
-    fit_offsets,
     fit_vector_scaling,
-    threshold_for_precision,
 )
+from common.tasks.ranking.decision import Decision, Goal, fit_decision, fit_offsets, threshold_for_precision
 
 LABELS = ("Good", "Standard", "Bad")
 PUBLISHED_RAW = np.array([[-3.78, -0.28, -1.52]])
@@ -132,7 +129,7 @@ def test_cost_decision_differs_from_argmax():
     # calling a Bad customer Good costs 10: at 12 % Bad the safer answer is Bad (cost 0.88 against 1.2)
     probabilities = np.array([[0.88, 0.0, 0.12], [0.95, 0.0, 0.05]])
     costs = ((0, 1, 1), (1, 0, 1), (10, 1, 0))
-    decision = fit_decision(probabilities, np.array([0, 2]), LABELS, "cost", costs=costs)
+    decision = fit_decision(probabilities, np.array([0, 2]), LABELS, Goal("cost", costs=costs))
     predictions, answered = decision.choose(probabilities)
     assert probabilities.argmax(axis=1).tolist() == [0, 0]
     # expected costs of Good, Standard, Bad: 1.2, 1.0, 0.88 and 0.5, 1.0, 0.95
@@ -149,7 +146,7 @@ def test_zero_one_cost_is_argmax():
 @pytest.mark.parametrize("costs", [((0, 1), (1, 0)), ((0, 1, 1), (1, 0, 1), (1, 1, "x"))])
 def test_bad_cost_matrix(costs):
     with pytest.raises(UserError, match=r"3 rows .true label. of 3 numbers"):
-        fit_decision(np.eye(3), np.arange(3), LABELS, "cost", costs=costs)
+        fit_decision(np.eye(3), np.arange(3), LABELS, Goal("cost", costs=costs))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
@@ -174,7 +171,9 @@ def test_offsets_reach_the_best_of_a_grid(metric):
 def test_macro_f1_brings_back_a_label_that_was_hardly_ever_given():
     raw, y = draw(2_000, bias=(0.0, 3.0, 0.0))
     calibration = Calibration(LABELS)
-    decided = replace(calibration, decision=fit_decision(calibration.apply(raw).probabilities, y, LABELS, "macro_f1"))
+    decided = replace(
+        calibration, decision=fit_decision(calibration.apply(raw).probabilities, y, LABELS, Goal("macro_f1"))
+    )
     recall_before, recall_after = ((c.apply(raw).predictions == 1)[y == 1].mean() for c in (calibration, decided))
     assert recall_before < 0.1 and recall_after > 0.4
 
@@ -217,13 +216,13 @@ def test_threshold_out_of_reach_says_what_is_within():
 )
 def test_decisions_that_make_no_sense(arguments, message):
     with pytest.raises(UserError, match=message):
-        fit_decision(np.eye(3), np.arange(3), LABELS, **arguments)
+        fit_decision(np.eye(3), np.arange(3), LABELS, Goal(**arguments))
 
 
 def test_saved_calibration_comes_back_the_same(tmp_path):
     raw, y = draw(400, bias=(0.5, -1.0, 0.5))
     calibration = fit_vector_scaling(raw, y, LABELS, prior=PUBLISHED_PRIOR, fitted_on={"data": "dev.jsonl"})
-    decision = fit_decision(calibration.apply(raw).probabilities, y, LABELS, "macro_f1", target_precision=0.6)
+    decision = fit_decision(calibration.apply(raw).probabilities, y, LABELS, Goal("macro_f1", target_precision=0.6))
     calibration = replace(calibration, decision=decision)
     calibration.save(tmp_path / "calibration.json")
     assert Calibration.load(tmp_path / "calibration.json", LABELS) == calibration

@@ -18,10 +18,11 @@ import sft_train
 from common import cli, run_record
 from common.cli import UserError
 from common.data import splits
-from common.tasks.ranking import creditmix
+from common.models.source import ModelSource
+from common.tasks.ranking import creditmix, file_scoring
 from common.tasks.ranking.calibration import Calibration, batch_calibration
 from common.tasks.ranking.classifier import Classifier
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +110,7 @@ def test_figures_are_those_of_the_scores(evaluate, fitted, dataset):
     rows = rows_of(dataset, "validation")
     chosen = splits.balanced(rows, lambda row: row["answer"], LABELS, 20, 3, "rows")
     y = np.array([LABELS.index(row["answer"]) for row in chosen])
-    classifier = Classifier(fitted, CREDITMIX)
+    classifier = Classifier.load(ModelSource(fitted), CREDITMIX)
     raw = classifier.raw_scores([row["question"] for row in chosen]).astype(float)
     bias = np.array(list(json.loads(Path(fitted, "calibration.json").read_text())["bias"].values()))
     scores = {
@@ -162,7 +163,7 @@ def test_fitting_a_calibration(fitted, data):
     stored = json.loads(Path(fitted, "calibration.json").read_text())
     dev = rows_of(data / "creditmix_dev.jsonl")
     y = np.array([LABELS.index(row["answer"]) for row in dev])
-    classifier = Classifier(fitted, CREDITMIX)
+    classifier = Classifier.load(ModelSource(fitted), CREDITMIX)
     raw = classifier.raw_scores([row["question"] for row in dev])
     weight = 1 / np.bincount(y)[y] / 3
 
@@ -254,7 +255,7 @@ def test_the_report_folder(evaluate, base, trained, tmp_path):
     ],
 )
 def test_refused_before_a_model_is_loaded(more, sentence, trained, dataset, monkeypatch):
-    monkeypatch.setattr(Classifier, "from_flags", None)
+    monkeypatch.setattr(Classifier, "load", None)
     with pytest.raises(UserError, match=sentence):
         eval_creditmix.main(["--model_dir", trained, "--data", dataset, *more])
 
@@ -366,7 +367,7 @@ def test_a_file_equals_one_by_one(trained, questions, tmp_path, infer):
 
 
 @pytest.mark.parametrize("method", ["prior", "batch"])
-def test_an_interrupted_file_goes_on(method, trained, questions, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_file_without_a_key_goes_on(method, trained, questions, tmp_path, monkeypatch, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{"question": question} for question in questions])
     whole = answers(trained, rows, tmp_path / "whole.jsonl", "--calibration", method)
     output, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
@@ -377,7 +378,7 @@ def test_an_interrupted_file_goes_on(method, trained, questions, tmp_path, monke
     monkeypatch.setattr(Classifier, "raw_scores", lambda self, t: scored.append(len(t)) or raw_scores(self, t))
     assert near(answers(trained, rows, output, "--calibration", method), whole, 1e-5)
     assert output.read_text().startswith("".join(lines[:9]))
-    assert f"going on after 9 answers in {partial}" in capsys.readouterr().err
+    assert f"going on after 9 answers of {output}" in capsys.readouterr().err
     assert scored == ([23] if method == "batch" else []) + [1, 14]
     assert not partial.exists()
 
@@ -386,7 +387,7 @@ def test_ctrl_c_leaves_what_was_answered(trained, questions, tmp_path, monkeypat
     rows = write_rows(tmp_path / "rows.jsonl", [{"question": question} for question in questions])
     whole = answers(trained, rows, tmp_path / "whole.jsonl")
     argv = ["--model_dir", trained, "--input", rows, "--output", str(tmp_path / "answers.jsonl")]
-    monkeypatch.setattr(infer_creditmix, "WINDOW", 8)
+    monkeypatch.setattr(file_scoring, "WINDOW", 8)
     given = Classifier.answers
 
     def interrupted(self, texts, *more):
@@ -397,7 +398,8 @@ def test_ctrl_c_leaves_what_was_answered(trained, questions, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Classifier, "answers", interrupted)
         assert cli.run(infer_creditmix.main, argv) == cli.INTERRUPTED
-    assert (tmp_path / "answers.jsonl.partial").read_text().count("\n") == 16
+    (partial,) = tmp_path.glob("answers.jsonl.*.partial")
+    assert partial.read_text().count("\n") == 16
     assert not (tmp_path / "answers.jsonl").exists()
     assert cli.run(infer_creditmix.main, argv) == 0
     assert "going on after 16 answers" in capsys.readouterr().err
@@ -423,7 +425,7 @@ def test_answers_of_something_else_are_not_kept(stale, trained, base, questions,
     (tmp_path / "answers.jsonl.partial").write_text("".join(lines if stale == "more rows" else lines[:5]))
     capsys.readouterr()
     assert near(answers(trained, rows, tmp_path / "answers.jsonl"), whole, 1e-5)
-    assert "holds answers of another model, calibration or input; starting again" in capsys.readouterr().err
+    assert "holds answers of another model, input or settings; starting again" in capsys.readouterr().err
 
 
 def test_bad_rows(trained, questions, tmp_path, capsys):

@@ -13,9 +13,11 @@ from common.cli import UserError
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking import ranker
-from common.tasks.ranking.ranker import LabelTree, cached_prior
-from common.tasks.ranking.task import CREDITMIX, LabelTask
-from common.tasks.ranking.torch_ranker import LabelRanker, label_scores, naive_scores
+from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.label_tree import LabelTree
+from common.tasks.ranking.ranker import cached_prior
+from common.tasks.ranking.task import LabelTask
+from common.tasks.ranking.torch_ranker import TorchRanker, label_scores, naive_scores
 
 TEXTS = [
     "Age: 23, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98",
@@ -62,7 +64,7 @@ def architecture(kind: str, tokenizer):
 @pytest.mark.parametrize("task", [CREDITMIX, AWKWARD, SIXTY], ids=lambda task: task.name)
 def test_equals_the_naive_scorer(model, tokenizer, task):
     expected = naive_scores(model, tokenizer, task, TEXTS)
-    assert np.abs(LabelRanker(model, tokenizer, task).raw_scores(TEXTS) - expected).max() < 1e-4
+    assert np.abs(TorchRanker(model, tokenizer, task).raw_scores(TEXTS) - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -70,27 +72,27 @@ def test_equals_the_naive_scorer(model, tokenizer, task):
 def test_other_architectures(kind, task, tokenizer):
     model = architecture(kind, tokenizer)
     expected = naive_scores(model, tokenizer, task, TEXTS)
-    assert np.abs(LabelRanker(model, tokenizer, task).raw_scores(TEXTS) - expected).max() < 1e-4
+    assert np.abs(TorchRanker(model, tokenizer, task).raw_scores(TEXTS) - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("task", [CREDITMIX, AWKWARD], ids=lambda task: task.name)
 @pytest.mark.parametrize("budget", [1, 60, 100_000])
 def test_independent_of_batches_and_order(model, tokenizer, task, budget):
-    alone = np.concatenate([LabelRanker(model, tokenizer, task).raw_scores([text]) for text in TEXTS])
-    together = LabelRanker(model, tokenizer, task, max_batch_tokens=budget).raw_scores(TEXTS[::-1])[::-1]
+    alone = np.concatenate([TorchRanker(model, tokenizer, task).raw_scores([text]) for text in TEXTS])
+    together = TorchRanker(model, tokenizer, task, max_batch_tokens=budget).raw_scores(TEXTS[::-1])[::-1]
     assert np.abs(alone - together).max() < 1e-4
 
 
 def test_windows_keep_the_order(model, tokenizer, monkeypatch):
-    expected = LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
+    expected = TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
     monkeypatch.setattr(ranker, "WINDOW_ROWS", 2)
-    assert np.abs(LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS) - expected).max() < 1e-4
+    assert np.abs(TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS) - expected).max() < 1e-4
 
 
 def test_bfloat16_agrees_on_the_winner(tiny_base, tokenizer):
     rows = [f"Age: {age}, Occupation: Writer, Outstanding Debt: {13 * age}" for age in range(100, 300)]
     exact, half = (
-        LabelRanker(models.load_base(ModelSource(tiny_base, dtype=dtype)).eval(), tokenizer, CREDITMIX).raw_scores(rows)
+        TorchRanker(models.load_base(ModelSource(tiny_base, dtype=dtype)).eval(), tokenizer, CREDITMIX).raw_scores(rows)
         for dtype in ("float32", "bfloat16")
     )
     best = np.sort(exact, axis=1)
@@ -117,26 +119,26 @@ def test_hand_computed_scores(tokenizer):
 
 
 def test_prior_is_the_mean_over_null_inputs(model, tokenizer):
-    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    ranker = TorchRanker(model, tokenizer, CREDITMIX)
     expected = naive_scores(model, tokenizer, CREDITMIX, CREDITMIX.null_inputs).mean(axis=0)
     assert np.abs(ranker.prior() - expected).max() < 1e-4
 
 
 def test_prefixes_at_hand_are_few(model, tokenizer):
     """Equal long rows share all but their last token, and the keys and values of that are large."""
-    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    ranker = TorchRanker(model, tokenizer, CREDITMIX)
     once = ranker.raw_scores(["Age: 1", "Age: 2"])
     for number in range(6):
         row = f"{number}" + " word" * (60 if number else 20)
         assert np.ptp(ranker.raw_scores([row, row]), axis=0).max() < 1e-5
-        kept = [len(prefix) for prefix in ranker._prefixes]
+        kept = [len(prefix) for prefix in ranker.prefixes]
         assert len(kept) == 1 or sum(kept) <= 512
     assert len(kept) == 1  # of the long ones there is room for one
     assert np.abs(ranker.raw_scores(["Age: 1", "Age: 2"]) - once).max() < 1e-5
 
 
 def test_prior_cache(model, tokenizer, tmp_path, capsys):
-    ranker = LabelRanker(model, tokenizer, CREDITMIX)
+    ranker = TorchRanker(model, tokenizer, CREDITMIX)
     prior = cached_prior(ranker, tmp_path, "hash-a")
     file = tmp_path / "prior.json"
     stored = json.loads(file.read_text())
@@ -145,7 +147,7 @@ def test_prior_cache(model, tokenizer, tmp_path, capsys):
     assert cached_prior(ranker, tmp_path, "hash-a")[0] == 7.0  # read, not computed
     assert cached_prior(ranker, tmp_path, "hash-b")[0] == pytest.approx(prior[0])  # another adapter
     fewer = dataclasses.replace(CREDITMIX, null_inputs=CREDITMIX.null_inputs[:2])
-    of_fewer = cached_prior(LabelRanker(model, tokenizer, fewer), tmp_path, "hash-b")
+    of_fewer = cached_prior(TorchRanker(model, tokenizer, fewer), tmp_path, "hash-b")
     assert of_fewer[0] != pytest.approx(prior[0], abs=1e-7)
     file.write_text("{broken")
     assert cached_prior(ranker, tmp_path, "hash-a")[0] == pytest.approx(prior[0])
@@ -158,23 +160,23 @@ def test_prior_cache(model, tokenizer, tmp_path, capsys):
 )
 def test_bad_labels(model, tokenizer, labels, sentence):
     with pytest.raises(UserError, match=sentence):
-        LabelRanker(model, tokenizer, dataclasses.replace(CREDITMIX, labels=labels))
+        TorchRanker(model, tokenizer, dataclasses.replace(CREDITMIX, labels=labels))
 
 
 def test_a_row_longer_than_the_context(model, tokenizer):
     with pytest.raises(UserError, match=r"row 2 .* does not fit the model's context of 2048"):
-        LabelRanker(model, tokenizer, CREDITMIX).raw_scores(["short", "9" * 3000])
+        TorchRanker(model, tokenizer, CREDITMIX).raw_scores(["short", "9" * 3000])
 
 
 def test_sliding_window_is_refused_where_it_would_be_wrong(tiny_base, tokenizer):
     model = models.load_base(ModelSource(tiny_base)).eval()
     model.config.sliding_window, model.config.use_sliding_window = 40, True
     with pytest.raises(UserError, match="context of 40"):
-        LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
+        TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
 
 
 def test_nan_is_refused(tiny_base, tokenizer):
     model = models.load_base(ModelSource(tiny_base)).eval()
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="answers NaN for row 1"):
-        LabelRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
+        TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)

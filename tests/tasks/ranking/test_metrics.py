@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from sklearn import metrics as sk
 from common.cli import UserError
 from common.evaluation import bootstrap
 from common.tasks.ranking import metrics
-from common.tasks.ranking.calibration import Calibration, Decision, Scores
+from common.tasks.ranking.calibration import Calibration, Scores
+from common.tasks.ranking.decision import Decision
+from common.tasks.ranking.drift import drift, margin_shift
 
 LABELS = ("Good", "Standard", "Bad")
 
@@ -29,7 +32,7 @@ def scores(raw: np.ndarray) -> Scores:
 
 
 def evaluate(raw: np.ndarray, y: np.ndarray, **kwargs) -> dict:
-    return metrics.evaluate(scores(raw).probabilities, y, LABELS, **kwargs)
+    return metrics.evaluate(scores(raw), y, LABELS, **kwargs)
 
 
 def width(interval: dict) -> float:
@@ -41,7 +44,7 @@ def test_point_values_equal_scikit_learn():
     raw[:, 1] -= 2.0  # a label that is hardly given
     p = scores(raw).probabilities
     predictions = p.argmax(axis=1)
-    result = metrics.evaluate(p, y, LABELS)
+    result = metrics.evaluate(Scores.of(p), y, LABELS)
     assert result["n"] == 700
     assert result["accuracy"]["value"] == pytest.approx(sk.accuracy_score(y, predictions), abs=1e-6)
     assert result["macro_f1"]["value"] == pytest.approx(sk.f1_score(y, predictions, average="macro"), abs=1e-6)
@@ -59,7 +62,7 @@ def test_point_values_equal_scikit_learn():
 
 def test_a_label_without_rows_or_answers_counts_as_zero_like_scikit_learn():
     p = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])
-    result = metrics.evaluate(p, np.array([0, 0]), LABELS)
+    result = metrics.evaluate(Scores.of(p), np.array([0, 0]), LABELS)
     expected = sk.f1_score([0, 0], [0, 1], labels=[0, 1, 2], average="macro", zero_division=0)
     assert result["macro_f1"]["value"] == pytest.approx(expected, abs=1e-6)
 
@@ -68,7 +71,7 @@ def test_ece_of_a_hand_made_case():
     # (0.8, right), (0.8, wrong) share a bin: |0.5 - 0.8| x 2/4; (1.0, right): 0; (0.5, wrong): |0 - 0.5| x 1/4
     p = np.array([[0.8, 0.2], [0.8, 0.2], [1.0, 0.0], [0.5, 0.5]])
     y = np.array([0, 1, 0, 1])
-    result = metrics.evaluate(p, y, ("a", "b"))
+    result = metrics.evaluate(Scores.of(p), y, ("a", "b"))
     assert result["ece"]["value"] == pytest.approx(0.5 * 0.3 + 0.25 * 0.5, abs=1e-6)
     bins = result["curves"]["reliability"]
     assert (bins["count"][11], bins["confidence"][11], bins["accuracy"][11]) == (
@@ -81,7 +84,7 @@ def test_ece_of_a_hand_made_case():
 
 def test_perfect_predictions():
     y = np.arange(30) % 3
-    result = metrics.evaluate(np.eye(3)[y], y, LABELS)
+    result = metrics.evaluate(Scores.of(np.eye(3)[y]), y, LABELS)
     for name in ("accuracy", "macro_f1"):
         assert result[name] == {"value": 1.0, "low": 1.0, "high": 1.0}
     for name in ("ece", "brier", "nll"):
@@ -91,7 +94,10 @@ def test_perfect_predictions():
 
 def test_decisions_change_accuracy_but_not_the_probabilities_metrics():
     raw, y = draw(300)
-    argmax, other = evaluate(raw, y), evaluate(raw, y, predictions=np.zeros(300, dtype=int))
+    argmax, other = (
+        evaluate(raw, y),
+        metrics.evaluate(replace(scores(raw), predictions=np.zeros(300, dtype=int)), y, LABELS),
+    )
     assert other["accuracy"]["value"] == pytest.approx((y == 0).mean(), abs=1e-6)
     assert [other[name] for name in ("ece", "brier", "nll")] == [argmax[name] for name in ("ece", "brier", "nll")]
 
@@ -106,7 +112,7 @@ def test_same_seed_same_intervals():
 def test_chunks_do_not_change_the_replicates(monkeypatch):
     raw, y = draw(64)
     whole = evaluate(raw, y, replicates=200)
-    monkeypatch.setattr(bootstrap, "_DRAWS_AT_ONCE", 64 * 50)
+    monkeypatch.setattr(bootstrap, "DRAWS_AT_ONCE", 64 * 50)
     assert evaluate(raw, y, replicates=200) == whole
 
 
@@ -131,7 +137,7 @@ def test_ece_lies_within_its_own_interval_even_when_well_calibrated():
     rng = np.random.default_rng(0)
     p = softmax(rng.normal(scale=1.5, size=(800, 3)), axis=1)
     y = np.array([rng.choice(3, p=row) for row in p])
-    ece = metrics.evaluate(p, y, LABELS)["ece"]
+    ece = metrics.evaluate(Scores.of(p), y, LABELS)["ece"]
     assert 0 <= ece["low"] <= ece["value"] <= ece["high"]
 
 
@@ -162,7 +168,7 @@ def test_paired_difference():
 def test_coverage_and_selective_risk():
     raw, y = draw(500)
     result = Calibration(LABELS, decision=Decision(abstain_below=0.7)).apply(raw)
-    report = metrics.evaluate(result.probabilities, y, LABELS, result.predictions, answered=result.answered)
+    report = metrics.evaluate(result, y, LABELS)
     kept = result.answered
     assert report["coverage"]["value"] == pytest.approx(kept.mean(), abs=1e-6)
     assert report["selective_risk"]["value"] == pytest.approx((result.predictions != y)[kept].mean(), abs=1e-6)
@@ -176,21 +182,21 @@ def test_coverage_and_selective_risk():
 
 def test_mean_cost():
     p, y = np.eye(3)[[0, 1, 2, 2]], np.array([0, 2, 2, 0])
-    result = metrics.evaluate(p, y, LABELS, costs=((0, 1, 4), (1, 0, 1), (10, 2, 0)))
+    result = metrics.evaluate(Scores.of(p), y, LABELS, costs=((0, 1, 4), (1, 0, 1), (10, 2, 0)))
     assert result["mean_cost"]["value"] == pytest.approx((0 + 2 + 0 + 4) / 4)
 
 
 def test_mean_interval():
     values = np.arange(200) % 2
-    interval = metrics.mean_interval(values)
+    interval = bootstrap.mean_interval(values)
     assert interval["value"] == 0.5 and width(interval) == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.1)
     with pytest.raises(UserError, match="no row"):
-        metrics.mean_interval([])
+        bootstrap.mean_interval([])
 
 
 def result_of(raw: np.ndarray, y: np.ndarray, ids=None, model_dir: str = "runs/x") -> dict:
     made = scores(raw)
-    model = {"model_dir": model_dir, **metrics.evaluate(made.probabilities, y, LABELS, margins=made.top2_margin)}
+    model = {"model_dir": model_dir, **metrics.evaluate(made, y, LABELS)}
     result = {"labels": list(LABELS), "models": [model]}
     if ids is not None:
         result["rows"] = {"ids": list(ids), "y": y.tolist()}
@@ -199,25 +205,25 @@ def result_of(raw: np.ndarray, y: np.ndarray, ids=None, model_dir: str = "runs/x
 
 
 def test_no_drift_on_a_fresh_slice():
-    report = metrics.drift(result_of(*draw(2_000)), result_of(*draw(2_000, seed=1)))
+    report = drift(result_of(*draw(2_000)), result_of(*draw(2_000, seed=1)))
     assert not report["drifted"]
     assert not report["label_shift"]["shifted"]
     assert not report["models"][0]["margin_shift"]["shifted"] and not report["models"][0]["paired"]
 
 
 def test_a_large_drop_is_drift():
-    report = metrics.drift(result_of(*draw(2_000)), result_of(*draw(2_000, seed=1, skill=1.0)))
+    report = drift(result_of(*draw(2_000)), result_of(*draw(2_000, seed=1, skill=1.0)))
     model = report["models"][0]
     assert report["drifted"] and model["accuracy"]["dropped"] and model["macro_f1"]["dropped"]
     assert model["accuracy"]["difference"]["high"] < 0
     assert model["margin_shift"]["shifted"]
-    assert not metrics.drift(result_of(*draw(2_000, skill=1.0)), result_of(*draw(2_000, seed=1)))["drifted"]
+    assert not drift(result_of(*draw(2_000, skill=1.0)), result_of(*draw(2_000, seed=1)))["drifted"]
 
 
 def test_label_shift():
     raw, y = draw(3_000)
     kept = (y != 2) | (np.arange(3_000) % 2 == 0)
-    shift = metrics.drift(result_of(raw, y), result_of(raw[kept], y[kept]))["label_shift"]
+    shift = drift(result_of(raw, y), result_of(raw[kept], y[kept]))["label_shift"]
     assert shift["shifted"] and shift["p_value"] < 1e-6
 
 
@@ -229,8 +235,8 @@ def test_paired_drift_sees_what_unpaired_cannot():
     order = np.random.default_rng(0).permutation(1_500)
     ids = np.array([f"row{i}" for i in range(1_500)])
     before = result_of(raw, y, ids)
-    unpaired = metrics.drift(result_of(raw, y), result_of(worse, y))
-    paired = metrics.drift(before, result_of(worse[order], y[order], ids[order]))
+    unpaired = drift(result_of(raw, y), result_of(worse, y))
+    paired = drift(before, result_of(worse[order], y[order], ids[order]))
     assert not unpaired["drifted"]
     assert paired["drifted"] and paired["models"][0]["paired"]
     assert paired["models"][0]["accuracy"]["difference"]["value"] == pytest.approx(-25 / 1_500, abs=1e-6)
@@ -243,18 +249,18 @@ def test_margin_histograms_of_different_width_are_comparable():
     coarse = metrics.margin_histogram(np.append(margins, [40.0] * 100), np.append(right, [True] * 100))
     assert coarse["width"] > fine["width"]
     assert sum(fine["right"]) == right.sum() and sum(fine["wrong"]) == (~right).sum()
-    assert not metrics._margin_shift(fine, coarse)["shifted"]
+    assert not margin_shift(fine, coarse)["shifted"]
     exact = np.abs(np.mean(margins <= 1.0) - np.mean(2 * margins <= 1.0))
-    doubled = metrics._margin_shift(fine, metrics.margin_histogram(2 * margins, right))
+    doubled = margin_shift(fine, metrics.margin_histogram(2 * margins, right))
     assert doubled["shifted"] and doubled["statistic"] >= exact - 0.01
 
 
 def test_baselines_that_do_not_fit():
     now = result_of(*draw(50))
     with pytest.raises(UserError, match="compare results of the same task"):
-        metrics.drift({**now, "labels": ["a", "b"]}, now)
+        drift({**now, "labels": ["a", "b"]}, now)
     with pytest.raises(UserError, match=r"not a metrics.json"):
-        metrics.drift({"accuracy": 0.5}, now)
+        drift({"accuracy": 0.5}, now)
     two = {**now, "models": [{**now["models"][0], "model_dir": name} for name in ("runs/a", "runs/b")]}
     with pytest.raises(UserError, match=r"other models .runs/a, runs/b."):
-        metrics.drift(two, now)
+        drift(two, now)

@@ -23,7 +23,7 @@ import infer_creditmix
 from common import cli
 from common.cli import UserError
 from common.tasks.ranking import ray_scoring, row_blocks
-from common.tasks.ranking.task import CREDITMIX
+from common.tasks.ranking.creditmix import CREDITMIX
 
 pytestmark = pytest.mark.processes
 
@@ -50,7 +50,7 @@ def cut_and_read(where: Path | str) -> list[tuple[str, int, object]]:
     system, root, files = row_blocks.find_files(str(where))
     found, lines = [], {}
     for block in row_blocks.cut(system, root, files, CREDITMIX):
-        counted = row_blocks.inspect(block, system, None)
+        counted = row_blocks.inspect(block, system, CREDITMIX)
         first = lines.setdefault(block["name"], 1)
         lines[block["name"]] += counted["rows"]
         rows = list(row_blocks.rows_of(system, block | {"first": first}, CREDITMIX))
@@ -129,7 +129,7 @@ def test_a_part_is_checked(numbers, right, tmp_path):
     ("workers", "units", "share"), [(2, 1, 1 / 2), (2, 0, 0), (1, 1, 1), (3, 2, 1 / 2), (4, 4, 1), (5, 4, 1 / 2)]
 )
 def test_all_workers_find_a_place(workers, units, share):
-    assert ray_scoring._share(workers, units) == share
+    assert ray_scoring.share_of(workers, units) == share
 
 
 # The whole engine.
@@ -276,7 +276,8 @@ def test_a_row_that_kills_its_workers_ends_the_run(cluster, tmp_path):
     attempts = ray.remote(num_cpus=0)(ray_scoring.Attempts).remote()
     for _ in range(ray_scoring.ATTEMPTS):
         ray.get(attempts.begin.remote(3))
-    scorer = ray_scoring.Scorer(None, {}, SYSTEM, SYSTEM, str(tmp_path), str(tmp_path), 1, attempts)
+    places = ray_scoring.Places(SYSTEM, SYSTEM, str(tmp_path))
+    scorer = ray_scoring.Scorer(None, places, str(tmp_path), 1, attempts)
     told = scorer({"part": 3, "file": "rows.jsonl", "first": 11, "rows": 10, "good": 10})
     assert told == {
         "rows": 0,

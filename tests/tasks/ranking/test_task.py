@@ -19,11 +19,13 @@ import infer_creditmix
 from common import cli
 from common.cli import UserError
 from common.data import splits
-from common.tasks.ranking import rows as labelled
-from common.tasks.ranking import task as tasks
+from common.models.source import ModelSource
 from common.tasks.ranking.classifier import Classifier
-from common.tasks.ranking.task import CREDITMIX, LabelTask
-from common.tasks.ranking.torch_ranker import LabelRanker, naive_scores
+from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.settings import ScoringSettings
+from common.tasks.ranking.task import LabelTask
+from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores
 from recipes import make_tickets
 
 TICKETS = str(ROOT / "recipes" / "ticket_severity.yaml")
@@ -46,24 +48,24 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def test_the_shipped_example():
-    task = tasks.load(TICKETS)
+    task = load_task(TICKETS)
     assert task.labels == ("Low", "Medium", "High", "Critical")
     assert task.words("Critical") == ["Critical", "Blocker", "Very urgent"]
     assert task.words("High") == ["High"]
     assert (task.text_field, task.label_field, task.group_name) == ("ticket", "severity", "customer")
     assert task.prompt("x").endswith("Return only the severity.\n\nx")
-    assert tasks.load(None) is CREDITMIX
+    assert load_task(None) is CREDITMIX
 
 
 def test_a_task_that_comes_from_another_process_is_the_same():
     """As a server's or a cluster's worker gets it."""
     row = "Age: 23, Annual Income: 9.5_"
-    assert labelled.clean(pickle.loads(pickle.dumps(CREDITMIX)), row) == labelled.clean(CREDITMIX, row) != row
+    assert pickle.loads(pickle.dumps(CREDITMIX)).clean(row) == CREDITMIX.clean(row) != row
 
 
 def test_defaults(tmp_path):
     (tmp_path / "mood.yaml").write_text("labels: [good, bad]\ninstruction: How is it?\n")
-    task = tasks.load(str(tmp_path / "mood.yaml"))
+    task = load_task(str(tmp_path / "mood.yaml"))
     assert task == LabelTask("mood", ("good", "bad"), "How is it?")
     assert (task.text_field, task.label_field, task.group_name, task.aggregate) == ("text", "label", "text", "max")
 
@@ -100,7 +102,7 @@ def test_a_bad_task_file_is_one_sentence(tmp_path, text, sentence):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError) as error:
-        tasks.load(str(file))
+        load_task(str(file))
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
@@ -108,13 +110,13 @@ def test_a_bad_task_file_is_one_sentence(tmp_path, text, sentence):
 
 
 def test_rows_keep_their_fields_and_groups(tickets):
-    task = tasks.load(TICKETS)
+    task = load_task(TICKETS)
     raw = read_jsonl(tickets / "tickets.jsonl")
-    rows, counts = labelled.read(tickets / "tickets.jsonl", task)
+    rows, counts = task.read(tickets / "tickets.jsonl")
     assert counts["rows read"] == counts["rows kept"] == counts["rows synthetic"] == 900
     assert [row["ticket"] for row in rows] == [row["ticket"] for row in raw]
     assert all(row["group"] == splits.group_hash(old["customer"]) for row, old in zip(rows, raw, strict=True))
-    again, _ = labelled.read(tickets / "ticket_severity_val.jsonl", task)  # has the group, no longer the customer
+    again, _ = task.read(tickets / "ticket_severity_val.jsonl")  # has the group, no longer the customer
     assert {splits.part_of(row["group"]) for row in again} == {"validation"}
     assert {row["group"] for row in again} <= {row["group"] for row in rows}
 
@@ -130,12 +132,12 @@ def test_rows_keep_their_fields_and_groups(tickets):
 )
 def test_bad_rows_are_named(tmp_path, row, sentence):
     with pytest.raises(UserError, match="mend the row") as error:
-        labelled.read(write_rows(tmp_path / "x.jsonl", [row]), tasks.load(TICKETS))
+        load_task(TICKETS).read(write_rows(tmp_path / "x.jsonl", [row]))
     assert sentence in str(error.value)
 
 
 def test_prepared_files(tickets):
-    task = tasks.load(TICKETS)
+    task = load_task(TICKETS)
     sft, dpo, val = (read_jsonl(tickets / f"ticket_severity_{part}.jsonl") for part in ("sft", "dpo", "val"))
     known = {task.prompt(row["ticket"]): row["severity"] for row in read_jsonl(tickets / "tickets.jsonl")}
     assert all(known[row["input"]] == row["output"] for row in sft)
@@ -168,8 +170,8 @@ def test_words_count_by_their_better_spelling_and_aggregate(tiny_base):
     texts = ["one", "another text"]
     for aggregate, combine in (("max", np.max), ("mean", np.mean)):
         task = LabelTask("both", ("a", "b"), "Which?", verbalizers=words, aggregate=aggregate)
-        classifier = Classifier(tiny_base, task, dtype="float32")
-        single = LabelRanker(classifier.ranker.model, classifier.ranker.tokenizer, alone).raw_scores(texts)
+        classifier = Classifier.load(ModelSource(tiny_base, dtype="float32"), task)
+        single = TorchRanker(classifier.ranker.model, classifier.ranker.tokenizer, alone).raw_scores(texts)
         expected = np.stack([combine(single[:, :3], axis=1), combine(single[:, 3:], axis=1)], axis=1)
         found = classifier.raw_scores(texts)
         assert np.abs(found - expected).max() < 1e-5
@@ -178,9 +180,9 @@ def test_words_count_by_their_better_spelling_and_aggregate(tiny_base):
 
 
 def test_fewer_null_prompts_are_another_prior(tiny_base, capsys):
-    task = tasks.load(TICKETS)
-    all_of_them = Classifier(tiny_base, task).prior
-    two = Classifier(tiny_base, task, num_null_prompts=2)
+    task = load_task(TICKETS)
+    all_of_them = Classifier.load(ModelSource(tiny_base), task).prior
+    two = Classifier.load(ModelSource(tiny_base), task, ScoringSettings(num_null_prompts=2))
     expected = two.raw_scores(task.null_inputs[:2]).mean(axis=0)
     assert two.prior == pytest.approx(expected, abs=1e-5)
     assert two.prior != pytest.approx(all_of_them, abs=1e-7)
@@ -192,8 +194,8 @@ def test_fewer_null_prompts_are_another_prior(tiny_base, capsys):
 def test_two_processes_that_write_one_prior_do_no_harm(tmp_path):
     """What `cached_prior` writes with: a reader sees the one or the other, never half of either."""
     code = (
-        "import sys; from common.data import rows as records\n"
-        "for _ in range(150): records.write_json(sys.argv[1], {'key': sys.argv[2], 'prior': [sys.argv[2]] * 500})"
+        "import sys; from common import files\n"
+        "for _ in range(150): files.write_json(sys.argv[1], {'key': sys.argv[2], 'prior': [sys.argv[2]] * 500})"
     )
     file = tmp_path / "prior.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

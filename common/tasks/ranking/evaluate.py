@@ -1,0 +1,170 @@
+"""Judging models on labelled rows, and fitting calibration and decision on dev rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import run_record
+from common.cli import UserError, log
+from common.data import splits
+from common.files import read_json, sha256_file
+from common.models import adapters
+from common.models.source import ModelSource
+from common.tasks.ranking import metrics
+from common.tasks.ranking.calibration import Calibration, Scores, fit_vector_scaling
+from common.tasks.ranking.classifier import CALIBRATION_FILE, Classifier
+from common.tasks.ranking.decision import Goal, fit_decision
+from common.tasks.ranking.settings import ScoringSettings
+from common.tasks.ranking.task import LabelTask
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which labelled rows of a file are judged on: as many of each label.
+
+    Attributes:
+        split: "validation", "dev" or "all" (see `splits.part_of`).
+        per_class: rows of each label; None: as many as the rarest label has.
+        fraction: or this share of the rarest label's rows.
+        seed: of the draw.
+    """
+
+    split: str = "validation"
+    per_class: int | None = None
+    fraction: float | None = None
+    seed: int = 0
+
+    def rows(self, task: LabelTask, rows: Sequence[dict], source: str) -> tuple[list[dict], dict[str, int]]:
+        """The balanced draw from `rows`, and the class counts of the part that it was drawn from.
+
+        Raises:
+            UserError: there are too few rows of a label in the part of `source`.
+        """
+
+        def label(row: dict) -> str:
+            return row[task.label_field]
+
+        what = source
+        if self.split != "all":
+            rows = [row for row in rows if splits.part_of(row["group"]) == self.split]
+            what = f"the {self.split} part of {source}"
+        counts = splits.class_counts(rows, label, task.labels)
+        per_class = self.per_class
+        if self.fraction:
+            per_class = max(1, round(self.fraction * min(counts.values())))
+        return splits.balanced(rows, label, task.labels, per_class, self.seed, what), counts
+
+
+def true_labels(task: LabelTask, rows: Sequence[dict]) -> list[int]:
+    """Label indices of rows."""
+    return [task.labels.index(row[task.label_field]) for row in rows]
+
+
+def cost_matrix(path: str, labels: Sequence[str]) -> list[list[float]]:
+    """costs[true][predicted] from a JSON file of named labels; a pair that is left out costs 0."""
+    named = read_json(path)
+    if not isinstance(named, dict) or not all(isinstance(row, dict) for row in named.values()):
+        raise UserError(f'{path} must be {{"true label": {{"predicted label": cost, ...}}, ...}}')
+    unknown = sorted(({*named} | {label for row in named.values() for label in row}) - {*labels})
+    if unknown:
+        raise UserError(f"{path}: unknown label '{unknown[0]}'; the labels are {', '.join(labels)}")
+    return [[named.get(true, {}).get(label, 0.0) for label in labels] for true in labels]
+
+
+def fit_calibration(
+    source: ModelSource, task: LabelTask, settings: ScoringSettings, dev: Sequence[dict], dev_file: str, goal: Goal
+) -> Calibration:
+    """Fit bias, temperature and decision on dev rows, and keep them in the model's folder.
+
+    Args:
+        dev: rows as `LabelTask.read` gives them, of `dev_file`.
+
+    Raises:
+        UserError: the model was trained on groups of the dev rows; see also `fit_vector_scaling` and `fit_decision`.
+    """
+    model_dir = source.model_dir
+    trained = run_record.read_groups(model_dir) or set()
+    seen, of = splits.overlap((row["group"] for row in dev), trained)
+    if seen:
+        raise UserError(
+            f"{seen} of {of} rows of {dev_file} are of {task.group_name}s that {model_dir} was trained on; "
+            "a calibration needs unseen ones: give the dev rows that creditmix_prepare.py wrote"
+        )
+    classifier = Classifier.load(source, task, settings)
+    raw, y = classifier.raw_scores([row[task.text_field] for row in dev]), np.array(true_labels(task, dev))
+    provenance = {
+        "file": dev_file,
+        "sha256": sha256_file(dev_file),
+        "adapter_sha256": adapters.adapter_hash(model_dir),
+    }
+    fitted = fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=provenance)
+    decision = fit_decision(fitted.apply(raw).probabilities, y, task.labels, goal)
+    fitted = replace(fitted, decision=decision)
+    fitted.save(Path(model_dir) / CALIBRATION_FILE)
+    facts = fitted.fitted_on or {}
+    log(
+        f"{model_dir}: fitted on {len(dev):,} dev rows, temperature {fitted.temperature:.3f}, "
+        f"NLL {facts['nll_before']:.4f} -> {facts['nll_after']:.4f}"
+    )
+    return fitted
+
+
+def evaluate_models(
+    sources: Sequence[ModelSource], task: LabelTask, settings: ScoringSettings, rows: Sequence[dict], seed: int = 0
+) -> tuple[list[dict], list[dict]]:
+    """One entry per model, and the paired differences of every later model to the earlier ones (see `report`).
+
+    Args:
+        seed: of the bootstrap.
+    """
+    entries, scores = [], []
+    for source in sources:
+        log(f"{source.model_dir}: scoring {len(rows):,} rows")
+        entry, calibrated = evaluate_model(source, task, settings, rows, seed)
+        entries.append(entry)
+        scores.append(calibrated)
+    y, groups = np.array(true_labels(task, rows)), [row["group"] for row in rows]
+    differences = [
+        {
+            "a": sources[later].model_dir,
+            "b": sources[earlier].model_dir,
+            **metrics.compare(scores[later], scores[earlier], y, groups, seed),
+        }
+        for later in range(len(scores))
+        for earlier in range(later)
+    ]
+    return entries, differences
+
+
+def evaluate_model(
+    source: ModelSource, task: LabelTask, settings: ScoringSettings, rows: Sequence[dict], seed: int = 0
+) -> tuple[dict[str, Any], Scores]:
+    """The entry for the result (see `report`) and the calibrated scores of one model."""
+    classifier = Classifier.load(source, task, settings)
+    started = time.perf_counter()
+    raw = classifier.raw_scores([row[task.text_field] for row in rows])
+    seconds = time.perf_counter() - started
+    calibration = classifier.calibration(settings.calibration, raw, settings.label_bias)
+    calibrated = calibration.apply(raw)
+    y, groups = np.array(true_labels(task, rows)), [row["group"] for row in rows]
+
+    def measured(scores: Scores) -> dict[str, Any]:
+        return metrics.evaluate(scores, y, task.labels, groups=groups, costs=calibration.decision.costs, seed=seed)
+
+    entry = {
+        "model_dir": source.model_dir,
+        "calibration": calibration.method,
+        "contamination": run_record.contamination(source.model_dir, groups),
+        **measured(calibrated),
+        "uncalibrated": {"calibration": "prior", **measured(classifier.calibration("prior").apply(raw))},
+        "decision": asdict(calibration.decision),
+        "predictions": calibrated.predictions.tolist(),
+        "rows_per_s": round(len(rows) / seconds, 1),
+    }
+    return entry, calibrated

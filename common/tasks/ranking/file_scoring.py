@@ -1,0 +1,135 @@
+"""Label ranking of a file's rows into a file of answers, in windows, going on where an interrupted run stopped.
+
+`ray_scoring` does the same for many files, on many machines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError, log
+from common.data.resumable import write_answers
+from common.data.rows import iter_jsonl
+from common.files import sha256_file, write_jsonl
+from common.models import adapters
+from common.models.source import ModelSource
+from common.tasks.ranking.classifier import CALIBRATION_FILE, Classifier
+from common.tasks.ranking.settings import ScoringSettings
+from common.tasks.ranking.task import LabelTask
+
+WINDOW = 4096  # rows in memory at a time
+NEAR = 0.05  # nats: more than bfloat16 makes of a score in another batch
+
+
+@dataclass(frozen=True)
+class FileScoring:
+    """Rows that are to be classified, and how.
+
+    Attributes:
+        source: the model.
+        input: a JSONL file; for `ray_scoring` also a folder, a pattern or an address.
+        output: a JSONL file; for `ray_scoring` a folder.
+        skip_bad_rows: list rows without a text, and go on; else the first one is an error.
+    """
+
+    source: ModelSource
+    task: LabelTask
+    settings: ScoringSettings
+    input: str
+    output: str
+    skip_bad_rows: bool = False
+
+    def decided_by(self) -> dict[str, Any]:
+        """All that decides the answers but the rows themselves, as JSON."""
+        calibration = Path(self.source.model_dir) / CALIBRATION_FILE
+        facts = {
+            "model_dir": self.source.model_dir,
+            "base": self.source.base,
+            "load_in_4bit": self.source.load_in_4bit,
+            "dtype": self.source.dtype,
+            "num_null_prompts": self.settings.num_null_prompts,
+            "calibration": self.settings.calibration,
+            "skip_bad_rows": self.skip_bad_rows,
+            "model_hash": adapters.adapter_hash(self.source.model_dir),
+            "fitted": sha256_file(calibration) if calibration.is_file() else None,
+            "label_bias": dict(self.settings.label_bias),
+            "task": asdict(self.task),
+        }
+        return json.loads(json.dumps(facts))
+
+
+def check_input(path: str, task: LabelTask, skip_bad_rows: bool) -> None:
+    """Read the file once, before a model loads: a bad row is found now, not in the middle of a night's work.
+
+    Raises:
+        UserError: a row without a text (unless `skip_bad_rows`), or no row with one.
+    """
+    good = False
+    for number, row in iter_jsonl(path):
+        if task.text_of(row) is not None:
+            good = True
+        elif not skip_bad_rows:
+            fault = str(row) if isinstance(row, ValueError) else f"no text under '{task.text_field}'"
+            raise UserError(f"{path}, line {number}: {fault}; mend the row, or pass --skip_bad_rows")
+    if not good:
+        raise UserError(f"{path} has no usable rows; each needs its text under '{task.text_field}'")
+
+
+def good_texts(path: str, task: LabelTask, bad: list[dict]) -> Iterator[str]:
+    """The text of each good row; the bad ones are added to `bad`."""
+    for number, row in iter_jsonl(path):
+        text = task.text_of(row)
+        if text is None:
+            bad.append({"line": number, "row": str(row) if isinstance(row, ValueError) else row})
+        else:
+            yield text
+
+
+def classify_file(scoring: FileScoring, classifier: Classifier) -> None:
+    """Write an answer for each good row, in order, and the bad ones into OUTPUT.rejects.jsonl."""
+    settings, task = scoring.settings, scoring.task
+    # "batch" estimates from the first window, also where the answers of that window are there already
+    first = list(islice(good_texts(scoring.input, task, []), WINDOW)) if settings.calibration == "batch" else []
+    first_raw = classifier.raw_scores(first) if first else None
+    calibration = classifier.calibration(settings.calibration, first_raw, settings.label_bias)
+
+    def answers(window: list[str]) -> list[dict]:
+        return classifier.answers(window, calibration, first_raw if window == first else None)
+
+    def takes_over(count: int, last: dict) -> bool:
+        """Whether the last of `count` answers is what is answered to that row now."""
+        text = next(islice(good_texts(scoring.input, task, []), count - 1, None), None)
+        return text is not None and same_answer(last, classifier.answers([text], calibration)[0])
+
+    bad: list[dict] = []
+    decided_by = [scoring.decided_by(), sha256_file(scoring.input)]
+    for _ in write_answers(
+        scoring.output,
+        good_texts(scoring.input, task, bad),
+        answers,
+        window=WINDOW,
+        decided_by=decided_by,
+        takes_over=takes_over,
+    ):
+        pass
+    rejects = Path(scoring.output + ".rejects.jsonl")
+    rejects.unlink(missing_ok=True)
+    if bad:
+        write_jsonl(rejects, bad)
+        log(f"{len(bad)} bad rows of {scoring.input} skipped; they are in {rejects}")
+
+
+def same_answer(one: dict, other: dict) -> bool:
+    """Whether two answers are the same but for the last digits, which depend on the batch."""
+    try:
+        near = all(
+            abs(one[key][label] - value) < NEAR for key in ("scores", "prior") for label, value in other[key].items()
+        )
+        return near and one["model_name"] == other["model_name"]
+    except (KeyError, TypeError):
+        return False
