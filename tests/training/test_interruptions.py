@@ -21,6 +21,8 @@ from common.models import adapters
 from common.training import checkpoints
 from common.training.checkpoints import newest_checkpoint
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def steps(unbroken, monkeypatch) -> list:

@@ -17,6 +17,8 @@ from common.cli import UserError
 from common.training import resumption
 from common.training.checkpoints import newest_checkpoint
 
+pytestmark = pytest.mark.processes
+
 SHORT = ("--max_steps", 2, "--save_steps", 1, "--per_device_train_batch_size", 2)
 
 
