@@ -28,6 +28,8 @@ from referencing.jsonschema import DRAFT202012
 
 from common.cli import UserError
 from common.generation.schema_graph import contradiction, most_expansions, nodes, pointer, smallest, types
+from common.generation.schema_limits import check_limits
+from common.processes import OutOfTime, time_limit
 
 Schema = dict[str, Any] | bool
 Treatment = Literal["enforced", "checked", "unsupported"]
@@ -37,6 +39,7 @@ MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_PROPERTIES = 256 * 1024, 64, 5000, 1000
 MAX_EXPANSIONS = 1000  # schemas that apply to one value, references followed
 MAX_TRIALS = 64  # fragile keywords tried one by one
 MAX_DOCUMENT = 100_000  # characters of the smallest document
+PREFLIGHT_SECONDS, VALIDATION_SECONDS = 20.0, 5.0
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000)  # a repetition such as a{1000000} is not worked out in advance
 
 ENFORCED = {
@@ -138,16 +141,25 @@ def load(path: str | Path) -> Schema:
         raise UserError(f"--schema {path} is not JSON: {_short(str(error))}") from error
 
 
-def preflight(schema: Schema, best_effort: bool = False) -> Preflight:
+def preflight(schema: Schema, best_effort: bool = False, seconds: float = PREFLIGHT_SECONDS) -> Preflight:
     """Class every keyword of the schema as enforced while decoding, checked afterwards or unsupported.
 
     Annotations and keywords that no draft knows are passed over. With `best_effort`, what is unsupported is too.
 
     Raises:
-        UserError: the schema is invalid, refers to other documents, is satisfied by nothing, is too large, or has
-            keywords that are unsupported and `best_effort` is off.
+        UserError: the schema is invalid, refers to other documents, is satisfied by nothing, is too large, takes longer
+            than `seconds`, or has keywords that are unsupported and `best_effort` is off.
     """
+    try:
+        with time_limit(seconds):
+            return _preflight(schema, best_effort)
+    except OutOfTime:
+        raise UserError(f"the schema takes longer than {seconds:g} s to check; make it smaller or simpler") from None
+
+
+def _preflight(schema: Schema, best_effort: bool) -> Preflight:
     _check_size(schema)
+    check_limits(schema)
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
@@ -187,7 +199,18 @@ def dumps(value: Any, schema: Schema) -> str:
 
 
 def errors(value: Any, schema: Schema) -> list[str]:
-    """What jsonschema finds wrong with a value, one sentence each with its path; empty where it is valid."""
+    """What jsonschema finds wrong with a value, one sentence each with its path; empty where it is valid.
+
+    One of them can be that it takes longer than `VALIDATION_SECONDS` to tell.
+    """
+    try:
+        with time_limit(VALIDATION_SECONDS):
+            return _errors(value, schema)
+    except OutOfTime:
+        return [f"$: to check it takes longer than {VALIDATION_SECONDS:g} s; make the schema simpler"]
+
+
+def _errors(value: Any, schema: Schema) -> list[str]:
     if isinstance(schema, dict):  # references to the root must not change the dialect either
         schema = {key: part for key, part in schema.items() if key != "$schema"}
     found = _Validator(schema, format_checker=_Validator.FORMAT_CHECKER, registry=Registry()).iter_errors(value)
