@@ -60,6 +60,7 @@ UNSUPPORTED = {  # of earlier drafts: draft 2020-12 gives them no meaning, thoug
     "extends": "draft 2020-12 has allOf instead",
     "disallow": "draft 2020-12 has not instead",
     "divisibleBy": "draft 2020-12 has multipleOf instead",
+    "nullable": 'it is OpenAPI 3.0\'s; name null among the types instead, as in ["string", "null"]',
 }
 # Keywords that the engine knows, but not in every combination. What it refuses is left to the check afterwards.
 FRAGILE = ("oneOf", "pattern", "patternProperties", "minProperties", "maxProperties", "multipleOf")
@@ -323,7 +324,7 @@ def _classify(root: dict[str, Any], everything: list) -> list[Keyword]:
 def _classify_keyword(schema: dict[str, Any], key: str) -> tuple[Treatment, str, bool] | None:
     """(treatment, reason, whether it stays in the grammar's schema); None for what says nothing about the value."""
     value = schema[key]
-    if key in UNSUPPORTED and value not in ({}, True):
+    if key in UNSUPPORTED and value not in ((False,) if key == "nullable" else ({}, True)):
         return "unsupported", UNSUPPORTED[key], False
     if key == "format":
         if "string" not in types(schema):

@@ -76,4 +76,4 @@ def _check_counts(node: dict[str, Any]) -> None:
     for key in ("minLength", "minItems", "minProperties", "minContains"):
         value = node.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool) and value > MAX_COUNT:
-            raise UserError(f"the schema has {key} {value:.3g}; {MAX_COUNT:,} are the most")
+            raise UserError(f"the schema has {key} {str(value)[:12]}; {MAX_COUNT:,} are the most")
