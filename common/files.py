@@ -32,12 +32,28 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.chmod(handle.name, 0o644)  # NamedTemporaryFile makes 0600
+        os.chmod(handle.name, new_file_mode())  # NamedTemporaryFile makes 0600
         os.replace(handle.name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(handle.name)
         raise
+
+
+def new_file_mode() -> int:
+    """The permissions of a new file, as the umask says."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def grant(*paths: str | Path) -> None:
+    """Give files, or those in folders, the permissions of new files: safetensors writes for the owner alone."""
+    mode = new_file_mode()
+    for path in map(Path, paths):
+        for file in path.iterdir() if path.is_dir() else [path]:
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, reason
-from common.files import read_json, write_json
+from common.files import grant, read_json, write_json
 from common.models import adapters
 from common.models import loading as models
 from common.models.tokenizers import load_tokenizer
@@ -213,6 +213,7 @@ def merge(
             shard[name] = weight.to(number_type).contiguous()
             weight_map[name] = file
         save_file(shard, target / file, metadata={"format": "pt"})
+        grant(target / file)
         shard.clear()
     if len(shards) > 1:
         total = checkpoint.numbers * number_type.itemsize

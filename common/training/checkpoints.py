@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import log
-from common.files import write_json
+from common.files import grant, write_json
 from common.models import adapters
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str, st
         own = {name: tensor for name, tensor in state.items() if not name.startswith(EXTRA) and name not in tied}
         model.save_pretrained(folder, state_dict=own, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    grant(folder)
 
 
 def put_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, state: dict | None = None) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from common import files
 from common.cli import UserError
@@ -43,3 +47,15 @@ def test_a_column_that_repeats_is_named(tmp_path):
     path.write_text("Age,Income,Age\n1,2,3\n")
     with pytest.raises(UserError, match="line 1: the column 'Age' is given twice; rename one of them"):
         rows.numbered_rows(path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        files.write_json(tmp_path / "facts.json", {})
+        save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+        files.grant(tmp_path)
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
+    finally:
+        os.umask(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def test_other_data_is_refused(base, run, other_rows):
         train(sft_train.main, base, other_rows, run, *SHORT, "--resume")
     assert run_record.read_groups(run) == groups
     assert run_record.read(run)["state"] == "running"
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(begun):
+    umask = os.umask(0o077)
+    os.umask(umask)
+    files = [file for file in begun.rglob("*.safetensors") if file.is_file()]
+    assert len(files) >= 2  # the adapter, and in its checkpoints
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
 
 
 def test_the_same_data_elsewhere_is_the_same(base, run, rows, tmp_path):
