@@ -113,16 +113,19 @@ async def events(
         closing: whether the server is about to stop, which ends the stream.
     """
     log_at, live_at = where
+
+    def look() -> tuple[Job | None, tuple[bytes, int], tuple[bytes, int], dict | None]:
+        job = find()
+        news = read_on(folder, LOG, log_at), read_on(folder, LIVE, live_at)
+        return job, *news, describe(job) if job else None
+
     sent, silent = None, 0.0
     while not closing():
-        job = await asyncio.to_thread(find)
-        lines, log_at = await asyncio.to_thread(read_on, folder, LOG, log_at)
-        entries, live_at = await asyncio.to_thread(read_on, folder, LIVE, live_at)
+        job, (lines, log_at), (entries, live_at), state = await asyncio.to_thread(look)
         if lines:
             yield event("log", log_lines(lines), (log_at, live_at))
         if logged := [entry for entry in parse(entries) if losses_of(entry)]:
             yield event("metrics", logged, (log_at, live_at))
-        state = await asyncio.to_thread(describe, job) if job else None
         if state != sent:
             yield event("state", state, (log_at, live_at))
         if state is None or (job.state in ENDED and not lines and not entries):
