@@ -18,7 +18,7 @@ BAD = {
     "a key twice within": ('{"input": "a", "output": "b", "x": {"n": 1, "n": 1}}', "the key 'n' is given twice"),
     "digits": ('{"input": "a", "output": "b", "n": ' + "7" * 6000 + "}", "it has a number of 6,000 digits"),
     "depth": ('{"input": "a", "output": ' + "[" * 100_000 + "]" * 100_000 + "}", "it is nested too deeply"),
-    "half": ('{"input": "a", "outp', "not JSON (Unterminated string starting at)"),
+    "half": ('{"input": "a", "output"', "not JSON (Expecting ':' delimiter)"),
 }
 
 
