@@ -16,7 +16,6 @@ try:
 except ModuleNotFoundError:  # native Windows
     fcntl = None
 
-LOCK = ".training"  # in the run folder
 # Settings that may change: where things lie (their contents are compared), what is reported, and how a step's rows are
 # cut into passes.
 FREE = frozenset({
@@ -65,7 +64,7 @@ def lock_folder(save_dir: str | Path) -> int | None:
     """
     if fcntl is None:
         return None
-    handle = os.open(Path(save_dir) / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(save_dir, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -90,5 +90,5 @@ def test_retention(tmp_path, monkeypatch):
         running.keep_days = 2
         wait_for(lambda: store.find(ids[2]) is None)
         (served.service.jobs_dir / "of_nobody").mkdir()
-        wait_for(lambda: [folder.name for folder in served.service.jobs_dir.iterdir()] == [ids[1]])
+        wait_for(lambda: {folder.name for folder in served.service.jobs_dir.iterdir()} == {ids[1], "of_nobody"})
         assert store.find(ids[1]).state == "succeeded"
