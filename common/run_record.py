@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,11 @@ from common.cli import UserError
 from common.data import splits
 from common.files import atomic_write, sha256_file, write_json
 from common.models import adapters
+
+try:
+    import resource
+except ModuleNotFoundError:  # native Windows
+    resource = None
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 FILE = "run.json"
@@ -65,7 +69,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": memory,
         "gpu": None if device.startswith("CPU") else device,
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "load": round(os.getloadavg()[0], 1),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -90,8 +94,9 @@ def describe_data(path: str, rows: int) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Peak memory of this process: resident (`ru_maxrss`) and, with CUDA, what torch allocated on the card."""
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    """Peak memory of this process: resident (`ru_maxrss`, where the system keeps it), and what torch allocated on a
+    card."""
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} if resource else {}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
