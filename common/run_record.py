@@ -94,9 +94,9 @@ def describe_data(path: str, rows: int) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Peak memory of this process: resident (`ru_maxrss`, where the system keeps it), and what torch allocated on a
-    card."""
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} if resource else {}
+    """Peak memory of this process: resident (`ru_maxrss`; 0 where the system does not say), and with CUDA what torch
+    allocated on the card."""
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
