@@ -116,8 +116,9 @@ def run_solutions(problems: Sequence[Problem], allow_unsafe: bool) -> tuple[list
         for problem, verdict in zip(problems, verdicts, strict=True)
         if not verdict.passed
     ]
-    for told in failing:
-        cli.log(f"problem {told['task_id']} left out, its solution fails its tests: {told['error']} ({told['detail']})")
+    for entry in failing:
+        reason = f"{entry['error']} ({entry['detail']})"
+        cli.log(f"problem {entry['task_id']} left out, its solution fails its tests: {reason}")
     if not good:
         raise UserError(f"none of the {len(problems)} solutions passes its own tests; check solutions and tests")
     return good, failing
@@ -149,14 +150,14 @@ def training_rows(
 def failing_mutants(problems: Sequence[Problem], seed: int, allow_unsafe: bool) -> list[str | None]:
     """For each problem a changed solution that was run and fails; None where none of those tried does."""
     mutants = [code_mutation.mutants(problem.solution, seed) for problem in problems]
-    found: list[str | None] = [None] * len(problems)
-    for turn in range(ROUNDS):
-        tried = [place for place, some in enumerate(mutants) if found[place] is None and turn < len(some)]
-        pairs = [(mutants[place][turn], problems[place].graded_by()) for place in tried]
-        for place, verdict in zip(tried, grade("mutants", pairs, allow_unsafe), strict=True):
+    failing: list[str | None] = [None] * len(problems)
+    for attempt in range(ROUNDS):
+        tried = [i for i, of_problem in enumerate(mutants) if failing[i] is None and attempt < len(of_problem)]
+        pairs = [(mutants[index][attempt], problems[index].graded_by()) for index in tried]
+        for index, verdict in zip(tried, grade("mutants", pairs, allow_unsafe), strict=True):
             if not verdict.passed:
-                found[place] = mutants[place][turn]
-    return found
+                failing[index] = mutants[index][attempt]
+    return failing
 
 
 def grade(what: str, pairs: Sequence[tuple[str, grading.Tests]], allow_unsafe: bool) -> list[grading.Verdict]:
@@ -177,15 +178,15 @@ def print_summary(manifest: dict, outdir: Path) -> None:
         f"{manifest['source']['name']}{synthetic}: {manifest['problems']:,} problems, "
         f"{len(left_out):,} left out because their solution fails their tests"
     )
-    for error, count in Counter(told["error"] for told in left_out).most_common():
+    for error, count in Counter(entry["error"] for entry in left_out).most_common():
         print(f"  {count:>8,}  {error}")
     print(f"{'part':<12}{'groups':>10}{'problems':>10}")
-    for part, told in manifest["parts"].items():
-        print(f"{part:<12}{told['groups']:>10,}{told['problems']:>10,}")
+    for part, entry in manifest["parts"].items():
+        print(f"{part:<12}{entry['groups']:>10,}{entry['problems']:>10,}")
     if untold:
         print(f"{len(untold):,} training problems have no DPO row: their tests fail none of the mutants tried")
-    for file, told in manifest["files"].items():
-        print(f"{outdir / file}: {told['rows']:,} rows")
+    for file, entry in manifest["files"].items():
+        print(f"{outdir / file}: {entry['rows']:,} rows")
     print(outdir / "codegen_manifest.json")
 
 

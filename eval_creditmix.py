@@ -7,8 +7,9 @@
 
 Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots and report.html. The split is by
 customer (with --task by its group key), the same that creditmix_prepare.py made, and rows whose customer was trained
-on are counted. With
---fit_calibration, a per-class bias and a temperature are fitted on dev rows into runs/<name>/calibration.json.
+on are counted. --controls data/creditmix_sft.jsonl puts classic classifiers, trained on the same rows, beside the
+models: TF-IDF with logistic regression, and gradient boosting. With --fit_calibration, a per-class bias and a
+temperature are fitted on dev rows into runs/<name>/calibration.json.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     draw.add_argument("--val_frac", type=cli.fraction, help="this share of the split's rows of the rarest class")
     parser.add_argument("--seed", type=int, default=0, help="of the balanced draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
+    parser.add_argument(
+        "--controls", metavar="TRAIN.jsonl", help="add classic classifiers, trained on these rows, to the comparison"
+    )
     parser.add_argument("--report_dir", help="write metrics.json, plots and report.html here")
     parser.add_argument("--fit_calibration", metavar="DEV.jsonl", help="fit bias and temperature on these dev rows")
     decision = parser.add_argument_group("decisions, fitted with --fit_calibration")
@@ -92,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         },
         **run_record.provenance("eval_creditmix.py", argv),
     }
-    entries, differences = evaluate.evaluate_models(sources, task, settings, rows, args.seed)
+    entries, differences = evaluate.evaluate_models(sources, task, settings, rows, args.seed, args.controls)
     contamination = run_record.worst_contamination([entry["contamination"] for entry in entries])
     result |= {"contamination": contamination, "models": entries, "differences": differences}
     return publish(args, result)
@@ -113,8 +117,8 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
         raise cli.UserError("--optimize, --costs, --abstain_below and --target_precision go with --fit_calibration")
     if args.fail_on_drift and not args.baseline:
         raise cli.UserError("--fail_on_drift needs --baseline with a stored metrics.json")
-    if (args.baseline or args.report_dir) and not args.data:
-        raise cli.UserError("--baseline and --report_dir need --data with the rows to judge on")
+    if (args.baseline or args.report_dir or args.controls) and not args.data:
+        raise cli.UserError("--baseline, --controls and --report_dir need --data with the rows to judge on")
     # what is read later is read once now: a mistake is found before an hour of scoring, not after it
     cli.parse_label_bias(args.label_bias, task.labels)
     if args.baseline:

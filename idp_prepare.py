@@ -23,8 +23,9 @@ from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
 from common.files import json_text, jsonl_text, read_json, sha256_text, write_together
-from common.generation import json_schema
-from common.tasks.idp import extractor as idp
+from common.generation import json_schema, json_writer
+from common.tasks.idp import documents, mistakes
+from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp import rows as idp_rows
 from common.tasks.idp import synthesis as idp_synthesis
 
@@ -72,16 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts[splits.part_of(row["group"])].append(row)
     if not parts["train"] or not parts["validation"]:
         raise UserError(f"{name} has {len(rows)} documents, too few for a held-out part; give more of them")
-    draw = random.Random(args.seed)
-    train = draw.sample(parts["train"], len(parts["train"]))
-    sft, kd, dpo = [], [], []
-    for row in train:
-        prompt, answer = idp.prompt(row["document"], schema), json_schema.dumps(row["fields"], schema)
-        group = {"group": row["group"]}
-        sft.append({"input": prompt, "output": answer, **group})
-        kd.append({"input": prompt, "teacher_output": answer, **group})
-        mistake = idp_rows.rejected(row["fields"], schema, draw)
-        dpo.append({"prompt": prompt, "chosen": answer, "rejected": mistake, **group})
+    sft, kd, dpo = training_rows(parts["train"], schema, args.seed)
     for file, members in zip(OUTPUT_FILES, (sft, kd, dpo, parts["dev"], parts["validation"]), strict=True):
         texts[file] = jsonl_text(members)
     manifest = {
@@ -89,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "source": {"name": name, "sha256": sha256_text(jsonl_text(rows))},
         "synthetic": args.src is None,
         "seed": args.seed,
-        "instruction": idp.INSTRUCTION,
+        "instruction": idp_prompt.INSTRUCTION,
         "schema": {
             "name": Path(args.schema or SCHEMA_FILE).name,
             "sha256": sha256_text(json_text(schema)),
@@ -110,6 +102,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     _print_summary(manifest, outdir)
 
 
+def training_rows(
+    rows: Sequence[dict], schema: json_schema.Schema, seed: int
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """SFT, KD and DPO rows of labelled documents, in a random order that `seed` decides."""
+    rng = random.Random(seed)
+    sft, kd, dpo = [], [], []
+    for row in rng.sample(rows, len(rows)):
+        prompt, answer = idp_prompt.user_turn(row["document"], schema), json_writer.dumps(row["fields"], schema)
+        group = {"group": row["group"]}
+        sft.append({"input": prompt, "output": answer, **group})
+        kd.append({"input": prompt, "teacher_output": answer, **group})
+        mistake = mistakes.rejected(row["fields"], schema, rng)
+        dpo.append({"prompt": prompt, "chosen": answer, "rejected": mistake, **group})
+    return sft, kd, dpo
+
+
 def _synthetic_rows(args: argparse.Namespace, schema: json_schema.Schema) -> list[dict]:
     rows = idp_synthesis.synthesize(args.synthesize, args.seed)
     for row in rows:
@@ -117,7 +125,7 @@ def _synthetic_rows(args: argparse.Namespace, schema: json_schema.Schema) -> lis
         if wrong:
             raise UserError(f"--schema {args.schema} is not one of the invoices that --synthesize makes: {wrong[0]}; "
                             "leave it out")  # fmt: skip
-        row["group"] = idp.group_of(row["document"])
+        row["group"] = documents.group_of(row["document"])
     return rows
 
 
@@ -130,8 +138,8 @@ def _keep_other_schema(path: Path, schema: json_schema.Schema) -> None:
 def _print_summary(manifest: dict, outdir: Path) -> None:
     print(f"{manifest['source']['name']}{' (SYNTHETIC)' if manifest['synthetic'] else ''}")
     print(f"{'part':<12}{'documents':>10}{'unlike':>10}")
-    for part, told in manifest["parts"].items():
-        print(f"{part:<12}{told['rows']:>10,}{told['groups']:>10,}")
+    for part, counts in manifest["parts"].items():
+        print(f"{part:<12}{counts['rows']:>10,}{counts['groups']:>10,}")
     for file in (*manifest["files"], "idp_manifest.json"):
         print(outdir / file)
 

@@ -13,16 +13,19 @@ and error (null where the code compiles). An interrupted run goes on where it st
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
 from common.files import sha256_file
+from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
-from common.tasks.codegen import prompt as codegen
-from common.tasks.codegen import writer as code_writer
+from common.tasks.codegen import flags as codegen_flags
+from common.tasks.codegen.answer import compile_error
+from common.tasks.codegen.writer import CodeAnswer, CodeWriter
 
 WINDOW = 32  # tasks at a time
 
@@ -36,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan_then_code", action="store_true", help="first a plan, then code for task and plan")
     parser.add_argument("--show_plan", action="store_true", help="print the plan before the code, in comment lines")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
-    code_writer.add_flags(parser)
+    codegen_flags.add_flags(parser)
     return parser
 
 
@@ -49,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     records.check_output(args.output, args.input)
     if args.show_plan and (not args.plan_then_code or args.input):
         raise cli.UserError("--show_plan goes with --plan_then_code and --prompt; rows of --output have their plan")
-    code_writer.check_flags(args)
+    decoding = codegen_flags.decoding(args)
     models.check_model_dir(args.model_dir, args.base)
     tasks = [args.prompt] if args.prompt else read_tasks(args.input, args.skip_bad_rows)
 
-    writer = code_writer.CodeWriter.from_flags(args, args.model_dir)
-    return write_one(args, writer) if args.prompt else write_file(args, writer, tasks)
+    writer = codegen_flags.load_writer(args, args.model_dir)
+    return write_one(args, writer, decoding) if args.prompt else write_file(args, writer, decoding, tasks)
 
 
 def read_tasks(path: str, skip_bad_rows: bool) -> list[str]:
@@ -72,27 +75,26 @@ def task_of(row: dict) -> str:
     return next((row[key] for key in ("prompt", "input") if records.row_fault(row, (key,)) is None), "")
 
 
-def write_one(args: argparse.Namespace, writer: code_writer.CodeWriter) -> int | None:
+def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) -> int | None:
     """Print the code for --prompt, line by line where a person looks on."""
-    decoding = code_writer.decoding(args)
-    plans = writer.plan([args.prompt], **decoding) if args.plan_then_code else None
+    plans = writer.plan([args.prompt], decoding) if args.plan_then_code else None
     streamer = None
     if sys.stdout.isatty() and args.num_samples == 1:
         if plans:
-            tell_plan(plans[0][0], args.show_plan)
+            show_plan(plans[0][0], args.show_plan)
         streamer = writer.streamer(sys.stdout)
-    (answers,) = writer.write([args.prompt], plans, **decoding, streamer=streamer)
+    (answers,) = writer.write([args.prompt], decoding, plans, streamer=streamer)
     if streamer is None:
         for number, answer in enumerate(answers, start=1):
             if args.num_samples > 1:
                 print(f"# sample {number} of {args.num_samples}")
             if plans:
-                tell_plan(answer.plan, args.show_plan)
+                show_plan(answer.plan, args.show_plan)
             print(answer.code)
     return report_errors([answer.code for answer in answers])
 
 
-def tell_plan(plan: str, on_stdout: bool) -> None:
+def show_plan(plan: str, on_stdout: bool) -> None:
     """The plan on stderr, or on stdout in comment lines."""
     if on_stdout:
         print("".join(f"# {line}\n" for line in plan.splitlines()), end="")
@@ -102,7 +104,7 @@ def tell_plan(plan: str, on_stdout: bool) -> None:
 
 def report_errors(codes: Sequence[str]) -> int | None:
     """Say which code does not compile; the exit code."""
-    errors = [codegen.compile_error(code) for code in codes]
+    errors = [compile_error(code) for code in codes]
     for number, error in enumerate(errors, start=1):
         if error:
             which = f"sample {number}" if len(codes) > 1 else "the code"
@@ -110,22 +112,21 @@ def report_errors(codes: Sequence[str]) -> int | None:
     return cli.FAILED if any(errors) else None
 
 
-def write_file(args: argparse.Namespace, writer: code_writer.CodeWriter, tasks: Sequence[str]) -> int | None:
+def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding, tasks: Sequence[str]) -> int | None:
     """Answer --input into --output."""
     from common.data.resumable import write_answers
 
-    decoding = code_writer.decoding(args)
+    def answer_row(task: str, answers: Sequence[CodeAnswer]) -> dict:
+        rows = [{"plan": one.plan, "code": one.code, "error": compile_error(one.code)} for one in answers]
+        return {"model_name": args.model_dir, "prompt": task, "answers": rows}
 
-    def answer(some: list[str]) -> list[dict]:
-        plans = writer.plan(some, **decoding) if args.plan_then_code else None
-        found = writer.write(some, plans, **decoding)
-        return [{"model_name": args.model_dir, "prompt": task, "answers": [told(one) for one in answers]}
-                for task, answers in zip(some, found, strict=True)]  # fmt: skip
-
-    def told(one: code_writer.CodeAnswer) -> dict:
-        return {"plan": one.plan, "code": one.code, "error": codegen.compile_error(one.code)}
+    def answer(window: list[str]) -> list[dict]:
+        plans = writer.plan(window, decoding) if args.plan_then_code else None
+        answers = writer.write(window, decoding, plans)
+        return [answer_row(task, of_task) for task, of_task in zip(window, answers, strict=True)]
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
+    settings |= dataclasses.asdict(decoding)
     decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
     rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
     errors = [one["error"] for row in rows for one in row["answers"]]

@@ -25,7 +25,8 @@ from common.models import adapters
 from common.models import loading as models
 from common.models.flags import source_of
 from common.tasks.idp import documents
-from common.tasks.idp import extractor as idp
+from common.tasks.idp import flags as idp_flags
+from common.tasks.idp.extractor import Extraction, Extractor
 from common.vram import preflight as vram
 
 WINDOW = 64  # documents at a time
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--confidence", action="store_true", help="add each field's: its tokens' mean probability")
     parser.add_argument("--no_constraint", action="store_true", help="let the model write freely, for comparison")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
-    idp.add_flags(parser)
+    idp_flags.add_flags(parser)
     return parser
 
 
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise cli.UserError("--input and --output go together")
     records.check_output(args.output, args.input)
     schema = json_schema.load(args.schema)
-    found = json_schema.preflight(schema, args.best_effort or args.no_constraint)
-    if unenforced := [] if args.no_constraint else found.of("checked") + found.of("unsupported"):
-        cli.log(f"checked after decoding, not enforced by it: {', '.join(each.path for each in unenforced)}")
+    preflight = json_schema.preflight(schema, args.best_effort or args.no_constraint)
+    if unenforced := [] if args.no_constraint else preflight.of("checked") + preflight.of("unsupported"):
+        cli.log(f"checked after decoding, not enforced by it: {', '.join(keyword.path for keyword in unenforced)}")
     models.check_model_dir(args.model_dir, args.base)
     if args.input:
         # read through before a model loads: a bad row is found now, not in the middle of a night's work
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     source = source_of(args, args.model_dir)
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
-    extractor = idp.Extractor.from_flags(args, loaded, schema, None if args.no_constraint else found)
+    settings = idp_flags.extraction_settings(args)
+    extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings)
     if text is None:
         return extract_file(args, extractor)
     extraction = extractor.extract([text], args.confidence)[0]
@@ -83,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return None
 
 
-def rounded(extraction: idp.Extraction) -> dict[str, float]:
+def rounded(extraction: Extraction) -> dict[str, float]:
     return {name: round(value, 4) for name, value in extraction.confidence.items()}
 
 
-def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | None:
+def extract_file(args: argparse.Namespace, extractor: Extractor) -> int | None:
     """Stream --input to --output; says how many documents were long, and how many got no valid answer."""
     from common.data.resumable import write_answers
 
@@ -97,10 +99,10 @@ def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | No
                 yield row
 
     def answer(rows: list[dict]) -> list[dict]:
-        found = extractor.extract([row["document"] for row in rows], args.confidence)
-        return [answer_of(row, extraction) for row, extraction in zip(rows, found, strict=True)]
+        extractions = extractor.extract([row["document"] for row in rows], args.confidence)
+        return [answer_of(row, extraction) for row, extraction in zip(rows, extractions, strict=True)]
 
-    def answer_of(row: dict, extraction: idp.Extraction) -> dict:
+    def answer_of(row: dict, extraction: Extraction) -> dict:
         named = {"id": row["id"]} if "id" in row else {}
         pieces = {"pieces": extraction.pieces} if extraction.pieces > 1 else {}
         if extraction.error:
@@ -111,8 +113,8 @@ def extract_file(args: argparse.Namespace, extractor: idp.Extractor) -> int | No
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
     decided_by = [settings, sha256_file(args.input), extractor.schema, adapters.adapter_hash(args.model_dir)]
     counts = Counter()
-    for each in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
-        counts.update({"documents"} | ({"pieces", "error"} & each.keys()))
+    for row in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
+        counts.update({"documents"} | ({"pieces", "error"} & row.keys()))
     if counts["pieces"]:
         cli.log(f"{counts['pieces']} of {counts['documents']} documents were read in pieces, merged by confidence")
     if counts["error"]:

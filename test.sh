@@ -15,7 +15,7 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   help_of "$root/test.sh"
   exit
 fi
-setup requirements.txt requirements/k8s.txt requirements/dev.txt
+setup requirements.txt requirements/k8s.txt requirements/docs.txt requirements/dev.txt
 say "ruff check"
 "$python" -m ruff check --quiet .
 say "pytest"

@@ -348,6 +348,7 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
     """Work that ranks labels with each adapter in turn, writes JSON documents, or does the one, then the other."""
     import random
 
+    from common.generation.decoding import Decoding
     from common.generation.generate import generate
     from common.generation.json_grammar import JsonGrammar
     from common.tasks.ranking.creditmix import CREDITMIX
@@ -376,7 +377,7 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
             student,
             tokenizer,
             prompts,
-            max_new_tokens=NEW_TOKENS,
+            Decoding(NEW_TOKENS),
             processors=grammar.processors(NEW_TOKENS),
             max_batch_tokens=plan.batch_tokens,
         )

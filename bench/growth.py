@@ -265,15 +265,16 @@ def digits(count: int) -> list[str]:
 def document_curve(scene: Scene, name: str) -> Curve:
     """One document after the other through constrained extraction."""
     from common.generation import json_schema
-    from common.models import tokenizers
-    from common.tasks.idp import extractor as idp
+    from common.models.batching import MAX_BATCH_TOKENS
+    from common.models.source import LoadedModel
+    from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
-    extractor = idp.Extractor(
-        scene.model, scene.tokenizer, SCHEMA, json_schema.preflight(SCHEMA), max_new_tokens=NEW_TOKENS, long="refuse"
-    )
+    loaded = LoadedModel(scene.model, scene.tokenizer, MAX_BATCH_TOKENS)
+    settings = ExtractionSettings(NEW_TOKENS, long="refuse")
+    extractor = Extractor(loaded, SCHEMA, json_schema.preflight(SCHEMA), settings)
 
     def prompt_tokens(document: str) -> int:
-        return len(tokenizers.encode_prompt(scene.tokenizer, idp.prompt(document, SCHEMA)))
+        return len(extractor.encode(document))
 
     bare = prompt_tokens("")
     text = "\n".join(scene.rows(max(DOCUMENT_TOKENS) // 8))

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
 
 from bench.turns import print_table, take_turns
 from common import cli
-from common.generation import json_schema
+from common.generation import json_schema, json_writer
 
 VOCABULARY = 151_936  # columns of Qwen2.5's logits, to 3B
 MONEY = {"type": "number", "minimum": 0}
@@ -93,17 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     tokenizer = tokenizers.load_tokenizer(args.tokenizer)
     scores = torch.randn(1, args.columns)
-    contestants: dict[str, Callable[[Any], Grammar]] = {"ours": ours(tokenizer, scores), "limit": limit(scores)}
-    for name, (package, compiler) in PEERS.items():
-        if importlib.util.find_spec(package):
-            contestants[name] = compiler(tokenizer, scores)
-        else:
-            cli.log(f"{package} is not installed and left out; pip install -r requirements/bench.txt")
-
+    contestants = all_contestants(tokenizer, scores)
     documents = []
     started = {name: [] for name in contestants}  # seconds to compile and to the first mask, of every schema
     for schema, value in cases:
-        tokens = tokenizer.encode(json_schema.dumps(value, schema), add_special_tokens=False)
+        tokens = tokenizer.encode(json_writer.dumps(value, schema), add_special_tokens=False)
         grammars = {name: try_out(compiler, schema, tokens, started[name]) for name, compiler in contestants.items()}
         if refused := [name for name, grammar in grammars.items() if grammar is None]:
             cli.log(f"left out, refused by {', '.join(refused)}: {json.dumps(schema)[:80]}")
@@ -148,6 +142,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [{"name": name, **entry} for name, entry in table.items()]
     result = {"bench": "json_decoding", "settings": vars(args), "documents": len(documents), "rows": rows}
     print(json.dumps({**result, "ratios": ratios, "ratios_of_p50": of_p50}))
+
+
+def all_contestants(tokenizer, scores) -> dict[str, Callable[[Any], Grammar]]:
+    """This toolkit, the limit, and those of `PEERS` that are installed."""
+    contestants: dict[str, Callable[[Any], Grammar]] = {"ours": ours(tokenizer, scores), "limit": limit(scores)}
+    for name, (package, compiler) in PEERS.items():
+        if importlib.util.find_spec(package):
+            contestants[name] = compiler(tokenizer, scores)
+        else:
+            cli.log(f"{package} is not installed and left out; pip install -r requirements/bench.txt")
+    return contestants
 
 
 def read_cases(path: str, limit: int | None) -> list[tuple[Any, Any]]:

@@ -1,1 +1,1 @@
-"""Shared code of the distill-slm scripts: small modules, one subject each, no sub-packages."""
+"""Shared code of the distill-slm scripts, in rooms with layers: see common/README.md."""

@@ -43,31 +43,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
-    draw = random.Random(args.seed)
+    rng = random.Random(args.seed)
     made_up = creditmix.synthesize(4 * args.rows, args.seed)  # at most 4 a person
     lines = [creditmix.clean_features(row["question"]) for row in made_up]
     people = list({creditmix.group_of(line): line for line in lines}.values())[: args.rows]
-    rows = (letter(draw, number, line) for number, line in enumerate(people, start=1))
+    rows = (letter(rng, number, line) for number, line in enumerate(people, start=1))
     count = write_jsonl(args.out, rows)
     print(f"{args.out}: {count:,} made-up letters")
 
 
-def letter(draw: random.Random, number: int, line: str) -> dict:
+def letter(rng: random.Random, number: int, line: str) -> dict:
     """One row, of the person that a CreditMix line of features tells of."""
-    told = dict(creditmix.split_features(line))
+    features = dict(creditmix.split_features(line))
     fields = {
-        "age": int(float(told["Age"])),
-        "occupation": told["Occupation"].replace("_", " "),
-        "annual_income": float(told["Annual Income"]),
-        "outstanding_debt": float(told["Outstanding Debt"]),
-        "credit_utilization_ratio": float(told["Credit Utilization Ratio"]),
-        "payment_behaviour": told["Payment Behaviour"],
+        "age": int(float(features["Age"])),
+        "occupation": features["Occupation"].replace("_", " "),
+        "annual_income": float(features["Annual Income"]),
+        "outstanding_debt": float(features["Outstanding Debt"]),
+        "credit_utilization_ratio": float(features["Credit Utilization Ratio"]),
+        "payment_behaviour": features["Payment Behaviour"],
     }
-    level, _, size = told["Payment Behaviour"].split("_")[:3]
+    level, _, size = features["Payment Behaviour"].split("_")[:3]
     said = fields | {"payment_behaviour": f"{SPENDING[level]}, in {size.lower()} payments"}
-    lines = [draw.choice(LINES[field]).format(value) for field, value in said.items()]
-    draw.shuffle(lines)
-    document = "\n".join([draw.choice(OPENINGS), *lines, f"{draw.choice(CLOSINGS)}, {draw.choice(NAMES)}"])
+    lines = [rng.choice(LINES[field]).format(value) for field, value in said.items()]
+    rng.shuffle(lines)
+    document = "\n".join([rng.choice(OPENINGS), *lines, f"{rng.choice(CLOSINGS)}, {rng.choice(NAMES)}"])
     return {"document": document, "fields": fields, "id": f"A{number:05d}"}
 
 

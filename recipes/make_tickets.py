@@ -48,23 +48,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
-    draw = random.Random(args.seed)
-    tempers = [draw.gauss(0, 0.4) for _ in range(-(-args.rows // 3))]
-    count = write_jsonl(args.out, (ticket(draw, tempers) for _ in range(args.rows)))
+    rng = random.Random(args.seed)
+    tempers = [rng.gauss(0, 0.4) for _ in range(-(-args.rows // 3))]
+    count = write_jsonl(args.out, (ticket(rng, tempers) for _ in range(args.rows)))
     print(f"{args.out}: {count:,} made-up tickets")
 
 
-def ticket(draw: random.Random, tempers: Sequence[float]) -> dict:
+def ticket(rng: random.Random, tempers: Sequence[float]) -> dict:
     """One row: its customer is drawn, so some have more tickets than others."""
-    customer = draw.randrange(len(tempers))
-    symptom = draw.choice(list(SYMPTOMS))
-    users = max(1, round(10 ** draw.uniform(0, 4)))
-    hours = max(1, round(draw.expovariate(1 / 20)))
-    stuck = draw.random() < 0.5
+    customer = rng.randrange(len(tempers))
+    symptom = rng.choice(list(SYMPTOMS))
+    users = max(1, round(10 ** rng.uniform(0, 4)))
+    hours = max(1, round(rng.expovariate(1 / 20)))
+    stuck = rng.random() < 0.5
     severity = SYMPTOMS[symptom] + 0.9 * math.log10(users) + hours / 40 + 0.8 * stuck
-    severity += tempers[customer] + draw.gauss(0, 0.4)
+    severity += tempers[customer] + rng.gauss(0, 0.4)
     return {
-        "ticket": f"{draw.choice(PRODUCTS)}. Users affected: {users}, Hours open: {hours}, {symptom}, "
+        "ticket": f"{rng.choice(PRODUCTS)}. Users affected: {users}, Hours open: {hours}, {symptom}, "
         + ("no workaround" if stuck else "workaround known"),
         "severity": next(label for label, cut in CUTS.items() if severity < cut),
         "customer": f"C{customer:05d}",

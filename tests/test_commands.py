@@ -9,8 +9,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import uvicorn
 import yaml
 from support.inputs import ROOT
 from support.scripts import parser_of
@@ -36,47 +38,81 @@ python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, 
 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
 """
 SHELL = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "2>&1"}
+PROGRAM = re.compile(
+    r"(?:[A-Z_]+=\S+ +)*(?:\S*python3? |torchrun |accelerate |uvicorn |\S*pip install |\./\S|recipes/\S+\.sh)"
+)
+
+
+def code_of(page: str) -> str:
+    """The lines of a Markdown page that are code: blocks, fenced or indented, and what stands between backticks."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^ {4}.*$", page, re.MULTILINE)
+    return "\n".join([*blocks, *indented, *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page)])
 
 
 def shown_commands() -> Iterator[tuple[str, str]]:
     """(where, command line) of what the documents, recipes and docstrings tell a reader to run."""
     texts = {"established": ESTABLISHED}
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
-        text = path.read_text()
-        texts[path.name] = "\n".join([text, *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)])
-    for path in ROOT.glob("recipes/*.y*ml"):
-        texts[path.name] = re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("bench/*.py")]:
-        texts[path.name] = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("common/*.md")]:
+        texts[str(path.relative_to(ROOT))] = code_of(path.read_text())
+    for path in [*ROOT.glob("recipes/*.y*ml"), *ROOT.glob("requirements/*.txt"), ROOT / "mkdocs.yml"]:
+        texts[str(path.relative_to(ROOT))] = re.sub(r"^# *", "", path.read_text(), flags=re.MULTILINE)
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("docs/*.py"),
+        *ROOT.glob("common/**/*.py"),
+        *ROOT.glob("bench/**/*.py"),
+    ]:
+        texts[str(path.relative_to(ROOT))] = ast.get_docstring(ast.parse(path.read_text())) or ""
     for where, text in texts.items():
         for line in re.sub(r"\\\n\s*", " ", text).splitlines():
             command = line.strip().removeprefix("$ ")
-            if re.match(r"([A-Z_]+=\S+ +)*(\S*python3? |torchrun |accelerate |\./\S)", command):
+            if PROGRAM.match(command):
                 yield where, command
 
 
 COMMANDS = sorted(set(shown_commands()))
 
 
+def program_of(words: list[str]) -> tuple[Path | None, list[str]]:
+    """(the file of this project that a command runs, what is given to it); None: a tool of somebody else's."""
+    for index, word in enumerate(words):
+        if word.endswith((".py", ".sh")):
+            return ROOT / word, words[index + 1 :]
+        if word == "-m" and words[index + 1].partition(".")[0] in ("common", "bench", "docs"):
+            module = ROOT / words[index + 1].replace(".", "/")
+            return module / "__main__.py" if module.is_dir() else module.with_suffix(".py"), words[index + 2 :]
+    return None, []
+
+
 @pytest.mark.parametrize(("where", "command"), COMMANDS, ids=[f"{w}-{c[:40]}" for w, c in COMMANDS])
 def test_shown_commands_parse(where, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
-    program = next((i for i, word in enumerate(words) if word.endswith((".py", ".sh"))), None)
-    if program is None:
-        return  # a tool of somebody else's
-    script = ROOT / words[program]
-    assert script.is_file(), f"{words[program]} is not there"
-    if script.suffix == ".sh":
-        assert os.access(script, os.X_OK)
-        return
-    argv = words[program + 1 :]
-    if "..." in argv:
+    if "..." in words:
         return  # left to the reader
+    for file in re.findall(r"-r (\S+\.txt)", command) if "install" in words else ():
+        assert Path(file).is_file(), f"{file} is not there"
+    if "uvicorn" in words:
+        return check_uvicorn(words[words.index("uvicorn") + 1 :])
+    program, argv = program_of(words)
+    if program is None:
+        return
+    assert program.is_file(), f"{program} is not there"
+    if program.suffix == ".sh":
+        assert os.access(program, os.X_OK)
+        return
     end = next((i for i, word in enumerate(argv) if word in SHELL), len(argv))
-    parser = parser_of(script)
-    if parser:
+    parser = parser_of(program)
+    if parser and argv:  # without arguments it is named, not run
         cli.parse_args(parser, argv[:end])
+
+
+def check_uvicorn(argv: list[str]) -> None:
+    """uvicorn's own flags, and an application under the name that it is given."""
+    module, _, name = uvicorn.main.make_context("uvicorn", argv).params["app"].partition(":")
+    functions = [node.name for node in ast.parse((ROOT / f"{module}.py").read_text()).body if hasattr(node, "name")]
+    assert name == "app" and "__getattr__" in functions, f"{module} makes no {name}"
 
 
 def test_commands_are_found():
@@ -84,6 +120,8 @@ def test_commands_are_found():
     assert sum(where == "established" for where, _ in COMMANDS) == 9
     assert {where for where, _ in COMMANDS} >= {*SCRIPTS}
     assert all("\\" not in command for _, command in COMMANDS)
+    for word in ("python -m common.vram", "uvicorn serve_creditmix:app", "uvicorn serve_distill:app", "torchrun"):
+        assert any(word in command for _, command in COMMANDS), word
 
 
 BLOCKER = """

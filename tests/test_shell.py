@@ -97,7 +97,10 @@ else:
 def checkout(tmp_path) -> Path:
     """A copy of what the shell scripts touch, and a stand-in Python under `bin/`."""
     folder = tmp_path / "check out"  # paths have spaces in real life
-    for name in (*SCRIPTS, *("requirements.txt", "requirements/k8s.txt", "requirements/dev.txt")):
+    for name in (
+        *SCRIPTS,
+        *("requirements.txt", "requirements/k8s.txt", "requirements/docs.txt", "requirements/dev.txt"),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / "recipes", folder / "recipes")

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from common.generation import generate as generation
+from common.generation.decoding import Decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +97,7 @@ def _time_row(model, tokenizer, prompt: Sequence[int], answer: Callable[[], obje
         model,
         tokenizer,
         [prompt],
-        max_new_tokens=NEW_TOKENS,
+        Decoding(NEW_TOKENS),
         processors=lambda rows: [_NeverEnd(tokenizer)],
         streamer=clock,
     )

@@ -168,12 +168,13 @@ class Contestant:
     def generate(self, rows: Sequence[int]) -> list[str]:
         """Greedy answers to some rows."""
         from common.generation import generate as generation
+        from common.generation.decoding import Decoding
 
         answers = generation.generate(
             self.model,
             self.tokenizer,
             [self.prompt(row, self.job.max_new_tokens) for row in rows],
-            max_new_tokens=self.job.max_new_tokens,
+            Decoding(self.job.max_new_tokens),
             max_batch_tokens=self.job.max_batch_tokens,
         )
         return [samples[0].text.strip() for samples in answers]

@@ -1,1 +1,1 @@
-"""Training on the distributions of a teacher, live, cached, or of labels."""
+"""Training on a teacher's distributions: live, from a cache, or over labels."""

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from common.cli import UserError
+from common.generation.decoding import Decoding
 from common.generation.result import Generation
 from common.models.batching import MAX_BATCH_TOKENS, by_token_budget, context_of
 
@@ -26,27 +27,20 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    num_samples: int = 1,
-    seed: int = 0,
     processors: Callable[[list[int]], list[LogitsProcessor]] | None = None,
     stop: Callable[[str], bool] | None = None,
     streamer: BaseStreamer | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[list[Generation]]:
-    """`num_samples` answers to each prompt, [prompt][sample].
+    """`decoding.num_samples` answers to each prompt, [prompt][sample].
 
     An answer ends at EOS or PAD (`<|endoftext|>` in Qwen). A sample depends on the model, the prompt, its number and
-    `seed` alone, not on the batch.
+    the seed alone, not on the batch.
 
     Args:
         prompts: token ids, as `tokenizers.encode_prompt` makes them.
-        temperature: 0 is greedy.
-        top_p: sample from the fewest tokens that have this much probability together (nucleus sampling, Holtzman et
-            al. 2020, arXiv:1904.09751).
         processors: called for every batch with the prompt number of each of its rows; returns processors of the scores
             of those rows, new ones each time. They see the scores before temperature and top_p.
         stop: called with the text so far of a row after every token; True ends that row.
@@ -54,9 +48,9 @@ def generate(
         max_batch_tokens: bounds rows x (longest prompt + max_new_tokens) of a batch; one row always goes.
 
     Raises:
-        UserError: a prompt does not fit the model's context with `max_new_tokens`.
+        UserError: a prompt does not fit the model's context with `decoding.max_new_tokens`.
     """
-    context = context_of(model.config)
+    max_new_tokens, context = decoding.max_new_tokens, context_of(model.config)
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) + max_new_tokens > context:
             raise UserError(
@@ -64,24 +58,24 @@ def generate(
                 f"context of {context}; shorten it, or lower --max_new_tokens"
             )
     answers: list[list[Generation]] = [[] for _ in prompts]
-    wanted = [row for row in range(len(prompts)) for _ in range(num_samples)]  # samples of a prompt stay in order
+    wanted = [row for row in range(len(prompts)) for _ in range(decoding.num_samples)]  # samples of a prompt in order
     sample_numbers = [0] * len(prompts)
     for batch in by_token_budget([len(prompts[row]) for row in wanted], max_batch_tokens, added=max_new_tokens):
         rows = [wanted[number] for number in batch]
         chain: list[LogitsProcessor] = [recorder := _TokenLogprobs()]
         chain += processors(rows) if processors else []
-        if temperature > 0:
+        if decoding.temperature > 0:
             keys = []
             for row in rows:
-                keys.append((seed, sample_numbers[row], prompts[row]))
+                keys.append((decoding.seed, sample_numbers[row], prompts[row]))
                 sample_numbers[row] += 1
-            chain.append(_Sample(keys, temperature, top_p))
+            chain.append(_Sample(keys, decoding.temperature, decoding.top_p))
         tokens = _generate_batch(
             model, tokenizer, [prompts[row] for row in rows], max_new_tokens, chain, stop, streamer
         )
         logprobs = recorder.finish(tokens)
-        for place, row in enumerate(rows):
-            answers[row].append(_answer(tokenizer, tokens[place].tolist(), logprobs[place], max_new_tokens, stop))
+        for index, row in enumerate(rows):
+            answers[row].append(_answer(tokenizer, tokens[index].tolist(), logprobs[index], max_new_tokens, stop))
     return answers
 
 
@@ -136,7 +130,7 @@ def _answer(
     stop: Callable[[str], bool] | None,
 ) -> Generation:
     ends = end_ids(tokenizer)
-    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    length = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
     finished = length < len(tokens) or len(tokens) < max_new_tokens or bool(stop and stop(text))
     return Generation(text, tokens[:length], logprobs[:length], finished)
@@ -185,10 +179,10 @@ class _Sample(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = scores.float() / self.temperature
         if self.top_p < 1:
-            ordered, places = logits.sort(dim=1, descending=True)
+            ordered, indices = logits.sort(dim=1, descending=True)
             probabilities = ordered.softmax(dim=1)
             beyond = probabilities.cumsum(dim=1) - probabilities >= self.top_p  # the best token always stays
-            logits = logits.masked_fill(beyond.scatter(1, places, beyond), float("-inf"))
+            logits = logits.masked_fill(beyond.scatter(1, indices, beyond), float("-inf"))
         noise = torch.stack([torch.rand(scores.shape[1], generator=stream) for stream in self.streams])
         gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20, max=1 - 1e-7)))
         return logits + gumbel.to(logits.device)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re._constants as regex
-import re._parser as regex_parser
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from llguidance import LLMatcher
+
+from common.generation.pattern_example import example
 
 MAX_CLOSING = 4096  # bytes after which a search is given up
 QUOTE, BACKSLASH = b'"\\'
@@ -47,6 +46,7 @@ class Scanner:
     _key_next: bool = False
 
     def copy(self) -> Scanner:
+        """The same place in the same text, to go on from apart."""
         return Scanner(
             self.in_string,
             self.length,
@@ -125,37 +125,8 @@ class Hints:
         def unquoted(text: str) -> bytes:
             return json.dumps(text, ensure_ascii=False)[1:-1].encode()
 
-        matches = (unquoted(example(regex_parser.parse(pattern))) + b'"' for pattern in dict.fromkeys(patterns))
+        matches = (unquoted(example(pattern, MAX_CLOSING)) + b'"' for pattern in dict.fromkeys(patterns))
         return cls(tuple(unquoted(name) for name in dict.fromkeys(required)), tuple(matches))
-
-
-def example(pattern: regex_parser.SubPattern) -> str:
-    """A short string that may well match a regular expression, as Python's `re` parses it."""
-    text = ""
-    for operation, argument in pattern:
-        if operation is regex.LITERAL:
-            text += chr(argument)
-        elif operation is regex.IN:
-            text += _member(*argument[0])
-        elif operation is regex.SUBPATTERN:
-            text += example(argument[-1])
-        elif operation is regex.BRANCH:
-            text += min(map(example, argument[1]), key=len)
-        elif operation in (regex.MAX_REPEAT, regex.MIN_REPEAT):
-            part = example(argument[2])
-            text += part * min(argument[0], MAX_CLOSING // max(1, len(part)) + 1)
-        elif operation in (regex.ANY, regex.NOT_LITERAL):
-            text += "a"
-    return text
-
-
-def _member(kind: int, argument: Any) -> str:
-    """A character of a class, by its first part."""
-    if kind is regex.LITERAL:
-        return chr(argument)
-    if kind is regex.RANGE:
-        return chr(argument[0])
-    return "0" if argument is regex.CATEGORY_DIGIT else "a"
 
 
 def find_closing(matcher: LLMatcher, scanner: Scanner, hints: Hints) -> bytes | None:

@@ -1,8 +1,8 @@
 """Decoding that can only write JSON of a given schema: llguidance's masks inside transformers' `generate`.
 
-    found = json_schema.preflight(schema)                       # before any model loads
-    grammar = JsonGrammar(found.grammar_schema, tokenizer, model.config.vocab_size)
-    answers = generate(model, tokenizer, prompts, max_new_tokens=512, processors=grammar.processors(512))
+    preflight = json_schema.preflight(schema)                   # before any model loads
+    grammar = JsonGrammar(preflight.grammar_schema, tokenizer, model.config.vocab_size)
+    answers = generate(model, tokenizer, prompts, Decoding(512), processors=grammar.processors(512))
     answer = json_schema.parse(answers[0][0].text, schema)      # .value, or .error and .text
 
 The JSON is compact, its keys come in the schema's order, and two things end it in time: a string, list or number that
@@ -87,18 +87,18 @@ class JsonGrammar:
         for matcher in (self.matcher, self.byte_matcher):
             if matcher.is_error():
                 raise UserError(f"the schema cannot be compiled: {matcher.get_error().splitlines()[0]}")
-        self.shortest_plan = self.plan(self.byte_matcher, Scanner(), b"")
+        self.shortest_closing = self.closing_from(self.byte_matcher, Scanner(), b"")
 
     @property
     def shortest(self) -> int | None:
         """Tokens of the shortest known document with its EOS: a smaller `max_new_tokens` cannot give one."""
-        return len(self.shortest_plan.tokens) if self.shortest_plan else None
+        return len(self.shortest_closing.tokens) if self.shortest_closing else None
 
     def processors(self, max_new_tokens: int) -> Callable[[list[int]], list[LogitsProcessor]]:
         """For `generation.generate`: makes the processors of one batch, one grammar state for each of its rows."""
         return lambda rows: [JsonProcessor(self, len(rows), max_new_tokens)]
 
-    def plan(self, matcher: LLMatcher, scanner: Scanner, known: bytes) -> Plan | None:
+    def closing_from(self, matcher: LLMatcher, scanner: Scanner, known: bytes) -> Closing | None:
         """The end of the document from the state of a byte matcher; None where none is found.
 
         Args:
@@ -108,11 +108,11 @@ class JsonGrammar:
         fits = scanner.in_string and scanner.key is None and known.startswith(b'"')
         if not fits or matcher.validate_tokens([*known, END_OF_BYTES]) <= len(known):
             text = find_closing(matcher, scanner, self.hints)
-        return None if text is None else Plan(text, [*self.tokens.tokenize_bytes(text), self.eos])
+        return None if text is None else Closing(text, [*self.tokens.tokenize_bytes(text), self.eos])
 
 
 @dataclass(frozen=True)
-class Plan:
+class Closing:
     """How a document can be ended: as text, and as tokens with EOS."""
 
     text: bytes
@@ -154,8 +154,8 @@ class JsonProcessor(LogitsProcessor):
 class _Row:
     """One row's place in the grammar and its way to the end.
 
-    `plan` is of this state where `planned` is set, else of one before. `reach` bounds from above how many tokens it
-    takes to the end: those of the plan, and one opening more for every token since.
+    `closing` is of this state where `is_current` is set, else of one before. `reach` bounds from above how many tokens
+    it takes to the end: those of the closing, and one opening more for every token since.
     """
 
     def __init__(self, grammar: JsonGrammar, max_new_tokens: int) -> None:
@@ -163,9 +163,9 @@ class _Row:
         self.matcher = grammar.matcher.deep_copy()
         self.bytes = grammar.byte_matcher.deep_copy()
         self.scanner = Scanner()
-        self.plan, self.planned = grammar.shortest_plan, True
-        self.reach = len(self.plan.tokens) if self.plan else 0
-        self.plans: dict[int, Plan] = {}  # after each of the tokens that may come next, as far as worked out
+        self.closing, self.is_current = grammar.shortest_closing, True
+        self.reach = len(self.closing.tokens) if self.closing else 0
+        self.closings: dict[int, Closing] = {}  # after each of the tokens that may come next, as far as worked out
 
     def consume(self, token: int) -> None:
         """Go on by the token that was chosen."""
@@ -179,14 +179,14 @@ class _Row:
         text = self.grammar.tokens.decode_bytes([token])
         self.bytes.consume_tokens(list(text))
         self.scanner.feed(text)
-        if token in self.plans:
-            self.plan, self.planned = self.plans[token], True
-        elif self.planned and self.plan and self.plan.tokens[0] == token:
-            self.plan = Plan(self.plan.text[len(text) :], self.plan.tokens[1:])
+        if token in self.closings:
+            self.closing, self.is_current = self.closings[token], True
+        elif self.is_current and self.closing and self.closing.tokens[0] == token:
+            self.closing = Closing(self.closing.text[len(text) :], self.closing.tokens[1:])
         else:  # where no end was found before, look again now and then only
-            self.planned = self.plan is None and self.remaining % 32 > 0
-        self.reach = len(self.plan.tokens) if self.planned and self.plan else self.reach + self.grammar.opening
-        self.plans = {}
+            self.is_current = self.closing is None and self.remaining % 32 > 0
+        self.reach = len(self.closing.tokens) if self.is_current and self.closing else self.reach + self.grammar.opening
+        self.closings = {}
 
     def fill(self, bitmask: torch.Tensor, scores: torch.Tensor) -> None:
         """Write the tokens that may come next, of `scores` [columns], as bits [columns / 32, rounded up]."""
@@ -198,46 +198,57 @@ class _Row:
             unlike = bitmask & self.grammar.not_starting[repetition]
             if unlike.any():
                 bitmask.copy_(unlike)
-        if self.grammar.bounds.reached_by(self.scanner) and self._replan():
-            _set_only(bitmask, self.plan.tokens[:1])
-        elif self._is_near() and self._replan() and self._is_near() and len(self.plan.tokens) <= self.remaining:
-            _set_only(bitmask, [self.plan.tokens[0], *self._fitting(bitmask, scores)])
+        if self.grammar.bounds.reached_by(self.scanner) and self._find_closing():
+            _set_only(bitmask, self.closing.tokens[:1])
+        elif self._must_close():
+            _set_only(bitmask, [self.closing.tokens[0], *self._fitting(bitmask, scores)])
+
+    def _must_close(self) -> bool:
+        """The budget leaves room for the closing, and hardly for more."""
+        return (
+            self._is_near()
+            and self._find_closing()
+            and self._is_near()  # now that it is known exactly
+            and len(self.closing.tokens) <= self.remaining
+        )
 
     def _is_near(self) -> bool:
         """The next token could open something that no longer closes in time."""
         return self.reach + self.grammar.opening > self.remaining - 1
 
-    def _replan(self) -> bool:
+    def _find_closing(self) -> bool:
         """Find the end from here; False where there is none."""
-        if not self.planned:
-            self.plan = self.grammar.plan(self.bytes, self.scanner, self.plan.text if self.plan else b"")
-            self.planned = True
-            self.reach = len(self.plan.tokens) if self.plan else 0
-        return self.plan is not None
+        if not self.is_current:
+            self.closing = self.grammar.closing_from(
+                self.bytes, self.scanner, self.closing.text if self.closing else b""
+            )
+            self.is_current = True
+            self.reach = len(self.closing.tokens) if self.closing else 0
+        return self.closing is not None
 
     def _fitting(self, bitmask: torch.Tensor, scores: torch.Tensor) -> Iterator[int]:
         """Those of the likeliest tokens after which the document can still be ended in time."""
         masked = scores + _bias(bitmask[None], scores.device)[0, : len(scores)]
         values, tokens = masked.topk(min(CANDIDATES, len(masked)))
         for token in tokens[values > float("-inf")].tolist():
-            if token in (self.grammar.eos, self.plan.tokens[0]):
+            if token in (self.grammar.eos, self.closing.tokens[0]):
                 continue
             text = self.grammar.tokens.decode_bytes([token])
             after, scanner = self.bytes.deep_copy(), self.scanner.copy()
             after.consume_tokens(list(text))
             scanner.feed(text)
-            plan = self.grammar.plan(after, scanner, self.plan.text)
-            if plan is not None and len(plan.tokens) <= self.remaining - 1:
-                self.plans[token] = plan
+            closing = self.grammar.closing_from(after, scanner, self.closing.text)
+            if closing is not None and len(closing.tokens) <= self.remaining - 1:
+                self.closings[token] = closing
                 yield token
 
 
 def hints_of(schema: dict[str, Any]) -> Hints:
     """What a schema says about the strings in its documents."""
-    found = list(schemas_of(schema))
-    patterns = [node["pattern"] for node in found if "pattern" in node]
-    patterns += [pattern for node in found for pattern in node.get("patternProperties", {})]
-    return Hints.of((name for node in found for name in node.get("required", [])), patterns)
+    schemas = list(schemas_of(schema))
+    patterns = [node["pattern"] for node in schemas if "pattern" in node]
+    patterns += [pattern for node in schemas for pattern in node.get("patternProperties", {})]
+    return Hints.of((name for node in schemas for name in node.get("required", [])), patterns)
 
 
 @functools.lru_cache(maxsize=4)
@@ -255,7 +266,7 @@ def _engine_tokenizer(
     not_starting = {}
     for start in (b'"', b'""'):
         bits = np.full((columns + 31) // 32 * 4, 0xFF, dtype=np.uint8)
-        for token in (place for place, word in enumerate(words) if word.startswith(start)):
+        for token in (token for token, word in enumerate(words) if word.startswith(start)):
             bits[token // 8] &= ~np.uint8(1 << token % 8)
         not_starting[start] = torch.from_numpy(bits).view(torch.int32)
     return tokens, not_starting

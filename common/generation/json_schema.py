@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +22,6 @@ from jsonschema import Draft202012Validator, SchemaError, ValidationError
 from jsonschema.validators import extend
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from referencing import Registry
-from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012
 
 from common.cli import UserError
 from common.generation.schema_graph import contradiction, most_expansions, nodes, pointer, smallest, types
@@ -79,9 +76,6 @@ FORMATS = {
     "hostname": {"format": "hostname", "maxLength": 253},
     **{name: {"format": name} for name in ("duration", "email", "ipv4", "ipv6", "uuid", "uri")},
 }
-
-# Control characters without a short escape, and halves of surrogate pairs.
-_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 
 # The patterns that mean the same to Python's `re`, which the validator uses, and to the engine's regular expressions.
 _ESCAPE = r"\\(?:[dwsSnrtfv]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[^\w\s])"
@@ -168,16 +162,16 @@ def _preflight(schema: Schema, best_effort: bool) -> Preflight:
             f"not a valid draft 2020-12 schema: {pointer(error.absolute_path)}: {_short(error.message)}"
         ) from error
     root = {} if schema is True else {"enum": []} if schema is False else copy.deepcopy(schema)
-    found = nodes(root, checked=True)
-    if len(found) > MAX_NODES or most_expansions(found, MAX_EXPANSIONS) > MAX_EXPANSIONS:
+    schemas = nodes(root, checked=True)
+    if len(schemas) > MAX_NODES or most_expansions(schemas, MAX_EXPANSIONS) > MAX_EXPANSIONS:
         raise UserError("the schema's references multiply, or lead back to themselves; write it with fewer")
-    sizes = smallest(found)
+    sizes = smallest(schemas)
     if math.isinf(sizes[id(root)]):
-        reasons = (f": {node.path}: {reason}" for node in found if (reason := contradiction(node.schema)))
+        reasons = (f": {node.path}: {reason}" for node in schemas if (reason := contradiction(node.schema)))
         raise UserError(f"nothing satisfies the schema{next(reasons, ' in finitely many steps')}; correct it")
     if sizes[id(root)] > MAX_DOCUMENT:
         raise UserError(f"the smallest document of the schema has over {MAX_DOCUMENT:,} characters; ask for less")
-    keywords = _classify(root, found)
+    keywords = _classify(root, schemas)
     keywords = _leave_out_what_fails(root, keywords)
     _tighten(root)
     if (unsupported := [keyword for keyword in keywords if keyword.treatment == "unsupported"]) and not best_effort:
@@ -185,18 +179,6 @@ def _preflight(schema: Schema, best_effort: bool) -> Preflight:
         more = f"; and {len(unsupported) - 3} more" if len(unsupported) > 3 else ""
         raise UserError(f"the schema asks for what is not supported ({named}{more}); change it, or pass --best_effort")
     return Preflight(tuple(keywords), root)
-
-
-def dumps(value: Any, schema: Schema) -> str:
-    """Compact JSON with keys in the schema's order (those it does not name come last): what the grammar lets through.
-
-    Training targets are written with this, so that a trained model and the grammar agree on every character. Numbers
-    are plain decimals; control characters without a short escape become spaces.
-
-    Raises:
-        ValueError: a number is not finite.
-    """
-    return _Writer(schema).text(value, [schema])
 
 
 def errors(value: Any, schema: Schema) -> list[str]:
@@ -214,8 +196,8 @@ def errors(value: Any, schema: Schema) -> list[str]:
 def _errors(value: Any, schema: Schema) -> list[str]:
     if isinstance(schema, dict):  # references to the root must not change the dialect either
         schema = {key: part for key, part in schema.items() if key != "$schema"}
-    found = _Validator(schema, format_checker=_Validator.FORMAT_CHECKER, registry=Registry()).iter_errors(value)
-    ordered = sorted(found, key=lambda error: [str(part) for part in error.absolute_path])
+    faults = Validator(schema, format_checker=Validator.FORMAT_CHECKER, registry=Registry()).iter_errors(value)
+    ordered = sorted(faults, key=lambda error: [str(part) for part in error.absolute_path])
     return [f"{error.json_path}: {_short(error.message)}" for error in ordered]
 
 
@@ -232,13 +214,13 @@ def parse(text: str, schema: Schema) -> JsonAnswer:
     except ValueError as error:
         return JsonAnswer(None, f"not usable JSON: {_short(str(error))}", text)
     try:
-        found = errors(value, schema)
+        faults = errors(value, schema)
     except RecursionError:
         return JsonAnswer(None, "the JSON is nested too deeply", text)
-    if not found:
+    if not faults:
         return JsonAnswer(value, None, text)
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return JsonAnswer(None, f"the JSON does not satisfy the schema: {found[0]}{more}", text)
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return JsonAnswer(None, f"the JSON does not satisfy the schema: {faults[0]}{more}", text)
 
 
 def compile_grammar(schema: dict[str, Any], tokens: LLTokenizer) -> LLMatcher:
@@ -278,9 +260,10 @@ def schemas_of(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def longest_opening(schema: dict[str, Any]) -> int:
     """About how many characters it takes to complete any part of a document that has just been begun, at most."""
-    found = nodes(schema)
-    sizes = smallest(found)
-    if not any(target is schema for node in found for target in node.targets):  # the document itself is begun only once
+    schemas = nodes(schema)
+    sizes = smallest(schemas)
+    # The document itself is begun only once.
+    if not any(target is schema for node in schemas for target in node.targets):
         del sizes[id(schema)]
     return 8 + 2 * int(max((size for size in sizes.values() if size < math.inf), default=0))
 
@@ -308,16 +291,16 @@ def _classify(root: dict[str, Any], everything: list) -> list[Keyword]:
     inside = {id(node.schema) for node in decoded}
     for node in decoded:
         schema = node.schema
-        found = {key: _classify_keyword(schema, key) for key in schema}
-        keywords += [Keyword(f"{node.path}/{key}", *each[:2]) for key, each in found.items() if each]
-        left_out = [key for key, each in found.items() if (each and not each[2]) or key in IGNORED]
+        classes = {key: _classify_keyword(schema, key) for key in schema}
+        keywords += [Keyword(f"{node.path}/{key}", *verdict[:2]) for key, verdict in classes.items() if verdict]
+        left_out = [key for key, verdict in classes.items() if (verdict and not verdict[2]) or key in IGNORED]
         _write_without(schema, dict(schema), left_out)
     for node in everything:  # under what is only checked, the validator must know all
         if id(node.schema) not in inside:
             for key in node.schema:
-                found = _classify_keyword(node.schema, key)
-                if found and found[0] == "unsupported":
-                    keywords.append(Keyword(f"{node.path}/{key}", *found[:2]))
+                verdict = _classify_keyword(node.schema, key)
+                if verdict and verdict[0] == "unsupported":
+                    keywords.append(Keyword(f"{node.path}/{key}", *verdict[:2]))
     return keywords
 
 
@@ -331,7 +314,7 @@ def _classify_keyword(schema: dict[str, Any], key: str) -> tuple[Treatment, str,
             return "enforced", "", False  # nothing to enforce: it would say something about strings
         if value in FORMATS:
             return "enforced", "", True
-        if value in _Validator.FORMAT_CHECKER.checkers:
+        if value in Validator.FORMAT_CHECKER.checkers:
             return "checked", "", False
         return "unsupported", f"nothing here knows the format '{value}'; give a pattern instead", False
     if key in CHECKED:
@@ -438,96 +421,13 @@ def _failure(schema: dict[str, Any]) -> str | None:
     return f"the grammar engine cannot compile the schema ({reason}); simplify it"
 
 
-class _Writer:
-    """Writes values as JSON in the order of a schema's properties."""
-
-    def __init__(self, schema: Schema) -> None:
-        self.validator = _Validator(schema, registry=Registry())
-        resource = DRAFT202012.create_resource(schema)
-        self.resolver = Registry().with_resource("", resource).resolver_with_root(resource)
-
-    def text(self, value: Any, schemas: list[Any]) -> str:
-        """`value` under schemas that all apply to it."""
-        if isinstance(value, dict | list):
-            applied = [part for schema in schemas for part in self._applied(schema, value, ())]
-            for part in applied:
-                for member in [part["const"]] if "const" in part else part.get("enum", []):
-                    if json.dumps(member, sort_keys=True) == json.dumps(value, sort_keys=True):
-                        return self._plain(member)
-            if isinstance(value, list):
-                return "[" + ",".join(self.text(item, _item(applied, place)) for place, item in enumerate(value)) + "]"
-            names = [name for part in applied for name in part.get("properties", {})]
-            names += [name for part in applied for name in part.get("required", [])]
-            present = [name for name in dict.fromkeys([*names, *value]) if name in value]
-            return _object({name: self.text(value[name], _property(applied, name)) for name in present})
-        return self._plain(value)
-
-    def _applied(self, schema: Any, value: Any, seen: tuple[int, ...]) -> list[dict[str, Any]]:
-        """The schemas that describe `value`, in the order in which the engine reads them."""
-        if not isinstance(schema, dict) or id(schema) in seen:
-            return []
-        seen = (*seen, id(schema))
-        applied: list[dict[str, Any]] = []
-        for key in schema:
-            if key == "$ref":
-                try:
-                    applied += self._applied(self.resolver.lookup(schema[key]).contents, value, seen)
-                except Unresolvable:  # that is for preflight to say
-                    continue
-            elif key == "allOf":
-                applied += [part for branch in schema[key] for part in self._applied(branch, value, seen)]
-            elif key in ("anyOf", "oneOf"):
-                fits = (branch for branch in schema[key] if self.validator.evolve(schema=branch).is_valid(value))
-                applied += self._applied(next(fits, None), value, seen)
-            elif key in ("properties", "items", "prefixItems"):
-                applied += [schema] if schema not in applied else []
-        return applied if schema in applied else [*applied, schema]
-
-    def _plain(self, value: Any) -> str:
-        if isinstance(value, dict):
-            return _object({name: self._plain(part) for name, part in value.items()})
-        if isinstance(value, list):
-            return "[" + ",".join(map(self._plain, value)) + "]"
-        if isinstance(value, str):
-            return json.dumps(_UNWRITABLE.sub(" ", value), ensure_ascii=False)
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                raise ValueError(f"{value} is not a number in JSON")
-            text = format(Decimal(repr(value)), "f")  # 1e-07 is 0.0000001
-            return text.rstrip("0").rstrip(".") if "." in text else text
-        return json.dumps(value)
-
-
-def _object(parts: dict[str, str]) -> str:
-    return "{" + ",".join(f"{json.dumps(name, ensure_ascii=False)}:{text}" for name, text in parts.items()) + "}"
-
-
-def _item(applied: list[dict[str, Any]], place: int) -> list[Any]:
-    """The schemas of one item of a list."""
-    parts = []
-    for schema in applied:
-        first = schema.get("prefixItems", [])
-        parts.append(first[place] if place < len(first) else schema.get("items", True))
-    return parts
-
-
-def _property(applied: list[dict[str, Any]], name: str) -> list[Any]:
-    """The schemas of one property."""
-    parts = []
-    for schema in applied:
-        named = [part for pattern, part in schema.get("patternProperties", {}).items() if re.search(pattern, name)]
-        named += [schema["properties"][name]] if name in schema.get("properties", {}) else []
-        parts += named or [schema.get("additionalProperties", True)]
-    return parts
-
-
 def _multiple_of(validator, divisor: float, instance: Any, schema: Schema) -> Iterator[ValidationError]:
     """As written: 19.99 is a multiple of 0.01, though not in binary floating point."""
     if validator.is_type(instance, "number") and Fraction(repr(instance)) % Fraction(repr(divisor)):
         yield ValidationError(f"{instance!r} is not a multiple of {divisor}")
 
 
-_Validator = extend(Draft202012Validator, {"multipleOf": _multiple_of})
+Validator = extend(Draft202012Validator, {"multipleOf": _multiple_of})
 
 
 def _loads(text: str) -> Any:

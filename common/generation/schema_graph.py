@@ -48,7 +48,7 @@ def nodes(root: dict[str, Any], checked: bool = False) -> list[Node]:
     """
     resource = DRAFT202012.create_resource(root)
     queue = [("#", root, Registry().with_resource("", resource).resolver_with_root(resource))]
-    later, found, seen = [], [], set()
+    later, reached, seen = [], [], set()
     while queue or later:
         path, node, resolver = (queue or later).pop(0)
         if not isinstance(node, dict) or id(node) in seen:
@@ -61,13 +61,13 @@ def nodes(root: dict[str, Any], checked: bool = False) -> list[Node]:
                 target, at = _lookup(resolver, node[key], f"{path}/{key}")
                 targets.append(target)
                 queue.append((node[key], target, at))
-        found.append(Node(path, node, tuple(targets)))
+        reached.append(Node(path, node, tuple(targets)))
         for key in SAME_VALUE + PARTS:
-            queue += [(f"{path}/{place}", part, resolver) for place, part in children(node, key)]
+            queue += [(f"{path}/{index}", part, resolver) for index, part in children(node, key)]
         if checked:
             for key in SAME_VALUE_CHECKED + PARTS_CHECKED:
-                later += [(f"{path}/{place}", part, resolver) for place, part in children(node, key)]
-    return found
+                later += [(f"{path}/{index}", part, resolver) for index, part in children(node, key)]
+    return reached
 
 
 def children(node: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
@@ -103,12 +103,12 @@ def _lookup(resolver, reference: str, path: str):
     return resolved.contents, resolved.resolver
 
 
-def most_expansions(found: list[Node], limit: int) -> float:
+def most_expansions(all_nodes: list[Node], limit: int) -> float:
     """The largest number of schemas that apply to one value at once, references followed; infinite above `limit`.
 
     That is what a validator works through, and it doubles with every step of a chain of references that go two ways.
     """
-    known = {id(node.schema): node for node in found}
+    known = {id(node.schema): node for node in all_nodes}
     counts: dict[int, float] = {}
 
     def count(schema: Any, depth: int) -> float:
@@ -122,18 +122,18 @@ def most_expansions(found: list[Node], limit: int) -> float:
             counts[id(schema)] = total if total <= limit else math.inf
         return counts[id(schema)]
 
-    return max(count(node.schema, 0) for node in found)
+    return max(count(node.schema, 0) for node in all_nodes)
 
 
-def smallest(found: list[Node]) -> dict[int, float]:
+def smallest(all_nodes: list[Node]) -> dict[int, float]:
     """About how many characters the smallest value of each schema has, by the schema's `id`.
 
     Infinite where nothing satisfies it, as far as that shows from each schema alone; the estimate is rather high.
     """
-    sizes = {id(node.schema): math.inf for node in found}
-    for _ in found:  # a value may hold one of the same schema: start from "none" until nothing changes
+    sizes = {id(node.schema): math.inf for node in all_nodes}
+    for _ in all_nodes:  # a value may hold one of the same schema: start from "none" until nothing changes
         before = dict(sizes)
-        for node in reversed(found):
+        for node in reversed(all_nodes):
             sizes[id(node.schema)] = _size(node, sizes)
         if sizes == before:
             break

@@ -1,1 +1,1 @@
-"""Trainings as jobs behind HTTP."""
+"""Trainings as jobs behind HTTP, on this machine or on Kubernetes."""

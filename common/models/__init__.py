@@ -1,1 +1,1 @@
-"""Tokenizers and models, in torch, ONNX Runtime and llama.cpp."""
+"""Tokenizers and models: loading, adapters, and the runtimes torch, ONNX Runtime and llama.cpp."""

@@ -92,7 +92,7 @@ def level(allow_unsafe: bool = False) -> str:
         UserError: nothing works.
     """
     for name in (*LEVELS, "none") if allow_unsafe else LEVELS:
-        if _python(name):
+        if interpreter_of(name):
             return name
     raise UserError(
         "no sandbox for generated code works here; install bubblewrap (apt install bubblewrap) with user namespaces "
@@ -101,7 +101,7 @@ def level(allow_unsafe: bool = False) -> str:
 
 
 @functools.cache
-def _python(level: str) -> tuple[str, str] | None:
+def interpreter_of(level: str) -> tuple[str, str] | None:
     """An interpreter that starts in a box of this level, and its prefix; None where none does.
 
     This process's own version comes first. As another user, an interpreter below /root is out of reach.
@@ -133,7 +133,7 @@ class Box:
         python: tuple[str, str] | None = None,
     ) -> None:
         self.limits, self.stop = limits, stop
-        executable, prefix = python or _python(level)
+        executable, prefix = python or interpreter_of(level)
         uid = next(_uids) if os.geteuid() == 0 else None
         self.folder = None if level == "bubblewrap" else tempfile.mkdtemp(prefix=f"box-of-{os.getpid()}-")
         self._settings = _settings(level, limits, uid, prefix, self.folder)

@@ -1,1 +1,1 @@
-"""The inference server."""
+"""The inference server: a process for each base, every adapter on it."""

@@ -20,7 +20,7 @@ from common.serving.openai_routes import add_chat
 from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
-from common.tasks.codegen import prompt as codegen
+from common.tasks.codegen.answer import compile_error
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
 
@@ -215,7 +215,7 @@ def _add_code(app: FastAPI, server: Server) -> None:
             "code": written.code,
             "plan": written.plan if body.plan_then_code else None,
             "finished": written.finished,
-            "error": codegen.compile_error(written.code),
+            "error": compile_error(written.code),
         }
         return JSONResponse(answer)
 

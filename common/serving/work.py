@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.cli import UserError
+from common.generation.decoding import Decoding
 from common.models import tokenizers
 from common.models.batching import context_of
+from common.models.source import LoadedModel
 from common.serving.messages import Unusable
 from common.serving.view import View
-from common.tasks.codegen import prompt as codegen
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -78,19 +79,12 @@ class Extract:
 
     def run(self, view: View, payloads: Sequence[str]) -> list[Extraction]:
         from common.generation import json_schema
-        from common.tasks.idp import extractor as idp
+        from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
-        def make() -> idp.Extractor:
+        def make() -> Extractor:
             schema = json.loads(self.schema)
-            checked = json_schema.preflight(schema)
-            return idp.Extractor(
-                view.model,
-                view.tokenizer,
-                schema,
-                checked,
-                max_new_tokens=self.max_new_tokens,
-                max_batch_tokens=view.host.settings.max_batch_tokens,
-            )
+            loaded = LoadedModel(view.model, view.tokenizer, view.host.settings.max_batch_tokens)
+            return Extractor(loaded, schema, json_schema.preflight(schema), ExtractionSettings(self.max_new_tokens))
 
         return view.keep(self, make).extract(payloads)
 
@@ -106,20 +100,21 @@ class WriteCode:
 
     def run(self, view: View, payloads: Sequence[str]) -> list[CodeAnswer]:
         writer: CodeWriter = view.keep("code writer", lambda: _code_writer(view))
-        plans = writer.plan(payloads, max_new_tokens=self.max_new_tokens) if self.plan_then_code else None
-        answers = writer.write(payloads, plans, max_new_tokens=self.max_new_tokens)
-        return [samples[0] for samples in answers]
+        decoding = Decoding(self.max_new_tokens)
+        plans = writer.plan(payloads, decoding) if self.plan_then_code else None
+        return [samples[0] for samples in writer.write(payloads, decoding, plans)]
 
 
 def _code_writer(view: View) -> CodeWriter:
+    from common.tasks.codegen.style import CHAT, COMPLETION
     from common.tasks.codegen.writer import CodeWriter, plain_base_eos
 
-    style, tokenizer = codegen.CHAT, view.tokenizer
+    style, tokenizer = CHAT, view.tokenizer
     eos = None if view.version.adapter else plain_base_eos(view.version.model_dir, tokenizer)
     if eos is not None:  # a plain base model continues text, and stops at another token than in a chat
-        style, tokenizer = codegen.COMPLETION, copy.deepcopy(tokenizer)
+        style, tokenizer = COMPLETION, copy.deepcopy(tokenizer)
         tokenizer.eos_token = eos
-    return CodeWriter(view.model, tokenizer, style, view.host.settings.max_batch_tokens)
+    return CodeWriter(LoadedModel(view.model, tokenizer, view.host.settings.max_batch_tokens), style)
 
 
 @dataclass(frozen=True)
@@ -170,11 +165,7 @@ class Chat:
             view.model,
             view.tokenizer,
             prompts,
-            max_new_tokens=budget,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            num_samples=self.samples,
-            seed=self.seed,
+            Decoding(budget, self.temperature, self.top_p, self.samples, self.seed),
             processors=self._processors(view, budget),
             stop=(lambda text: any(stop in text for stop in self.stop)) if self.stop else None,
             streamer=_streamer(view) if payloads[0].stream else None,

@@ -1,1 +1,1 @@
-"""A teacher writes training data."""
+"""A teacher writes training data: answers, reasons, preference pairs, label probabilities."""

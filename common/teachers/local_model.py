@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from common.generation import generate as generation
+from common.generation.decoding import Decoding
 from common.models import tokenizers
 from common.models.batching import context_of
 from common.teachers.interview import Answer, NoAnswer, Request
@@ -22,7 +23,7 @@ class LocalTeacher:
 
     Args:
         identity: what tells this model from another, and its precision, as JSON.
-        decoding: max_new_tokens, temperature, top_p and seed, as `generation.generate` takes them.
+        decoding: max_new_tokens, temperature, top_p and seed, as `Decoding` has them.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class LocalTeacher:
             self.model,
             self.tokenizer,
             [prompt for _, prompt in numbered],
+            Decoding(**self.decoding | {"seed": self.decoding["seed"] + sample}),
             max_batch_tokens=self.max_batch_tokens,
-            **self.decoding | {"seed": self.decoding["seed"] + sample},
         )
         for (place, prompt), (answer,) in zip(numbered, found, strict=True):
             keep(place, Answer(answer.text, answer.finished, len(prompt), len(answer.tokens)))

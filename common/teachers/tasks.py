@@ -15,12 +15,13 @@ from typing import Any
 
 from common.data import rows as records
 from common.data import splits
-from common.generation import json_schema
+from common.generation import json_schema, json_writer
 from common.sandbox import grading
-from common.tasks.codegen import prompt as codegen
+from common.tasks.codegen import answer as code_answer
+from common.tasks.codegen import prompt as code_prompt
 from common.tasks.codegen import rows as code_problems
 from common.tasks.idp import documents, field_metrics
-from common.tasks.idp import extractor as idp
+from common.tasks.idp import prompt as idp_prompt
 from common.tasks.ranking.task import LabelTask
 
 REASONS = (
@@ -197,8 +198,8 @@ class Documents:
         if "input" in row:
             return Item(number, row["input"], gold, _kept(row, gold, row.get("group")))
         text = documents.clean(row["document"])
-        kept = _kept(row, gold, row.get("group") or idp.group_of(text))
-        return Item(number, idp.prompt(text, self.schema), gold, kept)
+        kept = _kept(row, gold, row.get("group") or documents.group_of(text))
+        return Item(number, idp_prompt.user_turn(text, self.schema), gold, kept)
 
     def parse(self, text: str, prompt: str = "") -> str:
         """The JSON in a text, bare or in a Markdown fence."""
@@ -206,7 +207,7 @@ class Documents:
         found = json_schema.parse(fence[1] if fence else text, self.schema)
         if found.error:
             raise Unusable(found.error)
-        return json_schema.dumps(found.value, self.schema)
+        return json_writer.dumps(found.value, self.schema)
 
     def check(self, items: Sequence[Item], readings: Sequence[Reading]) -> list[Reading]:
         """Nothing has to be run."""
@@ -246,9 +247,9 @@ class Code:
     @staticmethod
     def problem_item(number: int, problem: code_problems.Problem) -> Item:
         """A problem as it is asked, with its solution as gold."""
-        gold = codegen.code_answer(problem.solution)
+        gold = code_prompt.code_answer(problem.solution)
         kept = {"id": problem.task_id, "output": gold, "group": problem.group}
-        return Item(number, codegen.direct_prompt(problem.prompt), gold, kept, problem.graded_by())
+        return Item(number, code_prompt.direct_prompt(problem.prompt), gold, kept, problem.graded_by())
 
     def fault(self, row: dict) -> str | None:
         """Why a row cannot be asked: no text under "input" or "prompt", or tests that are no list of texts."""
@@ -259,29 +260,29 @@ class Code:
 
     def item(self, number: int, row: dict) -> Item:
         """A row as it is asked: "input" as it stands, or a task under "prompt"; "tests" are optional."""
-        prompt = row["input"] if "input" in row else codegen.direct_prompt(row["prompt"])
+        prompt = row["input"] if "input" in row else code_prompt.direct_prompt(row["prompt"])
         tests = grading.Tests(tuple(row["tests"]), row.get("setup") or "", row.get("entry_point"))
         gold = row.get("output")
         return Item(number, prompt, gold, _kept(row, gold, row.get("group")), tests if row.get("tests") else None)
 
     def parse(self, text: str, prompt: str = "") -> str:
         """The code in a text, or the plan where the prompt asks for one, in the tags of training rows."""
-        if prompt.endswith(codegen.PLAN_REQUEST):
-            if plan := codegen.plan_of(text):
-                return codegen.plan_answer(plan)
+        if prompt.endswith(code_prompt.PLAN_REQUEST):
+            if plan := code_answer.plan_of(text):
+                return code_prompt.plan_answer(plan)
             raise Unusable("there is no plan")
-        code = codegen.code_of(text)
-        if error := codegen.compile_error(code):
+        code = code_answer.code_of(text)
+        if error := code_answer.compile_error(code):
             raise Unusable(f"the code does not compile ({error})")
         if all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Name) for each in ast.parse(code).body):
             raise Unusable("there is no code")  # a lone word compiles
-        return codegen.code_answer(code)
+        return code_prompt.code_answer(code)
 
     def check(self, items: Sequence[Item], readings: Sequence[Reading]) -> list[Reading]:
         """Run the tests, if they may be run: code that fails them is a fault."""
         checked = list(readings)
         run = [n for n, item in enumerate(items) if self.judged(item) and readings[n].fault is None]
-        pairs = [(codegen.code_of(readings[place].answer), items[place].tests) for place in run]
+        pairs = [(code_answer.code_of(readings[place].answer), items[place].tests) for place in run]
         verdicts = grading.grade_many(pairs, allow_unsafe=self.allow_no_sandbox) if pairs else []
         for place, verdict in zip(run, verdicts, strict=True):
             if not verdict.passed:

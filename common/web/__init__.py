@@ -1,1 +1,1 @@
-"""What both servers share: ids, limits, keys, errors, metrics."""
+"""What both servers share: request ids, limits, keys, errors, metrics."""

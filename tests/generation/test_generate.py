@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LogitsProcessor
 
 from common.cli import UserError
 from common.generation import generate as generation
+from common.generation.decoding import Decoding
 from common.models import loading as models
 from common.models import tokenizers
 from common.models.source import ModelSource
@@ -51,7 +54,7 @@ def greedy_by_hand(model, prompt: list[int], steps: int, ends: set[int]) -> tupl
 
 
 def test_greedy_equals_one_forward_pass_per_token(model, tokenizer, prompts):
-    answers = generation.generate(model, tokenizer, prompts, max_new_tokens=6)
+    answers = generation.generate(model, tokenizer, prompts, Decoding(6))
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         tokens, logprobs = greedy_by_hand(model, prompt, 6, generation.end_ids(tokenizer))
         assert answer.tokens == tokens
@@ -60,12 +63,12 @@ def test_greedy_equals_one_forward_pass_per_token(model, tokenizer, prompts):
 
 
 def test_samples_do_not_depend_on_the_batch(model, tokenizer, prompts):
-    settings = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9, "num_samples": 3, "seed": 5}
-    together = generation.generate(model, tokenizer, prompts, **settings)
-    apart = [generation.generate(model, tokenizer, [p], **settings, max_batch_tokens=1)[0] for p in prompts]
+    decoding = Decoding(8, temperature=1.0, top_p=0.9, num_samples=3, seed=5)
+    together = generation.generate(model, tokenizer, prompts, decoding)
+    apart = [generation.generate(model, tokenizer, [p], decoding, max_batch_tokens=1)[0] for p in prompts]
     assert [[a.tokens for a in row] for row in together] == [[a.tokens for a in row] for row in apart]
     assert len({tuple(answer.tokens) for answer in together[0]}) == 3
-    other = generation.generate(model, tokenizer, prompts, **settings | {"seed": 6})
+    other = generation.generate(model, tokenizer, prompts, replace(decoding, seed=6))
     assert [a.tokens for a in other[0]] != [a.tokens for a in together[0]]
 
 
@@ -82,13 +85,13 @@ def test_sampling_follows_the_distribution(model, tokenizer, prompts):
             return masked
 
     (answers,) = generation.generate(
-        model, tokenizer, [prompt], max_new_tokens=1, temperature=0.5, num_samples=600, processors=lambda rows: [Two()]
+        model, tokenizer, [prompt], Decoding(1, temperature=0.5, num_samples=600), processors=lambda rows: [Two()]
     )
     first = [(answer.tokens or [None])[0] for answer in answers]
     expected = torch.tensor([0.0, 2.0]).softmax(0)[1].item()
     assert first.count(two[1]) / 600 == pytest.approx(expected, abs=0.05)
     (nucleus,) = generation.generate(
-        model, tokenizer, [prompt], max_new_tokens=1, temperature=0.5, top_p=0.5, num_samples=50,
+        model, tokenizer, [prompt], Decoding(1, temperature=0.5, top_p=0.5, num_samples=50),
         processors=lambda rows: [Two()],
     )  # fmt: skip
     assert {(answer.tokens or [None])[0] for answer in nucleus} == {two[1]}
@@ -102,7 +105,7 @@ def test_ends_at_eos_or_at_the_budget(model, tokenizer, prompts):
         def processors(rows, wanted=wanted):
             return [Only([wanted[row] for row in rows])]
 
-        answers = generation.generate(model, tokenizer, prompts, max_new_tokens=5, processors=processors)
+        answers = generation.generate(model, tokenizer, prompts, Decoding(5), processors=processors)
         assert answers[0][0].tokens == word and answers[0][0].finished
         assert answers[0][0].text == "Good"
         assert [len(answer.tokens) for (answer,) in answers[1:]] == [5, 5]
@@ -114,7 +117,7 @@ def test_stop_ends_one_row_alone(model, tokenizer, prompts):
     a, b = tokenizer.encode("Ab", add_special_tokens=False)[:2]
     wanted = [[a, b, a, a, a, a], [a] * 6, [a] * 6]
     answers = generation.generate(
-        model, tokenizer, prompts, max_new_tokens=6, stop=lambda text: text.endswith("b"),
+        model, tokenizer, prompts, Decoding(6), stop=lambda text: text.endswith("b"),
         processors=lambda rows: [Only([wanted[row] for row in rows])],
     )  # fmt: skip
     assert answers[0][0].tokens[:2] == [a, b] and len(answers[0][0].tokens) == 2 and answers[0][0].finished
@@ -123,4 +126,4 @@ def test_stop_ends_one_row_alone(model, tokenizer, prompts):
 
 def test_too_long_for_the_context(model, tokenizer, prompts):
     with pytest.raises(UserError, match=r"does not fit the model's context of 2048; shorten it, or lower"):
-        generation.generate(model, tokenizer, prompts, max_new_tokens=2040)
+        generation.generate(model, tokenizer, prompts, Decoding(2040))

@@ -10,6 +10,7 @@ from support.inputs import CORPUS, SHARED
 
 from common.cli import UserError
 from common.generation import json_schema
+from common.generation.decoding import Decoding
 from common.generation.generate import generate
 from common.generation.json_closing import Scanner, find_closing
 from common.generation.json_grammar import Bounds, JsonGrammar, hints_of
@@ -76,10 +77,8 @@ def grammar_of(schema, tokenizer, model, **bounds: int) -> JsonGrammar:
 def sample(model, tokenizer, grammar: JsonGrammar, budget: int, prompts: int = 2, samples: int = 2, **kwargs):
     """Answers of unlike prompts and lengths, from the sharpest temperature at which all sorts of tokens come up."""
     encoded = [tokenizers.encode_prompt(tokenizer, CORPUS[i][: 20 + 9 * i]) for i in range(prompts)]
-    kwargs = {"temperature": 1.0, "num_samples": samples, "seed": budget} | kwargs
-    answers = generate(
-        model, tokenizer, encoded, max_new_tokens=budget, processors=grammar.processors(budget), **kwargs
-    )
+    decoding = Decoding(budget, temperature=1.0, num_samples=samples, seed=budget)
+    answers = generate(model, tokenizer, encoded, decoding, processors=grammar.processors(budget), **kwargs)
     return [answer for row in answers for answer in row]
 
 

@@ -23,7 +23,7 @@ SQUARE = Tests(("assert square(3) == 9", "assert square(-4) == 16"))
 
 @pytest.fixture(params=sandbox.LEVELS, autouse=True)
 def level(request, monkeypatch):
-    if sandbox._python(request.param) is None:
+    if sandbox.interpreter_of(request.param) is None:
         pytest.skip(f"{request.param} does not work here")
     monkeypatch.setattr(sandbox, "LEVELS", (request.param,))
     yield request.param

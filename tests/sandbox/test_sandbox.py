@@ -43,7 +43,7 @@ FOREVER = "import time\nwhile True: time.sleep(60)"
 @pytest.fixture(params=["bubblewrap", "bubblewrap without seccomp", "landlock+seccomp"])
 def level(request, monkeypatch):
     name = request.param.partition(" ")[0]
-    if sandbox._python(name) is None:
+    if sandbox.interpreter_of(name) is None:
         pytest.skip(f"{name} does not work here")
     if name != request.param:  # what the namespaces hold back by themselves
         monkeypatch.setattr(sandbox, "seccomp_filter", lambda: b"")
@@ -387,7 +387,7 @@ def test_how_a_process_ended(level, program, word, detail):
 
 
 def test_level_is_the_first_that_works(monkeypatch):
-    works = [name for name in ("bubblewrap", "landlock+seccomp") if sandbox._python(name)]
+    works = [name for name in ("bubblewrap", "landlock+seccomp") if sandbox.interpreter_of(name)]
     if works:
         assert sandbox.level() == works[0]
     monkeypatch.setattr(sandbox, "LEVELS", ())
@@ -431,7 +431,7 @@ def test_landlock_is_not_offered_without_its_other_half(monkeypatch):
     sandbox.seccomp_filter.cache_clear()
     try:
         assert sandbox.seccomp_filter() == b""
-        assert sandbox._python.__wrapped__("landlock+seccomp") is None
+        assert sandbox.interpreter_of.__wrapped__("landlock+seccomp") is None
     finally:
         sandbox.seccomp_filter.cache_clear()
 

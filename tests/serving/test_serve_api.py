@@ -13,13 +13,15 @@ from support.served import ROWS, serve
 
 from common.generation import generate as generation
 from common.generation import json_schema
+from common.generation.decoding import Decoding
 from common.models import loading as models
 from common.models import tokenizers
-from common.models.source import ModelSource
+from common.models.source import LoadedModel, ModelSource
 from common.serving import openai_routes, routes
 from common.serving.openai_routes import ChatRequest
-from common.tasks.codegen import prompt as codegen
-from common.tasks.idp import extractor as idp
+from common.tasks.codegen.answer import compile_error
+from common.tasks.codegen.style import CHAT
+from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
 pytestmark = pytest.mark.processes
 
@@ -47,7 +49,7 @@ def loaded(runs):
 
 def test_a_document_as_infer_idp_reads_it(served, loaded, runs):
     answer = served.post("/infer/idp", {"document": DOCUMENT, "schema": SCHEMA, "run": "sft", "max_new_tokens": 80})
-    extractor = idp.Extractor(*loaded, SCHEMA, json_schema.preflight(SCHEMA), max_new_tokens=80)
+    extractor = Extractor(LoadedModel(*loaded, 8192), SCHEMA, json_schema.preflight(SCHEMA), ExtractionSettings(80))
     (wanted,) = extractor.extract([DOCUMENT])
     assert answer == {
         "model_name": str(runs / "creditmix_sft"),
@@ -93,15 +95,15 @@ def test_code_as_infer_codegen_writes_it(served, loaded, runs, plan_then_code):
         "/infer/codegen",
         {"prompt": task, "run": "sft", "plan_then_code": plan_then_code, "max_new_tokens": budget},
     )
-    writer = CodeWriter(*loaded, codegen.CHAT)
-    plans = writer.plan([task], max_new_tokens=budget) if plan_then_code else None
-    wanted = writer.write([task], plans, max_new_tokens=budget)[0][0]
+    writer = CodeWriter(LoadedModel(*loaded, 8192), CHAT)
+    plans = writer.plan([task], Decoding(budget)) if plan_then_code else None
+    wanted = writer.write([task], Decoding(budget), plans)[0][0]
     assert answer == {
         "model_name": str(runs / "creditmix_sft"),
         "code": wanted.code,
         "plan": wanted.plan if plan_then_code else None,
         "finished": wanted.finished,
-        "error": codegen.compile_error(wanted.code),
+        "error": compile_error(wanted.code),
     }
 
 
@@ -115,7 +117,7 @@ def chat(text: str, **more) -> dict:
 def test_a_chat_is_what_the_model_generates(served, loaded):
     answer = served.post("/v1/chat/completions", chat(ROWS[0], max_tokens=9))
     prompt = tokenizers.encode_prompt(loaded[1], ROWS[0])
-    wanted = generation.generate(*loaded, [prompt], max_new_tokens=9)[0][0]
+    wanted = generation.generate(*loaded, [prompt], Decoding(9))[0][0]
     (choice,) = answer["choices"]
     assert choice["message"]["content"] == wanted.text
     assert choice["finish_reason"] == ("stop" if wanted.finished else "length")

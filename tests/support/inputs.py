@@ -25,6 +25,11 @@ def write_rows(path: Path, rows: Iterable[dict]) -> str:
     return str(path)
 
 
+def read_rows(path: Path | str) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def write_squad(path, articles=12, questions=3, **changes) -> str:
     """A file of numbered articles; `changes` replace keys of the first article's first question."""
     data = [

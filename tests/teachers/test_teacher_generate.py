@@ -33,7 +33,8 @@ from common.cli import UserError
 from common.data import rows as records
 from common.files import sha256_file
 from common.generation import generate as generation
-from common.generation import json_schema
+from common.generation import json_writer
+from common.generation.decoding import Decoding
 from common.models import loading as models
 from common.models import tokenizers
 from common.models.source import ModelSource
@@ -439,7 +440,7 @@ def test_the_projects_own_server(tmp_path, base, files):
             teacher_generate.main([*argv, "--probabilities"])
     model, tokenizer = models.load_for_inference(ModelSource(str(runs / "creditmix_sft")))
     prompts = [tokenizers.encode_prompt(tokenizer, row["input"]) for row in rows]
-    wanted = [found.text for (found,) in generation.generate(model, tokenizer, prompts, max_new_tokens=7)]
+    wanted = [found.text for (found,) in generation.generate(model, tokenizer, prompts, Decoding(7))]
     raw = {line["value"]["row"]: line["value"] for line in lines(f"{files.out}.raw.jsonl")}
     assert [raw[row]["text"] for row in (1, 2, 3)] == wanted
     assert [raw[row]["prompt_tokens"] for row in (1, 2, 3)] == [*map(len, prompts)]
@@ -551,7 +552,7 @@ def test_documents_end_to_end(tmp_path, stub, files):
     assert generate(stub, *files(rows), "--task", "idp", "--schema", str(schema)) == 0
     found = lines(files.out)
     assert [row["teacher_output"] for row in found] == ['{"company":"ACME","total":1}'] * 3
-    assert [row["output"] for row in found] == [json_schema.dumps(row["fields"], SCHEMA) for row in rows]
+    assert [row["output"] for row in found] == [json_writer.dumps(row["fields"], SCHEMA) for row in rows]
     assert found[1].keys() == {"input", "teacher_output", "id", "output", "group"}
     assert run_of(files)["agreement_with_gold"]["agree"] == 1
     task = Documents(SCHEMA)
@@ -756,7 +757,7 @@ def test_a_local_teacher(base, files, monkeypatch):
     assert teacher_generate.main(argv) is None
     model, tokenizer = models.load_for_inference(ModelSource(base))
     prompts = [tokenizers.encode_prompt(tokenizer, row["input"]) for row in rows[:5]]
-    wanted = [found for (found,) in generation.generate(model, tokenizer, prompts, max_new_tokens=6)]
+    wanted = [found for (found,) in generation.generate(model, tokenizer, prompts, Decoding(6))]
     raw = {line["value"]["row"]: line["value"] for line in lines(f"{files.out}.raw.jsonl")}
     assert raw.keys() == {1, 2, 3, 4, 5}
     for row, answer, prompt in zip((1, 2, 3, 4, 5), wanted, prompts, strict=True):

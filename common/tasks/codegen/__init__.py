@@ -1,1 +1,1 @@
-"""Tasks to Python code."""
+"""CodeGen: tasks to Python code."""

@@ -40,7 +40,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def lints(codes: Sequence[str]) -> list[bool]:
-    """For each program whether there is one and ruff finds nothing wrong with it (`LINT_RULES`, no other settings).
+    """For fault program whether there is one and ruff finds nothing wrong with it (`LINT_RULES`, no other settings).
 
     Raises:
         UserError: ruff is not installed.
@@ -54,14 +54,14 @@ def lints(codes: Sequence[str]) -> list[bool]:
         if ran.returncode:
             reason = (ran.stderr.strip() or "no reason given").splitlines()[-1]
             raise UserError(f"linting needs ruff, which failed ({reason}); pip install -r requirements.txt")
-        found = json.loads(ran.stdout)
-    faulty = {int(Path(each["filename"]).stem) for each in found}
+        faults = json.loads(ran.stdout)
+    faulty = {int(Path(fault["filename"]).stem) for fault in faults}
     faulty |= {number for number, code in enumerate(codes) if not code.strip()}
     return [number not in faulty for number in range(len(codes))]
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedSample:
     """One sample of one problem.
 
     Attributes:
@@ -87,7 +87,10 @@ class Judged:
         return not self.error
 
 
-def evaluate(judged: Sequence[Sequence[Judged]], ks: Sequence[int], groups: Sequence[str], seed: int) -> dict[str, Any]:
+Samples = Sequence[Sequence[JudgedSample]]  # [problem][sample]
+
+
+def evaluate(judged: Samples, ks: Sequence[int], groups: Sequence[str], seed: int) -> dict[str, Any]:
     """All figures of one model in one mode, from its samples [problem][sample].
 
     Returns:
@@ -116,13 +119,17 @@ def evaluate(judged: Sequence[Sequence[Judged]], ks: Sequence[int], groups: Sequ
     }
 
 
-def passes(judged: Sequence[Sequence[Judged]], ks: Sequence[int]) -> dict[int, list[float]]:
+def passes(judged: Samples, ks: Sequence[int]) -> dict[int, list[float]]:
     """pass@k of every problem, for each of `ks`."""
     return {k: [pass_at_k(len(row), sum(one.passed for one in row), k) for row in judged] for k in ks}
 
 
 def difference(
-    a: Sequence[Sequence[Judged]], b: Sequence[Sequence[Judged]], ks: Sequence[int], groups: Sequence[str], seed: int
+    a: Samples,
+    b: Samples,
+    ks: Sequence[int],
+    groups: Sequence[str],
+    seed: int,
 ) -> dict[str, Any]:
     """`pass_at_<k>` of a minus that of b on the same problems, paired, each with its interval."""
     from common.evaluation import bootstrap
@@ -136,13 +143,15 @@ def difference(
     }
 
 
-def commonest_failures(problems: Sequence[Problem], judged: Sequence[Sequence[Judged]]) -> list[dict[str, Any]]:
+def commonest_failures(problems: Sequence[Problem], judged: Samples) -> list[dict[str, Any]]:
     """Kinds of failure by frequency: `error`, `count` and `examples` with `task_id`, `prompt`, `code`, `detail`."""
-    found: dict[str, list[dict[str, str]]] = {}
+    failures: dict[str, list[dict[str, str]]] = {}
     for problem, row in zip(problems, judged, strict=True):
         for one in row:
             if one.error:
                 example = {"task_id": problem.task_id, "prompt": problem.prompt, "code": one.code, "detail": one.detail}
-                found.setdefault(one.error, []).append(example)
-    often = sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN_FAILURES]
-    return [{"error": error, "count": len(all_), "examples": all_[:SHOWN_EXAMPLES]} for error, all_ in often]
+                failures.setdefault(one.error, []).append(example)
+    often = sorted(failures.items(), key=lambda item: -len(item[1]))[:SHOWN_FAILURES]
+    return [
+        {"error": error, "count": len(examples), "examples": examples[:SHOWN_EXAMPLES]} for error, examples in often
+    ]

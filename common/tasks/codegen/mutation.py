@@ -65,12 +65,12 @@ def mutants(source: str, seed: int = 0) -> list[str]:
     Those that return nothing come last: they teach little.
     """
     data = source.encode()
-    found = {}
+    unique = {}
     for start, end, text in _edits(source):
         mutant = (data[:start] + text.encode() + data[end:]).decode()
         if mutant != source and _compiles(mutant):
-            found[mutant] = None
-    shuffled = random.Random(seed).sample(list(found), len(found))
+            unique[mutant] = None
+    shuffled = random.Random(seed).sample(list(unique), len(unique))
     return sorted(shuffled, key=lambda mutant: mutant.count("return None") > source.count("return None"))
 
 

@@ -43,7 +43,7 @@ def format_tables(result: Result) -> str:
     measures = _measures(result)
     blocks = [
         f"codegen, {result['split']}: {result['n']:,} problems of {result['data']}, "
-        f"{result['models'][0]['samples']} samples each, sandbox {result['sandbox']}\n"
+        f"{result['models'][0]['samples']} samples difference, sandbox {result['sandbox']}\n"
         f"value [95 % interval], {page.resampled(result)}"
     ]
     rows = [
@@ -52,7 +52,7 @@ def format_tables(result: Result) -> str:
     ]
     blocks.append(page.columns(["model", *measures.values(), "trained on"], rows))
     if pairs := page.named_differences(result, "plan_difference", "plan-then-code - direct"):
-        rows = [[name, *(text(each[key], signed=True) for key in _passes(result))] for name, each in pairs]
+        rows = [[name, *(text(difference[key], signed=True) for key in _passes(result))] for name, difference in pairs]
         blocks.append(page.columns(["paired difference", *_passes(result).values()], rows))
     kinds = list(dict.fromkeys(kind for _, _, figures, _ in _modes(result) for kind in figures["errors"]))
     rows = [
@@ -89,12 +89,12 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
         OSError: the folder cannot be written.
     """
     names = [f"{name}, {mode}" for name, mode, _, _ in _modes(result)]
-    figures = [each for _, _, each, _ in _modes(result)]
+    figures = [of_mode for _, _, of_mode, _ in _modes(result)]
     measures = _measures(result)
-    intervals = [[each[key] for key in measures] for each in figures]
+    intervals = [[of_mode[key] for key in measures] for of_mode in figures]
     images = {
         "rates.png": plots.interval_bars(intervals, names, list(measures.values()), "share"),
-        "outcomes.png": plots.outcome_bars([each["errors"] for each in figures], names),
+        "outcomes.png": plots.outcome_bars([of_mode["errors"] for of_mode in figures], names),
     }
     return page.write(report_dir, result, images, render_html(result, images))
 
@@ -102,7 +102,7 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
 def render_html(result: Result, images: dict[str, bytes]) -> str:
     """The whole page; every text that comes from outside is escaped, every image embedded."""
     names, models = page.model_names(result), result["models"]
-    best = max(range(len(models)), key=lambda place: models[place][f"pass_at_{result['k'][0]}"]["value"])
+    best = max(range(len(models)), key=lambda index: models[index][f"pass_at_{result['k'][0]}"]["value"])
     first, heading = next(iter(_passes(result).items()))
     top = models[best]
     lead = (
@@ -148,9 +148,9 @@ def _comparison_section(result: Result) -> str:
                 f'<span class="pill {state}">{page.contamination_text(model)}</span>',
             ]
         )
-    told = [("pass@k", "chance that one of k answers passes all tests of its problem, estimated without bias")]
-    told += [(heading, meaning) for _, heading, meaning in RATES]
-    meanings = "".join(f"<div><dt>{heading}</dt><dd>{meaning}</dd></div>" for heading, meaning in told)
+    explained = [("pass@k", "chance that one of k answers passes all tests of its problem, estimated without bias")]
+    explained += [(heading, meaning) for _, heading, meaning in RATES]
+    meanings = "".join(f"<div><dt>{heading}</dt><dd>{meaning}</dd></div>" for heading, meaning in explained)
     head = ["model", *measures.values(), "problems<br>trained on"]
     return page.section(
         "Comparison",
@@ -165,7 +165,7 @@ def _differences_section(result: Result) -> str:
     if not pairs:
         return ""
     passes = _passes(result)
-    rows = [[escape(name), *(page.value(each[key], signed=True) for key in passes)] for name, each in pairs]
+    rows = [[escape(name), *(page.value(difference[key], signed=True) for key in passes)] for name, difference in pairs]
     return page.section(
         "Differences, paired",
         "First minus second on the same problems. An interval that contains 0 means that these problems do not show a "
@@ -178,11 +178,11 @@ def _failures_section(name: str, failures: Sequence[dict]) -> str:
     if not failures:
         return page.section(escape(name), "Every answer passed.", "")
     kinds = [
-        f"<details{' open' if place == 0 else ''}><summary>{escape(failure['error'])}"
+        f"<details{' open' if index == 0 else ''}><summary>{escape(failure['error'])}"
         f'<span class="ci inline">{failure["count"]:,} answers</span></summary>\n'
         + "".join(map(_example, failure["examples"]))
         + "</details>"
-        for place, failure in enumerate(failures)
+        for index, failure in enumerate(failures)
     ]
     return page.section(f"{escape(name)}: commonest failures", "The first examples of each kind.", "\n".join(kinds))
 
@@ -190,5 +190,5 @@ def _failures_section(name: str, failures: Sequence[dict]) -> str:
 def _example(example: dict[str, str]) -> str:
     task = escape(example["prompt"].strip().splitlines()[0])
     code = "<br>".join(escape(line).replace("  ", "&nbsp; ") for line in example["code"].splitlines())
-    told = f'<span class="ci inline">{escape(example["task_id"])}</span> {task}'
-    return f'<p>{told}<br><code>{code}</code><br><span class="ci inline">{escape(example["detail"])}</span></p>\n'
+    heading = f'<span class="ci inline">{escape(example["task_id"])}</span> {task}'
+    return f'<p>{heading}<br><code>{code}</code><br><span class="ci inline">{escape(example["detail"])}</span></p>\n'

@@ -1,4 +1,4 @@
-"""Programming problems with tests: MBPP, HumanEval and own rows in one form, their groups, and plans from solutions."""
+"""Programming problems with tests: MBPP, HumanEval and own rows in one form, and their groups."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from common.data import rows as records
 from common.data import splits
 from common.sandbox.grading import Tests
+from common.tasks.codegen.plans import steps_of
 
 FORMATS = (
     "MBPP (text or prompt, code, test_list), HumanEval (prompt, canonical_solution, test, entry_point) or "
@@ -68,7 +69,7 @@ def problems_of(rows: Sequence[dict]) -> list[Problem]:
     fields = [_fields(row) for row in rows]
     return [
         Problem(
-            task_id=str(row.get("task_id", place)),
+            task_id=str(row.get("task_id", index)),
             prompt=field["prompt"],
             solution=field["solution"],
             tests=tuple(field["tests"]),
@@ -77,7 +78,7 @@ def problems_of(rows: Sequence[dict]) -> list[Problem]:
             group=group,
             plan=tuple(row.get("plan") or steps_of(field["solution"], field["entry_point"])),
         )
-        for place, (row, field, group) in enumerate(zip(rows, fields, _groups(fields), strict=True), start=1)
+        for index, (row, field, group) in enumerate(zip(rows, fields, _groups(fields), strict=True), start=1)
     ]
 
 
@@ -148,7 +149,7 @@ def _tests_listed(row: dict) -> dict:
         parts = [(isinstance(node, ast.Assert), ast.unparse(node)) for node in ast.parse(row["tests"]).body]
     except (SyntaxError, ValueError):
         return row
-    first = next((place for place, (is_assert, _) in enumerate(parts) if is_assert), len(parts))
+    first = next((index for index, (is_assert, _) in enumerate(parts) if is_assert), len(parts))
     setup = [row.get("setup") or "", *(text for _, text in parts[:first])]
     return row | {"setup": "\n".join(filter(None, setup)), "tests": [text for _, text in parts[first:]]}
 
@@ -221,68 +222,3 @@ class _Nameless(ast.NodeTransformer):
         node.name, node.returns = self.names[node.name], None
         node.body = node.body or [ast.Pass()]
         return node
-
-
-# Plans of solutions that came without one.
-
-
-def steps_of(solution: str, entry_point: str | None = None) -> list[str]:
-    """The steps of a solution in plain words, read off its syntax tree; inner steps are indented by two spaces.
-
-    Args:
-        entry_point: the function whose steps are told; None: the last one that is defined.
-    """
-    body = ast.parse(solution).body
-    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
-    main = next((node for node in functions if node.name == entry_point), functions[-1] if functions else None)
-    steps = []
-    for node in body:
-        if node is main:
-            continue
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            steps.append(f"Write a helper {node.name}.")
-        else:
-            steps += _steps(node, "")
-    return steps + (_block(main.body, "") if main else []) or ["Write the code."]
-
-
-def _block(statements: Sequence[ast.stmt], indent: str) -> list[str]:
-    return [step for statement in statements for step in _steps(statement, indent)]
-
-
-def _steps(node: ast.stmt, indent: str) -> list[str]:
-    """One statement as a step, and the steps inside it."""
-    inner = indent + "  "
-    say = ast.unparse
-    match node:
-        case ast.Import() | ast.ImportFrom():
-            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            text = f"Use the module {module}."
-        case ast.Return(value=None):
-            text = "Return."
-        case ast.Return():
-            text = f"Return {say(node.value)}."
-        case ast.Assign():
-            text = f"Set {' and '.join(map(say, node.targets))} to {say(node.value)}."
-        case ast.AugAssign(op=ast.Add()):
-            text = f"Add {say(node.value)} to {say(node.target)}."
-        case ast.AugAssign(op=ast.Sub()):
-            text = f"Subtract {say(node.value)} from {say(node.target)}."
-        case ast.For():
-            return [f"{indent}For each {say(node.target)} in {say(node.iter)}:", *_block(node.body, inner)]
-        case ast.While():
-            return [f"{indent}While {say(node.test)}:", *_block(node.body, inner)]
-        case ast.If():
-            otherwise = [f"{indent}Otherwise:", *_block(node.orelse, inner)] if node.orelse else []
-            return [f"{indent}If {say(node.test)}:", *_block(node.body, inner), *otherwise]
-        case ast.FunctionDef():
-            return [f"{indent}Write a helper {node.name}({say(node.args)}):", *_block(node.body, inner)]
-        case ast.Expr(value=ast.Constant()) | ast.Pass():  # a docstring, or nothing
-            return []
-        case ast.Break():
-            text = "Stop the loop."
-        case ast.Continue():
-            text = "Go on with the next one."
-        case _:
-            text = f"Do {say(node).splitlines()[0]}."
-    return [indent + text]

@@ -85,56 +85,56 @@ COMPARE = named(greater_than=">", less_than="<", at_least=">=", at_most="<=")
 ENDS = named(largest="reverse=True", smallest="reverse=False")
 
 
-def _integer(draw: random.Random, near: Sequence[int], low: int, high: int) -> int:
+def _integer(rng: random.Random, near: Sequence[int], low: int, high: int) -> int:
     """In every other draw one of `near` or its neighbours, where off-by-one shows; else anything in the range."""
-    if near and draw.random() < 0.5:
-        return draw.choice(near) + draw.randint(-1, 1)
-    return draw.randint(low, high)
+    if near and rng.random() < 0.5:
+        return rng.choice(near) + rng.randint(-1, 1)
+    return rng.randint(low, high)
 
 
-def _list(draw: random.Random, near: Sequence[int], size: int) -> list[int]:
-    return [_integer(draw, near, -10, 45) for _ in range(size)]
+def _list(rng: random.Random, near: Sequence[int], size: int) -> list[int]:
+    return [_integer(rng, near, -10, 45) for _ in range(size)]
 
 
-def _values(draw: random.Random, near: Sequence[int]) -> tuple:
-    return (_list(draw, near, draw.randint(8, 12)),)
+def _values(rng: random.Random, near: Sequence[int]) -> tuple:
+    return (_list(rng, near, rng.randint(8, 12)),)
 
 
-def _long_values(draw: random.Random, near: Sequence[int]) -> tuple:
-    return ([draw.randint(0, 99) for _ in range(draw.randint(22, 25))],)
+def _long_values(rng: random.Random, near: Sequence[int]) -> tuple:
+    return ([rng.randint(0, 99) for _ in range(rng.randint(22, 25))],)
 
 
-def _few_values(draw: random.Random, near: Sequence[int]) -> tuple:
-    return (_list(draw, near, draw.randint(1, 2)),)
+def _few_values(rng: random.Random, near: Sequence[int]) -> tuple:
+    return (_list(rng, near, rng.randint(1, 2)),)
 
 
-def _number(draw: random.Random, near: Sequence[int]) -> tuple:
-    return (_integer(draw, near, -10, 60),)
+def _number(rng: random.Random, near: Sequence[int]) -> tuple:
+    return (_integer(rng, near, -10, 60),)
 
 
-def _large_number(draw: random.Random, near: Sequence[int]) -> tuple:
-    return (_integer(draw, near, 0, 9999),)
+def _large_number(rng: random.Random, near: Sequence[int]) -> tuple:
+    return (_integer(rng, near, 0, 9999),)
 
 
-def _natural(draw: random.Random, near: Sequence[int]) -> tuple:
-    return (draw.randint(1, 9999),)
+def _natural(rng: random.Random, near: Sequence[int]) -> tuple:
+    return (rng.randint(1, 9999),)
 
 
-def _text(draw: random.Random, near: Sequence[int]) -> tuple:
-    words = ("".join(draw.choices(LETTERS, k=max(1, _integer(draw, near, 1, 10)))) for _ in range(draw.randint(4, 7)))
-    return (" ".join(draw.choice((word, word.title())) for word in words),)
+def _text(rng: random.Random, near: Sequence[int]) -> tuple:
+    words = ("".join(rng.choices(LETTERS, k=max(1, _integer(rng, near, 1, 10)))) for _ in range(rng.randint(4, 7)))
+    return (" ".join(rng.choice((word, word.title())) for word in words),)
 
 
-def _table(draw: random.Random, near: Sequence[int]) -> tuple:
-    return ({word: _integer(draw, near, -10, 45) for word in draw.sample(WORDS, 10)},)
+def _table(rng: random.Random, near: Sequence[int]) -> tuple:
+    return ({word: _integer(rng, near, -10, 45) for word in rng.sample(WORDS, 10)},)
 
 
-def _rows(draw: random.Random, near: Sequence[int]) -> tuple:
-    return ([[draw.randint(-9, 99) for _ in range(8)] for _ in range(draw.randint(3, 5))],)
+def _rows(rng: random.Random, near: Sequence[int]) -> tuple:
+    return ([[rng.randint(-9, 99) for _ in range(8)] for _ in range(rng.randint(3, 5))],)
 
 
-def _two_lists(draw: random.Random, near: Sequence[int]) -> tuple:
-    return _list(draw, near, 8), _list(draw, near, 8)
+def _two_lists(rng: random.Random, near: Sequence[int]) -> tuple:
+    return _list(rng, near, 8), _list(rng, near, 8)
 
 
 FAMILIES = (
@@ -431,9 +431,9 @@ FAMILIES = (
 )
 
 
-def function_name(draw: random.Random) -> str:
+def function_name(rng: random.Random) -> str:
     """A verb and a noun, which say nothing of what the function does: the name is in the prompt alone."""
-    return f"{draw.choice(VERBS)}_{draw.choice(NOUNS)}"
+    return f"{rng.choice(VERBS)}_{rng.choice(NOUNS)}"
 
 
 def synthesize(count: int, seed: int) -> list[dict[str, Any]]:
@@ -441,24 +441,24 @@ def synthesize(count: int, seed: int) -> list[dict[str, Any]]:
 
     The group is the hash of family and parameters; no two rows have the same prompt.
     """
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
     prompts: set[str] = set()
     for family in itertools.cycle(FAMILIES):
         if len(rows) == count:
             return rows
-        while (row := _problem(family, draw))["prompt"] in prompts:
+        while (row := _problem(family, rng))["prompt"] in prompts:
             pass
         prompts.add(row["prompt"])
         rows.append(row)
     return rows
 
 
-def _problem(family: Family, draw: random.Random) -> dict[str, Any]:
+def _problem(family: Family, rng: random.Random) -> dict[str, Any]:
     chosen: dict[str, Choice] = {}
     for slot, choices in family.slots.items():  # no parameter twice: "'up' if number is above 3, else 'up'"
-        chosen[slot] = draw.choice([choice for choice in choices if choice not in chosen.values()])
-    name = function_name(draw)
+        chosen[slot] = rng.choice([choice for choice in choices if choice not in chosen.values()])
+    name = function_name(rng)
 
     def fill(text: str) -> str:
         for slot, choice in chosen.items():
@@ -468,23 +468,23 @@ def _problem(family: Family, draw: random.Random) -> dict[str, Any]:
     call = f"{name}({family.arguments})"
     solution = "\n".join([f"def {call}:", *(f"    {fill(line)}" for line in family.body)])
     return {
-        "prompt": draw.choice(FRAMES).format(call=call, what=fill(draw.choice(family.whats))),
+        "prompt": rng.choice(FRAMES).format(call=call, what=fill(rng.choice(family.whats))),
         "plan": [fill(step) for step in family.plan],
         "solution": solution,
-        "tests": _tests(solution, name, family, chosen, draw),
+        "tests": _tests(solution, name, family, chosen, rng),
         "entry_point": name,
         "group": splits.group_hash("/".join([family.name, *(choice.code for choice in chosen.values())])),
     }
 
 
-def _tests(solution: str, name: str, family: Family, chosen: dict[str, Choice], draw: random.Random) -> list[str]:
+def _tests(solution: str, name: str, family: Family, chosen: dict[str, Choice], rng: random.Random) -> list[str]:
     """Asserts on drawn inputs that expect what `solution`, our own text, returns; no constant passes them all."""
     space: dict[str, Any] = {}
     exec(solution, space)
     near = [int(choice.code) for choice in chosen.values() if choice.code.isdigit()]
     tests: dict[str, str] = {}
     for _ in range(200):
-        arguments = family.inputs(draw, near)
+        arguments = family.inputs(rng, near)
         shown = ", ".join(map(repr, arguments))
         expected = repr(space[name](*arguments))
         more_needed = TESTS - len(tests)

@@ -1,1 +1,1 @@
-"""Documents to JSON."""
+"""IDP: documents to JSON."""

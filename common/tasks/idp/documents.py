@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from common.cli import UserError
+from common.data import splits
 from common.files import read_text
 
 SUFFIXES = (".pdf", ".txt")
@@ -29,6 +30,11 @@ def clean(text: str) -> str:
     text = re.sub(r"\r\n?|[\f\v\x85\u2028\u2029]", "\n", text)
     text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufeff]", "", text)
     return re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE).strip("\n")
+
+
+def group_of(text: str) -> str:
+    """The group hash of a document: the same for texts that differ in case, punctuation and white space alone."""
+    return splits.group_hash(" ".join(re.findall(r"\w+", text.casefold())))
 
 
 def _pdf_text(path: str | Path) -> str:

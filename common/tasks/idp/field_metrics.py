@@ -66,8 +66,8 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         for key, member in value.items():
             yield from leaves(member, (*path, key))
     elif isinstance(value, list):
-        for place, item in enumerate(value):
-            yield from leaves(item, (*path, place))
+        for index, item in enumerate(value):
+            yield from leaves(item, (*path, index))
     elif value is not None and value != "":
         yield path, value
 
@@ -79,10 +79,10 @@ def compare(gold: Any, found: Any, path: Path = ()) -> list[Leaf]:
         return [leaf for key in keys for leaf in compare(gold.get(key), found.get(key), (*path, key))]
     if isinstance(gold, list) and isinstance(found, list):
         pairs = _pair_items(gold, found)
-        return [leaf for place, pair in enumerate(pairs) for leaf in compare(*pair, (*path, place))]
+        return [leaf for index, pair in enumerate(pairs) for leaf in compare(*pair, (*path, index))]
     if isinstance(gold, dict | list) or isinstance(found, dict | list):
-        only_gold = [Leaf(path_name(place, False), leaf, MISSING) for place, leaf in leaves(gold, path)]
-        return only_gold + [Leaf(path_name(place, False), MISSING, leaf) for place, leaf in leaves(found, path)]
+        only_gold = [Leaf(path_name(index, False), leaf, MISSING) for index, leaf in leaves(gold, path)]
+        return only_gold + [Leaf(path_name(index, False), MISSING, leaf) for index, leaf in leaves(found, path)]
     gold, found = (MISSING if value == "" else value for value in (gold, found))
     return [] if gold is found is MISSING else [Leaf(path_name(path, False), gold, found)]
 
@@ -95,8 +95,8 @@ def _pair_items(gold: list, found: list) -> list[tuple[Any, Any]]:
     nearness = -1e-6 * np.abs(np.subtract.outer(np.arange(len(gold)), np.arange(len(found))))
     rows, columns = linear_sum_assignment((agreeing.reshape(len(gold), len(found)) + nearness), maximize=True)
     pairs = [(gold[g], found[f]) for g, f in zip(rows, columns, strict=True)]
-    pairs += [(item, None) for place, item in enumerate(gold) if place not in rows]
-    return pairs + [(None, item) for place, item in enumerate(found) if place not in columns]
+    pairs += [(item, None) for index, item in enumerate(gold) if index not in rows]
+    return pairs + [(None, item) for index, item in enumerate(found) if index not in columns]
 
 
 def same(gold: Any, found: Any) -> bool:

@@ -19,7 +19,7 @@ RATES = ("valid_json_rate", "schema_valid_rate", "exact_match", "exact_match_nor
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedDocument:
     """One document's answer against its true fields."""
 
     leaves: list[Leaf]
@@ -35,13 +35,13 @@ class Judged:
         return self.valid_json if name == "valid_json_rate" else self.schema_valid
 
 
-def judge(fields: dict, extraction: Extraction) -> Judged:
-    """Compare an extraction with the true fields; an answer that is no JSON has found nothing."""
-    found = extraction.value
-    return Judged(compare(fields, found), found is not None, extraction.error is None, extraction.text)
+def judge(fields: dict, extraction: Extraction) -> JudgedDocument:
+    """Compare an extraction with the true fields; an answer that is no JSON has value nothing."""
+    value = extraction.value
+    return JudgedDocument(compare(fields, value), value is not None, extraction.error is None, extraction.text)
 
 
-def evaluate(judged: Sequence[Judged], groups: Sequence[str], seed: int = 0) -> dict[str, Any]:
+def evaluate(judged: Sequence[JudgedDocument], groups: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """All metrics of one model's answers, ready for JSON.
 
     Over all leaves of all documents (micro-averaged), precision = agreeing / found, recall = agreeing / true and
@@ -82,7 +82,9 @@ def _f1_parts(counted: np.ndarray) -> np.ndarray:
     return np.stack([2 * counted[:, 0], counted[:, 1] + counted[:, 2]], axis=1)
 
 
-def differences(a: Sequence[Judged], b: Sequence[Judged], groups: Sequence[str], seed: int = 0) -> dict[str, Any]:
+def differences(
+    a: Sequence[JudgedDocument], b: Sequence[JudgedDocument], groups: Sequence[str], seed: int = 0
+) -> dict[str, Any]:
     """a minus b in field_f1, exact_match and schema_valid_rate on the same documents: paired."""
     parts = [_f1_parts(counts([row.leaves for row in rows], normalised=False)) for rows in (a, b)]
     result = {"field_f1": ratio_interval(np.concatenate(parts, axis=1), groups, seed)}
@@ -92,7 +94,7 @@ def differences(a: Sequence[Judged], b: Sequence[Judged], groups: Sequence[str],
     return result
 
 
-def commonest_errors(rows: Sequence[dict], judged: Sequence[Judged]) -> list[dict[str, Any]]:
+def commonest_errors(rows: Sequence[dict], judged: Sequence[JudgedDocument]) -> list[dict[str, Any]]:
     """Kinds of error by field, the commonest first: {"field", "kind", "count", "examples": [{id, gold, found}]}."""
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for number, (row, answer) in enumerate(zip(rows, judged, strict=True), start=1):

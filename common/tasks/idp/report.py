@@ -95,7 +95,7 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
 def render_html(result: Result, images: dict[str, bytes]) -> str:
     """The whole page; every text that comes from outside is escaped, every image embedded."""
     names, models = page.model_names(result), result["models"]
-    best = max(range(len(models)), key=lambda place: models[place]["field_f1"]["value"])
+    best = max(range(len(models)), key=lambda index: models[index]["field_f1"]["value"])
     top, name = models[best], f"<em>{escape(names[best])}</em>"
     lead = (
         f"On documents like these the true figure lies between {page.percent(top['field_f1']['low'])} and "
@@ -150,7 +150,9 @@ def _differences_section(result: Result) -> str:
     pairs = page.named_differences(result, "constraint_difference", "constrained - unconstrained")
     if not pairs:
         return ""
-    rows = [[escape(name), *(page.value(each[key], signed=True) for key in COMPARED)] for name, each in pairs]
+    rows = [
+        [escape(name), *(page.value(difference[key], signed=True) for key in COMPARED)] for name, difference in pairs
+    ]
     return page.section(
         "Differences, paired",
         "First minus second on the same documents. An interval that contains 0 means that these documents do not show "

@@ -11,7 +11,7 @@ import random
 from itertools import product
 
 from common.data import splits
-from common.tasks.idp.extractor import group_of
+from common.tasks.idp.documents import group_of
 
 SCHEMA = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -53,7 +53,7 @@ HEADERS = (
 ITEMS = (
     "{description} x{qty} @ {price} = {amount}",
     "{qty} x {description} {price} {amount}",
-    "{place}) {description} | {qty} | {price} | {amount}",
+    "{index}) {description} | {qty} | {price} | {amount}",
     "{description}, {qty} pcs at {price}: {amount}",
 )
 TOTALS = ("Total: {money}", "TOTAL DUE {money}", "Amount payable: {money}", "Grand total {money}")
@@ -79,12 +79,12 @@ def synthesize(count: int, seed: int) -> list[dict]:
     An invoice is drawn again until the part that its text belongs to (a hash, see `splits`) is the one it was made
     for, so that vendors and layouts are held out too.
     """
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        held_out = draw.random() < HELD_OUT_SHARE
+        held_out = rng.random() < HELD_OUT_SHARE
         while True:
-            row = _invoice(draw, held_out)
+            row = _invoice(rng, held_out)
             if _held_out(row["document"]) == held_out:
                 break
         rows.append(row)
@@ -95,63 +95,63 @@ def _held_out(text: str) -> bool:
     return splits.part_of(group_of(text)) != "train"
 
 
-def _vendor(draw: random.Random, held_out: bool) -> str:
+def _vendor(rng: random.Random, held_out: bool) -> str:
     while True:
-        name = "".join(draw.choices(SYLLABLES, k=draw.choice((2, 3)))).capitalize()
-        vendor = f"{name} {draw.choice(TRADES)} {draw.choice(FORMS)}"
+        name = "".join(rng.choices(SYLLABLES, k=rng.choice((2, 3)))).capitalize()
+        vendor = f"{name} {rng.choice(TRADES)} {rng.choice(FORMS)}"
         if _held_out(vendor) == held_out:
             return vendor
 
 
-def _layout(draw: random.Random, held_out: bool) -> tuple[str, ...]:
-    unseen = held_out and draw.random() < 0.5
+def _layout(rng: random.Random, held_out: bool) -> tuple[str, ...]:
+    unseen = held_out and rng.random() < 0.5
     while True:
-        layout = draw.choice(LAYOUTS)
+        layout = rng.choice(LAYOUTS)
         if _held_out("\n".join(layout)) == unseen:
             return layout
 
 
-def _number(draw: random.Random) -> str:
-    letters = "".join(draw.choices("ABCDEFGHJKLMNPRSTUVWXYZ", k=2))
-    facts = {"n": draw.randint(10, 99999), "y": draw.randint(2019, 2026), "a": letters, "b": draw.randint(1, 99)}
-    return draw.choice(NUMBERS).format(**facts)
+def _number(rng: random.Random) -> str:
+    letters = "".join(rng.choices("ABCDEFGHJKLMNPRSTUVWXYZ", k=2))
+    facts = {"n": rng.randint(10, 99999), "y": rng.randint(2019, 2026), "a": letters, "b": rng.randint(1, 99)}
+    return rng.choice(NUMBERS).format(**facts)
 
 
-def _invoice(draw: random.Random, held_out: bool) -> dict:
-    header, item_line, total_line, date_style = _layout(draw, held_out)
-    vendor, number = _vendor(draw, held_out), _number(draw)
-    day = datetime.date(2019, 1, 1) + datetime.timedelta(days=draw.randrange(8 * 365))
-    code = draw.choice(list(CURRENCIES))
-    cents = [draw.randint(50, 9_999) for _ in range(draw.choices((1, 2, 3), (4, 4, 1))[0])]
+def _invoice(rng: random.Random, held_out: bool) -> dict:
+    header, item_line, total_line, date_style = _layout(rng, held_out)
+    vendor, number = _vendor(rng, held_out), _number(rng)
+    day = datetime.date(2019, 1, 1) + datetime.timedelta(days=rng.randrange(8 * 365))
+    code = rng.choice(list(CURRENCIES))
+    cents = [rng.randint(50, 9_999) for _ in range(rng.choices((1, 2, 3), (4, 4, 1))[0])]
     items = [
         {
-            "description": f"{draw.choice(KINDS)} {draw.choice(GOODS)}",
-            "qty": (qty := draw.randint(1, 9)),
+            "description": f"{rng.choice(KINDS)} {rng.choice(GOODS)}",
+            "qty": (qty := rng.randint(1, 9)),
             "unit_price": price / 100,
             "amount": qty * price / 100,
         }
         for price in cents
     ]
-    sentence = draw.random() < 0.05
+    sentence = rng.random() < 0.05
     if sentence:
         items, header = [], SENTENCE
-    total = sum(round(100 * item["amount"]) for item in items) or draw.randint(500, 99_999)
-    tax = draw.choice((0, 0, 0, 5, 20)) * total // 100 if items else 0
+    total = sum(round(100 * item["amount"]) for item in items) or rng.randint(500, 99_999)
+    tax = rng.choice((0, 0, 0, 5, 20)) * total // 100 if items else 0
     facts = {"number": number, "vendor": vendor, "date": day.strftime(date_style)}
     facts |= {"code": code, "symbol": CURRENCIES[code], "total": f"{(total + tax) / 100:.2f}"}
     lines = [header.format(**facts)]
     if not sentence:
-        if draw.random() < 0.4:
-            lines.append(f"Bill to: {_vendor(draw, held_out)}")
-        if draw.random() < 0.3:
-            due = day + datetime.timedelta(days=draw.choice((14, 30, 60)))
+        if rng.random() < 0.4:
+            lines.append(f"Bill to: {_vendor(rng, held_out)}")
+        if rng.random() < 0.3:
+            due = day + datetime.timedelta(days=rng.choice((14, 30, 60)))
             lines.append(f"Due: {due.strftime(date_style)}")
-        for place, item in enumerate(items, start=1):
+        for index, item in enumerate(items, start=1):
             money = {"price": f"{item['unit_price']:.2f}", "amount": f"{item['amount']:.2f}"}
-            lines.append(item_line.format(place=place, description=item["description"], qty=item["qty"], **money))
+            lines.append(item_line.format(index=index, description=item["description"], qty=item["qty"], **money))
         if tax:
             lines += [f"Subtotal {total / 100:.2f}", f"Tax {tax / 100:.2f}"]
-        lines.append(total_line.format(money=draw.choice(MONEY).format(**facts)))
+        lines.append(total_line.format(money=rng.choice(MONEY).format(**facts)))
     fields = {
         "invoice_number": number,
         "invoice_date": day.isoformat(),

@@ -13,12 +13,14 @@ import numpy as np
 from common import run_record
 from common.cli import UserError, log
 from common.data import splits
+from common.data.rows import SFT_KEYS, read_rows
 from common.files import read_json, sha256_file
 from common.models import adapters
 from common.models.source import ModelSource
 from common.tasks.ranking import metrics
 from common.tasks.ranking.calibration import Calibration, Scores, fit_vector_scaling
 from common.tasks.ranking.classifier import CALIBRATION_FILE, Classifier
+from common.tasks.ranking.controls import controls
 from common.tasks.ranking.decision import Goal, fit_decision
 from common.tasks.ranking.settings import ScoringSettings
 from common.tasks.ranking.task import LabelTask
@@ -116,12 +118,18 @@ def fit_calibration(
 
 
 def evaluate_models(
-    sources: Sequence[ModelSource], task: LabelTask, settings: ScoringSettings, rows: Sequence[dict], seed: int = 0
+    sources: Sequence[ModelSource],
+    task: LabelTask,
+    settings: ScoringSettings,
+    rows: Sequence[dict],
+    seed: int = 0,
+    controls_file: str | None = None,
 ) -> tuple[list[dict], list[dict]]:
     """One entry per model, and the paired differences of every later model to the earlier ones (see `report`).
 
     Args:
-        seed: of the bootstrap.
+        seed: of the bootstrap and of the controls.
+        controls_file: rows to train the controls on, which come last (see `evaluate_controls`); None: no controls.
     """
     entries, scores = [], []
     for source in sources:
@@ -129,11 +137,15 @@ def evaluate_models(
         entry, calibrated = evaluate_model(source, task, settings, rows, seed)
         entries.append(entry)
         scores.append(calibrated)
+    if controls_file:
+        for entry, control in evaluate_controls(controls_file, task, rows, seed):
+            entries.append(entry)
+            scores.append(control)
     y, groups = np.array(true_labels(task, rows)), [row["group"] for row in rows]
     differences = [
         {
-            "a": sources[later].model_dir,
-            "b": sources[earlier].model_dir,
+            "a": entries[later]["model_dir"],
+            "b": entries[earlier]["model_dir"],
             **metrics.compare(scores[later], scores[earlier], y, groups, seed),
         }
         for later in range(len(scores))
@@ -168,3 +180,51 @@ def evaluate_model(
         "rows_per_s": round(len(rows) / seconds, 1),
     }
     return entry, calibrated
+
+
+def evaluate_controls(
+    train_file: str, task: LabelTask, rows: Sequence[dict], seed: int = 0
+) -> list[tuple[dict[str, Any], Scores]]:
+    """The entry and the scores of each control (see `controls`), trained on the rows that the models were trained on.
+
+    Args:
+        train_file: JSONL rows {"input": prompt, "output": label[, "group"]}, as sft_train.py reads them.
+
+    Raises:
+        UserError: a row of it is not one of `task`.
+    """
+    train = read_rows(train_file, SFT_KEYS)
+    instruction = task.prompt("")
+    for number, row in enumerate(train, start=1):
+        if not row["input"].startswith(instruction) or row["output"].strip() not in task.labels:
+            raise UserError(
+                f"--controls {train_file}, row {number} is no training row of {task.name}; give the _sft.jsonl file "
+                "that creditmix_prepare.py wrote for this task"
+            )
+    texts = [task.clean(row["input"].removeprefix(instruction)) for row in train]
+    y, groups = np.array(true_labels(task, rows)), [row["group"] for row in rows]
+    train_y = [task.labels.index(row["output"].strip()) for row in train]
+    log(f"controls: trained on {len(train):,} rows of {train_file}")
+    answers = controls(
+        texts,
+        train_y,
+        [row[task.text_field] for row in rows],
+        len(task.labels),
+        groups=[row.get("group") or str(number) for number, row in enumerate(train)],
+        seed=seed,
+    )
+    trained = {row["group"] for row in train if "group" in row}
+    seen, of = splits.overlap(groups, trained)
+    evaluated = []
+    for name, probabilities in answers.items():
+        scores = Scores.of(probabilities)
+        entry = {
+            "model_dir": name,
+            "control": True,
+            "calibration": "none",
+            "contamination": {"rows": seen, "of": of} if trained else None,
+            **metrics.evaluate(scores, y, task.labels, groups=groups, seed=seed),
+            "predictions": scores.predictions.tolist(),
+        }
+        evaluated.append((entry, scores))
+    return evaluated

@@ -15,6 +15,7 @@ The result is a plain dict, and everything here is made from it alone, so a repo
     models          [{
         model_dir
         name?             short name for tables and plots (default: last part of model_dir)
+        control?          true of a classic classifier that stands beside the models
         calibration       "none" | "prior" | "batch" | "fitted"
         contamination?    {"rows": rows that share a group with training, "of": rows}; None where nobody knows
         ...               all that `metrics.evaluate` returns

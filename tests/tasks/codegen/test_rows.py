@@ -1,4 +1,4 @@
-"""Prompts, answers, problems, mutants, made-up families and pass@k: what they are, without a model."""
+"""Problems, their groups and plans, their mutants, made-up families, pass@k."""
 
 from __future__ import annotations
 
@@ -16,142 +16,12 @@ from common.data import resumable, splits
 from common.sandbox import grading
 from common.tasks.codegen import metrics as code_metrics
 from common.tasks.codegen import mutation as code_mutation
-from common.tasks.codegen import prompt as codegen
-from common.tasks.codegen import rows as code_problems
+from common.tasks.codegen import plans
+from common.tasks.codegen import rows as code_rows
 from common.tasks.codegen import synthesis as code_synthesis
 
 CODE = "def add(a, b):\n    return a + b"
 STUB = 'from typing import List\n\n\ndef first(items: List[int]) -> int:\n    """ The first of items\n    """\n'
-
-
-# What an answer says.
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        CODE,
-        f"\n\n{CODE}\n",
-        f"<CODE>\n{CODE}\n</CODE>",
-        f"<CODE>\n{CODE}\n</CODE>\nThis adds two numbers.",
-        f"<CODE>\n{CODE}",
-        f"<code>{CODE}</code>",
-        f"<PLAN>\n- Add a and b.\n</PLAN>\n<CODE>\n{CODE}\n</CODE>",
-        f"<PLAN>\n- Add a and b.\n<CODE>\n{CODE}\n</CODE>",
-        f"<PLAN>\n- Use ```python\n- Add.\n</PLAN>\n{CODE}",
-        f"```python\n{CODE}\n```",
-        f"Here you are:\n\n```Python\n{CODE}\n```\n\nAnd so it is used:\n\n```python\nadd(1, 2)\n```\n",
-        f"```\n{CODE}\n```",
-        f"```py\n{CODE}",
-        f"  ```python\n{CODE}\n  ```",
-        f"Install it first:\n```bash\npip install x\n```\nThen:\n```python\n{CODE}\n```",
-        f"<CODE>\n```python\n{CODE}\n```\n</CODE>",
-        f"Sure! Here is the function:\n\n{CODE}\n\nIt adds two numbers, that's all.",
-    ],
-)
-def test_code_is_found_in_any_style(text):
-    assert codegen.code_of(text) == CODE
-
-
-def test_broken_code_is_kept():
-    assert codegen.code_of("<CODE>\ndef f(:\n</CODE>") == "def f(:"
-    assert codegen.code_of("def f(:") == "def f(:"
-    assert codegen.code_of("I cannot do that.") == "I cannot do that."
-    assert codegen.code_of("") == ""
-
-
-@pytest.mark.parametrize(
-    ("code", "error"),
-    [
-        (CODE, None),
-        ("x = 1 is 1", None),  # a warning is no error
-        ("", "there is no code"),
-        ("  \n", "there is no code"),
-        ("def f(:", "line 1: invalid syntax"),
-        ("return 1", "line 1: 'return' outside function"),
-        ("x = '\0'", "source code string cannot contain null bytes"),
-    ],
-)
-def test_compile_errors(code, error):
-    assert codegen.compile_error(code) == error
-    assert codegen.compile_error("(" * 5000) is not None
-
-
-def test_an_answer_ends_where_its_code_is_closed():
-    for start, end in (("<CODE>\n", "</CODE>"), ("Yes:\n```python\n", "```")):
-        text = f"{start}{CODE}\n{end}"
-        ended = [codegen.answer_ends(text[:i]) for i in range(len(text) + 1)]
-        assert ended == [False] * len(text) + [True]
-    assert not codegen.answer_ends("```bash\npip install x\n```\n")
-    assert not codegen.answer_ends(CODE)
-    assert codegen.plan_ends("<PLAN>\n- a\n</PLAN>") and not codegen.plan_ends("<PLAN>\n- a\n")
-
-
-def test_lines_that_are_shown_do_not_change_any_more():
-    text = f"Well:\n```python\n{CODE}\n\n\nadd(1, 2)\n```\nThat is all.\n"
-    shown = [codegen.marked_lines(text[:i]) for i in range(len(text) + 1)]
-    for earlier, later in itertools.pairwise(shown):
-        assert later.startswith(earlier)
-    assert shown[-1] == codegen.code_of(text)
-    assert "def add(a, b):" in shown and "" in shown
-
-
-def test_plans_are_read_back_from_answers():
-    plan = codegen.plan_text(["Loop:", "  Add x to total.", "Return total."])
-    assert plan == "- Loop:\n  - Add x to total.\n- Return total."
-    assert codegen.plan_of(codegen.plan_answer(plan)) == plan
-    assert codegen.plan_of(f"<PLAN>\n{plan}\n<CODE>\nx") == plan
-    assert codegen.plan_of(f"{plan}\n```python\nx = 1\n```") == plan
-
-
-def test_training_pairs_are_what_inference_asks_and_reads():
-    """One adapter learns all three turns; each answer reads back as what it was made of, and ends its turn."""
-    (ask, code), (ask_plan, plan), (ask_code, again) = codegen.training_pairs("Add.", ["Add a and b."], CODE)
-    style = codegen.CHAT
-    assert ask == style.direct("Add.") == "Add." and ask_plan == style.plan("Add.")
-    assert ask_code == style.code("Add.", style.read_plan(plan)) and code == again
-    assert style.read("Add.", code, True) == CODE
-    assert style.ends(code) and style.plan_ends(plan)
-
-
-# A plain base model's text.
-
-
-def test_stubs_are_told_from_words():
-    assert codegen.is_stub(STUB)
-    assert not any(map(codegen.is_stub, ["Write a function.", CODE, "import os", "", "def f(:"]))
-    assert codegen.direct_prompt(STUB).startswith("Complete this Python function:\n\nfrom typing")
-    assert codegen.docstring_prompt(STUB) == STUB
-
-
-def test_completion_prompts_are_python_that_stays_open():
-    task = 'Say """hello""" \\ twice.'
-    assert ast.get_docstring(ast.parse(codegen.docstring_prompt(task))) == "Say '''hello''' \\ twice."
-    assert codegen.docstring_prompt("Add.", "- a\n- b") == '"""\nAdd.\n"""\n# Plan:\n# - a\n# - b\n'
-    assert codegen.docstring_prompt(STUB, "- a").endswith(STUB)
-    ast.parse(codegen.docstring_prompt(task, "- a"))
-    assert codegen.comment_plan(" Add them.\n# - Return.\n\ndef f(): ...") == "- Add them.\n- Return."
-    assert not codegen.comment_plan_ends(" Add them.\n# - Ret") and codegen.comment_plan_ends(" Add.\ndef")
-
-
-@pytest.mark.parametrize(
-    "rest",
-    ["print(add(1, 2))", "assert add(1, 2) == 3", "if __name__ == 'x':\n    add()", '"""\nNext', "x = 3", "```\nSo"],
-)
-def test_completions_end_where_no_definition_goes_on(rest):
-    helper = f"import math\n\n\ndef help(x):\n    return x\n\n\n{CODE}"
-    text = f"{helper}\n\n{rest}"
-    assert codegen.continued_code("Add.", text, True) == helper
-    assert codegen.COMPLETION.ends(text) and not codegen.COMPLETION.ends(helper + "\n\n")
-    assert codegen.continued_code(STUB, f"    return items[0]\n\n{rest}", True) == f"{STUB}    return items[0]"
-
-
-def test_a_completion_that_ran_out_of_tokens_keeps_its_whole_statements():
-    assert codegen.continued_code("Add.", f"{CODE}\n\n\ndef more(a):\n    return a[", False) == CODE
-    assert codegen.continued_code("Add.", "def f(a):\n    return a[", False) == "def f(a):\n    return a["
-
-
-# Problems.
 
 
 MBPP = {
@@ -174,7 +44,7 @@ OWN = {"prompt": "Square n.", "solution": "def pow(n):\n    return n * n", "test
 def test_formats_become_problems_that_pass_their_tests(tmp_path):
     path = tmp_path / "mixed.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in (MBPP, HUMAN_EVAL, OWN)).encode()))
-    mbpp, human, own = problems = code_problems.read(path)
+    mbpp, human, own = problems = code_rows.read(path)
     assert mbpp.prompt == "Write a function to add two numbers.\nIt must pass this test:\nassert add(1, 2) == 3"
     assert (mbpp.task_id, mbpp.setup, mbpp.entry_point) == ("2", "import math", "add")
     assert human.prompt == STUB and human.solution == STUB + "    return items[0]"
@@ -184,10 +54,10 @@ def test_formats_become_problems_that_pass_their_tests(tmp_path):
         ""
     ] * 3
     text = OWN | {"tests": "from math import inf\nassert pow(3) == 9 < inf\nassert pow(2) == 4"}
-    assert code_problems.problems_of([text])[0].graded_by() == grading.Tests(
+    assert code_rows.problems_of([text])[0].graded_by() == grading.Tests(
         ("assert pow(3) == 9 < inf", "assert pow(2) == 4"), "from math import inf", "pow"
     )
-    again = code_problems.read(write_rows(tmp_path / "rows.jsonl", [problem.row() for problem in problems]))
+    again = code_rows.read(write_rows(tmp_path / "rows.jsonl", [problem.row() for problem in problems]))
     assert again == problems
 
 
@@ -210,8 +80,8 @@ def test_formats_become_problems_that_pass_their_tests(tmp_path):
 def test_bad_problems_are_named(tmp_path, row, fault):
     path = write_rows(tmp_path / "rows.jsonl", [OWN, row])
     with pytest.raises(UserError, match=f"rows.jsonl, line 2: {fault}"):
-        code_problems.read(path)
-    assert len(code_problems.read(path, skip_bad_rows=True)) == 1
+        code_rows.read(path)
+    assert len(code_rows.read(path, skip_bad_rows=True)) == 1
 
 
 def test_near_duplicates_are_one_group():
@@ -224,7 +94,7 @@ def test_near_duplicates_are_one_group():
     }
     for order in itertools.permutations(solutions):
         rows = [{"prompt": prompt, "solution": solutions[prompt], "tests": ["f"]} for prompt in order]
-        groups = {problem.prompt: problem.group for problem in code_problems.problems_of(rows)}
+        groups = {problem.prompt: problem.group for problem in code_rows.problems_of(rows)}
         one, two, three, four = (groups[prompt] for prompt in solutions)
         assert one == two == three != four
         assert one == splits.group_hash("in words: list sum") and four == splits.group_hash("in words: list product")
@@ -235,7 +105,7 @@ def test_plans_follow_the_solution():
         "import math\n\ndef help(x):\n    return x\n\ndef f(xs):\n    '''Doc.'''\n    total = 0\n    for x in xs:\n"
         "        if x > 2:\n            total += x\n        else:\n            total -= 1\n    return math.sqrt(total)"
     )
-    assert code_problems.steps_of(solution) == [
+    assert plans.steps_of(solution) == [
         "Use the module math.",
         "Write a helper help.",
         "Set total to 0.",
@@ -246,14 +116,14 @@ def test_plans_follow_the_solution():
         "    Subtract 1 from total.",
         "Return math.sqrt(total).",
     ]
-    assert code_problems.steps_of(solution, "help")[-1] == "Return x."
+    assert plans.steps_of(solution, "help")[-1] == "Return x."
 
 
 def test_real_problems_are_read_and_split():
     path = SHARED / "data/mbpp/sanitized-mbpp.json"
     if not path.is_file():
         pytest.skip("needs the MBPP file")
-    problems = code_problems.read(path)
+    problems = code_rows.read(path)
     assert len(problems) == 427
     assert all(problem.plan and code_mutation.mutants(problem.solution) for problem in problems)
     parts = {problem.group: splits.part_of(problem.group) for problem in problems}
@@ -331,7 +201,7 @@ def test_parameters_decide_the_group():
     held_out = {place % len(code_synthesis.FAMILIES) for place, row in enumerate(rows)
                 if splits.part_of(row["group"]) == "validation"}  # fmt: skip
     assert len(held_out) == len(code_synthesis.FAMILIES)
-    problems = code_problems.problems_of(rows[:50])
+    problems = code_rows.problems_of(rows[:50])
     assert [(p.group, list(p.plan)) for p in problems] == [(row["group"], row["plan"]) for row in rows[:50]]
 
 
@@ -355,8 +225,8 @@ def test_pass_at_k_is_stable_and_refuses_nonsense():
             code_metrics.pass_at_k(n, c, k)
 
 
-def judged(error: str, tests: float = 0.0) -> code_metrics.Judged:
-    return code_metrics.Judged("x", "", error, "why", True, not error, tests if error else 1.0)
+def judged(error: str, tests: float = 0.0) -> code_metrics.JudgedSample:
+    return code_metrics.JudgedSample("x", "", error, "why", True, not error, tests if error else 1.0)
 
 
 def test_figures_are_means_over_problems():

@@ -1,0 +1,120 @@
+"""Document extraction judged: which documents, what a model makes of them, and the figures of that."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import cli
+from common.data import splits
+from common.generation.json_schema import Preflight, Schema
+from common.models.source import LoadedModel
+from common.tasks.idp import metrics
+from common.tasks.idp import rows as idp_rows
+from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
+
+WINDOW = 64  # documents at a time
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of some labelled documents are judged on.
+
+    Attributes:
+        data: a file of rows, or a folder.
+        split: "validation", "dev" or "all".
+        share: a random share of the split, between 0 and 1; None: all of it.
+        seed: of that choice.
+        skip_bad_rows: name and count bad rows, and go on without them.
+    """
+
+    data: str
+    split: str = "validation"
+    share: float | None = None
+    seed: int = 0
+    skip_bad_rows: bool = False
+
+
+def choose_rows(selection: Selection, schema: Schema) -> list[dict]:
+    """The documents that are judged on, as `rows.read` gives them.
+
+    Raises:
+        UserError: a bad row, or no document in the part that is asked for.
+    """
+    rows = idp_rows.read(selection.data, schema, selection.skip_bad_rows)
+    if selection.split != "all":
+        rows = [row for row in rows if splits.part_of(row["group"]) == selection.split]
+        if not rows:
+            raise cli.UserError(
+                f"{selection.data} has no document of the {selection.split} part; for a new file pass --split all"
+            )
+    if selection.share:
+        rows = random.Random(selection.seed).sample(rows, max(1, round(selection.share * len(rows))))
+    return rows
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every model is judged by.
+
+    Attributes:
+        rows: documents with their fields and groups.
+        preflight: of the schema.
+        decodings: "constrained" (answers held to the schema), "unconstrained", or both.
+        seed: of the bootstrap.
+    """
+
+    rows: Sequence[dict]
+    schema: Schema
+    preflight: Preflight
+    settings: ExtractionSettings
+    decodings: Sequence[str] = ("constrained", "unconstrained")
+    seed: int = 0
+
+    def measure(self, name: str, loaded: LoadedModel) -> tuple[dict[str, Any], list[metrics.JudgedDocument]]:
+        """(figures of one model, its answers to the first of `decodings`, which `metrics.differences` compares).
+
+        Args:
+            name: of the model, for the log.
+        """
+        groups = [row["group"] for row in self.rows]
+        figures: dict[str, dict] = {}
+        judged: dict[str, list[metrics.JudgedDocument]] = {}
+        for decoding in self.decodings:
+            cli.log(f"{name}: reading {len(self.rows):,} documents, {decoding}")
+            preflight = self.preflight if decoding == "constrained" else None
+            extractor = Extractor(loaded, self.schema, preflight, self.settings)
+            extractions, seconds = extract_timed(extractor, [row["document"] for row in self.rows])
+            judged[decoding] = [
+                metrics.judge(row["fields"], extraction) for row, extraction in zip(self.rows, extractions, strict=True)
+            ]
+            figures[decoding] = metrics.evaluate(judged[decoding], groups, self.seed)
+            figures[decoding] |= {
+                "errors": metrics.commonest_errors(self.rows, judged[decoding]),
+                "documents_in_pieces": sum(extraction.pieces > 1 for extraction in extractions),
+                "tokens_per_s": round(sum(extraction.tokens for extraction in extractions) / seconds, 1),
+            }
+        first, *rest = figures
+        entry = {"decoding": first} | figures[first]
+        if rest:
+            entry["unconstrained"] = figures["unconstrained"]
+            entry["constraint_difference"] = metrics.differences(
+                judged["constrained"], judged["unconstrained"], groups, self.seed
+            )
+        return entry, judged[first]
+
+
+def extract_timed(extractor: Extractor, texts: Sequence[str]) -> tuple[list[Extraction], float]:
+    """(an extraction per text, seconds), with a progress bar."""
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    extractions: list[Extraction] = []
+    with tqdm(total=len(texts), unit=" documents") as progress:
+        for start in range(0, len(texts), WINDOW):
+            extractions += extractor.extract(texts[start : start + WINDOW])
+            progress.update(len(extractions) - progress.n)
+    return extractions, time.perf_counter() - started

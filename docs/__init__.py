@@ -1,0 +1,1 @@
+"""The pages, and what writes those that are read off the code."""

@@ -1,0 +1,76 @@
+"""infer_codegen.py: code for tasks."""
+
+from __future__ import annotations
+
+import pytest
+from support.inputs import read_rows, write_rows
+
+import infer_codegen
+from common import cli
+from common.tasks.codegen import answer
+
+
+def infer(capsys, *argv: str) -> tuple[int, str, str]:
+    code = cli.run(infer_codegen.main, argv)
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_code_is_printed_alone(tiny_base, scripted, capsys):
+    scripted({"Add.": ["def add(a, b):\n    return a + b", "def add("]})
+    ask = ["--model_dir", tiny_base, "--prompt", "Add."]
+    assert infer(capsys, *ask) == (0, "def add(a, b):\n    return a + b\n", "")
+    assert infer(capsys, *ask, "--plan_then_code") == (0, "def add(a, b):\n    return a + b\n", "- Think.\n\n")
+    code, out, err = infer(capsys, *ask, "--plan_then_code", "--show_plan")
+    assert (code, out.splitlines()[0], err) == (0, "# - Think.", "")
+    code, out, err = infer(capsys, *ask, "--num_samples", "2")
+    assert code == cli.FAILED and err == "error: sample 2 does not compile (line 1: '(' was never closed)\n"
+    assert out == "# sample 1 of 2\ndef add(a, b):\n    return a + b\n# sample 2 of 2\ndef add(\n"
+
+
+def test_a_real_model_answers(base, capsys):
+    """Random weights rarely write Python: the exit code says so; greedy is the same every time, a seed decides else."""
+    argv = ["--model_dir", base, "--prompt", "Add a and b.", "--max_new_tokens", "12"]
+    code, out, err = infer(capsys, *argv, "--plan_then_code")
+    error = answer.compile_error(out)
+    assert (code == cli.FAILED) == (error is not None) == (f"the code does not compile ({error})" in err)
+    assert infer(capsys, *argv, "--plan_then_code") == (code, out, err)
+    hot = [infer(capsys, *argv, "--temperature", "2", "--seed", seed)[1] for seed in "112"]
+    assert hot[0] == hot[1] != hot[2]
+
+
+def test_files_of_tasks(tiny_base, scripted, capsys, tmp_path):
+    writer = scripted({"Add.": ["x = 1"], "Break.": ["def f(:"]})
+    rows = write_rows(tmp_path / "tasks.jsonl", [{"prompt": "Add."}, {"input": "Break.", "id": 7}])
+    ask = ["--model_dir", tiny_base, "--input", rows, "--output", str(tmp_path / "out" / "answers.jsonl")]
+    code, out, err = infer(capsys, *ask, "--plan_then_code")
+    assert (code, out) == (cli.FAILED, "") and "1 of 2 answers do not compile" in err
+    first, second = read_rows(tmp_path / "out/answers.jsonl")
+    assert first == {
+        "model_name": tiny_base,
+        "prompt": "Add.",
+        "answers": [{"plan": "- Think.", "code": "x = 1", "error": None}],
+    }
+    assert second["answers"][0]["error"] == "line 1: invalid syntax" and writer.asked == 2
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "Add."}, {"text": "x"}])
+    code, out, err = infer(capsys, "--model_dir", tiny_base, "--input", bad, "--output", str(tmp_path / "x.jsonl"))
+    assert code == cli.BAD_INPUT and "bad.jsonl, line 2: no task under 'prompt' or 'input'" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "give either --prompt, or --input and --output together"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "x", "--input", "y"], "give either --prompt"),
+        (["--input", "a.jsonl", "--output", "a.jsonl"], "would replace --input"),
+        (["--prompt", "x", "--show_plan"], "--show_plan goes with --plan_then_code"),
+        (["--prompt", "x", "--num_samples", "2", "--temperature", "0"], "needs a --temperature above 0"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature must be 0 or more"),
+        (["--prompt", "x", "--top_p", "0"], "--top_p above 0"),
+        (["--prompt", "x", "--num_samples", "0"], "argument --num_samples"),
+    ],
+)
+def test_infer_refuses(tiny_base, capsys, flags, sentence):
+    code, out, err = infer(capsys, "--model_dir", tiny_base, *flags)
+    assert (code, out) == (cli.BAD_INPUT, "") and sentence in err and err.count("\n") == 1

@@ -1,0 +1,96 @@
+"""A model that writes code: how it is asked, and what it answers beside others."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+from support.inputs import read_rows
+
+import eval_codegen
+from common import run_record
+from common.generation.decoding import Decoding
+from common.models import adapters
+from common.tasks.codegen import flags as codegen_flags
+from common.tasks.codegen.style import CHAT, COMPLETION
+from common.tasks.codegen.writer import CodeWriter
+
+
+def writer_of(model_dir: str, *flags: str) -> CodeWriter:
+    args = eval_codegen.build_parser().parse_args(["--model_dir", model_dir, "--data", "x", *flags])
+    return codegen_flags.load_writer(args, model_dir)
+
+
+def declared_base(tiny_base: str, folder: Path, eos: str, generation_eos=None) -> str:
+    """The tiny base as its files would declare another EOS."""
+    shutil.copytree(tiny_base, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": eos}))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": generation_eos}))
+    return str(folder)
+
+
+def test_plain_base_models_are_told_from_trained_ones(tiny_base, tokenizer, tmp_path):
+    """Qwen's base models declare <|endoftext|> as EOS, though their template ends turns with <|im_end|>."""
+    turn, text = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    trained = writer_of(tiny_base)
+    assert trained.style is CHAT and trained.tokenizer.eos_token_id == turn
+    base = declared_base(tiny_base, tmp_path / "base", "<|endoftext|>", text)
+    writer = writer_of(base)
+    assert writer.style is COMPLETION
+    assert writer.tokenizer.eos_token_id == writer.model.generation_config.eos_token_id == text
+    assert writer_of(base, "--prompt_style", "chat").style is CHAT
+    instruct = declared_base(tiny_base, tmp_path / "instruct", "<|endoftext|>", [text, turn])
+    assert writer_of(instruct).style is CHAT
+    assert writer_of(instruct, "--prompt_style", "completion").style is COMPLETION
+
+
+def test_answers_do_not_depend_on_other_tasks(base):
+    writer = writer_of(base)
+    tasks = ["Add a and b.", "Write a function that sorts a list of numbers in place.", "Reverse."]
+    decoding = Decoding(6, temperature=1.0, top_p=0.9, num_samples=2, seed=3)
+    plans = writer.plan(tasks, decoding)
+    together = writer.write(tasks, decoding, plans)
+    for task, plan, answers in zip(tasks, plans, together, strict=True):
+        assert writer.plan([task], decoding) == [plan]
+        assert writer.write([task], decoding, [plan]) == [answers]
+        assert [answer.plan for answer in answers] == plan
+    same_plan = writer.write(tasks, decoding, [["- Think."] * 2] * 3)
+    assert any(one.code != two.code for one, two in same_plan)
+    assert writer.write(tasks, decoding) != together
+
+
+def test_code_is_streamed_as_it_stands(base):
+    out = io.StringIO()
+    writer = writer_of(base)
+    streamer = writer.streamer(out)
+    text = "Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.\n"
+    tokens = writer.tokenizer.encode(text)
+    streamer.put(writer.tokenizer("a prompt", return_tensors="pt")["input_ids"])
+    seen = set()
+    for token in tokens:
+        streamer.put(torch_row(token))
+        seen.add(out.getvalue())
+    streamer.end()
+    assert out.getvalue() == "def add(a, b):\n    return a + b\n"
+    assert "def add(a, b):" in seen
+
+
+def torch_row(token: int):
+    import torch
+
+    return torch.tensor([token])
+
+
+def test_trained_adapters_are_asked_in_turns(base, prepared, tmp_path):
+    """SFT on prepared rows, then the writer: chat style, and the rows' groups on record."""
+    import sft_train
+
+    run = str(tmp_path / "run")
+    data = str(prepared / "one/codegen_sft.jsonl")
+    sft_train.main(["--student", base, "--data", data, "--save_dir", run, "--max_steps", "2", "--max_len", "512"])
+    assert adapters.is_adapter(run) and writer_of(run).style is CHAT
+    assert run_record.read_groups(run) == {row["group"] for row in read_rows(Path(data))}

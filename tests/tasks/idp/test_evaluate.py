@@ -1,0 +1,93 @@
+"""eval_idp.py: its figures, splits and reports, on models of random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.inputs import read_rows, write_rows
+
+import eval_idp
+import sft_train
+from common.cli import UserError
+from common.tasks.idp import documents
+from common.tasks.idp.extractor import Extraction, Extractor
+
+
+def evaluate(capsys, *argv: str) -> tuple[dict, str]:
+    capsys.readouterr()
+    eval_idp.main(list(argv))
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> str:
+    """24 documents with fields, one of them twice."""
+    rows = [
+        {"id": f"r{number}", "document": f"Shop {number} <b>\nTotal {number}.50",
+         "fields": {"company": f"Shop {number} <b>", "total": number + 0.5}}
+        for number in range(24)
+    ]  # fmt: skip
+    twin = rows[3] | {"document": "shop 3, B, total 3.50"}
+    return write_rows(tmp_path_factory.mktemp("set") / "rows.jsonl", [*rows, twin])
+
+
+def test_evaluation(capsys, tiny_base, schema_file, dataset, tmp_path):
+    argv = ["--model_dir", tiny_base, "--schema", schema_file, "--max_new_tokens", "60"]
+    report = tmp_path / "report"
+    line, out = evaluate(capsys, *argv, "--data", dataset, "--split", "all", "--report_dir", str(report))
+    assert (line["evaluator"], line["version"], line["n"], line["split"]) == ("idp", 1, 25, "all")
+    assert line["contamination"] == {"rows": 0, "of": 25}
+    model = line["models"][0]
+    assert model["decoding"] == "constrained"
+    assert model["groups"] == 24
+    assert model["schema_valid_rate"] == {"value": 1, "low": 1, "high": 1}
+    assert model["unconstrained"]["schema_valid_rate"]["value"] == 0
+    assert model["constraint_difference"]["schema_valid_rate"]["value"] == 1
+    assert {"field_f1", "exact_match", "valid_json_rate", "per_field", "tokens_per_s"} <= model.keys()
+    assert "errors" not in model
+    assert "constrained - unconstrained" in out
+    page = (report / "report.html").read_text()
+    stored = json.loads((report / "metrics.json").read_text())
+    assert stored["models"][0]["errors"][0]["count"] >= 1
+    assert "Shop 0 &lt;b&gt;" in page
+    assert "Shop 0 <b>" not in page
+    assert (report / "f1_per_field.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_by_split_and_of_what_was_trained_on(capsys, data, tiny_base, tmp_path):
+    schema = str(data / "idp_schema.json")
+    rows = read_rows(data / "idp_val.jsonl")
+    argv = ["--model_dir", tiny_base, "--schema", schema, "--max_new_tokens", "30", "--decoding", "unconstrained"]
+    line, _ = evaluate(capsys, *argv, "--data", str(data / "idp_val.jsonl"), "--val_frac", "0.05")
+    assert line["n"] == round(0.05 * len(rows))
+    assert line["models"][0]["decoding"] == "unconstrained"
+    assert "unconstrained" not in line["models"][0]
+    with pytest.raises(UserError, match="has no document of the dev part"):
+        eval_idp.main([*argv, "--data", str(data / "idp_val.jsonl"), "--split", "dev"])
+    train = write_rows(tmp_path / "rows.jsonl", read_rows(data / "idp_sft.jsonl")[:3])
+    run, settings = str(tmp_path / "run"), ["--max_steps", "1", "--max_len", "2048"]
+    sft_train.main(["--student", tiny_base, "--data", train, "--save_dir", run, *settings])
+    seen = [{"document": row["input"].partition("Document:\n")[2], "fields": json.loads(row["output"])}
+            for row in read_rows(Path(train))]  # fmt: skip
+    both = write_rows(tmp_path / "both.jsonl", [*seen, *rows[:2]])
+    line, _ = evaluate(capsys, *argv[2:], "--model_dir", run, tiny_base, "--data", both, "--split", "all")
+    assert line["contamination"] == {"rows": 3, "of": 5}
+    assert [model["contamination"]["rows"] for model in line["models"]] == [3, 0]
+    assert [(each["a"], each["b"]) for each in line["differences"]] == [(tiny_base, run)]
+
+
+def test_perfect_answers_are_found_perfect(capsys, monkeypatch, tiny_base, schema_file, dataset):
+    truth = {documents.clean(row["document"]): row["fields"] for row in read_rows(Path(dataset))}
+
+    def extract(self, texts, confidence=False):
+        return [Extraction(truth[text], None, json.dumps(truth[text]), tokens=9) for text in texts]
+
+    monkeypatch.setattr(Extractor, "extract", extract)
+    argv = ["--model_dir", tiny_base, "--schema", schema_file, "--data", dataset, "--split", "all"]
+    line, _ = evaluate(capsys, *argv)
+    for key in ("valid_json_rate", "schema_valid_rate", "field_f1", "field_precision", "exact_match"):
+        assert line["models"][0][key] == {"value": 1, "low": 1, "high": 1}
+    assert line["models"][0]["constraint_difference"]["field_f1"] == {"value": 0, "low": 0, "high": 0}
