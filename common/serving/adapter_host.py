@@ -179,7 +179,7 @@ class Host:
         self._base_hash = adapters.fingerprint(self.model)
         models.align_model(self.model, self._tokenizer(self.base))
         # Runs before every forward pass, also those within `generate`, whoever calls it.
-        self.model.register_forward_pre_hook(lambda module, inputs: self._between_steps())
+        self.model.register_forward_pre_hook(lambda module, inputs: self.between_steps())
 
     def begin(self, batch: list[QueuedRequest]) -> None:
         """Answer a batch, also within a longer one."""
@@ -217,8 +217,12 @@ class Host:
             self.batch = outer
         self.channel.send(Answers([request.number for request in batch], answers))
 
-    def _between_steps(self) -> None:
-        """Within a longer piece of work: stop when nobody waits for it, and let short ones go first."""
+    def between_steps(self) -> None:
+        """Within a longer piece of work: let short ones go first, and show that the process is alive.
+
+        Raises:
+            Abandoned: nobody waits for the longer one any more.
+        """
         if time.monotonic() - self._last_beat > BEAT:
             self._last_beat = time.monotonic()
             self.channel.send(Beat())

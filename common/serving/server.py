@@ -44,7 +44,7 @@ class Server:
         )
         self._preloading: list[Pending] = []
         self._ready = False
-        self._waiting: dict[Pending, tuple[Request, float]] = {}  # until when
+        self.waiting: dict[Pending, tuple[Request, float]] = {}  # until when
 
     def _start(self, base: str, after: ModelProcess | None) -> ModelProcess:
         def loaded(what: Loaded) -> None:
@@ -107,11 +107,11 @@ class Server:
         """
         started = time.monotonic()
         process, pending = self._enqueue(version, work, payload, rows=rows, tokens=tokens, emit=emit)
-        self._waiting[pending] = (request, started + self.settings.request_timeout)
+        self.waiting[pending] = (request, started + self.settings.request_timeout)
         try:
             answer = await pending.answer
         finally:
-            del self._waiting[pending]
+            del self.waiting[pending]
             process.withdraw(pending)  # has no effect once it is answered
         self.metrics.child(self.metrics.seconds, version.name, work.name).observe(time.monotonic() - started)
         return outcome(answer)
@@ -126,7 +126,7 @@ class Server:
             for process in self.models.all():
                 process.end_if_silent(self.settings.request_timeout + GRACE)
             late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
-            for pending, (request, deadline) in list(self._waiting.items()):
+            for pending, (request, deadline) in list(self.waiting.items()):
                 problem = None
                 if time.monotonic() > deadline:
                     problem = Problem(504, late)

@@ -86,7 +86,7 @@ class Extract:
             loaded = LoadedModel(view.model, view.tokenizer, view.host.settings.max_batch_tokens)
             return Extractor(loaded, schema, json_schema.preflight(schema), ExtractionSettings(self.max_new_tokens))
 
-        return view.keep(self, make).extract(payloads)
+        return view.keep(self, make).extract(payloads, between=view.host.between_steps)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from support.served import (
 
 from common.models.source import ModelSource
 from common.serving import adapter_host, model_process, routes, server
-from common.serving.messages import State
+from common.serving.messages import Abandoned, State
 from common.serving.run_registry import Registry, Version
 from common.serving.view import View
 from common.serving.work import Classify
@@ -219,3 +219,25 @@ def test_a_server_that_is_killed_leaves_no_process(runs):
         started.kill()
         started.wait()
     wait_for(lambda: not Path(f"/proc/{model}").exists() or "zombie" in Path(f"/proc/{model}/status").read_text())
+
+
+def test_a_very_long_document_keeps_nobody_waiting(runs, expected):
+    """Not while it is cut into pieces, and not after its own wait has ended."""
+    with ThreadPoolExecutor(1) as pool, serve(runs) as served:
+        served.post("/infer/sft", {"features": ROWS[0]})
+        (process,) = served.processes
+        answers = []
+        on_answers = process.on_answers
+        process.on_answers = lambda message: (answers.extend(message.answers), on_answers(message))
+        document = "".join(f"Age: {number}, Annual Income: {number * 37}\n" for number in range(30_000))[:900_000]
+        body = {"document": document, "schema": {"type": "object"}, "run": "sft"}
+        long = pool.submit(served.ask, "POST", "/infer/idp", body)
+        wait_for(served.busy)
+        for name in NAMES:
+            same(served.post(f"/infer/{name}", {"features": ROWS[0]}), expected[name][0])
+        assert not long.done()
+        served.server.settings = settings(runs, request_timeout=0.2)
+        for pending, (request, _) in list(served.server.waiting.items()):
+            served.server.waiting[pending] = (request, time.monotonic())
+        assert long.result()[0] == 504
+        wait_for(lambda: any(isinstance(answer, Abandoned) for answer in answers), 30)
