@@ -21,6 +21,7 @@ from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.tasks.codegen.answer import compile_error
+from common.tasks.ranking.task import warned
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
 
@@ -51,6 +52,7 @@ class ClassifyAnswer(BaseModel):
     prior: dict[str, float]
     probabilities: dict[str, float]
     top2_margin: float
+    warning: str | None = Field(None, description="There where the text is not of the task: the answer says little")
 
 
 class ExtractRequest(BaseModel):
@@ -240,6 +242,7 @@ def _add_classification(app: FastAPI, server: Server) -> None:
         task = server.settings.host.task
         prompts = server.encode(version, [task.prompt(task.clean(text)) for text in texts])
         answers = await server.answer(request, version, Classify(), prompts, rows=len(texts), tokens=tokens)
+        answers = [warned(task, text, answer) for text, answer in zip(texts, answers, strict=True)]
         metrics = server.metrics
         for text, answer in zip(texts, answers, strict=True):
             metrics.child(metrics.margin, version.name).observe(answer["top2_margin"])

@@ -95,3 +95,10 @@ def test_works_are_equal_by_value():
     """Requests share a batch only where they ask for the same."""
     assert work.Extract("{}", 5) == work.Extract("{}", 5) != work.Extract("{}", 6)
     assert hash(Classify()) == hash(Classify())
+
+
+def test_a_text_that_is_not_of_the_task_has_a_warning(served):
+    assert "warning" not in served.post("/infer/sft", {"features": ROWS[0]})
+    first, second = served.post("/infer/sft/batch", [{"features": "hello world"}, {"features": ROWS[0]}])
+    assert first["warning"].startswith("no feature of a CreditMix line is in the text")
+    assert "warning" not in second
