@@ -34,4 +34,4 @@ USER 10001:10001
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=6s --start-period=60s --retries=3 CMD ["python", "serve_distill.py", "--health"]
-CMD ["uvicorn", "serve_distill:app", "--host", "0.0.0.0", "--port", "8000", "--no-access-log"]
+CMD ["python", "serve_distill.py", "--host", "0.0.0.0", "--port", "8000"]

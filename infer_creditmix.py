@@ -35,6 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", help="JSONL rows to classify")
     parser.add_argument("--output", help="JSONL answers, one per row of --input")
     parser.add_argument("--skip_bad_rows", action="store_true", help="list bad rows in OUTPUT.rejects.jsonl and go on")
+    parser.add_argument(
+        "--strict_input", action="store_true", help="refuse a text that is not of the task, instead of a warning"
+    )
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: many files, many machines")
     parser.add_argument(
         "--workers", type=cli.positive_int, help="models at work under --engine ray; default: one per GPU, else machine"
@@ -51,11 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError('--features is empty; give a line such as "Age: 23.0, Occupation: Scientist, ..."')
     if args.engine == "ray" and args.input is None:
         raise cli.UserError("--engine ray is for --input and --output; leave it out with --features")
+    if args.engine == "ray" and args.strict_input:
+        raise cli.UserError("--strict_input is for one machine; leave it out with --engine ray: answers have a warning")
     if args.engine == "local" and args.workers:
         raise cli.UserError("--workers goes with --engine ray; add it, or leave --workers out")
     records.check_output(args.output, args.input)
     task = load_task(args.task)
     settings, source = scoring_settings(args, task), source_of(args, args.model_dir)
+    if args.strict_input and args.features is not None and (fault := task.warning(task.clean(args.features))):
+        raise cli.UserError(f"--features: {fault}, or leave --strict_input out")
     models.check_model_dir(args.model_dir, args.base)
 
     # after the checks, so that a mistyped flag answers before numpy and scipy are imported
@@ -68,13 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         (answer,) = classifier.answers([task.clean(args.features)], calibration)
         print(json.dumps(answer, indent=2, ensure_ascii=False))
         return
-    scoring = file_scoring.FileScoring(source, task, settings, args.input, args.output, args.skip_bad_rows)
+    scoring = file_scoring.FileScoring(
+        source, task, settings, args.input, args.output, args.skip_bad_rows, args.strict_input
+    )
     if args.engine == "ray":
         from common.tasks.ranking import ray_scoring
 
         ray_scoring.score(scoring, args.workers)
         return
-    file_scoring.check_input(args.input, task, args.skip_bad_rows)
+    file_scoring.check_input(args.input, task, args.skip_bad_rows, args.strict_input)
     file_scoring.classify_file(scoring, Classifier.load(source, task, settings))
 
 

@@ -6,46 +6,37 @@
 The page is at /, the API's description at /docs. Settings come from the environment: RUNS_DIR (runs), BASE_MODEL (the
 base of the adapters found), PRELOAD=1, NUM_NULL_PROMPTS, LOAD_IN_4BIT (auto), OFFLOAD_FOLDER, AUTO_FIT=1, IDP_SCHEMA
 (data/idp_schema.json), MAX_BASES (2), MAX_BATCH_TOKENS (8192), MAX_WAIT_MS (0), MAX_QUEUE (1024 rows), REQUEST_TIMEOUT
-(120 s), MAX_BODY_BYTES (1 MiB), API_KEY, AUDIT_LOG=path, AUDIT_INPUTS=1, AUDIT_MAX_BYTES (64 MiB).
+(120 s), MAX_BODY_BYTES (1 MiB), API_KEY, ALLOWED_HOSTS (names by which
+it is asked for without a key), AUDIT_LOG=path, AUDIT_INPUTS=1, AUDIT_MAX_BYTES (64 MiB).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from common import cli
+from common.web import launch
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="serve_creditmix.py")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
-    parser.add_argument("--port", type=int, default=8000)
+    launch.add_address(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
+    launch.run(create_app(), args.host, args.port)
 
-    import uvicorn
 
+def create_app():
     from common.serving.routes import create_app
 
-    uvicorn.run(create_app(), host=args.host, port=args.port, access_log=False)
+    return create_app()
 
 
-def __getattr__(name: str) -> Any:
-    """`app`, made when uvicorn asks for it, so that `--help` needs none."""
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from common.serving.routes import create_app
-
-    try:
-        return create_app()
-    except cli.UserError as error:
-        raise SystemExit(f"error: {error}") from error
-
+__getattr__ = launch.app_on_demand(__name__, create_app)
 
 if __name__ == "__main__":
     raise SystemExit(cli.run(main))

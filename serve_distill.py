@@ -6,7 +6,8 @@
 The page is at /, the API's description at /docs. Settings come from the environment: DATA_DIR (runs/jobs), BACKEND
 (local, or kubernetes), MAX_RUNNING (1, or one a GPU), MAX_QUEUE (1000 jobs), ALLOWED_ROOTS (runs:data:DATA_DIR; local
 models and data are read from these folders alone), KEEP_DAYS and DATA_QUOTA (bytes; ended jobs are deleted after so
-many days, or when all together have more), API_PREFIX, API_KEY, MAX_BODY_BYTES (256 KiB); for Kubernetes also
+many days, or when all together have more), API_PREFIX, API_KEY, ALLOWED_HOSTS (names
+by which it is asked for without a key), MAX_BODY_BYTES (256 KiB); for Kubernetes also
 JOB_TEMPLATE (k8s/distill-job.yaml), NAMESPACE, IMAGE and GPU_MEMORY (bytes of the cluster's cards).
 """
 
@@ -15,15 +16,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from common import cli
+from common.web import launch
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="serve_distill.py")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
-    parser.add_argument("--port", type=int, default=8000)
+    launch.add_address(parser)
     parser.add_argument("--health", action="store_true", help="ask a running server instead; exit code 1: not alive")
     parser.add_argument("--keep_days", type=float, help="delete a job so long after its end; default: KEEP_DAYS")
     return parser
@@ -36,15 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.keep_days is not None and args.keep_days <= 0:
         raise cli.UserError(f"--keep_days {args.keep_days} must be above 0")
 
-    import uvicorn
-
     from common.jobs.routes import create_app
-    from common.jobs.service import Settings
+    from common.jobs.service import JobServiceSettings
 
-    settings = Settings.from_environment()
+    settings = JobServiceSettings.from_environment()
     if args.keep_days is not None:
         settings = dataclasses.replace(settings, keep_days=args.keep_days)
-    uvicorn.run(create_app(settings), host=args.host, port=args.port, access_log=False)
+    launch.run(create_app(settings), args.host, args.port)
     return None
 
 
@@ -60,17 +58,13 @@ def is_alive(port: int) -> int:
         return cli.FAILED
 
 
-def __getattr__(name: str) -> Any:
-    """`app`, made when uvicorn asks for it, so that `--help` needs none."""
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def create_app():
     from common.jobs.routes import create_app
 
-    try:
-        return create_app()
-    except cli.UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    return create_app()
 
+
+__getattr__ = launch.app_on_demand(__name__, create_app)
 
 if __name__ == "__main__":
     raise SystemExit(cli.run(main))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import cli, run_record
 from common.data import rows as records
-from common.files import sha256_file, write_json
+from common.files import grant, sha256_file, write_json
 from common.tasks.ranking import creditmix
 from common.tasks.ranking.creditmix import CREDITMIX
 
@@ -98,6 +98,7 @@ def save(args: argparse.Namespace, model, tokenizer, losses: dict[str, float]) -
     building = target.with_name(f".{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     model.save_pretrained(building)
+    grant(building)
     tokenizer.save_pretrained(building)
     facts = {
         "settings": vars(args),

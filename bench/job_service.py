@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.jobs_served import Process, make_place, sha256
 
 from common import cli
-from common.jobs import local_backend as job_local
+from common.jobs import local_backend
 from common.jobs.store import ENDED
 
 LONGEST = 600  # seconds that all jobs may take
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 process.kill()
                 for job in process.jobs.iterdir():
-                    job_local.kill_marked(job.name)
+                    local_backend.kill_marked(job.name)
         print(", ".join(f"{name} {value}" for name, value in results[-1].items()), file=sys.stderr)
     machine = {"cpus": os.cpu_count(), "load": os.getloadavg()[0]}
     print(json.dumps({"bench": "job_service", "settings": vars(args), "machine": machine, "rows": results}))
@@ -81,12 +81,12 @@ def under_load(process: Process, args: argparse.Namespace) -> dict[str, Any]:
         return job_id
 
     def ask(number: int) -> None:
-        draw = random.Random(number)
+        rng = random.Random(number)
         connection = process.connect()
         while not stop.is_set():
             if ids:
                 started = time.perf_counter()
-                connection.request("GET", f"/status/{draw.choice(ids)}")
+                connection.request("GET", f"/status/{rng.choice(ids)}")
                 answer = connection.getresponse()
                 answer.read()
                 states.append(time.perf_counter() - started)
@@ -110,15 +110,15 @@ def under_load(process: Process, args: argparse.Namespace) -> dict[str, Any]:
 
 def under_fire(process: Process, args: argparse.Namespace) -> dict[str, Any]:
     """kill -9 while jobs run; some jobs always wait."""
-    draw, ids = random.Random(args.seed), []
+    rng, ids = random.Random(args.seed), []
     killed = {"server": 0, "worker": 0, "training": 0}
     resumed = 0
     while sum(killed.values()) < args.kills:
         while len(ids) < 3 or process.status(ids[-2])["state"] in ENDED:
-            ids.append(process.submit("slow", max_steps=args.steps, export_onnx=draw.random() < 0.3))
+            ids.append(process.submit("slow", max_steps=args.steps, export_onnx=rng.random() < 0.3))
         resumed += resume_failed(process, ids)
-        time.sleep(draw.random() * 0.8)
-        victim = draw.choice(list(killed))
+        time.sleep(rng.random() * 0.8)
+        victim = rng.choice(list(killed))
         if victim == "server":
             process.kill()
             process.start()
@@ -141,10 +141,10 @@ def under_fire(process: Process, args: argparse.Namespace) -> dict[str, Any]:
 def find(process: Process, ids: Sequence[str], victim: str) -> int | None:
     """A process of a running job."""
     for job_id in ids:
-        mark = f"{job_local.MARK}={job_id}".encode()
-        found = [pid for pid in job_local.process_ids() if mark in job_local.environment_of(pid)]
-        leaders = [pid for pid in found if os.getpgid(pid) == pid] if found else []
-        others = [pid for pid in found if pid not in leaders]
+        mark = f"{local_backend.MARK}={job_id}".encode()
+        marked = [pid for pid in local_backend.process_ids() if mark in local_backend.environment_of(pid)]
+        leaders = [pid for pid in marked if os.getpgid(pid) == pid] if marked else []
+        others = [pid for pid in marked if pid not in leaders]
         chosen = leaders if victim == "worker" else others
         if chosen:
             return chosen[0]

@@ -232,28 +232,28 @@ class Load:
 
     def run(self, clients: int, seconds: float) -> float:
         """Answers a second."""
-        found: list[tuple[int, int, int, bytes]] = []
+        answers: list[tuple[int, int, int, bytes]] = []
         started = time.perf_counter()
-        asyncio.run(self._clients(clients, started + seconds, found))
+        asyncio.run(self._clients(clients, started + seconds, answers))
         took = time.perf_counter() - started
-        for adapter, row, status, body in found:
+        for adapter, row, status, body in answers:
             self._check(adapter, row, status, body)
-        return len(found) / took
+        return len(answers) / took
 
     def latency(self, clients: int) -> dict[str, float]:
         """Median and 95th percentile, in ms."""
         cuts = statistics.quantiles(self.seconds[clients], n=20, method="inclusive")
         return {"p50_ms": round(1000 * cuts[9], 2), "p95_ms": round(1000 * cuts[18], 2)}
 
-    async def _clients(self, clients: int, until: float, found: list) -> None:
-        await asyncio.gather(*(self._client(number, clients, until, found) for number in range(clients)))
+    async def _clients(self, clients: int, until: float, answers: list) -> None:
+        await asyncio.gather(*(self._client(number, clients, until, answers) for number in range(clients)))
 
-    async def _client(self, number: int, clients: int, until: float, found: list) -> None:
-        draw = random.Random(number)
+    async def _client(self, number: int, clients: int, until: float, answers: list) -> None:
+        rng = random.Random(number)
         reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
         times = self.seconds.setdefault(clients, [])
         while (started := time.perf_counter()) < until:
-            adapter, row = draw.randrange(len(self.names)), draw.randrange(len(self.texts))
+            adapter, row = rng.randrange(len(self.names)), rng.randrange(len(self.texts))
             body = json.dumps({"features": self.texts[row]}).encode()
             writer.write(
                 f"POST /infer/{self.names[adapter]} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -264,7 +264,7 @@ class Load:
             length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
             answer = await reader.readexactly(length)
             times.append(time.perf_counter() - started)
-            found.append((adapter, row, int(head[9:12]), answer))
+            answers.append((adapter, row, int(head[9:12]), answer))
         writer.close()
 
     def _check(self, adapter: int, row: int, status: int, body: bytes) -> None:

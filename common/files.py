@@ -15,6 +15,8 @@ from typing import IO, Any
 
 from common.cli import UserError
 
+MAX_DIGITS = 4000  # of a whole number; Python reads few more
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
@@ -30,12 +32,28 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.chmod(handle.name, 0o644)  # NamedTemporaryFile makes 0600
+        os.chmod(handle.name, new_file_mode())  # NamedTemporaryFile makes 0600
         os.replace(handle.name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(handle.name)
         raise
+
+
+def new_file_mode() -> int:
+    """The permissions of a new file, as the umask says."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def grant(*paths: str | Path) -> None:
+    """Give files, or those in folders, the permissions of new files: safetensors writes for the owner alone."""
+    mode = new_file_mode()
+    for path in map(Path, paths):
+        for file in path.iterdir() if path.is_dir() else [path]:
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -107,9 +125,39 @@ def read_text(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     """A JSON file. Raises UserError with the line where the JSON breaks."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); mend the file") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; mend the file") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+        ValueError: what Python would read otherwise than it is written, or not at all: a name that an object has
+            twice, a number of thousands of digits, nesting beyond all bounds.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)[:60]}' is given twice")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"it has a number of {len(text):,} digits")
+    return int(text)
 
 
 def sha256_text(text: str) -> str:

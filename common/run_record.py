@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,11 @@ from common.cli import UserError
 from common.data import splits
 from common.files import atomic_write, sha256_file, write_json
 from common.models import adapters
+
+try:
+    import resource
+except ModuleNotFoundError:  # native Windows
+    resource = None
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 FILE = "run.json"
@@ -65,7 +69,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": memory,
         "gpu": None if device.startswith("CPU") else device,
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "load": round(os.getloadavg()[0], 1),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -90,8 +94,9 @@ def describe_data(path: str, rows: int) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Peak memory of this process: resident (`ru_maxrss`) and, with CUDA, what torch allocated on the card."""
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    """Peak memory of this process: resident (`ru_maxrss`; 0 where the system does not say), and with CUDA what torch
+    allocated on the card."""
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
@@ -108,9 +113,12 @@ def read(save_dir: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        facts = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is broken ({error}); train again with --overwrite") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("state"), str):
+        raise UserError(f"{path} is broken (it says no state of a run); train again with --overwrite")
+    return facts
 
 
 class RunRecord:
@@ -118,6 +126,7 @@ class RunRecord:
 
     def __init__(self, save_dir: str, argv: list[str], settings: dict[str, Any], **facts: Any) -> None:
         self.path = Path(save_dir) / FILE
+        self.lock: int | None = None  # file descriptor of the folder's lock, let go of with the end of the run
         self.started = time.time()
         self.facts = {
             "state": "running",
@@ -140,6 +149,9 @@ class RunRecord:
         self.write(
             state=state, seconds=round(time.time() - self.started, 1), peak_memory_bytes=peak_memory_bytes(), **facts
         )
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
 def write_groups(save_dir: str | Path, groups: set[str]) -> None:

@@ -19,6 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are fastest so, and runs are comparable bit by bit
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items) -> None:
+    """A test that starts a process or a browser by a fixture is of the tier `processes`."""
+    for item in items:
+        if not {"spawn", "browser"}.isdisjoint(item.fixturenames):
+            item.add_marker("processes")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from common.models import tokenizers

@@ -138,6 +138,7 @@ def run(script: str, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_usage_errors_come_without_torch(script):
     told = run(script, "--help")

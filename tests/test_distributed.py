@@ -27,6 +27,8 @@ from common.training import checkpoints, completion
 from common.training.settings import TrainSettings
 from common.training.trainer import fit_batch_size
 
+pytestmark = pytest.mark.processes
+
 QUICK = ("--learning_rate", "0.01", "--logging_steps", "1", "--gradient_accumulation_steps", "1", "--max_steps", "4",
          "--lora_dropout", "0", "--save_steps", "2")  # fmt: skip
 TRAINERS = {"sft": sft_train.main, "dpo": dpo_train.main}

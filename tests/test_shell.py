@@ -16,6 +16,8 @@ import pytest
 
 from common import cli
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("demo.sh", "test.sh", ".ci/setup.sh", ".ci/run")
 RECIPES = sorted((ROOT / "recipes").glob("creditmix_*_*.yaml"))
@@ -207,7 +209,7 @@ def test_test_script_runs_ruff_then_pytest_with_the_arguments(checkout):
     assert run(checkout, "test.sh", "tests/x.py", "-k", "a b").returncode == 0
     found = [json.loads(line) for line in (checkout / "calls.log").read_text().splitlines()]
     assert found[-2][:3] == ["-m", "ruff", "check"]
-    assert found[-1] == ["-m", "pytest", "tests/x.py", "-k", "a b"]
+    assert found[-1] == ["-m", "pytest", "-m", "", "tests/x.py", "-k", "a b"]
 
 
 @pytest.mark.parametrize(

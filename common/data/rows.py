@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, log
-from common.files import open_text, read_json
+from common.files import open_text, parse_json, read_json
 
 SFT_KEYS = ("input", "output")
 KD_KEYS = ("input", "teacher_output")
@@ -22,9 +22,11 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(handle, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    yield number, parse_json(line)
                 except json.JSONDecodeError as error:
                     yield number, ValueError(f"not JSON ({error.msg})")
+                except ValueError as error:
+                    yield number, error
 
 
 def numbered_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str] | None]:
@@ -50,6 +52,8 @@ def _csv_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str]]:
         reader = csv.reader(handle, strict=True)
         try:
             header = [name.strip() for name in next(reader)]
+            if repeated := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
+                raise UserError(f"{path}, line 1: the column '{repeated[0][:60]}' is given twice; rename one of them")
             for cells in reader:
                 if len(cells) == len(header):
                     numbered.append((reader.line_num, dict(zip(header, cells, strict=True))))

@@ -86,15 +86,28 @@ def read_dataset(
         ) from error
     columns = set(dataset.column_names)
     if columns.issuperset(records.SFT_KEYS):
-        return records.check_rows(name, enumerate(dataset, start=1), records.SFT_KEYS, skip_bad_rows, "row")
+        rows = ((number, decoded(row)) for number, row in enumerate(dataset, start=1))
+        return records.check_rows(name, rows, records.SFT_KEYS, skip_bad_rows, "row")
     if text_column not in columns:
         raise UserError(
             f"--dataset {name} has the columns {', '.join(sorted(columns))}; name that of the text by --text_column"
         )
-    text = "\n".join(line.rstrip("\n") for line in dataset[text_column] if line)
+    lines = [decoded({text_column: line}) for line in dataset[text_column] if line]
+    if fault := next((line for line in lines if isinstance(line, ValueError)), None):
+        raise UserError(f"--dataset {name}: {fault}; convert it to UTF-8, e.g. with iconv")
+    text = "\n".join(line[text_column].rstrip("\n") for line in lines)
     if not text.strip():
         raise UserError(f"--dataset {name} has no text in its column {text_column}; name another by --text_column")
     return [{"text": text}]
+
+
+def decoded(row: dict) -> dict | ValueError:
+    """A row whose texts are texts, where a file (of Parquet, say) holds them as bytes; the ValueError of one that is
+    not UTF-8."""
+    try:
+        return {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
+    except UnicodeDecodeError as error:
+        return ValueError(f"it holds bytes that are no UTF-8 text (byte {error.start})")
 
 
 def read_labelled(path: str, task: LabelTask, skip_bad_rows: bool = False) -> list[dict]:

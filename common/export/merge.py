@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, reason
-from common.files import read_json, write_json
+from common.files import grant, read_json, write_json
 from common.models import adapters
 from common.models import loading as models
 from common.models.tokenizers import load_tokenizer
@@ -116,7 +116,7 @@ class Deltas:
             key for key in ("use_dora", "use_qalora", "modules_to_save", "trainable_token_indices") if config.get(key)
         ]
         other += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-        if config.get("init_lora_weights", True) not in adapters.NEIGHBOURLY_STARTS:  # it rebuilds the base
+        if config.get("init_lora_weights", True) not in adapters.BASE_KEEPING_STARTS:  # it rebuilds the base
             other.append("init_lora_weights")
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or other:
             what = other[0] if other else f"{config.get('peft_type')} with bias {config.get('bias')}"
@@ -222,6 +222,7 @@ def merge(
             shard[name] = weight.to(number_type).contiguous()
             weight_map[name] = file
         save_file(shard, target / file, metadata={"format": "pt"})
+        grant(target / file)
         shard.clear()
     if len(shards) > 1:
         total = checkpoint.numbers * number_type.itemsize

@@ -25,6 +25,8 @@ from referencing import Registry
 
 from common.cli import UserError
 from common.generation.schema_graph import contradiction, most_expansions, nodes, pointer, smallest, types
+from common.generation.schema_limits import check_limits
+from common.processes import OutOfTime, time_limit
 
 Schema = dict[str, Any] | bool
 Treatment = Literal["enforced", "checked", "unsupported"]
@@ -34,6 +36,7 @@ MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_PROPERTIES = 256 * 1024, 64, 5000, 1000
 MAX_EXPANSIONS = 1000  # schemas that apply to one value, references followed
 MAX_TRIALS = 64  # fragile keywords tried one by one
 MAX_DOCUMENT = 100_000  # characters of the smallest document
+PREFLIGHT_SECONDS, VALIDATION_SECONDS = 20.0, 5.0
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000)  # a repetition such as a{1000000} is not worked out in advance
 
 ENFORCED = {
@@ -54,6 +57,7 @@ UNSUPPORTED = {  # of earlier drafts: draft 2020-12 gives them no meaning, thoug
     "extends": "draft 2020-12 has allOf instead",
     "disallow": "draft 2020-12 has not instead",
     "divisibleBy": "draft 2020-12 has multipleOf instead",
+    "nullable": 'it is OpenAPI 3.0\'s; name null among the types instead, as in ["string", "null"]',
 }
 # Keywords that the engine knows, but not in every combination. What it refuses is left to the check afterwards.
 FRAGILE = ("oneOf", "pattern", "patternProperties", "minProperties", "maxProperties", "multipleOf")
@@ -132,16 +136,25 @@ def load(path: str | Path) -> Schema:
         raise UserError(f"--schema {path} is not JSON: {_short(str(error))}") from error
 
 
-def preflight(schema: Schema, best_effort: bool = False) -> Preflight:
+def preflight(schema: Schema, best_effort: bool = False, seconds: float = PREFLIGHT_SECONDS) -> Preflight:
     """Class every keyword of the schema as enforced while decoding, checked afterwards or unsupported.
 
     Annotations and keywords that no draft knows are passed over. With `best_effort`, what is unsupported is too.
 
     Raises:
-        UserError: the schema is invalid, refers to other documents, is satisfied by nothing, is too large, or has
-            keywords that are unsupported and `best_effort` is off.
+        UserError: the schema is invalid, refers to other documents, is satisfied by nothing, is too large, takes longer
+            than `seconds`, or has keywords that are unsupported and `best_effort` is off.
     """
+    try:
+        with time_limit(seconds):
+            return _preflight(schema, best_effort)
+    except OutOfTime:
+        raise UserError(f"the schema takes longer than {seconds:g} s to check; make it smaller or simpler") from None
+
+
+def _preflight(schema: Schema, best_effort: bool) -> Preflight:
     _check_size(schema)
+    check_limits(schema)
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
@@ -169,7 +182,18 @@ def preflight(schema: Schema, best_effort: bool = False) -> Preflight:
 
 
 def errors(value: Any, schema: Schema) -> list[str]:
-    """What jsonschema finds wrong with a value, one sentence each with its path; empty where it is valid."""
+    """What jsonschema finds wrong with a value, one sentence each with its path; empty where it is valid.
+
+    One of them can be that it takes longer than `VALIDATION_SECONDS` to tell.
+    """
+    try:
+        with time_limit(VALIDATION_SECONDS):
+            return _errors(value, schema)
+    except OutOfTime:
+        return [f"$: to check it takes longer than {VALIDATION_SECONDS:g} s; make the schema simpler"]
+
+
+def _errors(value: Any, schema: Schema) -> list[str]:
     if isinstance(schema, dict):  # references to the root must not change the dialect either
         schema = {key: part for key, part in schema.items() if key != "$schema"}
     faults = Validator(schema, format_checker=Validator.FORMAT_CHECKER, registry=Registry()).iter_errors(value)
@@ -283,7 +307,7 @@ def _classify(root: dict[str, Any], everything: list) -> list[Keyword]:
 def _classify_keyword(schema: dict[str, Any], key: str) -> tuple[Treatment, str, bool] | None:
     """(treatment, reason, whether it stays in the grammar's schema); None for what says nothing about the value."""
     value = schema[key]
-    if key in UNSUPPORTED and value not in ({}, True):
+    if key in UNSUPPORTED and value not in ((False,) if key == "nullable" else ({}, True)):
         return "unsupported", UNSUPPORTED[key], False
     if key == "format":
         if "string" not in types(schema):

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
+from common.jobs.backend import Device
+from common.jobs.folder import ARTIFACTS
 from common.models import adapters
 from common.training.settings import TrainSettings
 from common.vram import model_shape, preflight
@@ -26,6 +27,7 @@ from common.web.app import Problem
 IMPORTING = threading.Lock()
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SERVICE_FILES = ("jobs.db", "runner.lock", "reserve")  # how the names of the service's own files begin
 HUB_SECONDS = 8.0  # a question to the Hub may take
 TOKENIZER_SECONDS = 60.0  # two tokenizers may take to be loaded, the first time also downloaded
 REMEMBER = 600.0  # seconds that a yes of the Hub holds
@@ -44,10 +46,12 @@ class Reach:
 
     Args:
         roots: folders under which local paths are allowed.
+        own: the service's own folder, of which only what trainings have left is in reach.
     """
 
-    def __init__(self, roots: Sequence[Path]) -> None:
+    def __init__(self, roots: Sequence[Path], own: Path | None = None) -> None:
         self.roots = [os.path.realpath(root) for root in roots]
+        self.own = os.path.realpath(own) if own else None
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="hub")
         self._known: dict[tuple[str, str], float] = {}
 
@@ -55,7 +59,18 @@ class Reach:
         """The real path of what exists under an allowed root."""
         path = os.path.realpath(name)
         inside = any(path == root or path.startswith(root + os.sep) for root in self.roots)
-        return path if inside and os.path.exists(path) else None
+        return path if inside and os.path.exists(path) and not self._is_own(path) else None
+
+    def _is_own(self, path: str) -> bool:
+        """Whether a path is, or holds, a file by which the service runs: its table, a job's plan or its log."""
+        if self.own is None:
+            return False
+        if path == self.own or self.own.startswith(path.rstrip(os.sep) + os.sep):
+            return True
+        first, *others = os.path.relpath(path, self.own).split(os.sep)
+        if first == "jobs":  # jobs/<id>/artifacts is what a training has left
+            return len(others) < 2 or others[1] != ARTIFACTS
+        return first.startswith(SERVICE_FILES)
 
     def model(self, field: str, name: str) -> str:
         """The place of a model: a folder here, else an id on the Hub. Raises Problem 422."""
@@ -144,15 +159,15 @@ class Vocabularies:
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
         self._lock = threading.Lock()
-        self._found: dict[tuple, str | None] = {}
+        self.differences: dict[tuple, str | None] = {}
 
     def check(self, teacher: str, student: str) -> None:
         """Raises Problem 422 where the tokenizers differ or cannot be had."""
         key = (teacher, changed(teacher), student, changed(student))
         with self._lock:  # the first comparison imports transformers, which takes a while
-            if key not in self._found:
-                self._found[key] = self._difference(teacher, student)
-        if reason := self._found[key]:
+            if key not in self.differences:
+                self.differences[key] = self._difference(teacher, student)
+        if reason := self.differences[key]:
             raise Problem(422, f"teacher: its tokenizer is not the student's: {reason}", "teacher")
 
     def _difference(self, teacher: str, student: str) -> str | None:
@@ -177,19 +192,6 @@ def changed(folder: str) -> float:
         return max((entry.stat().st_mtime for entry in os.scandir(folder)), default=0.0)
     except OSError:
         return 0.0
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a job runs on.
-
-    Attributes:
-        cuda: whether it is a card.
-        size: bytes of its memory; None where they are not known.
-    """
-
-    cuda: bool
-    size: int | None
 
 
 def check_memory(settings: TrainSettings, device: Device) -> None:

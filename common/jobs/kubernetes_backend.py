@@ -19,9 +19,8 @@ import urllib3
 import yaml
 
 from common.cli import UserError, log
-from common.jobs.checks import Device
+from common.jobs.backend import GONE, Device, Ended
 from common.jobs.folder import JobFolder
-from common.jobs.local_backend import GONE, Ended
 from common.jobs.store import CANCELLED, FAILED, QUEUED, RUNNING, Job
 from common.web.app import Environment
 
@@ -35,7 +34,7 @@ PAUSE = 2.0  # seconds before the next try when the API server did not answer
 VOLUME = 30.0  # seconds a result may take to be seen here after its pod has ended
 
 
-class Kubernetes:
+class KubernetesBackend:
     """The backend of a cluster.
 
     Args:
@@ -56,7 +55,7 @@ class Kubernetes:
         self.device, self.batch, self.core = device, BatchV1Api(client), CoreV1Api(client)
         self._jobs: dict[str, Any] = {}  # the cluster's, by name, as the watch tells
         self._listed = threading.Event()
-        self._known: set[str] = set()  # names that this server has seen in the cluster
+        self.known: set[str] = set()  # names that this server has seen in the cluster
         self._next_try: dict[str, float] = {}  # by job id, where the API server did not answer
         self._deleting: set[str] = set()
         self._ended: dict[str, float] = {}  # since when a Job has been complete without a result here
@@ -64,7 +63,7 @@ class Kubernetes:
         threading.Thread(target=self._watch, name="kubernetes", daemon=True).start()
 
     @classmethod
-    def from_environment(cls, jobs_dir: Path) -> Kubernetes:
+    def from_environment(cls, jobs_dir: Path) -> KubernetesBackend:
         """The cluster of this pod, else that of the kubeconfig. Raises UserError."""
         try:
             from kubernetes import client, config
@@ -101,18 +100,18 @@ class Kubernetes:
         name = body["metadata"]["name"]
         try:
             try:
-                found = self.batch.create_namespaced_job(self.namespace, body, _request_timeout=REQUEST)
+                created = self.batch.create_namespaced_job(self.namespace, body, _request_timeout=REQUEST)
             except ApiException as error:
                 if error.status != 409:
                     raise
-                found = self.batch.read_namespaced_job(name, self.namespace, _request_timeout=REQUEST)
-            self._jobs.setdefault(name, found)  # the watch may have told of it, and more, already
-            self._known.add(name)
+                created = self.batch.read_namespaced_job(name, self.namespace, _request_timeout=REQUEST)
+            self._jobs.setdefault(name, created)  # the watch may have told of it, and more, already
+            self.known.add(name)
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             status = getattr(error, "status", None) or 500
             if 400 <= status < 500 and status not in (404, 408, 429):
-                raise OSError(f"Kubernetes refuses the Job: {told(error)}") from error
-            log(f"job {job.id}: Kubernetes did not take it ({told(error)}); trying again")
+                raise OSError(f"Kubernetes refuses the Job: {message_of(error)}") from error
+            log(f"job {job.id}: Kubernetes did not take it ({message_of(error)}); trying again")
             self._next_try[job.id] = time.monotonic() + PAUSE
 
     def look(self, job: Job) -> str | Ended:
@@ -120,16 +119,16 @@ class Kubernetes:
         if not self._listed.is_set() or time.monotonic() < self._next_try.get(job.id, 0):
             return QUEUED
         name = name_of(job)
-        found = self._jobs.get(name) or self._read(name)
+        known = self._jobs.get(name) or self._read(name)
         result = JobFolder(self.jobs_dir / job.id).result(job.attempt)
-        if found is None:
+        if known is None:
             if result:
                 return Ended(result["state"], result["error"], result["artifacts"])
             if job.cancel:
                 return Ended(CANCELLED)
-            return self._failed(job, "its Kubernetes Job was deleted") if name in self._known else GONE
-        self._known.add(name)
-        over = {condition.type: condition for condition in found.status.conditions or () if condition.status == "True"}
+            return self._failed(job, "its Kubernetes Job was deleted") if name in self.known else GONE
+        self.known.add(name)
+        over = {condition.type: condition for condition in known.status.conditions or () if condition.status == "True"}
         if "Complete" in over or "Failed" in over:
             if result:
                 return Ended(result["state"], result["error"], result["artifacts"])
@@ -140,22 +139,22 @@ class Kubernetes:
             since = self._ended.setdefault(name, time.monotonic())
             if time.monotonic() - since > VOLUME:
                 return self._failed(job, "its pod completed, but left no result on the volume; check the PVC")
-        return RUNNING if found.status.ready else QUEUED
+        return RUNNING if known.status.ready else QUEUED
 
     def stop(self, job: Job) -> None:
         """Delete the Job and, before it is gone, its pods; to be called again."""
         name = name_of(job)
-        found = self._jobs.get(name)
-        if found is not None and name not in self._deleting:
+        known = self._jobs.get(name)
+        if known is not None and name not in self._deleting:
             self._ask(lambda: self.batch.delete_namespaced_job(
                 name, self.namespace, propagation_policy="Foreground", _request_timeout=REQUEST))  # fmt: skip
             self._deleting.add(name)
-        if found is None:  # it was never created
+        if known is None:  # it was never created
             self._next_try.pop(job.id, None)
 
     def forget(self, job: Job) -> None:
         """After a job has ended. Its Job stays for a look with kubectl until its ttlSecondsAfterFinished."""
-        self._known.discard(name_of(job))
+        self.known.discard(name_of(job))
         self._deleting.discard(name_of(job))
         self._ended.pop(name_of(job), None)
         self._next_try.pop(job.id, None)
@@ -193,14 +192,14 @@ class Kubernetes:
         except ApiException as error:
             if error.status == 404:
                 return None
-            raise OSError(f"Kubernetes: {told(error)}") from error
+            raise OSError(f"Kubernetes: {message_of(error)}") from error
         except urllib3.exceptions.HTTPError as error:
             raise OSError(f"Kubernetes does not answer ({type(error).__name__})") from error
 
     def _read(self, name: str) -> Any:
         """A Job that the watch has not told of: there may be one nevertheless."""
-        found = self._ask(lambda: self.batch.read_namespaced_job(name, self.namespace, _request_timeout=REQUEST))
-        return found and self._jobs.setdefault(name, found)
+        known = self._ask(lambda: self.batch.read_namespaced_job(name, self.namespace, _request_timeout=REQUEST))
+        return known and self._jobs.setdefault(name, known)
 
     def _reason(self, name: str, condition: Any) -> str:
         """Why a Job has failed, from its pods where they are still there."""
@@ -226,16 +225,16 @@ class Kubernetes:
         trouble = ""
         while not self._closed.is_set():
             try:
-                found = self.batch.list_namespaced_job(
+                listed = self.batch.list_namespaced_job(
                     self.namespace, label_selector=OWN_JOBS, _request_timeout=REQUEST
                 )
-                self._jobs = {job.metadata.name: job for job in found.items}
+                self._jobs = {job.metadata.name: job for job in listed.items}
                 self._listed.set()
                 stream = Watch().stream(
                     self.batch.list_namespaced_job,
                     self.namespace,
                     label_selector=OWN_JOBS,
-                    resource_version=found.metadata.resource_version,
+                    resource_version=listed.metadata.resource_version,
                     timeout_seconds=WATCH,
                     _request_timeout=WATCH + REQUEST,
                 )
@@ -248,8 +247,8 @@ class Kubernetes:
                 trouble = ""
             except Exception as error:  # without this thread, nothing would be heard any more
                 expired = getattr(error, "status", None) == 410  # what has happened since is no longer known there
-                if not expired and told(error) != trouble and not self._closed.is_set():
-                    trouble = told(error)
+                if not expired and message_of(error) != trouble and not self._closed.is_set():
+                    trouble = message_of(error)
                     log(f"Kubernetes: the watch was lost ({trouble}); trying again")
                 self._closed.wait(PAUSE / 20 if expired else PAUSE)
 
@@ -259,7 +258,7 @@ def name_of(job: Job) -> str:
     return f"distill-{job.id}-{job.attempt}"
 
 
-def told(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """An API error in one line."""
     try:
         return json.loads(error.body)["message"]

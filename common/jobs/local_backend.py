@@ -15,11 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from common.jobs.checks import Device
+from common.jobs.backend import GONE, Device, Ended
 from common.jobs.folder import WORKER, JobFolder
 from common.jobs.store import CANCELLED, FAILED, RUNNING, Job
 from common.jobs.worker import BUSY, STOPPED, failure
@@ -28,19 +26,9 @@ ROOT = Path(__file__).parents[2]
 GRACE = 5.0  # seconds a training gets to save a checkpoint when it is cancelled
 MARK = "DISTILL_JOB"  # the environment variable with a job's id
 SECRETS = ("API_KEY",)  # of the server's environment, not for its workers
-GONE = "gone"  # of a job: nothing is at work on it, nothing was heard
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How an attempt at a job ended."""
-
-    state: str
-    error: dict[str, Any] | None = None
-    artifacts: list[dict[str, Any]] = field(default_factory=list)
-
-
-class Local:
+class LocalBackend:
     """The backend of one machine.
 
     Args:
@@ -65,7 +53,7 @@ class Local:
         if len(self.cards) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = self.cards[job.slot % len(self.cards)]
         self._seen.add(job.id)
-        with open(folder.log, "ab") as log:
+        with folder.open_log() as log:
             self._children[job.id] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "common.jobs.worker", str(folder.path), "--attempt", str(job.attempt)],
                 cwd=folder.path,
@@ -128,12 +116,12 @@ def kill_marked(job_id: str) -> int:
     mark = f"{MARK}={job_id}".encode()
     killed = 0
     for _ in range(10):  # one may fork while the others are killed
-        found = [pid for pid in process_ids() if mark in environment_of(pid)]
-        for pid in found:
+        marked = [pid for pid in process_ids() if mark in environment_of(pid)]
+        for pid in marked:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        killed += len(found)
-        if not found:
+        killed += len(marked)
+        if not marked:
             break
         time.sleep(0.01)
     return killed
@@ -152,15 +140,15 @@ def environment_of(pid: int) -> list[bytes]:
 
 
 def ask_cards(query: str) -> list[str]:
-    """What nvidia-smi tells of each card; empty where there is none. Asking torch would take memory on the card."""
+    """What nvidia-smi says of each card; empty where there is none. Asking torch would take memory on the card."""
     if shutil.which("nvidia-smi") is None:
         return []
     words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return told.split()
+    return output.split()
 
 
 def find_cards() -> list[str]:
@@ -175,8 +163,8 @@ def find_device(cards: Sequence[str]) -> Device:
     if cards:
         sizes = [int(size) << 20 for size in ask_cards("memory.total") if size.isdigit()]
         return Device(True, min(sizes, default=None))
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
-            found.append(int(Path(file).read_text()))
-    return Device(False, min(found))
+            sizes.append(int(Path(file).read_text()))
+    return Device(False, min(sizes))

@@ -6,13 +6,13 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
-from common.jobs.folder import JobFolder, log_lines
+from common.jobs.folder import ARTIFACTS, LOG, JobFolder, log_lines
 from common.jobs.store import ENDED, Job
 from common.training.progress import LIVE_LOG, is_loss
 
+LIVE = f"{ARTIFACTS}/{LIVE_LOG}"
 TAIL = 1 << 14  # bytes of the live log behind a status
 CHUNK = 1 << 18  # bytes of a log that are sent at once
 POLL = 0.25  # seconds between two looks for something new
@@ -22,15 +22,15 @@ OF_THE_LOG = {"max_steps", "time"}  # what each of its lines has beside what was
 
 def parse(content: bytes) -> list[dict[str, Any]]:
     """The complete lines of a live log; a number that is not finite becomes None, as JSON has no such."""
-    found = []
+    entries = []
     for line in content.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # the beginning was cut off, or a kill left half a line
         if isinstance(entry, dict) and entry.keys() >= {"step", "max_steps", "time"}:
-            found.append({name: value if is_finite(value) else None for name, value in entry.items()})
-    return found
+            entries.append({name: value if is_finite(value) else None for name, value in entry.items()})
+    return entries
 
 
 def losses_of(entry: dict[str, Any]) -> dict[str, float | None]:
@@ -43,18 +43,14 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def read(path: Path, start: int, most: int) -> bytes:
-    """At most so many bytes of a file, from `start`, or with a negative start from so far before its end."""
+def read(folder: JobFolder, name: str, start: int, most: int) -> bytes:
+    """At most so many bytes of a job's file, from `start`, or with a negative start from so far before its end."""
     try:
-        with open(path, "rb") as handle:
+        with folder.open(name) as handle:
             handle.seek(max(0, handle.seek(0, 2) + start) if start < 0 else start)
             return handle.read(most)
     except OSError:
         return b""
-
-
-def live_log(folder: JobFolder) -> Path:
-    return folder.artifacts / LIVE_LOG
 
 
 def status(folder: JobFolder, ended: bool) -> dict[str, Any]:
@@ -62,7 +58,7 @@ def status(folder: JobFolder, ended: bool) -> dict[str, Any]:
 
     The time that is left follows from the speed since the training started, or went on, within the last lines.
     """
-    entries = parse(read(live_log(folder), -TAIL, TAIL))
+    entries = parse(read(folder, LIVE, -TAIL, TAIL))
     losses: dict[str, float | None] = {}
     for entry in entries:
         losses |= losses_of(entry)
@@ -89,7 +85,7 @@ def session_start(entries: list[dict[str, Any]]) -> dict[str, Any]:
 def curves(folder: JobFolder) -> list[dict[str, Any]]:
     """All that was logged, each step once: what a resumed training logs again takes the place of what was."""
     entries: dict[tuple[int, bool], dict[str, Any]] = {}
-    for entry in parse(read(live_log(folder), 0, -1)):
+    for entry in parse(read(folder, LIVE, 0, -1)):
         if losses_of(entry):
             entries[entry["step"], "eval_loss" in entry] = entry
         else:  # it goes on from here
@@ -117,32 +113,35 @@ async def events(
         closing: whether the server is about to stop, which ends the stream.
     """
     log_at, live_at = where
-    told, silent = None, 0.0
+
+    def look() -> tuple[Job | None, tuple[bytes, int], tuple[bytes, int], dict | None]:
+        job = find()
+        news = read_on(folder, LOG, log_at), read_on(folder, LIVE, live_at)
+        return job, *news, describe(job) if job else None
+
+    sent, silent = None, 0.0
     while not closing():
-        job = await asyncio.to_thread(find)
-        lines, log_at = await asyncio.to_thread(read_on, folder.log, log_at)
-        entries, live_at = await asyncio.to_thread(read_on, live_log(folder), live_at)
+        job, (lines, log_at), (entries, live_at), state = await asyncio.to_thread(look)
         if lines:
             yield event("log", log_lines(lines), (log_at, live_at))
         if logged := [entry for entry in parse(entries) if losses_of(entry)]:
             yield event("metrics", logged, (log_at, live_at))
-        state = await asyncio.to_thread(describe, job) if job else None
-        if state != told:
+        if state != sent:
             yield event("state", state, (log_at, live_at))
         if state is None or (job.state in ENDED and not lines and not entries):
             return
-        silent = 0.0 if lines or entries or state != told else silent + POLL
+        silent = 0.0 if lines or entries or state != sent else silent + POLL
         if silent >= BEAT:
             silent = 0.0
             yield ": still here\n\n"
-        told = state
+        sent = state
         if not lines and not entries:
             await asyncio.sleep(POLL)
 
 
-def read_on(path: Path, start: int) -> tuple[bytes, int]:
+def read_on(folder: JobFolder, name: str, start: int) -> tuple[bytes, int]:
     """The whole lines that follow byte `start`, and where they end; a part of a line when it alone is too long."""
-    content = read(path, start, CHUNK)
+    content = read(folder, name, start, CHUNK)
     if len(content) < CHUNK or b"\n" in content:
         content = content[: content.rfind(b"\n") + 1]
     return content, start + len(content)

@@ -57,7 +57,17 @@ ALIASES = {  # names of the llm2slm payload, for methods whose script does not k
     "save_every": "save_steps",
 }
 QAT = "quantization_aware"
-OF_THE_SERVER = ("save_dir", "output_dir", "resume", "overwrite", "config", "trust_remote_code", "report_to", "help")
+OF_THE_SERVER = (
+    "save_dir",
+    "output_dir",
+    "resume",
+    "with_changes",
+    "overwrite",
+    "config",
+    "trust_remote_code",
+    "report_to",
+    "help",
+)
 MODELS, FILES = ("student", "teacher"), ("data", "eval_data", "task")
 LONGEST = 4096  # characters of a text
 MOST = 1e9
@@ -72,7 +82,7 @@ RANGES = {  # of numbers, both ends included; where the scripts would take more,
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedJob:
     """A request that has passed: its method, the training's settings, and what the worker is to run.
 
     Attributes:
@@ -109,7 +119,7 @@ class Planner:
         known = {name: action for name, action in flags.items() if action.dest not in OF_THE_SERVER}
         return known | {alias: known[name] for alias, name in ALIASES.items() if name in known}
 
-    def plan(self, payload: Mapping[str, Any], save_dir: Path) -> Plan:
+    def plan(self, payload: Mapping[str, Any], save_dir: Path) -> PlannedJob:
         """What to run for a request.
 
         Raises:
@@ -142,7 +152,7 @@ class Planner:
             words = [f"--model_dir={save_dir}", f"--format={format}", f"--save_dir={save_dir / format}"]
             exporter = [str(self.scripts / EXPORTER), *words, f"--proof_data={proof}"]
             commands.append({"argv": exporter, "output": format})
-        return Plan(method, settings, commands)
+        return PlannedJob(method, settings, commands)
 
     def _settings(self, method: str, payload: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         """{name of the setting: (name it was given under, value)}; null counts as not given."""

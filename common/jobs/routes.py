@@ -17,10 +17,9 @@ from fastapi import APIRouter, Body, FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 
-from common.jobs import artifacts as job_artifacts
-from common.jobs import progress as job_progress
+from common.jobs import artifacts, progress
 from common.jobs.checks import import_libraries
-from common.jobs.service import Service, Settings
+from common.jobs.service import JobServiceSettings, Service
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem
 
@@ -72,7 +71,7 @@ class JobStatus(BaseModel):
     state: State
     cancelling: bool = Field(description="Asked to stop, but not stopped yet")
     ahead: int | None = Field(description="Of one that waits: how many come before it")
-    attempt: int = Field(description="How often it was started; going on after a restart of the server counts not")
+    attempt: int = Field(description="How often it was started; not counted: going on after a restart of the server")
     created: str
     started: str | None
     ended: str | None
@@ -118,7 +117,7 @@ def responses(*statuses: int) -> dict[int, dict[str, Any]]:
     return web.responses(*statuses, own=SENTENCES)
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: JobServiceSettings | None = None) -> FastAPI:
     """The application; the jobs run in the background from its start to its end.
 
     Args:
@@ -127,7 +126,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     Raises:
         UserError: a setting that cannot be.
     """
-    service = Service(settings or Settings.from_environment())
+    service = Service(settings or JobServiceSettings.from_environment())
     settings, prefix = service.settings, service.settings.api_prefix
 
     @asynccontextmanager
@@ -145,7 +144,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Distillation, SFT, KD and DPO as jobs: submit, watch, cancel, resume, download.",
         lifespan=lifespan,
         responses=ALWAYS,
-        docs_url=f"{prefix}/docs",
+        docs_url=None,
         openapi_url=f"{prefix}/openapi.json",
         redoc_url=None,
     )
@@ -154,8 +153,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @app.exception_handler(sqlite3.OperationalError)
     async def on_full_disk(request: Request, error: sqlite3.OperationalError) -> Response:
-        told = f"the jobs cannot be read or written now ({error}); try again"
-        return web.error_response(web.request_id(request), 503, told, headers={"Retry-After": "30"})
+        message = f"the jobs cannot be read or written now ({error}); try again"
+        return web.error_response(web.request_id(request), 503, message, headers={"Retry-After": "30"})
 
     app.add_middleware(
         Guard,
@@ -163,6 +162,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         api_key=settings.api_key,
         open_paths=web.open_paths(prefix),
+        hosts=settings.allowed_hosts,
     )
     web.add_about(app, service.metrics, PAGE, prefix)
 
@@ -262,7 +262,7 @@ def add_results(router: APIRouter, service: Service) -> None:
         job = await asyncio.to_thread(service.get, job_id)
         seen = re.fullmatch(r"(\d{1,15})-(\d{1,15})", last_event_id)
         where = (int(seen[1]), int(seen[2])) if seen else (0, 0)
-        stream = job_progress.events(
+        stream = progress.events(
             service.folder(job), lambda: service.find(job_id), service.describe, where, service.closing.is_set
         )
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -271,10 +271,10 @@ def add_results(router: APIRouter, service: Service) -> None:
     def curves(job_id: str) -> Response:
         """The loss curves."""
         job = service.get(job_id)
-        return JSONResponse({"job_id": job.id, "points": job_progress.curves(service.folder(job))})
+        return JSONResponse({"job_id": job.id, "points": progress.curves(service.folder(job))})
 
     @router.get("/artifacts/{job_id}", response_model=Artifacts, responses=responses(404))
-    def artifacts(job_id: str) -> Response:
+    def list_artifacts(job_id: str) -> Response:
         """What can be downloaded: student, tokenizer, exports, record and curves of the run."""
         job = service.get(job_id)
         files = [{**entry, "url": f"{prefix}/download/{job.id}/{quote(entry['path'])}"} for entry in job.artifacts]
@@ -294,7 +294,7 @@ def add_results(router: APIRouter, service: Service) -> None:
     def download(job_id: str, path: str, request: Request) -> Response:
         """A file of the artifact list, or ranges of it."""
         job = service.get(job_id)
-        found = job_artifacts.locate(service.folder(job).artifacts, job.artifacts, path)
-        if found is None:
+        located = artifacts.locate(service.folder(job).artifacts, job.artifacts, path)
+        if located is None:
             raise Problem(404, "the job has no such file; /artifacts/{job_id} lists them", "path")
-        return job_artifacts.answer(request, *found)
+        return artifacts.answer(request, *located)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 import threading
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import log
-from common.jobs.folder import JobFolder
-from common.jobs.local_backend import GONE, Ended
+from common.jobs.backend import GONE, Backend, Ended
+from common.jobs.folder import JobFolder, delete_set_aside, try_lock
 from common.jobs.store import FAILED, QUEUED, RUNNING, Job, Store
 
 TICK = 0.1  # seconds between two looks while jobs run
@@ -30,13 +29,18 @@ class Runner:
     killed, another, or its successor, gets the lock and finds the jobs that were handed over.
 
     Args:
-        backend: `Local` or `Kubernetes`.
         keep_days: ended jobs are deleted after that many days; None keeps them.
         quota: bytes that the jobs' folders may have together before the oldest ended ones are deleted; None: no end.
     """
 
     def __init__(
-        self, store: Store, backend: Any, jobs_dir: Path, max_running: int, keep_days: float | None, quota: int | None
+        self,
+        store: Store,
+        backend: Backend,
+        jobs_dir: Path,
+        max_running: int,
+        keep_days: float | None,
+        quota: int | None,
     ) -> None:
         self.store, self.backend, self.jobs_dir = store, backend, jobs_dir
         self.max_running, self.keep_days, self.quota = max_running, keep_days, quota
@@ -64,9 +68,7 @@ class Runner:
         lock = os.open(self.jobs_dir.parent / "runner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             while not self._stop.is_set():
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self.is_leader = True
+                self.is_leader = self.is_leader or try_lock(lock)
                 if self.is_leader:
                     self._tick()
                 self._wake.wait(TICK)
@@ -116,13 +118,13 @@ class Runner:
             self._finish(job, Ended(FAILED, {"reason": f"cannot start: {error}", "exit_code": None, "log": []}))
 
     def _look(self, job: Job) -> None:
-        found = self.backend.look(job)
-        if isinstance(found, Ended):
-            self._finish(job, found)
-        elif found == GONE:
+        status = self.backend.look(job)
+        if isinstance(status, Ended):
+            self._finish(job, status)
+        elif status == GONE:
             self._start(job)  # it goes on from its checkpoint
         else:
-            if found == RUNNING and job.state == QUEUED:
+            if status == RUNNING and job.state == QUEUED:
                 self.store.begin(job)
             if job.cancel:
                 self.backend.stop(job)
@@ -133,11 +135,9 @@ class Runner:
         self.store.finish(job, ended.state, ended.error, ended.artifacts, folder.size())
 
     def clean(self) -> None:
-        """Delete what is too old or too much, and folders that no job has."""
-        known = self.store.ids()
-        for folder in self.jobs_dir.iterdir():
-            if folder.name not in known:
-                JobFolder(folder).delete()
+        """Delete what is too old or too much. A folder is only deleted for a job of the table, or after one."""
+        delete_set_aside(self.jobs_dir)
+        self.store.keep_reserve()
         ended = self.store.ended()
         used = sum(size for _, _, size in ended)
         if self.quota is not None:
@@ -150,7 +150,15 @@ class Runner:
 
     def delete(self, job_id: str) -> bool:
         """Delete a job that has ended, and its folder; False where it has not."""
-        if not self.store.delete(job_id):
-            return False
-        JobFolder(self.jobs_dir / job_id).delete()
-        return True
+
+        def set_aside() -> None:
+            with contextlib.suppress(FileNotFoundError):  # one that was cancelled before it began has none
+                JobFolder(self.jobs_dir / job_id).set_aside()
+
+        try:
+            deleted = self.store.delete(job_id, set_aside)
+        except sqlite3.OperationalError:  # a full disk: its files make room
+            delete_set_aside(self.jobs_dir)
+            deleted = self.store.delete(job_id)
+        delete_set_aside(self.jobs_dir)
+        return deleted

@@ -12,10 +12,11 @@ from typing import Any
 from prometheus_client import Gauge
 
 from common.cli import UserError
-from common.jobs import local_backend as job_local
-from common.jobs import progress as job_progress
+from common.jobs import local_backend, progress
+from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
-from common.jobs.folder import WORKER, JobFolder
+from common.jobs.folder import JOB_ID, WORKER, JobFolder, check_system
+from common.jobs.recovery import adopt_folders, keep_row
 from common.jobs.request import Planner
 from common.jobs.runner import Runner
 from common.jobs.store import (
@@ -35,13 +36,12 @@ from common.run_record import utc_stamp
 from common.web.app import Environment, Problem, WebMetrics
 
 ROOT = Path(__file__).parents[2]
-JOB_ID = re.compile(r"[0-9a-f]{16}")
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 BACKENDS = ("local", "kubernetes")
 
 
 @dataclass(frozen=True)
-class Settings:
+class JobServiceSettings:
     """What the environment may set; the defaults are in `from_environment`."""
 
     data_dir: Path
@@ -56,9 +56,10 @@ class Settings:
     max_body_bytes: int
     warm_up: bool = True  # import what the checks need before the first request needs it
     scripts: Path = ROOT
+    allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
-    def from_environment(cls) -> Settings:
+    def from_environment(cls) -> JobServiceSettings:
         """Raises UserError for a value that cannot be."""
         env = Environment()
         data_dir = Path(os.path.abspath(env.text("DATA_DIR", str(ROOT / "runs" / "jobs"))))
@@ -81,22 +82,25 @@ class Settings:
             api_prefix=prefix,
             api_key=env.text("API_KEY"),
             max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 18),
+            allowed_hosts=env.names("ALLOWED_HOSTS"),
         )
 
 
 class Service:
     """What the routes call. Everything here blocks for a moment: not for the event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: JobServiceSettings) -> None:
         """Raises UserError where the settings cannot be met."""
         self.settings = settings
         self.jobs_dir = settings.data_dir / "jobs"
+        check_system()
         try:
-            self.store: Store = open_store(settings.data_dir)
+            self.store: Store = open_store(settings.data_dir, lambda job: keep_row(self.folder(job), job))
             self.jobs_dir.mkdir(exist_ok=True)
+            adopt_folders(self.store, self.jobs_dir)
         except OSError as error:
             raise UserError(f"DATA_DIR={settings.data_dir}: {error.strerror}; choose another folder") from error
-        self.reach = Reach(settings.allowed_roots)
+        self.reach = Reach(settings.allowed_roots, own=settings.data_dir)
         self.vocabularies = Vocabularies(self.reach)
         self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
         backend, at_once = self._backend()
@@ -114,14 +118,14 @@ class Service:
         for state in STATES:
             gauge.labels(state).set_function(lambda state=state: self.store.counts()[state])
 
-    def _backend(self) -> tuple[Any, int]:
-        """The backend, and how many jobs it runs at once unless told."""
+    def _backend(self) -> tuple[Backend, int]:
+        """The backend, and how many jobs it runs at once where MAX_RUNNING is not set."""
         if self.settings.backend == "kubernetes":
-            from common.jobs.kubernetes_backend import Kubernetes
+            from common.jobs.kubernetes_backend import KubernetesBackend
 
-            return Kubernetes.from_environment(self.jobs_dir), 1000  # the cluster has a queue of its own
-        cards = job_local.find_cards()
-        return job_local.Local(self.jobs_dir, cards), max(1, len(cards))
+            return KubernetesBackend.from_environment(self.jobs_dir), 1000  # the cluster has a queue of its own
+        cards = local_backend.find_cards()
+        return local_backend.LocalBackend(self.jobs_dir, cards), max(1, len(cards))
 
     def folder(self, job: Job) -> JobFolder:
         return JobFolder(self.jobs_dir / job.id)
@@ -155,6 +159,8 @@ class Service:
             job = self.store.submit(plan.method, payload, plan.commands, job_id, key)
         except KeyTaken:
             raise Problem(422, "Idempotency-Key: it was used for another request", "Idempotency-Key") from None
+        except OSError as error:
+            raise Problem(503, f"the job cannot be kept ({error.strerror}); try again", retry_after=60) from error
         self.runner.wake()
         return job
 
@@ -195,7 +201,7 @@ class Service:
             "started": stamp(job.started),
             "ended": stamp(job.ended),
             "command": self._command(job),
-            **job_progress.status(self.folder(job), job.state in ENDED),
+            **progress.status(self.folder(job), job.state in ENDED),
             "error": job.error,
             "resumable": job.state in (FAILED, CANCELLED),
             "request": job.request,

@@ -7,28 +7,33 @@ claims and finishes; any process may submit, cancel, resume and read.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from common.cli import log
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
 WAIT = 10  # seconds for the write lock
+RESERVE = 1 << 20  # bytes kept back on the disk, so that a full one still takes what makes room
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS job (
     number INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given twice
     id TEXT NOT NULL UNIQUE,
     method TEXT NOT NULL,
     request TEXT NOT NULL,                     -- JSON, as it was sent
-    commands TEXT NOT NULL,                    -- JSON, see job_request.Plan
+    commands TEXT NOT NULL,                    -- JSON, see request.PlannedJob
     key TEXT UNIQUE,                           -- of idempotency
     place INTEGER NOT NULL,                    -- in the queue
     state TEXT NOT NULL DEFAULT 'queued',
@@ -88,12 +93,20 @@ class KeyTaken(Exception):
 class Store:
     """The table, for any number of threads and processes; every method is one transaction.
 
+    On a full disk jobs can still be cancelled, deleted and taken back from the backend: a file of `RESERVE` bytes is
+    given up for that.
+
+    Args:
+        keep: called with every row that has changed, before the change is final, to keep a copy of it elsewhere.
+            Where that fails with an OSError, a new job is not taken; other changes go on.
+
     Raises (all of its methods):
         sqlite3.OperationalError: the disk is full, or the file cannot be written.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, keep: Callable[[Job], None] = lambda job: None) -> None:
+        self.path, self._keep = Path(path), keep
+        self.reserve = self.path.with_name("reserve")
         self._local = threading.local()
         with self._transaction() as connection:
             for statement in SCHEMA.split(";\n"):
@@ -121,8 +134,44 @@ class Store:
                 connection.execute("ROLLBACK")
             raise
 
+    def _make_room(self) -> bool:
+        """Give the reserve up; False where there is none any more."""
+        try:
+            self.reserve.unlink()
+        except OSError:
+            return False
+        return True
+
+    def keep_reserve(self) -> None:
+        """Take the reserve back, where there is room for it again."""
+        if not hasattr(os, "posix_fallocate") or self.reserve.exists():
+            return
+        try:
+            with open(self.reserve, "wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, RESERVE)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._make_room()
+
+    def _even_when_full(self, change: Callable[[], Any]) -> Any:
+        """What a transaction gives, also one on a full disk."""
+        try:
+            return change()
+        except sqlite3.OperationalError as error:
+            if "full" not in str(error) or not self._make_room():
+                raise
+            return change()
+
     def _rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         return self._connection().execute(sql, values).fetchall()
+
+    def _kept(self, job_id: str) -> Job | None:
+        """A job as it is now, a copy of which is kept where there is room for it."""
+        job = self.find(job_id)
+        if job is not None:
+            with contextlib.suppress(OSError):
+                self._keep(job)
+        return job
 
     # Asked by anybody.
 
@@ -142,7 +191,9 @@ class Store:
                 "(SELECT coalesce(max(place), 0) + 1 FROM job), ?)",
                 (job_id, method, json.dumps(request), json.dumps(commands), key, time.time()),
             )
-            return self.find(job_id)
+            job = self.find(job_id)
+            self._keep(job)
+            return job
 
     def by_key(self, key: str, request: dict[str, Any]) -> Job | None:
         """The job that was submitted under an idempotency key. Raises KeyTaken for another request than this."""
@@ -171,18 +222,22 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """Jobs by state; every state is there."""
-        found = dict(self._rows("SELECT state, count(*) FROM job GROUP BY state"))
-        return {state: found.get(state, 0) for state in STATES}
+        counts = dict(self._rows("SELECT state, count(*) FROM job GROUP BY state"))
+        return {state: counts.get(state, 0) for state in STATES}
 
     def cancel(self, job_id: str) -> Job | None:
         """A job that waits is cancelled; one that is handed gets a mark, for the runner. Others stay as they are."""
-        with self._transaction() as connection:
-            connection.execute(
-                "UPDATE job SET state = 'cancelled', ended = ? WHERE id = ? AND state = 'queued' AND handed = 0",
-                (time.time(), job_id),
-            )
-            connection.execute("UPDATE job SET cancel = 1 WHERE id = ? AND handed = 1", (job_id,))
-            return self.find(job_id)
+
+        def change() -> Job | None:
+            with self._transaction() as connection:
+                connection.execute(
+                    "UPDATE job SET state = 'cancelled', ended = ? WHERE id = ? AND state = 'queued' AND handed = 0",
+                    (time.time(), job_id),
+                )
+                connection.execute("UPDATE job SET cancel = 1 WHERE id = ? AND handed = 1", (job_id,))
+                return self._kept(job_id)
+
+        return self._even_when_full(change)
 
     def resume(self, job_id: str) -> bool:
         """Put a failed or cancelled job at the end of the queue again; False where it is neither."""
@@ -193,13 +248,25 @@ class Store:
                 "WHERE id = ? AND state IN ('failed', 'cancelled')",
                 (job_id,),
             )
+            self._kept(job_id)
             return changed.rowcount == 1
 
-    def delete(self, job_id: str) -> bool:
-        """Forget a job that has ended; False where it has not."""
-        with self._transaction() as connection:
-            sql = "DELETE FROM job WHERE id = ? AND state IN ('succeeded', 'failed', 'cancelled')"
-            return connection.execute(sql, (job_id,)).rowcount == 1
+    def delete(self, job_id: str, set_aside: Callable[[], Any] = lambda: None) -> bool:
+        """Forget a job that has ended; False where it has not.
+
+        Args:
+            set_aside: called before it is forgotten for good; where that fails, it is not.
+        """
+
+        def change() -> bool:
+            with self._transaction() as connection:
+                sql = "DELETE FROM job WHERE id = ? AND state IN ('succeeded', 'failed', 'cancelled')"
+                ended = connection.execute(sql, (job_id,)).rowcount == 1
+                if ended:
+                    set_aside()
+                return ended
+
+        return self._even_when_full(change)
 
     # Asked by the one that runs jobs.
 
@@ -213,7 +280,7 @@ class Store:
                 "RETURNING *",
                 (slot, state, time.time()),
             ).fetchall()
-            return _job(rows[0]) if rows else None
+            return self._kept(rows[0]["id"]) if rows else None
 
     def handed(self) -> list[Job]:
         """The jobs that the backend has, in the order of the queue."""
@@ -224,20 +291,27 @@ class Store:
         with self._transaction() as connection:
             sql = "UPDATE job SET state = 'running', started = ? WHERE id = ? AND state = 'queued' AND handed = 1"
             connection.execute(sql, (time.time(), job.id))
+            self._kept(job.id)
 
     def finish(
         self, job: Job, state: str, error: dict[str, Any] | None, artifacts: Sequence[dict[str, Any]], size: int
     ) -> None:
         """Take a job back from the backend; `size` is the bytes of its folder."""
-        with self._transaction() as connection:
-            connection.execute(
-                "UPDATE job SET state = ?, handed = 0, slot = NULL, cancel = 0, ended = ?, error = ?, artifacts = ?, "
-                "bytes = ? WHERE id = ? AND handed = 1 AND attempt = ?",
-                (
-                    state, time.time(), None if error is None else json.dumps(error), json.dumps(artifacts), size,
-                    job.id, job.attempt,
-                ),
-            )  # fmt: skip
+        columns = (
+            state, time.time(), None if error is None else json.dumps(error), json.dumps(artifacts), size, job.id,
+            job.attempt,
+        )  # fmt: skip
+
+        def change() -> None:
+            with self._transaction() as connection:
+                connection.execute(
+                    "UPDATE job SET state = ?, handed = 0, slot = NULL, cancel = 0, ended = ?, error = ?, "
+                    "artifacts = ?, bytes = ? WHERE id = ? AND handed = 1 AND attempt = ?",
+                    columns,
+                )
+                self._kept(job.id)
+
+        self._even_when_full(change)
 
     def ended(self) -> list[tuple[str, float, int]]:
         """(id, when, bytes) of every ended job, the oldest first."""
@@ -247,13 +321,63 @@ class Store:
     def ids(self) -> set[str]:
         return {row["id"] for row in self._rows("SELECT id FROM job")}
 
+    def adopt(self, job: Job) -> bool:
+        """Take in a job that the table does not know, as its folder has kept it; False where it cannot be.
+
+        It keeps its number and its key unless another job has them.
+        """
+        row = asdict(job)
+        for name in JSON_COLUMNS:
+            row[name] = None if row[name] is None else json.dumps(row[name])
+        with self._transaction() as connection:
+            if self._rows("SELECT 1 FROM job WHERE id = ?", job.id):
+                return False
+            if self._rows("SELECT 1 FROM job WHERE number = ?", job.number) or job.number < 1:
+                row["number"] = None
+            if job.key is not None and self._rows("SELECT 1 FROM job WHERE key = ?", job.key):
+                row["key"] = None
+            names = ", ".join(row)
+            connection.execute(f"INSERT INTO job ({names}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
+            return True
+
 
 def new_id() -> str:
     """A job's id: 16 hex digits that cannot be guessed."""
     return secrets.token_hex(8)
 
 
-def open_store(data_dir: str | Path) -> Store:
-    """The store under `data_dir`, which only its owner may enter."""
+def open_store(data_dir: str | Path, keep: Callable[[Job], None] = lambda job: None) -> Store:
+    """The store under `data_dir`, which only its owner may enter.
+
+    A table that cannot be read is set aside, with a sentence, and an empty one takes its place.
+    """
     os.makedirs(data_dir, mode=0o700, exist_ok=True)
-    return Store(Path(data_dir) / "jobs.db")
+    path = Path(data_dir) / "jobs.db"
+    if reason := _damage(path):
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        log(f"{path} cannot be read ({reason}); it is set aside as {aside.name}, and made again from the jobs' folders")
+        path.rename(aside)
+        for ending in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(path.name + ending).rename(f"{aside}{ending}")
+    store = Store(path, keep)
+    store.keep_reserve()
+    return store
+
+
+def _damage(path: Path) -> str | None:
+    """Why a file is no table of jobs; None for one that is, or that is not there."""
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=WAIT)) as connection:
+            (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if answer == "ok" and connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'job'").fetchone():
+                connection.execute(f"SELECT {', '.join(field.name for field in fields(Job))} FROM job LIMIT 1")
+            return None if answer == "ok" else answer
+    except sqlite3.OperationalError as error:
+        if "no such column" in str(error):
+            return str(error)
+        raise  # busy, or not to be opened: that is no damage
+    except sqlite3.DatabaseError as error:
+        return str(error)

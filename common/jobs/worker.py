@@ -3,7 +3,7 @@
     python -m common.jobs.worker FOLDER --attempt 1
 
 Writes result.json at its end (see `common.jobs.folder`). Exit codes: 0 succeeded, 1 failed, 75 another worker has the
-job, 143 told to stop (the training then saves a checkpoint; there is no result, and a further attempt goes on).
+job, 143 asked to stop (the training then saves a checkpoint; there is no result, and a further attempt goes on).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 from common import cli
 from common.cli import log
 from common.jobs.folder import CHECKPOINTS, PLAN, RESULT, WORKER, JobFolder
+from common.processes import SET_PARENT_DEATH_SIGNAL
 
 BUSY, STOPPED = 75, 128 + signal.SIGTERM
-SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,7 +94,7 @@ class Worker:
             shutil.rmtree(self.folder.artifacts / command["output"], ignore_errors=True)
         elif command["output"] == "" and self.folder.read_record():
             argv.append("--resume")
-        with open(self.folder.log, "ab", buffering=0) as output:
+        with self.folder.open_log() as output:
             output.write(f"$ {shlex.join(['python', Path(argv[0]).name, *argv[1:]])}\n".encode())
             start = os.fstat(output.fileno()).st_size
             self.child = subprocess.Popen(
@@ -107,7 +107,7 @@ class Worker:
                 pass_fds=(self.lock,),
                 preexec_fn=lambda: self.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0),
             )
-        if self.stopped:  # told so while the command started
+        if self.stopped:  # asked to while the command started
             self.child.send_signal(signal.SIGTERM)
         code = self.child.wait()
         return (failure(code, self.folder.log_tail(start=start)) if code else None), code

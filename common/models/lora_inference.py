@@ -30,8 +30,8 @@ def install(model: PeftModel) -> None:
 def forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Of a linear layer with its active adapters (Hu et al. 2021, arXiv:2106.09685, equation 3)."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    plain = not (args or kwargs or layer.merged or layer.disable_adapters or layer.lora_variant)
-    plain = plain and not any(layer.lora_bias.get(name) for name in active)
+    plain = not (args or kwargs or layer.merged or layer.disable_adapters)
+    plain = plain and not any(layer.lora_bias.get(name) or name in layer.lora_variant for name in active)
     offloaded = any(hasattr(layer.lora_A[name], "_hf_hook") for name in active)  # then calling the module fetches it
     if torch.is_grad_enabled() or layer.training or offloaded or not plain:
         return type(layer).forward(layer, x, *args, **kwargs)

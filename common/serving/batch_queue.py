@@ -1,4 +1,4 @@
-"""A queue that hands its jobs out in batches: those that may share a forward pass leave together."""
+"""A queue that hands its requests out in batches: those that may share a forward pass leave together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 @dataclass(eq=False)
-class Job:
-    """Work for one request.
+class QueuedRequest:
+    """A request on its way to a model.
 
     Attributes:
-        number: no other job of its process has it.
-        key: jobs with equal keys may share a batch.
+        number: no other request to its process has it.
+        key: (version, work); requests with equal keys may share a batch.
         payload: what the worker needs.
-        rows: the places it takes in the queue.
+        rows: how many it takes of the queue.
         tokens: about how much of a batch's budget it takes.
         urgent: may be taken while the worker is in the middle of something longer.
         arrived: by the machine's monotonic clock, which all its processes share.
@@ -35,31 +35,31 @@ class Job:
 
 
 class BatchQueue:
-    """First come, first served by the oldest job; everything with its key comes along, up to a token budget.
+    """First come, first served by the oldest request; everything with its key comes along, up to a token budget.
 
     For one thread alone: the worker fills it between two batches and, while it writes a text, between two tokens.
 
     Args:
-        max_batch_tokens: of a batch; one job always goes.
+        max_batch_tokens: of a batch; one request always goes.
         max_wait: seconds that a batch short of its budget waits for company.
     """
 
     def __init__(self, max_batch_tokens: int, max_wait: float = 0.0) -> None:
         self.max_batch_tokens, self.max_wait = max_batch_tokens, max_wait
-        self._lanes: dict[Hashable, deque[Job]] = {}
+        self._lanes: dict[Hashable, deque[QueuedRequest]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
 
-    def put(self, job: Job) -> None:
-        self._lanes.setdefault(job.key, deque()).append(job)
+    def put(self, request: QueuedRequest) -> None:
+        self._lanes.setdefault(request.key, deque()).append(request)
 
     def withdraw(self, number: int) -> bool:
-        """Take a job out that nobody waits for any more; False where it is not here."""
+        """Take a request out that nobody waits for any more; False where it is not here."""
         for key, lane in self._lanes.items():
-            for job in lane:
-                if job.number == number:
-                    lane.remove(job)
+            for request in lane:
+                if request.number == number:
+                    lane.remove(request)
                     self._tidy(key)
                     return True
         return False
@@ -69,24 +69,24 @@ class BatchQueue:
         lane = self._oldest()
         if lane is None:
             return None
-        if not self.max_wait or sum(job.tokens for job in lane) >= self.max_batch_tokens:
+        if not self.max_wait or sum(request.tokens for request in lane) >= self.max_batch_tokens:
             return 0.0
         return max(0.0, lane[0].arrived + self.max_wait - time.monotonic())
 
-    def take(self, *, urgent: bool = False) -> list[Job]:
-        """The next batch, or the next of `urgent` jobs alone; empty when there is none."""
-        lane = self._oldest((lambda job: job.urgent) if urgent else lambda job: True)
+    def take(self, *, urgent: bool = False) -> list[QueuedRequest]:
+        """The next batch, or the next of `urgent` ones alone; empty when there is none."""
+        lane = self._oldest((lambda request: request.urgent) if urgent else lambda request: True)
         if lane is None:
             return []
-        jobs = [lane.popleft()]
-        tokens = jobs[0].tokens
+        batch = [lane.popleft()]
+        tokens = batch[0].tokens
         while lane and tokens + lane[0].tokens <= self.max_batch_tokens:
             tokens += lane[0].tokens
-            jobs.append(lane.popleft())
-        self._tidy(jobs[0].key)
-        return jobs
+            batch.append(lane.popleft())
+        self._tidy(batch[0].key)
+        return batch
 
-    def _oldest(self, fits: Callable[[Job], bool] = lambda job: True) -> deque[Job] | None:
+    def _oldest(self, fits: Callable[[QueuedRequest], bool] = lambda request: True) -> deque[QueuedRequest] | None:
         lanes = [lane for lane in self._lanes.values() if fits(lane[0])]
         return min(lanes, key=lambda lane: lane[0].arrived) if lanes else None
 

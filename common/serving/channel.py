@@ -1,4 +1,4 @@
-"""Messages between the server and a model's process: a name and its fields, pickled, over a pair of sockets.
+"""Messages between the server and a model's process (see `messages`), pickled, over a pair of sockets.
 
 Both ends are this program, started by one another; nothing of a client's is ever unpickled.
 """
@@ -15,10 +15,8 @@ from typing import Any
 HEAD = struct.Struct("!Q")  # the length of what follows
 CHUNK = 1 << 18  # bytes read at a time
 
-Message = tuple[Any, ...]  # its name, then its fields
 
-
-def pack(*message: Any) -> bytes:
+def pack(message: Any) -> bytes:
     """A message as it travels."""
     body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     return HEAD.pack(len(body)) + body
@@ -30,7 +28,7 @@ class Unpacker:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def feed(self, data: bytes) -> Iterator[Any]:
         """The messages that `data` completes."""
         self._buffer += data
         while len(self._buffer) >= HEAD.size:
@@ -48,11 +46,11 @@ class Channel:
     def __init__(self, end: socket.socket) -> None:
         self._end, self._unpacker = end, Unpacker()
 
-    def send(self, *message: Any) -> None:
+    def send(self, message: Any) -> None:
         """Raises BrokenPipeError or ConnectionResetError where nobody listens any more."""
-        self._end.sendall(pack(*message))
+        self._end.sendall(pack(message))
 
-    def receive(self, wait: float | None) -> Iterator[Message]:
+    def receive(self, wait: float | None) -> Iterator[Any]:
         """What has arrived; waits for it up to `wait` seconds, None without end.
 
         Raises:

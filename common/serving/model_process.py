@@ -1,4 +1,4 @@
-"""Models as the server's event loop sees them: a process for each base, jobs sent to it, answers that come back.
+"""Models as the server's event loop sees them: a process for each base, requests to it, answers that come back.
 
 What happens in such a process is in `adapter_host`. Everything here is for the event loop's thread alone.
 """
@@ -12,22 +12,34 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from common import processes
 from common.cli import log
-from common.models.tokenizers import PromptEncoder
-from common.serving.adapter_host import HostSettings, State, Unusable
-from common.serving.batch_queue import Job
+from common.serving.batch_queue import QueuedRequest
 from common.serving.channel import Unpacker, pack
+from common.serving.messages import (
+    Answers,
+    Broken,
+    Close,
+    Encoder,
+    EncodesWith,
+    HostSettings,
+    KeepVersions,
+    Loaded,
+    Start,
+    State,
+    Taken,
+    Text,
+    Unusable,
+    Withdraw,
+)
 from common.serving.run_registry import Version, base_key
 
-ROOT = Path(__file__).parents[2]
 RETRY = 10.0  # seconds until a base that could not be loaded is tried again
 CLOSING = 30.0  # seconds that a process has for what it has accepted when the server stops
 MAX_ENCODED = 20_000  # characters of a request whose prompts are encoded here
@@ -35,23 +47,22 @@ MAX_BACKLOG = 64 << 20  # bytes of requests that a model's process has not read 
 
 
 class QueueFull(Exception):
-    """No room for another job."""
+    """No room for another request."""
 
 
 class Gone(Exception):
-    """The model's process has ended before it answered."""
+    """The model's process has ended before it answered; it can be started again."""
 
 
 def launch(end: socket.socket) -> subprocess.Popen:
-    """Start a model's process at the other end of `end`; it ends when that is closed.
+    """Start a model's process at the other end of `end`; it ends when that is closed, or when this process ends.
 
-    It runs this checkout's code, whatever lies where the user stands (-P). It has a session of its own, so that Ctrl-C
+    It has a session of its own, so that Ctrl-C
     in a terminal reaches the server alone, which has answers to wait for.
     """
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "common.serving.adapter_host", str(end.fileno())],
-        env=os.environ | {"PYTHONPATH": path},
+        processes.module_command("common.serving.adapter_host", str(end.fileno()), str(os.getpid())),
+        env=processes.module_environment(),
         pass_fds=[end.fileno()],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
@@ -60,7 +71,7 @@ def launch(end: socket.socket) -> subprocess.Popen:
 
 @dataclass(eq=False)
 class Pending:
-    """A job whose answer is waited for.
+    """A request whose answer is waited for.
 
     Attributes:
         answer: set to what the model's process makes of it, an exception included.
@@ -68,7 +79,7 @@ class Pending:
         waits: in the queue; else it is being worked on.
     """
 
-    job: Job
+    queued: QueuedRequest
     answer: asyncio.Future
     emit: Callable[[str], None] | None
     waits: bool = True
@@ -81,13 +92,13 @@ class ModelProcess(asyncio.Protocol):
         base: folder or Hub id.
         adapters: about how many there will be on it.
         on_batch: called with the key and the rows of each batch that is done.
-        on_timed: called with ("base" | "adapter" | "prior", name, seconds) for each thing that was loaded.
+        on_loaded: called for each thing that was loaded.
         after: a process that is closing; its memory is waited for.
 
     Attributes:
         rows: that wait.
-        busy: jobs that are being worked on.
-        broken: why the base cannot be loaded.
+        busy: requests that are being worked on.
+        broken: why the base cannot be loaded, or that its process has ended over it.
     """
 
     def __init__(
@@ -97,26 +108,28 @@ class ModelProcess(asyncio.Protocol):
         adapters: int,
         *,
         on_batch: Callable[[Hashable, int], None],
-        on_timed: Callable[[str, str, float], None],
+        on_loaded: Callable[[Loaded], None],
         after: ModelProcess | None = None,
     ) -> None:
         self.base, self.settings = base, settings
-        self.on_batch, self.on_timed = on_batch, on_timed
+        self.on_batch, self.on_loaded = on_batch, on_loaded
         self.rows = self.busy = 0
         self.loaded = False
         self.state = State()
-        self.broken: str | None = None
+        self.broken: Unusable | Gone | None = None
         self.broken_since = -math.inf
         self.process: Any = None
         self._closing = False
+        self._silent = False  # it was ended because it did not answer
+        self._owing: float | None = None  # since when it has been silent though it owes an answer
         self._numbers = 0
         self._pending: dict[int, Pending] = {}
-        self._told: dict[str, list[Version]] = {}  # the versions of each run, as the process knows them
+        self._kept_versions: dict[str, list[Version]] = {}  # of each run, as the process knows them
         self._encoders: dict[int, Callable[[str], list[int] | None]] = {}
         self._encodes: dict[Version, int] = {}  # which of them does for a version
         self._unpacker = Unpacker()
         self._transport: asyncio.Transport | None = None
-        self._unsent = [pack("start", base, settings, adapters)]
+        self._unsent = [pack(Start(base, settings, adapters))]
         self._lost = asyncio.Event()
         self.closed = asyncio.ensure_future(self._run(after))
 
@@ -133,7 +146,7 @@ class ModelProcess(asyncio.Protocol):
         emit: Callable[[str], None] | None = None,
         versions: Sequence[Version] = (),
     ) -> Pending:
-        """Hand a job in.
+        """Hand a request in.
 
         Args:
             versions: those of the version's run that may stay loaded.
@@ -141,32 +154,35 @@ class ModelProcess(asyncio.Protocol):
         Raises:
             QueueFull: more rows wait than MAX_QUEUE, or more bytes than are reasonable.
             Unusable: the base could not be loaded.
+            Gone: its process has just ended.
         """
         if self.closed.done():
-            raise Unusable(self.broken or f"the process of {self.base} has ended; send the request again")
+            reason = self.broken or Gone(f"the process of {self.base} has ended; send the request again")
+            raise type(reason)(str(reason))  # a new one: each raise of one exception would lengthen its traceback
         if self.full():
             raise QueueFull
-        if self._told.get(version.name) != (current := [*versions]):
-            self._told[version.name] = current
+        if self._kept_versions.get(version.name) != (current := [*versions]):
+            self._kept_versions[version.name] = current
             for old in [old for old in self._encodes if old.name == version.name and old not in current]:
                 del self._encodes[old]
-            self._send("versions", version.name, current)
+            self._send(KeepVersions(version.name, current))
         self._numbers += 1
-        job = Job(self._numbers, (version, work), payload, rows, tokens, work.urgent)
-        pending = Pending(job, asyncio.get_running_loop().create_future(), emit)
-        self._pending[job.number] = pending
+        queued = QueuedRequest(self._numbers, (version, work), payload, rows, tokens, work.urgent)
+        pending = Pending(queued, asyncio.get_running_loop().create_future(), emit)
+        self._pending[queued.number] = pending
         self.rows += rows
-        self._send("job", job)
+        self._owing = self._owing or time.monotonic()
+        self._send(queued)
         return pending
 
     def withdraw(self, pending: Pending) -> None:
-        """Give up on a job: its place is free at once if it still waits, else the worker stops when it can."""
-        if self._pending.pop(pending.job.number, None):
-            self._leaves(pending)
-            self._send("withdraw", pending.job.number)
+        """Give up on a request: its place is free at once if it still waits, else the worker stops when it can."""
+        if self._pending.pop(pending.queued.number, None):
+            self._leave_queue(pending)
+            self._send(Withdraw(pending.queued.number))
 
     def full(self) -> bool:
-        """Whether there is no room for another job."""
+        """Whether there is no room for another request."""
         backlog = self._transport.get_write_buffer_size() if self._transport else sum(map(len, self._unsent))
         return self.rows >= self.settings.max_queue or backlog > MAX_BACKLOG
 
@@ -181,9 +197,9 @@ class ModelProcess(asyncio.Protocol):
         return [encode(prompt) or prompt for prompt in prompts]
 
     def close(self) -> None:
-        """Take no more jobs; those that were accepted are still done. `closed` is done when the process has ended."""
+        """Take no more requests; those that were accepted are still done. `closed` is done at the process's end."""
         self._closing = True
-        self._send("close")
+        self._send(Close())
 
     def kill(self) -> None:
         """End the process at once, whatever it does."""
@@ -191,40 +207,58 @@ class ModelProcess(asyncio.Protocol):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGKILL)
 
+    def end_if_silent(self, seconds: float) -> None:
+        """End the process where it has owed an answer, and has shown no sign of life, for so long.
+
+        One that loads its base is left alone: that is a single step, and can take long.
+        """
+        if self.loaded and self._owing is not None and time.monotonic() - self._owing > seconds:
+            self._silent = True
+            self.kill()
+
     # What comes from the process.
 
-    def on_broken(self, reason: str) -> None:
+    def receive(self, message: Any) -> None:
+        """One message of the process."""
+        self._receive(message)
+        self._owing = time.monotonic() if self.busy or self._pending else None
+
+    def _receive(self, message: Any) -> None:
+        match message:
+            case Answers():
+                self.on_answers(message)
+            case Taken(numbers):
+                self.busy += len(numbers)
+                for number in numbers:
+                    if pending := self._pending.get(number):
+                        self._leave_queue(pending)
+            case Text(number, text):
+                if (pending := self._pending.get(number)) and pending.emit:
+                    pending.emit(text)
+            case State():
+                self.state, self.loaded = message, True
+            case Loaded():
+                self.on_loaded(message)
+            case Encoder(number, encoder):
+                self._encoders[number] = encoder.load()  # a third of a second for 150,000 tokens, once
+            case EncodesWith(version, number):
+                self._encodes[version] = number
+            case Broken(reason):
+                self.on_broken(Unusable(reason))
+
+    def on_answers(self, message: Answers) -> None:
+        self.busy -= len(message.numbers)
+        answered = [self._pending.pop(number, None) for number in message.numbers]
+        if waited_for := [pending for pending in answered if pending]:
+            self.on_batch(waited_for[0].queued.key, sum(pending.queued.rows for pending in waited_for))
+        for pending, answer in zip(answered, message.answers, strict=True):
+            if pending and not pending.answer.done():
+                pending.answer.set_result(answer)
+
+    def on_broken(self, reason: Unusable | Gone) -> None:
         self.broken, self.broken_since = reason, time.monotonic()
         if self._transport:
             self._transport.close()  # which it waits for, so that this message is not lost
-
-    def on_state(self, state: State) -> None:
-        self.state, self.loaded = state, True
-
-    def on_taken(self, numbers: Sequence[int]) -> None:
-        self.busy += len(numbers)
-        for number in numbers:
-            if pending := self._pending.get(number):
-                self._leaves(pending)
-
-    def on_text(self, number: int, text: str) -> None:
-        if (pending := self._pending.get(number)) and pending.emit:
-            pending.emit(text)
-
-    def on_encoder(self, number: int, encoder: PromptEncoder) -> None:
-        self._encoders[number] = encoder.load()  # a third of a second for 150,000 tokens, once
-
-    def on_encodes(self, version: Version, number: int) -> None:
-        self._encodes[version] = number
-
-    def on_done(self, numbers: Sequence[int], answers: Sequence[Any]) -> None:
-        self.busy -= len(numbers)
-        done = [self._pending.pop(number, None) for number in numbers]
-        if waited_for := [pending for pending in done if pending]:
-            self.on_batch(waited_for[0].job.key, sum(pending.job.rows for pending in waited_for))
-        for pending, answer in zip(done, answers, strict=True):
-            if pending and not pending.answer.done():
-                pending.answer.set_result(answer)
 
     # asyncio's side of the sockets.
 
@@ -234,23 +268,22 @@ class ModelProcess(asyncio.Protocol):
         self._unsent.clear()
 
     def data_received(self, data: bytes) -> None:
-        for kind, *fields in self._unpacker.feed(data):
-            getattr(self, f"on_{kind}")(*fields)
+        for message in self._unpacker.feed(data):
+            self.receive(message)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost.set()
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, message: Any) -> None:
         if self._lost.is_set() or (self._transport and self._transport.is_closing()):
             return  # the process has ended; `_run` answers for it
         if self._transport:
-            self._transport.write(pack(*message))
+            self._transport.write(pack(message))
         else:
-            self._unsent.append(pack(*message))
+            self._unsent.append(pack(message))
 
-    def _leaves(self, pending: Pending) -> None:
-        """A job leaves the queue."""
-        self.rows -= pending.job.rows if pending.waits else 0
+    def _leave_queue(self, pending: Pending) -> None:
+        self.rows -= pending.queued.rows if pending.waits else 0
         pending.waits = False
 
     async def _run(self, after: ModelProcess | None) -> None:
@@ -268,31 +301,31 @@ class ModelProcess(asyncio.Protocol):
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
             await self._lost.wait()
             code = await asyncio.to_thread(self.process.wait)
-            reason = Unusable(self.broken) if self.broken else Gone(_ending(self.base, code))
+            reason = self.broken or Gone(self._ending(code))
         except OSError as error:
             reason = Gone(f"the process of {self.base} could not be started ({error.strerror})")
         finally:
             if not (self.loaded or self.broken or self._closing):  # it ended while it was loading: not at once again
-                self.on_broken(str(reason))
+                self.on_broken(reason)
             self.loaded, self.state = False, State()
             if self._pending:
                 log(str(reason))
             for pending in self._pending.values():
-                self._leaves(pending)
+                self._leave_queue(pending)
                 if not pending.answer.done():
                     pending.answer.set_result(reason)
             self._pending.clear()
-            self.busy = 0
+            self.busy, self._owing = 0, None
 
-
-def _ending(base: str, code: int | None) -> str:
-    """How a process ended, in words."""
-    how = f"code {code}"
-    if code is not None and code < 0:
-        with contextlib.suppress(ValueError):
-            how = signal.Signals(-code).name
-        how += ", as where memory runs out" if code == -signal.SIGKILL else ""
-    return f"the process of {base} ended ({how}); the next request starts it again"
+    def _ending(self, code: int | None) -> str:
+        """How the process ended, in words."""
+        how = f"code {code}"
+        if code is not None and code < 0:
+            with contextlib.suppress(ValueError):
+                how = signal.Signals(-code).name
+            how += ", as where memory runs out" if code == -signal.SIGKILL else ""
+        ended = "did not answer and was ended" if self._silent else f"ended ({how})"
+        return f"the process of {self.base} {ended}; the next request starts it again"
 
 
 class Models:

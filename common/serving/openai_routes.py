@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from common.serving.server import Server, check_schema, estimate
+from common.serving.server import Server, estimate
 from common.serving.work import Chat, ChatAnswer, ChatTurn
 from common.web import app as web
 from common.web.app import Problem, responses
@@ -34,11 +35,11 @@ class ContentPart(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CONTENT)] | Annotated[list[ContentPart], Field(max_length=64)]
+    content: Annotated[str, Field(max_length=MAX_CONTENT)] | Annotated[list[ContentPart], Field(max_length=64)] | None
 
     def plain(self) -> dict[str, str]:
-        """As the chat template wants it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """As the chat template wants it; the answer of another server that was cut off may have no content."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -75,20 +76,30 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = Field(None, max_length=0, description="not supported")
+    tools: list[Any] | None = Field(None, description="not supported")
+    functions: list[Any] | None = Field(None, description="not supported")
+    logprobs: bool | None = Field(None, description="not supported")
+    top_logprobs: int | None = Field(None, description="not supported")
 
-    def schema_text(self) -> str | None:
-        """The JSON Schema that the answer has to satisfy. Raises Problem 422 for one that decoding cannot follow."""
+    def refuse_what_is_missing(self) -> None:
+        """Raises Problem 422 where an answer without it would be taken for one with it."""
+        for field in ("tools", "functions"):
+            if getattr(self, field):
+                raise Problem(422, f"{field}: the models here call none; ask without", field)
+        for field in ("logprobs", "top_logprobs"):
+            if getattr(self, field):
+                raise Problem(422, f"{field}: answers have none here; ask without", field)
+
+    def schema(self) -> dict[str, Any] | bool | None:
+        """The JSON Schema that the answer has to satisfy; None where there is none. Raises Problem 422."""
         wanted = self.response_format
         if wanted is None or wanted.type == "text":
             return None
-        schema: dict[str, Any] | bool = {"type": "object"}
-        if wanted.type == "json_schema":
-            if wanted.json_schema is None:
-                raise Problem(422, "response_format of type json_schema needs json_schema", "response_format")
-            schema = wanted.json_schema.json_schema
-        check_schema(schema, "response_format")
-        return json.dumps(schema)
+        if wanted.type == "json_object":
+            return {"type": "object"}
+        if wanted.json_schema is None:
+            raise Problem(422, "response_format of type json_schema needs json_schema", "response_format")
+        return wanted.json_schema.json_schema
 
 
 def add_chat(app: FastAPI, server: Server) -> None:
@@ -101,7 +112,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
         made = [
             {"id": entry["name"], "object": "model", "created": _seconds(entry["created"]), "owned_by": "distill-slm"}
             for entry in known["models"]
-            if entry["current"] and not entry["error"]
+            if entry["current"] and entry["base"]  # one that cannot be used has none
         ]
         return {"object": "list", "data": made}
 
@@ -109,8 +120,12 @@ def add_chat(app: FastAPI, server: Server) -> None:
     async def complete(body: ChatRequest, request: Request) -> Response:
         """A chat's next answer by a run; greedy unless a temperature is given."""
         started = time.perf_counter()
+        body.refuse_what_is_missing()
         version = await server.find(body.model, "model")
-        work = _work(body)
+        schema = body.schema()
+        if schema is not None:
+            await server.check_schema(schema, "response_format")
+        work = _work(body, schema)
         turn = ChatTurn([message.plain() for message in body.messages])
         text = "\n".join(message["content"] for message in turn.messages)
         head = {"id": f"chatcmpl-{web.request_id(request)}", "created": int(time.time()), "model": body.model}
@@ -120,23 +135,26 @@ def add_chat(app: FastAPI, server: Server) -> None:
             events = _events(server, request, body, version, work, turn, head, started)
             first = await anext(events)  # an error before the first token has a status of its own
             return StreamingResponse(_chain(first, events), media_type="text/event-stream")
-        found: ChatAnswer = await server.answer(request, version, work, turn, tokens=estimate(text))
-        _record(server, request, version, work, started, text, found)
-        choices = [_choice(number, work, answer) for number, answer in enumerate(found.choices)]
-        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": _usage(found)})
+        answer: ChatAnswer = await server.answer(request, version, work, turn, tokens=estimate(text))
+        _record(server, request, version, work, started, text, answer)
+        choices = [_choice(number, work, choice) for number, choice in enumerate(answer.choices)]
+        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": _usage(answer)})
 
 
-def _work(body: ChatRequest) -> Chat:
+def _work(body: ChatRequest, schema: dict[str, Any] | bool | None) -> Chat:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     temperature, samples = body.temperature or 0.0, body.n or 1
+    seed = body.seed
+    if seed is None:  # another answer each time; greedy ones are the same, and can share a batch
+        seed = secrets.randbits(63) if temperature else 0
     return Chat(
         max_tokens=body.max_completion_tokens or body.max_tokens,
         temperature=temperature,
         top_p=body.top_p or 1.0,
         samples=samples,
-        seed=body.seed or 0,
+        seed=seed,
         stop=tuple(stop),
-        schema=body.schema_text(),
+        schema=None if schema is None else json.dumps(schema),
         alone=next(_alone) if body.stream else 0,
     )
 
@@ -150,16 +168,16 @@ def _reason(answer: Generation) -> str:
     return "stop" if answer.finished else "length"
 
 
-def _usage(found: ChatAnswer) -> dict[str, int]:
-    written = sum(len(answer.tokens) for answer in found.choices)
-    read = found.prompt_tokens
+def _usage(answer: ChatAnswer) -> dict[str, int]:
+    written = sum(len(choice.tokens) for choice in answer.choices)
+    read = answer.prompt_tokens
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 def _record(
-    server: Server, request: Request, version, work: Chat, started: float, text: str, found: ChatAnswer
+    server: Server, request: Request, version, work: Chat, started: float, text: str, answer: ChatAnswer
 ) -> None:
-    server.record(request, version, work.name, started, text, **_usage(found))
+    server.record(request, version, work.name, started, text, **_usage(answer))
 
 
 async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -176,20 +194,20 @@ async def _events(
 
     def event(**fields: Any) -> str:
         chunk = {**head, "object": "chat.completion.chunk", **fields}
-        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(chunk)}\n\n"  # in ASCII: some clients end lines at U+2028
 
     def delta(content: dict[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": reason}
         return event(choices=[choice])
 
-    async def answer() -> ChatAnswer:
+    async def run() -> ChatAnswer:
         try:
             streamed = ChatTurn(turn.messages, stream=True)
             return await server.answer(request, version, work, streamed, emit=texts.put_nowait)
         finally:
             texts.put_nowait(None)  # after all texts: they and the answer come through one channel, in order
 
-    task = asyncio.create_task(answer())
+    task = asyncio.create_task(run())
     whole = sent = ""
     try:
         text = await texts.get()
@@ -206,20 +224,20 @@ async def _events(
                 sent = ready
             text = await texts.get()
         try:
-            found = await task
+            answer = await task
         except Problem as problem:
             error = {"message": problem.detail, "type": web.error_types(problem.status_code), "param": problem.param}
             yield f"data: {json.dumps({'error': error})}\n\n"
             return
-        final = work.cut(found.choices[0].text)
+        final = work.cut(answer.choices[0].text)
         if len(final) > len(sent):
             yield delta({"content": final[len(sent) :]})
-        yield delta({}, _reason(found.choices[0]))
+        yield delta({}, _reason(answer.choices[0]))
         if body.stream_options and body.stream_options.include_usage:
-            yield event(choices=[], usage=_usage(found))
+            yield event(choices=[], usage=_usage(answer))
         yield "data: [DONE]\n\n"
         text = "\n".join(message["content"] for message in turn.messages)
-        _record(server, request, version, work, started, text, found)
+        _record(server, request, version, work, started, text, answer)
     finally:
         task.cancel()
 

@@ -17,9 +17,11 @@ from pydantic import BaseModel, Field
 from common.cli import UserError
 from common.generation import json_schema
 from common.serving.openai_routes import add_chat
-from common.serving.server import Server, Settings, check_schema, estimate
+from common.serving.server import Server, estimate
+from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.tasks.codegen.answer import compile_error
+from common.tasks.ranking.task import warned
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
 
@@ -50,6 +52,7 @@ class ClassifyAnswer(BaseModel):
     prior: dict[str, float]
     probabilities: dict[str, float]
     top2_margin: float
+    warning: str | None = Field(None, description="There where the text is not of the task: the answer says little")
 
 
 class ExtractRequest(BaseModel):
@@ -111,7 +114,7 @@ class ModelsAnswer(BaseModel):
     models: list[RunEntry]
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: ServerSettings | None = None) -> FastAPI:
     """The application; nothing is loaded before a request needs it, unless PRELOAD is set.
 
     Args:
@@ -120,7 +123,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     Raises:
         UserError: a setting that cannot be.
     """
-    server = Server(settings or Settings.from_environment())
+    server = Server(settings or ServerSettings.from_environment())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -130,6 +133,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         watch.cancel()
         await server.models.close()
+        await server.schema_checks.close()
         if server.audit:
             server.audit.close()
 
@@ -138,6 +142,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Every adapter of a folder of runs on one base model: CreditMix, IDP, CodeGen and OpenAI's API.",
         lifespan=lifespan,
         responses=ALWAYS,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.server = server
     web.add_error_handlers(app)
@@ -147,8 +153,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         max_body_bytes=server.settings.max_body_bytes,
         api_key=server.settings.api_key,
         open_paths=web.open_paths(),
+        hosts=server.settings.allowed_hosts,
     )
-    _add_inference(app, server)  # first, since routes are tried in order
+    _add_extraction(app, server)  # routes are tried in order: these before /infer/{run}
+    _add_code(app, server)
+    _add_classification(app, server)
     _add_about(app, server)
     add_chat(app, server)
     return app
@@ -170,45 +179,50 @@ def _add_about(app: FastAPI, server: Server) -> None:
         return JSONResponse(await asyncio.to_thread(server.about_models))
 
 
-def _add_inference(app: FastAPI, server: Server) -> None:
+def _add_extraction(app: FastAPI, server: Server) -> None:
     @app.post("/infer/idp", response_model=ExtractAnswer, responses=responses(404, 409, 422, 503, 504))
     async def extract(body: ExtractRequest, request: Request) -> Response:
         """A document's fields as JSON that is valid by the schema, as infer_idp.py gives them."""
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("idp"))
         schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
-        check_schema(schema, "schema")
+        await server.check_schema(schema, "schema")
         work = Extract(json.dumps(schema), body.max_new_tokens)
-        found = await server.answer(request, version, work, body.document, tokens=estimate(body.document))
-        facts = {"valid": found.error is None, "tokens": found.tokens}
+        extraction = await server.answer(request, version, work, body.document, tokens=estimate(body.document))
+        error = extraction.error
+        facts = {"valid": error is None, "tokens": extraction.tokens}
         server.record(request, version, work.name, started, body.document, **facts)
         answer = {
             "model_name": version.model_dir,
-            "fields": None if found.error else found.value,
-            "error": found.error,
-            "text": found.text if found.error else None,
-            "pieces": found.pieces,
+            "fields": None if error else extraction.value,
+            "error": error,
+            "text": extraction.text if error else None,
+            "pieces": extraction.pieces,
         }
         return JSONResponse(answer)
 
+
+def _add_code(app: FastAPI, server: Server) -> None:
     @app.post("/infer/codegen", response_model=CodeAnswerBody, responses=responses(404, 409, 422, 503, 504))
     async def write_code(body: CodeRequest, request: Request) -> Response:
         """Code for a task, as infer_codegen.py writes it; it is not run here."""
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("code"))
         work = WriteCode(body.plan_then_code, body.max_new_tokens)
-        found = await server.answer(request, version, work, body.prompt, tokens=estimate(body.prompt))
-        server.record(request, version, work.name, started, body.prompt, finished=found.finished, tokens=found.tokens)
-        plan = found.plan if body.plan_then_code else None
+        written = await server.answer(request, version, work, body.prompt, tokens=estimate(body.prompt))
+        facts = {"finished": written.finished, "tokens": written.tokens}
+        server.record(request, version, work.name, started, body.prompt, **facts)
         answer = {
             "model_name": version.model_dir,
-            "code": found.code,
-            "plan": plan,
-            "finished": found.finished,
-            "error": compile_error(found.code),
+            "code": written.code,
+            "plan": written.plan if body.plan_then_code else None,
+            "finished": written.finished,
+            "error": compile_error(written.code),
         }
         return JSONResponse(answer)
 
+
+def _add_classification(app: FastAPI, server: Server) -> None:
     @app.post("/infer/{run}", response_model=ClassifyAnswer, responses=responses(404, 409, 422, 503, 504))
     async def classify(run: str, body: ClassifyRequest, request: Request) -> Response:
         """One row's label by a run, `base`, `sft`, `kd` or `dpo`, as infer_creditmix.py gives it."""
@@ -228,6 +242,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
         task = server.settings.host.task
         prompts = server.encode(version, [task.prompt(task.clean(text)) for text in texts])
         answers = await server.answer(request, version, Classify(), prompts, rows=len(texts), tokens=tokens)
+        answers = [warned(task, text, answer) for text, answer in zip(texts, answers, strict=True)]
         metrics = server.metrics
         for text, answer in zip(texts, answers, strict=True):
             metrics.child(metrics.margin, version.name).observe(answer["top2_margin"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import threading
@@ -26,6 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 KEPT_VERSIONS = 3  # of one run's adapter, the one on the disk included
 LOOK = 0.25  # seconds between looks whether a run has changed on the disk
+MAX_TEXT = 200  # characters of what a run says of itself
 SETTLING = 1.0  # seconds since its last change in which a file may still be being written
 
 
@@ -69,7 +71,7 @@ class Registry:
     """The run folders under `runs_dir`, by name.
 
     Args:
-        base_model: what "base" stands for; None: the base of the adapters found, else Qwen2.5-3B-Instruct.
+        base_model: what "base" stands for; None: the base of the adapters that are there, else Qwen2.5-3B-Instruct.
         task_name: of the label task, whose runs answer to their method alone.
 
     Attributes:
@@ -96,15 +98,15 @@ class Registry:
         if self._base_model:
             return self._base_model
         folders = [Path(self.runs_dir) / name for name in self.names()]
-        found = [base for folder in folders if adapters.is_adapter(folder) and (base := _base_of(folder))]
-        self._base_model = max(found, key=found.count) if found else None
+        bases = [base for folder in folders if adapters.is_adapter(folder) and (base := _base_of(folder))]
+        self._base_model = max(bases, key=bases.count) if bases else None
         return self._base_model or DEFAULT_BASE
 
     def adapters_of(self, base: str) -> int:
         """How many runs are adapters on a base; blocking."""
         folders = [Path(self.runs_dir) / name for name in self.names()]
         bases = [_base_of(folder) for folder in folders if adapters.is_adapter(folder)]
-        return sum(base_key(found) == base_key(base) for found in bases if found)
+        return sum(base_key(other) == base_key(base) for other in bases if other)
 
     def find(self, address: str) -> Version:
         """The version that `name` or `name@hash` stands for; blocking, since a changed adapter is hashed.
@@ -222,6 +224,7 @@ def describe(version: Version) -> dict[str, Any]:
         "method": None,
         "created": None,
         "metrics": None,
+        "error": None,
     }
     folder = Path(version.model_dir)
     readers = {"run.json": _read_run, "metrics.json": _read_metrics, "report/metrics.json": _read_metrics}
@@ -229,17 +232,26 @@ def describe(version: Version) -> dict[str, Any]:
         if (folder / file).is_file():
             try:
                 about |= read(json.loads((folder / file).read_text()), folder.name)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                log(f"{folder / file} is unreadable ({error}); it is left out of /models")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration) as error:
+                about["error"] = f"{file} is unreadable ({type(error).__name__}: {str(error)[:100]})"
     return about
 
 
 def _read_run(run: dict, name: str) -> dict[str, Any]:
-    return {"method": run.get("method"), "created": run.get("started")}
+    method, started = run.get("method"), run.get("started")
+    if not all(value is None or (isinstance(value, str) and len(value) <= MAX_TEXT) for value in (method, started)):
+        raise ValueError("method or started is no text")
+    return {"method": method, "created": started}
 
 
 def _read_metrics(report: dict, name: str) -> dict[str, Any]:
     """The evaluator's headline figures of this run: every {"value", "low", "high"} that stands at the top level."""
     model = next(model for model in report["models"] if Path(model["model_dir"]).name == name)
     figures = {key: entry["value"] for key, entry in model.items() if isinstance(entry, dict) and "value" in entry}
-    return {"metrics": {"evaluator": report["evaluator"], "split": report["split"], "n": report["n"], **figures}}
+    known = {"evaluator": report["evaluator"], "split": report["split"], "n": report["n"], **figures}
+    for name, value in known.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+        if not (value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= MAX_TEXT)):
+            raise ValueError(f"{name} is no figure")
+    return {"metrics": known}

@@ -1,151 +1,61 @@
-"""The inference server without its routes: settings, metrics, and requests on their way to a model and back."""
+"""The inference server without its routes: requests on their way to a model and back."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request
-from prometheus_client import Counter, Gauge, Histogram
 
 from common.cli import UserError, log
-from common.generation import json_schema
-from common.serving.adapter_host import HostSettings, Unusable, Work
 from common.serving.audit_log import AuditLog
+from common.serving.messages import Loaded, Unusable
+from common.serving.metrics import ServingMetrics
 from common.serving.model_process import Gone, ModelProcess, Models, Pending, QueueFull
 from common.serving.run_registry import BASE, BadName, Registry, UnknownRun, Version, describe
+from common.serving.schema_checks import SchemaChecks
+from common.serving.settings import ServerSettings
+from common.serving.view import Work
 from common.serving.work import WarmUp
-from common.tasks.ranking.loading import load_task
 from common.web import app as web
-from common.web.app import Environment, Problem, WebMetrics
+from common.web.app import Problem, WebMetrics
 
+GRACE = 30.0  # seconds beyond REQUEST_TIMEOUT until a model's process that does not answer is ended
 POLL = 0.25  # seconds between looks whether the client is still there
 CHARACTERS_A_TOKEN = 3  # about; how many rows make a batch is decided before they are encoded
 FRAME_TOKENS = 40  # about, of the instruction and the chat template
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the environment may set; the defaults are in `from_environment`."""
-
-    runs_dir: str
-    base_model: str | None
-    idp_schema: str
-    max_bases: int
-    host: HostSettings
-    request_timeout: float
-    max_body_bytes: int
-    api_key: str | None
-    audit_log: str | None
-    audit_inputs: bool
-    audit_max_bytes: int
-    preload: bool
-
-    @classmethod
-    def from_environment(cls) -> Settings:
-        """Raises UserError for a value that cannot be."""
-        env = Environment()
-        runs_dir = env.text("RUNS_DIR", "runs")
-        task = load_task(env.text("TASK"))
-        nulls = env.whole("NUM_NULL_PROMPTS", len(task.null_inputs))
-        if nulls > len(task.null_inputs):
-            raise UserError(f"NUM_NULL_PROMPTS={nulls} is more than the {len(task.null_inputs)} that there are")
-        return cls(
-            runs_dir=runs_dir,
-            base_model=env.text("BASE_MODEL"),
-            idp_schema=env.text("IDP_SCHEMA", "data/idp_schema.json"),
-            max_bases=env.whole("MAX_BASES", 2),
-            host=HostSettings(
-                max_batch_tokens=env.whole("MAX_BATCH_TOKENS", 8192),
-                max_wait=env.number("MAX_WAIT_MS", 0) / 1000,
-                max_queue=env.whole("MAX_QUEUE", 1024),
-                task=task,
-                num_null_prompts=nulls,
-                runs_dir=runs_dir,
-                load_in_4bit=env.choice("LOAD_IN_4BIT", ("auto", "on", "off")),
-                auto_fit=env.switch("AUTO_FIT"),
-            ),
-            request_timeout=env.number("REQUEST_TIMEOUT", 120, least=0.001),
-            max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 20),
-            api_key=env.text("API_KEY"),
-            audit_log=env.text("AUDIT_LOG"),
-            audit_inputs=env.switch("AUDIT_INPUTS"),
-            audit_max_bytes=env.whole("AUDIT_MAX_BYTES", 64 << 20),
-            preload=env.switch("PRELOAD"),
-        )
-
-
-class ServingMetrics:
-    """What /metrics shows beside requests and their latency by route."""
-
-    def __init__(self, registry, server: Server) -> None:
-        def histogram(name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
-            return Histogram(name, text, labels, buckets=buckets, registry=registry)
-
-        self.seconds = histogram(
-            "inference_seconds", "From request to answer, by adapter and task.", ("adapter", "task"), web.SECONDS
-        )
-        self.batch_rows = histogram(
-            "batch_rows", "Rows that shared a forward pass.", ("base", "task"), [2**i for i in range(12)]
-        )
-        self.margin = histogram(
-            "top2_margin", "Best minus second-best score, in nats.", ("adapter",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
-        )
-        self.predictions = Counter("predictions", "Predictions per class.", ("adapter", "label"), registry=registry)
-        self.loading = {
-            kind: Gauge(name, text, ("name",), registry=registry)
-            for kind, name, text in (
-                ("base", "base_load_seconds", "Loading a base model."),
-                ("adapter", "adapter_load_seconds", "Loading an adapter."),
-                ("prior", "prior_warmup_seconds", "Computing a prior, or reading it from the disk."),
-            )
-        }
-        depth = Gauge("queue_rows", "Rows that wait.", registry=registry)
-        depth.set_function(lambda: sum(process.rows for process in server.models.all()))
-        bases = Gauge("bases_loaded", "Base models in memory.", registry=registry)
-        bases.set_function(lambda: sum(process.loaded for process in server.models.all()))
-        failures = Gauge("audit_failures", "Audit lines that could not be written.", registry=registry)
-        failures.set_function(lambda: server.audit.failures if server.audit else 0)
-        memory = Gauge("gpu_memory_bytes", "GPU memory of what is loaded; 0 without one.", registry=registry)
-        memory.set_function(lambda: sum(process.state.gpu_bytes for process in server.models.all()))
-        self._children: dict[tuple, Any] = {}
-
-    def child(self, metric: Counter | Histogram, *labels: str) -> Any:
-        """`metric.labels`, looked up once."""
-        key = (metric, *labels)
-        if key not in self._children:
-            self._children[key] = metric.labels(*labels)
-        return self._children[key]
-
-
 class Server:
     """Takes a request to the process of its model and waits for the answer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.registry = Registry(settings.runs_dir, settings.base_model, settings.host.task.name)
         self.audit = AuditLog(settings.audit_log, settings.audit_max_bytes) if settings.audit_log else None
         self.web_metrics = WebMetrics()
         self.models = Models(settings.max_bases, self._start)
-        self.metrics = ServingMetrics(self.web_metrics.registry, self)
+        self.schema_checks = SchemaChecks()
+        self.metrics = ServingMetrics(
+            self.web_metrics.registry, self.models.all, lambda: self.audit.failures if self.audit else 0
+        )
         self._preloading: list[Pending] = []
         self._ready = False
-        self._waiting: dict[Pending, tuple[Request, float]] = {}  # until when
+        self.waiting: dict[Pending, tuple[Request, float]] = {}  # until when
 
     def _start(self, base: str, after: ModelProcess | None) -> ModelProcess:
-        def timed(kind: str, name: str, seconds: float) -> None:
-            self.metrics.loading[kind].labels(name).set(seconds)
+        def loaded(what: Loaded) -> None:
+            self.metrics.loading[what.kind].labels(what.name).set(what.seconds)
 
         def batch(key: Any, rows: int) -> None:
             version, work = key
             self.metrics.child(self.metrics.batch_rows, version.base, work.name).observe(rows)
 
         adapters = self.registry.adapters_of(base)
-        return ModelProcess(base, self.settings.host, adapters, on_batch=batch, on_timed=timed, after=after)
+        return ModelProcess(base, self.settings.host, adapters, on_batch=batch, on_loaded=loaded, after=after)
 
     async def find(self, address: str, param: str = "run") -> Version:
         """The version that a request names.
@@ -162,8 +72,17 @@ class Server:
         except UserError as error:
             raise Problem(409, str(error), param) from error
 
+    async def check_schema(self, schema: Any, param: str) -> None:
+        """Raises Problem 422 for a schema that decoding cannot follow, 503 where too many wait to be checked."""
+        try:
+            fault = await self.schema_checks.fault(schema)
+        except QueueFull:
+            raise Problem(503, "too many schemas wait to be checked; try again", retry_after=1) from None
+        if fault:
+            raise Problem(422, fault, param)
+
     def encode(self, version: Version, prompts: Sequence[str]) -> list[str | list[int]]:
-        """Prompts as token ids, where this process has been told how (see `ModelProcess.encode`)."""
+        """Prompts as token ids, where this process knows how (see `ModelProcess.encode`)."""
         return self.models.get(version.base).encode(version, prompts)
 
     async def answer(
@@ -188,25 +107,30 @@ class Server:
         """
         started = time.monotonic()
         process, pending = self._enqueue(version, work, payload, rows=rows, tokens=tokens, emit=emit)
-        self._waiting[pending] = (request, started + self.settings.request_timeout)
+        self.waiting[pending] = (request, started + self.settings.request_timeout)
         try:
             answer = await pending.answer
         finally:
-            del self._waiting[pending]
+            del self.waiting[pending]
             process.withdraw(pending)  # has no effect once it is answered
         self.metrics.child(self.metrics.seconds, version.name, work.name).observe(time.monotonic() - started)
         return outcome(answer)
 
     async def watch(self) -> None:
-        """End the wait of requests that are late or whose client has gone; one round for all costs each one nothing."""
+        """End the wait of requests that are late or whose client has gone, and processes that do not answer.
+
+        One round for all costs each of them nothing.
+        """
         while True:
             await asyncio.sleep(min(POLL, self.settings.request_timeout / 4))
+            for process in self.models.all():
+                process.end_if_silent(self.settings.request_timeout + GRACE)
             late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
-            for pending, (request, deadline) in list(self._waiting.items()):
+            for pending, (request, deadline) in list(self.waiting.items()):
                 problem = None
                 if time.monotonic() > deadline:
                     problem = Problem(504, late)
-                elif time.monotonic() - pending.job.arrived > POLL and await request.is_disconnected():
+                elif time.monotonic() - pending.queued.arrived > POLL and await request.is_disconnected():
                     problem = Problem(499, "the client went away")
                 if problem and not pending.answer.done():
                     pending.answer.set_exception(problem)
@@ -219,9 +143,11 @@ class Server:
             raise Problem(503, "the queue is full; try again", retry_after=1) from None
         except Unusable as error:
             raise Problem(409, str(error)) from None
+        except Gone as error:
+            raise Problem(503, str(error), retry_after=10) from None
 
     def preload(self) -> None:
-        """Have the base and what the named endpoints stand for loaded, with their priors."""
+        """Load the base and the runs behind the short names, with their priors."""
         addresses = [(BASE, True), *((name, True) for name in self.registry.short)]
         addresses += [(self.newest(part), False) for part in ("idp", "code")]
         for address, prior in addresses:
@@ -264,8 +190,8 @@ class Server:
                 for version in self.registry.versions(name):
                     about = describe(version) | {"loaded": version in loaded, "current": version == newest}
                     if about["current"] or about["loaded"]:
-                        entries.append({**about, "error": None})
-            except UserError as error:
+                        entries.append(about)
+            except (UserError, OSError, ValueError, RecursionError) as error:
                 nothing = dict.fromkeys(("adapter_sha256", "method", "created", "metrics"))
                 entries.append(
                     {
@@ -279,13 +205,13 @@ class Server:
                         "error": str(error),
                     }
                 )
-        found = {entry["name"] for entry in entries}
+        listed = {entry["name"] for entry in entries}
         return {
             "base_model": self.registry.base_model(),
             "bases": [process.base for process in processes],
             "task": self.settings.host.task.name,
             "labels": self.settings.host.task.labels,
-            "short_names": {short: name for short, name in self.registry.short.items() if name in found},
+            "short_names": {short: name for short, name in self.registry.short.items() if name in listed},
             "models": entries,
         }
 
@@ -328,11 +254,3 @@ def outcome(answer: Any) -> Any:
 def estimate(text: str) -> int:
     """About how many tokens a prompt with this text has."""
     return FRAME_TOKENS + len(text) // CHARACTERS_A_TOKEN
-
-
-def check_schema(schema: dict[str, Any], param: str) -> None:
-    """Raises Problem 422 for a schema that decoding cannot follow."""
-    try:
-        json_schema.preflight(schema)
-    except UserError as error:
-        raise Problem(422, str(error), param) from error

@@ -16,7 +16,8 @@ from common.generation.decoding import Decoding
 from common.models import tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
-from common.serving.adapter_host import Unusable, View
+from common.serving.messages import Unusable
+from common.serving.view import View
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -85,7 +86,7 @@ class Extract:
             loaded = LoadedModel(view.model, view.tokenizer, view.host.settings.max_batch_tokens)
             return Extractor(loaded, schema, json_schema.preflight(schema), ExtractionSettings(self.max_new_tokens))
 
-        return view.keep(self, make).extract(payloads)
+        return view.keep(self, make).extract(payloads, between=view.host.between_steps)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Chat:
         prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages) for turn in payloads]
         context = context_of(view.model.config)
         budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - max(map(len, prompts))))
-        found = generation.generate(
+        generations = generation.generate(
             view.model,
             view.tokenizer,
             prompts,
@@ -170,7 +171,7 @@ class Chat:
             streamer=_streamer(view, self.schema is not None) if payloads[0].stream else None,
             max_batch_tokens=view.host.settings.max_batch_tokens,
         )
-        return [ChatAnswer(answers, len(prompt)) for answers, prompt in zip(found, prompts, strict=True)]
+        return [ChatAnswer(choices, len(prompt)) for choices, prompt in zip(generations, prompts, strict=True)]
 
     def _processors(self, view: View, budget: int) -> Callable[[list[int]], list[LogitsProcessor]] | None:
         if self.schema is None:
@@ -179,9 +180,9 @@ class Chat:
         from common.generation.json_grammar import JsonGrammar
 
         def make() -> JsonGrammar:
-            found = json_schema.preflight(json.loads(self.schema))
+            checked = json_schema.preflight(json.loads(self.schema))
             columns = view.model.config.get_text_config().vocab_size
-            return JsonGrammar(found.grammar_schema, view.tokenizer, columns)
+            return JsonGrammar(checked.grammar_schema, view.tokenizer, columns)
 
         grammar = view.keep(("grammar", self.schema), make)
         if grammar.shortest is not None and grammar.shortest > budget:
@@ -190,7 +191,7 @@ class Chat:
 
     def cut(self, text: str) -> str:
         """The text up to the first `stop` in it."""
-        return text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text))]
+        return text[: min((start for stop in self.stop if (start := text.find(stop)) >= 0), default=len(text))]
 
 
 def _streamer(view: View, all_answer: bool) -> BaseStreamer:

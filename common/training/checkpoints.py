@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import write_json
+from common.cli import log
+from common.files import grant, write_json
 from common.models import adapters
 
 if TYPE_CHECKING:
@@ -25,17 +27,33 @@ BEST_FACTS = "best.json"  # in that folder: which evaluation it was
 
 
 def newest_checkpoint(save_dir: str) -> str | None:
-    """The newest checkpoint that was written to its end; a kill in mid-save leaves one without trainer_state.json."""
+    """The newest checkpoint that is whole; a kill in mid-save leaves one without trainer_state.json."""
     folders = sorted(Path(save_dir, CHECKPOINTS).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     for folder in reversed(folders):
         try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
+            state = json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError, RecursionError):
             continue
         files = {file.name for file in folder.iterdir()}
-        if files.issuperset(COMPLETE) and not any(map(files.isdisjoint, (WEIGHTS, (OPTIMIZER, FSDP_OPTIMIZER)))):
+        if not isinstance(state, dict) or not all(is_whole(file) for file in folder.iterdir()):
+            log(f"{folder} is damaged; it is passed over")
+        elif files.issuperset(COMPLETE) and not any(map(files.isdisjoint, (WEIGHTS, (OPTIMIZER, FSDP_OPTIMIZER)))):
             return str(folder)
     return None
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of tensors has the length that it says it has; True for any other file."""
+    if file.suffix == ".safetensors":
+        with open(file, "rb") as handle:
+            head = handle.read(8)
+            try:
+                entries = json.loads(handle.read(int.from_bytes(head, "little")))
+                ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, OverflowError):
+                return False
+            return len(head) == 8 and handle.tell() + max(ends, default=0) == file.stat().st_size
+    return file.suffix not in (".pt", ".bin") or zipfile.is_zipfile(file)
 
 
 def is_sharded(checkpoint: str) -> bool:
@@ -59,6 +77,7 @@ def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str, st
         own = {name: tensor for name, tensor in state.items() if not name.startswith(EXTRA) and name not in tied}
         model.save_pretrained(folder, state_dict=own, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    grant(folder)
 
 
 def put_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, state: dict | None = None) -> None:

@@ -31,6 +31,9 @@ def add_flags(
     run.add_argument("--eval_data", help="rows of the same kind, judged after every epoch; the best epoch is kept")
     run.add_argument("--config", metavar="FILE.yaml", help="settings; keys are these flags, the command line wins")
     run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --save_dir")
+    run.add_argument(
+        "--with_changes", action="store_true", help="with --resume: go on though data, base or settings have changed"
+    )
     run.add_argument("--overwrite", action="store_true", help="replace a run that --save_dir already holds")
     run.add_argument("--init_adapter", metavar="DIR", help="start from this adapter instead of a fresh one")
     run.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
@@ -124,6 +127,8 @@ def checked(settings: Settings) -> Settings:
             "--lora_r 0 trains all weights, which works neither in 4 bits nor from an adapter; leave "
             f"{'--init_adapter' if settings.init_adapter else '--load_in_4bit'} out, or give --lora_r 16"
         )
+    if settings.with_changes and not settings.resume:
+        raise UserError("--with_changes goes with --resume")
     quantization_aware.check(settings.quantization_aware, settings.lora_r)
     loading.check_model_dir(settings.student)
     if adapters.is_adapter(settings.student):

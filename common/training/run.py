@@ -17,7 +17,7 @@ from common import run_record
 from common.cli import UserError, log
 from common.models import adapters, loading
 from common.run_record import RunRecord
-from common.training import checkpoints, progress
+from common.training import checkpoints, progress, resumption
 from common.training.checkpoints import BEST, BEST_FACTS, CHECKPOINTS, WEIGHTS
 from common.training.settings import TrainSettings
 from common.vram import preflight
@@ -49,6 +49,23 @@ def start(settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | N
     folder.mkdir(parents=True, exist_ok=True)
     if not launch.is_main():
         return None
+    lock = resumption.lock_folder(folder)
+    try:
+        record = open_record(settings, folder, rows, argv)
+    except BaseException:
+        resumption.unlock(lock)
+        raise
+    record.lock = lock
+    return record
+
+
+def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], argv: Sequence[str] | None) -> RunRecord:
+    """`start`, in a folder that no other training writes to."""
+    before = (run_record.read(folder) or {}) if settings.resume and checkpoints.newest_checkpoint(str(folder)) else {}
+    data = settings.described_data(len(rows))
+    if not settings.with_changes and STEPPED_DOWN not in os.environ:
+        resumption.refuse_changes(settings.save_dir, resumption.differences(before, settings.as_dict(), data))
+    earlier = run_record.read_groups(folder) if before else set()
     if not settings.resume:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         stale = ("loss.csv", "loss.png", progress.LIVE_LOG, adapters.ADAPTER_CONFIG, "config.json", *WEIGHTS)
@@ -58,10 +75,12 @@ def start(settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | N
         (folder / name).unlink(missing_ok=True)
     groups = {row["group"] for row in rows if row.get("group")}
     seen = run_record.read_groups(settings.init_adapter) if settings.init_adapter else set()
-    if seen is None:
+    if earlier is None and groups:
+        log(f"{folder} keeps no record of what it was trained on before, so this run keeps none either")
+    elif seen is None:
         log(f"{settings.init_adapter} keeps no record of what it was trained on, so this run keeps none either")
-    elif groups or seen:  # what the starting adapter was trained on counts as seen
-        run_record.write_groups(folder, groups | seen)
+    elif groups or seen or earlier:  # what it, or the adapter that it starts from, was trained on before counts, too
+        run_record.write_groups(folder, groups | seen | (earlier or set()))
     return RunRecord(
         settings.save_dir,
         argv=list(sys.argv if argv is None else [Path(sys.argv[0]).name, *argv]),
@@ -69,7 +88,8 @@ def start(settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | N
         method=settings.method,
         base_model=settings.student,
         seed=settings.seed,
-        data=settings.described_data(len(rows)),
+        data=data,
+        **({"base_fingerprint": before["base_fingerprint"]} if before.get("base_fingerprint") else {}),
     )
 
 
@@ -141,9 +161,13 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
     trainer.remove_callback(PrinterCallback)
     if record:
         arguments = trainer.args
+        fingerprint = adapters.fingerprint(student if settings.full else student.get_base_model())
+        begun_on = record.facts.get("base_fingerprint", fingerprint)
+        if checkpoint and fingerprint != begun_on and not settings.with_changes:
+            resumption.refuse_changes(settings.save_dir, [f"other base weights than those of {settings.student}"])
         record.write(
             device=loading.describe_device(),
-            base_fingerprint=adapters.fingerprint(student if settings.full else student.get_base_model()),
+            base_fingerprint=fingerprint,
             trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
             effective_batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         )

@@ -30,6 +30,7 @@ class TrainSettings:
     config: str | None = None  # YAML file that some of these settings come from
     resume: bool = False  # go on from the newest complete checkpoint
     overwrite: bool = False  # replace the run that save_dir holds
+    with_changes: bool = False  # with resume: go on though data, base or settings have changed
     init_adapter: str | None = None  # run folder of the adapter to start from; None: a fresh one
     skip_bad_rows: bool = False  # leave bad rows out, and count them
     idp_mode: bool = False  # structured output: a row that is too long is left out, never cut

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import distributed as launch
 from common.cli import UserError, log
+from common.files import grant
 from common.models import adapters, loading
 from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH, context_of
 from common.training import checkpoints, quantization_aware
@@ -242,6 +243,7 @@ def loss_trainer(
             extra = getattr(self.accelerator.unwrap_model(self.model), EXTRA, None)
             if extra and self.args.should_save:
                 save_file(extra.state_dict(), Path(output_dir) / EXTRA_FILE)
+                grant(Path(output_dir) / EXTRA_FILE)
 
         def _load_from_checkpoint(self, checkpoint, model=None):
             super()._load_from_checkpoint(checkpoint, model)

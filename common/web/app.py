@@ -6,7 +6,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import enum
 import hmac
+import ipaddress
 import itertools
 import os
 import re
@@ -25,9 +29,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from common.cli import UserError, log
+from common.web import docs_pages
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # what is taken over from a client; anything else is replaced
 DRAIN = 32 << 20  # bytes of a refused body that are read, so that the client gets to see the answer
+BODY_SECONDS = 60.0  # that the body of a request may take to arrive
 MAX_FAULTS = 5  # of a body that breaks many rules, as many are named
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -39,6 +45,16 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # b
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Refusal(enum.Enum):
+    """Why a body was not taken."""
+
+    TOO_LARGE = enum.auto()
+    TOO_SLOW = enum.auto()
+
+
+TOO_LARGE, TOO_SLOW = Refusal.TOO_LARGE, Refusal.TOO_SLOW
 
 
 class ErrorDetail(BaseModel):
@@ -100,6 +116,8 @@ def responses(*statuses: int, own: Mapping[int, str] | None = None) -> dict[int,
 ALWAYS = {
     400: {"model": ErrorBody, "description": "The body is not JSON"},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
+    403: {"model": ErrorBody, "description": "No API key is set, and the Host header is none of ALLOWED_HOSTS"},
+    408: {"model": ErrorBody, "description": "The body did not arrive in time"},
     413: {"model": ErrorBody, "description": "The body is too large"},
     500: {"model": ErrorBody, "description": "A fault of the server; its log names it under the request id"},
 }
@@ -112,15 +130,17 @@ def request_id(request: Request) -> str:
 
 def open_paths(prefix: str = "") -> frozenset[str]:
     """Paths that need no API key: the page (it asks for the key), the API's description, health."""
-    public = ("/", "/favicon.ico", "/docs", "/openapi.json")
-    return frozenset(("/healthz", "/readyz", *(prefix + path for path in public)))
+    public = ("/", "/favicon.ico", "/openapi.json")
+    return frozenset(("/healthz", "/readyz", *(prefix + path for path in public), *docs_pages.paths(prefix)))
 
 
 def add_about(app: FastAPI, metrics: WebMetrics, page: Path, prefix: str = "") -> None:
-    """The routes that every server has: its page at `prefix`/, /healthz, /metrics."""
+    """The routes that every server has: its page at `prefix`/, pages on its API, /healthz, /metrics."""
     content = page.read_text(encoding="utf-8")
     for name in ("page.css", "page.js"):
         content = content.replace(f"/* {name} */\n", Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+    docs_pages.add_docs_pages(app, prefix)
 
     @app.get(f"{prefix}/", response_class=HTMLResponse, include_in_schema=False)
     async def the_page() -> Response:
@@ -170,15 +190,25 @@ class Guard:
     taken for a broken body there.
 
     Args:
-        api_key: None lets everybody in.
+        api_key: None lets everybody in who asks for a name in `hosts`, or for an address: a page elsewhere, to whose
+            own name an attacker has given this machine's address, may not speak for its reader.
         open_paths: paths that need no key.
+        hosts: names by which the server may be asked for; "*" for any.
     """
 
     def __init__(
-        self, app, *, metrics: WebMetrics, max_body_bytes: int, api_key: str | None, open_paths: frozenset[str]
+        self,
+        app,
+        *,
+        metrics: WebMetrics,
+        max_body_bytes: int,
+        api_key: str | None,
+        open_paths: frozenset[str],
+        hosts: Sequence[str] = (),
     ) -> None:
         self.app, self.metrics, self.max_body_bytes, self.open_paths = app, metrics, max_body_bytes, open_paths
         self.api_key = api_key.encode() if api_key else None
+        self.hosts = {"localhost", *hosts}
         self.first_part, self.numbers = secrets.token_hex(4).encode(), itertools.count(1)  # of the ids given here
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -205,7 +235,15 @@ class Guard:
             if not self._may_pass(scope["path"], headers):
                 challenge = {"WWW-Authenticate": "Bearer"}
                 await refuse(401, "send the API key as `Authorization: Bearer KEY`", headers=challenge)
-            elif (body := await self._read(headers, receive)) is None:
+            elif not (scope["path"] in self.open_paths or self._is_asked_for(headers)):
+                unnamed = (
+                    "without an API_KEY this server answers to localhost and addresses; set ALLOWED_HOSTS or API_KEY"
+                )
+                await refuse(403, unnamed)
+            elif (body := await self._read_in_time(headers, receive)) is TOO_SLOW:
+                late = f"the body did not arrive within {BODY_SECONDS:g} s; send it faster, or send less"
+                await refuse(408, late, headers={"Connection": "close"})
+            elif body is TOO_LARGE:
                 limit = f"the body is larger than {self.max_body_bytes:,} bytes; send less in one request"
                 await refuse(413, limit, headers={"Connection": "close"})
             else:
@@ -234,8 +272,28 @@ class Guard:
         scheme, _, key = given.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The whole body; None where it is too large (a part of it is read, or the client would not see the answer)."""
+    def _is_asked_for(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether the Host header names this server."""
+        if self.api_key is not None or "*" in self.hosts:
+            return True
+        host = headers.get(b"host", b"").decode("latin-1").strip().lower()
+        name = host.partition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
+        if name in self.hosts:
+            return True
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(name)
+            return True
+        return not host  # of HTTP/1.0, which no browser sends
+
+    async def _read_in_time(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | Refusal:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await self._read(headers, receive)
+        except TimeoutError:
+            return TOO_SLOW
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | Refusal:
+        """The whole body, unless it is too large (a part of it is read, or the client would not see the answer)."""
         chunks, size, more = [], 0, True
         length = headers.get(b"content-length", b"")
         too_large = length.isdigit() and int(length) > self.max_body_bytes
@@ -248,7 +306,7 @@ class Guard:
             if not too_large:
                 chunks.append(message.get("body", b""))
             more = message.get("more_body", False)
-        return None if too_large else b"".join(chunks)
+        return TOO_LARGE if too_large else b"".join(chunks)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -312,6 +370,10 @@ class Environment:
         if value not in choices:
             raise UserError(f"{name}={value} is none of {', '.join(choices)}; set it to one or unset it")
         return value
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """A comma-separated list, in lower case."""
+        return tuple(part.strip().lower() for part in (self.text(name) or "").split(",") if part.strip())
 
     def switch(self, name: str) -> bool:
         """Off unless set to something else than 0, false, no or off."""

@@ -12,6 +12,8 @@ import pytest
 from bench import memory, slopes
 from bench.slopes import Curve, Expected, Series
 
+pytestmark = pytest.mark.processes
+
 XS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 

@@ -20,6 +20,8 @@ from common.models import loading as models
 from common.models.source import ModelSource
 from common.training import batches, losses
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize("lora", ["--lora_r=4", "--lora_r=0"])
 def test_resumed_equals_unbroken(lora, base, teacher, uneven, tmp_path):

@@ -15,6 +15,8 @@ from common.models.batching import CHUNK_LOGITS
 from common.models.source import ModelSource
 from common.vram import preflight
 
+pytestmark = pytest.mark.processes
+
 OF_LOGITS = ("--forward_kl", 1, "--reverse_kl", 0.1, "--jsd", 0.1, "--ce", 0.5, "--teacher_ce", 0.2, "--temperature", 2)
 ALL_TERMS = (*OF_LOGITS, "--hidden_mse", 0.1, "--hidden_cosine", 0.1)
 

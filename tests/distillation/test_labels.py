@@ -17,6 +17,8 @@ from common.tasks.ranking import torch_ranker
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.training import batches, losses
 
+pytestmark = pytest.mark.processes
+
 
 def test_label_scores_in_training_are_the_rankers(base):
     model, tokenizer = models.load_for_inference(ModelSource(base, dtype="float32"))

@@ -15,6 +15,8 @@ from support.processes import join
 import distill_train
 from common.models import adapters
 
+pytestmark = pytest.mark.processes
+
 
 def table(folder: Path) -> dict[str, list[float]]:
     """What was logged: the loss, each of its terms, the learning rate."""

@@ -37,6 +37,8 @@ from common.models.source import ModelSource
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
 
+pytestmark = pytest.mark.exports
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base) -> str:

@@ -18,6 +18,8 @@ from common.models.source import ModelSource
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.torch_ranker import TorchRanker
 
+pytestmark = pytest.mark.exports
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base) -> str:

@@ -31,6 +31,8 @@ from common.tasks.ranking.onnx_ranker import OnnxRanker
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.torch_ranker import naive_scores
 
+pytestmark = pytest.mark.exports
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base) -> str:

@@ -24,11 +24,13 @@ from support.cluster import TOKEN, allowed, check, find, pod_that_ended, pods_of
 
 from common import cli
 from common.cli import UserError
-from common.jobs import kubernetes_backend as job_kubernetes
-from common.jobs.checks import Device
-from common.jobs.kubernetes_backend import Kubernetes, device_of, read_template
+from common.jobs import kubernetes_backend
+from common.jobs.backend import Device
+from common.jobs.kubernetes_backend import KubernetesBackend, device_of, read_template
 from common.jobs.service import Service
 from common.jobs.worker import BUSY, STOPPED
+
+pytestmark = pytest.mark.processes
 
 K8S = ROOT / "k8s"
 MANIFESTS = [
@@ -132,8 +134,8 @@ def test_the_settings_are_the_services_and_the_trainers(planner_parser):
     job = read_template(str(K8S / "distill-job.yaml"))
     args = job["spec"]["template"]["spec"]["containers"][0]["args"]
     assert args[0] == "distill_train.py"
-    place = args.index("--config") + 1
-    parsed = planner_parser([*args[1:place], config["data"]["job.yaml"], *args[place + 1 :]])
+    at = args.index("--config") + 1
+    parsed = planner_parser([*args[1:at], config["data"]["job.yaml"], *args[at + 1 :]])
     assert (parsed.teacher, parsed.student, parsed.max_steps, parsed.lora_r) == ("gpt2", "distilgpt2", 30, 0)
     assert parsed.resume
 
@@ -145,9 +147,9 @@ def planner_parser(tmp_path):
     parser = Planner(ROOT, tmp_path, None).parser("distill")
 
     def parse(argv: list[str]):
-        place = argv.index("--config") + 1
-        (tmp_path / "job.yaml").write_text(argv[place])
-        return cli.parse_args(parser, [*argv[:place], str(tmp_path / "job.yaml"), *argv[place + 1 :]])
+        at = argv.index("--config") + 1
+        (tmp_path / "job.yaml").write_text(argv[at])
+        return cli.parse_args(parser, [*argv[:at], str(tmp_path / "job.yaml"), *argv[at + 1 :]])
 
     return parse
 
@@ -211,7 +213,7 @@ def load_script(name: str):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    monkeypatch.setattr(job_kubernetes, "PAUSE", 0.05)
+    monkeypatch.setattr(kubernetes_backend, "PAUSE", 0.05)
     with start_cluster() as (running, url):
         running.url = url
         yield running
@@ -227,14 +229,14 @@ def served(cluster, tmp_path, monkeypatch):
         yield running
 
 
-def backend(url: str, jobs_dir: Path) -> Kubernetes:
+def backend(url: str, jobs_dir: Path) -> KubernetesBackend:
     from kubernetes import client
 
     configuration = client.Configuration()
     configuration.host, configuration.api_key = url, {"authorization": TOKEN}
     template = read_template(str(K8S / "distill-job.yaml"))
     api = client.ApiClient(configuration)
-    return Kubernetes(jobs_dir, api, "team", template, "registry.local/slm:1.2.3", Device(False, None))
+    return KubernetesBackend(jobs_dir, api, "team", template, "registry.local/slm:1.2.3", Device(False, None))
 
 
 def name_of(job_id: str, attempt: int = 1) -> str:
@@ -342,7 +344,7 @@ def test_cancelling_deletes_the_job_and_its_pods(served, cluster):
 def test_a_job_that_somebody_deleted(served, cluster):
     cluster.runs_pods = False
     job_id = served.submit()
-    wait_for(lambda: served.service.runner.backend._known)
+    wait_for(lambda: served.service.runner.backend.known)
     cluster.delete(name_of(job_id))
     status = served.until(job_id)
     assert (status["state"], status["error"]["reason"]) == ("failed", "its Kubernetes Job was deleted")
@@ -421,7 +423,7 @@ def test_template_and_device(tmp_path):
 def test_without_a_cluster_there_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(UserError, match="no cluster is configured"):
-        Kubernetes.from_environment(tmp_path)
+        KubernetesBackend.from_environment(tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
@@ -431,5 +433,5 @@ def test_kubectl_reads_the_manifests():
         if path.name == "trainjob.yaml":
             continue  # of a kind that it does not know without a server
         words = ["kubectl", "label", "--local", "-f", str(path), "checked=yes", "-o", "name"]
-        told = subprocess.run(words, capture_output=True, text=True, timeout=60)
-        assert told.returncode == 0, told.stderr
+        result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr

@@ -11,6 +11,8 @@ from support.processes import wait_for
 
 from common.jobs.routes import PAGE
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
@@ -42,7 +44,7 @@ def test_nothing_comes_from_elsewhere(served):
     text = served.ask("GET", "/")[1]
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|src=|@import|url\(", text)
     assert "innerHTML" not in text  # what a log says is text
-    assert "/* page" not in text  # put in
+    assert "/* page." not in text  # put in
     assert PAGE.stat().st_size < 40_000
 
 

@@ -14,7 +14,8 @@ from support.models import build_base
 from common.cli import UserError
 from common.jobs import checks as job_checks
 from common.jobs import proof_rows as job_proof
-from common.jobs.checks import Device, Reach, Vocabularies, check_memory
+from common.jobs.backend import Device
+from common.jobs.checks import Reach, Vocabularies, check_memory
 from common.jobs.request import METHODS, RANGES, Planner
 from common.jobs.routes import EXAMPLE
 from common.training.settings import TrainSettings
@@ -58,10 +59,10 @@ def words(plan) -> dict[str, str]:
 
 def refused(planner, body: dict) -> tuple[str, str]:
     """(field, message)"""
-    with pytest.raises(Problem) as told:
+    with pytest.raises(Problem) as raised:
         planner.plan(body, Path("/nowhere"))
-    assert told.value.status_code == 422
-    return told.value.param, str(told.value.detail)
+    assert raised.value.status_code == 422
+    return raised.value.param, str(raised.value.detail)
 
 
 def test_the_recipes_payload(planner, data, tmp_path):
@@ -72,7 +73,7 @@ def test_the_recipes_payload(planner, data, tmp_path):
     }  # fmt: skip
     plan = planner.plan(payload(data, **more), tmp_path / "run")
     assert plan.method == "distill"
-    found = plan.settings.as_dict()
+    settings = plan.settings.as_dict()
     wanted = {
         "teacher": str(data / "teacher"), "student": str(data / "student"), "data": str(data / "text.txt"),
         "max_steps": 30, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 1e-4,
@@ -80,7 +81,7 @@ def test_the_recipes_payload(planner, data, tmp_path):
         "hidden_mse": 0.05, "hidden_cosine": 0.05, "attention_mse": 0.0, "lora_r": 8, "lora_alpha": 16,
         "weight_decay": 0.01, "warmup_steps": 10, "save_dir": str(tmp_path / "run"), "subset": None,
     }  # fmt: skip
-    assert {name: found[name] for name in wanted} == wanted
+    assert {name: settings[name] for name in wanted} == wanted
     training, proof, *exports = plan.commands
     assert training["output"] == ""
     assert [Path(export["argv"][0]).name for export in exports] == ["export_model.py"] * 2
@@ -99,9 +100,9 @@ def test_proof_rows(tmp_path):
     words = [f"w{number}" for number in range(64 * 100 + 10)]
     (tmp_path / "text.txt").write_text(" ".join(words))
     job_proof.main(["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out.jsonl")])
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert len(found) == 64
-    assert (found[1]["input"].split(), found[1]["output"].split()) == (words[64:112], words[112:128])
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == 64
+    assert (rows[1]["input"].split(), rows[1]["output"].split()) == (words[64:112], words[112:128])
     (tmp_path / "dpo.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     job_proof.main(["--data", str(tmp_path / "dpo.jsonl"), "--output", str(tmp_path / "out.jsonl")])
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {"input": "p", "output": "c"}
@@ -189,10 +190,10 @@ def test_the_command_is_one_that_the_script_takes(planner, data, method):
     ],
 )  # fmt: skip
 def test_what_is_refused(planner, data, change, field, message):
-    found, told = refused(planner, payload(data) | change)
-    assert found == field, told
-    assert message in told
-    assert told.startswith(field)
+    blamed, sentence = refused(planner, payload(data) | change)
+    assert blamed == field, sentence
+    assert message in sentence
+    assert sentence.startswith(field)
 
 
 def test_a_cache_is_a_name_in_the_services_own_folder(planner, data):
@@ -238,14 +239,14 @@ def test_a_place_that_is_not_allowed_is_like_one_that_is_not_there(planner, data
     for name in there:
         for field in ("student_model", "teacher_model", "dataset"):
             missing = name + "_not_there"
-            found = refused(planner, payload(data) | {field: name})
-            assert found == (field, refused(planner, payload(data) | {field: missing})[1].replace(missing, name))
-            assert found[0] == field
+            refusal = refused(planner, payload(data) | {field: name})
+            assert refusal == (field, refused(planner, payload(data) | {field: missing})[1].replace(missing, name))
+            assert refusal[0] == field
     rows = {"method": "sft", "student": str(data / "student")}
     for name in (str(secret / "rows.jsonl"), str(data / "rows_link.jsonl"), str(sibling / "rows.jsonl"), "/etc/passwd"):
-        told = refused(planner, rows | {"data": name})
-        assert told == ("data", f"data: there is no file {name!r} under the allowed folders")
-        assert refused(planner, rows | {"data": name + "x"})[1] == told[1].replace(name, name + "x")
+        refusal = refused(planner, rows | {"data": name})
+        assert refusal == ("data", f"data: there is no file {name!r} under the allowed folders")
+        assert refused(planner, rows | {"data": name + "x"})[1] == refusal[1].replace(name, name + "x")
     assert refused(planner, rows | {"data": str(data / "empty")})[0] == "data"
     assert "holds no model" in refused(planner, payload(data) | {"student_model": str(data / "empty")})[1]
     assert "no folder" in refused(planner, rows | {"data": str(data / "rows.jsonl"), "init_adapter": "/etc"})[1]
@@ -253,10 +254,10 @@ def test_a_place_that_is_not_allowed_is_like_one_that_is_not_there(planner, data
 
 def test_a_name_of_the_hub_offline_is_refused_at_once(planner, data, offline):
     for field, kind in (("teacher_model", "model"), ("student_model", "model"), ("dataset", "data set")):
-        found, told = refused(planner, payload(data) | {field: "nobody/nothing"})
-        assert found == field
-        assert "cannot be reached: the server is offline" in told
-        assert kind.replace("data set", "dataset") in told
+        blamed, sentence = refused(planner, payload(data) | {field: "nobody/nothing"})
+        assert blamed == field
+        assert "cannot be reached: the server is offline" in sentence
+        assert kind.replace("data set", "dataset") in sentence
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(data, monkeypatch):
@@ -267,8 +268,8 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(data, monkeypatch):
     hung = threading.Event()
     monkeypatch.setattr(job_checks, "HUB_SECONDS", 0.2)
     monkeypatch.setattr(HfApi, "model_info", lambda *args, **more: hung.wait(60))
-    found, told = refused(Planner(ROOT, data, Reach([data])), payload(data) | {"student_model": "gpt2"})
-    assert (found, "did not answer within 0.2 s" in told) == ("student_model", True)
+    blamed, sentence = refused(Planner(ROOT, data, Reach([data])), payload(data) | {"student_model": "gpt2"})
+    assert (blamed, "did not answer within 0.2 s" in sentence) == ("student_model", True)
     hung.set()
 
 
@@ -310,12 +311,12 @@ def test_a_teacher_with_another_vocabulary(data):
     vocabularies = Vocabularies(Reach([data]))
     student = str(data / "student")
     vocabularies.check(str(data / "teacher"), student)
-    with pytest.raises(Problem, match="its tokenizer is not the student's") as told:
+    with pytest.raises(Problem, match="its tokenizer is not the student's") as raised:
         vocabularies.check(str(data / "stranger"), student)
-    assert told.value.param == "teacher"
-    assert len(vocabularies._found) == 2  # each pair is compared once
+    assert raised.value.param == "teacher"
+    assert len(vocabularies.differences) == 2  # each pair is compared once
     vocabularies.check(str(data / "teacher"), student)
-    assert len(vocabularies._found) == 2
+    assert len(vocabularies.differences) == 2
 
 
 def test_memory_is_predicted(planner, data):
@@ -324,9 +325,9 @@ def test_memory_is_predicted(planner, data):
     check_memory(settings, Device(False, 1 << 40))
     check_memory(settings, Device(True, 1 << 40))
     check_memory(settings, Device(False, None))
-    with pytest.raises(Problem, match="no settings need less") as told:
+    with pytest.raises(Problem, match="no settings need less") as raised:
         check_memory(settings, Device(False, 1 << 20))
-    assert told.value.param == "student"
+    assert raised.value.param == "student"
 
 
 def test_a_large_model_on_a_small_card(planner, data):
@@ -338,13 +339,13 @@ def test_a_large_model_on_a_small_card(planner, data):
     body = {"method": "sft", "student": str(data / "qwen"), "data": str(data / "rows.jsonl")}
     card = Device(True, 8_188 << 20)
     check_memory(planner.plan(body, Path("run")).settings, card)
-    with pytest.raises(Problem) as told:
+    with pytest.raises(Problem) as raised:
         check_memory(planner.plan(body | {"lora_r": 0}, Path("run")).settings, card)
-    assert (told.value.status_code, told.value.param) == (422, "student")
+    assert (raised.value.status_code, raised.value.param) == (422, "student")
     wide = planner.plan(body | {"per_device_train_batch_size": 64, "max_len": 1024}, Path("run")).settings
-    with pytest.raises(Problem, match="it would fit with --per_device_train_batch_size") as told:
+    with pytest.raises(Problem, match="it would fit with --per_device_train_batch_size") as raised:
         check_memory(wide, card)
-    assert told.value.param == "per_device_train_batch_size"
+    assert raised.value.param == "per_device_train_batch_size"
     assert wide.per_device_train_batch_size == 64  # the request itself is not changed
 
 
@@ -355,16 +356,17 @@ def test_a_model_of_an_unknown_kind_passes(data):
     (data / "empty" / "config.json").unlink()
 
 
+@pytest.mark.processes
 def test_the_example_runs_offline(data):
     """The payload of the recipe, with local models and a text file, by the real trainer."""
     with serve_jobs(data, data_dir=data / "service", scripts=ROOT) as served:
         body = payload(data, max_steps=2, grad_accum_steps=1, logging_steps=1, save_every=2, max_len=64)
         status, answer, _ = served.ask("POST", "/distill", body)
         assert status == 202, answer
-        found = served.until(answer["job_id"])
-        assert found["state"] == "succeeded", found["error"]
-        assert found["progress"]["step"] == 2
-        assert found["losses"].keys() >= {"loss", "forward_kl", "ce"}
+        status = served.until(answer["job_id"])
+        assert status["state"] == "succeeded", status["error"]
+        assert status["progress"]["step"] == 2
+        assert status["losses"].keys() >= {"loss", "forward_kl", "ce"}
         listed = {entry["path"] for entry in served.ask("GET", f"/artifacts/{answer['job_id']}")[1]["artifacts"]}
         assert listed >= {"model.safetensors", "config.json", "tokenizer.json", "run.json", "loss.csv", "loss.png"}
         config = served.ask("GET", f"/download/{answer['job_id']}/config.json")[1]

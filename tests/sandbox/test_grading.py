@@ -14,6 +14,8 @@ from common.sandbox import grading
 from common.sandbox.box import Limits
 from common.sandbox.grading import Tests, Verdict
 
+pytestmark = pytest.mark.processes
+
 Tests.__test__ = False  # not a class that pytest should collect
 MBPP = SHARED / "data" / "mbpp" / "sanitized-mbpp.json"
 SQUARE = Tests(("assert square(3) == 9", "assert square(-4) == 16"))

@@ -22,6 +22,8 @@ from common.cli import UserError
 from common.sandbox import box as sandbox
 from common.sandbox.box import Box, BoxError, Limits
 
+pytestmark = pytest.mark.processes
+
 # What a program tries is written as functions; `attempt` tells what came of it.
 ATTEMPT = """
 def attempt(*functions):

@@ -9,9 +9,11 @@ import torch
 from support.served import ROWS, make_run, make_runs, replace_adapter, settings
 
 from common.cli import UserError
+from common.models import adapters, loading
 from common.models.source import ModelSource
-from common.serving.adapter_host import Host, State
-from common.serving.batch_queue import Job
+from common.serving.adapter_host import Host
+from common.serving.batch_queue import QueuedRequest
+from common.serving.messages import Answers, Broken, Close, KeepVersions, State, Withdraw
 from common.serving.run_registry import Registry
 from common.serving.work import Classify
 from common.tasks.ranking import creditmix
@@ -28,15 +30,15 @@ class Messages:
     def __init__(self, *coming) -> None:
         self.coming, self.sent = list(coming), []
 
-    def send(self, *message) -> None:
+    def send(self, message) -> None:
         self.sent.append(message)
 
     def receive(self, wait):
         coming, self.coming = self.coming, []
         return iter(coming)
 
-    def last(self, kind: str) -> list:
-        return next(fields for name, *fields in reversed(self.sent) if name == kind)
+    def last(self, kind: type):
+        return next(message for message in reversed(self.sent) if isinstance(message, kind))
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +49,26 @@ def runs(tmp_path_factory, base):
 
 def serve(base: str, runs, versions, *, adapters: int = 3, **changes) -> Messages:
     """The messages of a process that is asked for the first row by each version, and closed."""
-    jobs = [("job", Job(number, (version, Classify()), [PROMPT])) for number, version in enumerate(versions)]
-    messages = Messages(*jobs, ("close",))
+    asked = [QueuedRequest(number, (version, Classify()), [PROMPT]) for number, version in enumerate(versions)]
+    messages = Messages(*asked, Close())
     Host(base, settings(runs, **changes).host, adapters, messages).serve()
     gc.unfreeze()  # it is not alone in this process
     return messages
 
 
 def answers(messages: Messages) -> list:
-    return [answer for kind, *fields in messages.sent if kind == "done" for answer in fields[1]]
+    return [answer for message in messages.sent if isinstance(message, Answers) for answer in message.answers]
 
 
 def retrain(host: Host, registry: Registry, base: str, folder, times: int, abandoned: int = 0) -> None:
-    """Replace creditmix_sft so many times, each asked for a row; nobody waits for the job `abandoned` any more."""
+    """Replace creditmix_sft so many times, each asked for a row; nobody waits for the request `abandoned` any more."""
     for seed in range(times):
         other = make_run(folder / f"other{seed}", base, seed=10 + seed)
         replace_adapter(folder / "runs" / "creditmix_sft", other)
         version = registry.find("sft")
-        told = ("versions", version.name, registry.versions(version.name))
-        host.channel.coming = [told, ("withdraw", abandoned)]
-        host._receive(0)
-        host._begin([Job(100 + seed, (version, Classify()), [PROMPT])])
+        host.channel.coming = [KeepVersions(version.name, registry.versions(version.name)), Withdraw(abandoned)]
+        host.receive(0)
+        host.begin([QueuedRequest(100 + seed, (version, Classify()), [PROMPT])])
 
 
 def test_too_little_memory_is_said_before_loading(base, runs, monkeypatch):
@@ -76,8 +77,8 @@ def test_too_little_memory_is_said_before_loading(base, runs, monkeypatch):
     monkeypatch.setattr(vram, "free_bytes", lambda: 10_000)
     monkeypatch.setattr("common.models.loading.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
     messages = serve(base, runs, [registry.find("sft")])
-    assert [message[0] for message in messages.sent] == ["broken"]
-    assert "GB are needed, 0.0 are free, and no settings need less than" in messages.sent[0][1]
+    assert [type(message) for message in messages.sent] == [Broken]
+    assert "GB are needed, 0.0 are free, and no settings need less than" in messages.sent[0].reason
 
 
 @pytest.mark.parametrize("auto_fit", [False, True])
@@ -90,7 +91,7 @@ def test_a_batch_that_is_too_large_for_the_memory(auto_fit, base, runs, monkeypa
     if auto_fit:
         assert answers(messages)[0][0]["prediction"] in CREDITMIX.labels
     else:
-        assert messages.sent[0][1].endswith("are free; MAX_BATCH_TOKENS=4096")
+        assert messages.sent[0].reason.endswith("are free; MAX_BATCH_TOKENS=4096")
 
 
 def test_a_base_in_4_bits_answers_as_the_script_in_4_bits(base, runs):
@@ -118,10 +119,10 @@ class Exhausting(Classify):
 def test_a_batch_that_runs_out_of_memory_is_done_row_by_row(base, runs):
     messages = Messages()
     host = Host(base, settings(runs).host, 3, messages)
-    host._load()
+    host.load()
     version = Registry(str(runs), base).find("sft")
     rows = [["a"], ["long"], ["b"]]
-    host._begin([Job(number, (version, Exhausting()), row) for number, row in enumerate(rows)])
+    host.begin([QueuedRequest(number, (version, Exhausting()), row) for number, row in enumerate(rows)])
     first, long, last = answers(messages)
     assert (first, last) == (["a"], ["b"])
     assert type(long) is UserError
@@ -135,7 +136,7 @@ def test_an_adapter_that_is_at_work_stays_whatever_comes_between(base, tmp_path,
     registry = Registry(str(runs), base)
     messages = Messages()
     host = Host(base, settings(runs).host, 3, messages)
-    host._load()
+    host.load()
 
     class Long(Classify):
         """Between its steps other versions of its run are asked for."""
@@ -144,7 +145,7 @@ def test_an_adapter_that_is_at_work_stays_whatever_comes_between(base, tmp_path,
             retrain(host, registry, base, tmp_path, times=4, abandoned=7)
             return [[view.adapter in host.model.peft_config] for _ in payloads]
 
-    host._begin([Job(7, (registry.find("sft"), Long()), [PROMPT])])
+    host.begin([QueuedRequest(7, (registry.find("sft"), Long()), [PROMPT])])
     assert answers(messages)[-1] == [True]
     assert len(host.views) == 4
 
@@ -155,9 +156,10 @@ def test_versions_that_left_the_registry_leave_memory(base, tmp_path, monkeypatc
     registry = Registry(str(runs), base)
     messages = Messages()
     host = Host(base, settings(runs).host, 3, messages)
-    host._load()
+    host.load()
     retrain(host, registry, base, tmp_path, times=5)
     assert len({answer["raw_scores"]["Good"] for (answer,) in answers(messages)}) == 5
     assert len(host.model.peft_config) == len(host.views) == 3
-    (state,) = messages.last("state")
-    assert state == State(host._base_hash, dict.fromkeys(host.views, True), 0)
+    state = messages.last(State)
+    fingerprint = adapters.fingerprint(loading.load_base(ModelSource(base)))
+    assert state == State(fingerprint, dict.fromkeys(host.views, True), 0)

@@ -7,16 +7,16 @@ import time
 
 import pytest
 
-from common.serving.batch_queue import BatchQueue, Job
+from common.serving.batch_queue import BatchQueue, QueuedRequest
 
 _numbers = itertools.count(1)
 
 
-def put(queue: BatchQueue, *keys: str, tokens: int = 10, **more) -> list[Job]:
-    jobs = [Job(next(_numbers), key, key, tokens=tokens, **more) for key in keys]
-    for job in jobs:
-        queue.put(job)
-    return jobs
+def put(queue: BatchQueue, *keys: str, tokens: int = 10, **more) -> list[QueuedRequest]:
+    requests = [QueuedRequest(next(_numbers), key, key, tokens=tokens, **more) for key in keys]
+    for request in requests:
+        queue.put(request)
+    return requests
 
 
 def test_the_oldest_goes_first_and_takes_its_like_along():
@@ -29,8 +29,8 @@ def test_the_oldest_goes_first_and_takes_its_like_along():
 
 def test_a_batch_keeps_to_its_tokens():
     queue = BatchQueue(25)
-    jobs = put(queue, *"aaaaa")
-    assert [queue.take(), queue.take(), queue.take()] == [jobs[:2], jobs[2:4], jobs[4:]]
+    requests = put(queue, *"aaaaa")
+    assert [queue.take(), queue.take(), queue.take()] == [requests[:2], requests[2:4], requests[4:]]
     large = put(queue, "a", tokens=9999)
     assert queue.take() == large  # one always goes
 
@@ -45,7 +45,7 @@ def test_a_withdrawn_job_is_not_handed_out():
     assert not queue.withdraw(second.number)  # it is being worked on
 
 
-def test_urgent_jobs_can_be_taken_first():
+def test_urgent_requests_can_be_taken_first():
     queue = BatchQueue(1000)
     assert queue.take(urgent=True) == []
     (slow,) = put(queue, "s", urgent=False)

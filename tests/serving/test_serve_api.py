@@ -9,7 +9,7 @@ import random
 
 import pytest
 from support.processes import wait_for
-from support.served import ROWS, make_runs, serve
+from support.served import ROWS, serve
 
 from common.generation import generate as generation
 from common.generation import json_schema
@@ -17,12 +17,13 @@ from common.generation.decoding import Decoding
 from common.models import loading as models
 from common.models import tokenizers
 from common.models.source import LoadedModel, ModelSource
-from common.serving import openai_routes as chat_api
-from common.serving import routes as serve_api
+from common.serving import openai_routes, routes
 from common.serving.openai_routes import ChatRequest
 from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.style import CHAT
 from common.tasks.idp.extractor import ExtractionSettings, Extractor
+
+pytestmark = pytest.mark.processes
 
 SCHEMA = {
     "type": "object",
@@ -35,18 +36,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 DOCUMENT = "Age: 23, Occupation: Scientist"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, base):
-    """Not to be changed."""
-    return make_runs(tmp_path_factory.mktemp("serve") / "runs", base)
-
-
-@pytest.fixture(scope="module")
-def served(runs):
-    with serve(runs) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +152,25 @@ def test_samples_stops_and_seeds(served):
         assert choice["message"]["content"] == text.partition(stop)[0]
 
 
+def test_without_a_seed_each_answer_is_drawn_anew(served):
+    body = chat(ROWS[1], max_tokens=12, temperature=1.5)
+    texts = [served.post("/v1/chat/completions", body)["choices"][0]["message"]["content"] for _ in range(4)]
+    assert len({*texts}) > 1
+    greedy = chat(ROWS[1], max_tokens=12)
+    assert (
+        served.post("/v1/chat/completions", greedy)["choices"] == served.post("/v1/chat/completions", greedy)["choices"]
+    )
+
+
+def test_an_answer_without_content_may_stand_in_a_chat(served):
+    """Another server's, whose budget ended before it said anything."""
+    turns = [("user", "Age: 23"), ("assistant", None), ("user", "go on")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    answer = served.post("/v1/chat/completions", {"model": "sft", "messages": messages, "max_tokens": 2})
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    assert answer["choices"][0]["message"]["content"] is not None
+
+
 def events(served, body: dict) -> list:
     """The data of a stream, [DONE] included."""
     connection = served.connect()
@@ -170,7 +178,9 @@ def events(served, body: dict) -> list:
     answer = connection.getresponse()
     assert answer.status == 200
     assert answer.getheader("content-type").startswith("text/event-stream")
-    lines = answer.read().decode().split("\n\n")
+    content = answer.read()
+    assert content.isascii()  # some clients end lines at U+2028 and the like
+    lines = content.decode().split("\n\n")
     assert lines.pop() == ""
     return [data if (data := line.removeprefix("data: ")) == "[DONE]" else json.loads(data) for line in lines]
 
@@ -216,8 +226,8 @@ def test_the_openai_client(served):
     assert answer.choices[0].message.role == "assistant"
     assert answer.usage.completion_tokens <= 5
     strict = {"type": "json_schema", "json_schema": {"name": "row", "schema": SCHEMA, "strict": True}}
-    found = client.chat.completions.create(model="kd", messages=turns, max_tokens=120, response_format=strict)
-    assert json_schema.errors(json.loads(found.choices[0].message.content), SCHEMA) == []
+    completion = client.chat.completions.create(model="kd", messages=turns, max_tokens=120, response_format=strict)
+    assert json_schema.errors(json.loads(completion.choices[0].message.content), SCHEMA) == []
     stream = client.chat.completions.create(model="kd", messages=turns, max_tokens=5, stream=True)
     parts = [chunk.choices[0] for chunk in stream]
     assert "".join(part.delta.content or "" for part in parts) == answer.choices[0].message.content
@@ -259,19 +269,19 @@ VALUES = [None, True, 0, -1, 1.5, 10**400, 1e308, float("nan"), float("inf"), []
 PATHS = ["/infer/sft", "/infer/base", "/infer/sft/batch", "/infer/idp", "/infer/codegen", "/v1/chat/completions"]
 
 
-def hostile_body(draw: random.Random) -> bytes:
+def hostile_body(rng: random.Random) -> bytes:
     """A body that is broken, of the wrong shape, or right with odd content."""
-    kind = draw.randrange(8)
+    kind = rng.randrange(8)
     if kind == 0:
-        return draw.choice([b"", b"{", b"null", b"[]", b"\xff\xfe", b'"\xc3"', b"NaN", b"{}" * 2, DEEP, b"\x00" * 9])
+        return rng.choice([b"", b"{", b"null", b"[]", b"\xff\xfe", b'"\xc3"', b"NaN", b"{}" * 2, DEEP, b"\x00" * 9])
     if kind == 1:
-        return draw.randbytes(draw.randrange(200))
+        return rng.randbytes(rng.randrange(200))
     names = ["features", "document", "schema", "prompt", "run", "max_new_tokens", "plan_then_code", "model",
              "messages", "temperature", "top_p", "n", "stop", "seed", "stream", "response_format", "max_tokens",
              "tools"]  # fmt: skip
-    body = {name: draw.choice(VALUES) for name in draw.sample(names, draw.randrange(1, 6))}
+    body = {name: rng.choice(VALUES) for name in rng.sample(names, rng.randrange(1, 6))}
     if kind > 3:  # near enough to be taken
-        text = draw.choice(TEXTS) + draw.choice(ROWS)
+        text = rng.choice(TEXTS) + rng.choice(ROWS)
         body |= {
             "features": text,
             "document": text,
@@ -281,17 +291,17 @@ def hostile_body(draw: random.Random) -> bytes:
             "model": "sft",
         }
         body["messages"] = [{"role": "user", "content": text}]
-        body["schema"] = draw.choice([SCHEMA, {}, {"type": "null"}, {"$ref": "#"}, {"pattern": "("}])
-    if draw.random() < 0.2:
-        body = [body] * draw.randrange(3)
-    return json.dumps(body, ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass")
+        body["schema"] = rng.choice([SCHEMA, {}, {"type": "null"}, {"$ref": "#"}, {"pattern": "("}])
+    if rng.random() < 0.2:
+        body = [body] * rng.randrange(3)
+    return json.dumps(body, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
 
 
 def test_hostile_bodies(served):
-    draw = random.Random(0)
+    rng = random.Random(0)
     statuses = set()
     for _ in range(int(os.environ.get("HOSTILE_BODIES", 250))):
-        path, body = draw.choice(PATHS), hostile_body(draw)
+        path, body = rng.choice(PATHS), hostile_body(rng)
         status, answer, _ = served.ask("POST", path, body)
         assert status < 500, (path, body[:300], answer)
         assert "Traceback" not in str(answer)
@@ -312,8 +322,8 @@ def test_schemathesis(served, monkeypatch, tmp_path):
 
     configuration.set_hypothesis_home_dir(tmp_path)
     for work in ("Extract", "WriteCode"):
-        monkeypatch.setattr(serve_api, work, short(getattr(serve_api, work), "max_new_tokens"))
-    monkeypatch.setattr(chat_api, "Chat", short(chat_api.Chat, "max_tokens"))
+        monkeypatch.setattr(routes, work, short(getattr(routes, work), "max_new_tokens"))
+    monkeypatch.setattr(openai_routes, "Chat", short(openai_routes.Chat, "max_tokens"))
     schema = schemathesis.openapi.from_url(served.url + "/openapi.json")
     # FastAPI's lists of allowed methods are incomplete; pydantic takes `false` for 0 and 61.0 for 61; a name that no
     # run has is refused although its schema is a string
@@ -323,8 +333,8 @@ def test_schemathesis(served, monkeypatch, tmp_path):
                    suppress_health_check=list(HealthCheck))  # fmt: skip
     served.post("/infer/base", {"features": "Age: 1"})  # or it is not ready
     tried = set()
-    for found in schema.get_all_operations():
-        operation = found.ok()
+    for result in schema.get_all_operations():
+        operation = result.ok()
 
         def check(case):
             case.call_and_validate(excluded_checks=left_out, timeout=60)

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.pages import COLOURS, contrast, rgb
-from support.served import make_runs, serve
 
 from common.serving.routes import PAGE
 
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory, base):
-    runs = make_runs(tmp_path_factory.mktemp("serve") / "runs", base)
-    with serve(runs) as running:
-        yield running
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import uvicorn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.jobs.routes import create_app
-from common.jobs.service import Settings
+from common.jobs.service import JobServiceSettings
 
 
 def main(port: str, settings: str) -> None:
@@ -22,7 +22,7 @@ def main(port: str, settings: str) -> None:
     for name in ("data_dir", "scripts"):
         values[name] = Path(values[name])
     values["allowed_roots"] = tuple(map(Path, values["allowed_roots"]))
-    uvicorn.run(create_app(Settings(**values)), port=int(port), access_log=False, log_level="warning")
+    uvicorn.run(create_app(JobServiceSettings(**values)), port=int(port), access_log=False, log_level="warning")
 
 
 if __name__ == "__main__":

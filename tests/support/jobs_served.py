@@ -13,18 +13,19 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.jobs import local_backend
+from common.jobs.local_backend import environment_of, process_ids
 from common.jobs.routes import create_app
-from common.jobs.service import Settings
+from common.jobs.service import JobServiceSettings
 from common.jobs.store import ENDED
+from support.http_server import Client, run_app
 from support.inputs import ROOT
 from support.processes import wait_for
-from support.served import Served
 
 TRAINER = """
 import fcntl, json, os, signal, subprocess, sys, time
@@ -150,7 +151,7 @@ def write_data(path: Path, how: dict[str, Any]) -> None:
     path.write_text(json.dumps({"input": "a", "output": "b", "how": how}) + "\n")
 
 
-def settings(data: Path, **changes: Any) -> Settings:
+def settings(data: Path, **changes: Any) -> JobServiceSettings:
     every = {
         "data_dir": data,
         "backend": "local",
@@ -165,19 +166,16 @@ def settings(data: Path, **changes: Any) -> Settings:
         "warm_up": False,
         "scripts": data.parent / "scripts",
     }
-    return Settings(**(every | changes))
+    return JobServiceSettings(**(every | changes))
 
 
-class ServedJobs(Served):
-    """A running service; `data` is its DATA_DIR."""
+class ServedJobs(Client):
+    """A running service; `data` is its DATA_DIR, `app` and `service` are its insides."""
 
-    def __init__(self, app, uvicorn_server) -> None:
-        self.app, self.service, self.uvicorn = app, app.state.service, uvicorn_server
-        self.data, self.prefix, self.port = (
-            app.state.service.settings.data_dir,
-            app.state.service.settings.api_prefix,
-            0,
-        )
+    def __init__(self, app, port: int) -> None:
+        super().__init__(port)
+        self.app, self.service = app, app.state.service
+        self.data, self.prefix = self.service.settings.data_dir, self.service.settings.api_prefix
 
     def payload(self, how: str = "quick", **more: Any) -> dict[str, Any]:
         """A request for an SFT by the stand-in."""
@@ -214,23 +212,9 @@ class ServedJobs(Served):
 @contextlib.contextmanager
 def serve_jobs(data: Path, **changes: Any) -> Iterator[ServedJobs]:
     """The service in a thread of this process; stopped at the end as by a signal."""
-    import uvicorn
-
     app = create_app(settings(data, **changes))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the service did not start"
-            time.sleep(0.005)
-        served = ServedJobs(app, server)
-        served.port = server.servers[0].sockets[0].getsockname()[1]
-        yield served
-    finally:
-        server.should_exit = True
-        thread.join(60)
-    assert not thread.is_alive()
+    with run_app(app) as (_, port):
+        yield ServedJobs(app, port)
 
 
 class Process(ServedJobs):
@@ -264,3 +248,9 @@ class Process(ServedJobs):
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def processes_of(job_id: str) -> list[int]:
+    """All processes of a job: its worker and what that has started."""
+    mark = f"{local_backend.MARK}={job_id}".encode()
+    return [pid for pid in process_ids() if mark in environment_of(pid)]

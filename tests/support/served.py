@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import shutil
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from common.models.source import ModelSource
 from common.serving import adapter_host, model_process
-from common.serving.adapter_host import HostSettings
+from common.serving.messages import HostSettings
 from common.serving.model_process import ModelProcess
 from common.serving.routes import create_app
-from common.serving.server import Settings
+from common.serving.settings import ServerSettings
 from common.tasks.ranking.creditmix import CREDITMIX
+from support.http_server import Client, run_app
 from support.inputs import CORPUS
 from support.processes import fork_server
 
 ROWS = [text.partition("\n\n")[2] for text in CORPUS[:24]]  # features of unlike lengths
 ROWS = [row[: 30 + 9 * (i % 8)] for i, row in enumerate(ROWS)]
+
+
+NAMES = ["base", "sft", "kd", "dpo"]
+JSON = {"Content-Type": "application/json"}
+LONG = {  # a chat whose answer cannot be short
+    "messages": [{"role": "user", "content": "Age: 23"}],
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "long", "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 30}},
+    },
+    "max_tokens": 400,
+}
 
 
 def make_run(folder: Path, base: str, seed: int, method: str = "sft") -> Path:
@@ -65,7 +78,7 @@ def replace_adapter(run: Path, other: Path) -> None:
     os.replace(run / "new", run / "adapter_model.safetensors")
 
 
-def settings(runs_dir: Path | str, **changes: Any) -> Settings:
+def settings(runs_dir: Path | str, **changes: Any) -> ServerSettings:
     """The defaults, with `changes`; those of the host by their own names."""
     host = {
         "max_batch_tokens": 2048,
@@ -92,7 +105,7 @@ def settings(runs_dir: Path | str, **changes: Any) -> Settings:
         "audit_max_bytes": 1 << 20,
         "preload": False,
     }
-    return Settings(**(every | changes))
+    return ServerSettings(**(every | changes))
 
 
 def fork(end: socket.socket) -> SimpleNamespace:
@@ -102,12 +115,12 @@ def fork(end: socket.socket) -> SimpleNamespace:
     return SimpleNamespace(pid=child.pid, wait=lambda: (child.join(), child.exitcode)[1])
 
 
-class Served:
-    """A running server: `ask` and `post` talk to it, `app` and `server` are its insides."""
+class Served(Client):
+    """A running server: `app`, `server` and `uvicorn` are its insides."""
 
-    def __init__(self, app, uvicorn_server) -> None:
+    def __init__(self, app, uvicorn_server, port: int) -> None:
+        super().__init__(port)
         self.app, self.server, self.uvicorn = app, app.state.server, uvicorn_server
-        self.port = 0
 
     @property
     def processes(self) -> list[ModelProcess]:
@@ -133,41 +146,6 @@ class Served:
         finally:
             os.kill(process.process.pid, signal.SIGCONT)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-
-    def ask(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, Any, dict[str, str]]:
-        """(status, JSON or text, headers); `body` as JSON unless it is bytes."""
-        connection = self.connect()
-        sent = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, sent, {"Content-Type": "application/json", **(headers or {})})
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
-        found = dict(answer.getheaders())
-        is_json = found.get("content-type", "").startswith("application/json")
-        return answer.status, json.loads(content) if is_json else content.decode(), found
-
-    def post(self, path: str, body: Any) -> Any:
-        """The answer to a request that must succeed."""
-        status, answer, _ = self.ask("POST", path, body)
-        assert status == 200, answer
-        return answer
-
-    def refused(self, status: int, path: str, body: Any, method: str = "POST") -> str:
-        """The message of an error of this status, in the one shape of errors."""
-        found, answer, headers = self.ask(method, path, body)
-        assert found == status, answer
-        assert set(answer["error"]) == {"message", "type", "param", "request_id"}
-        assert answer["error"]["request_id"] == headers["x-request-id"]
-        return answer["error"]["message"]
-
 
 model_process.launch = fork
 
@@ -175,21 +153,32 @@ model_process.launch = fork
 @contextlib.contextmanager
 def serve(runs_dir: Path | str, **changes: Any) -> Iterator[Served]:
     """The server in a thread of this process; stopped at the end as by a signal."""
-    import uvicorn
-
     app = create_app(settings(runs_dir, **changes))
-    config = uvicorn.Config(app, port=0, log_level="warning", access_log=False)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.005)
-        served = Served(app, server)
-        served.port = server.servers[0].sockets[0].getsockname()[1]
-        yield served
-    finally:
-        server.should_exit = True
-        thread.join(60)
-    assert not thread.is_alive()
+    with run_app(app) as (server, port):
+        yield Served(app, server, port)
+
+
+def same(answer: dict, wanted: dict) -> None:
+    """Equal but for what another batch does to the last digits."""
+    assert list(answer) == list(wanted)
+    assert answer["model_name"] == wanted["model_name"]
+    for key in ("scores", "raw_scores", "prior", "probabilities"):
+        assert answer[key] == pytest.approx(wanted[key], abs=1e-4), key
+    assert answer["top2_margin"] == pytest.approx(wanted["top2_margin"], abs=1e-4)
+    assert answer["prediction"] == wanted["prediction"] or wanted["top2_margin"] < 1e-4
+
+
+def metric(served, start: str, *parts: str) -> float:
+    """A figure of /metrics."""
+    lines = served.ask("GET", "/metrics")[1].splitlines()
+    return next(
+        float(line.rpartition(" ")[2]) for line in lines if line.startswith(start) and all(p in line for p in parts)
+    )
+
+
+def figure(page: str, name: str) -> float:
+    return next((float(line.removeprefix(name)) for line in page.splitlines() if line.startswith(name + " ")), 0.0)
+
+
+def chat_turn(role: str) -> dict[str, str]:
+    return {"role": role, "content": "x"}

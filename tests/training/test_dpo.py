@@ -20,6 +20,8 @@ from common.training import dpo
 from common.training.flags import dpo_settings
 from common.training.trainer import prepare_student
 
+pytestmark = pytest.mark.processes
+
 
 def log_prob(model, prompt: list[int], answer: list[int]) -> float:
     """The sum of an answer's token log-probabilities, by one plain forward pass."""

@@ -18,6 +18,8 @@ from common.models import tokenizers
 from common.models.source import ModelSource
 from common.training import batches, losses
 
+pytestmark = pytest.mark.processes
+
 # 4-bit on a CPU.
 
 

@@ -21,6 +21,8 @@ from common.models import adapters
 from common.training import checkpoints
 from common.training.checkpoints import newest_checkpoint
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def steps(unbroken, monkeypatch) -> list:
@@ -79,7 +81,10 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, spawn, tmp_path):
     assert run_json(save_dir)["state"] == "done"
 
 
-@pytest.mark.parametrize("damage", ["no trainer_state.json", "half a trainer_state.json", "no optimizer.pt"])
+@pytest.mark.parametrize("damage", [
+    "no trainer_state.json", "half a trainer_state.json", "no optimizer.pt", "half a optimizer.pt",
+    "half a adapter_model.safetensors",
+])  # fmt: skip
 def test_a_checkpoint_cut_short_is_passed_over(damage, unbroken, tmp_path, capsys):
     main, base, data = unbroken.task("sft")
     save_dir = tmp_path / "run"

@@ -16,6 +16,8 @@ from common.models import loading as models
 from common.training import run
 from common.vram import preflight
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def milder(monkeypatch) -> None:

@@ -19,6 +19,8 @@ from common.models import loading as models
 from common.models.source import ModelSource
 from common.training import batches, losses
 
+pytestmark = pytest.mark.processes
+
 
 def test_the_record_of_a_run(unbroken, rows, base):
     from common.files import sha256_file

@@ -9,6 +9,8 @@ from support.training import loss_curve, train
 import kd_train
 import sft_train
 
+pytestmark = pytest.mark.processes
+
 
 def test_accumulation_equals_a_real_batch(base, uneven, tmp_path):
     runs = [

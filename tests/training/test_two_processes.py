@@ -18,6 +18,8 @@ import sft_train
 from common import cli
 from common.training.checkpoints import newest_checkpoint
 
+pytestmark = pytest.mark.processes
+
 TOGETHER = ("--max_steps", 6, "--lora_dropout", 0, "--seed", 1)
 
 

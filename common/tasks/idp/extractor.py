@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -100,21 +100,33 @@ class Extractor:
         """The token ids of the prompt for a document, or a piece of one."""
         return tokenizers.encode_prompt(self.tokenizer, prompt.user_turn(document, self.schema))
 
-    def pieces(self, document: str) -> list[str]:
-        """A clean document as pieces whose prompts fit; none where it is to be refused instead."""
+    def pieces(self, document: str, between: Callable[[], None] = lambda: None) -> list[str]:
+        """A clean document as pieces whose prompts fit; none where it is to be refused instead.
+
+        Args:
+            between: see `extract`.
+        """
 
         def fits(piece: str) -> bool:
+            between()
             return len(self.encode(piece)) <= self.room
 
         if self.settings.long == "refuse" and not fits(document):
             return []
         return long_documents.pieces(document, fits)
 
-    def extract(self, texts: Sequence[str], confidence: bool = False) -> list[Extraction]:
-        """One extraction per document; with `confidence`, each leaf's."""
+    def extract(
+        self, texts: Sequence[str], confidence: bool = False, between: Callable[[], None] = lambda: None
+    ) -> list[Extraction]:
+        """One extraction per document; with `confidence`, each leaf's.
+
+        Args:
+            between: called again and again while long documents are cut and their answers are merged, which takes
+                seconds for a million characters; what it raises ends the work.
+        """
         from common.generation.generate import generate
 
-        pieces = [self.pieces(documents.clean(text)) for text in texts]
+        pieces = [self.pieces(documents.clean(text), between) for text in texts]
         answers = generate(
             self.model,
             self.tokenizer,
@@ -125,11 +137,13 @@ class Extractor:
         )
         samples = (sample for (sample,) in answers)
         return [
-            self._read(list(islice(samples, len(of_document))), len(text), confidence)
+            self._read(list(islice(samples, len(of_document))), len(text), confidence, between)
             for text, of_document in zip(texts, pieces, strict=True)
         ]
 
-    def _read(self, answers: list[Generation], characters: int, confidence: bool) -> Extraction:
+    def _read(
+        self, answers: list[Generation], characters: int, confidence: bool, between: Callable[[], None]
+    ) -> Extraction:
         if not answers:
             return Extraction(
                 None,
@@ -145,7 +159,11 @@ class Extractor:
         if len(answers) > 1 and failed:
             value, error = None, failed[0]
         elif not failed and (confidence or len(answers) > 1):
-            merged = long_documents.merge([long_documents.scored(answer, self.tokenizer) for answer in answers])
+            parts = []
+            for answer in answers:
+                between()
+                parts.append(long_documents.scored(answer, self.tokenizer))
+            merged = long_documents.merge(parts)
             value, scores = long_documents.plain(merged), long_documents.confidences(merged)
             error = next(iter(json_schema.errors(value, self.schema)), None)
         return Extraction(

@@ -22,7 +22,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from common.cli import UserError
 from common.files import read_json, write_json
-from common.tasks.ranking.decision import Decision, check_labels, log_probabilities, row_weights
+from common.tasks.ranking.decision import MAX_OFFSET, Decision, check_labels, log_probabilities, row_weights
 
 METHODS = ("none", "prior", "batch", "fitted")
 FORMAT_VERSION = 1
@@ -88,13 +88,14 @@ class Calibration:
         object.__setattr__(self, "labels", tuple(self.labels))
         for name in ("prior", "bias"):
             vector = tuple(float(value) for value in getattr(self, name)) or (0.0,) * len(self.labels)
-            if len(vector) != len(self.labels) or not np.isfinite(vector).all():
+            if len(vector) != len(self.labels) or not (np.abs(vector) <= MAX_OFFSET).all():
                 raise ValueError(f"{name} must be {len(self.labels)} finite numbers, one per label")
             object.__setattr__(self, name, vector)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}")
-        if not (0 < self.temperature < np.inf):
-            raise ValueError("temperature must be a number above 0")
+        if not (1 / MAX_OFFSET <= self.temperature <= MAX_OFFSET):
+            raise ValueError(f"temperature must be a number above 0, from {1 / MAX_OFFSET:g} to {MAX_OFFSET:g}")
+        self.decision.check_labels(len(self.labels))
 
     def apply(self, raw: np.ndarray) -> Scores:
         """Scores, probabilities and decisions for raw[n, K].

@@ -18,7 +18,7 @@ from common.tasks.ranking.calibration import Calibration, batch_calibration
 from common.tasks.ranking.ranker import Ranker, cached_prior
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.settings import DEFAULT, ScoringSettings
-from common.tasks.ranking.task import LabelTask
+from common.tasks.ranking.task import LabelTask, warned
 from common.vram.preflight import fit_inference
 
 CALIBRATION_FILE = "calibration.json"
@@ -117,8 +117,12 @@ class Classifier:
         return chosen.with_label_bias(label_bias or {})
 
     def answers(self, texts: Sequence[str], calibration: Calibration, raw: np.ndarray | None = None) -> list[dict]:
-        """One answer per text, with the keys that infer and serve promise; numbers rounded for reading."""
-        return self._answers(self.raw_scores(texts) if raw is None else raw, calibration)
+        """One answer per text, with the keys that infer and serve promise; numbers rounded for reading.
+
+        The answer to a text that is not of the task has a "warning" (see `LabelTask.warning`).
+        """
+        answers = self._answers(self.raw_scores(texts) if raw is None else raw, calibration)
+        return [warned(self.task, text, answer) for text, answer in zip(texts, answers, strict=True)]
 
     def answers_to(self, prompts: Sequence[list[int]], calibration: Calibration) -> list[dict]:
         """As `answers`, to prompts that are token ids already."""

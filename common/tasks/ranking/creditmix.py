@@ -45,6 +45,12 @@ class CreditMix(LabelTask):
         """See `clean_features`."""
         return clean_features(text, tally)
 
+    def warning(self, text: str) -> str | None:
+        """That no feature of a line was found."""
+        if any(key in RULES for key, _ in split_features(text)):
+            return None
+        return 'no feature of a CreditMix line is in the text; give some, as in "Age: 23.0, Occupation: Scientist"'
+
     def group_of(self, row: dict) -> str:
         """The group hash of a row's customer; see `group_of`."""
         return group_of(self.text_of(row) or "")

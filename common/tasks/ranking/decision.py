@@ -17,6 +17,9 @@ OBJECTIVES = ("accuracy", "macro_f1", "cost")
 MIN_ANSWERED = 30  # a precision measured on fewer answers than this is no ground for a threshold
 
 
+MAX_OFFSET = 1e6  # nats, or units of cost; beyond, a file is damaged
+
+
 @dataclass(frozen=True)
 class Decision:
     """How probabilities become a label; the default is argmax and an answer for every row.
@@ -34,6 +37,21 @@ class Decision:
     costs: tuple[tuple[float, ...], ...] | None = None
     abstain_below: float | None = None
     fitted_on: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("offsets", "costs"):
+            value = getattr(self, name)
+            if value is not None and not (np.abs(np.asarray(value, dtype=np.float64)) <= MAX_OFFSET).all():
+                raise ValueError(f"{name} must be numbers between -{MAX_OFFSET:g} and {MAX_OFFSET:g}")
+        if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
+            raise ValueError("abstain_below must be a probability")
+
+    def check_labels(self, count: int) -> None:
+        """Raises ValueError where it was made for another number of labels."""
+        if self.offsets is not None and np.shape(self.offsets) != (count,):
+            raise ValueError(f"offsets must be {count} numbers, one per label")
+        if self.costs is not None and np.shape(self.costs) != (count, count):
+            raise ValueError(f"costs must be {count} times {count} numbers")
 
     def choose(self, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(predictions[n], answered[n]) for probabilities[n, K].

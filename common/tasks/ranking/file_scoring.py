@@ -35,6 +35,7 @@ class FileScoring:
         input: a JSONL file; for `ray_scoring` also a folder, a pattern or an address.
         output: a JSONL file; for `ray_scoring` a folder.
         skip_bad_rows: list rows without a text, and go on; else the first one is an error.
+        strict: rows whose text is not of the task (see `LabelTask.warning`) are bad ones, too.
     """
 
     source: ModelSource
@@ -43,6 +44,7 @@ class FileScoring:
     input: str
     output: str
     skip_bad_rows: bool = False
+    strict: bool = False
 
     def decided_by(self) -> dict[str, Any]:
         """All that decides the answers but the rows themselves, as JSON."""
@@ -60,10 +62,22 @@ class FileScoring:
             "label_bias": dict(self.settings.label_bias),
             "task": asdict(self.task),
         }
+        if self.strict:  # left out without it, so that files of before go on
+            facts["strict"] = True
         return json.loads(json.dumps(facts))
 
 
-def check_input(path: str, task: LabelTask, skip_bad_rows: bool) -> None:
+def row_fault(row: Any, task: LabelTask, strict: bool) -> str | None:
+    """Why a row cannot be classified; None where it can."""
+    if isinstance(row, ValueError):
+        return str(row)
+    text = task.text_of(row)
+    if text is None:
+        return f"no text under '{task.text_field}'"
+    return task.warning(text) if strict else None
+
+
+def check_input(path: str, task: LabelTask, skip_bad_rows: bool, strict: bool = False) -> None:
     """Read the file once, before a model loads: a bad row is found now, not in the middle of a night's work.
 
     Raises:
@@ -71,30 +85,33 @@ def check_input(path: str, task: LabelTask, skip_bad_rows: bool) -> None:
     """
     good = False
     for number, row in iter_jsonl(path):
-        if task.text_of(row) is not None:
+        fault = row_fault(row, task, strict)
+        if fault is None:
             good = True
         elif not skip_bad_rows:
-            fault = str(row) if isinstance(row, ValueError) else f"no text under '{task.text_field}'"
             raise UserError(f"{path}, line {number}: {fault}; mend the row, or pass --skip_bad_rows")
     if not good:
         raise UserError(f"{path} has no usable rows; each needs its text under '{task.text_field}'")
 
 
-def good_texts(path: str, task: LabelTask, bad: list[dict]) -> Iterator[str]:
+def good_texts(path: str, task: LabelTask, bad: list[dict], strict: bool = False) -> Iterator[str]:
     """The text of each good row; the bad ones are added to `bad`."""
     for number, row in iter_jsonl(path):
-        text = task.text_of(row)
-        if text is None:
+        if row_fault(row, task, strict) is not None:
             bad.append({"line": number, "row": str(row) if isinstance(row, ValueError) else row})
         else:
-            yield text
+            yield task.text_of(row)
 
 
 def classify_file(scoring: FileScoring, classifier: Classifier) -> None:
     """Write an answer for each good row, in order, and the bad ones into OUTPUT.rejects.jsonl."""
     settings, task = scoring.settings, scoring.task
     # "batch" estimates from the first window, also where the answers of that window are there already
-    first = list(islice(good_texts(scoring.input, task, []), WINDOW)) if settings.calibration == "batch" else []
+    first = (
+        list(islice(good_texts(scoring.input, task, [], scoring.strict), WINDOW))
+        if settings.calibration == "batch"
+        else []
+    )
     first_raw = classifier.raw_scores(first) if first else None
     calibration = classifier.calibration(settings.calibration, first_raw, settings.label_bias)
 
@@ -103,14 +120,14 @@ def classify_file(scoring: FileScoring, classifier: Classifier) -> None:
 
     def takes_over(count: int, last: dict) -> bool:
         """Whether the last of `count` answers is what is answered to that row now."""
-        text = next(islice(good_texts(scoring.input, task, []), count - 1, None), None)
+        text = next(islice(good_texts(scoring.input, task, [], scoring.strict), count - 1, None), None)
         return text is not None and same_answer(last, classifier.answers([text], calibration)[0])
 
     bad: list[dict] = []
     decided_by = [scoring.decided_by(), sha256_file(scoring.input)]
     for _ in write_answers(
         scoring.output,
-        good_texts(scoring.input, task, bad),
+        good_texts(scoring.input, task, bad, scoring.strict),
         answers,
         window=WINDOW,
         decided_by=decided_by,

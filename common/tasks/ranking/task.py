@@ -93,6 +93,10 @@ class LabelTask:
         """
         return text.strip()
 
+    def warning(self, text: str) -> str | None:
+        """Why an answer to a text says little, in a sentence: the text is not of this task. None where it may be."""
+        return None
+
     def text_of(self, row: Any) -> str | None:
         """The clean text of a row without a label; None where it has none."""
         for key in self.text_keys:
@@ -252,3 +256,9 @@ def _texts(value: Any, refuse: Callable[[str], UserError]) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise refuse("hold an empty text; give every one some letters")
     return value
+
+
+def warned(task: LabelTask, text: str, answer: dict) -> dict:
+    """An answer, with a warning where the text is not of the task."""
+    warning = task.warning(text)
+    return answer | {"warning": warning} if warning else answer

@@ -244,7 +244,19 @@ def test_unfit_calibration_files_are_refused(tmp_path):
         {**good, "version": 99},
         {**good, "prior": {"Good": 0.0}},
         {key: value for key, value in good.items() if key != "decision"},
+        {**good, "temperature": float("nan")},
+        {**good, "temperature": 1e300},
+        {**good, "bias": dict.fromkeys(LABELS, float("inf"))},
+        {**good, "bias": dict.fromkeys(LABELS, 1e9)},
+        {**good, "prior": dict.fromkeys(LABELS, "x")},
+        {**good, "decision": {**good["decision"], "offsets": [0.0, float("nan"), 0.0]}},
+        {**good, "decision": {**good["decision"], "offsets": [0.0, 1.0]}},
+        {**good, "decision": {**good["decision"], "costs": [[0.0, 1.0]] * 3}},
+        {**good, "decision": {**good["decision"], "costs": [[0.0, 1.0, "x"]] * 3}},
+        {**good, "decision": {**good["decision"], "abstain_below": 7}},
         [],
+        None,
+        3,
     ):
         path.write_text(json.dumps(broken))
         with pytest.raises(UserError, match="fit it again"):

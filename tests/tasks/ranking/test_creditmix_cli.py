@@ -24,6 +24,8 @@ from common.tasks.ranking.calibration import Calibration, batch_calibration
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:

@@ -25,6 +25,8 @@ from common.cli import UserError
 from common.tasks.ranking import ray_scoring, row_blocks
 from common.tasks.ranking.creditmix import CREDITMIX
 
+pytestmark = pytest.mark.processes
+
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is an optional extra")
 SYSTEM = LocalFileSystem()
 JOBS = ("Scientist", "Lawyer", "Engineer", "Writer")

@@ -1,0 +1,78 @@
+"""What the environment sets of the inference server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.cli import UserError
+from common.serving.messages import HostSettings
+from common.tasks.ranking.loading import load_task
+from common.web.app import Environment
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the environment may set; the defaults are in `from_environment`.
+
+    Attributes:
+        runs_dir: folder of the runs.
+        base_model: what "base" stands for; None: the base of the adapters found.
+        idp_schema: path of the schema of requests that bring none.
+        max_bases: base models in memory at once.
+        host: how models are loaded and batched.
+        request_timeout: seconds until a request is answered with 504.
+        api_key: None lets everybody in.
+        audit_log: path; None: none is written.
+        audit_inputs: write the texts of requests, too.
+        audit_max_bytes: size at which the audit log is rotated.
+        preload: load the base and the named runs at the start.
+        allowed_hosts: names by which the server may be asked for without a key, beside localhost and addresses.
+    """
+
+    runs_dir: str
+    base_model: str | None
+    idp_schema: str
+    max_bases: int
+    host: HostSettings
+    request_timeout: float
+    max_body_bytes: int
+    api_key: str | None
+    audit_log: str | None
+    audit_inputs: bool
+    audit_max_bytes: int
+    preload: bool
+    allowed_hosts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_environment(cls) -> ServerSettings:
+        """Raises UserError for a value that cannot be."""
+        env = Environment()
+        runs_dir = env.text("RUNS_DIR", "runs")
+        task = load_task(env.text("TASK"))
+        nulls = env.whole("NUM_NULL_PROMPTS", len(task.null_inputs))
+        if nulls > len(task.null_inputs):
+            raise UserError(f"NUM_NULL_PROMPTS={nulls} is more than the {len(task.null_inputs)} that there are")
+        return cls(
+            runs_dir=runs_dir,
+            base_model=env.text("BASE_MODEL"),
+            idp_schema=env.text("IDP_SCHEMA", "data/idp_schema.json"),
+            max_bases=env.whole("MAX_BASES", 2),
+            host=HostSettings(
+                max_batch_tokens=env.whole("MAX_BATCH_TOKENS", 8192),
+                max_wait=env.number("MAX_WAIT_MS", 0) / 1000,
+                max_queue=env.whole("MAX_QUEUE", 1024),
+                task=task,
+                num_null_prompts=nulls,
+                runs_dir=runs_dir,
+                load_in_4bit=env.choice("LOAD_IN_4BIT", ("auto", "on", "off")),
+                auto_fit=env.switch("AUTO_FIT"),
+            ),
+            request_timeout=env.number("REQUEST_TIMEOUT", 120, least=0.001),
+            max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 20),
+            api_key=env.text("API_KEY"),
+            audit_log=env.text("AUDIT_LOG"),
+            audit_inputs=env.switch("AUDIT_INPUTS"),
+            audit_max_bytes=env.whole("AUDIT_MAX_BYTES", 64 << 20),
+            preload=env.switch("PRELOAD"),
+            allowed_hosts=env.names("ALLOWED_HOSTS"),
+        )

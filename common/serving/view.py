@@ -1,0 +1,119 @@
+"""A model as the work on requests sees it: a base with one adapter, or none, active."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from common.models.onnx_runtime import OnnxModel
+from common.models.source import LoadedModel
+from common.serving.messages import Unusable
+from common.serving.run_registry import LOOK, Version, file_signature
+from common.tasks.ranking.calibration import Calibration
+from common.tasks.ranking.task import LabelTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.serving.adapter_host import Host
+    from common.tasks.ranking.classifier import Classifier
+
+PRIORS = ".priors"  # in the folder of the runs: priors of base models that have no folder of their own
+
+
+class Work(Protocol):
+    """What is done with a model for a batch of requests. Equal works may share a batch, so it is hashable by value.
+
+    Attributes:
+        name: the task, in metrics and logs.
+        urgent: short enough to go between two steps of something longer.
+    """
+
+    name: str
+    urgent: bool
+
+    def run(self, view: View, payloads: Sequence[Any]) -> list[Any]:
+        """One answer per payload. The view's adapter is active. A UserError is the fault of one of the payloads."""
+        ...
+
+
+class View:
+    """A base with one adapter, or none; for the process of the base alone.
+
+    Args:
+        adapter: its name within PEFT; None for the base itself.
+    """
+
+    def __init__(self, host: Host, version: Version, adapter: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.host, self.version, self.adapter, self.tokenizer = host, version, adapter, tokenizer
+        self.kept: OrderedDict[Any, Any] = OrderedDict()  # what works keep for their next batch
+        self._classifiers: dict[str, Classifier] = {}
+        self._calibrations: dict[str, tuple[float, tuple | None, Calibration]] = {}
+
+    @property
+    def model(self):
+        """The torch model.
+
+        Raises:
+            Unusable: it is an ONNX export, which gives no text here.
+        """
+        if isinstance(self.host.model, OnnxModel):
+            raise Unusable(f"{self.version.name} is an ONNX export, which ranks labels alone; ask for the run it is of")
+        return self.host.model
+
+    def classifier(self, task: LabelTask) -> Classifier:
+        """The label ranker of this model, with its prior (from the disk where it is there)."""
+        if task.name not in self._classifiers:
+            from common.tasks.ranking.classifier import Classifier
+
+            started = time.perf_counter()
+            self._classifiers[task.name] = Classifier.on(
+                LoadedModel(self.host.model, self.tokenizer, self.host.settings.max_batch_tokens),
+                self.version.model_dir,
+                task,
+                num_null_prompts=self.host.settings.num_null_prompts,
+                model_hash=self.version.sha256,
+                prior_dir=self.prior_dir(),
+            )
+            self.host.report_loaded("prior", self.version.name, time.perf_counter() - started)
+        return self._classifiers[task.name]
+
+    def calibration(self, task: LabelTask) -> Calibration:
+        """The one the scripts choose by default: fitted where there is one, read again when it has changed."""
+        from common.tasks.ranking.classifier import CALIBRATION_FILE
+
+        until, known_signature, calibration = self._calibrations.get(task.name, (0.0, None, None))
+        now = time.monotonic()
+        if now > until:
+            signature = file_signature(os.path.join(self.version.model_dir, CALIBRATION_FILE))
+            if calibration is None or signature != known_signature:
+                calibration = self.classifier(task).calibration(None)
+            self._calibrations[task.name] = (now + LOOK, signature, calibration)
+        return calibration
+
+    @property
+    def warm(self) -> bool:
+        """Whether a prior is known."""
+        return bool(self._classifiers)
+
+    def keep(self, key: Any, make: Callable[[], Any], most: int = 16) -> Any:
+        """`make()`, or what it gave the last time; the least recently used goes when there are more than `most`."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        self.kept.move_to_end(key)
+        while len(self.kept) > most:
+            self.kept.popitem(last=False)
+        return self.kept[key]
+
+    def prior_dir(self) -> Path:
+        """Where the prior is cached: in the model's folder, or for a Hub id beside the runs."""
+        if Path(self.version.model_dir).is_dir():
+            return Path(self.version.model_dir)
+        folder = Path(self.host.settings.runs_dir) / PRIORS / re.sub(r"[^\w.-]+", "--", self.version.model_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder

@@ -1,0 +1,55 @@
+"""How a server is started: by its script, or by uvicorn, which wants an `app` in a module."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from common.cli import UserError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """--host and --port."""
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
+    parser.add_argument("--port", type=int, default=8000)
+
+
+def run(app: FastAPI, host: str, port: int) -> None:
+    """Serve until a signal, without a line in the log for every request, and with patience for slow clients."""
+    import uvicorn
+
+    from common.web.connections import PatientProtocol
+
+    allow_many_connections()
+    uvicorn.run(app, host=host, port=port, access_log=False, http=PatientProtocol)
+
+
+def allow_many_connections() -> None:
+    """Raise this process's number of open files to what its limits allow; 1024 are soon reached."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limits here
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def app_on_demand(module: str, create_app: Callable[[], FastAPI]) -> Callable[[str], Any]:
+    """A script's `__getattr__`: its `app` is made when uvicorn asks for it, so that `--help` needs none.
+
+    A setting that cannot be is one sentence and a SystemExit.
+    """
+
+    def getattr_(name: str) -> Any:
+        if name != "app":
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        try:
+            return create_app()
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from error
+
+    return getattr_

@@ -1,0 +1,41 @@
+"""Texts of a data set that are stored as bytes are read as texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from common.cli import UserError
+from common.distillation import rows
+
+
+def write(folder: Path, **columns: list) -> str:
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "train.parquet")
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_pairs_and_text(tmp_path):
+    pairs = write(tmp_path / "pairs", input=["é 1".encode(), b"2"], output=[b"Good", b"Bad"])
+    read = rows.read_dataset(pairs, None, "train", "text")
+    assert read == [{"input": "é 1", "output": "Good"}, {"input": "2", "output": "Bad"}]
+    text = write(tmp_path / "text", text=[b"one\n", "zwei ü".encode()])
+    assert rows.read_dataset(text, None, "train", "text") == [{"text": "one\nzwei ü"}]
+
+
+def test_bytes_of_no_text_are_named(tmp_path):
+    pairs = write(tmp_path / "pairs", input=[b"1", b"\xff"], output=[b"Good", b"Bad"])
+    with pytest.raises(UserError, match=r"row 2: it holds bytes that are no UTF-8 text \(byte 0\)"):
+        rows.read_dataset(pairs, None, "train", "text")
+    assert len(rows.read_dataset(pairs, None, "train", "text", skip_bad_rows=True)) == 1
+    text = write(tmp_path / "text", text=[b"\xff\xfe"])
+    with pytest.raises(UserError, match="convert it to UTF-8"):
+        rows.read_dataset(text, None, "train", "text")

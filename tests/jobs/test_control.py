@@ -1,0 +1,94 @@
+"""Jobs in order; cancelled, deleted, kept for a while."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+from support.jobs_served import make_place, processes_of, serve_jobs
+from support.processes import wait_for
+
+from common.jobs import local_backend, runner
+from common.jobs.folder import JobFolder
+
+pytestmark = pytest.mark.processes
+
+
+def test_jobs_start_in_order_and_no_more_than_may_run(tmp_path):
+    with serve_jobs(make_place(tmp_path), max_running=2) as served:
+        ids = [served.submit("slow", max_steps=8) for _ in range(6)]
+        wait_for(lambda: [served.status(job_id)["ahead"] for job_id in ids] == [None, None, 0, 1, 2, 3])
+        seen = []
+        while any(served.status(job_id)["ended"] is None for job_id in ids):
+            seen.append(served.service.store.counts()["running"])
+        assert max(seen) == 2
+        started = [served.status(job_id)["started"] for job_id in ids]
+        assert started == sorted(started)
+        # a third begins only once one of the two before it has ended
+        ended = sorted(served.status(job_id)["ended"] for job_id in ids)
+        assert all(begin >= end for begin, end in zip(started[2:], ended, strict=False))
+
+
+def test_cancelling(served, monkeypatch):
+    monkeypatch.setattr(local_backend, "GRACE", 0.3)
+    first, second = served.submit("endless", max_steps=10_000), served.submit()
+    status = served.ask("POST", f"/cancel/{second}")[1]  # it waits
+    assert (status["state"], status["started"]) == ("cancelled", None)
+    wait_for(lambda: (served.artifacts(first) / "steps.txt").exists())
+    wait_for(lambda: len(processes_of(first)) == 4)  # worker, trainer, and two that it started
+    assert served.ask("POST", f"/cancel/{first}")[0] == 200
+    assert served.until(first)["state"] == "cancelled"
+    assert processes_of(first) == []  # also the one that had left the group
+    log = (served.artifacts(first).parent / "log.txt").read_text()
+    assert "stopped at" in log  # it was asked first, and saved a checkpoint
+    assert served.ask("POST", f"/cancel/{first}")[0] == 200  # twice is no error
+    deaf = served.submit("deaf", max_steps=10_000)
+    wait_for(lambda: (served.artifacts(deaf) / "steps.txt").exists())
+    served.ask("POST", f"/cancel/{deaf}")
+    assert served.until(deaf)["state"] == "cancelled"
+    assert processes_of(deaf) == []
+    assert served.ask("POST", f"/resume/{first}")[0] == 200
+    status = served.until(first, "running")
+    assert status["attempt"] == 2
+    wait_for(lambda: served.status(first)["progress"]["step"] > 2)
+    served.ask("POST", f"/cancel/{first}")
+    served.until(first)
+    steps = list(map(int, (served.artifacts(first) / "steps.txt").read_text().split()))
+    assert steps == [*range(1, len(steps) + 1)]  # none left out, none twice
+
+
+def test_deleting(served):
+    job_id = served.submit()
+    served.until(job_id)
+    folder = served.artifacts(job_id).parent
+    assert folder.is_dir()
+    assert served.ask("DELETE", f"/jobs/{job_id}")[0] == 204
+    assert not folder.exists()
+    served.refused(404, f"/status/{job_id}", None, "GET")
+    served.refused(404, f"/jobs/{job_id}", None, "DELETE")
+    running = served.submit("slow", max_steps=1000)
+    assert "cancel it first" in served.refused(409, f"/jobs/{running}", None, "DELETE")
+    served.ask("POST", f"/cancel/{running}")
+    served.until(running)
+
+
+def test_retention(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "CLEAN", 0.0)
+    with serve_jobs(make_place(tmp_path)) as served:
+        ids = [served.submit() for _ in range(3)]
+        for job_id in ids:
+            served.until(job_id)
+        running, store = served.service.runner, served.service.store
+        sizes = [size for _, _, size in store.ended()]
+        assert sizes == [JobFolder(served.service.jobs_dir / job_id).size() for job_id in ids]
+        assert all(size > 40_000 for size in sizes)
+        running.quota = sum(sizes[1:])  # room for two
+        wait_for(lambda: store.find(ids[0]) is None)
+        assert [store.find(job_id) is None for job_id in ids] == [True, False, False]
+        with sqlite3.connect(store.path) as connection:
+            connection.execute("UPDATE job SET ended = ended - 3 * 86400 WHERE id = ?", (ids[2],))
+        running.keep_days = 2
+        wait_for(lambda: store.find(ids[2]) is None)
+        (served.service.jobs_dir / "of_nobody").mkdir()
+        wait_for(lambda: {folder.name for folder in served.service.jobs_dir.iterdir()} == {ids[1], "of_nobody"})
+        assert store.find(ids[1]).state == "succeeded"

@@ -1,0 +1,131 @@
+"""A run goes on with what it was begun with, or says what has changed; and it has its folder to itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from support.inputs import PROMPTS, write_rows
+from support.models import build_base
+from support.training import train
+
+import sft_train
+from common import run_record
+from common.cli import UserError
+from common.training import resumption
+from common.training.checkpoints import newest_checkpoint
+
+pytestmark = pytest.mark.processes
+
+SHORT = ("--max_steps", 2, "--save_steps", 1, "--per_device_train_batch_size", 2)
+
+
+@pytest.fixture(scope="module")
+def begun(base, rows, tmp_path_factory) -> Path:
+    """A run that was stopped after its two steps had been saved. Not to be changed."""
+    folder = train(sft_train.main, base, rows["sft"], tmp_path_factory.mktemp("begun") / "run", *SHORT)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"state": "running"}))
+    return folder
+
+
+@pytest.fixture
+def run(begun, tmp_path) -> Path:
+    return Path(shutil.copytree(begun, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def other_rows(tmp_path_factory) -> str:
+    """Rows of other customers."""
+    rows = [{"input": text, "output": "Good", "group": f"{number:016x}"} for number, text in enumerate(PROMPTS, 900)]
+    return write_rows(tmp_path_factory.mktemp("other") / "sft.jsonl", rows)
+
+
+def test_other_data_is_refused(base, run, other_rows):
+    groups = run_record.read_groups(run)
+    with pytest.raises(UserError, match=r"begun with other training data \(sha256\); .* --with_changes"):
+        train(sft_train.main, base, other_rows, run, *SHORT, "--resume")
+    assert run_record.read_groups(run) == groups
+    assert run_record.read(run)["state"] == "running"
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(begun):
+    umask = os.umask(0o077)
+    os.umask(umask)
+    files = [file for file in begun.rglob("*.safetensors") if file.is_file()]
+    assert len(files) >= 2  # the adapter, and in its checkpoints
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+
+
+def test_the_same_data_elsewhere_is_the_same(base, run, rows, tmp_path):
+    copy = shutil.copy(rows["sft"], tmp_path / "copy.jsonl")
+    groups = run_record.read_groups(run)
+    train(sft_train.main, base, str(copy), run, *SHORT, "--resume")
+    assert run_record.read_groups(run) == groups
+    assert run_record.read(run)["state"] == "done"
+
+
+def test_with_changes_both_files_count_as_seen(base, run, other_rows):
+    before = run_record.read_groups(run)
+    train(sft_train.main, base, other_rows, run, *SHORT, "--resume", "--with_changes")
+    after = run_record.read_groups(run)
+    assert len(before) == 12
+    assert after > before
+    assert len(after) == 36
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--learning_rate", 0.02), "--learning_rate 0.01, now 0.02"),
+        (("--lora_r", 8), "--lora_r 16, now 8"),
+        (("--seed", 3, "--weight_decay", 0.5), "--weight_decay 0.0, now 0.5; --seed 0, now 3"),
+    ],
+)
+def test_other_settings_are_refused_by_name(base, run, rows, flags, named):
+    with pytest.raises(UserError) as raised:
+        train(sft_train.main, base, rows["sft"], run, *SHORT, *flags, "--resume")
+    assert named in str(raised.value)
+
+
+def test_how_a_step_is_cut_and_reported_may_change(base, run, rows):
+    more = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_steps", 7)
+    train(sft_train.main, base, rows["sft"], run, *SHORT, *more, "--resume")
+    assert run_record.read(run)["state"] == "done"
+
+
+def test_another_base_is_refused(base, run, rows, tokenizer, tmp_path):
+    moved = shutil.copytree(base, tmp_path / "moved")
+    other = build_base(tmp_path / "other", tokenizer, embeddings=0.3, seed=1)
+    with pytest.raises(UserError, match="begun with other base weights than those of"):
+        train(sft_train.main, other, rows["sft"], run, *SHORT, "--resume")
+    with pytest.raises(UserError, match="begun with other base weights than those of"):  # the second time, too
+        train(sft_train.main, other, rows["sft"], run, *SHORT, "--resume")
+    train(sft_train.main, str(moved), rows["sft"], run, *SHORT, "--resume")
+
+
+def test_two_trainings_never_share_a_folder(base, run, rows):
+    lock = resumption.lock_folder(run)
+    with pytest.raises(UserError, match="another training writes to"):
+        train(sft_train.main, base, rows["sft"], run, *SHORT, "--resume")
+    with pytest.raises(UserError, match="another training writes to"):
+        train(sft_train.main, base, rows["sft"], run, *SHORT, "--overwrite")
+    assert newest_checkpoint(str(run)) is not None
+    resumption.unlock(lock)
+    train(sft_train.main, base, rows["sft"], run, *SHORT, "--resume")
+    train(sft_train.main, base, rows["sft"], run, *SHORT, "--overwrite")  # the lock went with the run
+
+
+def test_with_changes_alone_means_nothing(base, rows, tmp_path):
+    with pytest.raises(UserError, match="--with_changes goes with --resume"):
+        train(sft_train.main, base, rows["sft"], tmp_path, "--with_changes")
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", "{}", "[" * 20_000, '{"state": 3}'])
+def test_a_broken_record_is_said(run, content, base, rows):
+    (run / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"is broken .*; train again with --overwrite"):
+        train(sft_train.main, base, rows["sft"], run, *SHORT, "--resume")
