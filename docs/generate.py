@@ -1,7 +1,7 @@
 """Write the pages that are read off the code: python -m docs.generate
 
-`docs/cli.md` comes from the scripts' parsers. The same code gives the same bytes on every machine, and
-`tests/test_docs.py` fails when a page on disk is not what this writes.
+`docs/cli.md` comes from the scripts' parsers, `docs/formats.md` from what reads schemas and values. The same code
+gives the same bytes on every machine, and `tests/test_docs.py` fails when a page on disk is not what this writes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from docs import formats
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (  # in the order in which a user meets them
@@ -138,7 +140,7 @@ def _default(action: argparse.Action) -> str:
     return f"`{value}`"
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line}
+PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line, "formats.md": lambda: formats.text(NOTE)}
 
 
 def main() -> None:
