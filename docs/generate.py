@@ -49,7 +49,8 @@ def command_line() -> str:
     ]
     for command, parser in chosen.items():
         title = _title(command)
-        lines.append(f"| [`{title}`](#{_anchor(title)}) | {_escape(_summary(parser))} |")
+        shown = title if title.endswith(".py") else command
+        lines.append(f"| [`{shown}`](#{_anchor(title)}) | {_escape(_summary(parser))} |")
     for command, parser in chosen.items():
         lines += ["", f"## {_title(command)}", "", *_description(parser.description or "")]
         for group in parser._action_groups:  # argparse has no public list of them
@@ -58,7 +59,7 @@ def command_line() -> str:
 
 
 def _title(command: str) -> str:
-    return command.removeprefix("python ") if command.endswith(".py") else command
+    return command.removeprefix("python ").removeprefix("-m ")
 
 
 def _anchor(title: str) -> str:
