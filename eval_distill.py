@@ -29,7 +29,7 @@ from common.data import splits, squad
 from common.files import sha256_file, sha256_text
 from common.models import adapters
 from common.models import loading as models
-from common.models.flags import add_model_flags
+from common.models.flags import add_model_flags, parse_args
 from common.tasks.ranking.loading import load_task
 from common.tasks.ranking.task import LabelTask
 
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     contestants = check_flags(args)
     task = load_task(args.task) if args.task else None
     kind = LABELS if task else kind_of(args.data)

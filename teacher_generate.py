@@ -33,7 +33,7 @@ from common.files import write_json, write_jsonl
 from common.generation import json_schema
 from common.models import adapters
 from common.models import loading as models
-from common.models.flags import add_model_flags, source_of
+from common.models.flags import add_model_flags, parse_args, source_of
 from common.sandbox import box as sandbox
 from common.tasks.ranking.loading import load_task
 from common.teachers import tasks as teacher_rows
@@ -126,7 +126,7 @@ def above_zero(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     check_flags(args)
     task = choose_task(args)
     items = teacher_rows.read_items(args.data, task, args.skip_bad_rows)

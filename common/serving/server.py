@@ -14,6 +14,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from common.cli import UserError, log
 from common.generation import json_schema
+from common.models import gguf_import
 from common.serving.adapter_host import HostSettings, Unusable, Work
 from common.serving.audit_log import AuditLog
 from common.serving.model_process import Gone, ModelProcess, Models, Pending, QueueFull
@@ -51,12 +52,13 @@ class Settings:
         env = Environment()
         runs_dir = env.text("RUNS_DIR", "runs")
         task = load_task(env.text("TASK"))
+        base_model = env.text("BASE_MODEL")
         nulls = env.whole("NUM_NULL_PROMPTS", len(task.null_inputs))
         if nulls > len(task.null_inputs):
             raise UserError(f"NUM_NULL_PROMPTS={nulls} is more than the {len(task.null_inputs)} that there are")
         return cls(
             runs_dir=runs_dir,
-            base_model=env.text("BASE_MODEL"),
+            base_model=base_model and gguf_import.model_folder(base_model),
             idp_schema=env.text("IDP_SCHEMA", "data/idp_schema.json"),
             max_bases=env.whole("MAX_BASES", 2),
             host=HostSettings(

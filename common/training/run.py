@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed as launch
 from common import run_record
 from common.cli import UserError, log
-from common.models import adapters, loading
+from common.models import adapters, gguf_import, loading
 from common.run_record import RunRecord
 from common.training import checkpoints, progress
 from common.training.checkpoints import BEST, BEST_FACTS, CHECKPOINTS, WEIGHTS
@@ -68,6 +68,7 @@ def start(settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | N
         settings=settings.as_dict(),
         method=settings.method,
         base_model=settings.student,
+        **gguf_import.origins(student=settings.student, teacher=getattr(settings, "teacher", None)),
         seed=settings.seed,
         data=settings.described_data(len(rows)),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, reason
+from common.models import gguf_import
 from common.models.batching import UNLIMITED
 
 QWEN_3B = {
@@ -154,7 +155,13 @@ def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
             shape = from_config(config)
         except (ValueError, KeyError, TypeError) as error:
             raise UnknownShape(f"{path} is not a model's config ({error})") from error
+<<<<<<< HEAD
     elif name_or_path in KNOWN:
+=======
+    if gguf := gguf_import.local_gguf(name_or_path):
+        return from_config(gguf_import.config_of(gguf).to_dict())
+    if name_or_path in KNOWN:
+>>>>>>> 0beb7c1 (GGUF files as models: de-quantised once into a model folder that is kept)
         return from_config(KNOWN[name_or_path])
     else:
         from transformers import AutoConfig
