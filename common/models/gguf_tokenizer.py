@@ -7,7 +7,9 @@ A name that is not known here is refused: a text cut in other places reads as ot
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
@@ -82,8 +84,20 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         chat_template=file.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         model_max_length=file.own("context_length"),
+        from_gguf=True,  # see `is_from_gguf`
         **named,
     )
+
+
+def is_from_gguf(folder: str | Path) -> bool:
+    """Whether a folder's tokenizer came from a GGUF, so that it is read as its file says.
+
+    AutoTokenizer takes Qwen2Tokenizer for every model of type qwen2, which composes characters first; llama.cpp does not.
+    """
+    try:
+        return bool(json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8")).get("from_gguf"))
+    except (OSError, ValueError):
+        return False
 
 
 def end_ids(file: GgufFile) -> list[int]:
