@@ -25,9 +25,9 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli
-from common.models.flags import parse_args
 from common.distillation import flags, trainers
 from common.distillation import rows as distill_rows
+from common.models.flags import parse_args
 from common.tasks.ranking.loading import load_task
 from common.training import run
 

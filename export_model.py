@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, run_record
-from common.models.flags import parse_args
 from common.files import write_json
 from common.models import loading as models
+from common.models.flags import parse_args
 from common.tasks.ranking.loading import load_task
 
 FORMATS = ("merged", "onnx", "int8", "gguf")

@@ -16,8 +16,8 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli
-from common.models.flags import parse_args
 from common.data import rows as records
+from common.models.flags import parse_args
 from common.training import completion, flags
 
 

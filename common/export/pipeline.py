@@ -179,7 +179,7 @@ class Export:
         }
 
     def _gguf_origin(self) -> dict[str, Any]:
-        """"gguf": the file that the base was made of, or the base of a run that trained all of its weights."""
+        """ "gguf": the file that the base was made of, or the base of a run that trained all of its weights."""
         run = run_record.read(self.request.model_dir) or {}
         trained = {"gguf": run["gguf"]} if "gguf" in run else {}
         return gguf_import.origins(base=str(self.request.base)) or trained

@@ -139,7 +139,7 @@ def hub_gguf(repo: str, quant: str) -> Path:
         try:
             kept = Path(snapshot_download(repo, allow_patterns="*.gguf", local_files_only=True))
         except Exception:
-            raise UserError(f"{repo} cannot be listed ({reason(error)}); download its GGUF and give the file") from error
+            raise UserError(f"{repo} cannot be listed ({reason(error)}); download its GGUF, give the file") from error
         files = [str(file.relative_to(kept)) for file in kept.rglob("*.gguf")]
     files = [file for file in files if file.endswith(".gguf") and "mmproj" not in file]
     wanted = re.compile(rf"(^|[-._/]){re.escape(quant)}([-._/]|$)", re.IGNORECASE)
@@ -152,7 +152,7 @@ def hub_gguf(repo: str, quant: str) -> Path:
     try:
         return Path(hf_hub_download(repo, whole[0]))
     except Exception as error:
-        raise UserError(f"{whole[0]} of {repo} cannot be fetched ({reason(error)}); download it and give the file") from error
+        raise UserError(f"{whole[0]} of {repo} cannot be fetched ({reason(error)}); give the file itself") from error
 
 
 @contextlib.contextmanager

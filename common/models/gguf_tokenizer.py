@@ -79,9 +79,12 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         number = file.get(f"tokenizer.ggml.{key}_token_id")
         if number is not None and number < len(tokens):
             named[f"{name}_token"] = tokens[number]
+    backend, template = _backend(file, tokens), file.get("tokenizer.chat_template")
+    added = (token.content for token in backend.get_added_tokens_decoder().values() if token.special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=_backend(file, tokens),
-        chat_template=file.get("tokenizer.chat_template"),
+        tokenizer_object=backend,
+        chat_template=template,
+        extra_special_tokens=[token for token in added if token in ENDS or token in (template or "")],
         clean_up_tokenization_spaces=False,
         model_max_length=file.own("context_length"),
         from_gguf=True,  # see `is_from_gguf`
@@ -92,7 +95,7 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
 def is_from_gguf(folder: str | Path) -> bool:
     """Whether a folder's tokenizer came from a GGUF, so that it is read as its file says.
 
-    AutoTokenizer takes Qwen2Tokenizer for every model of type qwen2, which composes characters first; llama.cpp does not.
+    AutoTokenizer takes Qwen2Tokenizer for any model of type qwen2, which composes characters; llama.cpp does not.
     """
     try:
         return bool(json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8")).get("from_gguf"))

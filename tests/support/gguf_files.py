@@ -6,7 +6,7 @@ import json
 import math
 import re
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # architecture of the file:
     "phi3": ("phi3", {"num_key_value_heads": 4, "tie_word_embeddings": False, "sliding_window": None}),
     "gpt2": ("gpt2", {"n_inner": 128}),
 }
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+ANSWER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEMPLATE = "{% for m in messages %}" + TURN + "{% endfor %}" + ANSWER
 SPECIAL = ["<s>", "<|im_end|>", "<pad>", "<|im_start|>", "<think>"]
 
 
@@ -58,17 +58,25 @@ def build(family: str, **changes: Any) -> torch.nn.Module:
     return model.eval()
 
 
-def write(model: torch.nn.Module, family: str, path: Path, kind: str = "F32", **keys: Any) -> Path:
+def write(
+    model: torch.nn.Module,
+    family: str,
+    path: Path,
+    kind: str = "F32",
+    *,
+    keys: Mapping[str, Any] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> Path:
     """The model as a GGUF whose matrices are of a kind (F32, F16, Q8_0, ...).
 
     Args:
-        keys: metadata that replaces the usual, "__" for ".", None to leave one out.
+        keys: metadata that replaces the usual, None to leave one out.
+        extra: tensors that are no weights of the model.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, family)
-    given = {key.replace("__", "."): value for key, value in keys.items()}
-    for key, value in (_shape(config, family) | _tokenizer(config) | given).items():
-        if value is not None:
+    writer = gguf.GGUFWriter(path, (keys or {}).get("general.architecture", family))
+    for key, value in (_shape(config, family) | _tokenizer(config) | dict(keys or {})).items():
+        if value is not None and key != "general.architecture":
             _add(writer, key, value)
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -79,6 +87,8 @@ def write(model: torch.nn.Module, family: str, path: Path, kind: str = "F32", **
         array = _as_llama_cpp(family, target, weight.float().numpy(), config)
         number_type = gguf.GGMLQuantizationType[kind if array.ndim > 1 and "conv" not in target else "F32"]
         writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), number_type), raw_dtype=number_type)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
