@@ -17,12 +17,12 @@ import sys
 from collections.abc import Sequence
 
 from common import cli
-from common.models.flags import parse_args
 from common.data import rows as records
 from common.files import sha256_file
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
+from common.models.flags import parse_args
 from common.tasks.codegen import flags as codegen_flags
 from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter
