@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,7 @@ NEIGHBOURLY = frozenset(
      "qalora_group_size"}
 )  # fmt: skip
 # Ways to begin a LoRA that do not subtract the beginning from the base.
-NEIGHBOURLY_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+BASE_KEEPING_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -50,56 +52,71 @@ def base_of(folder: str | Path) -> str:
     Raises:
         UserError: the base is a local folder that is no longer there, or the adapter's config is broken.
     """
-    base = _settings(folder).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken (it names no base); train the adapter again")
-    if looks_local(base) and not Path(base).is_dir():
+    base = read_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken: it names no base; train the adapter again")
+    if looks_local(base) and not os.path.isdir(base):
         raise UserError(f"the adapter {folder} needs its base {base}, which is not there; put it back or pass --base")
     return base
 
 
-def _settings(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The settings of the adapter in `folder`. Raises UserError where they cannot be read."""
+    return _read_object(Path(folder) / ADAPTER_CONFIG, "train the adapter again")
+
+
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object in a file. Raises UserError for anything else."""
     try:
-        settings = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())
-        if not isinstance(settings, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder}/{ADAPTER_CONFIG} is broken ({error}); train the adapter again") from error
-    return settings
+        value = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is broken ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is broken (no JSON object); {remedy}")
+    return value
 
 
-def check_kind(folder: str | Path, *, shared: bool = False) -> None:
+def check_kind(folder: str | Path) -> None:
     """Refuse an adapter that cannot be used as one, before anything is loaded.
-
-    Args:
-        shared: other adapters are, or will be, on the same base: then it has to be a LoRA that leaves that base alone,
-            or it would change the answers of its neighbours.
 
     Raises:
         UserError: it is of such a kind, or its config is broken.
     """
-    settings = _settings(folder)
+    settings = read_config(folder)
     kind = settings.get("peft_type")
     if kind not in KINDS:
-        raise UserError(f"the adapter {folder} is of the kind {kind}, which cannot be used here; train a LoRA adapter")
+        raise UserError(
+            f"the adapter {folder} is of the kind {str(kind)[:40]}, which cannot be used here; train a LoRA adapter"
+        )
     unusable = [name for name in UNUSABLE if settings.get(name)] if kind == "LORA" else []
     if unusable:
         raise UserError(
             f"the adapter {folder} has {unusable[0]}, which cannot be used here; train a plain LoRA adapter"
         )
-    if not shared:
-        return
-    remedy = "use it with the scripts, or train a plain LoRA adapter"
+
+
+def check_sharing(folder: str | Path) -> None:
+    """Refuse an adapter that would change the answers of others on the same base: only a LoRA leaves it alone, and
+    only where none of its settings says otherwise; one that is not known here does.
+
+    Raises:
+        UserError: it is of such a kind, or its config is broken.
+    """
+    settings = read_config(folder)
+    kind = settings.get("peft_type")
+    reason = None
     if kind != "LORA":
+        reason = f"it is of the kind {str(kind)[:40]}, not LORA"
+    elif settings.get("init_lora_weights") not in BASE_KEEPING_STARTS:
+        reason = f"it has init_lora_weights={str(settings['init_lora_weights'])[:60]}"
+    else:
+        changing = [name for name, value in settings.items() if name not in NEIGHBOURLY and value and value != "none"]
+        if changing:
+            reason = f"it has {changing[0][:60]}={str(settings[changing[0]])[:60]}"
+    if reason:
         raise UserError(
-            f"the adapter {folder} is of the kind {kind}, and only LoRA adapters can share a base; {remedy}"
-        )
-    changing = [name for name, value in settings.items() if name not in NEIGHBOURLY and value and value != "none"]
-    if settings.get("init_lora_weights") not in NEIGHBOURLY_STARTS:
-        changing.append("init_lora_weights")
-    if changing:
-        raise UserError(
-            f"the adapter {folder} has {changing[0]}, which changes the base that others are on as well; {remedy}"
+            f"the adapter {folder} cannot share a base with others: {reason}; merge it "
+            "(export_model.py --format merged) and serve the merged model"
         )
 
 
@@ -110,16 +127,41 @@ def tokenizer_folder(model_dir: str, base: str | None = None) -> str:
     return model_dir
 
 
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """The last names of a model's linear layers but its head: LORA_TARGETS of a Llama or Qwen, in that order.
+
+    A hybrid mixes its tokens in layers with other names, and some models have one matrix for q, k and v.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, Conv1D)  # bitsandbytes' layers are Linear, too
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds)}
+    names -= {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+    return [name for name in LORA_TARGETS if name in names] + sorted(names.difference(LORA_TARGETS))
+
+
+def adapted_layers(model: PeftModel) -> dict[str, int]:
+    """{last name of a linear layer: how many of that name have a LoRA}, for run.json."""
+    from peft.tuners.lora import LoraLayer
+
+    return dict(Counter(name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLayer)))
+
+
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, seed: int) -> PeftModel:
-    """A fresh LoRA adapter (Hu et al. 2021) on the projections of attention and MLP, base frozen."""
+    """A fresh LoRA adapter (Hu et al. 2021) on all of the model's linear layers but the head, base frozen."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = [name for name in LORA_TARGETS if name in names] or "all-linear"
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM", target_modules=targets
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=lora_targets(model),
     )
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
@@ -138,20 +180,22 @@ def load_adapter(
 
     Raises:
         UserError: no weights, or of another base, in the names of its layers, in shape or (by the run's fingerprint) in
-            weights; a kind that cannot be used (`check_kind`).
+            weights; a kind that cannot be used, or not beside others (`check_kind`, `check_sharing`).
     """
     import torch
     from peft import PeftModel
     from safetensors import SafetensorError, safe_open
 
     shared = isinstance(model, PeftModel)
-    check_kind(folder, shared=shared)
+    check_kind(folder)
+    if shared:
+        check_sharing(folder)
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; copy it again, or train it again")
     expected = None
     record = Path(folder) / "run.json"
     if record.is_file():
-        expected = json.loads(record.read_text()).get("base_fingerprint")
+        expected = _read_object(record, "restore it, or train the adapter again").get("base_fingerprint")
     if expected and expected != fingerprint(model):
         raise UserError(
             f"the adapter {folder} was trained on other base weights than {model.name_or_path}; "

@@ -145,6 +145,7 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
         record.write(
             device=loading.describe_device(),
             base_fingerprint=adapters.fingerprint(student if settings.full else student.get_base_model()),
+            adapted=adapters.adapted_layers(student) if hasattr(student, "peft_config") else None,
             trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
             effective_batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         )
