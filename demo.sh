@@ -112,14 +112,16 @@ or let them go: ./demo.sh --overwrite"
 # stage NAME WHAT SCRIPT ARGUMENT...: run a script unless that has been done: with the same arguments, on the same
 # inputs, by the same code, and its outputs are still as it left them.
 stage() {
-  local name=$1 what=$2 script=$3 state key_then seconds made key place log=$work/logs/$1.log code=0 words
+  local name=$1 what=$2 script=$3 state key_then seconds made key place log=$work/logs/$1.log code=0 words modules
   shift 3
   words="$name: $what"
   for place in "${!stages[@]}"; do
     [[ ${stages[place]} != "$name" ]] || words="$((place + 1))/${#stages[@]} $words"
   done
   # shellcheck disable=SC2312
-  key=$({ printf '%s\0' "$script" "$@" && digest "${inputs[@]}" "$script" common/*.py common/*/*.py common/*/*/*.py; } | sha256sum | cut -d ' ' -f 1)
+  mapfile -d '' -t modules < <(find common -name '*.py' -print0)
+  # shellcheck disable=SC2312
+  key=$({ printf '%s\0' "$script" "$@" && digest "${inputs[@]}" "$script" "${modules[@]}"; } | sha256sum | cut -d ' ' -f 1)
   read_stamp "$name"
   if [[ $state == finished && $key_then == "$key" ]] && exist "${outputs[@]}" &&
     [[ $made == "$(digest "${outputs[@]}")" ]]; then
