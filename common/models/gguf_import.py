@@ -25,6 +25,8 @@ from common.models.gguf_tokenizer import end_ids, read_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+ROOT = Path(__file__).parents[2]
+DEFAULT_CACHE = Path("models", "gguf")
 ORIGIN = "gguf.json"  # in a folder that was made of a GGUF, written last
 MODEL_FILES = ("config.json", "adapter_config.json")
 # owner/name:Q4_K_M, and what people copy from `ollama run`
@@ -34,8 +36,13 @@ ROOM = 1.05  # what is asked of the disk, for what is written
 
 
 def cache_folder() -> Path:
-    """Where the model folders are that were made of GGUF files."""
-    return Path(os.environ.get("GGUF_CACHE") or "models/gguf")
+    """Where the model folders are that were made of GGUF files: one place, wherever a command runs.
+
+    In the checkout it is a relative path, as that of the other models, so that runs bear to be moved together.
+    """
+    if set_to := os.environ.get("GGUF_CACHE"):
+        return Path(set_to)
+    return DEFAULT_CACHE if Path.cwd() == ROOT else ROOT / DEFAULT_CACHE
 
 
 def local_gguf(name: str) -> Path | None:

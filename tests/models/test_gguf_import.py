@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from support.gguf_files import build, write
-from support.inputs import CORPUS, write_rows
+from support.inputs import CORPUS, ROOT, write_rows
 from support.models import run_json
 
 import export_model
@@ -57,6 +57,15 @@ def test_made_once_by_content(file, cache, tmp_path, capsys):
     changed[-1] ^= 1
     moved.write_bytes(changed)
     assert model_folder(str(moved)) == str(cache / f"small.Q8_0-{digest(moved)[:16]}") != str(folder)
+
+
+def test_one_place(tmp_path, monkeypatch):
+    """A job runs in a folder of its own and finds what the checkout has."""
+    monkeypatch.delenv("GGUF_CACHE")
+    monkeypatch.chdir(ROOT)
+    assert gguf_import.cache_folder() == Path("models/gguf")
+    monkeypatch.chdir(tmp_path)
+    assert gguf_import.cache_folder() == ROOT / "models" / "gguf"
 
 
 def test_names(file, tmp_path):
