@@ -26,7 +26,7 @@ from common.data import resumable
 from common.files import sha256_file
 from common.generation.decoding import Decoding
 from common.models import loading as models
-from common.models.flags import source_of
+from common.models.flags import parse_args, source_of
 from common.sandbox import box as sandbox
 from common.tasks.codegen import flags as codegen_flags
 
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     ks, decoding = check_flags(args)
 
     from common.tasks.codegen import evaluate

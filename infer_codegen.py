@@ -22,6 +22,7 @@ from common.files import sha256_file
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
+from common.models.flags import parse_args
 from common.tasks.codegen import flags as codegen_flags
 from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
         raise cli.UserError("give either --prompt, or --input and --output together")
     if args.prompt is not None and not args.prompt.strip():

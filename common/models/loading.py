@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from common import distributed as launch
 from common.cli import UserError, log, reason
-from common.models import adapters
+from common.models import adapters, gguf_import
 from common.models.source import ModelSource, looks_local
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def check_model_dir(model_dir: str, base: str | None = None) -> None:
     if adapters.is_adapter(model_dir):
         if base is None:
             adapters.base_of(model_dir)
+    elif gguf := gguf_import.local_gguf(model_dir):
+        gguf_import.check(gguf)
     elif Path(model_dir).is_dir() and not (Path(model_dir) / "config.json").is_file():
         raise UserError(
             f"{model_dir} holds neither {adapters.ADAPTER_CONFIG} nor config.json; give a run folder or a model"
@@ -49,6 +51,8 @@ def load_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedCo
     from transformers import AutoConfig
 
     name = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
+    if gguf := gguf_import.local_gguf(name):
+        return gguf_import.config_of(gguf)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
     except (OSError, ValueError) as error:

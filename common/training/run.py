@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed as launch
 from common import run_record
 from common.cli import UserError, log
-from common.models import adapters, loading
+from common.models import adapters, gguf_import, loading
 from common.run_record import RunRecord
 from common.training import checkpoints, progress, resumption
 from common.training.checkpoints import BEST, BEST_FACTS, CHECKPOINTS, WEIGHTS
@@ -87,6 +87,7 @@ def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], arg
         settings=settings.as_dict(),
         method=settings.method,
         base_model=settings.student,
+        **gguf_import.origins(student=settings.student, teacher=getattr(settings, "teacher", None)),
         seed=settings.seed,
         data=data,
         **({"base_fingerprint": before["base_fingerprint"]} if before.get("base_fingerprint") else {}),
@@ -168,6 +169,7 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
         record.write(
             device=loading.describe_device(),
             base_fingerprint=fingerprint,
+            adapted=adapters.adapted_layers(student) if hasattr(student, "peft_config") else None,
             trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
             effective_batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         )
