@@ -6,8 +6,9 @@
 
 With --plan_then_code the model writes a plan first, shown on stderr, and then the code for task and plan. Rows of
 --input have the task under "prompt" or "input", rows of --output model_name, prompt and answers: each with plan, code
-and error (null where the code compiles). An interrupted run goes on where it stopped. Nothing is run. The exit code is
-1 where code does not compile; it is kept all the same.
+and error (null where the code compiles), and "cut": true where the tokens ran out before the code was whole. An
+interrupted run goes on where it stopped. Nothing is run. The exit code is 1 where code does not compile or is cut off;
+it is kept all the same.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) 
     if sys.stdout.isatty() and args.num_samples == 1:
         if plans:
             show_plan(plans[0][0], args.show_plan)
-        streamer = writer.streamer(sys.stdout)
+        streamer = writer.streamer(args.prompt, sys.stdout)
     (answers,) = writer.write([args.prompt], decoding, plans, streamer=streamer)
     if streamer is None:
         for number, answer in enumerate(answers, start=1):
@@ -90,7 +91,7 @@ def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) 
             if plans:
                 show_plan(answer.plan, args.show_plan)
             print(answer.code)
-    return report_errors([answer.code for answer in answers])
+    return report_errors(answers)
 
 
 def show_plan(plan: str, on_stdout: bool) -> None:
@@ -101,14 +102,17 @@ def show_plan(plan: str, on_stdout: bool) -> None:
         cli.log(plan + "\n")
 
 
-def report_errors(codes: Sequence[str]) -> int | None:
-    """Say which code does not compile; the exit code."""
-    errors = [compile_error(code) for code in codes]
-    for number, error in enumerate(errors, start=1):
-        if error:
-            which = f"sample {number}" if len(codes) > 1 else "the code"
+def report_errors(answers: Sequence[CodeAnswer]) -> int | None:
+    """Say which code does not compile or is cut off; the exit code."""
+    failed = False
+    for number, answer in enumerate(answers, start=1):
+        which = f"sample {number}" if len(answers) > 1 else "the code"
+        if error := compile_error(answer.code):
             cli.log(f"error: {which} does not compile ({error})")
-    return cli.FAILED if any(errors) else None
+        if answer.cut:
+            cli.log(f"error: {which} is cut off after {answer.tokens} tokens; raise --max_new_tokens")
+        failed = failed or bool(error) or answer.cut
+    return cli.FAILED if failed else None
 
 
 def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding, tasks: Sequence[str]) -> int | None:
@@ -116,7 +120,10 @@ def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding,
     from common.data.resumable import write_answers
 
     def answer_row(task: str, answers: Sequence[CodeAnswer]) -> dict:
-        rows = [{"plan": one.plan, "code": one.code, "error": compile_error(one.code)} for one in answers]
+        rows = [
+            {"plan": one.plan, "code": one.code, "error": compile_error(one.code)} | ({"cut": True} if one.cut else {})
+            for one in answers
+        ]
         return {"model_name": args.model_dir, "prompt": task, "answers": rows}
 
     def answer(window: list[str]) -> list[dict]:
@@ -130,12 +137,13 @@ def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding,
     settings |= decoding.as_dict()
     decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
     rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
-    errors = [one["error"] for row in rows for one in row["answers"]]
-    if any(errors):
-        count = sum(error is not None for error in errors)
-        cli.log(f"error: {count} of {len(errors)} answers do not compile; see {args.output}")
-        return cli.FAILED
-    return None
+    answers = [one for row in rows for one in row["answers"]]
+    broken, cut = sum(one["error"] is not None for one in answers), sum(one.get("cut", False) for one in answers)
+    if broken:
+        cli.log(f"error: {broken} of {len(answers)} answers do not compile; see {args.output}")
+    if cut:
+        cli.log(f"error: {cut} of {len(answers)} answers are cut off; raise --max_new_tokens")
+    return cli.FAILED if broken or cut else None
 
 
 if __name__ == "__main__":

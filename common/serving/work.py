@@ -167,7 +167,7 @@ class Chat:
             prompts,
             Decoding(budget, self.temperature, self.top_p, self.samples, self.seed),
             processors=self._processors(view, budget),
-            stop=(lambda text: any(stop in text for stop in self.stop)) if self.stop else None,
+            stop=(lambda number, text: any(stop in text for stop in self.stop)) if self.stop else None,
             streamer=_streamer(view, self.schema is not None) if payloads[0].stream else None,
             max_batch_tokens=view.host.settings.max_batch_tokens,
         )

@@ -17,7 +17,7 @@ from common.models.source import ModelSource
 from common.sandbox import box as sandbox
 from common.sandbox import grading
 from common.tasks.codegen import answer as code_answer
-from common.tasks.codegen import metrics, mutation
+from common.tasks.codegen import metrics, mutation, source
 from common.tasks.codegen import rows as code_rows
 from common.tasks.codegen.metrics import JudgedSample, Samples
 from common.tasks.codegen.rows import Problem
@@ -102,6 +102,7 @@ class Evaluation:
         store: answers and verdicts that are there are not made again.
         allow_unsafe: where no sandbox works, run code without one.
         seed: of the bootstrap.
+        keep_main: run answers as they are written, with what they do at their top level (`source.without_usage`).
     """
 
     problems: Sequence[Problem]
@@ -110,6 +111,7 @@ class Evaluation:
     store: AnswerStore
     allow_unsafe: bool = False
     seed: int = 0
+    keep_main: bool = False
 
     @property
     def groups(self) -> list[str]:
@@ -144,22 +146,25 @@ class Evaluation:
     def judge(self, settings: WriterSettings, mode: str) -> list[list[JudgedSample]]:
         """The samples of one model in one mode, judged, [problem][sample]."""
         answers = self.write_answers(settings, mode)
-        codes = [
-            (problem, answer["code"]) for problem, row in zip(self.problems, answers, strict=True) for answer in row
-        ]
-        self.run_tests(codes)
-        lints = iter(metrics.lints([code for _, code in codes]))
+        pairs = [(problem, answer) for problem, row in zip(self.problems, answers, strict=True) for answer in row]
+        self.run_tests([(problem, self.program(answer["code"])) for problem, answer in pairs])
+        lints = iter(metrics.lints([answer["code"] for _, answer in pairs]))
 
         def judged(problem: Problem, answer: dict) -> JudgedSample:
-            code, verdict = answer["code"], self.store[verdict_key(problem, answer["code"])]
+            code, verdict = answer["code"], self.store[verdict_key(problem, self.program(answer["code"]))]
             fault = code_answer.compile_error(code)
-            error = "unfinished" if fault and not answer["finished"] else verdict["error"]
+            ran_out = not answer["finished"] and (fault or answer.get("cut", False))
+            error = "unfinished" if ran_out and verdict["error"] else verdict["error"]
             detail = fault or verdict["detail"]
             return JudgedSample(code, answer["plan"], error, detail, fault is None, next(lints), verdict["share"])
 
         return [
             [judged(problem, answer) for answer in row] for problem, row in zip(self.problems, answers, strict=True)
         ]
+
+    def program(self, code: str) -> str:
+        """What of an answer's code is run."""
+        return code if self.keep_main else source.without_usage(code)
 
     def write_answers(self, settings: WriterSettings, mode: str) -> list[list[dict]]:
         """The answers of a model, as `CodeAnswer` in JSON; only those that are not in the store are made."""

@@ -8,8 +8,12 @@ trained on turns) gets text to continue: the task as a docstring, or a function 
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+
+BUILTINS = frozenset(dir(builtins))
 
 PLAN_REQUEST = "\n\nWrite a plan in <PLAN> tags."
 CODE_REQUEST = "\n\nWrite the code of this plan in <CODE> tags."
@@ -26,6 +30,24 @@ def is_stub(task: str) -> bool:
         return False
     last = body[-1] if body else None
     return isinstance(last, ast.FunctionDef) and len(last.body) == 1 and ast.get_docstring(last) is not None
+
+
+def names_asked_for(task: str) -> tuple[str, ...]:
+    """The functions and classes that a task wants defined: its stub's, those of the tests that it shows, or the one
+    that its words name; none where it does not say.
+    """
+    if is_stub(task):
+        return (ast.parse(task).body[-1].name,)
+    called: dict[str, None] = {}
+    for line in task.splitlines():
+        if line.startswith("assert "):
+            with suppress(SyntaxError, ValueError):
+                calls = [node.func for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call)]
+                called |= {func.id: None for func in calls if isinstance(func, ast.Name) and func.id not in BUILTINS}
+    if called:
+        return tuple(called)
+    named = re.search(r"(?<![\w.])(?:def |class |called |named |function |method )?[`'\"]?(\w+)\(", task)
+    return (named[1],) if named and named[1].isidentifier() and named[1] not in BUILTINS else ()
 
 
 def direct_prompt(task: str) -> str:

@@ -16,18 +16,18 @@ class Style:
         direct: task -> prompt for code.
         plan: task -> prompt for a plan.
         code: task, plan -> prompt for the code of the plan.
-        ends: whether the code in an answer so far is complete.
+        ends: task, answer so far -> whether its code is complete.
         plan_ends: the same of a plan.
-        read: task, answer, whether it ended by itself -> code.
+        read: task, answer, whether it ended by itself -> (code, whether that is cut off).
         read_plan: answer -> plan.
     """
 
     direct: Callable[[str], str]
     plan: Callable[[str], str]
     code: Callable[[str, str], str]
-    ends: Callable[[str], bool]
+    ends: Callable[[str, str], bool]
     plan_ends: Callable[[str], bool]
-    read: Callable[[str, str, bool], str]
+    read: Callable[[str, str, bool], tuple[str, bool]]
     read_plan: Callable[[str], str]
 
 
@@ -35,16 +35,16 @@ CHAT = Style(
     prompt.direct_prompt,
     prompt.plan_prompt,
     prompt.code_prompt,
-    answer.answer_ends,
+    lambda task, text: answer.answer_ends(text, prompt.names_asked_for(task)),
     answer.plan_ends,
-    lambda task, text, finished: answer.code_of(text),
+    answer.read_chat,
     answer.plan_of,
 )
 COMPLETION = Style(
     prompt.docstring_prompt,
     prompt.comment_prompt,
     prompt.docstring_prompt,
-    lambda text: answer.code_end(text) is not None,
+    lambda task, text: answer.code_end(text) is not None,
     answer.comment_plan_ends,
     answer.continued_code,
     answer.comment_plan,

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
 from common.generation.decoding import Decoding
-from common.generation.result import final_answer
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.codegen import answer
+from common.tasks.codegen.prompt import names_asked_for
 from common.tasks.codegen.style import CHAT, COMPLETION, Style
 from common.vram import preflight as vram
 
@@ -27,12 +27,21 @@ PROMPT_STYLES = ("auto", "chat", "completion")
 
 @dataclass(frozen=True)
 class CodeAnswer:
-    """One answer: the code, the plan it follows ("" when none was asked for), and whether it ended by itself."""
+    """One answer.
+
+    Attributes:
+        code: the program.
+        plan: what it follows; "" when none was asked for.
+        finished: it ended by itself, not with its budget of tokens.
+        tokens: tokens written.
+        cut: the budget ended before all that was asked for was there; the code has whole statements all the same.
+    """
 
     code: str
     plan: str
     finished: bool
     tokens: int
+    cut: bool = False
 
 
 class CodeWriter:
@@ -70,7 +79,7 @@ class CodeWriter:
     def plan(self, tasks: Sequence[str], decoding: Decoding) -> list[list[str]]:
         """`decoding.num_samples` plans for each task, [task][sample]."""
         prompts = [self.style.plan(task) for task in tasks]
-        generations = self._generate(prompts, decoding, stop=self.style.plan_ends)
+        generations = self._generate(prompts, decoding, stop=lambda number, text: self.style.plan_ends(text))
         return [[self.style.read_plan(generation.text) for generation in row] for row in generations]
 
     def write(
@@ -90,9 +99,13 @@ class CodeWriter:
         Raises:
             UserError: a prompt does not fit the model's context.
         """
+
+        def stop(number: int, text: str) -> bool:
+            return self.style.ends(tasks[number], text)
+
         if plans is None:
             prompts = [self.style.direct(task) for task in tasks]
-            generations = self._generate(prompts, decoding, stop=self.style.ends, streamer=streamer)
+            generations = self._generate(prompts, decoding, stop=stop, streamer=streamer)
             return [
                 [self._answer(task, "", generation) for generation in row]
                 for task, row in zip(tasks, generations, strict=True)
@@ -102,20 +115,20 @@ class CodeWriter:
             of_sample = [row[sample] for row in plans]
             prompts = [self.style.code(task, plan) for task, plan in zip(tasks, of_sample, strict=True)]
             one = replace(decoding, num_samples=1, seed=decoding.seed + sample)
-            generations = self._generate(prompts, one, stop=self.style.ends, streamer=streamer)
+            generations = self._generate(prompts, one, stop=stop, streamer=streamer)
             for task, plan, (generation,), row in zip(tasks, of_sample, generations, answers, strict=True):
                 row.append(self._answer(task, plan, generation))
         return answers
 
-    def streamer(self, out: TextIO) -> BaseStreamer | None:
+    def streamer(self, task: str, out: TextIO) -> BaseStreamer | None:
         """Writes the code of one answer to `out` line by line; None for a model whose code is known at its end only."""
-        return _code_streamer(self.tokenizer, out) if self.style is CHAT else None
+        return _code_streamer(self.tokenizer, task, out) if self.style is CHAT else None
 
     def _generate(
         self,
         texts: Sequence[str],
         decoding: Decoding,
-        stop: Callable[[str], bool],
+        stop: Callable[[int, str], bool],
         streamer: BaseStreamer | None = None,
     ) -> list[list[Generation]]:
         from common.generation import generate as generation
@@ -136,8 +149,8 @@ class CodeWriter:
         )
 
     def _answer(self, task: str, plan: str, generation: Generation) -> CodeAnswer:
-        code = self.style.read(task, generation.text, generation.finished)
-        return CodeAnswer(code, plan, generation.finished, len(generation.tokens))
+        code, cut = self.style.read(task, generation.text, generation.finished)
+        return CodeAnswer(code, plan, generation.finished, len(generation.tokens), cut)
 
 
 def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:
@@ -162,18 +175,27 @@ def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_c
     return None if tokenizer.eos_token_id in ends else declared.eos_token
 
 
-def _code_streamer(tokenizer: PreTrainedTokenizerBase, out: TextIO) -> BaseStreamer:
+def _code_streamer(tokenizer: PreTrainedTokenizerBase, task: str, out: TextIO) -> BaseStreamer:
     from transformers import TextStreamer
+
+    names = names_asked_for(task)
 
     class CodeStreamer(TextStreamer):
         text = shown = ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
-            written = final_answer(self.text)
-            code = answer.code_of(written) + "\n" if stream_end else answer.marked_lines(written)
-            out.write(code[len(self.shown) :])
+            code = answer.code_of(self.text, names) + "
+" if stream_end else answer.marked_lines(self.text, names)
+            if code.startswith(self.shown):
+                out.write(code[len(self.shown) :])
+                self.shown = code
+            elif stream_end:  # an import or a helper came later, and stands before what was shown
+                out.write(f"
+
+# The whole answer:
+
+{code}")
             out.flush()
-            self.shown = code
 
     return CodeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

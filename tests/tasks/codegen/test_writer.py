@@ -66,7 +66,7 @@ def test_answers_do_not_depend_on_other_tasks(base):
 def test_code_is_streamed_as_it_stands(base):
     out = io.StringIO()
     writer = writer_of(base)
-    streamer = writer.streamer(out)
+    streamer = writer.streamer("Write add(a, b).", out)
     text = "Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.\n"
     tokens = writer.tokenizer.encode(text)
     streamer.put(writer.tokenizer("a prompt", return_tensors="pt")["input_ids"])
