@@ -34,7 +34,7 @@ def test_a_real_model_answers(base, capsys):
     code, out, err = infer(capsys, *argv, "--plan_then_code")
     error = answer.compile_error(out)
     assert (code == cli.FAILED) == (error is not None) == (f"the code does not compile ({error})" in err)
-    assert infer(capsys, *argv, "--plan_then_code") == (code, out, err)
+    assert infer(capsys, *argv, "--plan_then_code")[:2] == (code, out)
     hot = [infer(capsys, *argv, "--temperature", "2", "--seed", seed)[1] for seed in "112"]
     assert hot[0] == hot[1] != hot[2]
 
