@@ -15,8 +15,16 @@ from contextlib import suppress
 
 BUILTINS = frozenset(dir(builtins))
 
-PLAN_REQUEST = "\n\nWrite a plan in <PLAN> tags."
+PLAN_REQUEST = "\n\nWrite a plan in <PLAN> tags."  # as training rows ask, whose answers show what is meant
 CODE_REQUEST = "\n\nWrite the code of this plan in <CODE> tags."
+SHOWN_PLAN_REQUEST = (  # for a model that was not trained on them: an empty plan is what it makes of the other
+    "\n\nDo not write the code yet. First write a short plan in numbered steps, in tags like this:\n"
+    "<PLAN>\n1. What to do first.\n2. What to do next.\n</PLAN>"
+)
+SHOWN_CODE_REQUEST = "\n\nNow write the Python code of this plan, complete and without further words."
+PLAN_AGAIN_REQUEST = (
+    "\n\nHow would you solve this? Answer with numbered steps only, one short sentence each, and without any code."
+)
 
 
 # Chat turns.
@@ -55,14 +63,14 @@ def direct_prompt(task: str) -> str:
     return f"Complete this Python function:\n\n{task.rstrip()}" if is_stub(task) else task
 
 
-def plan_prompt(task: str) -> str:
+def plan_prompt(task: str, request: str = PLAN_REQUEST) -> str:
     """The user turn that asks for a plan."""
-    return direct_prompt(task) + PLAN_REQUEST
+    return direct_prompt(task) + request
 
 
-def code_prompt(task: str, plan: str) -> str:
+def code_prompt(task: str, plan: str, request: str = CODE_REQUEST) -> str:
     """The user turn that asks for the code of a plan (lines of text)."""
-    return f"{direct_prompt(task)}\n\n<PLAN>\n{plan}\n</PLAN>{CODE_REQUEST}"
+    return f"{direct_prompt(task)}\n\n<PLAN>\n{plan}\n</PLAN>{request}"
 
 
 def plan_text(steps: Sequence[str]) -> str:

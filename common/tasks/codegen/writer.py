@@ -7,13 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
+from common import run_record
+from common.cli import log
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.codegen import answer
-from common.tasks.codegen.prompt import names_asked_for
-from common.tasks.codegen.style import CHAT, COMPLETION, Style
+from common.tasks.codegen.prompt import PLAN_AGAIN_REQUEST, names_asked_for, plan_prompt
+from common.tasks.codegen.style import COMPLETION, UNTRAINED, Style, trained_style
 from common.vram import preflight as vram
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class CodeWriter:
     """A model that writes code.
 
     Attributes:
-        style: how it is asked: `style.CHAT`, or `style.COMPLETION` for a plain base model.
+        style: how it is asked (`style_of`).
     """
 
     def __init__(self, loaded: LoadedModel, style: Style) -> None:
@@ -66,21 +68,34 @@ class CodeWriter:
             auto_fit: where memory is short, take settings that fit.
         """
         loaded = vram.load_within_memory(source, max_batch_tokens, auto_fit=auto_fit)
-        eos = None
-        if not adapters.is_adapter(source.model_dir):
-            eos = plain_base_eos(source.model_dir, loaded.tokenizer, source.trust_remote_code)
-        if prompt_style == "chat" or (prompt_style == "auto" and eos is None):
-            return cls(loaded, CHAT)
+        style, eos = style_of(source.model_dir, loaded.tokenizer, prompt_style, source.trust_remote_code)
         if eos is not None:
             loaded.tokenizer.eos_token = eos
             models.align_model(loaded.model, loaded.tokenizer)
-        return cls(loaded, COMPLETION)
+        return cls(loaded, style)
 
     def plan(self, tasks: Sequence[str], decoding: Decoding) -> list[list[str]]:
-        """`decoding.num_samples` plans for each task, [task][sample]."""
-        prompts = [self.style.plan(task) for task in tasks]
-        generations = self._generate(prompts, decoding, stop=lambda number, text: self.style.plan_ends(text))
-        return [[self.style.read_plan(generation.text) for generation in row] for row in generations]
+        """`decoding.num_samples` plans for each task, [task][sample]; "" where the model writes none, asked twice."""
+
+        def ends(number: int, text: str) -> bool:
+            return self.style.plan_ends(text)
+
+        generations = self._generate([self.style.plan(task) for task in tasks], decoding, stop=ends)
+        plans = [[self.style.read_plan(generation.text) for generation in row] for row in generations]
+        empty = [(index, sample) for index, row in enumerate(plans) for sample, plan in enumerate(row) if not plan]
+        if empty and self.style.chat:
+            log(f"{len(empty)} of {sum(map(len, plans))} plans came back empty; asking for them once more")
+            for sample in sorted({sample for _, sample in empty}):
+                rows = [index for index, other in empty if other == sample]
+                prompts = [plan_prompt(tasks[index], PLAN_AGAIN_REQUEST) for index in rows]
+                again = self._generate(
+                    prompts, replace(decoding, num_samples=1, seed=decoding.seed + sample), stop=ends
+                )
+                for index, (generation,) in zip(rows, again, strict=True):
+                    plans[index][sample] = self.style.read_plan(generation.text)
+            if still := sum(not plan for row in plans for plan in row):
+                log(f"{still} plans stayed empty; their code is written without one")
+        return plans
 
     def write(
         self,
@@ -113,7 +128,10 @@ class CodeWriter:
         answers: list[list[CodeAnswer]] = [[] for _ in tasks]
         for sample in range(decoding.num_samples):  # each with a seed of its own: equal plans may lead to other code
             of_sample = [row[sample] for row in plans]
-            prompts = [self.style.code(task, plan) for task, plan in zip(tasks, of_sample, strict=True)]
+            prompts = [
+                self.style.code(task, plan) if plan else self.style.direct(task)
+                for task, plan in zip(tasks, of_sample, strict=True)
+            ]
             one = replace(decoding, num_samples=1, seed=decoding.seed + sample)
             generations = self._generate(prompts, one, stop=stop, streamer=streamer)
             for task, plan, (generation,), row in zip(tasks, of_sample, generations, answers, strict=True):
@@ -122,7 +140,7 @@ class CodeWriter:
 
     def streamer(self, task: str, out: TextIO) -> BaseStreamer | None:
         """Writes the code of one answer to `out` line by line; None for a model whose code is known at its end only."""
-        return _code_streamer(self.tokenizer, task, out) if self.style is CHAT else None
+        return _code_streamer(self.tokenizer, task, out) if self.style.chat else None
 
     def _generate(
         self,
@@ -134,7 +152,7 @@ class CodeWriter:
         from common.generation import generate as generation
         from common.models import tokenizers
 
-        if self.style is CHAT:
+        if self.style.chat:
             prompts = [tokenizers.encode_prompt(self.tokenizer, text, thinking=decoding.thinking) for text in texts]
         else:
             prompts = [self.tokenizer.encode(text, split_special_tokens=True) for text in texts]
@@ -151,6 +169,25 @@ class CodeWriter:
     def _answer(self, task: str, plan: str, generation: Generation) -> CodeAnswer:
         code, cut = self.style.read(task, generation.text, generation.finished)
         return CodeAnswer(code, plan, generation.finished, len(generation.tokens), cut)
+
+
+def style_of(
+    model_dir: str, tokenizer: PreTrainedTokenizerBase, prompt_style: str = "auto", trust_remote_code: bool = False
+) -> tuple[Style, str | None]:
+    """(how the model of a folder or a Hub id is asked, the EOS of its answers where that is not its tokenizer's).
+
+    A trained one is asked as its training rows did, which its record tells.
+
+    Args:
+        tokenizer: the model's, aligned.
+        prompt_style: one of `PROMPT_STYLES`.
+    """
+    record = run_record.read(model_dir)
+    trained = record is not None or adapters.is_adapter(model_dir)
+    eos = None if trained else plain_base_eos(model_dir, tokenizer, trust_remote_code)
+    if prompt_style == "completion" or (prompt_style == "auto" and eos is not None):
+        return COMPLETION, eos
+    return (trained_style((record or {}).get("prompt_endings")) if trained else UNTRAINED), None
 
 
 def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:
@@ -185,17 +222,12 @@ def _code_streamer(tokenizer: PreTrainedTokenizerBase, task: str, out: TextIO) -
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
-            code = answer.code_of(self.text, names) + "
-" if stream_end else answer.marked_lines(self.text, names)
+            code = answer.code_of(self.text, names) + "\n" if stream_end else answer.marked_lines(self.text, names)
             if code.startswith(self.shown):
                 out.write(code[len(self.shown) :])
                 self.shown = code
             elif stream_end:  # an import or a helper came later, and stands before what was shown
-                out.write(f"
-
-# The whole answer:
-
-{code}")
+                out.write(f"\n\n# The whole answer:\n\n{code}")
             out.flush()
 
     return CodeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
