@@ -4,11 +4,12 @@
     python infer_codegen.py --model_dir runs/kd_code --prompt "Write a function that sorts a list." --plan_then_code
     python infer_codegen.py --model_dir runs/kd_code --input tasks.jsonl --output answers.jsonl
 
-With --plan_then_code the model writes a plan first, shown on stderr, and then the code for task and plan. Rows of
---input have the task under "prompt" or "input", rows of --output model_name, prompt and answers: each with plan, code
-and error (null where the code compiles), and "cut": true where the tokens ran out before the code was whole. An
-interrupted run goes on where it stopped. Nothing is run. The exit code is 1 where code does not compile or is cut off;
-it is kept all the same.
+With --plan_then_code the model writes a plan first, shown on stderr, and then the code for task and plan. With --test
+"assert ..." the code is run on these tests, in the sandbox and only with --confirm_run_unsafe_code, and asked for again
+with the error until it passes, --max_tries times at most; nothing else is run. Rows of --input have the task under
+"prompt" or "input", rows of --output model_name, prompt and answers: each with plan, code and error (null where the
+code compiles), and "cut": true where the tokens ran out before the code was whole. An interrupted run goes on where it
+stopped. The exit code is 1 where code does not compile, is cut off or fails --test; it is kept all the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter
 
 WINDOW = 32  # tasks at a time
+NOT_DECIDING = (  # flags that do not decide the answers to --input; thinking does, with the rest of the decoding
+    *("output", "max_batch_tokens", "thinking"),
+    *("test", "max_tries", "confirm_run_unsafe_code", "allow_no_sandbox"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="JSONL answers to the rows of --input, in their order")
     parser.add_argument("--plan_then_code", action="store_true", help="first a plan, then code for task and plan")
     parser.add_argument("--show_plan", action="store_true", help="print the plan before the code, in comment lines")
+    trial = parser.add_argument_group("trying the code of --prompt")
+    trial.add_argument("--test", nargs="+", default=[], metavar="ASSERT", help='e.g. "assert add(1, 2) == 3"')
+    trial.add_argument("--max_tries", type=cli.positive_int, default=3, help="answers until one passes (default: 3)")
+    trial.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run it, in the sandbox")
+    trial.add_argument("--allow_no_sandbox", action="store_true", help="where no sandbox works, run it without one")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     codegen_flags.add_flags(parser)
     return parser
@@ -53,11 +63,30 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.show_plan and (not args.plan_then_code or args.input):
         raise cli.UserError("--show_plan goes with --plan_then_code and --prompt; rows of --output have their plan")
     decoding = codegen_flags.decoding(args)
+    check_trial(args)
     models.check_model_dir(args.model_dir, args.base)
     tasks = [args.prompt] if args.prompt else read_tasks(args.input, args.skip_bad_rows)
 
     writer = codegen_flags.load_writer(args, args.model_dir)
+    if args.test:
+        return write_tried(args, writer, decoding)
     return write_one(args, writer, decoding) if args.prompt else write_file(args, writer, decoding, tasks)
+
+
+def check_trial(args: argparse.Namespace) -> None:
+    """Refuse tests that cannot be run, or that nobody agreed to run."""
+    if not args.test:
+        return
+    if args.input or args.plan_then_code or args.num_samples > 1:
+        raise cli.UserError("--test goes with --prompt alone, without --plan_then_code and --num_samples")
+    for test in args.test:
+        if error := compile_error(test):
+            raise cli.UserError(f'--test {test!r} is not Python ({error}); give e.g. "assert add(1, 2) == 3"')
+    if not args.confirm_run_unsafe_code:
+        raise cli.UserError(
+            "--test runs code that a model wrote, in a sandbox but on this machine; "
+            "pass --confirm_run_unsafe_code if you agree"
+        )
 
 
 def read_tasks(path: str, skip_bad_rows: bool) -> list[str]:
@@ -92,6 +121,18 @@ def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) 
                 show_plan(answer.plan, args.show_plan)
             print(answer.code)
     return report_errors(answers)
+
+
+def write_tried(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) -> int | None:
+    """Print the first code for --prompt that passes --test, or the last that does not."""
+    from common.tasks.codegen import repair
+
+    trials = repair.write_until_passing(writer, args.prompt, decoding, args.test, args.max_tries, args.allow_no_sandbox)
+    for number, trial in enumerate(trials, start=1):
+        outcome = "passes" if trial.verdict.passed else f"fails ({repair.described(trial.verdict)})"
+        cli.log(f"try {number} of {args.max_tries} {outcome}")
+    print(trials[-1].answer.code)
+    return None if trials[-1].verdict.passed else cli.FAILED
 
 
 def show_plan(plan: str, on_stdout: bool) -> None:
@@ -131,10 +172,7 @@ def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding,
         answers = writer.write(window, decoding, plans)
         return [answer_row(task, of_task) for task, of_task in zip(window, answers, strict=True)]
 
-    settings = {
-        key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens", "thinking")
-    }
-    settings |= decoding.as_dict()
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_DECIDING} | decoding.as_dict()
     decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
     rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
     answers = [one for row in rows for one in row["answers"]]

@@ -15,6 +15,7 @@ from contextlib import suppress
 
 BUILTINS = frozenset(dir(builtins))
 
+SHOWN_TEST = "\nIt must pass this test:\n"
 PLAN_REQUEST = "\n\nWrite a plan in <PLAN> tags."  # as training rows ask, whose answers show what is meant
 CODE_REQUEST = "\n\nWrite the code of this plan in <CODE> tags."
 SHOWN_PLAN_REQUEST = (  # for a model that was not trained on them: an empty plan is what it makes of the other
@@ -71,6 +72,18 @@ def plan_prompt(task: str, request: str = PLAN_REQUEST) -> str:
 def code_prompt(task: str, plan: str, request: str = CODE_REQUEST) -> str:
     """The user turn that asks for the code of a plan (lines of text)."""
     return f"{direct_prompt(task)}\n\n<PLAN>\n{plan}\n</PLAN>{request}"
+
+
+def with_tests(task: str, tests: Sequence[str]) -> str:
+    """A task with the tests that its code has to pass, as MBPP's are shown. A function stub stays one."""
+    return task if is_stub(task) or not tests else task + SHOWN_TEST + "\n".join(tests)
+
+
+def repair_prompt(task: str, code: str, error: str) -> str:
+    """The user turn that asks for code again, after some that failed a test with `error`."""
+    return (
+        f"{direct_prompt(task)}\n\nThis code for it is wrong:\n\n{code}\n\n{error}\n\nWrite the whole code, corrected."
+    )
 
 
 def plan_text(steps: Sequence[str]) -> str:
