@@ -28,7 +28,7 @@ from common.tasks.codegen import flags as codegen_flags
 from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter
 
-WINDOW = 32  # tasks at a time
+WINDOW = 8  # tasks at a time, whose answers are kept together
 NOT_DECIDING = (  # flags that do not decide the answers to --input; thinking does, with the rest of the decoding
     *("output", "max_batch_tokens", "thinking"),
     *("test", "max_tries", "confirm_run_unsafe_code", "allow_no_sandbox"),

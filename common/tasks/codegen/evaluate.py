@@ -23,7 +23,7 @@ from common.tasks.codegen.metrics import JudgedSample, Samples
 from common.tasks.codegen.rows import Problem
 from common.tasks.codegen.writer import CodeWriter
 
-WINDOW = 32  # problems whose answers are kept together
+WINDOW = 128  # programs whose verdicts are kept together
 DIRECT, PLAN_THEN_CODE = "direct", "plan_then_code"  # how code is asked for
 
 
@@ -177,14 +177,10 @@ class Evaluation:
         if missing:
             writer = settings.load()
             with progress_bar(len(missing), f"{settings.source.model_dir}, {mode}") as progress:
-                for start in range(0, len(missing), WINDOW):
-                    window = missing[start : start + WINDOW]
-                    tasks = [prompt for _, prompt in window]
-                    plans = writer.plan(tasks, self.decoding) if mode == PLAN_THEN_CODE else None
-                    answers = writer.write(tasks, self.decoding, plans)
-                    rows = [[asdict(answer) for answer in row] for row in answers]
-                    self.store.add(zip([key for key, _ in window], rows, strict=True))
-                    progress.update(len(window))
+                tasks = [prompt for _, prompt in missing]
+                for index, answers in writer.write_each(tasks, self.decoding, mode == PLAN_THEN_CODE):
+                    self.store.add([(missing[index][0], [asdict(answer) for answer in answers])])
+                    progress.update()
         return [self.store[key] for key in keys]
 
     def run_tests(self, codes: Sequence[tuple[Problem, str]]) -> None:
@@ -192,8 +188,8 @@ class Evaluation:
         missing = {verdict_key(problem, code): (code, problem.graded_by()) for problem, code in codes}
         waiting = [key for key in missing if key not in self.store]
         with progress_bar(len(waiting), "running tests") as progress:
-            for start in range(0, len(waiting), 4 * WINDOW):
-                window = waiting[start : start + 4 * WINDOW]
+            for start in range(0, len(waiting), WINDOW):
+                window = waiting[start : start + WINDOW]
                 pairs = [missing[key] for key in window]
                 verdicts = self.grade(pairs, progress)
                 shares = self.passing_shares(pairs, verdicts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
@@ -12,6 +12,7 @@ from common.cli import log
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
+from common.models.batching import by_token_budget
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.codegen import answer
 from common.tasks.codegen.prompt import PLAN_AGAIN_REQUEST, names_asked_for, plan_prompt
@@ -142,6 +143,28 @@ class CodeWriter:
         """Writes the code of one answer to `out` line by line; None for a model whose code is known at its end only."""
         return _code_streamer(self.tokenizer, task, out) if self.style.chat else None
 
+    def write_each(
+        self, tasks: Sequence[str], decoding: Decoding, plan_first: bool = False
+    ) -> Iterator[tuple[int, list[CodeAnswer]]]:
+        """(index of a task, its answers) as they are written: a batch at a time, the longest tasks first.
+
+        Args:
+            plan_first: write plans, and the code after them.
+        """
+        lengths = [len(self._encode(self.style.direct(task), decoding)) for task in tasks]
+        budget = max(1, self.max_batch_tokens // decoding.num_samples)
+        for batch in by_token_budget(lengths, budget, added=decoding.max_new_tokens):
+            of_batch = [tasks[index] for index in batch]
+            plans = self.plan(of_batch, decoding) if plan_first else None
+            yield from zip(batch, self.write(of_batch, decoding, plans), strict=True)
+
+    def _encode(self, text: str, decoding: Decoding) -> list[int]:
+        from common.models import tokenizers
+
+        if self.style.chat:
+            return tokenizers.encode_prompt(self.tokenizer, text, thinking=decoding.thinking)
+        return self.tokenizer.encode(text, split_special_tokens=True)
+
     def _generate(
         self,
         texts: Sequence[str],
@@ -150,18 +173,13 @@ class CodeWriter:
         streamer: BaseStreamer | None = None,
     ) -> list[list[Generation]]:
         from common.generation import generate as generation
-        from common.models import tokenizers
 
-        if self.style.chat:
-            prompts = [tokenizers.encode_prompt(self.tokenizer, text, thinking=decoding.thinking) for text in texts]
-        else:
-            prompts = [self.tokenizer.encode(text, split_special_tokens=True) for text in texts]
         return generation.generate(
             self.model,
             self.tokenizer,
-            prompts,
+            [self._encode(text, decoding) for text in texts],
             decoding,
-            stop=stop,
+            stop=None if decoding.thinking else stop,  # a draft within the thinking ends nothing
             streamer=streamer,
             max_batch_tokens=self.max_batch_tokens,
         )
@@ -201,15 +219,19 @@ def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_c
         tokenizer: the model's, aligned (`tokenizers.align`), so that its EOS is the end of the turn.
     """
     from transformers import AutoTokenizer, GenerationConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    declared = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    eos = get_tokenizer_config(name, trust_remote_code=trust_remote_code).get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    if eos is None:  # its class decides
+        eos = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code).eos_token
     if not tokenizer.chat_template:
-        return declared.eos_token
-    ends = {declared.eos_token_id}
+        return eos
+    ends = {tokenizer.convert_tokens_to_ids(eos)}
     with suppress(OSError):  # it may have no generation config
         ids = GenerationConfig.from_pretrained(name).eos_token_id
         ends |= set(ids if isinstance(ids, list) else [ids])
-    return None if tokenizer.eos_token_id in ends else declared.eos_token
+    return None if tokenizer.eos_token_id in ends else eos
 
 
 def _code_streamer(tokenizer: PreTrainedTokenizerBase, task: str, out: TextIO) -> BaseStreamer:

@@ -64,6 +64,10 @@ def test_answers_do_not_depend_on_other_tasks(base):
     same_plan = writer.write(tasks, decoding, [["- Think."] * 2] * 3)
     assert any(one.code != two.code for one, two in same_plan)
     assert writer.write(tasks, decoding) != together
+    assert sorted(writer.write_each(tasks, decoding, plan_first=True)) == list(enumerate(together))
+    writer.max_batch_tokens = 1
+    lengths = [len(tasks[index]) for index, _ in writer.write_each(tasks, decoding)]
+    assert lengths == sorted(lengths, reverse=True)
 
 
 def test_code_is_streamed_as_it_stands(base):
