@@ -74,7 +74,7 @@ def plan_of(text: str) -> str:
     plan = match[1] if match else re.split(r"<CODE>|\[PYTHON\]", text, maxsplit=1, flags=re.IGNORECASE)[0]
     kept, blocks = _split_fences(plan)
     prose = re.sub(r"^(?:#+ .*|\*\*[^*\n]*\*\*:?|[^\n]*\bplan\b[^\n]*:)[ \t]*$", "", kept[0], flags=re.M | re.I)
-    if not prose.strip() and blocks and not source.defined_names(blocks[0].code):
+    if not prose.strip() and blocks and blocks[0].language not in PYTHON[1:] and compile_error(blocks[0].code):
         prose = blocks[0].code
     return (prose if prose.strip() or not match else plan).strip("\n").rstrip()
 

@@ -36,7 +36,8 @@ def test_a_real_model_answers(base, capsys):
     argv = ["--model_dir", base, "--prompt", "Add a and b.", "--max_new_tokens", "12"]
     code, out, err = infer(capsys, *argv, "--plan_then_code")
     error = answer.compile_error(out)
-    assert (code == cli.FAILED) == (error is not None) == (f"the code does not compile ({error})" in err)
+    assert (error is not None) == (f"the code does not compile ({error})" in err)
+    assert (code == cli.FAILED) == (error is not None or "the code is cut off after 12 tokens" in err)
     assert infer(capsys, *argv, "--plan_then_code")[:2] == (code, out)
     hot = [infer(capsys, *argv, "--temperature", "2", "--seed", seed)[1] for seed in "112"]
     assert hot[0] == hot[1] != hot[2]
