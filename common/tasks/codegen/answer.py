@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.generation.result import final_answer
 from common.tasks.codegen import source
 from common.tasks.codegen.prompt import is_stub, names_asked_for
 
@@ -23,8 +24,6 @@ CODE = re.compile(
     r"<CODE>[ \t]*\n?((?:(?!<CODE>).)*?)(</CODE>|(?=<CODE>)|\Z)|\[PYTHON\][ \t]*\n?(.*?)(\[/PYTHON\]|\Z)",
     re.DOTALL | re.IGNORECASE,
 )
-THOUGHT = re.compile(r"(?<![\"'])</think(?:ing)?>(?![\"'])", re.IGNORECASE)  # in quotes it is a part of some code
-THINKING = re.compile(r"\s*<think(?:ing)?>", re.IGNORECASE)
 OPENING = re.compile(r"(.*?)(`{3,}|~{3,})[ \t]*([^`~]*)")
 ONE_LINE = re.compile(r"(.*?)(`{3,})([^`]+)\2.*")
 MARKER = re.compile(r"[ \t]*(?:[-*+>]|\d+[.)])?[ \t]*")  # what stands before a fence in a list or a quotation
@@ -138,13 +137,8 @@ def plan_ends(text: str) -> bool:
 
 
 def after_thinking(text: str) -> str:
-    """An answer without what is thought before it, which ends with the last `</think>`; "" while that goes on.
-
-    Line ends become those of Unix.
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
-    answer = THOUGHT.split(text)[-1]
-    return "" if THINKING.match(answer) else answer
+    """An answer without what is thought before it (`final_answer`), with the line ends of Unix."""
+    return final_answer(text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", ""))
 
 
 def _tidy(code: str) -> str:

@@ -44,7 +44,7 @@ def test_plain_base_models_are_told_from_trained_ones(tiny_base, tokenizer, tmp_
     base = declared_base(tiny_base, tmp_path / "base", "<|endoftext|>", text)
     writer = writer_of(base)
     assert writer.style is COMPLETION
-    assert writer.tokenizer.eos_token_id == writer.model.generation_config.eos_token_id == text
+    assert writer.tokenizer.eos_token_id == text and writer.model.generation_config.eos_token_id == [text, turn]
     assert writer_of(base, "--prompt_style", "chat").style is UNTRAINED
     instruct = declared_base(tiny_base, tmp_path / "instruct", "<|endoftext|>", [text, turn])
     assert writer_of(instruct).style is UNTRAINED
