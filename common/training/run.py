@@ -81,6 +81,9 @@ def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], arg
         log(f"{settings.init_adapter} keeps no record of what it was trained on, so this run keeps none either")
     elif groups or seen or earlier:  # what it, or the adapter that it starts from, was trained on before counts, too
         run_record.write_groups(folder, groups | seen | (earlier or set()))
+    prompts = [text for row in rows if isinstance(text := row.get("input") or row.get("prompt"), str)]
+    started_from = run_record.read(settings.init_adapter) if settings.init_adapter else None
+    inherited = (started_from or {}).get("prompt_endings", [])
     return RunRecord(
         settings.save_dir,
         argv=list(sys.argv if argv is None else [Path(sys.argv[0]).name, *argv]),
@@ -90,6 +93,7 @@ def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], arg
         **gguf_import.origins(student=settings.student, teacher=getattr(settings, "teacher", None)),
         seed=settings.seed,
         data=data,
+        prompt_endings=list(dict.fromkeys([*run_record.prompt_endings(prompts), *inherited])),
         **({"base_fingerprint": before["base_fingerprint"]} if before.get("base_fingerprint") else {}),
     )
 
