@@ -18,7 +18,7 @@ from common import run_record
 from common.cli import UserError, log
 from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models.batching import context_of, window_of
+from common.models.batching import context_of
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.ranking.task import LabelTask
 
@@ -125,7 +125,7 @@ class Contestant:
 
     def __init__(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.job, self.model, self.tokenizer = job, model, tokenizer
-        self.limit = min(job.max_len, context_of(model.config), window_of(model.config))
+        self.limit = min(job.max_len, context_of(model.config))
         self.classifier = None
         if job.kind == LABELS:
             from common.tasks.ranking.classifier import Classifier

@@ -43,6 +43,13 @@ def context_of(config: PreTrainedConfig) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
+def layer_kinds(config: PreTrainedConfig) -> set[str]:
+    """What the layers of a model of this config are, as transformers names it: "full_attention", "conv", ..."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    return set(kinds or ["full_attention" if window_of(config) == UNLIMITED else "sliding_attention"])
+
+
 def window_of(config: PreTrainedConfig) -> int:
     """Tokens back that a model of this config sees at most, in any of its layers (sliding window attention)."""
     config = config.get_text_config()
