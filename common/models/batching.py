@@ -53,6 +53,7 @@ def layer_kinds(config: PreTrainedConfig) -> set[str]:
 def window_of(config: PreTrainedConfig) -> int:
     """Tokens back that a model of this config sees at most, in any of its layers (sliding window attention)."""
     config = config.get_text_config()
-    if getattr(config, "use_sliding_window", True):
-        return getattr(config, "sliding_window", None) or UNLIMITED
-    return UNLIMITED
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if "sliding_attention" not in kinds or not getattr(config, "use_sliding_window", True):
+        return UNLIMITED
+    return getattr(config, "sliding_window", None) or UNLIMITED

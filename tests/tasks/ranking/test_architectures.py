@@ -51,6 +51,11 @@ ARCHITECTURES = {
     "mistral": ("Mistral", SIZE | {"sliding_window": None, "head_dim": 8}),
     "mistral_window": ("Mistral", SIZE | {"sliding_window": WINDOW, "head_dim": 8}),
     "qwen2": ("Qwen2", SIZE),
+    "qwen2_window": ("Qwen2", SIZE | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
+    "qwen2_unused_window": (
+        "Qwen2",
+        SIZE | {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["full_attention"] * 4},
+    ),
     "qwen3": ("Qwen3", SIZE | {"head_dim": 8}),
     "qwen3_5": (
         "Qwen3_5Text",

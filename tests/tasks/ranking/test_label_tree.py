@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.generation.decoding import Decoding
 from common.generation.generate import generate
 from common.models import loading, tokenizers
 from common.models.source import ModelSource
@@ -85,7 +86,7 @@ def answering(base, tokenizer):
 def test_ranking_is_as_right_as_the_text(answering, tokenizer):
     texts, wanted = zip(*map(question, range(48)), strict=True)
     prompts = [tokenizers.encode_prompt(tokenizer, RISKS.prompt(text)) for text in texts]
-    written = [answer.text for (answer,) in generate(answering, tokenizer, prompts, max_new_tokens=8)]
+    written = [answer.text for (answer,) in generate(answering, tokenizer, prompts, Decoding(max_new_tokens=8))]
     assert written == list(wanted)
     ranker = TorchRanker(answering, tokenizer, RISKS)
     scores = ranker.raw_scores(texts)
