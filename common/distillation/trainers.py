@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
@@ -182,8 +183,11 @@ def label_trainer(
     """A trainer whose student's label scores learn the teacher's label probabilities."""
     from common.distillation.label_objective import LabelDistillation
     from common.distillation.objective import Objective
+    from common.tasks.ranking.torch_ranker import tree_limit
 
     settings = limit_length(settings)
+    limit = tree_limit(loading.load_config(settings.student, settings.trust_remote_code))
+    settings = replace(settings, max_len=min(settings.max_len, limit))
     loss = LabelDistillation(objective, tokenizer, task)
     train_rows = loss.encode(settings.data, rows, settings.max_len)
     columns = loss.tree.columns

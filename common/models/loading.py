@@ -122,6 +122,8 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    from common.models.heads import multiply_once
+
     quiet_libraries()
     four_bit = use_4bit(source.load_in_4bit)
     if training or four_bit:
@@ -163,6 +165,7 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
         ) from error
     if four_bit:
         _keep_weights_unpacked(model)
+    multiply_once(model)
     return model
 
 

@@ -21,7 +21,7 @@ from common.cli import UserError
 from common.jobs.checks import Reach
 from common.models import flags, gguf_import, loading, tokenizers
 from common.models.gguf_import import model_folder
-from common.serving.server import Settings
+from common.serving.settings import ServerSettings
 from common.vram import model_shape
 from common.web.app import Problem
 
@@ -180,7 +180,7 @@ def test_flags(file):
 
 def test_servers(file, monkeypatch, tmp_path):
     monkeypatch.setenv("BASE_MODEL", str(file))
-    assert Settings.from_environment().base_model == model_folder(str(file))
+    assert ServerSettings.from_environment().base_model == model_folder(str(file))
     reach = Reach([file.parent])
     assert reach.model("student", str(file)) == str(file)
     assert reach.model("student", str(file.parent)) == str(file.parent)
