@@ -85,6 +85,10 @@ def prepare_student(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase)
             base, r=settings.lora_r, alpha=settings.lora_alpha, dropout=settings.lora_dropout, seed=settings.seed
         )
     student.enable_input_require_grads()
+    if base.device.type == "cpu" and loading.is_large(base.config):
+        from common.models import lora_training
+
+        lora_training.install(student)
     return student
 
 
