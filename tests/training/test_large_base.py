@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from support.models import distance, run_json, weights
 from support.training import loss_curve, train
 
+import dpo_train
 import kd_train
 import sft_train
 from common.models import loading, tokenizers
@@ -101,3 +103,40 @@ def test_nothing_to_predict_is_0(base, tokenizer, large):
     loss.backward()
     assert loss.item() == 0
     assert (batches.collate(rows, 0)["labels"] == IGNORE).all()
+
+
+@pytest.mark.parametrize("start", ["base", "sft"])
+def test_dpo_is_the_same(start, base, rows, tmp_path, request):
+    """With the reference's log-probabilities, which come from the base, or from the adapter that it starts from."""
+    more = ["--max_steps", 6, "--per_device_train_batch_size", 4, "--lora_dropout", 0, "--learning_rate", 0.003]
+    if start == "sft":
+        more += ["--init_adapter", train(sft_train.main, base, rows["sft"], tmp_path / "sft", *SAME)]
+    more += ["--eval_data", rows["dpo"]]
+    plain = train(dpo_train.main, base, rows["dpo"], tmp_path / "plain", *more)
+    request.getfixturevalue("large")
+    quick = train(dpo_train.main, base, rows["dpo"], tmp_path / "quick", *more)
+    assert loss_curve(quick) == pytest.approx(loss_curve(plain), abs=1e-5)
+    assert loss_curve(quick)[-1] < loss_curve(quick)[0]
+    assert distance(plain, quick) < 1e-4
+    assert run_json(quick)["final_eval_loss"] == pytest.approx(run_json(plain)["final_eval_loss"], abs=1e-5)
+    assert progress_of(quick) == pytest.approx(progress_of(plain), abs=1e-3)
+
+
+def progress_of(folder) -> dict[str, float]:
+    """What TRL logs of the last step."""
+    lines = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "rewards/margins" in line][-1]
+    return {name: value for name, value in last.items() if "/" in name or name in ("entropy", "mean_token_accuracy")}
+
+
+def test_pairs_are_trees(base, rows, tmp_path, large, monkeypatch):
+    sizes, of = [], prefix_tree.PrefixTree.of
+
+    def noted(pairs):
+        tree = of(pairs)
+        sizes.append((len(tree.ids), sum(len(row.input_ids) for row in pairs)))
+        return tree
+
+    monkeypatch.setattr(prefix_tree.PrefixTree, "of", noted)
+    train(dpo_train.main, base, rows["dpo"], tmp_path / "run", "--max_steps", 2, "--per_device_train_batch_size", 4)
+    assert len(sizes) > 2 and all(tree < plain for tree, plain in sizes)
