@@ -101,3 +101,17 @@ def test_switched_off_it_is_the_base(student):
     lora_training.install(student)
     with student.disable_adapter():
         assert torch.equal(student(input_ids=IDS).logits, expected)
+
+
+def test_what_a_young_adapter_says_is_heard_in_bfloat16():
+    """A thousandth of what it is added to, far less than a step of bfloat16, has its effect over many numbers."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2048, 64).bfloat16(), torch.randn(256, 64).bfloat16()
+    down, up = torch.randn(4, 64) / 8, torch.randn(256, 4) * 1e-3
+    exact = x.float() @ down.bfloat16().float().t() @ up.t()
+    said = lora_training.LoraProduct.apply(x, weight, None, down, up, 1.0).float() - (x @ weight.t()).float()
+    share = float((said * exact).sum() / exact.square().sum())
+    assert float(exact.abs().mean()) < 0.01 * float((x @ weight.t()).float().abs().mean())
+    assert share == pytest.approx(1, abs=0.1)
+    added = (x @ weight.t() + exact.bfloat16()).float() - (x @ weight.t()).float()
+    assert float((added * exact).sum() / exact.square().sum()) < 0.5  # which is why it is one product
