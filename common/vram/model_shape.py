@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, reason
-from common.models import gguf_import
+from common.models import gguf_import, loading
 from common.models.batching import UNLIMITED
 
 QWEN_3B = {
@@ -71,6 +71,11 @@ class ModelShape:
     def key(self) -> int:
         """Width of the keys, or the values, of all their heads."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def large(self) -> bool:
+        """As `common.models.loading.is_large`."""
+        return 12 * self.layers * self.hidden**2 >= loading.LARGE
 
     @property
     def projections(self) -> list[tuple[int, int]]:
