@@ -115,8 +115,8 @@ def check_sharing(folder: str | Path) -> None:
             reason = f"it has {changing[0][:60]}={str(settings[changing[0]])[:60]}"
     if reason:
         raise UserError(
-            f"the adapter {folder} cannot share a base with others: {reason}; merge it "
-            "(export_model.py --format merged) and serve the merged model"
+            f"the adapter {folder} cannot share a base with others: {reason}; use it with the scripts, "
+            "which load it alone, or train a plain LoRA adapter"
         )
 
 

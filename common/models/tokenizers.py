@@ -55,8 +55,9 @@ def align(
             template = chat_template.answer_at_once(tokenizer)
         except (ValueError, TypeError, TemplateError) as error:
             raise chat_template.refusal(error) from error
-        if template != tokenizer.chat_template:
-            tokenizer.chat_template = template
+        if template != tokenizer.get_chat_template():
+            several = isinstance(tokenizer.chat_template, dict)
+            tokenizer.chat_template = tokenizer.chat_template | {"default": template} if several else template
         candidates.insert(0, chat_template.turn_end(tokenizer, declared))
     eos = next((token for token in candidates if token is not None), None)
     if eos is None:
