@@ -35,6 +35,8 @@ from common.models.source import ModelSource
 from common.tasks.ranking import metrics
 from common.tasks.ranking.calibration import Scores
 
+pytestmark = pytest.mark.processes
+
 REAL_TEXT = SHARED / "data/wikitext2/valid.txt"
 
 

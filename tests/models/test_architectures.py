@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import ARCHITECTURES, build_architecture
+from support.host import serve_requests
 from support.inputs import CORPUS, write_rows
 from support.served import settings
 
@@ -22,12 +22,12 @@ from common.generation.json_grammar import JsonGrammar
 from common.models import loading as models
 from common.models import tokenizers
 from common.models.source import ModelSource
-from common.serving.adapter_host import Host
-from common.serving.batch_queue import Job
 from common.serving.run_registry import Registry
 from common.serving.work import Chat, ChatTurn
 from common.vram import preflight as vram
 from common.vram.model_shape import UnknownShape
+
+pytestmark = pytest.mark.processes
 
 SCHEMA = {
     "type": "object",
@@ -94,20 +94,6 @@ def test_constrained_json(loaded):
         assert json_schema.errors(json.loads(answer.text), SCHEMA) == []
 
 
-class Channel:
-    """One that has all messages at once, and keeps what is sent."""
-
-    def __init__(self, *messages) -> None:
-        self.messages, self.sent = list(messages), []
-
-    def send(self, *message) -> None:
-        self.sent.append(message)
-
-    def receive(self, wait):
-        messages, self.messages = self.messages, []
-        return iter(messages)
-
-
 def test_it_is_served(student, loaded):
     """The server writes what the scripts write."""
     model, tokenizer = loaded
@@ -117,11 +103,8 @@ def test_it_is_served(student, loaded):
     version = Registry(str(runs), student["base"]).find("adapter")
     turn = ChatTurn([{"role": "user", "content": CORPUS[3]}])
     works = [Chat(tokens, 0.0, 1.0, 1, 0, (), schema) for tokens, schema in ((8, None), (40, json.dumps(SCHEMA)))]
-    jobs = [("job", Job(number, (version, work), turn)) for number, work in enumerate(works)]
-    channel = Channel(*jobs, ("close",))
-    Host(student["base"], settings(runs).host, 1, channel).serve()
-    gc.unfreeze()  # it is not alone in this process
-    done = dict(pair for kind, *fields in channel.sent if kind == "done" for pair in zip(*fields, strict=True))
+    requests = [((version, work), turn) for work in works]
+    done = serve_requests(student["base"], settings(runs).host, requests, adapters=1).answers_by_number
     assert done[0].choices[0].tokens == expected.tokens, done[0]
     assert json_schema.errors(json.loads(done[1].choices[0].text), SCHEMA) == []
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.host import serve_requests
 from support.served import ROWS, make_runs, settings
 
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.serving.adapter_host import Host, Unusable
-from common.serving.batch_queue import Job
+from common.serving.messages import Unusable
 from common.serving.run_registry import Registry
 from common.serving.work import Classify
 from common.tasks.ranking import creditmix
@@ -23,29 +22,12 @@ from common.tasks.ranking.creditmix import CREDITMIX
 PROMPT = CREDITMIX.prompt(creditmix.clean_features(ROWS[0]))
 
 
-class Channel:
-    """One that has all messages at once, and keeps what is sent."""
-
-    def __init__(self, *messages) -> None:
-        self.messages, self.sent = list(messages), []
-
-    def send(self, *message) -> None:
-        self.sent.append(message)
-
-    def receive(self, wait):
-        messages, self.messages = self.messages, []
-        return iter(messages)
-
-
 def ask(base: str, runs, names: list[str]) -> list:
     """What each of these runs answers to the first row, asked one after the other in one process."""
     registry = Registry(str(runs), base)
-    jobs = [("job", Job(n, (registry.find(name), Classify()), [PROMPT])) for n, name in enumerate(names)]
-    channel = Channel(*jobs, ("close",))
-    Host(base, settings(runs).host, 3, channel).serve()
-    gc.unfreeze()  # it is not alone in this process
-    done = [pair for kind, *fields in channel.sent if kind == "done" for pair in zip(*fields, strict=True)]
-    return [answer for _, answer in sorted(done, key=lambda pair: pair[0])]
+    requests = [((registry.find(name), Classify()), [PROMPT]) for name in names]
+    answers = serve_requests(base, settings(runs).host, requests).answers_by_number
+    return [answers[number] for number in range(len(names))]
 
 
 def raw_scores(answers: list) -> list[dict[str, float]]:
