@@ -26,7 +26,7 @@ from common.files import atomic_write, read_json, sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.tasks.ranking.classifier import CALIBRATION_FILE
+from common.tasks.ranking.classifier import CALIBRATION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,9 +189,10 @@ class Export:
         request = self.request
         makers = {"merged": self._merged, "onnx": self._onnx, "int8": self._int8, "gguf": self._gguf}
         folder, facts = makers[request.format](stage)
-        for name in (CALIBRATION_FILE, run_record.GROUPS_FILE):
-            if (Path(request.model_dir) / name).is_file():
-                shutil.copy(Path(request.model_dir) / name, folder / name)
+        source = Path(request.model_dir)
+        for file in [*sorted(source.glob(f"{CALIBRATION}*.json")), source / run_record.GROUPS_FILE]:
+            if file.is_file():
+                shutil.copy(file, folder / file.name)
         return folder, {"format": request.format, "origin": self.origin, **facts, "files": describe_files(folder)}
 
     def _measure(self, load: Callable[[], Runtime], files: Collection[Path]) -> Measured:
