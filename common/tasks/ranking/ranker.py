@@ -158,7 +158,7 @@ def sizes_of(config: PreTrainedConfig) -> tuple[int, int]:
 def cached_prior(
     ranker: Ranker, folder: str | Path, model_hash: str, num_null_prompts: int | None = None
 ) -> np.ndarray:
-    """The ranker's prior [labels], from the task's file in `folder` when nothing it depends on has changed, else computed.
+    """The ranker's prior [labels]: the task's in `folder` when nothing it depends on has changed, else computed.
 
     The key covers the model's name, the adapter's hash, precision, the chat template, labels, surface forms, their
     aggregate and the null prompts. An unreadable cache is rebuilt with a warning; a folder that cannot be written to

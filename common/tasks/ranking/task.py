@@ -95,7 +95,7 @@ class LabelTask:
         return text.strip()
 
     def file_in(self, folder: str | Path, kind: str) -> Path:
-        """Where a model's folder keeps this task's `kind`, "calibration" or "prior"; it may keep those of others, too."""
+        """Where a model's folder keeps this task's `kind` ("calibration" or "prior"), beside those of other tasks."""
         return Path(folder) / f"{kind}.{self.name}.json"
 
     def kept_file(self, folder: str | Path, kind: str) -> Path:
