@@ -71,17 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(data).is_file():
         raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
 
-    from common.export import parity
-    from common.export import pipeline as export
+    from common.export import parity, pipeline
 
-    material = parity.read_material(data, task, args.model_dir, args.proof_rows)
-    base = export.base_folder(args.model_dir, args.base, args.format)
-    request = export.Request(
+    proof_rows = parity.read_proof_rows(data, task, args.model_dir, args.proof_rows)
+    base = pipeline.base_folder(args.model_dir, args.base, args.format)
+    settings = pipeline.ExportSettings(
         format=args.format,
         model_dir=args.model_dir,
         base=base,
-        four_bit=export.trained_in_4bit(args.model_dir, args.load_in_4bit),
-        dtype=args.dtype or (export.own_dtype(base) if args.format == "merged" else "float32"),
+        four_bit=pipeline.trained_in_4bit(args.model_dir, args.load_in_4bit),
+        dtype=args.dtype or (pipeline.own_dtype(base) if args.format == "merged" else "float32"),
         quant=args.quant or QUANTS[0],
         scales=args.scales or SCALES[0],
         keep_lm_head=args.keep_lm_head,
@@ -89,15 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         trust_remote_code=args.trust_remote_code,
     )
     save_dir = Path(args.save_dir)
-    export.check_room(save_dir, request.bytes_needed())
-    with export.staging(save_dir) as stage:
-        folder, record = export.Export(request, material).make(stage)
+    pipeline.check_room(save_dir, settings.bytes_needed())
+    with pipeline.staging(save_dir) as stage:
+        folder, record = pipeline.Export(settings, proof_rows).make(stage)
         metric = record["proof"]["metric"]
         passed = -metric["difference"]["value"] <= args.max_metric_drop
         record |= {"max_metric_drop": args.max_metric_drop, "passed": passed}
-        write_json(folder / export.RECORD, record | run_record.provenance("export_model.py", argv))
+        write_json(folder / pipeline.RECORD, record | run_record.provenance("export_model.py", argv))
         target = save_dir if passed else save_dir.with_name(f"{save_dir.name}.rejected")
-        export.put_in_place(folder, target)
+        pipeline.put_in_place(folder, target)
     print_table(record)
     print(json.dumps({"export": args.format, "save_dir": str(target), **summary(record)}))
     if not passed:

@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+import harness  # noqa: F401 (which finds the repository)
 
 from common import cli, run_record
 from common.files import atomic_write, read_text

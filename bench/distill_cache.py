@@ -22,9 +22,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+from harness.interleave import print_table, take_turns
 
-from bench.turns import print_table, take_turns
 from common import cli
 from common.data import rows as records
 from common.files import write_jsonl

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+from harness.interleave import print_table, take_turns
 
 from bench.label_ranking import bare_forward
-from bench.turns import print_table, take_turns
 from common import cli
 from common.models.batching import CPU_BATCH_TOKENS
 from common.models.source import ModelSource
@@ -51,23 +49,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common.export import pipeline as export
     from common.models import tokenizers
 
-    material = parity.read_material(args.data, CREDITMIX, "", args.rows)
+    proof_rows = parity.read_proof_rows(args.data, CREDITMIX, "", args.rows)
     turns: dict[str, dict[str, Callable[[], float]]] = {"rows": {}, "tokens": {}}
     limit_of: dict[tuple[str, str], str] = {}
     forward = ""  # the model whose bare forward pass is the limit
     for model_dir in args.model_dir:
-        runtime, tokenizer = export.load(model_dir, lambda tokenizer: parity.longest(tokenizer, material) + TOKENS)
+        runtime, tokenizer = export.load(model_dir, lambda tokenizer: parity.longest(tokenizer, proof_rows) + TOKENS)
         ranker = ranker_of(getattr(runtime, "model", runtime), tokenizer, CREDITMIX)
-        prompts = [tokenizers.encode_prompt(tokenizer, prompt) for prompt in material.prompts[:PROMPTS]]
+        prompts = [tokenizers.encode_prompt(tokenizer, prompt) for prompt in proof_rows.prompts[:PROMPTS]]
 
         def score(ranker=ranker) -> None:
-            ranker.raw_scores(material.texts)
+            ranker.raw_scores(proof_rows.texts)
 
         def write(runtime=runtime, prompts=prompts) -> None:
             for prompt in prompts:
                 runtime.generate([prompt], TOKENS, ())
 
-        turns["rows"][model_dir] = speed(len(material.texts), score)
+        turns["rows"][model_dir] = speed(len(proof_rows.texts), score)
         turns["tokens"][model_dir] = speed(len(prompts) * TOKENS, write)
         size = weight_bytes(model_dir, runtime)
         limit_of["tokens", model_dir] = f"{size / 1e6:,.1f} MB read"
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if isinstance(runtime, parity.TorchRuntime) and not forward:
             forward = "bare forward"
-            turns["rows"][forward] = speed(len(material.texts), merged_forward(model_dir, material.texts))
+            turns["rows"][forward] = speed(len(proof_rows.texts), merged_forward(model_dir, proof_rows.texts))
     limit_of |= {("rows", model_dir): forward for model_dir in args.model_dir if forward}
 
     rows = [{"name": model_dir} for model_dir in args.model_dir]

@@ -15,18 +15,15 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+from harness.memory import held_bytes, tracked_peak
 
-from bench.memory import held_bytes, tracked_peak
 from common import cli
 from common.models.batching import LOGITS_AT_ONCE
 from common.vram import model_shape as shapes

@@ -20,7 +20,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,13 +28,12 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+from harness import growth_curves
+from harness.growth_curves import Curve, Expected, Series
+from harness.interleave import every_round
+from harness.memory import held_bytes, own_bytes, peak_beyond
 
-from bench import slopes
-from bench.memory import held_bytes, own_bytes, peak_beyond
 from bench.serve_load import Load, read_texts, server
-from bench.slopes import Curve, Expected, Series
-from bench.turns import every_round
 from common import cli
 from common.models import adapters
 from common.models import loading as models
@@ -130,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     curves, counts = measure(args, texts)
     for curve in curves:
-        (outdir / f"{curve.name}.png").write_bytes(slopes.draw(curve))
-    print(slopes.markdown(curves))
+        (outdir / f"{curve.name}.png").write_bytes(growth_curves.draw(curve))
+    print(growth_curves.markdown(curves))
     print(f"\n{counts['answers']:,} answers of the server, {counts['wrong']} wrong, {counts['errors']} errors")
     machine = {
         "device": models.describe_device(),
@@ -299,9 +297,9 @@ def curve_of(
     peaks = {}
     for x, run in work.items():
         peaks[x] = [peak_beyond(run)]
-        cli.log(f"{name} {x:g}: {slopes.amount(peaks[x][0], 'bytes')}")
+        cli.log(f"{name} {x:g}: {growth_curves.amount(peaks[x][0], 'bytes')}")
     turns = {x: functools.partial(seconds_of, run) for x, run in work.items()}
-    seconds = every_round(turns, scene.args.rounds, lambda value: slopes.amount(value, "s"))
+    seconds = every_round(turns, scene.args.rounds, lambda value: growth_curves.amount(value, "s"))
     expected = EXPECTED[name]
     series = [Series(TIME, "s", seconds, expected["time"]), Series(TENSORS, "bytes", peaks, expected["tensors"])]
     return Curve(name, against, one, series, facts)
@@ -415,8 +413,8 @@ def adapters_curve(served: Served) -> Curve:
                 seconds[count].append(latency)
                 held[count].append(own_bytes(running.process.pid))
                 cli.log(
-                    f"round {turn + 1} of {rounds}: {count} adapters {slopes.amount(latency, 's')}, "
-                    f"{slopes.amount(held[count][-1], 'bytes')}"
+                    f"round {turn + 1} of {rounds}: {count} adapters {growth_curves.amount(latency, 's')}, "
+                    f"{growth_curves.amount(held[count][-1], 'bytes')}"
                 )
     expected = EXPECTED["adapters"]
     file_each = {name: replace(expected[name], marginal=served.file_bytes) for name in ("tensors", "held")}
@@ -443,7 +441,7 @@ def clients_curve(served: Served) -> Curve:
 
         served.load(running, 1, max(clients), served.args.seconds)  # warms up
         turns = {float(count): functools.partial(turn, count) for count in clients}
-        seconds = every_round(turns, served.args.rounds, lambda value: slopes.amount(value, "s"))
+        seconds = every_round(turns, served.args.rounds, lambda value: growth_curves.amount(value, "s"))
     expected = EXPECTED["clients"]
     series = [
         Series("time of an answer (p50)", "s", seconds, expected["time"]),

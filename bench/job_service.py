@@ -27,9 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
+import harness  # noqa: F401 (which finds the repository)
 from support.jobs_served import Process, make_place, sha256
 
 from common import cli

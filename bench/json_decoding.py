@@ -20,15 +20,12 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+from harness.interleave import print_table, take_turns
 
-from bench.turns import print_table, take_turns
 from common import cli
 from common.generation import json_schema, json_writer
 

@@ -25,16 +25,13 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+from harness.interleave import leave_out, print_table, take_turns
 
 from bench.gpu_peers import Peer, python_of
-from bench.turns import leave_out, print_table, take_turns
 from common import cli
 from common.models import adapters
 from common.models import loading as models

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+import harness  # noqa: F401 (which finds the repository)
 
 from common import cli
 from common.models import adapters
@@ -44,18 +42,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common.tasks.ranking.calibration import Calibration, Scores
     from common.tasks.ranking.torch_ranker import TorchRanker
 
-    def judge(model, tokenizer, material: parity.Material) -> Scores:
+    def judge(model, tokenizer, proof_rows: parity.ProofRows) -> Scores:
         ranker = TorchRanker(model, tokenizer, CREDITMIX)
-        calibration = material.calibration or Calibration(CREDITMIX.labels, "prior", tuple(ranker.prior()))
-        return calibration.apply(ranker.raw_scores(material.texts))
+        calibration = proof_rows.calibration or Calibration(CREDITMIX.labels, "prior", tuple(ranker.prior()))
+        return calibration.apply(ranker.raw_scores(proof_rows.texts))
 
     rows = []
     for model_dir in args.model_dir:
-        material = parity.read_material(args.data, CREDITMIX, model_dir, None)
+        proof_rows = parity.read_proof_rows(args.data, CREDITMIX, model_dir, None)
         model, tokenizer = models.load_for_inference(ModelSource(model_dir, load_in_4bit="off", dtype="float32"))
-        exact = judge(model, tokenizer, material)
-        rounded = judge(quantization_aware.quantized(model, args.kind), tokenizer, material)
-        y, groups = material.y, material.groups
+        exact = judge(model, tokenizer, proof_rows)
+        rounded = judge(quantization_aware.quantized(model, args.kind), tokenizer, proof_rows)
+        y, groups = proof_rows.y, proof_rows.groups
         before, after = (metrics.evaluate(scores, y, CREDITMIX.labels, groups=groups) for scores in (exact, rounded))
         change = metrics.compare(rounded, exact, y, groups)
         row: dict = {"name": model_dir, "same_labels": float((exact.predictions == rounded.predictions).mean())}

@@ -30,10 +30,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+from harness.interleave import print_table, take_turns
+from harness.memory import own_bytes
 
-from bench.memory import own_bytes
-from bench.turns import print_table, take_turns
 from common import cli
 from common.data import rows as records
 from common.models import adapters

@@ -27,16 +27,13 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a bench is run by its path
+from harness.interleave import print_table, take_turns
 
 from bench.gpu_peers import Peer, python_of
-from bench.turns import print_table, take_turns
 from common import cli
 from common.data import rows as records
 from common.models.source import ModelSource

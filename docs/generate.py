@@ -1,7 +1,7 @@
 """Write the pages that are read off the code: python -m docs.generate
 
-`docs/cli.md` comes from the scripts' parsers. The same code gives the same bytes on every machine, and
-`tests/test_docs.py` fails when a page on disk is not what this writes.
+`docs/cli.md` comes from the scripts' parsers, `docs/formats.md` from what reads schemas and values. The same code
+gives the same bytes on every machine, and `tests/test_docs.py` fails when a page on disk is not what this writes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from docs import formats
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (  # in the order in which a user meets them
@@ -47,7 +49,8 @@ def command_line() -> str:
     ]
     for command, parser in chosen.items():
         title = _title(command)
-        lines.append(f"| [`{title}`](#{_anchor(title)}) | {_escape(_summary(parser))} |")
+        shown = title if title.endswith(".py") else command
+        lines.append(f"| [`{shown}`](#{_anchor(title)}) | {_escape(_summary(parser))} |")
     for command, parser in chosen.items():
         lines += ["", f"## {_title(command)}", "", *_description(parser.description or "")]
         for group in parser._action_groups:  # argparse has no public list of them
@@ -56,7 +59,7 @@ def command_line() -> str:
 
 
 def _title(command: str) -> str:
-    return command.removeprefix("python ") if command.endswith(".py") else command
+    return command.removeprefix("python ").removeprefix("-m ")
 
 
 def _anchor(title: str) -> str:
@@ -138,7 +141,7 @@ def _default(action: argparse.Action) -> str:
     return f"`{value}`"
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line}
+PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line, "formats.md": lambda: formats.text(NOTE)}
 
 
 def main() -> None:

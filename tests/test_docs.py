@@ -12,9 +12,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support.inputs import ROOT
+from support.inputs import ROOT, SHARED
 
-from docs import generate, pictures
+from common.cli import UserError
+from common.generation import json_schema
+from docs import formats, generate, pictures
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("common/*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
@@ -47,6 +49,32 @@ def test_the_command_line_has_every_script_and_every_flag():
         for action in parser._actions:
             for flag in action.option_strings:
                 assert action.dest == "help" or f"`{flag}`" in section, (section.splitlines()[0], flag)
+
+
+def test_formats_have_every_keyword():
+    known = json_schema.ENFORCED | json_schema.CHECKED | json_schema.UNSUPPORTED.keys()
+    assert formats.EXAMPLES.keys() == known
+    assert all(formats.treatment(keyword, schema)[0] == "checked" for keyword, _, schema in formats.EXCEPTIONS)
+
+
+@pytest.mark.skipif(not (SHARED / "data/jsonschema/cases.jsonl").exists(), reason="the public schemas are not here")
+def test_public_schemas_are_treated_as_the_page_says():
+    """A keyword that is said to be enforced is, but in the cases that the page names; the same for the others."""
+    page = {keyword: {formats.treatment(keyword, schema)[0]} for keyword, schema in formats.EXAMPLES.items()}
+    for keyword, _, _ in formats.EXCEPTIONS:
+        page[keyword].add("checked")
+    page["format"] |= {*formats.known_formats().values(), "refused"}
+    seen = 0
+    for line in (SHARED / "data/jsonschema/cases.jsonl").read_text().splitlines():
+        try:
+            keywords = json_schema.preflight(json.loads(line)["schema"], best_effort=True).keywords
+        except UserError:
+            continue
+        seen += 1
+        for keyword in keywords:
+            name = keyword.path.rpartition("/")[2]
+            assert formats.WORDS[keyword.treatment] in page[name], keyword
+    assert seen >= 390
 
 
 @pytest.mark.parametrize("source", sorted(ROOT.glob("docs/*.mmd")), ids=lambda path: path.name)
@@ -205,7 +233,7 @@ class Resources(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder

@@ -44,7 +44,7 @@ class _Clock(BaseStreamer):
         pass
 
 
-class _NeverEnd(LogitsProcessor):
+class NeverEnd(LogitsProcessor):
     """Takes the tokens that end an answer out of the choice."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> None:
@@ -55,7 +55,7 @@ class _NeverEnd(LogitsProcessor):
         return scores
 
 
-def measure(
+def time_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -99,7 +99,7 @@ def _time_row(model, tokenizer, prompt: Sequence[int], answer: Callable[[], obje
         tokenizer,
         [prompt],
         Decoding(NEW_TOKENS),
-        processors=lambda rows: [_NeverEnd(tokenizer, model.generation_config)],
+        processors=lambda rows: [NeverEnd(tokenizer, model.generation_config)],
         streamer=clock,
     )
     whole = time.perf_counter() - started
@@ -108,7 +108,7 @@ def _time_row(model, tokenizer, prompt: Sequence[int], answer: Callable[[], obje
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """What `measure` found, in figures: latency's median and 95 % quantile, medians of the others."""
+    """The seconds of `time_rows` in figures: latency's median and 95 % quantile, medians of the others."""
     latency = np.array(seconds["latency"])
     ttft, decode = (float(np.median(seconds[name])) for name in ("ttft", "decode"))
     return {

@@ -1,4 +1,4 @@
-"""One model of a comparison, judged in a process of its own: what it answers, what it costs, how fast it is.
+"""One model of a comparison, measured in a process of its own: what it answers, what it costs, how fast it is.
 
 A process of its own, because only one model at a time fits a small card, because the peak memory of a process cannot be
 reset, and because transformers changes torch's process-wide defaults while it loads.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import run_record
 from common.cli import UserError, log
+from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.batching import context_of, window_of
@@ -25,39 +26,36 @@ from common.tasks.ranking.task import LabelTask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LABELS, SQUAD, ROWS, TEXT = "labels", "squad", "rows", "text"  # kinds of data
 WINDOW = 64  # rows at a time between two steps of the progress bar
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """What is asked of a model.
 
     Attributes:
-        model_dir: run folder, model folder or Hub id; base: of an adapter that was moved.
+        source: the model.
         kind: LABELS (rows have "text"), SQUAD, ROWS ("input" and "output") or TEXT ("text").
         speed_rows: how many rows, from the first, are timed.
         max_len: tokens of a prompt and its answer, or of a window of text.
+        max_new_tokens: tokens of an answer.
+        max_batch_tokens: tokens in one forward pass.
         task, calibration: of LABELS.
     """
 
-    model_dir: str
-    base: str | None
+    source: ModelSource
     kind: str
     rows: Sequence[dict]
     speed_rows: int
     max_len: int
     max_new_tokens: int
     max_batch_tokens: int
-    load_in_4bit: str
-    dtype: str
-    trust_remote_code: bool
     task: LabelTask | None = None
     calibration: str | None = None
 
 
-def judge(job: Job) -> dict[str, Any]:
-    """Judge a model in a new process, see `_judge`.
+def measure_in_own_process(measurement: Measurement) -> dict[str, Any]:
+    """`measure` in a new process.
 
     Raises:
         UserError: what the model's loading raises, or the process was killed (out of memory).
@@ -66,81 +64,79 @@ def judge(job: Job) -> dict[str, Any]:
     context.set_forkserver_preload(["common.models.loading", "torch", "peft", "transformers.models.auto.modeling_auto"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_judge, job).result()
+            return pool.submit(measure, measurement).result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"the process that judged {job.model_dir} was killed, probably for want of memory; lower "
-                "--max_batch_tokens or --max_len, or pass --load_in_4bit on"
+                f"the process that judged {measurement.source.model_dir} was killed, probably for want of memory; "
+                "lower --max_batch_tokens or --max_len, or pass --load_in_4bit on"
             ) from error
 
 
-def _judge(job: Job) -> dict[str, Any]:
+def measure(measurement: Measurement) -> dict[str, Any]:
     """Load, time, and answer all rows.
 
     Returns:
         "model_dir"; "facts": parameters, bytes on disk and in memory, peak memory, device (see `size_facts`);
-        "seconds" and "speed": see `speed.measure` and `speed.summary`; "cut": prompts that were shortened; and of every
-        row: "answers" (texts; of LABELS the labels), "nll", "tokens" and "bytes" of the output (ROWS) or of the text
-        (TEXT). Of LABELS also "calibration", its method.
+        "seconds" and "speed": see `latency.time_rows` and `latency.summary`; "cut": prompts that were shortened; and of
+        every row: "answers" (texts; of LABELS the labels), "nll", "tokens" and "bytes" of the output (ROWS) or of the
+        text (TEXT). Of LABELS also "calibration", its method.
     """
     import peft  # noqa: F401 (what imports take belongs to the process, not to the model)
     import torch
     import transformers  # noqa: F401
 
-    from common.comparison import latency as speed
+    from common.comparison import latency
 
     empty = run_record.peak_memory_bytes()["resident"]
+    model_dir, rows = measurement.source.model_dir, measurement.rows
     try:
-        model, tokenizer = models.load_for_inference(
-            ModelSource(
-                job.model_dir,
-                base=job.base,
-                load_in_4bit=job.load_in_4bit,
-                dtype=job.dtype,
-                trust_remote_code=job.trust_remote_code,
-            )
-        )
-        contestant = Contestant(job, model, tokenizer)
-        timed = range(min(job.speed_rows, len(job.rows)))
-        log(f"{job.model_dir}: timing {len(timed)} rows")
-        prompts = [contestant.prompt(row, speed.NEW_TOKENS) for row in timed]
-        seconds = speed.measure(model, tokenizer, prompts, contestant.answer)
-        facts = size_facts(model, job.model_dir, job.base) | {
+        model, tokenizer = models.load_for_inference(measurement.source)
+        measured = MeasuredModel(measurement, model, tokenizer)
+        timed = range(min(measurement.speed_rows, len(rows)))
+        log(f"{model_dir}: timing {len(timed)} rows")
+        prompts = [measured.prompt(row, latency.NEW_TOKENS) for row in timed]
+        seconds = latency.time_rows(model, tokenizer, prompts, measured.answer)
+        facts = size_facts(model, model_dir, measurement.source.base) | {
             "peak_memory_bytes": run_record.peak_memory_bytes() | {"process": empty},  # one row at a time, so far
             "device": models.describe_device(),
             "threads": torch.get_num_threads(),
         }
-        log(f"{job.model_dir}: answering {len(job.rows):,} rows")
-        found = {"model_dir": job.model_dir, "facts": facts, "seconds": seconds, "speed": speed.summary(seconds)}
-        return found | {"cut": contestant.cut()} | contestant.outcomes()
+        log(f"{model_dir}: answering {len(rows):,} rows")
+        return {
+            "model_dir": model_dir,
+            "facts": facts,
+            "seconds": seconds,
+            "speed": latency.summary(seconds),
+            "cut": measured.cut(),
+            **measured.outcomes(),
+        }
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the device ran out of memory with {job.model_dir}; lower --max_batch_tokens or --max_len, or pass "
+            f"the device ran out of memory with {model_dir}; lower --max_batch_tokens or --max_len, or pass "
             "--load_in_4bit on"
         ) from error
 
 
-class Contestant:
+class MeasuredModel:
     """A loaded model and the rows it is to answer."""
 
-    def __init__(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.job, self.model, self.tokenizer = job, model, tokenizer
-        self.limit = min(job.max_len, context_of(model.config), window_of(model.config))
+    def __init__(self, measurement: Measurement, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.measurement, self.model, self.tokenizer = measurement, model, tokenizer
+        self.limit = min(measurement.max_len, context_of(model.config), window_of(model.config))
         self.classifier = None
-        if job.kind == LABELS:
+        if measurement.kind == LABELS:
             from common.tasks.ranking.classifier import Classifier
 
-            self.classifier = Classifier.on(
-                LoadedModel(model, tokenizer, job.max_batch_tokens), job.model_dir, job.task
-            )
+            loaded = LoadedModel(model, tokenizer, measurement.max_batch_tokens)
+            self.classifier = Classifier.on(loaded, measurement.source.model_dir, measurement.task)
 
     def prompt(self, row: int, new_tokens: int) -> list[int]:
         """Token ids of a row's prompt, cut so that `new_tokens` more fit; of TEXT the start of the text."""
-        content, job = self.job.rows[row], self.job
+        content, kind = self.measurement.rows[row], self.measurement.kind
         room = self.limit - new_tokens
-        if job.kind == TEXT and room > 0:
+        if kind == TEXT and room > 0:
             return self.tokenizer.encode(content["text"])[:room]
-        text = job.task.prompt(content["text"]) if job.kind == LABELS else content.get("input", "")
+        text = self.measurement.task.prompt(content["text"]) if kind == LABELS else content.get("input", "")
         ids = tokenizers.encode_prompt(self.tokenizer, text)
         if len(ids) > room:
             ids = tokenizers.truncate_prompt(self.tokenizer, text, new_tokens, self.limit)
@@ -153,17 +149,17 @@ class Contestant:
 
     def cut(self) -> int:
         """Prompts that lost text."""
-        if self.job.kind not in (SQUAD, ROWS):
+        if self.measurement.kind not in (SQUAD, ROWS):
             return 0
-        room = self.limit - self.job.max_new_tokens
-        return sum(len(tokenizers.encode_prompt(self.tokenizer, row["input"])) > room for row in self.job.rows)
+        room = self.limit - self.measurement.max_new_tokens
+        return sum(len(tokenizers.encode_prompt(self.tokenizer, row["input"])) > room for row in self.measurement.rows)
 
     @property
     def answer(self) -> Callable[[int], object] | None:
         """Answers one row, as the task is used; None for TEXT, which has no answer."""
-        if self.job.kind == LABELS:
-            return lambda row: self.classifier.raw_scores([self.job.rows[row]["text"]])
-        return None if self.job.kind == TEXT else lambda row: self.generate([row])
+        if self.measurement.kind == LABELS:
+            return lambda row: self.classifier.raw_scores([self.measurement.rows[row]["text"]])
+        return None if self.measurement.kind == TEXT else lambda row: self.generate([row])
 
     def generate(self, rows: Sequence[int]) -> list[str]:
         """Greedy answers to some rows."""
@@ -173,51 +169,54 @@ class Contestant:
         answers = generation.generate(
             self.model,
             self.tokenizer,
-            [self.prompt(row, self.job.max_new_tokens) for row in rows],
-            Decoding(self.job.max_new_tokens),
-            max_batch_tokens=self.job.max_batch_tokens,
+            [self.prompt(row, self.measurement.max_new_tokens) for row in rows],
+            Decoding(self.measurement.max_new_tokens),
+            max_batch_tokens=self.measurement.max_batch_tokens,
         )
         return [samples[0].text.strip() for samples in answers]
 
     def outcomes(self) -> dict[str, Any]:
-        """What the model makes of all rows (see `_judge`)."""
-        if self.job.kind == LABELS:
+        """What the model makes of all rows (see `measure`)."""
+        kind = self.measurement.kind
+        if kind == LABELS:
             return self._labels()
-        found = {} if self.job.kind == TEXT else {"answers": self._answers()}
-        return found if self.job.kind == SQUAD else found | self._surprise()
+        answers = {} if kind == TEXT else {"answers": self._answers()}
+        return answers if kind == SQUAD else answers | self._likelihoods()
 
     def _labels(self) -> dict[str, Any]:
-        raw = self.classifier.raw_scores([row["text"] for row in self.job.rows])
-        calibration = self.classifier.calibration(self.job.calibration, raw)
+        raw = self.classifier.raw_scores([row["text"] for row in self.measurement.rows])
+        calibration = self.classifier.calibration(self.measurement.calibration, raw)
         calibrated = calibration.apply(raw)
-        labels = [self.job.task.labels[label] for label in calibrated.predictions]
+        labels = [self.measurement.task.labels[label] for label in calibrated.predictions]
         return {"answers": labels, "calibration": calibration.method}
 
     def _answers(self) -> list[str]:
         from tqdm import tqdm
 
         answers: list[str] = []
-        with tqdm(total=len(self.job.rows), unit=" rows") as progress:
-            for start in range(0, len(self.job.rows), WINDOW):
-                answers += self.generate(range(start, min(start + WINDOW, len(self.job.rows))))
+        with tqdm(total=len(self.measurement.rows), unit=" rows") as progress:
+            for start in range(0, len(self.measurement.rows), WINDOW):
+                answers += self.generate(range(start, min(start + WINDOW, len(self.measurement.rows))))
                 progress.update(len(answers) - progress.n)
         return answers
 
-    def _surprise(self) -> dict[str, Any]:
+    def _likelihoods(self) -> dict[str, Any]:
         """ "nll" in nats, "tokens" and "bytes" of each row's output or text."""
         from common.comparison import perplexity
-        from common.training import batches as completions
+        from common.training import batches
 
-        if self.job.kind == TEXT:
-            rows = [tokenizers.windows(self.tokenizer, row["text"], self.limit) for row in self.job.rows]
+        if self.measurement.kind == TEXT:
+            rows = [tokenizers.windows(self.tokenizer, row["text"], self.limit) for row in self.measurement.rows]
         else:
-            pairs = [(row["input"], row["output"]) for row in self.job.rows]
-            encoded = completions.encode_rows(self.tokenizer, self.job.model_dir, pairs, self.limit, whole=False)
+            pairs = [(row["input"], row["output"]) for row in self.measurement.rows]
+            encoded = batches.encode_rows(
+                self.tokenizer, self.measurement.source.model_dir, pairs, self.limit, whole=False
+            )
             if None in encoded:
                 raise UserError(f"an output does not fit --max_len {self.limit}; raise it")
             rows = [[row] for row in encoded]
         flat = [window for windows in rows for window in windows]
-        pad_id, budget = self.tokenizer.pad_token_id, self.job.max_batch_tokens
+        pad_id, budget = self.tokenizer.pad_token_id, self.measurement.max_batch_tokens
         sums = iter(perplexity.negative_log_likelihood(self.model, flat, pad_id, budget))
         completions = [[window.input_ids[window.prompt_length :] for window in windows] for windows in rows]
         return {

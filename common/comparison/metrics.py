@@ -1,19 +1,22 @@
-"""The figures of a teacher-student comparison, made from what `judging.judge` found of each model."""
+"""The figures of a teacher-student comparison, made from what `measure.measure` returns of each model."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from common import run_record
 from common.comparison import retention
-from common.comparison.measure import LABELS, ROWS, SQUAD
 from common.comparison.retention import Measure
+from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT, text_of
 from common.data import squad
 from common.evaluation import bootstrap
 from common.tasks.ranking.task import LabelTask
 
+EXAMPLES = 5  # of each kind in the report
 CORE_SHARE = 0.9  # of the time; below it other work slowed a model down
 
 
@@ -24,7 +27,7 @@ def evaluate(
 
     Args:
         rows: each with its "group"; "answers" (SQUAD), "output" (ROWS) or "label" (LABELS).
-        outcomes: by role, teacher first, what `judging.judge` returns.
+        outcomes: by role, teacher first, what `measure.measure` returns.
 
     Returns:
         "measures": [{"key", "heading", "meaning", "lower_is_better"}], the first of which is the main one; "models":
@@ -90,11 +93,11 @@ def features(
     # tokens of unlike tokenizers are unlike pieces of a text, so only its bytes can be compared
     alike = len({tuple(outcome["tokens"]) for outcome in outcomes.values()}) == 1
     measure, unit = (retention.PERPLEXITY, "tokens") if alike else (retention.BITS_PER_BYTE, "bytes")
-    surprise = {role: np.stack([outcome["nll"], outcome[unit]], axis=1) for role, outcome in outcomes.items()}
-    found = {measure: surprise}
+    likelihoods = {role: np.stack([outcome["nll"], outcome[unit]], axis=1) for role, outcome in outcomes.items()}
+    of_measures = {measure: likelihoods}
     if kind == ROWS:
-        found[retention.EXACT_MATCH] = scored(lambda answer, row: float(answer == row["output"].strip()))
-    return found
+        of_measures[retention.EXACT_MATCH] = scored(lambda answer, row: float(answer == row["output"].strip()))
+    return of_measures
 
 
 def speed_up(teacher: Mapping[str, list[float]], other: Mapping[str, list[float]], seed: int = 0) -> dict:
@@ -111,11 +114,11 @@ def speed_up(teacher: Mapping[str, list[float]], other: Mapping[str, list[float]
 
 def warnings(measures: Sequence[Measure], entries: Mapping[str, dict]) -> list[str]:
     """What a reader should know before believing the figures."""
-    main, found = measures[0], []
+    main, sentences = measures[0], []
     teacher, student, base = (entries.get(role) for role in ("teacher", "student", "base"))
     over = student[main.key]["value"] - teacher[main.key]["low" if main.lower_is_better else "high"]
     if (over < 0) if main.lower_is_better else (over > 0):
-        found.append(
+        sentences.append(
             f"the student's {main.heading}, {student[main.key]['value']:.3f}, is better than the teacher's interval "
             f"({teacher[main.key]['low']:.3f} to {teacher[main.key]['high']:.3f}): the student learnt more than the "
             "teacher could tell, or the teacher is not asked as it should be (prompt, template, calibration)"
@@ -124,39 +127,80 @@ def warnings(measures: Sequence[Measure], entries: Mapping[str, dict]) -> list[s
         gain = teacher["gain"][main.key]
         if (gain["value"] > 0) if main.lower_is_better else (gain["value"] < 0):
             sure = "beyond doubt" if retention.worse(main, gain) else "though within the noise"
-            found.append(
+            sentences.append(
                 f"a poor teacher: its {main.heading} {teacher[main.key]['value']:.3f} is worse than the base's "
                 f"{base[main.key]['value']:.3f}, {sure}; train on gold answers, or choose another teacher"
             )
         elif student["gap_closed"][main.key] is None:
-            found.append(
+            sentences.append(
                 f"the teacher's lead over the base in {main.heading} is not certain, so the share of that gap that the "
                 "student closed is undefined; judge on more rows"
             )
-    found += [
+    sentences += [
         f"retention of {measure.heading} is undefined: the teacher's may be 0; judge on more rows, or choose another"
         for measure in measures
         if student["retention"][measure.key] is None
     ]
     precisions = {entry["precision"] for entry in entries.values()}
     if len(precisions) > 1:
-        told = ", ".join(f"{role} {entry['precision']}" for role, entry in entries.items())
-        found.append(f"the models were loaded in different precision ({told}), which moves speed, memory and quality")
+        listed = ", ".join(f"{role} {entry['precision']}" for role, entry in entries.items())
+        sentences.append(
+            f"the models were loaded in different precision ({listed}), which moves speed, memory and quality"
+        )
     calibrations = {entry.get("calibration") for entry in entries.values()}
     if len(calibrations) > 1:
-        told = ", ".join(f"{role} {entry['calibration']}" for role, entry in entries.items())
-        found.append(f"the models are calibrated differently ({told}); fit all of them, or pass --calibration prior")
+        listed = ", ".join(f"{role} {entry['calibration']}" for role, entry in entries.items())
+        sentences.append(
+            f"the models are calibrated differently ({listed}); fit all of them, or pass --calibration prior"
+        )
     if main is retention.BITS_PER_BYTE:
-        found.append("the models have different tokenizers, so perplexity a token cannot be compared: see bits/byte")
-    found += [
+        sentences.append(
+            "the models have different tokenizers, so perplexity a token cannot be compared: see bits/byte"
+        )
+    sentences += [
         f"{role}: timed while the machine was busy (it had a core for {entry['core_share']:.0%} of the time), so its "
         "speed says little; measure again when nothing else runs"
         for role, entry in entries.items()
         if entry["core_share"] < CORE_SHARE
     ]
-    found += [
+    sentences += [
         f"{role}: {entry['prompts_cut']:,} prompts were cut to fit; raise --max_len, or know that it saw less"
         for role, entry in entries.items()
         if entry["prompts_cut"]
     ]
-    return found
+    return sentences
+
+
+def contamination(model_dir: str, groups: Sequence[str], kind: str, sha256: str) -> dict[str, int] | None:
+    """{"rows", "of"} as `run_record.contamination`; None where a run keeps no record of its groups.
+
+    No run on running text keeps one, but a run on the very same file has seen all of it.
+    """
+    run = run_record.read(model_dir)
+    if kind != TEXT and run_record.read_groups(model_dir) is None and run:
+        return None
+    if kind != TEXT or not run:
+        return run_record.contamination(model_dir, groups)
+    same = run.get("data", {}).get("sha256") == sha256
+    return {"rows": len(groups), "of": len(groups)} if same else None
+
+
+def examples(kind: str, rows: Sequence[dict], outcomes: dict[str, dict], seed: int) -> list[dict]:
+    """Rows with all answers, for reading: a few drawn blindly, and a few of those where student and teacher differ."""
+    if kind == TEXT:
+        return []
+    rng = random.Random(seed)
+    blind = rng.sample(range(len(rows)), min(EXAMPLES, len(rows)))
+    teacher, student = (outcomes[role]["answers"] for role in ("teacher", "student"))
+    apart = [row for row in range(len(rows)) if teacher[row] != student[row] and row not in blind]
+    chosen = [(row, "drawn blindly") for row in blind]
+    chosen += [(row, "student and teacher differ") for row in rng.sample(apart, min(EXAMPLES, len(apart)))]
+    return [
+        {
+            "why": why,
+            "input": text_of(rows[row]),
+            "gold": rows[row].get("answers") or [rows[row].get("output") or rows[row]["label"]],
+            "answers": {role: outcome["answers"][row] for role, outcome in outcomes.items()},
+        }
+        for row, why in chosen
+    ]

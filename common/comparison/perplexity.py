@@ -1,4 +1,4 @@
-"""How surprised a model is by a text: passages of running text, and the negative log-likelihood of completions."""
+"""How surprised a model is by a text: passages of running text, and the negative log-likelihood of batches."""
 
 from __future__ import annotations
 
@@ -67,25 +67,25 @@ def negative_log_likelihood(
     import torch
     from tqdm import tqdm
 
-    from common.training import batches as completions
+    from common.training import batches
 
     budget = min(max_batch_tokens, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     sums = np.zeros(len(rows))
     with torch.inference_mode(), tqdm(total=len(rows), unit=" rows") as progress:
         for batch_rows in by_token_budget([len(row.input_ids) for row in rows], budget):
-            batch = completions.collate([rows[row] for row in batch_rows], pad_id)
+            batch = batches.collate([rows[row] for row in batch_rows], pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             targets = batch["labels"][:, 1:]
-            columns = (targets != completions.IGNORE).any(0).nonzero()[:, 0]
+            columns = (targets != batches.IGNORE).any(0).nonzero()[:, 0]
             logits = model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 use_cache=False,
                 logits_to_keep=columns,
             ).logits
-            for place, row in enumerate(batch_rows):  # one at a time: float32 is twice as large
+            for index, row in enumerate(batch_rows):  # one at a time: float32 is twice as large
                 sums[row] = torch.nn.functional.cross_entropy(
-                    logits[place].float(), targets[place, columns], ignore_index=completions.IGNORE, reduction="sum"
+                    logits[index].float(), targets[index, columns], ignore_index=batches.IGNORE, reduction="sum"
                 )
             progress.update(len(batch_rows))
     return sums

@@ -44,11 +44,11 @@ def relative_costs(result: dict[str, Any]) -> bytes:
     axes = figure.subplots()
     for m, (model, colour) in enumerate(zip(others, plots.COLOURS[1:], strict=False)):
         shares = [cost(model) / cost(teacher) for _, cost in COSTS]
-        places = [k + (m + 0.5) * bar - 0.4 for k in range(len(COSTS))]
-        axes.barh(places, shares, bar * 0.86, color=colour, label=model["name"])
-        for place, share in zip(places, shares, strict=True):
+        positions = [k + (m + 0.5) * bar - 0.4 for k in range(len(COSTS))]
+        axes.barh(positions, shares, bar * 0.86, color=colour, label=model["name"])
+        for position, share in zip(positions, shares, strict=True):
             axes.annotate(
-                f"{share:.2f}", (share, place), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                f"{share:.2f}", (share, position), (4, 0), textcoords="offset points", va="center", fontsize=8,
                 color=plots.INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
     axes.axvline(1, color=plots.INK, linewidth=1, linestyle=(0, (4, 4)))

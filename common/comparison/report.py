@@ -1,8 +1,8 @@
 """A teacher-student comparison as terminal tables, one JSON line, and a folder with its report: results.txt,
 metrics.json, plots and report.html.
 
-The result is a plain dict with the keys that all evaluators share (see `page`), what `distill_metrics.evaluate`
-returns, and:
+The result is a plain dict with the keys that all evaluators share (see `common.evaluation.results`), what
+`metrics.evaluate` returns, and:
 
     kind            "labels" | "squad" | "rows" | "text": how the data was read
     sampled_from    rows of the split, where only some of them were taken; else None
@@ -11,17 +11,16 @@ returns, and:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
 from common.comparison import plots as distill_plots
-from common.comparison.measure import SQUAD, TEXT
-from common.evaluation import plots
+from common.comparison.rows import SQUAD, TEXT
+from common.evaluation import plots, results, tables
 from common.evaluation import report_page as page
 from common.evaluation.bootstrap import Interval
-from common.evaluation.report_page import Result
+from common.evaluation.results import Result
 from common.files import atomic_write
 
 UNITS = {SQUAD: "questions", TEXT: "passages"}
@@ -39,34 +38,36 @@ MEANINGS = (
 
 def json_line(result: Result) -> str:
     """The result on one line, without the examples."""
-    return json.dumps({key: value for key, value in result.items() if key != "examples"}, ensure_ascii=False)
+    return results.json_line(result, omit=["examples"])
 
 
 def format_tables(result: Result) -> str:
     """Quality, differences, cost and speed, in aligned text, and the warnings."""
-    text = page.interval_text
+    text = tables.interval_text
     sampled = f", of {result['sampled_from']:,} by a stable hash" if result["sampled_from"] else ""
     blocks = [
         f"distill, {result['split']}: {result['n']:,} {_unit(result)} of {result['data']}{sampled}\n"
-        f"value [95 % interval], {page.resampled(result)}"
+        f"value [95 % interval], {results.resampled(result)}"
     ]
     measures = result["measures"]
     rows = [
-        [model["name"], *(text(model[m["key"]]) for m in measures), page.contamination_text(model)]
+        [model["name"], *(text(model[m["key"]]) for m in measures), tables.contamination_text(model)]
         for model in result["models"]
     ]
-    blocks.append(page.columns(["model", *(m["heading"] for m in measures), "trained on"], rows))
-    rows = [[name, *cells] for name, cells in _kept(result, text, lambda each, signed: text(each, signed=signed))]
-    blocks.append(page.columns(["paired", *(m["heading"] for m in measures)], rows))
+    blocks.append(tables.columns(["model", *(m["heading"] for m in measures), "trained on"], rows))
+    rows = [
+        [name, *cells] for name, cells in _kept(result, text, lambda interval, signed: text(interval, signed=signed))
+    ]
+    blocks.append(tables.columns(["paired", *(m["heading"] for m in measures)], rows))
     rows = [[model["name"], *_size_cells(model)] for model in result["models"]]
-    blocks.append(page.columns(["model", *_SIZE_HEADS], rows))
+    blocks.append(tables.columns(["model", *_SIZE_HEADS], rows))
     rows = [[model["name"], *_time_cells(model)] for model in result["models"]]
-    blocks.append(f"{_where(result)}: {HOW_TIMED}\n" + page.columns(["model", *_TIME_HEADS], rows))
+    blocks.append(f"{_where(result)}: {HOW_TIMED}\n" + tables.columns(["model", *_TIME_HEADS], rows))
     rows = [
         [f"{model['name']} / teacher", *(f"{text(model['speed_up'][key])} x" for key, _ in SPEEDS)]
         for model in result["models"][1:]
     ]
-    blocks.append(page.columns(["speed-up", *(heading for _, heading in SPEEDS)], rows))
+    blocks.append(tables.columns(["speed-up", *(heading for _, heading in SPEEDS)], rows))
     blocks += [f"warning: {warning}" for warning in result["warnings"]]
     return "\n\n".join(blocks)
 
@@ -80,16 +81,16 @@ def _kept(
 ) -> list[tuple[str, list[str]]]:
     """(what, a cell per measure): retention, gap closed and paired differences, where the result has them."""
     by_role = {model["name"]: model for model in result["models"]}
-    told = [
+    compared = [
         (f"{role}: retention (share of the teacher's)", by_role[role]["retention"], False)
         for role in by_role
         if role != "teacher"
     ]
     if "base" in by_role:
-        told.append(("student: gap between base and teacher closed", by_role["student"]["gap_closed"], False))
-    told.append(("student - teacher", by_role["student"]["difference"], True))
+        compared.append(("student: gap between base and teacher closed", by_role["student"]["gap_closed"], False))
+    compared.append(("student - teacher", by_role["student"]["difference"], True))
     if "base" in by_role:
-        told += [
+        compared += [
             ("student - base", by_role["student"]["gain"], True),
             ("teacher - base", by_role["teacher"]["gain"], True),
         ]
@@ -98,14 +99,14 @@ def _kept(
             name,
             [
                 "undefined"
-                if each[m["key"]] is None
-                else signed(each[m["key"]], True)
-                if sign
-                else plain(each[m["key"]])
+                if intervals[m["key"]] is None
+                else signed(intervals[m["key"]], True)
+                if is_difference
+                else plain(intervals[m["key"]])
                 for m in result["measures"]
             ],
         )
-        for name, each, sign in told
+        for name, intervals, is_difference in compared
     ]
 
 
@@ -163,7 +164,7 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
     if shares := [m for m in result["measures"] if not m["lower_is_better"]]:
         values = [[model[m["key"]] for m in shares] for model in result["models"]]
         headings = [m["heading"] for m in shares]
-        images["quality.png"] = plots.interval_bars(values, page.model_names(result), headings, "share")
+        images["quality.png"] = plots.interval_bars(values, results.model_names(result), headings, "share")
     return page.write(report_dir, result, images, render_html(result, images))
 
 
@@ -189,7 +190,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
         _examples_section(result),
         page.provenance_section(result),
     ]
-    return page.page(
+    return page.render(
         result,
         title=f"distill: student and teacher on {result['n']:,} {_unit(result)}",
         headline=headline,
@@ -202,24 +203,22 @@ def _quality_section(result: Result, images: dict[str, bytes]) -> str:
     measures = result["measures"]
     rows = []
     for model in result["models"]:
-        state = {True: "good", False: "bad", None: "unknown"}[page.clean(model)]
         rows.append(
             [
                 f'{escape(model["name"])}<span class="ci">{escape(model["model_dir"])}</span>',
                 *(page.value(model[m["key"]], gauge=not m["lower_is_better"]) for m in measures),
-                f'<span class="pill {state}">{page.contamination_text(model)}</span>',
+                page.contamination_pill(model),
             ]
         )
-    meanings = "".join(f"<div><dt>{m['heading']}</dt><dd>{m['meaning']}</dd></div>" for m in measures)
     body = page.table(["model", *(m["heading"] for m in measures), "rows<br>trained on"], rows, "wide")
-    body += f'<dl class="meanings">{meanings}</dl>'
+    body += page.meanings([(measure["heading"], measure["meaning"]) for measure in measures])
     if "quality.png" in images:
         body += page.image(images["quality.png"], "measures of every model", "wide")
     return page.section("Quality", "Each value with its 95&nbsp;% interval below it, on the same rows.", body)
 
 
 def _kept_section(result: Result) -> str:
-    cells = _kept(result, page.value, lambda each, signed: page.value(each, signed=signed))
+    cells = _kept(result, page.value, lambda interval, signed: page.value(interval, signed=signed))
     rows = [[escape(name), *values] for name, values in cells]
     return page.section(
         "What the student keeps",
@@ -242,8 +241,7 @@ def _cost_section(result: Result, images: dict[str, bytes]) -> str:
     body += page.table(["times as fast", *(heading for _, heading in SPEEDS)], rows, "wide")
     body += page.image(images["trade_off.png"], "quality against latency", "wide")
     body += page.image(images["relative_costs.png"], "costs relative to the teacher's", "wide")
-    told = "".join(f"<div><dt>{heading}</dt><dd>{meaning}</dd></div>" for heading, meaning in MEANINGS)
-    body += f'<dl class="meanings">{told}</dl>'
+    body += page.meanings(MEANINGS)
     intro = (
         f"Models are never loaded together, so they could not take turns. Timed was {HOW_TIMED}: "
         f"{escape(_where(result))}."
@@ -279,5 +277,5 @@ def _example(example: dict) -> str:
 
 def _short(text: str) -> str:
     """What tells one row from the others: without the instruction, which all share."""
-    told = text.split("\n\n", 1)[-1].strip().splitlines()[0]
-    return told if len(told) <= 110 else told[:109] + "\u2026"
+    line = text.split("\n\n", 1)[-1].strip().splitlines()[0]
+    return line if len(line) <= 110 else line[:109] + "\u2026"

@@ -99,8 +99,8 @@ def figures(
     """
     units, count = bootstrap.unit_of_rows(groups, len(groups))
     point, samples = {}, {}
-    for role, each in features.items():
-        sums = bootstrap.sum_units(sparse.csr_matrix(each), units, count)
+    for role, of_rows in features.items():
+        sums = bootstrap.sum_units(sparse.csr_matrix(of_rows), units, count)
         point[role] = measure.value(np.asarray(sums.sum(axis=0)).reshape(1, -1))
         samples[role] = measure.value(bootstrap.resample(sums, seed, bootstrap.REPLICATES))
 
@@ -118,16 +118,18 @@ def figures(
         ahead = measure.linear(values[role]) - measure.linear(values["base"])
         return -ahead if measure.lower_is_better else ahead
 
-    found: dict[str, dict[str, Any]] = {role: {"value": interval(lambda v, role=role: v[role])} for role in features}
+    intervals: dict[str, dict[str, Any]] = {
+        role: {"value": interval(lambda v, role=role: v[role])} for role in features
+    }
     for role in features.keys() - {"teacher"}:
         part, whole = ("teacher", role) if measure.lower_is_better else (role, "teacher")
-        found[role]["difference"] = difference(role, "teacher")
-        found[role]["retention"] = share(lambda v, part=part: v[part], lambda v, whole=whole: v[whole])
+        intervals[role]["difference"] = difference(role, "teacher")
+        intervals[role]["retention"] = share(lambda v, part=part: v[part], lambda v, whole=whole: v[whole])
     if "base" in features:
-        found["student"]["gain"] = difference("student", "base")
-        found["teacher"]["gain"] = difference("teacher", "base")
-        found["student"]["gap_closed"] = share(lambda v: lead(v, "student"), lambda v: lead(v, "teacher"))
-    return found
+        intervals["student"]["gain"] = difference("student", "base")
+        intervals["teacher"]["gain"] = difference("teacher", "base")
+        intervals["student"]["gap_closed"] = share(lambda v: lead(v, "student"), lambda v: lead(v, "teacher"))
+    return intervals
 
 
 def worse(measure: Measure, difference: Interval) -> bool:

@@ -1,4 +1,4 @@
-"""What the figures of all evaluations share; each is PNG bytes, drawn from a stored result alone (`metrics.json`).
+"""What the plots of an evaluation are drawn with: figures as PNG bytes, from a stored result alone (`metrics.json`).
 
 matplotlib is imported when the first figure is drawn, and only its object interface is used: no global state, no
 display. Figures are narrow enough to be read on a phone.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 # Okabe & Ito's palette: told apart by colour-blind readers too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C8C")
 RIGHT, WRONG = "#009E73", "#D55E00"
-FAILURES = tuple(colour for colour in COLOURS if colour != RIGHT)
 INK, FAINT = "#30363d", "#c9d1d9"
 WIDE, NARROW = 5.2, 3.9  # inches; the narrow ones stand side by side on a large screen, so they are equally high
 HEIGHT = 3.9
@@ -53,14 +51,8 @@ def png(figure: Figure) -> bytes:
 
 
 def plain(text: str) -> str:
-    """Text that fits a legend and that matplotlib does not read as mathematics."""
+    """A text that fits a legend and that matplotlib does not read as mathematics."""
     return (text if len(text) <= 28 else text[:27] + "…").replace("$", r"\$")
-
-
-def f1_bars(models: Sequence[dict[str, Any]], names: Sequence[str], labels: Sequence[str]) -> bytes:
-    """F1 per class, one bar per model, whiskers for the 95 % intervals."""
-    values = [[model["per_class"][label]["f1"] for label in labels] for model in models]
-    return interval_bars(values, names, labels, "F1")
 
 
 def interval_bars(
@@ -72,40 +64,18 @@ def interval_bars(
     figure = new_figure(min(height, 60), WIDE)
     axes = figure.subplots()
     for m, (intervals, name) in enumerate(zip(values, names, strict=True)):
-        places = [k + (m + 0.5) * bar - 0.4 for k in range(len(labels))]
+        positions = [k + (m + 0.5) * bar - 0.4 for k in range(len(labels))]
         middles = [interval["value"] for interval in intervals]
         reach = [
             [max(0.0, interval["value"] - interval["low"]) for interval in intervals],
             [max(0.0, interval["high"] - interval["value"]) for interval in intervals],
         ]
-        axes.barh(places, middles, bar * 0.86, color=COLOURS[m % len(COLOURS)], label=plain(name))
-        axes.errorbar(middles, places, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2)
+        axes.barh(positions, middles, bar * 0.86, color=COLOURS[m % len(COLOURS)], label=plain(name))
+        axes.errorbar(middles, positions, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2)
     axes.set_yticks(range(len(labels)), [plain(label) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first label on top
     axes.set_xlim(0, 1)
     if len(names) > 1:
         figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
     tidy(axes, xlabel, "", grid="x")
-    return png(figure)
-
-
-def outcome_bars(counts: Sequence[dict[str, int]], names: Sequence[str]) -> bytes:
-    """One bar per name, cut into the shares of its outcomes; "passed" comes first, the rest by frequency."""
-    totals = Counter()
-    for each in counts:
-        totals.update(each)
-    kinds = sorted(totals, key=lambda kind: (kind != "passed", -totals[kind]))
-    figure = new_figure(1.3 + 0.45 * len(names) + 0.2 * math.ceil(len(kinds) / 2), WIDE)
-    axes = figure.subplots()
-    lefts = [0.0] * len(names)
-    for place, kind in enumerate(kinds):
-        shares = [each.get(kind, 0) / sum(each.values()) for each in counts]
-        colour = RIGHT if kind == "passed" else FAILURES[place % len(FAILURES)]
-        axes.barh(range(len(names)), shares, 0.6, left=lefts, color=colour, edgecolor="white", label=plain(kind))
-        lefts = [left + share for left, share in zip(lefts, shares, strict=True)]
-    axes.set_yticks(range(len(names)), [plain(name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
-    tidy(axes, "share of answers", "", grid="x")
     return png(figure)

@@ -8,7 +8,7 @@ and de-quantised), on which the result stays closest to what was trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,41 +193,25 @@ def merge(
         UserError: the adapter or its base cannot be merged.
     """
     import torch
-    from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     empty = empty_model(base, trust_remote_code)
-    linear = {f"{name}.weight" for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}
-    head = empty.get_output_embeddings()
-    quantised = linear - {f"{name}.weight" for name, module in empty.named_modules() if module is head}
-
+    quantised = _quantised_in_4bit(empty) if from_nf4 else set()
     checkpoint = Checkpoint(base)
     deltas = Deltas(model_dir) if adapters.is_adapter(model_dir) else None
     if deltas and (missing := deltas.names - checkpoint.shapes.keys()):
         raise UserError(
             f"the adapter {model_dir} has {min(missing)}, which its base has not; give its base with --base"
         )
-    number_type = getattr(torch, dtype)
-    shards = list(_shards(checkpoint, max_shard_bytes // number_type.itemsize))
-    weight_map = {}
-    for place, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{place:05}-of-{len(shards):05}.safetensors"
-        shard = {}
-        for name in names:
-            weight = checkpoint.read(name)
-            if from_nf4 and name in quantised:
-                weight = through_nf4(weight)
-            if deltas and name in deltas.names:
-                weight = deltas.add_to(name, weight)
-            shard[name] = weight.to(number_type).contiguous()
-            weight_map[name] = file
-        save_file(shard, target / file, metadata={"format": "pt"})
-        grant(target / file)
-        shard.clear()
-    if len(shards) > 1:
-        total = checkpoint.numbers * number_type.itemsize
-        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
+    def merged(name: str) -> torch.Tensor:
+        weight = checkpoint.read(name)
+        if name in quantised:
+            weight = through_nf4(weight)
+        return deltas.add_to(name, weight) if deltas and name in deltas.names else weight
+
+    number_type = getattr(torch, dtype)
+    _write_weights(checkpoint, merged, target, number_type, max_shard_bytes)
     tokenizer = load_tokenizer(adapters.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
     if (base / "generation_config.json").is_file():
         empty.generation_config = GenerationConfig.from_pretrained(base)
@@ -236,6 +220,42 @@ def merge(
     empty.config.save_pretrained(target)
     empty.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _quantised_in_4bit(model: PreTrainedModel) -> set[str]:
+    """Names of the weights that a 4-bit base holds in NF4: those of all linear layers but the head."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def _write_weights(
+    checkpoint: Checkpoint,
+    merged: Callable[[str], torch.Tensor],
+    target: Path,
+    number_type: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    """Write `merged` of every tensor in shards, one after the other, and their index."""
+    from safetensors.torch import save_file
+
+    shards = list(_shards(checkpoint, max_shard_bytes // number_type.itemsize))
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        shard = {name: merged(name).to(number_type).contiguous() for name in names}
+        weight_map |= dict.fromkeys(names, file)
+        save_file(shard, target / file, metadata={"format": "pt"})
+        grant(target / file)
+        shard.clear()
+    if len(shards) > 1:
+        total = checkpoint.numbers * number_type.itemsize
+        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _shards(checkpoint: Checkpoint, most: int) -> Iterator[list[str]]:

@@ -65,6 +65,39 @@ def export(model: PreTrainedModel, folder: str | Path, *, protobuf_limit: int = 
     import onnx
     import onnx_ir
 
+    example, shapes = _example(model)
+
+    def names(prefix: str) -> list[str]:
+        layers = range(model.config.num_hidden_layers)
+        return [f"{prefix}.{layer}.{kind}" for layer in layers for kind in ("key", "value")]
+
+    try:
+        with quiet_exporter():
+            program = torch.onnx.export(
+                _WithCache(model).eval(),
+                example,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=["input_ids", "attention_mask", "position_ids", *names("past_key_values")],
+                output_names=["logits", *names("present")],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise UserError(
+            f"torch cannot export {model.config.model_type} to ONNX ({reason(error)}); choose another format"
+        ) from error
+    _bound_logits(program.model.graph)
+    _strip(program.model)
+    path = Path(folder) / MODEL_FILE
+    large = sum(value.const_value.nbytes for value in program.model.graph.initializers.values()) > protobuf_limit
+    onnx_ir.save(program.model, path, external_data=DATA_FILE if large else None)
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
+
+
+def _example(model: PreTrainedModel) -> tuple[tuple, tuple]:
+    """Inputs that the model is traced with, and which of their dimensions are dynamic."""
     config = model.config
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -84,33 +117,7 @@ def export(model: PreTrainedModel, folder: str | Path, *, protobuf_limit: int = 
         {0: of_rows, 1: of_tokens},
         [({0: of_rows, 2: of_past}, {0: of_rows, 2: of_past})] * layers,
     )
-
-    def names(prefix: str) -> list[str]:
-        return [f"{prefix}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-
-    try:
-        with quiet_exporter():
-            program = torch.onnx.export(
-                _WithCache(model).eval(),
-                example,
-                dynamo=True,
-                dynamic_shapes=shapes,
-                input_names=["input_ids", "attention_mask", "position_ids", *names("past_key_values")],
-                output_names=["logits", *names("present")],
-                opset_version=OPSET,
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise UserError(
-            f"torch cannot export {config.model_type} to ONNX ({reason(error)}); choose another format"
-        ) from error
-    _bound_logits(program.model.graph)
-    _strip(program.model)
-    path = Path(folder) / MODEL_FILE
-    large = sum(value.const_value.nbytes for value in program.model.graph.initializers.values()) > protobuf_limit
-    onnx_ir.save(program.model, path, external_data=DATA_FILE if large else None)
-    onnx.checker.check_model(str(path), full_check=True)
-    return path
+    return example, shapes
 
 
 def _bound_logits(graph: onnx_ir.Graph) -> None:
@@ -176,34 +183,40 @@ def quantize(source: str | Path, target: str | Path, *, scales: str = "block", k
     excluded = [node.name for node in nodes if "logits" in node.output] if keep_lm_head else []
     large = (Path(source) / DATA_FILE).is_file()
     with quiet_exporter():
-        if scales == "block":
-            from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-            quantizer = MatMulNBitsQuantizer(
-                onnx.load(str(path)),
-                bits=8,
-                block_size=BLOCK,
-                is_symmetric=True,
-                accuracy_level=4,  # INT8 activations
-                nodes_to_exclude=excluded,
-            )
-            quantizer.process()
-            quantizer.model.save_model_to_file(str(result), use_external_data_format=large)
-        else:
-            from onnxruntime.quantization import QuantType, quantize_dynamic
-
-            quantize_dynamic(
-                str(path),
-                str(result),
-                op_types_to_quantize=["MatMul"],
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=excluded,
-                use_external_data_format=large,
-                extra_options={"MatMulConstBOnly": True},
-            )
+        (_quantize_blocks if scales == "block" else _quantize_channels)(path, result, excluded, large)
     onnx.checker.check_model(str(result))
     return result
+
+
+def _quantize_blocks(path: Path, result: Path, excluded: list[str], large: bool) -> None:
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(str(path)),
+        bits=8,
+        block_size=BLOCK,
+        is_symmetric=True,
+        accuracy_level=4,  # INT8 activations
+        nodes_to_exclude=excluded,
+    )
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(result), use_external_data_format=large)
+
+
+def _quantize_channels(path: Path, result: Path, excluded: list[str], large: bool) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        str(path),
+        str(result),
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=excluded,
+        use_external_data_format=large,
+        extra_options={"MatMulConstBOnly": True},
+    )
 
 
 @contextlib.contextmanager

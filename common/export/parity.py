@@ -7,9 +7,8 @@ greedy text, and size, loading time and speed.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import log_softmax, logsumexp
@@ -19,6 +18,7 @@ from common.data import rows as records
 from common.evaluation import bootstrap
 from common.files import sha256_file
 from common.models import tokenizers
+from common.models.torch_runtime import Runtime
 from common.tasks.ranking import metrics
 from common.tasks.ranking.calibration import Calibration, Scores
 from common.tasks.ranking.classifier import CALIBRATION
@@ -26,7 +26,7 @@ from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 LOGIT_ROWS = 32  # whose logits are compared,
 LOGIT_POSITIONS = 16  # at this many of their last positions: with a vocabulary of 150,000 that is 300 MB
@@ -35,50 +35,8 @@ TIMED_PROMPTS, TIMED_TOKENS = 3, 64
 TEXT_KEYS = records.SFT_KEYS
 
 
-class Runtime(Protocol):
-    """A model at work, whatever runs it."""
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits after each of the tokens [tokens, vocabulary]."""
-        ...
-
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
-        """The greedy continuation of each prompt, without the token of `ends` that ended it."""
-        ...
-
-
-class TorchRuntime:
-    """A model in torch: an adapter on its base, or a plain model."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            return self.model(torch.tensor([ids], device=self.model.device)).logits[0].float().cpu().numpy()
-
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
-        return [self._continue(prompt, max_new_tokens, ends) for prompt in prompts]
-
-    def _continue(self, prompt: Sequence[int], max_new_tokens: int, ends: Collection[int]) -> list[int]:
-        import torch
-        from transformers import DynamicCache
-
-        answer, ids, cache = [], torch.tensor([prompt], device=self.model.device), DynamicCache()
-        with torch.inference_mode():
-            while len(answer) < max_new_tokens:
-                logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                ids = logits[:, -1].argmax(dim=-1, keepdim=True)
-                if int(ids) in ends:
-                    break
-                answer.append(int(ids))
-        return answer
-
-
 @dataclass
-class Material:
+class ProofRows:
     """The rows of a proof.
 
     Attributes:
@@ -105,7 +63,7 @@ class Material:
         return np.array([self.task.labels.index(output) for output in self.outputs])
 
 
-def read_material(path: str, task: LabelTask, model_dir: str, most: int | None) -> Material:
+def read_proof_rows(path: str, task: LabelTask, model_dir: str, most: int | None) -> ProofRows:
     """Rows with a text and a label of `task`, or rows with "input" and "output".
 
     Args:
@@ -118,7 +76,7 @@ def read_material(path: str, task: LabelTask, model_dir: str, most: int | None) 
     number, first = next(records.iter_jsonl(path), (1, None))
     if records.row_fault(first, TEXT_KEYS) is None:
         rows = _spaced(records.read_rows(path, TEXT_KEYS), most)
-        return Material(path, [row["input"] for row in rows], [row["output"] for row in rows])
+        return ProofRows(path, [row["input"] for row in rows], [row["output"] for row in rows])
     if records.row_fault(first, (task.text_field, task.label_field)) is not None:
         raise UserError(
             f"{path}, line {number}: a row of a proof has {task.text_field} and {task.label_field}, or input and "
@@ -127,7 +85,7 @@ def read_material(path: str, task: LabelTask, model_dir: str, most: int | None) 
     rows = _spaced(task.read(path)[0], most)
     texts = [row[task.text_field] for row in rows]
     fitted = task.kept_file(model_dir, CALIBRATION)
-    return Material(
+    return ProofRows(
         path,
         [task.prompt(text) for text in texts],
         [row[task.label_field] for row in rows],
@@ -141,26 +99,26 @@ def read_material(path: str, task: LabelTask, model_dir: str, most: int | None) 
 def _spaced(rows: list[dict], most: int | None) -> list[dict]:
     if most is None or most >= len(rows):
         return rows
-    return [rows[place] for place in np.linspace(0, len(rows) - 1, most).round().astype(int)]
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, most).round().astype(int)]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, material: Material) -> list[tokenizers.Encoded]:
+def encode(tokenizer: PreTrainedTokenizerBase, proof_rows: ProofRows) -> list[tokenizers.Encoded]:
     """Each row's prompt and output as token ids."""
-    pairs = zip(material.prompts, material.outputs, strict=True)
+    pairs = zip(proof_rows.prompts, proof_rows.outputs, strict=True)
     return [tokenizers.encode_pair(tokenizer, prompt, output) for prompt, output in pairs]
 
 
-def longest(tokenizer: PreTrainedTokenizerBase, material: Material) -> int:
+def longest(tokenizer: PreTrainedTokenizerBase, proof_rows: ProofRows) -> int:
     """Tokens of the longest row, those included that a label task's prior is measured on."""
-    rows = [len(row.input_ids) for row in encode(tokenizer, material)]
-    nulls = material.task.null_inputs if material.task else ()
-    rows += [len(tokenizers.encode_prompt(tokenizer, material.task.prompt(text))) for text in nulls]
+    rows = [len(row.input_ids) for row in encode(tokenizer, proof_rows)]
+    nulls = proof_rows.task.null_inputs if proof_rows.task else ()
+    rows += [len(tokenizers.encode_prompt(tokenizer, proof_rows.task.prompt(text))) for text in nulls]
     return max(rows)
 
 
 @dataclass
-class Measured:
-    """What a runtime made of the material.
+class RuntimeResult:
+    """What a runtime made of the rows of a proof.
 
     Attributes:
         seconds_to_load, bytes: of the model's files.
@@ -192,23 +150,23 @@ class Measured:
 
 
 def measure(
-    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, material: Material, *, seconds_to_load: float, size: int
-) -> Measured:
+    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, proof_rows: ProofRows, *, seconds_to_load: float, size: int
+) -> RuntimeResult:
     """Run a model over the proof's rows.
 
     Raises:
         UserError: a row does not fit the model's context.
     """
-    encoded = encode(tokenizer, material)
+    encoded = encode(tokenizer, proof_rows)
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     kept, nll = [], []
-    for place, row in enumerate(encoded):
-        if material.task and place >= LOGIT_ROWS:
+    for index, row in enumerate(encoded):
+        if proof_rows.task and index >= LOGIT_ROWS:
             break
         logits = runtime.logits(row.input_ids[:-1])
-        if place < LOGIT_ROWS:
+        if index < LOGIT_ROWS:
             kept.append(logits[-LOGIT_POSITIONS:])
-        if not material.task:
+        if not proof_rows.task:
             right = row.input_ids[row.prompt_length :]
             at_output = logits[row.prompt_length - 1 :]
             likelihoods = at_output[np.arange(len(right)), right] - logsumexp(at_output, axis=1)
@@ -219,20 +177,20 @@ def measure(
     for prompt in prompts[:TIMED_PROMPTS]:
         runtime.generate([prompt], TIMED_TOKENS, ())
     tokens_per_s = len(prompts[:TIMED_PROMPTS]) * TIMED_TOKENS / (time.perf_counter() - started)
-    measured = Measured(seconds_to_load, size, np.concatenate(kept), answers, tokens_per_s)
-    if material.task is None:
+    measured = RuntimeResult(seconds_to_load, size, np.concatenate(kept), answers, tokens_per_s)
+    if proof_rows.task is None:
         measured.nll = np.array(nll)
         return measured
-    ranker = ranker_of(getattr(runtime, "model", runtime), tokenizer, material.task)
-    calibration = material.calibration or Calibration(material.task.labels, "prior", tuple(ranker.prior()))
+    ranker = ranker_of(getattr(runtime, "model", runtime), tokenizer, proof_rows.task)
+    calibration = proof_rows.calibration or Calibration(proof_rows.task.labels, "prior", tuple(ranker.prior()))
     started = time.perf_counter()
-    raw = ranker.raw_scores(material.texts)
-    measured.rows_per_s = len(material.texts) / (time.perf_counter() - started)
+    raw = ranker.raw_scores(proof_rows.texts)
+    measured.rows_per_s = len(proof_rows.texts) / (time.perf_counter() - started)
     measured.scores = calibration.apply(raw)
     return measured
 
 
-def compare(reference: Measured, export: Measured, material: Material) -> dict[str, Any]:
+def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRows) -> dict[str, Any]:
     """What has changed from `reference` to `export`, for export.json.
 
     "metric" is macro-F1 of label rows; of text rows the inverse perplexity, exp(-NLL per token), which like macro-F1 is
@@ -246,9 +204,9 @@ def compare(reference: Measured, export: Measured, material: Material) -> dict[s
         winners.append(log_p.argmax() == log_q.argmax())
     right = [one == other for one, other in zip(reference.answers, export.answers, strict=True)]
     proof: dict[str, Any] = {
-        "data": material.path,
-        "data_sha256": sha256_file(material.path),
-        "rows": len(material.prompts),
+        "data": proof_rows.path,
+        "data_sha256": sha256_file(proof_rows.path),
+        "rows": len(proof_rows.prompts),
         "logits": {
             "positions": len(divergences),
             "max_difference": float(np.abs(reference.logits - export.logits).max()),
@@ -261,14 +219,14 @@ def compare(reference: Measured, export: Measured, material: Material) -> dict[s
             "tokens_before_they_part": _shared(reference, export),
         },
     }
-    if material.task:
-        proof |= _compare_labels(reference.scores, export.scores, material)
+    if proof_rows.task:
+        proof |= _compare_labels(reference.scores, export.scores, proof_rows)
     else:
         proof |= _compare_nll(reference.nll, export.nll)
     return proof | {"speed": {"reference": reference.speed(), "export": export.speed()}}
 
 
-def _shared(reference: Measured, export: Measured) -> float:
+def _shared(reference: RuntimeResult, export: RuntimeResult) -> float:
     """The share of the reference's greedy tokens that come before the first one at which the export differs."""
     shared = total = 0
     for one, other in zip(reference.answers, export.answers, strict=True):
@@ -277,10 +235,10 @@ def _shared(reference: Measured, export: Measured) -> float:
     return shared / total if total else 1.0
 
 
-def _compare_labels(reference: Scores, export: Scores, material: Material) -> dict[str, Any]:
-    y, groups = material.y, material.groups
+def _compare_labels(reference: Scores, export: Scores, proof_rows: ProofRows) -> dict[str, Any]:
+    y, groups = proof_rows.y, proof_rows.groups
     values = [
-        metrics.evaluate(each, y, material.task.labels, groups=groups)["macro_f1"] for each in (reference, export)
+        metrics.evaluate(scores, y, proof_rows.task.labels, groups=groups)["macro_f1"] for scores in (reference, export)
     ]
     difference = metrics.compare(export, reference, y, groups)["macro_f1"]
     return {
@@ -290,7 +248,7 @@ def _compare_labels(reference: Scores, export: Scores, material: Material) -> di
 
 
 def _compare_nll(reference: np.ndarray, export: np.ndarray) -> dict[str, Any]:
-    nlls = [bootstrap.ratio_interval(each) for each in (reference, export)]
+    nlls = [bootstrap.ratio_interval(sums) for sums in (reference, export)]
     change = bootstrap.ratio_interval(np.concatenate([export, reference], axis=1))
     inverse = np.exp(-nlls[0]["value"])
     ends = {"value": "value", "low": "high", "high": "low"}  # more NLL is less probability

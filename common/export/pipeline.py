@@ -21,11 +21,12 @@ from common import run_record
 from common.cli import UserError, log
 from common.export import merge as merging
 from common.export import parity
-from common.export.parity import Material, Measured, Runtime, TorchRuntime
+from common.export.parity import ProofRows, RuntimeResult
 from common.files import atomic_write, read_json, sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
+from common.models.torch_runtime import Runtime, TorchRuntime
 from common.tasks.ranking.classifier import CALIBRATION
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ ORIGINAL_BASE, NF4_BASE = "original base", "de-quantised NF4 base"
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportSettings:
     """What is to be exported.
 
     Attributes:
@@ -48,8 +49,8 @@ class Request:
         four_bit: the reference is the adapter on its base in 4 bits.
         dtype: of the export's weights, or of what is not quantised.
         quant: of a GGUF.
-        scales, keep_lm_head: of INT8 (see `onnx_export.quantize`).
-        max_shard_bytes: see `merging.merge`.
+        scales, keep_lm_head: of INT8 (see `onnx_writer.quantize`).
+        max_shard_bytes: see `merge.merge`.
     """
 
     format: str  # merged, onnx, int8 or gguf
@@ -68,10 +69,10 @@ class Request:
         numbers = merging.Checkpoint(self.base).numbers
         out = FLOAT_BYTES[self.dtype]
         if self.format == "merged":
-            each = out * (2 if self.four_bit and adapters.is_adapter(self.model_dir) else 1)
+            per_number = out * (2 if self.four_bit and adapters.is_adapter(self.model_dir) else 1)
         else:  # float32 weights, merged or as a graph, and what is made of them
-            each = FLOAT_BYTES["float32"] + {"onnx": out, "int8": FLOAT_BYTES["float32"], "gguf": 2}[self.format]
-        return int(numbers * each * ROOM)
+            per_number = FLOAT_BYTES["float32"] + {"onnx": out, "int8": FLOAT_BYTES["float32"], "gguf": 2}[self.format]
+        return int(numbers * per_number * ROOM)
 
 
 def base_folder(model_dir: str, base: str | None, form: str) -> Path:
@@ -88,10 +89,9 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
         raise UserError(f"{folder} is stored quantised; give its 16-bit original{' with --base' if adapter else ''}")
     if form == "merged":
         return folder
-    from common.export import gguf_writer as gguf_export
-    from common.export import onnx_writer as onnx_export
+    from common.export import gguf_writer, onnx_writer
 
-    known = (gguf_export if form == "gguf" else onnx_export).ARCHITECTURES
+    known = (gguf_writer if form == "gguf" else onnx_writer).ARCHITECTURES
     full = set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}
     if kind not in known or not full or (config.get("sliding_window") and config.get("use_sliding_window", True)):
         raise UserError(
@@ -160,20 +160,20 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 class Export:
     """An export on its way: the reference is measured first, then the export is made and measured beside it."""
 
-    def __init__(self, request: Request, material: Material) -> None:
-        self.request, self.material = request, material
-        self.is_adapter = adapters.is_adapter(request.model_dir)
-        self.from_nf4 = request.four_bit and self.is_adapter
-        merging.empty_model(request.base, request.trust_remote_code)  # imports what loading would else be timed with
-        log(f"measuring {request.model_dir} on {len(material.prompts):,} rows of {material.path}")
-        folders = {Path(request.model_dir), request.base}
-        load = functools.cache(lambda: self._load_torch(request.model_dir, request.four_bit))
+    def __init__(self, settings: ExportSettings, proof_rows: ProofRows) -> None:
+        self.settings, self.proof_rows = settings, proof_rows
+        self.is_adapter = adapters.is_adapter(settings.model_dir)
+        self.from_nf4 = settings.four_bit and self.is_adapter
+        merging.empty_model(settings.base, settings.trust_remote_code)  # imports what loading would else be timed with
+        log(f"measuring {settings.model_dir} on {len(proof_rows.prompts):,} rows of {proof_rows.path}")
+        folders = {Path(settings.model_dir), settings.base}
+        load = functools.cache(lambda: self._load_torch(settings.model_dir, settings.four_bit))
         self.reference = self._measure(load, folders)
-        precision = "NF4" if request.four_bit else str(load().model.dtype).removeprefix("torch.")
+        precision = "NF4" if settings.four_bit else str(load().model.dtype).removeprefix("torch.")
         self.origin = {
-            "model_dir": request.model_dir,
-            "sha256": adapters.adapter_hash(request.model_dir),
-            "base": str(request.base) if self.is_adapter else None,
+            "model_dir": settings.model_dir,
+            "sha256": adapters.adapter_hash(settings.model_dir),
+            "base": str(settings.base) if self.is_adapter else None,
             "reference": f"{'adapter on its base' if self.is_adapter else 'whole model'} in {precision}",
         }
 
@@ -186,50 +186,50 @@ class Export:
         Raises:
             UserError: the model cannot be exported so.
         """
-        request = self.request
+        settings = self.settings
         makers = {"merged": self._merged, "onnx": self._onnx, "int8": self._int8, "gguf": self._gguf}
-        folder, facts = makers[request.format](stage)
-        source = Path(request.model_dir)
+        folder, facts = makers[settings.format](stage)
+        source = Path(settings.model_dir)
         for file in [*sorted(source.glob(f"{CALIBRATION}*.json")), source / run_record.GROUPS_FILE]:
             if file.is_file():
                 shutil.copy(file, folder / file.name)
-        return folder, {"format": request.format, "origin": self.origin, **facts, "files": describe_files(folder)}
+        return folder, {"format": settings.format, "origin": self.origin, **facts, "files": describe_files(folder)}
 
-    def _measure(self, load: Callable[[], Runtime], files: Collection[Path]) -> Measured:
+    def _measure(self, load: Callable[[], Runtime], files: Collection[Path]) -> RuntimeResult:
         """`files`: of the model, or folders of them."""
         started = time.perf_counter()
         runtime = load()
         seconds = time.perf_counter() - started
         return parity.measure(
-            runtime, self.tokenizer, self.material, seconds_to_load=seconds, size=sum(map(_weight_bytes, files))
+            runtime, self.tokenizer, self.proof_rows, seconds_to_load=seconds, size=sum(map(_weight_bytes, files))
         )
 
     def _prove(self, load: Callable[[], Runtime], files: Collection[Path]) -> dict[str, Any]:
-        return parity.compare(self.reference, self._measure(load, files), self.material)
+        return parity.compare(self.reference, self._measure(load, files), self.proof_rows)
 
     def _load_torch(self, model_dir: str, four_bit: bool) -> TorchRuntime:
         model, self.tokenizer = models.load_for_inference(
             ModelSource(
                 model_dir,
-                base=str(self.request.base) if adapters.is_adapter(model_dir) else None,
+                base=str(self.settings.base) if adapters.is_adapter(model_dir) else None,
                 load_in_4bit="on" if four_bit else "off",
-                trust_remote_code=self.request.trust_remote_code,
+                trust_remote_code=self.settings.trust_remote_code,
             )
         )
         return TorchRuntime(model)
 
     def _merge(self, target: Path, dtype: str, from_nf4: bool) -> Path:
-        request = self.request
+        settings = self.settings
         log(f"merging into the {NF4_BASE if from_nf4 else ORIGINAL_BASE}, in {dtype}")
         target.mkdir()
         merging.merge(
-            request.model_dir,
-            request.base,
+            settings.model_dir,
+            settings.base,
             target,
             dtype=dtype,
             from_nf4=from_nf4,
-            max_shard_bytes=request.max_shard_bytes,
-            trust_remote_code=request.trust_remote_code,
+            max_shard_bytes=settings.max_shard_bytes,
+            trust_remote_code=settings.trust_remote_code,
         )
         return target
 
@@ -237,11 +237,11 @@ class Export:
         """Into each base that the adapter may stand on; the better metric is kept, of equal ones the lower KL."""
         folders, proofs = {}, {}
         for into in (ORIGINAL_BASE, NF4_BASE) if self.from_nf4 else (ORIGINAL_BASE,):
-            folder = self._merge(stage / into.replace(" ", "_"), self.request.dtype, into == NF4_BASE)
+            folder = self._merge(stage / into.replace(" ", "_"), self.settings.dtype, into == NF4_BASE)
             folders[into] = folder
             proofs[into] = self._prove(lambda folder=folder: self._load_torch(str(folder), False), [folder])
         best = max(proofs, key=lambda into: (_metric(proofs[into]), -proofs[into]["logits"]["mean_kl"]))
-        facts = {"merged_into": best, "dtype": self.request.dtype, "runtime": _runtime("transformers")}
+        facts = {"merged_into": best, "dtype": self.settings.dtype, "runtime": _runtime("transformers")}
         facts["proof"] = proofs.pop(best)
         return folders[best], facts | ({"also_tried": proofs} if proofs else {})
 
@@ -254,56 +254,56 @@ class Export:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from common.export import onnx_writer as onnx_export
+        from common.export import onnx_writer
 
         merged, facts = self._plain(stage)
         log(f"exporting to ONNX, in {dtype}")
         model = AutoModelForCausalLM.from_pretrained(merged, dtype=getattr(torch, dtype)).eval()
         folder = _with_texts(merged, stage / "onnx")
-        onnx_export.export(model, folder)
+        onnx_writer.export(model, folder)
         shutil.rmtree(merged)
         return folder, facts | {"dtype": dtype, "runtime": _runtime("onnxruntime")}
 
     def _onnx(self, stage: Path) -> tuple[Path, dict[str, Any]]:
         from common.models.onnx_runtime import OnnxModel
 
-        folder, facts = self._graph(stage, self.request.dtype)
+        folder, facts = self._graph(stage, self.settings.dtype)
         return folder, facts | {"proof": self._prove(lambda: OnnxModel(str(folder)), [folder])}
 
     def _int8(self, stage: Path) -> tuple[Path, dict[str, Any]]:
-        from common.export import onnx_writer as onnx_export
+        from common.export import onnx_writer
         from common.models.onnx_runtime import OnnxModel
 
         graph, facts = self._graph(stage, "float32")
         float32 = self._measure(lambda: OnnxModel(str(graph)), [graph])
-        scales = self.request.scales
+        scales = self.settings.scales
         log(f"quantising to INT8, a scale for each {scales}")
         folder = _with_texts(graph, stage / "int8")
-        onnx_export.quantize(graph, folder, scales=scales, keep_lm_head=self.request.keep_lm_head)
+        onnx_writer.quantize(graph, folder, scales=scales, keep_lm_head=self.settings.keep_lm_head)
         proof = self._prove(lambda: OnnxModel(str(folder)), [folder])
         proof["speed"]["float32_onnx"] = float32.speed()
         return folder, facts | {"dtype": "int8", "scales": scales, "proof": proof}
 
     def _gguf(self, stage: Path) -> tuple[Path, dict[str, Any]]:
-        from common.export import gguf_writer as gguf_export
+        from common.export import gguf_writer
         from common.models.gguf_runtime import GgufModel
 
         merged, facts = self._plain(stage)
-        quant = self.request.quant
+        quant = self.settings.quant
         log(f"writing GGUF, in {quant}")
         folder = stage / "gguf"
         folder.mkdir()
-        file = folder / gguf_export.file_name(quant)
-        gguf_export.write(merged, file, quant, self.tokenizer)
+        file = folder / gguf_writer.file_name(quant)
+        gguf_writer.write(merged, file, quant, self.tokenizer)
         self.tokenizer.save_pretrained(folder)
         stop = dict.fromkeys((self.tokenizer.eos_token, self.tokenizer.pad_token))
-        with atomic_write(folder / gguf_export.MODELFILE) as handle:
-            handle.write(gguf_export.modelfile(self.tokenizer, file.name, list(stop)))
-        context = parity.longest(self.tokenizer, self.material) + parity.TIMED_TOKENS
+        with atomic_write(folder / gguf_writer.MODELFILE) as handle:
+            handle.write(gguf_writer.modelfile(self.tokenizer, file.name, list(stop)))
+        context = parity.longest(self.tokenizer, self.proof_rows) + parity.TIMED_TOKENS
         load = functools.cache(lambda: GgufModel(file, context))
         proof = self._prove(load, [file])
         with contextlib.closing(load()) as model:
-            alike = [model.tokenize(text) == self._plain_ids(text) for text in self.material.prompts]
+            alike = [model.tokenize(text) == self._plain_ids(text) for text in self.proof_rows.prompts]
         proof["prompts_tokenized_alike"] = f"{sum(alike)} of {len(alike)}"
         return folder, facts | {"dtype": quant, "runtime": _runtime("llama_cpp_python"), "proof": proof}
 

@@ -13,7 +13,8 @@ import httpx2
 import tenacity
 
 from common.cli import UserError
-from common.teachers.interview import Answer, NoAnswer, Request
+from common.teachers.interview import Answer, NoAnswer, Question
+from common.teachers.settings import EndpointSettings
 
 TRANSIENT = (408, 409, 425, 429)  # and every 5xx
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between attempts: doubled from the one to the other, with jitter
@@ -31,97 +32,84 @@ class _Transient(Exception):
 
 
 class ChatEndpoint:
-    """See `teacher_answers.Teacher`.
+    """See `interview.Teacher`.
 
     Args:
-        url: up to /v1.
+        settings: where it is and how it is asked.
         options: of every request's body: temperature, max_tokens, ...; a "seed" counts up with the sample.
         api_key: sent as a bearer token, and never shown; None: none is sent.
-        timeout: seconds for one attempt.
-        max_attempts: of one request, while it fails in ways that may pass.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        options: Mapping[str, Any],
-        *,
-        api_key: str | None = None,
-        concurrency: int = 8,
-        requests_per_minute: float | None = None,
-        timeout: float = 120.0,
-        max_attempts: int = 6,
-    ) -> None:
-        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.model, self.options, self.api_key = model, dict(options), api_key
-        self.concurrency, self.timeout, self.max_attempts = concurrency, timeout, max_attempts
-        self.gap = 60 / requests_per_minute if requests_per_minute else 0.0
-        self.key: Any = ["endpoint", self.url, model, self.options]
+    def __init__(self, settings: EndpointSettings, options: Mapping[str, Any], api_key: str | None = None) -> None:
+        self.settings, self.options, self.api_key = settings, dict(options), api_key
+        self.url = settings.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.gap = 60 / settings.requests_per_minute if settings.requests_per_minute else 0.0  # seconds
+        self.key: Any = ["endpoint", self.url, settings.model, self.options]
         self._next_turn = 0.0
         self._reached = False
         self._failures = 0
 
-    def ask(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
-        """See `teacher_answers.Teacher`.
+    def ask(self, questions: Sequence[Question], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
+        """See `interview.Teacher`.
 
         Raises:
             UserError: the endpoint cannot be reached, refuses the key, does not know the model, or fails `GIVE_UP`
                 requests in a row. What was answered by then has been kept.
         """
         try:
-            asyncio.run(self._ask_all(requests, keep))
+            asyncio.run(self._ask_all(questions, keep))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _ask_all(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
-        left = iter(enumerate(requests))  # shared: each worker takes the next
+    async def _ask_all(self, questions: Sequence[Question], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
+        left = iter(enumerate(questions))  # shared: each worker takes the next
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        workers = self.settings.concurrency
+        limits = httpx2.Limits(max_connections=workers, max_keepalive_connections=workers)
         timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)  # the rest is bounded by --timeout as a whole
         async with httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
 
             async def work() -> None:
-                for place, request in left:
-                    keep(place, await self._answer(client, request))
+                for index, question in left:
+                    keep(index, await self._answer(client, question))
 
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.concurrency, len(requests))):
+                for _ in range(min(workers, len(questions))):
                     group.create_task(work())
 
-    async def _answer(self, client: httpx2.AsyncClient, request: Request) -> Answer | NoAnswer:
+    async def _answer(self, client: httpx2.AsyncClient, question: Question) -> Answer | NoAnswer:
         backoff = tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT)
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_Transient),
             wait=lambda state: max(backoff(state), state.outcome.exception().after),
-            stop=tenacity.stop_after_attempt(self.max_attempts),
+            stop=tenacity.stop_after_attempt(self.settings.max_attempts),
             reraise=True,
         )
         try:
             async for attempt in retrying:
                 with attempt:
-                    found = await self._once(client, request, attempt.retry_state.attempt_number)
+                    reply = await self._once(client, question, attempt.retry_state.attempt_number)
         except _Transient as error:
-            found = NoAnswer(f"no answer in {self.max_attempts} attempts: {error}")
-        self._failures = self._failures + 1 if isinstance(found, NoAnswer) else 0
+            reply = NoAnswer(f"no answer in {self.settings.max_attempts} attempts: {error}")
+        self._failures = self._failures + 1 if isinstance(reply, NoAnswer) else 0
         if self._failures >= GIVE_UP:
             raise UserError(
-                f"{GIVE_UP} requests in a row failed ({found.reason}); see to the endpoint and run the same command "
+                f"{GIVE_UP} requests in a row failed ({reply.reason}); see to the endpoint and run the same command "
                 "again: what was answered is kept"
             )
-        return found
+        return reply
 
-    async def _once(self, client: httpx2.AsyncClient, request: Request, attempt: int) -> Answer | NoAnswer:
+    async def _once(self, client: httpx2.AsyncClient, question: Question, attempt: int) -> Answer | NoAnswer:
         """One attempt. Raises _Transient or, for what no repetition will mend, UserError."""
-        await self._turn()
-        body = {"model": self.model, "messages": request.messages, **self.options}
+        await self.wait_for_turn()
+        body = {"model": self.settings.model, "messages": question.messages, **self.options}
         if "seed" in body:
-            body["seed"] += request.sample
+            body["seed"] += question.sample
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.settings.timeout):
                 response = await client.post(self.url, json=body)
         except TimeoutError as error:
-            raise _Transient(f"nothing within {self.timeout:g} seconds") from error
+            raise _Transient(f"nothing within {self.settings.timeout:g} seconds") from error
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             if self._reached:
                 raise _Transient(f"it cannot be reached any more ({error})") from error
@@ -135,21 +123,23 @@ class ChatEndpoint:
         status = response.status_code
         if status == 200:
             return self._read(response, attempt)
-        told = f"{status}: {self._message(response)}"
+        message = f"{status}: {self._message(response)}"
         if status in TRANSIENT or status >= 500:
-            raise _Transient(told, _retry_after(response))
+            raise _Transient(message, retry_after(response))
         if status in (401, 403):
             raise UserError(
-                f"the endpoint refuses the API key ({told}); put it in OPENAI_API_KEY, or in another variable that "
+                f"the endpoint refuses the API key ({message}); put it in OPENAI_API_KEY, or in another variable that "
                 "--api_key_env names"
             )
         if status == 404:
-            raise UserError(f"the endpoint knows no model '{self.model}' ({told}); check --model and --endpoint")
+            raise UserError(
+                f"the endpoint knows no model '{self.settings.model}' ({message}); check --model and --endpoint"
+            )
         if status < 400:
-            raise UserError(f"--endpoint {self.url} sends elsewhere ({told}); give the address that it sends to")
-        return NoAnswer(f"the endpoint refuses the request ({told})", lasting=True)
+            raise UserError(f"--endpoint {self.url} sends elsewhere ({message}); give the address that it sends to")
+        return NoAnswer(f"the endpoint refuses the request ({message})", lasting=True)
 
-    async def _turn(self) -> None:
+    async def wait_for_turn(self) -> None:
         """Wait until --requests_per_minute allows another request."""
         now = time.monotonic()
         turn = max(now, self._next_turn)
@@ -174,14 +164,14 @@ class ChatEndpoint:
 
     def _first_token(self, choice: dict) -> list[tuple[str, float]]:
         """The likeliest first tokens; raises UserError where the endpoint gives none."""
-        found = choice.get("logprobs")
-        if not found or found.get("content") is None:
+        logprobs = choice.get("logprobs")
+        if not logprobs or logprobs.get("content") is None:
             raise UserError(
-                f"the endpoint gives no top_logprobs for '{self.model}'; leave --probabilities out, or use one that "
-                "does, or a local --teacher"
+                f"the endpoint gives no top_logprobs for '{self.settings.model}'; leave --probabilities out, or use "
+                "one that does, or a local --teacher"
             )
-        first = found["content"][:1]
-        return [(each["token"], float(each["logprob"])) for each in (first[0]["top_logprobs"] if first else [])]
+        first = logprobs["content"][:1]
+        return [(token["token"], float(token["logprob"])) for token in (first[0]["top_logprobs"] if first else [])]
 
     def _message(self, response: httpx2.Response) -> str:
         """What a response says, in a line, without the key."""
@@ -194,7 +184,7 @@ class ChatEndpoint:
         return text.replace(self.api_key, "...") if self.api_key else text
 
 
-def _retry_after(response: httpx2.Response) -> float:
+def retry_after(response: httpx2.Response) -> float:
     """Seconds that a server asks to wait, given as such or as a date; 0 where it does not say."""
     text = response.headers.get("retry-after", "")
     seconds = 0.0

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from common.files import write_json, write_jsonl
 from common.teachers import preferences
-from common.teachers.interview import Answer, Interview, Request, until_usable
+from common.teachers.interview import Answer, Interview, Question, until_usable
 from common.teachers.label_probabilities import distribution
+from common.teachers.prompts import REASON_REQUEST, REASONS
 from common.teachers.tasks import (
-    REASON_REQUEST,
-    REASONS,
-    Code,
-    Documents,
     Item,
     Labels,
-    Reading,
-    Unusable,
+    ParsedAnswer,
+    TeacherTask,
+    UnusableAnswer,
     understand,
 )
 
@@ -32,7 +32,7 @@ class Written:
 
 
 def write_answers(
-    task: Labels | Documents | Code,
+    task: TeacherTask,
     items: Sequence[Item],
     interview: Interview,
     *,
@@ -48,34 +48,34 @@ def write_answers(
         probabilities: the answers carry the labels' probabilities, or the likeliest first tokens.
     """
     suffix = REASONS if reasons else ""
-    requests = [Request(item.number, [{"role": "user", "content": item.prompt + suffix}]) for item in items]
+    questions = [Question(item.number, [{"role": "user", "content": item.prompt + suffix}]) for item in items]
 
-    def read(places: list[int], answers: list[Answer]) -> list[Reading]:
+    def read(indices: list[int], answers: list[Answer]) -> list[ParsedAnswer]:
         if probabilities:
             return [_read_probabilities(task, answer) for answer in answers]
-        return _read(task, [items[place] for place in places], answers, bool(reasons))
+        return _read(task, [items[index] for index in indices], answers, bool(reasons))
 
     written = Written([], [], [])
-    outcomes = until_usable(interview, requests, read, 1 if probabilities else max_tries)
+    outcomes = until_usable(interview, questions, read, 1 if probabilities else max_tries)
     for item, outcome in zip(items, outcomes, strict=True):
-        reading = outcome.reading
-        if reading.fault is not None:
-            written.rejects.append(_rejected(item, reading.fault, outcome.texts, reading.unanswered))
+        parsed = outcome.parsed
+        if parsed.fault is not None:
+            written.rejects.append(_rejected(item, parsed.fault, outcome.texts, parsed.unanswered))
         else:
-            answer = {"teacher_output": reading.answer, **reading.extra}
+            answer = {"teacher_output": parsed.answer, **parsed.extra}
             written.rows.append({"input": item.prompt, **answer, **item.kept})
             if reasons == "rows":
                 asked = item.prompt + REASON_REQUEST
                 group = {key: item.kept[key] for key in item.kept.keys() & {"group"}}
-                written.rows.append({"input": asked, "teacher_output": reading.extra["reason"], **group})
-        if not reading.unanswered and task.judged(item):  # an answer that cannot be used does not agree
-            right = reading.fault is None and task.score(item, reading.answer) == 1
+                written.rows.append({"input": asked, "teacher_output": parsed.extra["reason"], **group})
+        if not parsed.unanswered and task.judged(item):  # an answer that cannot be used does not agree
+            right = parsed.fault is None and task.score(item, parsed.answer) == 1
             written.agreement.append((item.kept.get("group"), right))
     return written
 
 
 def write_pairs(
-    task: Labels | Documents | Code,
+    task: TeacherTask,
     items: Sequence[Item],
     interview: Interview,
     *,
@@ -90,29 +90,28 @@ def write_pairs(
         by_teacher: the teacher ranks its own answers, in `max_tries` at most.
     """
     owners = [item for item in items for _ in range(samples)]
-    requests = [
-        Request(item.number, [{"role": "user", "content": item.prompt}], place % samples)
-        for place, item in enumerate(owners)
+    questions = [
+        Question(item.number, [{"role": "user", "content": item.prompt}], index % samples)
+        for index, item in enumerate(owners)
     ]
-    found = interview.ask(requests)
-    answered = [place for place, answer in enumerate(found) if isinstance(answer, Answer)]
-    read = _read(task, [owners[place] for place in answered], [found[place] for place in answered])
-    readings = dict(zip(answered, read, strict=True))
+    replies = interview.ask(questions)
+    answered = [index for index, answer in enumerate(replies) if isinstance(answer, Answer)]
+    parsed = _read(task, [owners[index] for index in answered], [replies[index] for index in answered])
+    parsed_at = dict(zip(answered, parsed, strict=True))
     written = Written([], [], [])
     whole, options, texts = [], [], []
     for number, item in enumerate(items):
-        places = range(number * samples, (number + 1) * samples)
-        if missing := [found[place] for place in places if place not in readings]:
+        indices = range(number * samples, (number + 1) * samples)
+        if missing := [replies[index] for index in indices if index not in parsed_at]:
             written.rejects.append(_rejected(item, missing[0].reason, [], not missing[0].lasting))
             continue
-        some = [readings[place] for place in places]
         whole.append(item)
-        texts.append([found[place].text for place in places])
-        options.append(preferences.candidates(task, item, some, texts[-1]))
+        texts.append([replies[index].text for index in indices])
+        options.append(preferences.candidates(task, item, [parsed_at[index] for index in indices], texts[-1]))
     if by_teacher:
         pairs = preferences.ranked_by_teacher(interview, whole, options, max_tries)
     else:
-        pairs = [preferences.best_and_worst(task, item, each) for item, each in zip(whole, options, strict=True)]
+        pairs = [preferences.best_and_worst(task, *known) for known in zip(whole, options, strict=True)]
     for item, pair, answers in zip(whole, pairs, texts, strict=True):
         if pair.fault:
             written.rejects.append(_rejected(item, pair.fault, answers, pair.unanswered))
@@ -127,27 +126,39 @@ def write_pairs(
 
 def _rejected(item: Item, fault: str, texts: Sequence[str], unanswered: bool) -> dict[str, Any]:
     """A line of OUT.rejects.jsonl."""
-    found = {"row": item.number, "reason": fault, "unanswered": unanswered, "answers": list(texts)}
-    return {**found, "input": item.prompt, **item.kept}
+    why = {"row": item.number, "reason": fault, "unanswered": unanswered, "answers": list(texts)}
+    return {**why, "input": item.prompt, **item.kept}
 
 
 def _read(
-    task: Labels | Documents | Code, items: Sequence[Item], answers: Sequence[Answer], reasons: bool = False
-) -> list[Reading]:
+    task: TeacherTask, items: Sequence[Item], answers: Sequence[Answer], reasons: bool = False
+) -> list[ParsedAnswer]:
     """The answers to `items` as their task understands them."""
-    readings = [
+    parsed = [
         understand(task, item.prompt, answer.text, answer.finished, reasons)
         for item, answer in zip(items, answers, strict=True)
     ]
-    return task.check(items, readings)
+    return task.check(items, parsed)
 
 
-def _read_probabilities(task: Labels, answer: Answer) -> Reading:
+def _read_probabilities(task: Labels, answer: Answer) -> ParsedAnswer:
     """The likeliest label and the probability of each: the local ranker's own, or from the first tokens."""
     if answer.probabilities is not None:
-        return Reading(answer.text, None, {"probabilities": answer.probabilities})
+        return ParsedAnswer(answer.text, None, {"probabilities": answer.probabilities})
     try:
-        found, uncovered = distribution(answer.top_logprobs or [], task.task)
-    except Unusable as error:
-        return Reading(None, str(error))
-    return Reading(max(found, key=found.get), None, {"probabilities": found, "uncovered_mass": uncovered})
+        probabilities, uncovered = distribution(answer.top_logprobs or [], task.task)
+    except UnusableAnswer as error:
+        return ParsedAnswer(None, str(error))
+    extra = {"probabilities": probabilities, "uncovered_mass": uncovered}
+    return ParsedAnswer(max(probabilities, key=probabilities.get), None, extra)
+
+
+def save(out: str, written: Written, record: dict[str, Any]) -> list[str]:
+    """Write OUT, its rejects where there are any, and its record last; returns the paths of a run's files."""
+    write_jsonl(out, written.rows)
+    rejects = Path(f"{out}.rejects.jsonl")
+    rejects.unlink(missing_ok=True)
+    if written.rejects:
+        write_jsonl(rejects, written.rejects)
+    write_json(f"{out}.run.json", record)
+    return [out, *([str(rejects)] if written.rejects else []), f"{out}.raw.jsonl", f"{out}.run.json"]

@@ -1,6 +1,6 @@
 """Questions to a teacher and its answers: kept as they come, so that nothing is asked twice; repeated where unusable.
 
-A teacher is an endpoint (`teacher_client`), a local model (`teacher_local`) or its label ranker (`teacher_labels`).
+A teacher is an endpoint (`chat_endpoint`), a local model (`local_model`) or its label ranker (`label_probabilities`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from typing import Any, Protocol
 
 from common.data.resumable import AnswerStore, content_key
 from common.generation.result import final_answer
-from common.teachers.tasks import AGAIN, Reading
+from common.teachers.prompts import AGAIN
+from common.teachers.tasks import ParsedAnswer
 
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Request:
+class Question:
     """The turns of a chat that a teacher is to answer.
 
     Attributes:
         row: the number of the row that it is about, for the raw answers.
-        sample: the how-manieth answer to the same chat.
+        sample: which of the answers to the same chat it is, from 0.
     """
 
     row: int
@@ -64,8 +65,8 @@ class Teacher(Protocol):
 
     key: Any
 
-    def ask(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
-        """Call `keep` with the place of every request and what came of it, in any order, as soon as it is there."""
+    def ask(self, questions: Sequence[Question], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
+        """Call `keep` with the index of every question and what came of it, in any order, as soon as it is there."""
 
 
 class Interview:
@@ -77,18 +78,18 @@ class Interview:
         self.keys: set[str] = set()  # of the answers that this run used
         self.asked = 0
 
-    def ask(self, requests: Sequence[Request]) -> list[Answer | NoAnswer]:
-        """An answer to each request, in order; the teacher is asked only what it has not answered yet."""
+    def ask(self, questions: Sequence[Question]) -> list[Answer | NoAnswer]:
+        """An answer to each question, in order; the teacher is asked only what it has not answered yet."""
         from tqdm import tqdm
 
-        keys = [content_key(self.teacher.key, request.messages, request.sample) for request in requests]
-        first = {key: request for key, request in reversed([*zip(keys, requests, strict=True)])}
+        keys = [content_key(self.teacher.key, question.messages, question.sample) for question in questions]
+        first = {key: question for key, question in reversed([*zip(keys, questions, strict=True)])}
         new = [key for key in dict.fromkeys(keys) if key not in self.store]
         failed: dict[str, NoAnswer] = {}
         with tqdm(total=len(first), initial=len(first) - len(new), unit=" answers") as progress:
 
-            def keep(place: int, answer: Answer | NoAnswer) -> None:
-                key = new[place]
+            def keep(index: int, answer: Answer | NoAnswer) -> None:
+                key = new[index]
                 if isinstance(answer, NoAnswer):
                     failed[key] = answer
                 else:
@@ -103,8 +104,8 @@ class Interview:
         return [failed.get(key) or self._kept(key) for key in keys]
 
     def _kept(self, key: str) -> Answer:
-        value = {name: found for name, found in self.store[key].items() if name not in ("row", "sample")}
-        return Answer(**value)
+        fields = {name: value for name, value in self.store[key].items() if name not in ("row", "sample")}
+        return Answer(**fields)
 
     def totals(self) -> dict[str, int]:
         """Answers that the run is made of, how many of them it asked for itself, their attempts and their tokens."""
@@ -121,43 +122,43 @@ class Interview:
 
 @dataclass
 class Outcome:
-    """What became of one question: the last reading, and every text that the teacher gave."""
+    """What became of one question: the last answer as it was read, and every text that the teacher gave."""
 
-    reading: Reading
+    parsed: ParsedAnswer
     texts: list[str]
 
 
 def until_usable(
     interview: Interview,
-    requests: Sequence[Request],
-    read: Callable[[list[int], list[Answer]], list[Reading]],
+    questions: Sequence[Question],
+    read: Callable[[list[int], list[Answer]], list[ParsedAnswer]],
     max_tries: int,
 ) -> list[Outcome]:
     """Ask, and where the answer cannot be used ask again, in the same chat, with the reason; `max_tries` times in all.
 
     Args:
-        read: (places in `requests`, their answers) -> readings.
+        read: (indices in `questions`, their answers) -> what they say.
     """
-    outcomes = [Outcome(Reading(None), []) for _ in requests]
-    asked = dict(enumerate(requests))
+    outcomes = [Outcome(ParsedAnswer(None), []) for _ in questions]
+    asked = dict(enumerate(questions))
     for _ in range(max_tries):
-        found = dict(zip(asked, interview.ask([*asked.values()]), strict=True))
-        answered = {place: answer for place, answer in found.items() if isinstance(answer, Answer)}
-        for place in found.keys() - answered.keys():
-            before = f"{fault}; asked again: " if (fault := outcomes[place].reading.fault) else ""
-            reason, lasting = before + found[place].reason, found[place].lasting
-            outcomes[place].reading = Reading(None, reason, unanswered=not lasting)
+        replies = dict(zip(asked, interview.ask([*asked.values()]), strict=True))
+        answered = {index: answer for index, answer in replies.items() if isinstance(answer, Answer)}
+        for index in replies.keys() - answered.keys():
+            before = f"{fault}; asked again: " if (fault := outcomes[index].parsed.fault) else ""
+            reason, lasting = before + replies[index].reason, replies[index].lasting
+            outcomes[index].parsed = ParsedAnswer(None, reason, unanswered=not lasting)
         again = {}
-        for place, reading in zip(answered, read([*answered], [*answered.values()]), strict=True):
-            outcomes[place].reading = reading
-            outcomes[place].texts.append(answered[place].text)
-            if reading.fault is not None:
-                request = asked[place]
+        for index, parsed in zip(answered, read([*answered], [*answered.values()]), strict=True):
+            outcomes[index].parsed = parsed
+            outcomes[index].texts.append(answered[index].text)
+            if parsed.fault is not None:
+                question = asked[index]
                 turns = [
-                    {"role": "assistant", "content": final_answer(answered[place].text) or "(nothing)"},
-                    {"role": "user", "content": AGAIN.format(fault=reading.fault)},
+                    {"role": "assistant", "content": final_answer(answered[index].text) or "(nothing)"},
+                    {"role": "user", "content": AGAIN.format(fault=parsed.fault)},
                 ]
-                again[place] = Request(request.row, request.messages + turns, request.sample)
+                again[index] = Question(question.row, question.messages + turns, question.sample)
         asked = again
         if not asked:
             break

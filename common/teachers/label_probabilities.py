@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.tasks.ranking.task import LabelTask
-from common.teachers.interview import Answer, NoAnswer, Request
-from common.teachers.tasks import Unusable
+from common.teachers.interview import Answer, NoAnswer, Question
+from common.teachers.tasks import UnusableAnswer
 
 if TYPE_CHECKING:
     from common.tasks.ranking.classifier import Classifier
@@ -27,7 +27,7 @@ def distribution(top: Sequence[tuple[str, float]], task: LabelTask) -> tuple[dic
         top: the likeliest first tokens with their log-probabilities in nats.
 
     Raises:
-        Unusable: no label is among them.
+        UnusableAnswer: no label is among them.
     """
     mass = dict.fromkeys(task.labels, 0.0)
     for token, logprob in top:
@@ -40,12 +40,12 @@ def distribution(top: Sequence[tuple[str, float]], task: LabelTask) -> tuple[dic
     covered = sum(mass.values())
     if not covered:
         shown = ", ".join(repr(token) for token, _ in top[:3]) or "none"
-        raise Unusable(f"no label is among the likeliest first tokens ({shown})")
+        raise UnusableAnswer(f"no label is among the likeliest first tokens ({shown})")
     absent = [label for label in task.labels if not mass[label]]
     rest = max(0.0, 1 - sum(math.exp(logprob) for _, logprob in top))
     mass |= {label: rest / len(absent) for label in absent}
     total = sum(mass.values())
-    return {label: round(each / total, 6) for label, each in mass.items()}, round(max(0.0, 1 - covered), 6)
+    return {label: round(value / total, 6) for label, value in mass.items()}, round(max(0.0, 1 - covered), 6)
 
 
 class RankingTeacher:
@@ -61,13 +61,13 @@ class RankingTeacher:
         task = classifier.task
         self.key: Any = ["ranker", identity, task.labels, task.verbalizers, repr(self.calibration)]
 
-    def ask(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
-        """See `teacher_answers.Teacher`; the question is taken off the prompt, since the ranker puts it."""
+    def ask(self, questions: Sequence[Question], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
+        """See `interview.Teacher`; the question is taken off the prompt, since the ranker puts it."""
         instruction = self.classifier.task.prompt("")
-        for start in range(0, len(requests), WINDOW):
-            some = requests[start : start + WINDOW]
-            texts = [request.messages[0]["content"].removeprefix(instruction) for request in some]
-            for place, answer in enumerate(self.classifier.answers(texts, self.calibration), start=start):
-                found = answer["probabilities"]
-                label = answer["prediction"] or max(found, key=found.get)
-                keep(place, Answer(label, probabilities=found))
+        for start in range(0, len(questions), WINDOW):
+            batch = questions[start : start + WINDOW]
+            texts = [question.messages[0]["content"].removeprefix(instruction) for question in batch]
+            for index, answer in enumerate(self.classifier.answers(texts, self.calibration), start=start):
+                probabilities = answer["probabilities"]
+                label = answer["prediction"] or max(probabilities, key=probabilities.get)
+                keep(index, Answer(label, probabilities=probabilities))

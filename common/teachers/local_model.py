@@ -3,65 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
 from common.models import tokenizers
 from common.models.batching import context_of
-from common.teachers.interview import Answer, NoAnswer, Request
+from common.models.source import LoadedModel
+from common.teachers.interview import Answer, NoAnswer, Question
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+DECIDING = ("max_new_tokens", "temperature", "top_p", "seed")  # of a decoding, for an answer
 WINDOW = 64  # answers that are made, and then kept, together
 
 
 class LocalTeacher:
-    """See `teacher_answers.Teacher`.
+    """See `interview.Teacher`.
 
     Args:
+        loaded: the model.
         identity: what tells this model from another, and its precision, as JSON.
-        decoding: max_new_tokens, temperature, top_p and seed, as `Decoding` has them.
+        decoding: how it writes; the seed counts up with the sample.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        identity: Any,
-        max_batch_tokens: int,
-        **decoding: Any,
-    ) -> None:
-        self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
-        self.decoding = decoding
-        self.key: Any = ["local", identity, decoding]
+    def __init__(self, loaded: LoadedModel, identity: Any, decoding: Decoding) -> None:
+        self.loaded, self.decoding = loaded, decoding
+        self.key: Any = ["local", identity, {name: getattr(decoding, name) for name in DECIDING}]
 
-    def ask(self, requests: Sequence[Request], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
-        """See `teacher_answers.Teacher`; a chat that does not fit the model's context gets no answer."""
-        context = context_of(self.model.config)
-        room = context - self.decoding["max_new_tokens"]
+    def ask(self, questions: Sequence[Question], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
+        """See `interview.Teacher`; a chat that does not fit the model's context gets no answer."""
+        context = context_of(self.loaded.model.config)
+        room = context - self.decoding.max_new_tokens
         fitting = []
-        for place, request in enumerate(requests):
-            prompt = tokenizers.encode_chat(self.tokenizer, request.messages)
+        for index, question in enumerate(questions):
+            prompt = tokenizers.encode_chat(self.loaded.tokenizer, question.messages)
             if len(prompt) <= room:
-                fitting.append((request.sample, place, prompt))
+                fitting.append((question.sample, index, prompt))
             else:
                 reason = f"its {len(prompt)} tokens do not fit the {room} that the teacher has for them"
-                keep(place, NoAnswer(reason, lasting=True))
-        for sample, some in groupby(sorted(fitting), key=lambda each: each[0]):
-            numbered = [(place, prompt) for _, place, prompt in some]
+                keep(index, NoAnswer(reason, lasting=True))
+        for sample, group in groupby(sorted(fitting), key=lambda fitted: fitted[0]):
+            numbered = [(index, prompt) for _, index, prompt in group]
             for start in range(0, len(numbered), WINDOW):
                 self._answer(sample, numbered[start : start + WINDOW], keep)
 
     def _answer(self, sample: int, numbered: list[tuple[int, list[int]]], keep: Callable) -> None:
-        found = generation.generate(
-            self.model,
-            self.tokenizer,
+        answers = generation.generate(
+            self.loaded.model,
+            self.loaded.tokenizer,
             [prompt for _, prompt in numbered],
-            Decoding(**self.decoding | {"seed": self.decoding["seed"] + sample}),
-            max_batch_tokens=self.max_batch_tokens,
+            replace(self.decoding, seed=self.decoding.seed + sample),
+            max_batch_tokens=self.loaded.max_batch_tokens,
         )
-        for (place, prompt), (answer,) in zip(numbered, found, strict=True):
-            keep(place, Answer(answer.text, answer.finished, len(prompt), len(answer.tokens)))
+        for (index, prompt), (answer,) in zip(numbered, answers, strict=True):
+            keep(index, Answer(answer.text, answer.finished, len(prompt), len(answer.tokens)))

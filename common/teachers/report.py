@@ -34,11 +34,11 @@ def figures(asked: int, totals: dict[str, int], written: Written, price_in: floa
     }
 
 
-def _agreement(found: Sequence[tuple[str | None, bool]]) -> dict[str, Any] | None:
+def _agreement(judged: Sequence[tuple[str | None, bool]]) -> dict[str, Any] | None:
     """The share of answers that are gold's, with its 95 % interval (over groups where every row has one)."""
-    if not found:
+    if not judged:
         return None
-    groups, right = zip(*found, strict=True)
+    groups, right = zip(*judged, strict=True)
     return {"agree": sum(right), "of": len(right), **mean_interval(right, groups if all(groups) else None)}
 
 
@@ -57,11 +57,11 @@ def _statement(agreement: dict[str, Any] | None) -> str:
 
 def _uncovered(rows: Sequence[dict]) -> dict[str, Any] | None:
     """How much of an endpoint's probability the labels did not cover."""
-    found = [row["uncovered_mass"] for row in rows if "uncovered_mass" in row]
-    if not found:
+    masses = [row["uncovered_mass"] for row in rows if "uncovered_mass" in row]
+    if not masses:
         return None
-    mean = round(sum(found) / len(found), 6)
-    return {"mean": mean, "max": max(found), "rows_above_half": sum(each > 0.5 for each in found)}
+    mean = round(sum(masses) / len(masses), 6)
+    return {"mean": mean, "max": max(masses), "rows_above_half": sum(mass > 0.5 for mass in masses)}
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -90,10 +90,10 @@ def summary(record: dict[str, Any]) -> str:
 def warnings(record: dict[str, Any]) -> list[str]:
     """What nobody should overlook."""
     agreement, mass = record["agreement_with_gold"], record["uncovered_mass"]
-    found = [record["statement"]] if agreement and agreement["high"] < 1 else []
+    sentences = [record["statement"]] if agreement and agreement["high"] < 1 else []
     if mass and mass["rows_above_half"]:
-        found.append(
+        sentences.append(
             f"in {mass['rows_above_half']:,} rows the teacher gives the labels less than half of its probability; it "
             "would rather say something else"
         )
-    return found
+    return sentences

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.cli import UserError
 from common.data import rows as records
 from common.data import splits
 from common.generation import json_schema, json_writer
@@ -25,20 +26,13 @@ from common.tasks.idp import documents, field_metrics
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.ranking.task import LabelTask
 
-REASONS = (
-    "\n\nFirst explain in a few sentences what speaks for your answer. Then write a line that begins with "
-    '"Answer:" and after it the answer alone, in the form asked for above.'
-)
-REASON_REQUEST = "\n\nExplain in a few sentences what speaks for your answer."  # what a student's rationale answers
-AGAIN = "That cannot be used: {fault}. Answer again, in the form asked for."
-
 _ANSWER_LINE = re.compile(r"^[\s*#>_]*answer[\s*_]*:[*_]*", re.IGNORECASE | re.MULTILINE)
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
 _AROUND = " \t\r\n*_`\"'.,;:!()[]<>#"  # what may stand around a label
 
 
-class Unusable(ValueError):
-    """Why an answer cannot be trained on, in words that the teacher is told when it is asked again."""
+class UnusableAnswer(ValueError):
+    """Why an answer cannot be trained on, in words that the teacher reads when it is asked again."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Item:
     """One row of --data.
 
     Attributes:
-        number: its line (or its place in a list) in the file.
+        number: its line (or its index in a list) in the file.
         prompt: what the student is asked, and the teacher as well.
         gold: the answer that the row has; None where it has none.
         kept: what the written row takes over: "output", "group", "id".
@@ -61,8 +55,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """An answer as it was understood: `answer` in the form of training rows, and why it cannot be used, or None.
+class ParsedAnswer:
+    """What an answer says: `answer` in the form of training rows, and `fault`, why it cannot be used, or None.
 
     Attributes:
         extra: what the written row says besides: "reason", "probabilities", "uncovered_mass".
@@ -75,45 +69,48 @@ class Reading:
     unanswered: bool = False
 
 
-def read_items(path: str, task: Labels | Documents | Code, skip_bad_rows: bool = False) -> list[Item]:
+def read_items(path: str, task: TeacherTask, skip_bad_rows: bool = False) -> list[Item]:
     """The rows of a JSONL, JSON list or CSV file. Raises UserError for a bad row, by file and line."""
     if isinstance(task, Code) and task.is_problem_file(path):
-        return [task.problem_item(n, each) for n, each in enumerate(code_problems.read(path, skip_bad_rows), start=1)]
+        return [
+            task.problem_item(number, problem)
+            for number, problem in enumerate(code_problems.read(path, skip_bad_rows), start=1)
+        ]
     unit, numbered, _ = records.numbered_rows(path)
     numbers = {id(row): number for number, row in numbered}
     good = records.check_rows(path, numbered, (), skip_bad_rows, unit, task.fault)
     return [task.item(numbers[id(row)], row) for row in good]
 
 
-def understand(task: Labels | Documents | Code, prompt: str, text: str, finished: bool, reasons: bool) -> Reading:
+def understand(task: TeacherTask, prompt: str, text: str, finished: bool, reasons: bool) -> ParsedAnswer:
     """What a teacher's text says, before `check`; thinking before it is passed over (`final_answer`).
 
     Args:
         prompt: what a student is asked.
         finished: the text ended by itself, not at the token budget.
-        reasons: the teacher was asked with `REASONS`.
+        reasons: the teacher was asked with `prompts.REASONS`.
     """
     text = final_answer(text).strip()
     if not text and finished:
-        return Reading(None, "the answer is empty")
+        return ParsedAnswer(None, "the answer is empty")
     extra = {}
     try:
         if not finished:
-            raise Unusable("the answer breaks off at --max_new_tokens")
+            raise UnusableAnswer("the answer breaks off at --max_new_tokens")
         if reasons:
             line = _ANSWER_LINE.search(text)
             reason = text[: line.start()].strip() if line else ""
             if not reason:
-                raise Unusable('there must be reasons, and after them a line that begins with "Answer:"')
+                raise UnusableAnswer('there must be reasons, and after them a line that begins with "Answer:"')
             extra, text = {"reason": reason}, text[line.end() :].strip()
-        return Reading(task.parse(text, prompt), None, extra)
-    except Unusable as error:
-        return Reading(None, str(error))
+        return ParsedAnswer(task.parse(text, prompt), None, extra)
+    except UnusableAnswer as error:
+        return ParsedAnswer(None, str(error))
 
 
 def _kept(row: dict, gold: str | None, group: str | None) -> dict[str, Any]:
-    found = {"id": row.get("id"), "output": gold, "group": group}
-    return {key: value for key, value in found.items() if value is not None}
+    fields = {"id": row.get("id"), "output": gold, "group": group}
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 class Labels:
@@ -152,15 +149,15 @@ class Labels:
         """The label that a text is: alone or after a colon ("Answer: Good"), in any case, with marks around it."""
         for part in (text, text.rpartition(":")[2]):
             plain = part.strip(_AROUND).casefold()
-            found = {label for word, label in self._words.items() if word == part.strip()}
-            found = found or {label for word, label in self._words.items() if word.strip(_AROUND).casefold() == plain}
-            if len(found) == 1:
-                return found.pop()
-        raise Unusable(f"the answer must be one of {', '.join(self.task.labels)} and nothing else")
+            labels = {label for word, label in self._words.items() if word == part.strip()}
+            labels = labels or {label for word, label in self._words.items() if word.strip(_AROUND).casefold() == plain}
+            if len(labels) == 1:
+                return labels.pop()
+        raise UnusableAnswer(f"the answer must be one of {', '.join(self.task.labels)} and nothing else")
 
-    def check(self, items: Sequence[Item], readings: Sequence[Reading]) -> list[Reading]:
+    def check(self, items: Sequence[Item], answers: Sequence[ParsedAnswer]) -> list[ParsedAnswer]:
         """Nothing has to be run."""
-        return list(readings)
+        return list(answers)
 
     def judged(self, item: Item) -> bool:
         """Whether there is gold to compare with."""
@@ -194,7 +191,7 @@ class Documents:
 
     def item(self, number: int, row: dict) -> Item:
         """A row as it is asked; a document by IDP's prompt."""
-        gold = self.parse(found) if (found := self._gold(row)) else None
+        gold = self.parse(text) if (text := self._gold(row)) else None
         if "input" in row:
             return Item(number, row["input"], gold, _kept(row, gold, row.get("group")))
         text = documents.clean(row["document"])
@@ -204,14 +201,14 @@ class Documents:
     def parse(self, text: str, prompt: str = "") -> str:
         """The JSON in a text, bare or in a Markdown fence."""
         fence = _FENCED.search(text)
-        found = json_schema.parse(fence[1] if fence else text, self.schema)
-        if found.error:
-            raise Unusable(found.error)
-        return json_writer.dumps(found.value, self.schema)
+        parsed = json_schema.parse(fence[1] if fence else text, self.schema)
+        if parsed.error:
+            raise UnusableAnswer(parsed.error)
+        return json_writer.dumps(parsed.value, self.schema)
 
-    def check(self, items: Sequence[Item], readings: Sequence[Reading]) -> list[Reading]:
+    def check(self, items: Sequence[Item], answers: Sequence[ParsedAnswer]) -> list[ParsedAnswer]:
         """Nothing has to be run."""
-        return list(readings)
+        return list(answers)
 
     def judged(self, item: Item) -> bool:
         """Whether there is gold to compare with."""
@@ -220,8 +217,8 @@ class Documents:
     def score(self, item: Item, answer: str) -> float:
         """F1 of the fields against gold: 1 where all agree."""
         compared = field_metrics.compare(json.loads(item.gold), json.loads(answer))
-        agree, found, wanted = field_metrics.counts([compared], normalised=False)[0]
-        return float(2 * agree / (found + wanted)) if found + wanted else 1.0
+        agree, predicted, true = field_metrics.counts([compared], normalised=False)[0]
+        return float(2 * agree / (predicted + true)) if predicted + true else 1.0
 
 
 class Code:
@@ -270,24 +267,24 @@ class Code:
         if prompt.endswith(code_prompt.PLAN_REQUEST):
             if plan := code_answer.plan_of(text):
                 return code_prompt.plan_answer(plan)
-            raise Unusable("there is no plan")
+            raise UnusableAnswer("there is no plan")
         code = code_answer.code_of(text)
         if error := code_answer.compile_error(code):
-            raise Unusable(f"the code does not compile ({error})")
-        if all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Name) for each in ast.parse(code).body):
-            raise Unusable("there is no code")  # a lone word compiles
+            raise UnusableAnswer(f"the code does not compile ({error})")
+        if all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Name) for node in ast.parse(code).body):
+            raise UnusableAnswer("there is no code")  # a lone word compiles
         return code_prompt.code_answer(code)
 
-    def check(self, items: Sequence[Item], readings: Sequence[Reading]) -> list[Reading]:
+    def check(self, items: Sequence[Item], answers: Sequence[ParsedAnswer]) -> list[ParsedAnswer]:
         """Run the tests, if they may be run: code that fails them is a fault."""
-        checked = list(readings)
-        run = [n for n, item in enumerate(items) if self.judged(item) and readings[n].fault is None]
-        pairs = [(code_answer.code_of(readings[place].answer), items[place].tests) for place in run]
+        checked = list(answers)
+        run = [index for index, item in enumerate(items) if self.judged(item) and answers[index].fault is None]
+        pairs = [(code_answer.code_of(answers[index].answer), items[index].tests) for index in run]
         verdicts = grading.grade_many(pairs, allow_unsafe=self.allow_no_sandbox) if pairs else []
-        for place, verdict in zip(run, verdicts, strict=True):
+        for index, verdict in zip(run, verdicts, strict=True):
             if not verdict.passed:
                 detail = f"{verdict.error}: {verdict.detail}".rstrip(": ")
-                checked[place] = Reading(readings[place].answer, f"the code fails its tests ({detail})")
+                checked[index] = ParsedAnswer(answers[index].answer, f"the code fails its tests ({detail})")
         return checked
 
     def judged(self, item: Item) -> bool:
@@ -305,3 +302,32 @@ def held_out(items: Sequence[Item]) -> Iterator[Item]:
         group = str(item.kept.get("group", ""))
         if splits.GROUP_HASH.fullmatch(group) and splits.part_of(group) != "train":
             yield item
+
+
+TeacherTask = Labels | Documents | Code
+
+
+def notices(task: TeacherTask, items: Sequence[Item]) -> list[str]:
+    """What the rows lack, and which of them no student should be trained on, in sentences."""
+    sentences = []
+    if count := sum(1 for _ in held_out(items)):
+        sentences.append(
+            f"warning: {count} of {len(items)} rows belong to groups that are held out for dev and validation; a "
+            "student that is trained on them cannot be judged on those"
+        )
+    if isinstance(task, Code) and any(item.tests for item in items) and not task.run_tests:
+        sentences.append(
+            "the rows' tests are not run, so code has only to compile; --confirm_run_unsafe_code runs them"
+        )
+    return sentences
+
+
+def check_instruction(path: str, task: Labels, items: Sequence[Item]) -> None:
+    """Raises UserError for an input that does not begin with the task's instruction, which a label ranker puts."""
+    instruction = task.task.prompt("")
+    for item in items:
+        if not item.prompt.startswith(instruction):
+            raise UserError(
+                f"{path}, row {item.number}: the input does not begin with the instruction of {task.name}, "
+                "which the label ranker puts; give rows of that task"
+            )

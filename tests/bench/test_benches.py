@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import interleave
 from support.inputs import ROOT
 from support.models import build_base
 from support.scripts import parser_of
 
 from bench import all as everything
-from bench import label_ranking, train_throughput, turns
+from bench import label_ranking, train_throughput
 from common import cli
 from common.data import rows as records
 from common.models import tokenizers
@@ -30,20 +31,20 @@ def numbers(*values: float):
 
 
 def test_a_warm_up_round_does_not_count():
-    table = turns.take_turns({"a": numbers(100, 1, 2, 9), "b": numbers(100, 5, 5, 5)}, 3, "rows", warm_up=True)
+    table = interleave.take_turns({"a": numbers(100, 1, 2, 9), "b": numbers(100, 5, 5, 5)}, 3, "rows", warm_up=True)
     assert table == {"a": {"rows_per_s": 2, "min": 1, "max": 9}, "b": {"rows_per_s": 5, "min": 5, "max": 5}}
-    assert turns.take_turns({"a": numbers(3)}, 1, "rows") == {"a": {"rows_per_s": 3, "min": 3, "max": 3}}
+    assert interleave.take_turns({"a": numbers(3)}, 1, "rows") == {"a": {"rows_per_s": 3, "min": 3, "max": 3}}
 
 
 def test_a_peer_that_fails_is_left_out_and_named(capsys):
     def broken():
         raise RuntimeError("no kernel image\nis available")
 
-    found = turns.take_turns({"ours": numbers(1, 2), "peer": broken}, 1, "rows", warm_up=True, peers=("peer",))
+    found = interleave.take_turns({"ours": numbers(1, 2), "peer": broken}, 1, "rows", warm_up=True, peers=("peer",))
     assert list(found) == ["ours"]
     assert "peer left out, it fails with RuntimeError: no kernel image is available" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
-        turns.take_turns({"ours": broken}, 1, "rows")
+        interleave.take_turns({"ours": broken}, 1, "rows")
 
 
 RANKING = {

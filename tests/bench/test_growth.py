@@ -8,9 +8,8 @@ import sys
 from itertools import product
 
 import pytest
-
-from bench import memory, slopes
-from bench.slopes import Curve, Expected, Series
+from harness import growth_curves, memory
+from harness.growth_curves import Curve, Expected, Series
 
 pytestmark = pytest.mark.processes
 
@@ -82,11 +81,11 @@ def test_the_table_and_the_plot_show_both_and_flag_one():
         "labels", "labels ranked", "a label",
         [series(COSTS["linear"], "linear"), series(COSTS["linear"], "constant", "bytes")],
     )  # fmt: skip
-    _, _, good, bad = slopes.markdown([curve]).splitlines()
+    _, _, good, bad = growth_curves.markdown([curve]).splitlines()
     assert good.startswith("| labels ranked, 1 to 32 | time | x^0.") and good.endswith("| linear: so it is | yes |")
     assert "4 s a label (3.6 s to 4.4 s)" in good
     assert bad.endswith("| constant: so it is | **no**: changes by a factor of 10.54 |")
-    assert slopes.draw(curve).startswith(b"\x89PNG")
+    assert growth_curves.draw(curve).startswith(b"\x89PNG")
     assert [each["disagrees"] for each in curve.result()["series"]] == [None, "changes by a factor of 10.54"]
 
 
@@ -96,7 +95,7 @@ def test_the_table_and_the_plot_show_both_and_flag_one():
      (1234, "answers/s", "1,234 answers/s"), (3e-10, "bytes", "0")],
 )  # fmt: skip
 def test_amounts_have_a_fitting_unit(value, unit, text):
-    assert slopes.amount(value, unit) == text
+    assert growth_curves.amount(value, unit) == text
 
 
 def test_the_memory_of_a_process_counts_its_children():

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from common.evaluation import report_page as page
+from common.evaluation import results
 from common.tasks.ranking import report
 from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.decision import Decision
@@ -160,4 +160,4 @@ def test_many_labels_and_a_bare_result(tmp_path):
 
 
 def test_names_that_end_alike_are_told_apart():
-    assert page.model_names(made(("a/sft", "b/sft"))) == ["a/sft", "b/sft"]
+    assert results.model_names(made(("a/sft", "b/sft"))) == ["a/sft", "b/sft"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import ARCHITECTURES, build_architecture
-from support.host import serve_requests
+from support.host import run_host
 from support.inputs import CORPUS, write_rows
 from support.served import settings
 
@@ -103,8 +103,8 @@ def test_it_is_served(student, loaded):
     version = Registry(str(runs), student["base"]).find("adapter")
     turn = ChatTurn([{"role": "user", "content": CORPUS[3]}])
     works = [Chat(tokens, 0.0, 1.0, 1, 0, (), schema) for tokens, schema in ((8, None), (40, json.dumps(SCHEMA)))]
-    requests = [((version, work), turn) for work in works]
-    done = serve_requests(student["base"], settings(runs).host, requests, adapters=1).answers_by_number
+    asked = [((version, work), turn) for work in works]
+    done = dict(run_host(student["base"], settings(runs).host, asked, adapters=1).numbered())
     assert done[0].choices[0].tokens == expected.tokens, done[0]
     assert json_schema.errors(json.loads(done[1].choices[0].text), SCHEMA) == []
 

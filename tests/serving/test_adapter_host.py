@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.host import Messages, serve_requests
+from support.host import Messages, run_host
 from support.served import ROWS, make_run, make_runs, replace_adapter, settings
 
 from common.cli import UserError
@@ -23,10 +23,16 @@ from common.vram import preflight as vram
 PROMPT = CREDITMIX.prompt(creditmix.clean_features(ROWS[0]))
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base):
+    """Not to be changed."""
+    return make_runs(tmp_path_factory.mktemp("serve") / "runs", base)
+
+
 def serve(base: str, runs, versions, *, adapters: int = 3, **changes) -> Messages:
     """The messages of a process that is asked for the first row by each version, and closed."""
-    requests = [((version, Classify()), [PROMPT]) for version in versions]
-    return serve_requests(base, settings(runs, **changes).host, requests, adapters)
+    asked = [((version, Classify()), [PROMPT]) for version in versions]
+    return run_host(base, settings(runs, **changes).host, asked, adapters)
 
 
 def retrain(host: Host, registry: Registry, base: str, folder, times: int, abandoned: int = 0) -> None:
@@ -58,14 +64,14 @@ def test_a_batch_that_is_too_large_for_the_memory(auto_fit, base, runs, monkeypa
     version = Registry(str(runs), base).find("sft")
     messages = serve(base, runs, [version], max_batch_tokens=8192, auto_fit=auto_fit)
     if auto_fit:
-        assert messages.answers[0][0]["prediction"] in CREDITMIX.labels
+        assert messages.answers()[0][0]["prediction"] in CREDITMIX.labels
     else:
         assert messages.sent[0].reason.endswith("are free; MAX_BATCH_TOKENS=4096")
 
 
 def test_a_base_in_4_bits_answers_as_the_script_in_4_bits(base, runs):
     version = Registry(str(runs), base).find("kd")
-    ((answer,),) = serve(base, runs, [version], load_in_4bit="on").answers
+    ((answer,),) = serve(base, runs, [version], load_in_4bit="on").answers()
     classifier = Classifier.load(ModelSource(version.model_dir, load_in_4bit="on"), CREDITMIX)
     (wanted,) = classifier.answers([creditmix.clean_features(ROWS[0])], classifier.calibration(None))
     for key in ("raw_scores", "prior", "scores"):
@@ -92,7 +98,7 @@ def test_a_batch_that_runs_out_of_memory_is_done_row_by_row(base, runs):
     version = Registry(str(runs), base).find("sft")
     rows = [["a"], ["long"], ["b"]]
     host.begin([QueuedRequest(number, (version, Exhausting()), row) for number, row in enumerate(rows)])
-    first, long, last = messages.answers
+    first, long, last = messages.answers()
     assert (first, last) == (["a"], ["b"])
     assert type(long) is UserError
     assert "send less text in one request, or lower MAX_BATCH_TOKENS" in str(long)
@@ -115,7 +121,7 @@ def test_an_adapter_that_is_at_work_stays_whatever_comes_between(base, tmp_path,
             return [[view.adapter in host.model.peft_config] for _ in payloads]
 
     host.begin([QueuedRequest(7, (registry.find("sft"), Long()), [PROMPT])])
-    assert messages.answers[-1] == [True]
+    assert messages.answers()[-1] == [True]
     assert len(host.views) == 4
 
 
@@ -127,7 +133,7 @@ def test_versions_that_left_the_registry_leave_memory(base, tmp_path, monkeypatc
     host = Host(base, settings(runs).host, 3, messages)
     host.load()
     retrain(host, registry, base, tmp_path, times=5)
-    assert len({answer["raw_scores"]["Good"] for (answer,) in messages.answers}) == 5
+    assert len({answer["raw_scores"]["Good"] for (answer,) in messages.answers()}) == 5
     assert len(host.model.peft_config) == len(host.views) == 3
     state = messages.last(State)
     fingerprint = adapters.fingerprint(loading.load_base(ModelSource(base)))

@@ -10,6 +10,7 @@ import socket
 from collections import Counter
 
 import pytest
+from harness.memory import own_bytes
 from support.inputs import LABELS
 from support.served import (
     JSON,
@@ -19,7 +20,6 @@ from support.served import (
     serve,
 )
 
-from bench.memory import own_bytes
 from common.cli import UserError
 from common.serving.settings import ServerSettings
 from common.tasks.ranking.creditmix import CREDITMIX

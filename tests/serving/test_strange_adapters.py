@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.host import serve_requests
+from support.host import run_host
 from support.served import ROWS, make_runs, settings
 
 from common.models import loading as models
@@ -25,9 +25,9 @@ PROMPT = CREDITMIX.prompt(creditmix.clean_features(ROWS[0]))
 def ask(base: str, runs, names: list[str]) -> list:
     """What each of these runs answers to the first row, asked one after the other in one process."""
     registry = Registry(str(runs), base)
-    requests = [((registry.find(name), Classify()), [PROMPT]) for name in names]
-    answers = serve_requests(base, settings(runs).host, requests).answers_by_number
-    return [answers[number] for number in range(len(names))]
+    asked = [((registry.find(name), Classify()), [PROMPT]) for name in names]
+    numbered = run_host(base, settings(runs).host, asked).numbered()
+    return [answer for _, answer in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def raw_scores(answers: list) -> list[dict[str, float]]:
@@ -62,8 +62,11 @@ def other_names(folder, base: str) -> None:
     save_file({name.replace("layers", "blocks"): tensor.clone() for name, tensor in weights.items()}, file)
 
 
-STRANGE = {tokens: "has trainable_token_indices, which changes the base", ia3: "is of the kind IA3, and only LoRA",
-           other_names: "have no place there, such as base_model.model.model.blocks"}  # fmt: skip
+STRANGE = {
+    tokens: "cannot share a base with others: it has trainable_token_indices",
+    ia3: "cannot share a base with others: it is of the kind IA3",
+    other_names: "have no place there, such as base_model.model.model.blocks",
+}
 
 
 @pytest.mark.parametrize("make", STRANGE)

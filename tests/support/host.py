@@ -1,4 +1,4 @@
-"""A model's process without a process: its host, and a channel that has all messages at once."""
+"""A model's process from the inside, in the test's own process: messages in, messages out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.serving.messages import Answers, Close, HostSettings
 
 
 class Messages:
-    """A channel without another end: `coming` is received, what is sent is kept."""
+    """A channel without another end: all messages come at once, and what is sent is kept."""
 
     def __init__(self, *coming) -> None:
         self.coming, self.sent = list(coming), []
@@ -27,26 +27,24 @@ class Messages:
     def last(self, kind: type):
         return next(message for message in reversed(self.sent) if isinstance(message, kind))
 
-    @property
-    def answers(self) -> list:
-        """The answers in the order in which they were sent."""
-        return [answer for message in self.sent if isinstance(message, Answers) for answer in message.answers]
+    def numbered(self) -> list[tuple[int, Any]]:
+        """(number of the request, answer) in the order in which they were sent."""
+        batches = [message for message in self.sent if isinstance(message, Answers)]
+        return [pair for batch in batches for pair in zip(batch.numbers, batch.answers, strict=True)]
 
-    @property
-    def answers_by_number(self) -> dict[int, Any]:
-        """The answers by the numbers of their requests."""
-        sent = [message for message in self.sent if isinstance(message, Answers)]
-        return {
-            number: answer for message in sent for number, answer in zip(message.numbers, message.answers, strict=True)
-        }
+    def answers(self) -> list[Any]:
+        """In the order in which they were sent."""
+        return [answer for _, answer in self.numbered()]
 
 
-def serve_requests(
-    base: str, settings: HostSettings, requests: Sequence[tuple[tuple, Any]], adapters: int = 3
-) -> Messages:
-    """The messages of a host that gets requests, as (key, payload) and numbered from 0, and is closed."""
-    queued = [QueuedRequest(number, key, payload) for number, (key, payload) in enumerate(requests)]
-    messages = Messages(*queued, Close())
+def run_host(base: str, settings: HostSettings, asked: Sequence[tuple[Any, Any]], adapters: int = 3) -> Messages:
+    """The messages of a process that is asked all at once, and closed.
+
+    Args:
+        asked: (key, payload) of each request.
+    """
+    requests = [QueuedRequest(number, key, payload) for number, (key, payload) in enumerate(asked)]
+    messages = Messages(*requests, Close())
     Host(base, settings, adapters, messages).serve()
     gc.unfreeze()  # it is not alone in this process
     return messages

@@ -7,9 +7,10 @@ import sys
 from dataclasses import replace
 
 import pytest
+from harness import memory
 from support.inputs import ROOT
 
-from bench import gpu_8gb, memory
+from bench import gpu_8gb
 from common import cli
 from common.distillation.settings import DistillSettings
 from common.models.flags import source_of

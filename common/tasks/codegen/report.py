@@ -1,66 +1,66 @@
 """A CodeGen result as terminal tables, one JSON line, and a folder with metrics.json, plots and report.html.
 
-The result is a plain dict with the keys that all evaluators share (see `page`) and, for each model, what
-`code_metrics.evaluate` returns for direct answers, plus:
+The result is a plain dict with the keys that all evaluators share (see `common.evaluation.results`) and, of each model,
+what `metrics.evaluate` returns for direct answers, plus:
 
-    failures            what `code_metrics.commonest_failures` returns
+    failures            what `metrics.commonest_failures` returns
     plan_then_code?     the same figures of code written after a plan; plan_difference?: plan-then-code minus direct
 """
 
 from __future__ import annotations
 
-import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from common.evaluation import plots
+from common.evaluation import plots, results, tables
 from common.evaluation import report_page as page
-from common.evaluation.report_page import Result
+from common.evaluation.results import Result
 
 RATES = (
     ("compile_rate", "compiles", "share of answers that are Python"),
     ("lint_rate", "lints", "share in which ruff finds no error"),
     ("test_pass_rate", "tests passed", "share of all tests that pass, of right and wrong answers together"),
 )
+OTHER_COLOURS = tuple(colour for colour in plots.COLOURS if colour != plots.RIGHT)
 MODES = (("direct", "direct"), ("plan_then_code", "plan-then-code"))
 
 
 def json_line(result: Result) -> str:
     """The result on one line, without the examples of failures."""
-
-    def slim(model: dict) -> dict:
-        return {
-            key: slim(value) if key == "plan_then_code" else value for key, value in model.items() if key != "failures"
-        }
-
-    return json.dumps({**result, "models": [slim(model) for model in result["models"]]}, ensure_ascii=False)
+    return results.json_line(result, omit_of_models=["failures"], nested="plan_then_code")
 
 
 def format_tables(result: Result) -> str:
     """Models and modes, differences and failures, in aligned text."""
-    text = page.interval_text
+    text = tables.interval_text
     measures = _measures(result)
     blocks = [
         f"codegen, {result['split']}: {result['n']:,} problems of {result['data']}, "
-        f"{result['models'][0]['samples']} samples difference, sandbox {result['sandbox']}\n"
-        f"value [95 % interval], {page.resampled(result)}"
+        f"{result['models'][0]['samples']} samples each, sandbox {result['sandbox']}\n"
+        f"value [95 % interval], {results.resampled(result)}"
     ]
     rows = [
-        [f"{name}, {mode}", *(text(figures[key]) for key in measures), page.contamination_text(model)]
+        [f"{name}, {mode}", *(text(figures[key]) for key in measures), tables.contamination_text(model)]
         for name, mode, figures, model in _modes(result)
     ]
-    blocks.append(page.columns(["model", *measures.values(), "trained on"], rows))
-    if pairs := page.named_differences(result, "plan_difference", "plan-then-code - direct"):
+    blocks.append(tables.columns(["model", *measures.values(), "trained on"], rows))
+    if pairs := _differences(result):
         rows = [[name, *(text(difference[key], signed=True) for key in _passes(result))] for name, difference in pairs]
-        blocks.append(page.columns(["paired difference", *_passes(result).values()], rows))
+        blocks.append(tables.columns(["paired difference", *_passes(result).values()], rows))
     kinds = list(dict.fromkeys(kind for _, _, figures, _ in _modes(result) for kind in figures["errors"]))
     rows = [
         [f"{name}, {mode}", *(f"{figures['errors'].get(kind, 0):,}" for kind in kinds)]
         for name, mode, figures, _ in _modes(result)
     ]
-    blocks.append(page.columns(["answers", *kinds], rows))
+    blocks.append(tables.columns(["answers", *kinds], rows))
     return "\n\n".join(blocks)
+
+
+def _differences(result: Result) -> list[tuple[str, dict]]:
+    return results.named_differences(result, "plan_difference", "plan-then-code - direct")
 
 
 def _passes(result: Result) -> dict[str, str]:
@@ -76,7 +76,7 @@ def _modes(result: Result) -> list[tuple[str, str, dict, dict]]:
     """(model's name, mode in words, its figures, the model), for every mode of every model."""
     return [
         (name, words, model if mode == "direct" else model[mode], model)
-        for name, model in zip(page.model_names(result), result["models"], strict=True)
+        for name, model in zip(results.model_names(result), result["models"], strict=True)
         for mode, words in MODES
         if mode == "direct" or mode in model
     ]
@@ -94,14 +94,36 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
     intervals = [[of_mode[key] for key in measures] for of_mode in figures]
     images = {
         "rates.png": plots.interval_bars(intervals, names, list(measures.values()), "share"),
-        "outcomes.png": plots.outcome_bars([of_mode["errors"] for of_mode in figures], names),
+        "outcomes.png": outcome_bars([of_mode["errors"] for of_mode in figures], names),
     }
     return page.write(report_dir, result, images, render_html(result, images))
 
 
+def outcome_bars(counts: Sequence[dict[str, int]], names: Sequence[str]) -> bytes:
+    """One bar per name, cut into the shares of its outcomes; "passed" comes first, the rest by frequency."""
+    totals = Counter()
+    for outcomes in counts:
+        totals.update(outcomes)
+    kinds = sorted(totals, key=lambda kind: (kind != "passed", -totals[kind]))
+    figure = plots.new_figure(1.3 + 0.45 * len(names) + 0.2 * math.ceil(len(kinds) / 2), plots.WIDE)
+    axes = figure.subplots()
+    lefts = [0.0] * len(names)
+    for index, kind in enumerate(kinds):
+        shares = [outcomes.get(kind, 0) / sum(outcomes.values()) for outcomes in counts]
+        colour = plots.RIGHT if kind == "passed" else OTHER_COLOURS[index % len(OTHER_COLOURS)]
+        axes.barh(range(len(names)), shares, 0.6, left=lefts, color=colour, edgecolor="white", label=plots.plain(kind))
+        lefts = [left + share for left, share in zip(lefts, shares, strict=True)]
+    axes.set_yticks(range(len(names)), [plots.plain(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=plots.INK, fontsize=8)
+    plots.tidy(axes, "share of answers", "", grid="x")
+    return plots.png(figure)
+
+
 def render_html(result: Result, images: dict[str, bytes]) -> str:
     """The whole page; every text that comes from outside is escaped, every image embedded."""
-    names, models = page.model_names(result), result["models"]
+    names, models = results.model_names(result), result["models"]
     best = max(range(len(models)), key=lambda index: models[index][f"pass_at_{result['k'][0]}"]["value"])
     first, heading = next(iter(_passes(result).items()))
     top = models[best]
@@ -112,7 +134,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
     )
     sections = [
         _comparison_section(result),
-        _differences_section(result),
+        page.differences_section(_differences(result), _passes(result), "problems"),
         page.section(
             "Rates",
             "Whiskers: 95&nbsp;% intervals.",
@@ -126,7 +148,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
         *(_failures_section(f"{name}, {mode}", figures["failures"]) for name, mode, figures, _ in _modes(result)),
         page.provenance_section(result),
     ]
-    return page.page(
+    return page.render(
         result,
         title=f"codegen: {len(names)} model{'s' if len(names) > 1 else ''} on {result['n']:,} problems",
         headline=f"<em>{escape(names[best])}</em> reaches {heading} {top[first]['value']:.3f} "
@@ -140,37 +162,21 @@ def _comparison_section(result: Result) -> str:
     measures = _measures(result)
     rows = []
     for name, mode, figures, model in _modes(result):
-        state = {True: "good", False: "bad", None: "unknown"}[page.clean(model)]
         rows.append(
             [
                 f'{escape(name)}<span class="ci">{mode}</span>',
                 *(page.value(figures[key], gauge=key.startswith("pass")) for key in measures),
-                f'<span class="pill {state}">{page.contamination_text(model)}</span>',
+                page.contamination_pill(model),
             ]
         )
-    explained = [("pass@k", "chance that one of k answers passes all tests of its problem, estimated without bias")]
-    explained += [(heading, meaning) for _, heading, meaning in RATES]
-    meanings = "".join(f"<div><dt>{heading}</dt><dd>{meaning}</dd></div>" for heading, meaning in explained)
+    words = [("pass@k", "chance that one of k answers passes all tests of its problem, estimated without bias")]
+    words += [(heading, meaning) for _, heading, meaning in RATES]
     head = ["model", *measures.values(), "problems<br>trained on"]
     return page.section(
         "Comparison",
         f"Each value with its 95&nbsp;% interval below it; {result['models'][0]['samples']} answers a problem at "
         f"temperature {result['decoding']['temperature']:g}. Code ran in the sandbox ({escape(result['sandbox'])}).",
-        page.table(head, rows, "wide") + f'<dl class="meanings">{meanings}</dl>',
-    )
-
-
-def _differences_section(result: Result) -> str:
-    pairs = page.named_differences(result, "plan_difference", "plan-then-code - direct")
-    if not pairs:
-        return ""
-    passes = _passes(result)
-    rows = [[escape(name), *(page.value(difference[key], signed=True) for key in passes)] for name, difference in pairs]
-    return page.section(
-        "Differences, paired",
-        "First minus second on the same problems. An interval that contains 0 means that these problems do not show a "
-        "difference.",
-        page.table(["pair", *passes.values()], rows, "wide"),
+        page.table(head, rows, "wide") + page.meanings(words),
     )
 
 

@@ -1,7 +1,7 @@
 """An extraction result as terminal tables, one JSON line, and a folder with metrics.json, a plot and report.html.
 
-The result is a plain dict with the keys that all evaluators share (see `page`) and, for each model, what
-`idp_metrics.evaluate` returns, plus:
+The result is a plain dict with the keys that all evaluators share (see `common.evaluation.results`) and, of each model,
+what `metrics.evaluate` returns, plus:
 
     decoding        "constrained" | "unconstrained": of the model's own figures
     unconstrained?  the same figures of free answers; constraint_difference?: constrained minus unconstrained
@@ -17,9 +17,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from common.evaluation import plots
+from common.evaluation import plots, results, tables
 from common.evaluation import report_page as page
-from common.evaluation.report_page import Result
+from common.evaluation.results import Result
 
 # key, heading, what it means
 METRICS = (
@@ -35,41 +35,39 @@ HEADINGS = {key: heading for key, heading, _ in METRICS}
 
 def json_line(result: Result) -> str:
     """The result on one line, without the examples of errors."""
-
-    def slim(model: dict) -> dict:
-        return {
-            key: slim(value) if key == "unconstrained" else value for key, value in model.items() if key != "errors"
-        }
-
-    return json.dumps({**result, "models": [slim(model) for model in result["models"]]}, ensure_ascii=False)
+    return results.json_line(result, omit_of_models=["errors"], nested="unconstrained")
 
 
 def format_tables(result: Result) -> str:
     """Models, decodings, differences and fields, in aligned text."""
-    names, models = page.model_names(result), result["models"]
-    text = page.interval_text
+    names, models = results.model_names(result), result["models"]
+    text = tables.interval_text
     blocks = [
         f"idp, {result['split']}: {result['n']:,} documents of {result['data']}\n"
-        f"value [95 % interval], {page.resampled(result)}"
+        f"value [95 % interval], {results.resampled(result)}"
     ]
     rows = [
         [f"{name}, {decoding}", *(text(figures[key]) for key in HEADINGS), f"{figures['tokens_per_s']:,.0f}",
-         page.contamination_text(model)]
+         tables.contamination_text(model)]
         for name, model in zip(names, models, strict=True)
         for decoding, figures in _decodings(model)
     ]  # fmt: skip
-    blocks.append(page.columns(["model", *HEADINGS.values(), "tokens/s", "trained on"], rows))
-    if pairs := page.named_differences(result, "constraint_difference", "constrained - unconstrained"):
+    blocks.append(tables.columns(["model", *HEADINGS.values(), "tokens/s", "trained on"], rows))
+    if pairs := _differences(result):
         rows = [[name, *(text(difference[key], signed=True) for key in COMPARED)] for name, difference in pairs]
-        blocks.append(page.columns(["paired difference", *(HEADINGS[key] for key in COMPARED)], rows))
+        blocks.append(tables.columns(["paired difference", *(HEADINGS[key] for key in COMPARED)], rows))
     for name, model in zip(names, models, strict=True):
         rows = [
             [field, *(text(figures[key]) for key in ("precision", "recall", "f1", "f1_normalised")),
              f"{figures['support']:,}"]
             for field, figures in model["per_field"].items()
         ]  # fmt: skip
-        blocks.append(page.columns([name, "precision", "recall", "F1", "normalised F1", "values"], rows))
+        blocks.append(tables.columns([name, "precision", "recall", "F1", "normalised F1", "values"], rows))
     return "\n\n".join(blocks)
+
+
+def _differences(result: Result) -> list[tuple[str, dict]]:
+    return results.named_differences(result, "constraint_difference", "constrained - unconstrained")
 
 
 def _decodings(model: dict) -> list[tuple[str, dict]]:
@@ -86,15 +84,14 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
     """
     fields = [field for field, figures in result["models"][0]["per_field"].items() if figures["support"]]
     blank = {"f1": {"value": 0.0, "low": 0.0, "high": 0.0}}
-    bars = [{"per_class": {field: model["per_field"].get(field, blank) for field in fields}}
-            for model in result["models"]]  # fmt: skip
-    images = {"f1_per_field.png": plots.f1_bars(bars, page.model_names(result), fields)}
+    values = [[model["per_field"].get(field, blank)["f1"] for field in fields] for model in result["models"]]
+    images = {"f1_per_field.png": plots.interval_bars(values, results.model_names(result), fields, "F1")}
     return page.write(report_dir, result, images, render_html(result, images))
 
 
 def render_html(result: Result, images: dict[str, bytes]) -> str:
     """The whole page; every text that comes from outside is escaped, every image embedded."""
-    names, models = page.model_names(result), result["models"]
+    names, models = results.model_names(result), result["models"]
     best = max(range(len(models)), key=lambda index: models[index]["field_f1"]["value"])
     top, name = models[best], f"<em>{escape(names[best])}</em>"
     lead = (
@@ -105,7 +102,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
     )
     sections = [
         _comparison_section(result, names),
-        _differences_section(result),
+        page.differences_section(_differences(result), {key: HEADINGS[key] for key in COMPARED}, "documents"),
         page.section(
             "Field by field",
             "A short bar is a field that the model misses, invents or copies wrongly. Whiskers: 95&nbsp;% intervals.",
@@ -114,7 +111,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
         *(_model_section(model, name) for model, name in zip(models, names, strict=True)),
         page.provenance_section(result),
     ]
-    return page.page(
+    return page.render(
         result,
         title=f"idp: {len(names)} model{'s' if len(names) > 1 else ''} on {result['n']:,} documents",
         headline=f"{name} reaches field F1 {top['field_f1']['value']:.3f} on {result['n']:,} documents",
@@ -126,38 +123,21 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
 def _comparison_section(result: Result, names: Sequence[str]) -> str:
     rows = []
     for name, model in zip(names, result["models"], strict=True):
-        state = {True: "good", False: "bad", None: "unknown"}[page.clean(model)]
         for decoding, figures in _decodings(model):
             rows.append(
                 [
                     f'{escape(name)}<span class="ci">{decoding}</span>',
                     *(page.value(figures[key], gauge=key.startswith("field")) for key in HEADINGS),
                     f"{figures['tokens_per_s']:,.0f}",
-                    f'<span class="pill {state}">{page.contamination_text(model)}</span>',
+                    page.contamination_pill(model),
                 ]
             )
-    meanings = "".join(f"<div><dt>{heading}</dt><dd>{meaning}</dd></div>" for _, heading, meaning in METRICS)
     head = ["model", *HEADINGS.values(), "tokens/s", "documents<br>trained on"]
     return page.section(
         "Comparison",
         "Each value with its 95&nbsp;% interval below it. Constrained answers are held to the schema while they are "
         "written; unconstrained ones are what the model writes by itself.",
-        page.table(head, rows, "wide") + f'<dl class="meanings">{meanings}</dl>',
-    )
-
-
-def _differences_section(result: Result) -> str:
-    pairs = page.named_differences(result, "constraint_difference", "constrained - unconstrained")
-    if not pairs:
-        return ""
-    rows = [
-        [escape(name), *(page.value(difference[key], signed=True) for key in COMPARED)] for name, difference in pairs
-    ]
-    return page.section(
-        "Differences, paired",
-        "First minus second on the same documents. An interval that contains 0 means that these documents do not show "
-        "a difference.",
-        page.table(["pair", *(HEADINGS[key] for key in COMPARED)], rows, "wide"),
+        page.table(head, rows, "wide") + page.meanings([(heading, meaning) for _, heading, meaning in METRICS]),
     )
 
 

@@ -15,7 +15,6 @@ The result is a plain dict, and everything here is made from it alone, so a repo
     models          [{
         model_dir
         name?             short name for tables and plots (default: last part of model_dir)
-        control?          true of a classic classifier that stands beside the models
         calibration       "none" | "prior" | "batch" | "fitted"
         contamination?    {"rows": rows that share a group with training, "of": rows}; None where nobody knows
         ...               all that `metrics.evaluate` returns
@@ -31,15 +30,14 @@ The result is a plain dict, and everything here is made from it alone, so a repo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from common.evaluation import report_page as page
-from common.evaluation.plots import f1_bars
-from common.evaluation.report_page import Result
+from common.evaluation import results, tables
+from common.evaluation.results import Result
 from common.tasks.ranking import plots
 
 # key, heading, True where more is better, what it means
@@ -54,16 +52,7 @@ METRICS = (
 
 def json_line(result: Result) -> str:
     """The result on one line, without what only plots and paired drift need."""
-
-    def slim(model: dict) -> dict:
-        return {
-            key: slim(value) if key == "uncalibrated" and value else value
-            for key, value in model.items()
-            if key not in ("curves", "predictions")
-        }
-
-    short = {key: value for key, value in result.items() if key != "rows"}
-    return json.dumps({**short, "models": [slim(model) for model in result["models"]]}, ensure_ascii=False)
+    return results.json_line(result, omit=["rows"], omit_of_models=["curves", "predictions"], nested="uncalibrated")
 
 
 def write_report(report_dir: str | Path, result: Result) -> Path:
@@ -78,9 +67,9 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
 
 def images_of(result: Result) -> dict[str, bytes]:
     """The figures of a result as PNG bytes, by file name."""
-    models, names, labels = result["models"], page.model_names(result), result["labels"]
+    models, names, labels = result["models"], results.model_names(result), result["labels"]
     images = {
-        "f1_per_class.png": f1_bars(models, names, labels),
+        "f1_per_class.png": plots.f1_bars(models, names, labels),
         "risk_coverage.png": plots.risk_coverage(models, names),
     }
     for model, stem in zip(models, _stems(result), strict=True):
@@ -92,13 +81,13 @@ def images_of(result: Result) -> dict[str, bytes]:
 
 def _stems(result: Result) -> list[str]:
     """A file name part per model: its place and what is safe of its name."""
-    names = page.model_names(result)
+    names = results.model_names(result)
     return [f"{i}_{re.sub(r'[^A-Za-z0-9._-]+', '_', name)[:60]}" for i, name in enumerate(names, start=1)]
 
 
 def _best(result: Result, key: str, more: bool) -> set[int]:
     """Places of the best value among the models that were not trained on these rows (among all, if all were)."""
-    places = [i for i, model in enumerate(result["models"]) if page.clean(model) is not False]
+    places = [i for i, model in enumerate(result["models"]) if results.clean(model) is not False]
     places = places or list(range(len(result["models"])))
     values = {i: round(result["models"][i][key]["value"], 3) for i in places}
     target = max(values.values()) if more else min(values.values())
@@ -128,40 +117,40 @@ def _worst_confusion(model: dict, labels: Sequence[str]) -> tuple[str, str, floa
 
 def format_table(result: Result) -> str:
     """The comparison, the differences, and each model's per-class report and confusion matrix, in aligned text."""
-    names, models = page.model_names(result), result["models"]
+    names, models = results.model_names(result), result["models"]
     blocks = [
         f"{result['evaluator']}, {result['split']}: {result['n']:,} rows of {result['data']}\n"
-        f"value [95 % interval], {page.resampled(result)}; * best"
+        f"value [95 % interval], {results.resampled(result)}; * best"
     ]
     best = {key: _best(result, key, more) for key, _, more, _ in METRICS}
 
     def cell(i: int, key: str) -> str:
-        return page.interval_text(models[i][key]) + ("*" if i in best[key] and len(models) > 1 else " ")
+        return tables.interval_text(models[i][key]) + ("*" if i in best[key] and len(models) > 1 else " ")
 
     rows = [
         [name, str(model.get("calibration", "-")), *(cell(i, key) for key in ("accuracy", "macro_f1")),
-         page.contamination_text(model)]
+         tables.contamination_text(model)]
         for i, (name, model) in enumerate(zip(names, models, strict=True))
     ]  # fmt: skip
-    blocks.append(page.columns(["model", "calibration", "accuracy", "macro-F1", "shared with training"], rows))
+    blocks.append(tables.columns(["model", "calibration", "accuracy", "macro-F1", "shared with training"], rows))
     rows = [
         [name, *(cell(i, key) for key in ("ece", "brier", "nll"))] for i, name in enumerate(names)
     ]  # fmt: skip
-    blocks.append(page.columns(["model", "ECE", "Brier", "NLL"], rows))
+    blocks.append(tables.columns(["model", "ECE", "Brier", "NLL"], rows))
     if any("coverage" in model for model in models):
         rows = [
-            [name, page.interval_text(model["coverage"]), page.interval_text(model["selective_risk"])]
+            [name, tables.interval_text(model["coverage"]), tables.interval_text(model["selective_risk"])]
             for name, model in zip(names, models, strict=True)
             if "coverage" in model
         ]
-        blocks.append(page.columns(["model", "coverage", "error rate among answers"], rows))
+        blocks.append(tables.columns(["model", "coverage", "error rate among answers"], rows))
     if any("mean_cost" in model for model in models):
         rows = [
-            [name, page.interval_text(m["mean_cost"])]
+            [name, tables.interval_text(m["mean_cost"])]
             for name, m in zip(names, models, strict=True)
             if "mean_cost" in m
         ]
-        blocks.append(page.columns(["model", "mean cost"], rows))
+        blocks.append(tables.columns(["model", "mean cost"], rows))
     if any(model.get("uncalibrated") for model in models):
         keys = ("accuracy", "macro_f1", "ece", "brier", "nll")
         rows = [
@@ -169,25 +158,25 @@ def format_table(result: Result) -> str:
             for name, m in zip(names, models, strict=True)
             if m.get("uncalibrated")
         ]
-        blocks.append(page.columns(["before -> after", "accuracy", "macro-F1", "ECE", "Brier", "NLL"], rows))
+        blocks.append(tables.columns(["before -> after", "accuracy", "macro-F1", "ECE", "Brier", "NLL"], rows))
     if result.get("differences"):
         short = {model["model_dir"]: name for model, name in zip(models, names, strict=True)}
         rows = [
             [f"{short.get(d['a'], d['a'])} - {short.get(d['b'], d['b'])}",
-             *(page.interval_text(d[key], signed=True) for key in ("accuracy", "macro_f1"))]
+             *(tables.interval_text(d[key], signed=True) for key in ("accuracy", "macro_f1"))]
             for d in result["differences"]
         ]  # fmt: skip
-        blocks.append(page.columns(["paired difference", "accuracy", "macro-F1"], rows))
+        blocks.append(tables.columns(["paired difference", "accuracy", "macro-F1"], rows))
     for name, model in zip(names, models, strict=True):
         rows = [
-            [label, *(page.interval_text(model["per_class"][label][key]) for key in ("precision", "recall", "f1")),
+            [label, *(tables.interval_text(model["per_class"][label][key]) for key in ("precision", "recall", "f1")),
              f"{model['per_class'][label]['support']:,}"]
             for label in result["labels"]
         ]  # fmt: skip
-        blocks.append(page.columns([name, "precision", "recall", "F1", "rows"], rows))
+        blocks.append(tables.columns([name, "precision", "recall", "F1", "rows"], rows))
         matrix = zip(result["labels"], model["confusion_matrix"], strict=True)
         rows = [[label, *(f"{count:,}" for count in counts)] for label, counts in matrix]
-        blocks.append(page.columns(["true \\ predicted", *result["labels"]], rows))
+        blocks.append(tables.columns(["true \\ predicted", *result["labels"]], rows))
     return "\n\n".join(blocks)
 
 
@@ -196,7 +185,7 @@ def format_table(result: Result) -> str:
 
 def render_html(result: Result, images: dict[str, bytes]) -> str:
     """The whole page; every text that comes from outside is escaped, every image embedded."""
-    names = page.model_names(result)
+    names = results.model_names(result)
     title = f"{result['evaluator']}: {len(names)} model{'s' if len(names) > 1 else ''} on {result['n']:,} rows"
     sections = [
         _comparison_section(result, names),
@@ -208,7 +197,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
         _models_section(result, names, images),
         page.provenance_section(result),
     ]
-    return page.page(
+    return page.render(
         result,
         title=title,
         headline=_headline(result, names),
@@ -226,15 +215,14 @@ def _headline(result: Result, names: Sequence[str]) -> str:
         text = f"{name} labels {right} of {rows} correctly"
     else:
         text = f"{name} is the most accurate of {len(names)} models: {right} of {rows} labelled correctly"
-    if page.clean(model) is False:
-        text += (
-            f", {model['contamination']['rows']:,} of them of {escape(page.group_name(result))}s that it was trained on"
-        )
+    if results.clean(model) is False:
+        seen, group = model["contamination"]["rows"], escape(results.group_name(result))
+        text += f", {seen:,} of them of {group}s that it was trained on"
     return text
 
 
 def _lead(result: Result) -> str:
-    names, models = page.model_names(result), result["models"]
+    names, models = results.model_names(result), result["models"]
     place = min(_best(result, "accuracy", True))
     best, labels = models[place], result["labels"]
     supports = [best["per_class"][label]["support"] for label in labels]
@@ -261,33 +249,28 @@ def _comparison_section(result: Result, names: Sequence[str]) -> str:
     speed = any(model.get("rows_per_s") for model in models)
     cost = any("mean_cost" in model for model in models)
     head = ["model", *(f"{heading} {'↑' if more else '↓'}" for _, heading, more, _ in METRICS)]
-    shared = f"rows that share a<br>{escape(page.group_name(result))} with training"
+    shared = f"rows that share a<br>{escape(results.group_name(result))} with training"
     head += ["mean cost ↓"] * cost + [shared] + ["rows/s"] * speed
     rows = []
     for i, (name, model) in enumerate(zip(names, models, strict=True)):
-        clean = page.clean(model)
-        state = {True: "good", False: "bad", None: "unknown"}[clean]
         row = [f'{escape(name)}<span class="ci">{escape(str(model.get("calibration", "")))}</span>']
         row += [
             page.value(model[key], i in best[key], gauge=key in ("accuracy", "macro_f1")) for key, *_ in METRICS
         ]  # fmt: skip
         row += [page.value(model["mean_cost"]) if "mean_cost" in model else ""] * cost
-        row.append(f'<span class="pill {state}">{page.contamination_text(model)}</span>')
+        row.append(page.contamination_pill(model))
         row += [f"{model['rows_per_s']:,.0f}" if model.get("rows_per_s") else ""] * speed
         rows.append(row)
-    meanings = "".join(
-        f"<div><dt>{heading} {'↑' if more else '↓'}</dt><dd>{meaning}</dd></div>"
-        for _, heading, more, meaning in METRICS
-    )
+    meanings = [(f"{heading} {'↑' if more else '↓'}", meaning) for _, heading, more, meaning in METRICS]
     intro = (
         "Each value with its 95&nbsp;% interval below it; under a model's name, how its scores were calibrated. "
         "↑&nbsp;more is better, ↓&nbsp;less is better."
     )
     if len(models) > 1:
         intro += ' The <span class="best">marked</span> value is the best'
-        mixed = any(page.clean(m) is False for m in models) and any(page.clean(m) is not False for m in models)
+        mixed = any(results.clean(m) is False for m in models) and any(results.clean(m) is not False for m in models)
         intro += " among models that did not train on these rows." if mixed else "."
-    return page.section("Comparison", intro, page.table(head, rows, "wide") + f'<dl class="meanings">{meanings}</dl>')
+    return page.section("Comparison", intro, page.table(head, rows, "wide") + page.meanings(meanings))
 
 
 def _differences_section(result: Result, names: Sequence[str]) -> str:

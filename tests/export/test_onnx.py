@@ -12,37 +12,26 @@ import numpy as np
 import onnx as onnx_format
 import pytest
 import torch
-from support.exported import AWKWARD, LINES, STORIES, export_run, labelled_rows, stories
+from support.exported import AWKWARD, LINES, STORIES, export_run, stories
 from support.inputs import PROMPTS, ROOT
-from support.served import make_run, serve
+from support.served import serve
 
 import eval_creditmix
 import infer_creditmix
 from common.cli import UserError
-from common.export import onnx_writer as onnx_export
-from common.export.parity import TorchRuntime
+from common.export import onnx_writer
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models import onnx_runtime as onnx_model
 from common.models.onnx_runtime import OnnxModel
 from common.models.source import ModelSource
+from common.models.torch_runtime import TorchRuntime
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.onnx_ranker import OnnxRanker
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.torch_ranker import naive_scores
 
 pytestmark = pytest.mark.exports
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, base) -> str:
-    """An adapter of random weights. Not to be changed."""
-    return str(make_run(tmp_path_factory.mktemp("exported") / "creditmix_sft", base, seed=1))
-
-
-@pytest.fixture(scope="module")
-def dev(tmp_path_factory) -> str:
-    return labelled_rows(tmp_path_factory.mktemp("dev"))
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +42,9 @@ def onnx(run, dev, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def torch_model(run):
-    return models.load_for_inference(ModelSource(run, dtype="float32"))
-
-
 def reuse(monkeypatch, folder: Path) -> None:
     """Take a graph that is there already: an export takes seconds."""
-    monkeypatch.setattr(onnx_export, "export", lambda model, target: shutil.copy(folder / "model.onnx", target))
+    monkeypatch.setattr(onnx_writer, "export", lambda model, target: shutil.copy(folder / "model.onnx", target))
 
 
 def small(architecture: str):
@@ -131,9 +115,9 @@ def test_nobody_has_to_ask_for_fewer_logits(onnx):
 
 def test_large_weights_lie_beside_the_graph(tmp_path):
     model = small("qwen3")
-    onnx_export.export(model, tmp_path, protobuf_limit=1000)
+    onnx_writer.export(model, tmp_path, protobuf_limit=1000)
     parameters = sum(parameter.nbytes for parameter in model.parameters())
-    assert (tmp_path / onnx_export.DATA_FILE).stat().st_size > 0.9 * parameters
+    assert (tmp_path / onnx_writer.DATA_FILE).stat().st_size > 0.9 * parameters
     check_equal(tmp_path, model)
 
 
@@ -142,7 +126,7 @@ def test_an_untied_head_is_quantised_unless_kept(scales, operator, mistral, tmp_
     model, folder = mistral
     for keep, expected in ((True, 7), (False, 8)):
         (tmp_path / str(keep)).mkdir()
-        path = onnx_export.quantize(folder, tmp_path / str(keep), scales=scales, keep_lm_head=keep)
+        path = onnx_writer.quantize(folder, tmp_path / str(keep), scales=scales, keep_lm_head=keep)
         graph = onnx_format.load(str(path)).graph
         assert sum(node.op_type == operator for node in graph.node) == expected
         model.config.save_pretrained(tmp_path / str(keep))
@@ -154,14 +138,14 @@ def test_an_untied_head_is_quantised_unless_kept(scales, operator, mistral, tmp_
 def mistral(tmp_path_factory):
     """(a model, the folder with its graph)"""
     model, folder = small("mistral"), tmp_path_factory.mktemp("mistral")
-    onnx_export.export(model, folder)
+    onnx_writer.export(model, folder)
     check_equal(folder, model)
     return model, folder
 
 
 def test_float16(tmp_path):
     model = small("llama")
-    onnx_export.export(small("llama").half(), tmp_path)
+    onnx_writer.export(small("llama").half(), tmp_path)
     check_equal(tmp_path, model, allowed=1e-2)
     assert OnnxModel(str(tmp_path)).dtype == "float16"
 

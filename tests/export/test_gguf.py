@@ -7,11 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from support.exported import AWKWARD, LINES, STORIES, export_run, labelled_rows, stories
-from support.served import make_run
+from support.exported import AWKWARD, LINES, STORIES, export_run, stories
 
 from common.cli import UserError
-from common.export import gguf_writer as gguf_export
+from common.export import gguf_writer
 from common.models import loading as models
 from common.models.gguf_runtime import GgufModel
 from common.models.source import ModelSource
@@ -21,20 +20,9 @@ from common.tasks.ranking.torch_ranker import TorchRanker
 pytestmark = pytest.mark.exports
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, base) -> str:
-    """An adapter of random weights. Not to be changed."""
-    return str(make_run(tmp_path_factory.mktemp("exported") / "creditmix_sft", base, seed=1))
-
-
-@pytest.fixture(scope="module")
-def dev(tmp_path_factory) -> str:
-    return labelled_rows(tmp_path_factory.mktemp("dev"))
-
-
 def test_modelfile(tokenizer):
     """Ollama's template filled in gives the text that the chat template gives."""
-    text = gguf_export.modelfile(tokenizer, "model-F16.gguf", ["<|im_end|>", "<|endoftext|>"])
+    text = gguf_writer.modelfile(tokenizer, "model-F16.gguf", ["<|im_end|>", "<|endoftext|>"])
     assert text.startswith("FROM ./model-F16.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n' in text
     template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]

@@ -1,0 +1,47 @@
+"""What teacher_generate.py is asked for, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """An endpoint that speaks OpenAI's chat API, and how it is asked.
+
+    Attributes:
+        url: up to /v1.
+        model: the model's name there.
+        api_key_env: the environment variable with the key; None: OPENAI_API_KEY, if it is set.
+        concurrency: requests at the same time.
+        requests_per_minute: at most; None: no limit.
+        timeout: seconds for one attempt.
+        max_attempts: of one request, while it fails in ways that may pass.
+        extra_body: more for each request's body; None takes a field out.
+    """
+
+    url: str
+    model: str
+    api_key_env: str | None = None
+    concurrency: int = 8
+    requests_per_minute: float | None = None
+    timeout: float = 120.0
+    max_attempts: int = 6
+    extra_body: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """A model that answers here.
+
+    Attributes:
+        max_batch_tokens: tokens in one forward pass.
+        auto_fit: where memory is short, take settings that fit.
+    """
+
+    source: ModelSource
+    max_batch_tokens: int
+    auto_fit: bool = False

@@ -1,0 +1,216 @@
+"""The text of docs/formats.md: what becomes of each keyword and format of a JSON Schema, and how values are read.
+
+Nothing here is asserted by hand: every keyword is put to the preflight on a small schema, and every date and amount to
+the functions that compare fields.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from common.generation import json_schema
+from common.tasks.idp import field_metrics
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "number"}}}
+CLOSED = OBJECT | {"additionalProperties": False}
+ITEMS = {"type": "array", "items": {"type": "integer"}}
+TEXT, NUMBER = {"type": "string"}, {"type": "number"}
+# A schema in which each keyword says something, so that it is not passed over as idle.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "type": {"type": "string"},
+    "enum": {"enum": ["a", "b"]},
+    "const": {"const": 1},
+    "anyOf": {"anyOf": [TEXT, NUMBER]},
+    "oneOf": {"oneOf": [TEXT, NUMBER]},
+    "allOf": {"allOf": [{"minimum": 1}, {"maximum": 5}], "type": "number"},
+    "not": {"type": "integer", "not": {"const": 3}},
+    "if": {**OBJECT, "if": {"required": ["a"]}, "then": {"required": ["b"]}},
+    "then": {**OBJECT, "if": {"required": ["a"]}, "then": {"required": ["b"]}},
+    "else": {**OBJECT, "if": {"required": ["a"]}, "else": {"required": ["b"]}},
+    "$ref": {"$defs": {"name": TEXT}, "type": "object", "properties": {"a": {"$ref": "#/$defs/name"}}},
+    "$dynamicRef": {"$defs": {"name": TEXT}, "type": "object", "properties": {"a": {"$dynamicRef": "#/$defs/name"}}},
+    "properties": OBJECT,
+    "patternProperties": {"type": "object", "patternProperties": {"^x": TEXT}, "additionalProperties": False},
+    "additionalProperties": CLOSED,
+    "propertyNames": {"type": "object", "propertyNames": {"maxLength": 3}},
+    "required": OBJECT | {"required": ["a"]},
+    "minProperties": CLOSED | {"minProperties": 1},
+    "maxProperties": {"type": "object", "maxProperties": 1},
+    "dependentRequired": OBJECT | {"dependentRequired": {"a": ["b"]}},
+    "dependentSchemas": OBJECT | {"dependentSchemas": {"a": {"required": ["b"]}}},
+    "unevaluatedProperties": OBJECT | {"unevaluatedProperties": False},
+    "items": ITEMS,
+    "prefixItems": {"type": "array", "prefixItems": [TEXT, NUMBER]},
+    "minItems": ITEMS | {"minItems": 1},
+    "maxItems": ITEMS | {"maxItems": 3},
+    "uniqueItems": ITEMS | {"uniqueItems": True},
+    "contains": ITEMS | {"contains": {"const": 1}},
+    "minContains": ITEMS | {"contains": {"const": 1}, "minContains": 2},
+    "maxContains": ITEMS | {"contains": {"const": 1}, "maxContains": 2},
+    "unevaluatedItems": {"type": "array", "prefixItems": [TEXT], "unevaluatedItems": False},
+    "minLength": TEXT | {"minLength": 2},
+    "maxLength": TEXT | {"maxLength": 8},
+    "pattern": TEXT | {"pattern": "^[A-Z]{2}[0-9]+$"},
+    "format": TEXT | {"format": "date"},
+    "minimum": NUMBER | {"minimum": 0},
+    "maximum": NUMBER | {"maximum": 9},
+    "exclusiveMinimum": NUMBER | {"exclusiveMinimum": 0},
+    "exclusiveMaximum": NUMBER | {"exclusiveMaximum": 9},
+    "multipleOf": {"type": "integer", "multipleOf": 5},
+    "dependencies": OBJECT | {"dependencies": {"a": ["b"]}},
+    "additionalItems": ITEMS | {"additionalItems": False},
+    "$recursiveRef": {"type": "object", "properties": {"a": {"$recursiveRef": "#"}}},
+    "extends": TEXT | {"extends": {"minLength": 2}},
+    "disallow": {"type": "string", "disallow": "number"},
+    "divisibleBy": NUMBER | {"divisibleBy": 5},
+}
+# What makes of an enforced keyword one that is checked.
+EXCEPTIONS: list[tuple[str, str, dict[str, Any]]] = [
+    ("pattern", "with look-around", TEXT | {"pattern": "^(?!x)"}),
+    ("pattern", "with a word boundary", TEXT | {"pattern": "\\bkg"}),
+    ("multipleOf", "0.01", NUMBER | {"multipleOf": 0.01}),
+    ("minProperties", "above 1, beside optional properties", CLOSED | {"minProperties": 2}),
+    ("minProperties", "beside properties, with others allowed", OBJECT | {"minProperties": 1}),
+    ("maxProperties", "beside properties, with others allowed", OBJECT | {"maxProperties": 1}),
+    ("oneOf", "alternatives that may hold together", {"oneOf": [{"type": "number"}, {"type": "integer"}]}),
+]
+DATES = (
+    "2025-10-01", "2025/10/1", "2025.10.01", "01.10.2025", "25/12/2018", "12/25/2018", "25-12-18", "09/01/2019",
+    "1 Oct 2025", "1st October 2025", "01-OCT-25", "October 1, 2025", "Oct. 1st 2025", "30.02.2025", "2025-W40-3",
+)  # fmt: skip
+AMOUNTS = (
+    "1234.5", "1,234.50", "1.234,50", "1 234,50", "1'234.50", "$ 8.20", "RM31.00", "USD 50", "1.234,50 EUR", "-12.00",
+    "1,234", "1.234", "1.234.567", "(12.00)", "12.00-", "about 50",
+)  # fmt: skip
+WORDS = {"enforced": "enforced", "checked": "checked", "unsupported": "refused"}
+
+
+def treatment(keyword: str, schema: dict[str, Any]) -> tuple[str, str]:
+    """("enforced", "checked" or "refused", the reason that the preflight gives) of a keyword in a schema."""
+    found = json_schema.preflight(schema, best_effort=True).keywords
+    one = next(each for each in found if each.path.endswith(f"/{keyword}"))
+    return WORDS[one.treatment], one.reason
+
+
+def known_formats() -> dict[str, str]:
+    """What becomes of each format that the validator or the grammar knows."""
+    names = sorted({*json_schema.FORMATS, *Draft202012Validator.FORMAT_CHECKER.checkers})
+    return {name: treatment("format", TEXT | {"format": name})[0] for name in names}
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _example(schema: dict[str, Any]) -> str:
+    return f"`{_cell(json.dumps(schema))}`"
+
+
+def text(note: str) -> str:
+    """The page."""
+    rows = [(keyword, *treatment(keyword, schema)) for keyword, schema in EXAMPLES.items()]
+    kinds = {kind: [keyword for keyword, found, _ in rows if found == kind] for kind in WORDS.values()}
+    known = known_formats()
+    lines = [
+        "# Formats",
+        "",
+        note,
+        "What of a JSON Schema is kept to, how dates and amounts are read, and which files the scripts take.",
+        "",
+        "## JSON Schema",
+        "",
+        "The dialect is draft 2020-12, with formats. A keyword is",
+        "",
+        "- **enforced**: the model cannot write anything else;",
+        "- **checked**: the answer is validated afterwards, and one that fails is an error. `infer_idp.py` names these",
+        "  before it starts;",
+        "- **refused**: the command stops before a model loads, unless `--best_effort`, which leaves the keyword out.",
+        "",
+        "Keywords that no draft knows, and annotations (`title`, `description`, `default`, ...), are passed over.",
+        "References lead within the document; `$schema` is ignored.",
+        "",
+        "| | keywords |",
+        "| --- | --- |",
+        *(f"| {kind} | {', '.join(f'`{keyword}`' for keyword in kinds[kind])} |" for kind in kinds),
+        "",
+        "Enforced keywords that are only checked in some cases:",
+        "",
+        "| keyword | case | example | |",
+        "| --- | --- | --- | --- |",
+    ]
+    for keyword, case, schema in EXCEPTIONS:
+        found, reason = treatment(keyword, schema)
+        lines.append(f"| `{keyword}` | {case} | {_example(schema)} | {found}: {reason} |")
+    lines += [
+        "",
+        "Refused, and what to write instead:",
+        "",
+        "| keyword | |",
+        "| --- | --- |",
+        *(f"| `{keyword}` | {reason} |" for keyword, found, reason in rows if found == "refused"),
+        "",
+        "| format | |",
+        "| --- | --- |",
+        *(f"| `{name}` | {kind} |" for name, kind in known.items()),
+        "| any other | refused: give a `pattern` instead |",
+        "",
+        f"A schema may have {json_schema.MAX_BYTES // 1024} KiB, {json_schema.MAX_DEPTH} levels,",
+        f"{json_schema.MAX_NODES:,} schemas, and {json_schema.MAX_PROPERTIES:,} entries in one object.",
+        "One that nothing can satisfy is refused, with the place of the contradiction.",
+        "",
+        "## Dates and amounts",
+        "",
+        "Extracted values are as the schema has them. Normalised F1 of `eval_idp.py` compares what they mean:",
+        "",
+        "| text | read as the date |",
+        "| --- | --- |",
+        *(f"| `{form}` | {_date(form)} |" for form in DATES),
+        "",
+        "| text | read as the amount |",
+        "| --- | --- |",
+        *(f"| `{form}` | {_amount(form)} |" for form in AMOUNTS),
+        "",
+        "Two digits of a year mean 20xx. Where day and month cannot be told apart, two dates agree only in the same",
+        "order.",
+        "",
+        "## Files",
+        "",
+        "All text is UTF-8, a byte-order mark is dropped, and a gzip file is known by its bytes, whatever its name.",
+        "",
+        "| script | takes |",
+        "| --- | --- |",
+        *(f"| {script} | {files} |" for script, files in FILES),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+FILES = (
+    ("`sft_train.py`, `kd_train.py`, `dpo_train.py`", "JSONL"),
+    ("`distill_train.py`", "JSONL, a JSON list or CSV; SQuAD's JSON; text (`.txt`); `--dataset`: the Hub, or a folder"),
+    ("`distill_train.py --labels`", "JSONL"),
+    ("`creditmix_prepare.py`, `eval_creditmix.py`", "JSONL, a JSON list or CSV"),
+    ("`idp_prepare.py`, `eval_idp.py`", "JSONL or a JSON list; a folder of PDF or text files with JSON beside them"),
+    ("`codegen_prepare.py`, `eval_codegen.py`", "JSONL or a JSON list: MBPP, HumanEval, own rows"),
+    ("`teacher_generate.py`", "JSONL, a JSON list or CSV"),
+    ("`infer_creditmix.py`, `infer_idp.py`, `infer_codegen.py`", "JSONL"),
+    ("`infer_creditmix.py --engine ray`", "JSONL or Parquet: files, folders, patterns, `s3://` and the like"),
+    ("`infer_idp.py --document_file`", "PDF with a text layer, or text"),
+    ("`eval_distill.py`", "SQuAD's JSON, JSONL, text (`.txt`), or a label task's rows"),
+)
+
+
+def _date(form: str) -> str:
+    found = field_metrics.date(form)
+    if found is None:
+        return "no date"
+    if found[0] == "day or month":
+        return f"{found[1]}, day and month not told apart"
+    return "-".join(f"{part:02}" for part in found)
+
+
+def _amount(form: str) -> str:
+    found = field_metrics.amount(form)
+    return "no amount" if found is None else f"{found:.10g}"
