@@ -9,7 +9,7 @@ Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots a
 customer (with --task by its group key), the same that creditmix_prepare.py made, and rows whose customer was trained
 on are counted. --controls data/creditmix_sft.jsonl puts classic classifiers, trained on the same rows, beside the
 models: TF-IDF with logistic regression, and gradient boosting. With --fit_calibration, a per-class bias and a
-temperature are fitted on dev rows into runs/<name>/calibration.json.
+temperature are fitted on dev rows into runs/<name>/calibration.json (calibration.TASK.json of another label set).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
         cost_matrix(args.costs, task.labels)
     if args.calibration == "fitted" and not args.fit_calibration:
         for model_dir in args.model_dir:
-            if not (Path(model_dir) / "calibration.json").is_file():
+            if not task.kept_file(model_dir, "calibration").is_file():
                 raise cli.UserError(f"{model_dir} has no fitted calibration; fit one with --fit_calibration DEV.jsonl")
 
 

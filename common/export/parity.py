@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from common.models import tokenizers
 from common.models.torch_runtime import Runtime
 from common.tasks.ranking import metrics
 from common.tasks.ranking.calibration import Calibration, Scores
-from common.tasks.ranking.classifier import CALIBRATION_FILE
+from common.tasks.ranking.classifier import CALIBRATION
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.task import LabelTask
 
@@ -85,7 +84,7 @@ def read_proof_rows(path: str, task: LabelTask, model_dir: str, most: int | None
         )
     rows = _spaced(task.read(path)[0], most)
     texts = [row[task.text_field] for row in rows]
-    fitted = Path(model_dir) / CALIBRATION_FILE
+    fitted = task.kept_file(model_dir, CALIBRATION)
     return ProofRows(
         path,
         [task.prompt(text) for text in texts],

@@ -27,7 +27,7 @@ from common.models import adapters, gguf_import
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.models.torch_runtime import Runtime, TorchRuntime
-from common.tasks.ranking.classifier import CALIBRATION_FILE
+from common.tasks.ranking.classifier import CALIBRATION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,9 +196,10 @@ class Export:
         settings = self.settings
         makers = {"merged": self._merged, "onnx": self._onnx, "int8": self._int8, "gguf": self._gguf}
         folder, facts = makers[settings.format](stage)
-        for name in (CALIBRATION_FILE, run_record.GROUPS_FILE):
-            if (Path(settings.model_dir) / name).is_file():
-                shutil.copy(Path(settings.model_dir) / name, folder / name)
+        source = Path(settings.model_dir)
+        for file in [*sorted(source.glob(f"{CALIBRATION}*.json")), source / run_record.GROUPS_FILE]:
+            if file.is_file():
+                shutil.copy(file, folder / file.name)
         return folder, {"format": settings.format, "origin": self.origin, **facts, "files": describe_files(folder)}
 
     def _measure(self, load: Callable[[], Runtime], files: Collection[Path]) -> RuntimeResult:

@@ -17,7 +17,7 @@ from common import processes
 from common.cli import UserError
 from common.generation import json_schema
 
-MEMORY = 2 << 30  # bytes of address space; the libraries take some hundred MiB of it
+MEMORY = 8 << 30  # bytes of address space, of which libraries and their threads take some hundred MiB
 
 
 def main(argv: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from common.serving.model_process import QueueFull
 SECONDS = 5.0  # that a schema may take
 START_SECONDS = 60.0  # that the process may take to start and answer for the first time
 WORKERS = 2
-MAX_WAITING = 64  # checks; beyond, further ones are refused
+MAX_WAITING = 16  # checks; beyond, further ones are refused
 REMEMBERED = 1024  # schemas whose answer is known
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections import OrderedDict
@@ -85,12 +84,12 @@ class View:
 
     def calibration(self, task: LabelTask) -> Calibration:
         """The one the scripts choose by default: fitted where there is one, read again when it has changed."""
-        from common.tasks.ranking.classifier import CALIBRATION_FILE
+        from common.tasks.ranking.classifier import CALIBRATION
 
         until, known_signature, calibration = self._calibrations.get(task.name, (0.0, None, None))
         now = time.monotonic()
         if now > until:
-            signature = file_signature(os.path.join(self.version.model_dir, CALIBRATION_FILE))
+            signature = file_signature(str(task.kept_file(self.version.model_dir, CALIBRATION)))
             if calibration is None or signature != known_signature:
                 calibration = self.classifier(task).calibration(None)
             self._calibrations[task.name] = (now + LOOK, signature, calibration)

@@ -71,8 +71,8 @@ def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], arg
         stale = ("loss.csv", "loss.png", progress.LIVE_LOG, adapters.ADAPTER_CONFIG, "config.json", *WEIGHTS)
         for file in [*(folder / name for name in stale), *folder.glob("model-*.safetensors")]:
             file.unlink(missing_ok=True)
-    for name in ("calibration.json", run_record.GROUPS_FILE):  # of the adapter that was here before
-        (folder / name).unlink(missing_ok=True)
+    for file in [*folder.glob("calibration*.json"), folder / run_record.GROUPS_FILE]:  # of the adapter before
+        file.unlink(missing_ok=True)
     groups = {row["group"] for row in rows if row.get("group")}
     seen = run_record.read_groups(settings.init_adapter) if settings.init_adapter else set()
     if earlier is None and groups:

@@ -21,6 +21,8 @@ from common.models import tokenizers
 from common.tasks.ranking import creditmix, label_tree
 from common.training import miniature
 
+pytestmark = pytest.mark.processes
+
 
 def numbers(*values: float):
     """A contestant whose speeds are these, one a turn."""

@@ -25,6 +25,8 @@ from common.models import loading as models
 from common.models import tokenizers
 from common.models.source import ModelSource
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def here(monkeypatch):

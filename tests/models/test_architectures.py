@@ -27,6 +27,8 @@ from common.serving.work import Chat, ChatTurn
 from common.vram import preflight as vram
 from common.vram.model_shape import UnknownShape
 
+pytestmark = pytest.mark.processes
+
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 5}, "age": {"type": "integer"}},

@@ -21,7 +21,7 @@ from common.tasks.ranking.settings import DEFAULT, ScoringSettings
 from common.tasks.ranking.task import LabelTask, warned
 from common.vram.preflight import fit_inference
 
-CALIBRATION_FILE = "calibration.json"
+CALIBRATION = "calibration"  # what a model's folder keeps of a task, by `LabelTask.file_in`
 DIGITS = 6  # of the numbers in an answer
 
 
@@ -100,7 +100,7 @@ class Classifier:
         Raises:
             UserError: "fitted" where nothing was fitted, "batch" without rows.
         """
-        path = Path(self.model_dir) / CALIBRATION_FILE
+        path = self.task.kept_file(self.model_dir, CALIBRATION)
         if method is None:
             method = "fitted" if path.is_file() else "prior"
         if method == "fitted":

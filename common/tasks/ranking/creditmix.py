@@ -45,6 +45,10 @@ class CreditMix(LabelTask):
         """See `clean_features`."""
         return clean_features(text, tally)
 
+    def file_in(self, folder: str | Path, kind: str) -> Path:
+        """See `LabelTask.file_in`; the built-in task's have the plain names."""
+        return Path(folder) / f"{kind}.json"
+
     def warning(self, text: str) -> str | None:
         """That no feature of a line was found."""
         if any(key in RULES for key, _ in split_features(text)):

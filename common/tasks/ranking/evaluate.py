@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from common.models import adapters
 from common.models.source import ModelSource
 from common.tasks.ranking import metrics
 from common.tasks.ranking.calibration import Calibration, Scores, fit_vector_scaling
-from common.tasks.ranking.classifier import CALIBRATION_FILE, Classifier
+from common.tasks.ranking.classifier import CALIBRATION, Classifier
 from common.tasks.ranking.controls import controls
 from common.tasks.ranking.decision import Goal, fit_decision
 from common.tasks.ranking.settings import ScoringSettings
@@ -108,7 +107,7 @@ def fit_calibration(
     fitted = fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=provenance)
     decision = fit_decision(fitted.apply(raw).probabilities, y, task.labels, goal)
     fitted = replace(fitted, decision=decision)
-    fitted.save(Path(model_dir) / CALIBRATION_FILE)
+    fitted.save(task.file_in(model_dir, CALIBRATION))
     facts = fitted.fitted_on or {}
     log(
         f"{model_dir}: fitted on {len(dev):,} dev rows, temperature {fitted.temperature:.3f}, "

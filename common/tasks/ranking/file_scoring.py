@@ -18,7 +18,7 @@ from common.data.rows import iter_jsonl
 from common.files import sha256_file, write_jsonl
 from common.models import adapters
 from common.models.source import ModelSource
-from common.tasks.ranking.classifier import CALIBRATION_FILE, Classifier
+from common.tasks.ranking.classifier import CALIBRATION, Classifier
 from common.tasks.ranking.settings import ScoringSettings
 from common.tasks.ranking.task import LabelTask
 
@@ -48,7 +48,7 @@ class FileScoring:
 
     def decided_by(self) -> dict[str, Any]:
         """All that decides the answers but the rows themselves, as JSON."""
-        calibration = Path(self.source.model_dir) / CALIBRATION_FILE
+        calibration = self.task.kept_file(self.source.model_dir, CALIBRATION)
         facts = {
             "model_dir": self.source.model_dir,
             "base": self.source.base,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
 MIN_PREFIX = 4  # a shorter shared start is not worth a cache
+PRIOR = "prior"  # what a model's folder keeps of a task, by `LabelTask.file_in`
 
 
 class Ranker:
@@ -155,7 +156,7 @@ def sizes_of(config: PreTrainedConfig) -> tuple[int, int]:
 def cached_prior(
     ranker: Ranker, folder: str | Path, model_hash: str, num_null_prompts: int | None = None
 ) -> np.ndarray:
-    """The ranker's prior [labels], from `folder`/prior.json when nothing it depends on has changed, else computed.
+    """The ranker's prior [labels]: the task's in `folder` when nothing it depends on has changed, else computed.
 
     The key covers the model's name, the adapter's hash, precision, the chat template, labels, surface forms, their
     aggregate and the null prompts. An unreadable cache is rebuilt with a warning; a folder that cannot be written to
@@ -174,14 +175,14 @@ def cached_prior(
         null_ids,
     ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    path = Path(folder) / "prior.json"
-    if path.is_file():
+    path, kept = task.file_in(folder, PRIOR), task.kept_file(folder, PRIOR)
+    if kept.is_file():
         try:
-            entry = json.loads(path.read_text())
+            entry = json.loads(kept.read_text())
             if entry["key"] == key:
                 return np.array([entry["prior"][label] for label in task.labels], dtype=np.float32)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            log(f"{path} is unreadable ({error}); computing the prior again")
+            log(f"{kept} is unreadable ({error}); computing the prior again")
     prior = ranker.prior(num_null_prompts)
     if Path(folder).is_dir():
         try:

@@ -16,6 +16,7 @@ recipes/ticket_severity.yaml is a complete one:
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -92,6 +93,23 @@ class LabelTask:
             tally: counts what was done, by rule.
         """
         return text.strip()
+
+    def file_in(self, folder: str | Path, kind: str) -> Path:
+        """Where a model's folder keeps this task's `kind` ("calibration" or "prior"), beside those of other tasks."""
+        return Path(folder) / f"{kind}.{self.name}.json"
+
+    def kept_file(self, folder: str | Path, kind: str) -> Path:
+        """The file to read: `file_in`, or, where there is none, the one of a folder that keeps a single task's, if its
+        labels are these."""
+        own, single = self.file_in(folder, kind), Path(folder) / f"{kind}.json"
+        return single if not own.is_file() and single.is_file() and self._is_of(single) else own
+
+    def _is_of(self, file: Path) -> bool:
+        try:
+            content = json.loads(file.read_text())
+            return set(content.get("labels") or content["prior"]) == set(self.labels)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return False
 
     def warning(self, text: str) -> str | None:
         """Why an answer to a text says little, in a sentence: the text is not of this task. None where it may be."""

@@ -15,6 +15,8 @@ from common import cli, run_record
 from common.sandbox import grading
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def val(tmp_path) -> str:

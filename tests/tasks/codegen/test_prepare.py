@@ -7,6 +7,7 @@ import random
 import re
 from pathlib import Path
 
+import pytest
 from support.code_problems import HELD_OUT, TRAIN, problem, right
 from support.inputs import read_rows, write_rows
 
@@ -17,6 +18,8 @@ from common.sandbox import grading
 from common.tasks.codegen import answer, prompt
 from common.tasks.codegen import rows as code_rows
 from common.training import miniature
+
+pytestmark = pytest.mark.processes
 
 
 def test_prepared_rows(prepared):
