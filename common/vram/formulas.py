@@ -239,7 +239,8 @@ def loss_work(plan: Training) -> float:
         return fused_head(plan, plan.tokens, copies=7.25) + plan.columns * shape.hidden * FLOAT32
     logits, copies = plan.columns * shape.vocabulary, 3
     if plan.by_hand and plan.method != "distill":
-        return min(logits, CHUNK_LOGITS) * (FLOAT32 + 2 * plan.stream) + 2 * plan.columns * shape.hidden * plan.stream
+        # logits and, within logsumexp, their exponentials; hidden states of the scored tokens and their gradients
+        return min(logits, CHUNK_LOGITS) * 2 * FLOAT32 + 2 * plan.columns * shape.hidden * plan.stream
     if plan.method == "distill":
         logits = min(logits, CHUNK_LOGITS)
         if plan.teacher and {"forward_kl", "reverse_kl", "jsd"} & set(plan.terms):
