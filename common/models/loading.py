@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-LARGE = 50_000_000  # parameters of the layers; below this a CPU's bfloat16 kernels cost more in overhead than they save
+LARGE = 50_000_000  # parameters of the layers, about; from here on a CPU takes what is fastest for a model
 
 # It offers CPU kernels from the Hub at import, whoever imports it first.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -84,9 +84,10 @@ def has_bfloat16() -> bool:
 
 
 def is_large(config: PreTrainedConfig) -> bool:
-    """Whether a model's matrices are so large that on a CPU their products, and not what is around them, take the time.
+    """Whether a model is as large as those that people use, not one of the offline miniatures.
 
-    What pays on such a model (bfloat16, batches cut and put together anew) costs on a smaller one.
+    Those stay in float32 and are trained by the libraries' own passes, so that their figures are the same on every
+    CPU; a large one takes what is fastest.
     """
     config = config.get_text_config()
     size = 12 * getattr(config, "num_hidden_layers", 1) * getattr(config, "hidden_size", 1) ** 2
