@@ -20,8 +20,9 @@ from common.tasks.codegen import answer as code_answer
 from common.tasks.codegen import metrics, mutation, source
 from common.tasks.codegen import rows as code_rows
 from common.tasks.codegen.metrics import JudgedSample, Samples
+from common.tasks.codegen.prompt import SHOWN_PLAN_REQUEST
 from common.tasks.codegen.rows import Problem
-from common.tasks.codegen.writer import CodeWriter
+from common.tasks.codegen.writer import CodeWriter, is_trained
 
 WINDOW = 128  # programs whose verdicts are kept together
 DIRECT, PLAN_THEN_CODE = "direct", "plan_then_code"  # how code is asked for
@@ -168,10 +169,9 @@ class Evaluation:
 
     def write_answers(self, settings: WriterSettings, mode: str) -> list[list[dict]]:
         """The answers of a model, as `CodeAnswer` in JSON; only those that are not in the store are made."""
-        identity = settings.identity()
-        keys = [
-            content_key("answer", identity, mode, self.decoding.as_dict(), problem.prompt) for problem in self.problems
-        ]
+        parts: list[Any] = ["answer", settings.identity(), mode, self.decoding.as_dict()]
+        shown = [SHOWN_PLAN_REQUEST] if mode == PLAN_THEN_CODE and not is_trained(settings.source.model_dir) else []
+        keys = [content_key(*parts, problem.prompt, *shown) for problem in self.problems]
         missing = [(key, problem.prompt) for key, problem in zip(keys, self.problems, strict=True)
                    if key not in self.store]  # fmt: skip
         if missing:

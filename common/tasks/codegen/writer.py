@@ -200,12 +200,16 @@ def style_of(
         tokenizer: the model's, aligned.
         prompt_style: one of `PROMPT_STYLES`.
     """
-    record = run_record.read(model_dir)
-    trained = record is not None or adapters.is_adapter(model_dir)
+    record, trained = run_record.read(model_dir), is_trained(model_dir)
     eos = None if trained else plain_base_eos(model_dir, tokenizer, trust_remote_code)
     if prompt_style == "completion" or (prompt_style == "auto" and eos is not None):
         return COMPLETION, eos
     return (trained_style((record or {}).get("prompt_endings")) if trained else UNTRAINED), None
+
+
+def is_trained(model_dir: str) -> bool:
+    """Whether a model was trained by this toolkit, or is an adapter: its requests are those of its training."""
+    return adapters.is_adapter(model_dir) or run_record.read(model_dir) is not None
 
 
 def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:
