@@ -243,7 +243,7 @@ class Code:
         return "input" not in first and not first.keys().isdisjoint(("solution", "code", "canonical_solution"))
 
     @staticmethod
-    def problem_item(number: int, problem: code_problems.Problem) -> Item:
+    def problem_item(number: int, problem: code_problems.CodeProblem) -> Item:
         """A problem as it is asked, with its solution as gold."""
         gold = code_prompt.code_answer(problem.solution)
         kept = {"id": problem.task_id, "output": gold, "group": problem.group}
