@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from common import run_record
-from common.cli import log
+from common.cli import UserError, log
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
@@ -200,7 +200,7 @@ def style_of(
         tokenizer: the model's, aligned.
         prompt_style: one of `PROMPT_STYLES`.
     """
-    record, trained = run_record.read(model_dir), is_trained(model_dir)
+    record, trained = _record_of(model_dir), is_trained(model_dir)
     eos = None if trained else plain_base_eos(model_dir, tokenizer, trust_remote_code)
     if prompt_style == "completion" or (prompt_style == "auto" and eos is not None):
         return COMPLETION, eos
@@ -209,7 +209,15 @@ def style_of(
 
 def is_trained(model_dir: str) -> bool:
     """Whether a model was trained by this toolkit, or is an adapter: its requests are those of its training."""
-    return adapters.is_adapter(model_dir) or run_record.read(model_dir) is not None
+    return adapters.is_adapter(model_dir) or _record_of(model_dir) is not None
+
+
+def _record_of(model_dir: str) -> dict[str, Any] | None:
+    """The record of the run that a model comes from; an empty one where it is broken, None where there is none."""
+    try:
+        return run_record.read(model_dir)
+    except UserError:  # it answers all the same
+        return {}
 
 
 def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:
