@@ -22,7 +22,7 @@ from common.tasks.codegen import rows as code_rows
 from common.tasks.codegen.metrics import JudgedSample, Samples
 from common.tasks.codegen.prompt import SHOWN_PLAN_REQUEST
 from common.tasks.codegen.rows import CodeProblem
-from common.tasks.codegen.writer import CodeWriter, is_trained
+from common.tasks.codegen.writer import CodeWriter, check_lengths, is_trained
 
 WINDOW = 128  # programs whose verdicts are kept together
 DIRECT, PLAN_THEN_CODE = "direct", "plan_then_code"  # how code is asked for
@@ -175,6 +175,7 @@ class Evaluation:
         missing = [(key, problem.prompt) for key, problem in zip(keys, self.problems, strict=True)
                    if key not in self.store]  # fmt: skip
         if missing:
+            check_lengths(settings.source, [prompt for _, prompt in missing], self.decoding.max_new_tokens)
             writer = settings.load()
             with progress_bar(len(missing), f"{settings.source.model_dir}, {mode}") as progress:
                 tasks = [prompt for _, prompt in missing]

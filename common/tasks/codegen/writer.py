@@ -12,7 +12,7 @@ from common.cli import UserError, log
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
-from common.models.batching import by_token_budget
+from common.models.batching import by_token_budget, context_of
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.codegen import answer
 from common.tasks.codegen.prompt import PLAN_AGAIN_REQUEST, names_asked_for, plan_prompt
@@ -187,6 +187,29 @@ class CodeWriter:
     def _answer(self, task: str, plan: str, generation: Generation) -> CodeAnswer:
         code, cut = self.style.read(task, generation.text, generation.finished)
         return CodeAnswer(code, plan, generation.finished, len(generation.tokens), cut)
+
+
+def check_lengths(source: ModelSource, tasks: Sequence[str], max_new_tokens: int) -> None:
+    """Refuse a task that is too long for a model before that is loaded, from its config alone where that will do.
+
+    Raises:
+        UserError: a task and its answer do not fit the model's context.
+    """
+    from common.models import tokenizers
+
+    context = context_of(models.load_config(models.base_source(source).model_dir, source.trust_remote_code))
+    room = context - max_new_tokens
+    doubtful = [index for index, task in enumerate(tasks) if len(task.encode()) > room]  # a token has at least a byte
+    if not doubtful:
+        return
+    folder = adapters.tokenizer_folder(source.model_dir, source.base)
+    tokenizer = tokenizers.load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
+    for index in doubtful:
+        if (count := len(tokenizer.encode(tasks[index], split_special_tokens=True))) > room:
+            raise UserError(
+                f"task {index + 1} has {count:,} tokens and with {max_new_tokens} new ones does not fit the model's "
+                f"context of {context:,}; shorten it, or lower --max_new_tokens"
+            )
 
 
 def style_of(
