@@ -29,7 +29,7 @@ from common.tasks.codegen import mutation as code_mutation
 from common.tasks.codegen import prompt as codegen
 from common.tasks.codegen import rows as code_problems
 from common.tasks.codegen import synthesis as code_synthesis
-from common.tasks.codegen.rows import Problem
+from common.tasks.codegen.rows import CodeProblem
 
 OUTPUT_FILES = [f"codegen_{what}" for what in ("sft.jsonl", "kd.jsonl", "dpo.jsonl", "dev.jsonl", "val.jsonl")]
 ROUNDS = 8  # mutants of a problem that are run at most, until one fails
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = code_problems.read(args.src, args.skip_bad_rows)
         name, digest = Path(args.src).name, sha256_file(args.src)
         problems, failing = run_solutions(problems, args.allow_no_sandbox)
-    parts: dict[str, list[Problem]] = {part: [] for part in splits.PARTS}
+    parts: dict[str, list[CodeProblem]] = {part: [] for part in splits.PARTS}
     for problem in problems:
         parts[splits.part_of(problem.group)].append(problem)
     empty = [part for part in ("train", "validation") if not parts[part]]
@@ -103,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_summary(manifest, outdir)
 
 
-def run_solutions(problems: Sequence[Problem], allow_unsafe: bool) -> tuple[list[Problem], list[dict[str, str]]]:
+def run_solutions(
+    problems: Sequence[CodeProblem], allow_unsafe: bool
+) -> tuple[list[CodeProblem], list[dict[str, str]]]:
     """(problems whose solution passes its tests, what is wrong with the others).
 
     Raises:
@@ -125,7 +127,7 @@ def run_solutions(problems: Sequence[Problem], allow_unsafe: bool) -> tuple[list
 
 
 def training_rows(
-    problems: Sequence[Problem], args: argparse.Namespace
+    problems: Sequence[CodeProblem], args: argparse.Namespace
 ) -> tuple[list[dict], list[dict], list[dict], list[str]]:
     """SFT rows, KD rows, DPO rows, and the ids of problems of which no mutant fails."""
     sft, kd, dpo, untold = [], [], [], []
@@ -147,7 +149,7 @@ def training_rows(
     return sft, kd, dpo, untold
 
 
-def failing_mutants(problems: Sequence[Problem], seed: int, allow_unsafe: bool) -> list[str | None]:
+def failing_mutants(problems: Sequence[CodeProblem], seed: int, allow_unsafe: bool) -> list[str | None]:
     """For each problem a changed solution that was run and fails; None where none of those tried does."""
     mutants = [code_mutation.mutants(problem.solution, seed) for problem in problems]
     failing: list[str | None] = [None] * len(problems)

@@ -24,10 +24,10 @@ from common.files import sha256_file
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
-from common.models.flags import parse_args
+from common.models.flags import parse_args, source_of
 from common.tasks.codegen import flags as codegen_flags
 from common.tasks.codegen.answer import compile_error
-from common.tasks.codegen.writer import CodeAnswer, CodeWriter
+from common.tasks.codegen.writer import CodeAnswer, CodeWriter, check_lengths
 
 WINDOW = 8  # tasks at a time, whose answers are kept together
 NOT_DECIDING = (  # flags that do not decide the answers to --input; thinking does, with the rest of the decoding
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     models.check_model_dir(args.model_dir, args.base)
     tasks = [args.prompt] if args.prompt else read_tasks(args.input, args.skip_bad_rows)
 
+    check_lengths(source_of(args, args.model_dir), tasks, decoding.max_new_tokens)
     writer = codegen_flags.load_writer(args, args.model_dir)
     if args.test:
         return write_tried(args, writer, decoding)

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +57,10 @@ def write_answers(
         with partial.open(encoding="utf-8") as handle:
             yield from map(json.loads, handle)
     rest = islice(rows, done, None)
-    with partial.open("a", encoding="utf-8") as handle, tqdm(unit=" rows", initial=done) as progress:
+    with (
+        partial.open("a", encoding="utf-8") as handle,
+        tqdm(unit=" rows", initial=done, total=len(rows) if isinstance(rows, Sized) else None) as progress,
+    ):
         while some := list(islice(rest, window)):
             answers = answer(some)
             handle.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in answers)

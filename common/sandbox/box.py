@@ -212,8 +212,9 @@ class Box:
                 facts = os.statvfs(root)
                 if (facts.f_files - facts.f_ffree) * usage.NAME_BYTES > most:
                     return BoxError("output", f"more than {most // usage.NAME_BYTES:,} files")
-        elif usage.folder_bytes(root, most) + usage.deleted_bytes(pid) > most:
-            return BoxError("output", f"more than {most:,} bytes of files")
+        elif (used := usage.folder_bytes(root, most) + usage.deleted_bytes(pid)) > most:
+            deep = f"folders in folders, more than {usage.MAX_DEPTH} deep"
+            return BoxError("output", deep if used == math.inf else f"more than {most:,} bytes of files")
         return None
 
     def run(self, program: str) -> None:

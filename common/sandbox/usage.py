@@ -6,6 +6,7 @@ matters, and nothing here is recursive.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ from contextlib import contextmanager, suppress
 
 BLOCK = 512  # bytes, of `st_blocks`
 NAME_BYTES = 4096  # that a name is counted as
-MAX_DEPTH = 64  # of folders in folders; deeper ones count as too much
+MAX_DEPTH = 64  # of folders in folders
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def folder_bytes(folder: str, most: int) -> int:
-    """Bytes that the files below `folder` take, a block for each name included; more than `most` where it is too deep.
+def folder_bytes(folder: str, most: int) -> float:
+    """Bytes that the files below `folder` take, a block for each name included; infinite where it is too deep.
 
     Counting ends beyond `most`.
     """
@@ -41,7 +42,7 @@ def folder_bytes(folder: str, most: int) -> int:
                     total += NAME_BYTES + BLOCK * facts.st_blocks
                     if stat.S_ISDIR(facts.st_mode):
                         if len(stack) >= MAX_DEPTH:
-                            return most + 1
+                            return math.inf
                         inner = _open_folder(name, parent)
                         stack.append((inner, iter(_names(inner))))
         finally:

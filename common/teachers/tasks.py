@@ -22,6 +22,7 @@ from common.sandbox import grading
 from common.tasks.codegen import answer as code_answer
 from common.tasks.codegen import prompt as code_prompt
 from common.tasks.codegen import rows as code_problems
+from common.tasks.codegen import source
 from common.tasks.idp import documents, field_metrics
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.ranking.task import LabelTask
@@ -242,7 +243,7 @@ class Code:
         return "input" not in first and not first.keys().isdisjoint(("solution", "code", "canonical_solution"))
 
     @staticmethod
-    def problem_item(number: int, problem: code_problems.Problem) -> Item:
+    def problem_item(number: int, problem: code_problems.CodeProblem) -> Item:
         """A problem as it is asked, with its solution as gold."""
         gold = code_prompt.code_answer(problem.solution)
         kept = {"id": problem.task_id, "output": gold, "group": problem.group}
@@ -268,7 +269,7 @@ class Code:
             if plan := code_answer.plan_of(text):
                 return code_prompt.plan_answer(plan)
             raise UnusableAnswer("there is no plan")
-        code = code_answer.code_of(text)
+        code = source.without_usage(code_answer.code_of(text, code_prompt.names_asked_for(prompt)))
         if error := code_answer.compile_error(code):
             raise UnusableAnswer(f"the code does not compile ({error})")
         if all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Name) for node in ast.parse(code).body):

@@ -210,10 +210,13 @@ def preflight(plan: Plan, flags: Flags, *, auto_fit: bool = False, free: int | N
         UserError: more than is free; the message names the smallest changes that would fit.
     """
     prediction, free = predict(plan), free_bytes() if free is None else free
-    log(prediction.table())
+    if isinstance(plan, Training):  # whose parts the flags change
+        log(prediction.table() + (f"\n{'free':28} {free / GB:6.2f} GB" if free is not None else ""))
+    else:
+        known = f"of {free / GB:.2f} GB free" if free is not None else "(what is free is not known)"
+        log(f"memory: {prediction.total / GB:.2f} GB predicted at the peak {known}")
     if free is None:
         return {}
-    log(f"{'free':28} {free / GB:6.2f} GB")
     if plan.cuda and is_wsl():
         _refuse_to_spill(free)
     if prediction.total <= free:

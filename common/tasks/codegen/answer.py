@@ -30,6 +30,7 @@ MARKER = re.compile(r"[ \t]*(?:[-*+>]|\d+[.)])?[ \t]*")  # what stands before a 
 INLINE = re.compile(r"`([^`\n]+)`")
 PYTHON = ("", "python", "python3", "py", "py3", "ipython", "ipython3", "pycon")
 DEFINES = re.compile(r"(?:async )?def |class ")
+ASSIGNS = re.compile(r"[A-Za-z_]\w* *(?::[^=]+)?= *[^=\s]|#")
 STARTS_CODE = re.compile(r"(?:async )?def |class |import \w|from \w[\w.]* import |@\w")
 
 
@@ -261,6 +262,10 @@ def _bare_code(text: str) -> str:
             return _bare_code("\n".join(line[min(width, len(line) - len(line.lstrip())) :] for line in lines[first:]))
         inline = (match[1] for match in INLINE.finditer(text) if STARTS_CODE.match(match[1]))
         return next((code for code in inline if compile_error(code) is None), text)
+    before = first
+    while before and (not lines[before - 1].strip() or ASSIGNS.match(lines[before - 1])):  # constants above it
+        before -= 1
+        first = before if lines[before].strip() else first
     for end in range(len(lines), first, -1):
         code = "\n".join(lines[first:end])
         if compile_error(code) is None:

@@ -20,8 +20,9 @@ from common.tasks.codegen import answer as code_answer
 from common.tasks.codegen import metrics, mutation, source
 from common.tasks.codegen import rows as code_rows
 from common.tasks.codegen.metrics import JudgedSample, Samples
-from common.tasks.codegen.rows import Problem
-from common.tasks.codegen.writer import CodeWriter
+from common.tasks.codegen.prompt import SHOWN_PLAN_REQUEST
+from common.tasks.codegen.rows import CodeProblem
+from common.tasks.codegen.writer import CodeWriter, check_lengths, is_trained
 
 WINDOW = 128  # programs whose verdicts are kept together
 DIRECT, PLAN_THEN_CODE = "direct", "plan_then_code"  # how code is asked for
@@ -46,7 +47,7 @@ class Selection:
     skip_bad_rows: bool = False
 
 
-def choose_problems(selection: Selection) -> list[Problem]:
+def choose_problems(selection: Selection) -> list[CodeProblem]:
     """The problems that are judged on.
 
     Raises:
@@ -105,7 +106,7 @@ class Evaluation:
         keep_main: run answers as they are written, with what they do at their top level (`source.without_usage`).
     """
 
-    problems: Sequence[Problem]
+    problems: Sequence[CodeProblem]
     decoding: Decoding
     ks: Sequence[int]
     store: AnswerStore
@@ -150,7 +151,7 @@ class Evaluation:
         self.run_tests([(problem, self.program(answer["code"])) for problem, answer in pairs])
         lints = iter(metrics.lints([answer["code"] for _, answer in pairs]))
 
-        def judged(problem: Problem, answer: dict) -> JudgedSample:
+        def judged(problem: CodeProblem, answer: dict) -> JudgedSample:
             code, verdict = answer["code"], self.store[verdict_key(problem, self.program(answer["code"]))]
             fault = code_answer.compile_error(code)
             ran_out = not answer["finished"] and (fault or answer.get("cut", False))
@@ -168,13 +169,13 @@ class Evaluation:
 
     def write_answers(self, settings: WriterSettings, mode: str) -> list[list[dict]]:
         """The answers of a model, as `CodeAnswer` in JSON; only those that are not in the store are made."""
-        identity = settings.identity()
-        keys = [
-            content_key("answer", identity, mode, self.decoding.as_dict(), problem.prompt) for problem in self.problems
-        ]
+        parts: list[Any] = ["answer", settings.identity(), mode, self.decoding.as_dict()]
+        shown = [SHOWN_PLAN_REQUEST] if mode == PLAN_THEN_CODE and not is_trained(settings.source.model_dir) else []
+        keys = [content_key(*parts, problem.prompt, *shown) for problem in self.problems]
         missing = [(key, problem.prompt) for key, problem in zip(keys, self.problems, strict=True)
                    if key not in self.store]  # fmt: skip
         if missing:
+            check_lengths(settings.source, [prompt for _, prompt in missing], self.decoding.max_new_tokens)
             writer = settings.load()
             with progress_bar(len(missing), f"{settings.source.model_dir}, {mode}") as progress:
                 tasks = [prompt for _, prompt in missing]
@@ -183,7 +184,7 @@ class Evaluation:
                     progress.update()
         return [self.store[key] for key in keys]
 
-    def run_tests(self, codes: Sequence[tuple[Problem, str]]) -> None:
+    def run_tests(self, codes: Sequence[tuple[CodeProblem, str]]) -> None:
         """Put the verdict on every program into the store; the same program is run once only."""
         missing = {verdict_key(problem, code): (code, problem.graded_by()) for problem, code in codes}
         waiting = [key for key in missing if key not in self.store]
@@ -219,7 +220,7 @@ class Evaluation:
         return _grade(pairs, self.allow_unsafe, progress)
 
 
-def verdict_key(problem: Problem, code: str) -> str:
+def verdict_key(problem: CodeProblem, code: str) -> str:
     """Where the store has the verdict on `code`: {"error", "detail", "share" of the tests that pass}."""
     return content_key("verdict", code, asdict(problem.graded_by()))
 
@@ -238,7 +239,7 @@ def _grade(pairs: Sequence[tuple[str, grading.Tests]], allow_unsafe: bool, progr
 
 # The tests themselves.
 
-SOLUTIONS: dict[str, Callable[[Problem], list[str]]] = {  # the first must pass, the others fail
+SOLUTIONS: dict[str, Callable[[CodeProblem], list[str]]] = {  # the first must pass, the others fail
     "reference": lambda problem: [problem.solution],
     "pass": lambda problem: [mutation.with_body(problem.solution, problem.entry_point, "pass")],
     "constant": lambda problem: [
@@ -248,7 +249,7 @@ SOLUTIONS: dict[str, Callable[[Problem], list[str]]] = {  # the first must pass,
 }
 
 
-def check_tests(problems: Sequence[Problem], allow_unsafe: bool = False) -> dict[str, Any]:
+def check_tests(problems: Sequence[CodeProblem], allow_unsafe: bool = False) -> dict[str, Any]:
     """Which reference solutions fail their tests, and which do-nothing solutions pass them.
 
     Returns:

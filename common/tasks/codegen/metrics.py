@@ -16,7 +16,7 @@ from common.cli import UserError
 
 if TYPE_CHECKING:
     from common.evaluation.bootstrap import Interval
-    from common.tasks.codegen.rows import Problem
+    from common.tasks.codegen.rows import CodeProblem
 
 LINT_RULES = "E4,E7,E9,F"  # ruff's own default: errors and what pyflakes finds, not taste
 SHOWN_FAILURES, SHOWN_EXAMPLES = 8, 3
@@ -143,7 +143,7 @@ def difference(
     }
 
 
-def commonest_failures(problems: Sequence[Problem], judged: Samples) -> list[dict[str, Any]]:
+def commonest_failures(problems: Sequence[CodeProblem], judged: Samples) -> list[dict[str, Any]]:
     """Kinds of failure by frequency: `error`, `count` and `examples` with `task_id`, `prompt`, `code`, `detail`."""
     failures: dict[str, list[dict[str, str]]] = {}
     for problem, row in zip(problems, judged, strict=True):

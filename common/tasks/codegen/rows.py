@@ -25,7 +25,7 @@ FILLER = set("a an the of to in for from by with and or is are be given using wr
 
 
 @dataclass(frozen=True)
-class Problem:
+class CodeProblem:
     """A task in words (or as a function stub), a solution that is right, and the tests that say so.
 
     Attributes:
@@ -55,7 +55,7 @@ class Problem:
         return asdict(self)
 
 
-def read(path: str | Path, skip_bad_rows: bool = False) -> list[Problem]:
+def read(path: str | Path, skip_bad_rows: bool = False) -> list[CodeProblem]:
     """Problems of a JSON or JSONL file (.gz is fine) in any of `FORMATS`, told apart row by row.
 
     Raises:
@@ -65,11 +65,11 @@ def read(path: str | Path, skip_bad_rows: bool = False) -> list[Problem]:
     return problems_of(records.check_rows(path, numbered, (), skip_bad_rows, unit, fault_of=_fault))
 
 
-def problems_of(rows: Sequence[dict]) -> list[Problem]:
+def problems_of(rows: Sequence[dict]) -> list[CodeProblem]:
     """Good rows of any of `FORMATS` as problems, with the groups that they form together."""
     fields = [_fields(row) for row in rows]
     return [
-        Problem(
+        CodeProblem(
             task_id=str(row.get("task_id", index)),
             prompt=field["prompt"],
             solution=field["solution"],

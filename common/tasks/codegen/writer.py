@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from common import run_record
-from common.cli import log
+from common.cli import UserError, log
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
-from common.models.batching import by_token_budget
+from common.models.batching import by_token_budget, context_of
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.codegen import answer
 from common.tasks.codegen.prompt import PLAN_AGAIN_REQUEST, names_asked_for, plan_prompt
@@ -189,6 +189,29 @@ class CodeWriter:
         return CodeAnswer(code, plan, generation.finished, len(generation.tokens), cut)
 
 
+def check_lengths(source: ModelSource, tasks: Sequence[str], max_new_tokens: int) -> None:
+    """Refuse a task that is too long for a model before that is loaded, from its config alone where that will do.
+
+    Raises:
+        UserError: a task and its answer do not fit the model's context.
+    """
+    from common.models import tokenizers
+
+    context = context_of(models.load_config(models.base_source(source).model_dir, source.trust_remote_code))
+    room = context - max_new_tokens
+    doubtful = [index for index, task in enumerate(tasks) if len(task.encode()) > room]  # a token has at least a byte
+    if not doubtful:
+        return
+    folder = adapters.tokenizer_folder(source.model_dir, source.base)
+    tokenizer = tokenizers.load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
+    for index in doubtful:
+        if (count := len(tokenizer.encode(tasks[index], split_special_tokens=True))) > room:
+            raise UserError(
+                f"task {index + 1} has {count:,} tokens and with {max_new_tokens} new ones does not fit the model's "
+                f"context of {context:,}; shorten it, or lower --max_new_tokens"
+            )
+
+
 def style_of(
     model_dir: str, tokenizer: PreTrainedTokenizerBase, prompt_style: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Style, str | None]:
@@ -200,12 +223,24 @@ def style_of(
         tokenizer: the model's, aligned.
         prompt_style: one of `PROMPT_STYLES`.
     """
-    record = run_record.read(model_dir)
-    trained = record is not None or adapters.is_adapter(model_dir)
+    record, trained = _record_of(model_dir), is_trained(model_dir)
     eos = None if trained else plain_base_eos(model_dir, tokenizer, trust_remote_code)
     if prompt_style == "completion" or (prompt_style == "auto" and eos is not None):
         return COMPLETION, eos
     return (trained_style((record or {}).get("prompt_endings")) if trained else UNTRAINED), None
+
+
+def is_trained(model_dir: str) -> bool:
+    """Whether a model was trained by this toolkit, or is an adapter: its requests are those of its training."""
+    return adapters.is_adapter(model_dir) or _record_of(model_dir) is not None
+
+
+def _record_of(model_dir: str) -> dict[str, Any] | None:
+    """The record of the run that a model comes from; an empty one where it is broken, None where there is none."""
+    try:
+        return run_record.read(model_dir)
+    except UserError:  # it answers all the same
+        return {}
 
 
 def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:

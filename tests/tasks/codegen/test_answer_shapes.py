@@ -41,6 +41,8 @@ SHAPES = {
     "bare": (ADD, "add", ADD),
     "bare, prose before": (f"Here is the function:\n\n{ADD}", "add", ADD),
     "bare, prose after": (f"{ADD}\n\nThis function takes two numbers and adds them.", "add", ADD),
+    "bare, a constant above": (f"So:\n\nBASE = 2\n\n{BASE}\n\nThat is it.", "f", f"BASE = 2\n\n{BASE}"),
+    "bare, a remark above": (f"So:\n\n# adds\n{ADD}", "add", f"# adds\n{ADD}"),
     "bare, a word after": (f"{ADD}\nDone", "add", ADD),
     "bare, a closed fence after": (f"{ADD}\n```\n\nIt adds the two numbers.", "add", ADD),
     "bare, a closed fence and a usage fence": (f"{ADD}\n```\nUse it so:\n{fence('print(add(1, 2))')}", "add", ADD),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from support.inputs import read_rows, write_rows
+from support.inputs import CORPUS, read_rows, write_rows
 
 import infer_codegen
 from common import cli
@@ -78,6 +80,23 @@ def test_files_of_tasks(tiny_base, scripted, capsys, tmp_path):
 def test_infer_refuses(tiny_base, capsys, flags, sentence):
     code, out, err = infer(capsys, "--model_dir", tiny_base, *flags)
     assert (code, out) == (cli.BAD_INPUT, "") and sentence in err and err.count("\n") == 1
+
+
+def test_a_task_that_is_too_long_is_refused_before_the_model_loads(
+    tiny_base, tokenizer, scripted, capsys, tmp_path, monkeypatch
+):
+    task = "Add a and b. " * 1500
+    monkeypatch.setattr(CodeWriter, "load", classmethod(lambda cls, *source, **how: pytest.fail("it was loaded")))
+    rows = write_rows(tmp_path / "tasks.jsonl", [{"prompt": "Add."}, {"prompt": task}])
+    for flags in (["--prompt", task], ["--input", rows, "--output", str(tmp_path / "out.jsonl")]):
+        code, out, err = infer(capsys, "--model_dir", tiny_base, *flags)
+        assert (code, out) == (cli.BAD_INPUT, "")
+        number = 1 if flags[0] == "--prompt" else 2
+        assert re.search(rf"task {number} has [\d,]+ tokens and with 512 new ones does not fit .* of 2,048;", err)
+    task = CORPUS[0] * 11
+    assert len(tokenizer.encode(task)) + 512 < 2048 < len(task.encode()) + 512  # its bytes alone do not tell
+    scripted({task: ["y = 1"]})
+    assert infer(capsys, "--model_dir", tiny_base, "--prompt", task)[:2] == (0, "y = 1\n")
 
 
 # Code that is tried.
