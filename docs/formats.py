@@ -65,6 +65,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "$recursiveRef": {"type": "object", "properties": {"a": {"$recursiveRef": "#"}}},
     "extends": TEXT | {"extends": {"minLength": 2}},
     "disallow": {"type": "string", "disallow": "number"},
+    "nullable": TEXT | {"nullable": True},
     "divisibleBy": NUMBER | {"divisibleBy": 5},
 }
 # What makes of an enforced keyword one that is checked.

@@ -39,7 +39,7 @@ python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, 
 """
 SHELL = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "2>&1"}
 PROGRAM = re.compile(
-    r"(?:[A-Z_]+=\S+ +)*(?:\S*python3? |torchrun |accelerate |uvicorn |\S*pip install |\./\S|recipes/\S+\.sh)"
+    r"(?:[A-Z_]+=\S+ +)*(?:\S*python3? |torchrun |accelerate |uvicorn \w+:|\S*pip install |\./\S|recipes/\S+\.sh)"
 )
 
 
@@ -111,8 +111,10 @@ def test_shown_commands_parse(where, command, monkeypatch):
 def check_uvicorn(argv: list[str]) -> None:
     """uvicorn's own flags, and an application under the name that it is given."""
     module, _, name = uvicorn.main.make_context("uvicorn", argv).params["app"].partition(":")
-    functions = [node.name for node in ast.parse((ROOT / f"{module}.py").read_text()).body if hasattr(node, "name")]
-    assert name == "app" and "__getattr__" in functions, f"{module} makes no {name}"
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    defined |= {each.id for node in tree.body for each in getattr(node, "targets", ()) if isinstance(each, ast.Name)}
+    assert name == "app" and "__getattr__" in defined, f"{module} makes no {name}"
 
 
 def test_commands_are_found():
