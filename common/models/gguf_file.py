@@ -194,7 +194,7 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
     """The config of the model in a file."""
     from transformers import AutoConfig
 
-    made = ARCHITECTURES[file.architecture]
+    architecture = ARCHITECTURES[file.architecture]
     heads, hidden = file.own("attention.head_count"), file.own("embedding_length")
     kv_heads = file.own("attention.head_count_kv", heads)
     config = {
@@ -204,7 +204,7 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
         "num_hidden_layers": file.own("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": max(kv_heads) if isinstance(kv_heads, list) else kv_heads,
-        "head_dim": file.own("attention.key_length", file.own("rope.dimension_count", hidden // heads)),
+        "head_dim": file.own("attention.key_length", hidden // heads),
         "max_position_embeddings": file.own("context_length"),
         "rms_norm_eps": file.own("attention.layer_norm_rms_epsilon", 0.0),
         "tie_word_embeddings": not file.has("output.weight"),
@@ -216,7 +216,7 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
     for name, value in config.items():  # float32 numbers of the file as a person would write them: 1e-05
         if isinstance(value, float):
             config[name] = float(f"{value:.7g}")
-    return AutoConfig.for_model(made.model_type, **config | made.config(file))
+    return AutoConfig.for_model(architecture.model_type, **config | architecture.config(file))
 
 
 def _rope(file: GgufFile) -> dict[str, Any]:
@@ -228,6 +228,7 @@ def _rope(file: GgufFile) -> dict[str, Any]:
         if kind == "yarn":
             rope["original_max_position_embeddings"] = file.own("rope.scaling.original_context_length")
     elif kind != "none" or file.has("rope_factors_long.weight"):
+        kind = "longrope" if kind == "none" else kind
         raise UserError(f"{file.path} scales its positions by {kind}, which cannot be read; give the original model")
     if file.has("rope_freqs.weight"):
         rope |= _llama3_rope(file, rope["rope_theta"])
@@ -250,8 +251,10 @@ def _llama3_rope(file: GgufFile, theta: float) -> dict[str, Any]:
 
 
 def _llama(file: GgufFile) -> dict[str, Any]:
-    biases = {"attention_bias": file.has("blk.0.attn_q.bias"), "mlp_bias": file.has("blk.0.ffn_up.bias")}
-    return _rope(file) | biases
+    more: dict[str, Any] = {"attention_bias": file.has("blk.0.attn_q.bias"), "mlp_bias": file.has("blk.0.ffn_up.bias")}
+    if whole_heads := file.own("rope.dimension_count", 0):  # in files without a key_length
+        more["head_dim"] = file.own("attention.key_length", whole_heads)
+    return _rope(file) | more
 
 
 def _qwen3(file: GgufFile) -> dict[str, Any]:
@@ -352,23 +355,23 @@ def read_weight(file: GgufFile, name: str, shape: tuple[int, ...], config: PreTr
     """
     import torch
 
-    made, tensor, dtype = ARCHITECTURES[file.architecture], file.tensors[name], getattr(torch, file.dtype)
+    architecture, tensor, dtype = ARCHITECTURES[file.architecture], file.tensors[name], getattr(torch, file.dtype)
     rows, size = file.rows(tensor), tensor.shape
     step = max(1, CHUNK_NUMBERS // math.prod(size[1:]))
     pieces = []
     try:
         for start in range(0, len(rows), step):  # float32 needs several times the memory of the result
             piece = torch.from_numpy(_numbers(rows[start : start + step], tensor.kind))
-            if re.fullmatch(made.ones_added, name):
+            if re.fullmatch(architecture.ones_added, name):
                 piece = piece - 1
             pieces.append(piece.to(dtype))
     except NotImplementedError as error:
         raise UserError(f"{file.path} is quantised as {tensor.kind.name}, which cannot be read") from error
     weight = torch.cat(pieces).reshape(size)
-    if re.fullmatch(made.rotated, name):
+    if re.fullmatch(architecture.rotated, name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         weight = weight.reshape(heads, size[0] // heads // 2, 2, *size[1:]).transpose(1, 2).reshape(size)
-    if re.fullmatch(made.transposed, name):
+    if re.fullmatch(architecture.transposed, name):
         weight = weight.T
     if weight.numel() != math.prod(shape) or (weight.ndim == len(shape) and tuple(weight.shape) != shape):
         raise UserError(f"{file.path}: {name} is {list(size)}, not {list(shape)} as its header says; give another GGUF")

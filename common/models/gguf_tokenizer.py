@@ -113,17 +113,19 @@ def _backend(file: GgufFile, tokens: list[str]) -> Tokenizer:
     from tokenizers import AddedToken, processors
 
     kind, types = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    made = list(zip(tokens, types, strict=True))
-    vocabulary = {token: number for number, (token, of) in enumerate(made) if not _is_padding(token, of)}
+    typed = list(zip(tokens, types, strict=True))
+    vocabulary = {token: number for number, (token, type_) in enumerate(typed) if not _is_padding(token, type_)}
     if kind == "gpt2":
         backend, adds_bos = _byte_level(file, vocabulary)
     elif kind == "llama":
         backend, adds_bos = _sentencepiece(file, vocabulary), True
     else:
         raise UserError(f"{file.path} has a tokenizer of the kind {kind}, which cannot be read; give the original")
-    whole = [(token, of) for token, of in made if of in (CONTROL, UNKNOWN, USER_DEFINED) or token in ENDS]
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, of in whole if of != USER_DEFINED])
-    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, of in whole if of == USER_DEFINED])
+    whole = [(token, type_) for token, type_ in typed if type_ in (CONTROL, UNKNOWN, USER_DEFINED) or token in ENDS]
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t, type_ in whole if type_ != USER_DEFINED]
+    )
+    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, type_ in whole if type_ == USER_DEFINED])
     ends = {}
     for name, before in (("bos", adds_bos), ("eos", False)):
         number = file.get(f"tokenizer.ggml.{name}_token_id")
@@ -136,8 +138,8 @@ def _backend(file: GgufFile, tokens: list[str]) -> Tokenizer:
     return backend
 
 
-def _is_padding(token: str, of: int) -> bool:
-    return of == UNUSED and bool(PADDING.fullmatch(token))
+def _is_padding(token: str, type_: int) -> bool:
+    return type_ == UNUSED and bool(PADDING.fullmatch(token))
 
 
 def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tuple[Tokenizer, bool]:

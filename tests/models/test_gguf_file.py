@@ -103,6 +103,16 @@ def test_stretched_positions(tmp_path):
     assert rope["sliding_attention"]["rope_type"] == "default"
 
 
+def test_rotary_share_of_a_head(tmp_path):
+    """Phi-4 turns three quarters of a head."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}
+    source = build("phi3", rope_parameters=rope, head_dim=32, num_attention_heads=2, num_key_value_heads=2)
+    path = write(source, "phi3", tmp_path / "model.gguf", keys={"phi3.rope.dimension_count": 24})
+    model = imported(path)
+    assert model.config.rope_parameters["partial_rotary_factor"] == 0.75
+    assert torch.equal(logits(model), logits(source))
+
+
 def test_names_of_the_config(tmp_path):
     config = imported(write(build("llama"), "llama", tmp_path / "model.gguf")).config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 1, 2)
