@@ -47,7 +47,7 @@ def test_code_is_asked_for_at_once_unless_thinking_is_on(name, folders, monkeypa
 def test_code_is_streamed_from_behind_the_thinking(folders):
     model, tokenizer = models.load_for_inference(ModelSource(folders["qwen3"]))
     writer, out = CodeWriter(LoadedModel(model, tokenizer, 2048), CHAT), io.StringIO()
-    streamer = writer.streamer(out)
+    streamer = writer.streamer("Set x.", out)
     text = "<think>\nPerhaps\n```python\nx = 1\n```\nNo.\n</think>\n\n```python\nx = 2\n```"
     for piece in (text[:20], text[20:45], text[45:70], text[70:]):
         streamer.on_finalized_text(piece)
