@@ -45,6 +45,12 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     )
     decoding.add_argument("--top_p", type=float, default=1.0, help="probability that sampling stays within")
     decoding.add_argument("--seed", type=int, default=0)
+    decoding.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        default="off",
+        help="on: let a local --teacher that reasons think first; its answer is read from behind the thinking",
+    )
     running = parser.add_argument_group("running code (--task codegen)")
     running.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run the tests, in the sandbox")
     running.add_argument("--allow_no_sandbox", action="store_true", help="where no sandbox works, run it without one")
@@ -143,6 +149,8 @@ def _check_teacher(args: argparse.Namespace) -> None:
         given = [name for name in ENDPOINT_ONLY if getattr(args, name) is not None]
         if given:
             raise UserError(f"--{given[0]} goes with --endpoint; leave it out, or give --endpoint for --teacher")
+        if args.thinking == "on" and args.probabilities:
+            raise UserError("--thinking on is for answers that are written; leave it out with --probabilities")
         models.check_model_dir(args.teacher, args.base)
     else:
         _check_endpoint(args)
@@ -150,6 +158,11 @@ def _check_teacher(args: argparse.Namespace) -> None:
 
 def _check_endpoint(args: argparse.Namespace) -> None:
     """Refuse an address or a body that cannot be; reads --extra_body."""
+    if args.thinking == "on":
+        raise UserError(
+            "--thinking on goes with a local --teacher; an endpoint is told by --extra_body, such as "
+            '\'{"chat_template_kwargs": {"enable_thinking": true}}\''
+        )
     if not args.model:
         raise UserError("--endpoint needs --model with the model's name there")
     try:
@@ -206,7 +219,8 @@ def teacher_of(args: argparse.Namespace, task: TeacherTask) -> Teacher:
     Raises:
         UserError: it cannot be had.
     """
-    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed)
+    thinking = args.thinking == "on"
+    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed, thinking=thinking)
     if args.endpoint:
         endpoint = EndpointSettings(
             args.endpoint,

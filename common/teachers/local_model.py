@@ -14,7 +14,7 @@ from common.models.batching import context_of
 from common.models.source import LoadedModel
 from common.teachers.interview import Answer, NoAnswer, Question
 
-DECIDING = ("max_new_tokens", "temperature", "top_p", "seed")  # of a decoding, for an answer
+DECIDING = ("max_new_tokens", "temperature", "top_p", "seed", "thinking")  # of a decoding, for an answer
 WINDOW = 64  # answers that are made, and then kept, together
 
 
@@ -28,8 +28,8 @@ class LocalTeacher:
     """
 
     def __init__(self, loaded: LoadedModel, identity: Any, decoding: Decoding) -> None:
-        self.loaded, self.decoding = loaded, decoding
-        self.key: Any = ["local", identity, {name: getattr(decoding, name) for name in DECIDING}]
+        self.loaded, self.decoding, kept = loaded, decoding, decoding.as_dict()
+        self.key: Any = ["local", identity, {name: kept[name] for name in DECIDING if name in kept}]
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
         """See `interview.Teacher`; a chat that does not fit the model's context gets no answer."""
@@ -37,7 +37,7 @@ class LocalTeacher:
         room = context - self.decoding.max_new_tokens
         fitting = []
         for index, question in enumerate(questions):
-            prompt = tokenizers.encode_chat(self.loaded.tokenizer, question.messages)
+            prompt = tokenizers.encode_chat(self.loaded.tokenizer, question.messages, thinking=self.decoding.thinking)
             if len(prompt) <= room:
                 fitting.append((question.sample, index, prompt))
             else:

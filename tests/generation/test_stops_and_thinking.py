@@ -91,7 +91,7 @@ def test_thinking_is_no_part_of_the_answer(model, tokenizer, prompts, monkeypatc
     monkeypatch.setattr(model, "forward", scripted)
     seen: list[str] = []
 
-    def stop(text: str) -> bool:
+    def stop(number: int, text: str) -> bool:
         seen.append(text)
         return text == "Go"
 

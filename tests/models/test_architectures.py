@@ -29,6 +29,7 @@ from common.vram.model_shape import UnknownShape
 
 pytestmark = pytest.mark.processes
 
+pytestmark = pytest.mark.processes
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 5}, "age": {"type": "integer"}},

@@ -196,6 +196,7 @@ def declared(folder: Path) -> list:
     return [json.loads((folder / name).read_text())["eos_token_id"] for name in names]
 
 
+@pytest.mark.processes
 def test_every_stop_token_survives(talkative, rows, tmp_path):
     folder, ends = talkative
     model, tokenizer = models.load_for_inference(ModelSource(str(folder)))
@@ -244,6 +245,7 @@ def beyond(base, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_tokens_beyond_the_embedding_are_text(beyond, base, rows, tmp_path):
     embedding = models.load_config(base).vocab_size
     fitted = tokenizers.load_tokenizer(str(beyond))

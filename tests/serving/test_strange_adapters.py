@@ -19,6 +19,7 @@ from common.serving.work import Classify
 from common.tasks.ranking import creditmix
 from common.tasks.ranking.creditmix import CREDITMIX
 
+pytestmark = pytest.mark.processes
 PROMPT = CREDITMIX.prompt(creditmix.clean_features(ROWS[0]))
 
 

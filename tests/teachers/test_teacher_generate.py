@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from support.chat_templates import FAMILIES, tokenizer_of
 from support.inputs import CORPUS, write_rows
+from support.models import build_base
 from support.teacher import lines, numbered, rejects_of, run_of
 
 import teacher_generate
@@ -15,7 +17,9 @@ from common.generation import generate as generation
 from common.generation.decoding import Decoding
 from common.models import loading as models
 from common.models import tokenizers
-from common.models.source import ModelSource
+from common.models.source import LoadedModel, ModelSource
+from common.teachers.interview import Question
+from common.teachers.local_model import LocalTeacher
 
 
 def test_a_local_teacher(base, files, monkeypatch):
@@ -39,6 +43,22 @@ def test_a_local_teacher(base, files, monkeypatch):
     monkeypatch.setattr(generation, "generate", None)
     assert teacher_generate.main(argv) is None
     assert run_of(files)["requests"]["asked_now"] == 0
+
+
+def test_a_local_teacher_answers_at_once_unless_thinking_is_on(tmp_path):
+    """An answer at once has the prompt with the closed thinking; kept answers of before have the same key."""
+    base = build_base(tmp_path / "base", tokenizers.align(tokenizer_of(FAMILIES["qwen3"])))
+    loaded = LoadedModel(*models.load_for_inference(ModelSource(base)), 2048)
+    question = Question(1, [{"role": "user", "content": "Age: 23"}])
+    lengths, keys = [], []
+    for thinking in (False, True):
+        teacher = LocalTeacher(loaded, "identity", Decoding(2, thinking=thinking))
+        teacher.ask([question], lambda index, answer: lengths.append(answer.prompt_tokens))
+        keys.append(teacher.key)
+    closed = len(loaded.tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False))
+    assert lengths[0] == lengths[1] + closed
+    assert keys[0] == ["local", "identity", {"max_new_tokens": 2, "temperature": 0.0, "top_p": 1.0, "seed": 0}]
+    assert keys[1] == ["local", "identity", keys[0][2] | {"thinking": True}]
 
 
 def test_samples_of_a_local_teacher_differ(base, files):
@@ -71,6 +91,7 @@ THERE = [*HERE, "--endpoint", "http://localhost:1/v1", "--model", "m"]
         ([*THERE, "--task", "idp"], "--task idp needs --schema"),
         ([*THERE, "--schema", "s.json"], "--schema goes with --task idp"),
         ([*THERE, "--confirm_run_unsafe_code"], "go with --task codegen"),
+        ([*THERE, "--thinking", "on"], "an endpoint is told by --extra_body"),
         ([*THERE, "--task", "codegen", "--probabilities"], "--task codegen has no labels"),
         ([*THERE, "--task", "no.yaml"], "no.yaml does not exist"),
         ([*THERE, "--num_samples", "3"], "go with --preferences"),
