@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from common.export import parity, pipeline
 
+    pipeline.check_runtime(args.format, args.model_dir)
     proof_rows = parity.read_proof_rows(data, task, args.model_dir, args.proof_rows)
     base = pipeline.base_folder(args.model_dir, args.base, args.format)
     settings = pipeline.ExportSettings(

@@ -20,7 +20,6 @@ QUANTS = ("Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q4_K_M")
 DEFAULT = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of a mixture's tensors
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not made of blocks of 256 weights
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
-BITS_AT_MOST = {"F16": 16, "BF16": 16, "Q8_0": 8.5, "Q6_K": 8.5, "Q5_K_M": 8.5, "Q4_K_M": 8.5}  # of a weight
 
 
 @dataclass

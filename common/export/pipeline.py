@@ -109,6 +109,20 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
     return folder
 
 
+def check_runtime(form: str, model_dir: str) -> None:
+    """Refuse, before minutes are spent, what cannot be proven in the end.
+
+    Raises:
+        UserError: the runtime is not installed, or there is no adapter to write.
+    """
+    if form == "gguf_lora" and not adapters.is_adapter(model_dir):
+        raise UserError(f"{model_dir} is a whole model; use --format gguf")
+    if form in ("gguf", "gguf_lora"):
+        from common.models import llama_cpp
+
+        llama_cpp.library()
+
+
 def own_dtype(base: Path) -> str:
     """The type that a model's weights are stored in."""
     config = read_json(base / "config.json")
@@ -329,8 +343,6 @@ class Export:
         """The adapter alone, proven on its base in GGUF, which is written for that and not kept."""
         from common.export import gguf_lora, gguf_writer
 
-        if not self.is_adapter:
-            raise UserError(f"{self.settings.model_dir} is a whole model; use --format gguf")
         quant = self.settings.quant
         log(f"writing the adapter, and its base in {quant} to prove it on")
         folder = stage / "gguf_lora"

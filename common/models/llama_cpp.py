@@ -67,15 +67,6 @@ FUNCTIONS = {
 }
 
 
-def is_installed() -> bool:
-    """Whether llama.cpp can be called here."""
-    try:
-        import xllamacpp  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """llama.cpp, ready to be called, and silent.

@@ -20,7 +20,7 @@ from tokenizers import models as bpe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.cli import UserError
-from common.export import gguf_lora, gguf_quants, gguf_writer
+from common.export import gguf_lora, gguf_quants, gguf_writer, parity
 from common.export.gguf_quants import Mixture, quantize
 from common.export.gguf_vocabulary import pre_tokenizer_name
 from common.export.importance import importance_of
@@ -284,13 +284,15 @@ def test_pre_tokenizers_have_llama_cpps_names():
 def test_other_tokens_are_refused(run, dev, tmp_path, monkeypatch):
     """The gate: a file that llama.cpp cuts otherwise is not written, whatever the figures say."""
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("common.export.gguf_vocabulary.pre_tokenizer_name", lambda tokenizer: "gpt-2")
+    monkeypatch.setattr(GgufModel, "tokenize", lambda self, text: [0])
     with pytest.raises(UserError, match="reads other tokens than the model was trained on"):
         export_run(run, "gguf", tmp_path / "gguf", dev)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_gguf_without_llama_cpp(run, dev, tmp_path, monkeypatch):
+    """It is asked before anything is measured."""
+    monkeypatch.setattr(parity, "measure", None)
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     llama_cpp.library.cache_clear()
     with pytest.raises(UserError, match=r"pip install -r requirements/export.txt"):
