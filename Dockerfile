@@ -10,7 +10,7 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 COPY requirements.txt /tmp/
 COPY requirements /tmp/requirements
-# llama-cpp-python needs a compiler, and no job writes a GGUF
+# no job writes a GGUF
 RUN pip install --no-cache-dir --no-compile \
     -r /tmp/requirements.txt -r /tmp/requirements/k8s.txt $(grep ^torchao /tmp/requirements/export.txt)
 

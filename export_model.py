@@ -3,13 +3,15 @@
     python export_model.py --model_dir runs/creditmix_sft --format merged --save_dir runs/creditmix_sft_merged
     python export_model.py --model_dir runs/creditmix_sft --format onnx --save_dir exports/onnx
     python export_model.py --model_dir runs/creditmix_sft --format int8 --save_dir exports/int8
-    python export_model.py --model_dir runs/creditmix_sft --format gguf --quant Q8_0 --save_dir exports/gguf
+    python export_model.py --model_dir runs/creditmix_sft --format gguf --quant Q4_K_M --save_dir exports/gguf
+    python export_model.py --model_dir runs/creditmix_sft --format gguf_lora --save_dir exports/adapter
 
 merged is a plain transformers folder, onnx and int8 are for ONNX Runtime, gguf is for llama.cpp and Ollama (a Modelfile
-lies beside it). The proof runs the exported files in that runtime, and the run itself, on --proof_data: rows of a label
-task (default: its dev rows) or rows of input and output. It goes to export.json with the SHA-256 of every file. Where
-the metric has fallen by more than --max_metric_drop, the exit code is 1 and the files are kept apart in
-SAVE_DIR.rejected. The table goes to stdout, and last one JSON line.
+lies beside it), gguf_lora is the adapter alone for llama.cpp's --lora and Ollama's ADAPTER. The proof runs the exported
+files in that runtime, and the run itself, on --proof_data: rows of a label task (default: its dev rows) or rows of
+input and output. It goes to export.json with the SHA-256 of every file. Where the metric has fallen by more than
+--max_metric_drop, the exit code is 1 and the files are kept apart in SAVE_DIR.rejected. The table goes to stdout, and
+last one JSON line.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, run_record
+from common.export.gguf_quants import QUANTS
 from common.files import write_json
 from common.models import loading as models
 from common.models.flags import parse_args
 from common.tasks.ranking.loading import load_task
 
-FORMATS = ("merged", "onnx", "int8", "gguf")
-QUANTS = ("Q8_0", "F16")
+FORMATS = ("merged", "onnx", "int8", "gguf", "gguf_lora")
 SCALES = ("block", "channel")
 DTYPES = {"merged": ("float32", "bfloat16", "float16"), "onnx": ("float32", "float16")}
 
@@ -47,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", help="of merged (default: the base's own) or onnx (float32, float16)")
     parser.add_argument("--max_shard_gb", type=float, default=2.0, help="of one file of weights; bounds the memory")
-    parser.add_argument("--quant", choices=QUANTS, help="of gguf; default: Q8_0")
+    parser.add_argument("--quant", choices=QUANTS, help="of gguf, or of gguf_lora's base; default: Q8_0")
+    parser.add_argument("--imatrix", metavar="DATA", help="gguf: rows as of --proof_data; which weights matter")
     parser.add_argument(
         "--scales",
         choices=SCALES,
@@ -74,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from common.export import parity, pipeline
 
+    pipeline.check_runtime(args.format, args.model_dir)
     proof_rows = parity.read_proof_rows(data, task, args.model_dir, args.proof_rows)
     base = pipeline.base_folder(args.model_dir, args.base, args.format)
     settings = pipeline.ExportSettings(
@@ -87,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_lm_head=args.keep_lm_head,
         max_shard_bytes=int(args.max_shard_gb * 1e9),
         trust_remote_code=args.trust_remote_code,
+        imatrix=parity.read_proof_rows(args.imatrix, task, args.model_dir, None) if args.imatrix else None,
     )
     save_dir = Path(args.save_dir)
     pipeline.check_room(save_dir, settings.bytes_needed())
@@ -114,8 +119,12 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.dtype and args.dtype not in DTYPES.get(args.format, ()):
         those = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items())
         raise cli.UserError(f"--dtype {args.dtype} is not for --format {args.format}; there are {those}")
-    if args.quant and args.format != "gguf":
+    if args.quant and args.format not in ("gguf", "gguf_lora"):
         raise cli.UserError(f"--quant is for --format gguf; leave it out with {args.format}")
+    if args.imatrix and args.format != "gguf":
+        raise cli.UserError(f"--imatrix is for --format gguf; leave it out with {args.format}")
+    if args.imatrix and not Path(args.imatrix).is_file():
+        raise cli.UserError(f"--imatrix {args.imatrix} does not exist; give rows of the task")
     for flag in ("scales", "keep_lm_head"):
         if getattr(args, flag) and args.format != "int8":
             raise cli.UserError(f"--{flag} is for --format int8; leave it out with {args.format}")

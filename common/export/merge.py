@@ -132,6 +132,10 @@ class Deltas:
             raise UserError(f"the adapter {folder} holds {next(iter(weights))}; only LoRA's own weights can be merged")
         self.names = set(self._factors)
 
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] of a weight."""
+        return self._factors[name]
+
     def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The merged weight [out, in], in float32, or [in, out] where the model stores it so."""
         a, b = self._factors[name]

@@ -11,7 +11,7 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,11 +26,15 @@ from common.files import atomic_write, read_json, sha256_file
 from common.models import adapters, gguf_import
 from common.models import loading as models
 from common.models.source import ModelSource
+from common.models.tokenizers import PROBES, stop_ids
 from common.models.torch_runtime import Runtime, TorchRuntime
 from common.tasks.ranking.classifier import CALIBRATION
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+    from common.models.gguf_runtime import GgufModel
 
 RECORD = "export.json"
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,9 +55,10 @@ class ExportSettings:
         quant: of a GGUF.
         scales, keep_lm_head: of INT8 (see `onnx_writer.quantize`).
         max_shard_bytes: see `merge.merge`.
+        imatrix: rows that show which weights of a GGUF matter most; None: all count alike.
     """
 
-    format: str  # merged, onnx, int8 or gguf
+    format: str  # merged, onnx, int8, gguf or gguf_lora
     model_dir: str
     base: Path
     four_bit: bool
@@ -63,6 +68,7 @@ class ExportSettings:
     keep_lm_head: bool
     max_shard_bytes: int
     trust_remote_code: bool
+    imatrix: ProofRows | None = None
 
     def bytes_needed(self) -> int:
         """On the disk while the export is made, about."""
@@ -70,6 +76,8 @@ class ExportSettings:
         out = FLOAT_BYTES[self.dtype]
         if self.format == "merged":
             per_number = out * (2 if self.four_bit and adapters.is_adapter(self.model_dir) else 1)
+        elif self.format == "gguf_lora":  # the base in GGUF, for the proof
+            per_number = FLOAT_BYTES["float16"]
         else:  # float32 weights, merged or as a graph, and what is made of them
             per_number = FLOAT_BYTES["float32"] + {"onnx": out, "int8": FLOAT_BYTES["float32"], "gguf": 2}[self.format]
         return int(numbers * per_number * ROOM)
@@ -91,7 +99,7 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
         return folder
     from common.export import gguf_writer, onnx_writer
 
-    known = (gguf_writer if form == "gguf" else onnx_writer).ARCHITECTURES
+    known = (gguf_writer if form in ("gguf", "gguf_lora") else onnx_writer).ARCHITECTURES
     full = set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}
     if kind not in known or not full or (config.get("sliding_window") and config.get("use_sliding_window", True)):
         raise UserError(
@@ -99,6 +107,20 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
             f"{kind}{'' if kind not in known else ' with a sliding window'}; use --format merged"
         )
     return folder
+
+
+def check_runtime(form: str, model_dir: str) -> None:
+    """Refuse, before minutes are spent, what cannot be proven in the end.
+
+    Raises:
+        UserError: the runtime is not installed, or there is no adapter to write.
+    """
+    if form == "gguf_lora" and not adapters.is_adapter(model_dir):
+        raise UserError(f"{model_dir} is a whole model; use --format gguf")
+    if form in ("gguf", "gguf_lora"):
+        from common.models import llama_cpp
+
+        llama_cpp.library()
 
 
 def own_dtype(base: Path) -> str:
@@ -194,7 +216,13 @@ class Export:
             UserError: the model cannot be exported so.
         """
         settings = self.settings
-        makers = {"merged": self._merged, "onnx": self._onnx, "int8": self._int8, "gguf": self._gguf}
+        makers = {
+            "merged": self._merged,
+            "onnx": self._onnx,
+            "int8": self._int8,
+            "gguf": self._gguf,
+            "gguf_lora": self._gguf_lora,
+        }
         folder, facts = makers[settings.format](stage)
         source = Path(settings.model_dir)
         for file in [*sorted(source.glob(f"{CALIBRATION}*.json")), source / run_record.GROUPS_FILE]:
@@ -223,6 +251,7 @@ class Export:
                 trust_remote_code=self.settings.trust_remote_code,
             )
         )
+        self.stops = stop_ids(self.tokenizer, model.generation_config)
         return TorchRuntime(model)
 
     def _merge(self, target: Path, dtype: str, from_nf4: bool) -> Path:
@@ -293,7 +322,6 @@ class Export:
 
     def _gguf(self, stage: Path) -> tuple[Path, dict[str, Any]]:
         from common.export import gguf_writer
-        from common.models.gguf_runtime import GgufModel
 
         merged, facts = self._plain(stage)
         quant = self.settings.quant
@@ -301,18 +329,88 @@ class Export:
         folder = stage / "gguf"
         folder.mkdir()
         file = folder / gguf_writer.file_name(quant)
-        gguf_writer.write(merged, file, quant, self.tokenizer)
-        self.tokenizer.save_pretrained(folder)
-        stop = dict.fromkeys((self.tokenizer.eos_token, self.tokenizer.pad_token))
-        with atomic_write(folder / gguf_writer.MODELFILE) as handle:
-            handle.write(gguf_writer.modelfile(self.tokenizer, file.name, list(stop)))
+        gguf_writer.write(merged, file, quant, self.tokenizer, self.stops, self._importance(merged))
+        self._write_modelfile(folder, file.name)
+        proof = self._prove_in_llama_cpp([file])
+        return folder, facts | {
+            "dtype": quant,
+            **self._imatrix_facts(),
+            "runtime": _runtime("xllamacpp"),
+            "proof": proof,
+        }
+
+    def _gguf_lora(self, stage: Path) -> tuple[Path, dict[str, Any]]:
+        """The adapter alone, proven on its base in GGUF, which is written for that and not kept."""
+        from common.export import gguf_lora, gguf_writer
+
+        quant = self.settings.quant
+        log(f"writing the adapter, and its base in {quant} to prove it on")
+        folder = stage / "gguf_lora"
+        folder.mkdir()
+        base = stage / f"base-{quant}.gguf"
+        gguf_writer.write(self.settings.base, base, quant, self.tokenizer, self.stops)
+        adapter = folder / gguf_lora.ADAPTER_FILE
+        gguf_lora.write(self.settings.model_dir, self.settings.base, adapter)
+        self._write_modelfile(folder, base.name, adapter.name)
+        proof = self._prove_in_llama_cpp([base, adapter])
+        facts = {"merged_into": None, "dtype": "float32", "base_quant": quant, "runtime": _runtime("xllamacpp")}
+        return folder, facts | {"proof": proof}
+
+    def _prove_in_llama_cpp(self, files: Sequence[Path]) -> dict[str, Any]:
+        """The proof of a model, and perhaps an adapter, that llama.cpp has read as the same tokens."""
+        from common.models.gguf_runtime import GgufModel
+
         context = parity.longest(self.tokenizer, self.proof_rows) + parity.TIMED_TOKENS
-        load = functools.cache(lambda: GgufModel(file, context))
-        proof = self._prove(load, [file])
+
+        def load() -> GgufModel:
+            return GgufModel(files[0], context, *files[1:])
+
         with contextlib.closing(load()) as model:
-            alike = [model.tokenize(text) == self._plain_ids(text) for text in self.proof_rows.prompts]
-        proof["prompts_tokenized_alike"] = f"{sum(alike)} of {len(alike)}"
-        return folder, facts | {"dtype": quant, "runtime": _runtime("llama_cpp_python"), "proof": proof}
+            alike = self._check_tokens(model)
+        return self._prove(load, files) | {"prompts_tokenized_alike": alike}
+
+    def _imatrix_facts(self) -> dict[str, Any]:
+        """ "imatrix": the rows that it was measured on."""
+        rows = self.settings.imatrix
+        if rows is None:
+            return {}
+        return {"imatrix": {"data": rows.path, "sha256": sha256_file(rows.path), "rows": len(rows.prompts)}}
+
+    def _importance(self, merged: Path) -> dict[str, np.ndarray] | None:
+        rows = self.settings.imatrix
+        if rows is None:
+            return None
+        from common.export.importance import importance_of
+
+        log(f"measuring what matters on {len(rows.prompts):,} rows of {rows.path}")
+        return importance_of(merged, parity.encode(self.tokenizer, rows))
+
+    def _write_modelfile(self, folder: Path, gguf_file: str, adapter: str | None = None) -> None:
+        from common.export.modelfile import MODELFILE, modelfile
+        from common.models.batching import context_of
+
+        self.tokenizer.save_pretrained(folder)
+        stop = list(dict.fromkeys(self.tokenizer.convert_ids_to_tokens(self.stops)))
+        context = context_of(models.load_config(str(self.settings.base)))
+        with atomic_write(folder / MODELFILE) as handle:
+            handle.write(modelfile(self.tokenizer, gguf_file, stop, context, adapter))
+
+    def _check_tokens(self, model: GgufModel) -> str:
+        """That llama.cpp reads the proof's prompts and answers, and awkward texts, as the same tokens; how many.
+
+        Raises:
+            UserError: it does not.
+        """
+        prompts = [model.tokenize(text) == self._plain_ids(text) for text in self.proof_rows.prompts]
+        texts = (*self.proof_rows.outputs, *PROBES)
+        wrong = [text for text in texts if model.tokenize(text) != self._plain_ids(text)]
+        wrong += [text for text, alike in zip(self.proof_rows.prompts, prompts, strict=True) if not alike]
+        if wrong:
+            raise UserError(
+                f"llama.cpp reads other tokens than the model was trained on, in {wrong[0][:60]!r} for one; choose "
+                "another format"
+            )
+        return f"{sum(prompts)} of {len(prompts)}"
 
     def _plain_ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -81,6 +81,8 @@ def test_flags_that_do_not_go_together(run, dev, tmp_path):
     )
     assert "--dtype float16 is not for --format int8" in refused(run, dev, tmp_path, "--dtype", "float16", form="int8")
     assert "--quant is for --format gguf" in refused(run, dev, tmp_path, "--quant", "F16")
+    assert "--imatrix is for --format gguf" in refused(run, dev, tmp_path, "--imatrix", dev)
+    assert "--imatrix none.jsonl does not exist" in refused(run, dev, tmp_path, "--imatrix", "none.jsonl", form="gguf")
     assert "--scales is for --format int8" in refused(run, dev, tmp_path, "--scales", "channel")
     assert "--keep_lm_head is for --format int8" in refused(run, dev, tmp_path, "--keep_lm_head")
     assert "--max_shard_gb must be above 0" in refused(run, dev, tmp_path, "--max_shard_gb", "0")
@@ -113,6 +115,7 @@ def test_room_that_is_asked_for(run, tmp_path):
         ("onnx", "float16", True, 6),
         ("int8", "float32", False, 8),
         ("gguf", "float32", False, 6),
+        ("gguf_lora", "float32", False, 2),
     ):
         needed = export.ExportSettings(format=form, dtype=dtype, four_bit=four_bit, **facts).bytes_needed()
         assert needed == int(merging.Checkpoint(facts["base"]).numbers * expected * export.ROOM), form
@@ -123,7 +126,9 @@ def test_an_unknown_architecture(tiny_base, dev, tmp_path):
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"model_type": "ours"}))
     assert "with full attention, and" in refused(str(strange), dev, tmp_path, form="onnx")
-    assert "gguf is for the architectures llama, qwen2" in refused(str(strange), dev, tmp_path, form="gguf")
+    assert "gguf is for the architectures llama, mistral, qwen2, qwen3 with full attention" in refused(
+        str(strange), dev, tmp_path, form="gguf"
+    )
     assert "is of no known architecture" in refused(str(strange), dev, tmp_path)
     (strange / "config.json").write_text(json.dumps(config | {"use_sliding_window": True, "sliding_window": 8}))
     assert "with a sliding window" in refused(str(strange), dev, tmp_path, form="onnx")

@@ -26,14 +26,14 @@ class GgufRanker(Ranker):
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         rows = []
         if prefix:
-            self.model.after(0, prefix)
+            self.model.after(0, prefix, 1)
         for suffix in suffixes:
             end = len(prefix) + len(suffix)
-            columns = [self.model.after(len(prefix), suffix)[-1:].copy()]
+            columns = [self.model.after(len(prefix), suffix, 1)]
             columns += [None] * self.tree.columns
             for branch in self.tree.branches():
                 logits = self.model.after(end, [self.tree.tokens[node] for node in branch])
-                for node, row in zip(branch, logits.copy(), strict=True):
+                for node, row in zip(branch, logits, strict=True):
                     columns[node] = row[None]
             rows.append(np.concatenate(columns))
         return label_scores(self.tree, np.stack(rows), self.task.aggregate)

@@ -1,0 +1,48 @@
+"""A LoRA adapter alone as GGUF, for llama.cpp's --lora and Ollama's ADAPTER: a few MB beside a GGUF of its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from common.cli import UserError
+from common.export.gguf_writer import architecture_of, as_llama_cpp, tensor_names
+from common.export.merge import Deltas
+
+ADAPTER_FILE = "adapter.gguf"
+
+
+def write(model_dir: str | Path, base: Path, path: Path) -> None:
+    """Write the adapter in `model_dir` beside its base as one GGUF file, its matrices in F32.
+
+    llama.cpp adds alpha / rank x B A; what alpha and rank mean elsewhere (rslora's square root) is folded into alpha.
+
+    Raises:
+        UserError: an adapter of another kind, or a layer that the architecture does not have there.
+    """
+    import gguf
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base)
+    deltas = Deltas(model_dir)
+    writer = gguf.GGUFWriter(path, architecture_of(config))
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    names, alpha = tensor_names(config), None
+    for name in sorted(deltas.names):
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if target is None:
+            raise UserError(f"{name} has no place in a GGUF of {config.model_type}; choose another format")
+        a, b = (factor.float().numpy() for factor in deltas.factors(name))
+        if deltas.transposed:
+            raise UserError(f"{config.model_type} stores its weights transposed; choose another format than gguf_lora")
+        if alpha is None:
+            alpha = deltas.scale * len(a)
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_tensor(f"{target}.lora_a", np.ascontiguousarray(a))  # [rank, in]
+        writer.add_tensor(f"{target}.lora_b", np.ascontiguousarray(as_llama_cpp(name, b, config)))  # [out, rank]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

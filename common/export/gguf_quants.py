@@ -1,0 +1,108 @@
+"""What each tensor of a GGUF is stored in, and its bytes: llama.cpp's own mixtures, by llama.cpp's own kernels.
+
+Q4_K_M and Q5_K_M are mixtures: the tensors that answers depend on most are kept in Q6_K, as `llama_tensor_get_type` of
+llama.cpp (src/llama-quant.cpp) has it for dense models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import gguf
+
+QUANTS = ("Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q4_K_M")
+DEFAULT = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of a mixture's tensors
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not made of blocks of 256 weights
+OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+
+
+@dataclass
+class Mixture:
+    """The kinds of a model's tensors, asked for in the order of the layers.
+
+    Attributes:
+        quant: one of `QUANTS`.
+        layers: of the model.
+        tied: the head is the embedding.
+    """
+
+    quant: str
+    layers: int
+    tied: bool
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def kind_of(self, name: str, shape: Sequence[int]) -> gguf.GGMLQuantizationType:
+        """What a tensor is stored in. Vectors (norms, biases) are F32; what no blocks fit is F16.
+
+        Args:
+            name: in GGUF: "blk.0.attn_v.weight".
+            shape: [rows, columns] or [numbers].
+        """
+        import gguf
+
+        kinds = gguf.GGMLQuantizationType
+        if len(shape) == 1:
+            return kinds.F32
+        wanted = self._wanted(name)
+        for kind in (wanted, FALLBACK.get(wanted, wanted), "F16"):
+            if shape[-1] % gguf.GGML_QUANT_SIZES[kinds[kind]][0] == 0:
+                return kinds[kind]
+        raise AssertionError("F16 fits every row")
+
+    def _wanted(self, name: str) -> str:
+        if self.quant not in DEFAULT:
+            return self.quant
+        if name == OUTPUT or (self.tied and name == EMBEDDING):
+            return "Q6_K"
+        part = name.removesuffix(".weight").rpartition(".")[2]
+        if part in ("attn_v", "ffn_down"):
+            index = self.seen.get(part, 0)
+            self.seen[part] = index + 1
+            if _needs_more_bits(index, self.layers):
+                return "Q6_K"
+        return DEFAULT[self.quant]
+
+
+def _needs_more_bits(layer: int, layers: int) -> bool:
+    """The first and the last eighth of the layers, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def quantize(array: np.ndarray, kind: gguf.GGMLQuantizationType, importance: np.ndarray | None = None) -> np.ndarray:
+    """A float32 tensor as the bytes of `kind` [rows, bytes].
+
+    Args:
+        importance: of each column, how much an error in it counts: the mean square of what it is multiplied with.
+
+    Raises:
+        UserError: llama.cpp is needed for this kind and not installed.
+    """
+    import gguf
+
+    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16):
+        return gguf.quants.quantize(array, kind)
+    if kind == gguf.GGMLQuantizationType.Q8_0:
+        return gguf.quants.quantize(array, kind)  # the same bytes as llama.cpp's, without it
+
+    from common.models import llama_cpp
+
+    array = np.ascontiguousarray(array, dtype=np.float32)
+    rows, columns = array.shape
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    result = np.empty((rows, columns // block * size), dtype=np.uint8)
+    floats = ctypes.POINTER(ctypes.c_float)
+    weights = None
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+        weights = importance.ctypes.data_as(floats)
+    written = llama_cpp.library().ggml_quantize_chunk(
+        int(kind), array.ctypes.data_as(floats), result.ctypes.data, 0, rows, columns, weights
+    )
+    assert written == result.nbytes, f"{kind.name} has {written} bytes instead of {result.nbytes}"
+    return result
