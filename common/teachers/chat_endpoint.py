@@ -137,6 +137,8 @@ class ChatEndpoint:
             )
         if status < 400:
             raise UserError(f"--endpoint {self.url} sends elsewhere ({message}); give the address that it sends to")
+        if self.options.get("logprobs") and "logprobs" in message:
+            raise self._no_logprobs()
         return NoAnswer(f"the endpoint refuses the request ({message})", lasting=True)
 
     async def wait_for_turn(self) -> None:
@@ -166,12 +168,15 @@ class ChatEndpoint:
         """The likeliest first tokens; raises UserError where the endpoint gives none."""
         logprobs = choice.get("logprobs")
         if not logprobs or logprobs.get("content") is None:
-            raise UserError(
-                f"the endpoint gives no top_logprobs for '{self.settings.model}'; leave --probabilities out, or use "
-                "one that does, or a local --teacher"
-            )
+            raise self._no_logprobs()
         first = logprobs["content"][:1]
-        return [(token["token"], float(token["logprob"])) for token in (first[0]["top_logprobs"] if first else [])]
+        return [(token_text(token), float(token["logprob"])) for token in (first[0]["top_logprobs"] if first else [])]
+
+    def _no_logprobs(self) -> UserError:
+        return UserError(
+            f"the endpoint gives no top_logprobs for '{self.settings.model}'; leave --probabilities out, or use "
+            "one that does, or a local --teacher"
+        )
 
     def _message(self, response: httpx2.Response) -> str:
         """What a response says, in a line, without the key."""
@@ -182,6 +187,21 @@ class ChatEndpoint:
             text = str(error["message"] if isinstance(error, dict) else error or text)
         text = " ".join(text.split())[:300] or response.reason_phrase
         return text.replace(self.api_key, "...") if self.api_key else text
+
+
+def token_text(token: dict) -> str:
+    """The text of a token in an answer's log-probabilities.
+
+    One that is a part of a character has none; it is written as "bytes:" and its bytes, like "bytes:\\xe6\\x97" (see
+    `label_probabilities.token_bytes`).
+    """
+    if token.get("bytes") is None:
+        return token["token"]
+    content = bytes(token["bytes"])
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def retry_after(response: httpx2.Response) -> float:
