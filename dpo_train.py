@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli
+from common.models.flags import parse_args
 from common.training import dpo, flags
 
 
@@ -24,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = flags.dpo_settings(cli.parse_args(build_parser(), argv))
+    settings = flags.dpo_settings(parse_args(build_parser(), argv))
     dpo.train(settings, argv)
 
 

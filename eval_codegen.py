@@ -6,7 +6,8 @@
         --plan_then_code --report_dir runs/code_report --confirm_run_unsafe_code
     python eval_codegen.py --data sanitized-mbpp.json --check_tests --confirm_run_unsafe_code
 
-Code runs in the sandbox only, and only with --confirm_run_unsafe_code. Prints tables and, last, one JSON line;
+Code runs in the sandbox only, and only with --confirm_run_unsafe_code: definitions, imports and constants, without the
+calls and tests that an answer has at its top level (--keep_main keeps them). Prints tables and, last, one JSON line;
 --report_dir adds metrics.json, plots and report.html, and keeps answers and verdicts in answers.jsonl, so that a run
 that was interrupted goes on. --plan_then_code judges plan-then-code beside direct answers, paired. Problems that share
 their group with training rows are counted. --check_tests judges the tests instead of models: reference solutions must
@@ -26,7 +27,7 @@ from common.data import resumable
 from common.files import sha256_file
 from common.generation.decoding import Decoding
 from common.models import loading as models
-from common.models.flags import source_of
+from common.models.flags import parse_args, source_of
 from common.sandbox import box as sandbox
 from common.tasks.codegen import flags as codegen_flags
 
@@ -44,13 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
     running = parser.add_argument_group("running code")
     running.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run it, in the sandbox")
+    running.add_argument("--keep_main", action="store_true", help="run what answers do at their top level too")
     running.add_argument("--allow_no_sandbox", action="store_true", help="where no sandbox works, run it without one")
     codegen_flags.add_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     ks, decoding = check_flags(args)
 
     from common.tasks.codegen import evaluate
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common.tasks.codegen import report
 
     store = resumable.AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
-    evaluation = evaluate.Evaluation(problems, decoding, ks, store, args.allow_no_sandbox, args.seed)
+    evaluation = evaluate.Evaluation(problems, decoding, ks, store, args.allow_no_sandbox, args.seed, args.keep_main)
     entries, judged = [], []
     for model_dir in args.model_dir:
         settings = evaluate.WriterSettings(

@@ -22,7 +22,7 @@ from common import cli, run_record
 from common.data import splits
 from common.files import read_json, sha256_file
 from common.models import loading as models
-from common.models.flags import source_of
+from common.models.flags import parse_args, source_of
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
 from common.tasks.ranking.loading import load_task
 from common.tasks.ranking.task import LabelTask
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     task = load_task(args.task)
     check_flags(args, task)
     # after the checks, so that a mistyped flag answers before numpy and scipy are imported

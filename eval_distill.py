@@ -26,7 +26,7 @@ from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT, Selection
 from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
-from common.models.flags import add_model_flags, source_of
+from common.models.flags import add_model_flags, parse_args, source_of
 from common.models.source import ModelSource
 from common.tasks.ranking.loading import load_task
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     model_dirs = check_flags(args)
     task = load_task(args.task) if args.task else None
     selection = Selection(args.data, task, args.split, args.sample, args.seed, args.skip_bad_rows)

@@ -20,7 +20,7 @@ from common import cli, run_record
 from common.files import sha256_file
 from common.generation import json_schema
 from common.models import loading as models
-from common.models.flags import source_of
+from common.models.flags import parse_args, source_of
 from common.tasks.idp import flags as idp_flags
 from common.vram import preflight as vram
 
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     if len(set(args.model_dir)) < len(args.model_dir):
         raise cli.UserError("--model_dir names the same model twice; name each once")
     for model_dir in args.model_dir:

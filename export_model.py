@@ -23,6 +23,7 @@ from typing import Any
 from common import cli, run_record
 from common.files import write_json
 from common.models import loading as models
+from common.models.flags import parse_args
 from common.tasks.ranking.loading import load_task
 
 FORMATS = ("merged", "onnx", "int8", "gguf")
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     task = load_task(args.task)
     check_flags(args)
     data = args.proof_data or f"data/{task.name}_dev.jsonl"

@@ -4,10 +4,12 @@
     python infer_codegen.py --model_dir runs/kd_code --prompt "Write a function that sorts a list." --plan_then_code
     python infer_codegen.py --model_dir runs/kd_code --input tasks.jsonl --output answers.jsonl
 
-With --plan_then_code the model writes a plan first, shown on stderr, and then the code for task and plan. Rows of
---input have the task under "prompt" or "input", rows of --output model_name, prompt and answers: each with plan, code
-and error (null where the code compiles). An interrupted run goes on where it stopped. Nothing is run. The exit code is
-1 where code does not compile; it is kept all the same.
+With --plan_then_code the model writes a plan first, shown on stderr, and then the code for task and plan. With --test
+"assert ..." the code is run on these tests, in the sandbox and only with --confirm_run_unsafe_code, and asked for again
+with the error until it passes, --max_tries times at most; nothing else is run. Rows of --input have the task under
+"prompt" or "input", rows of --output model_name, prompt and answers: each with plan, code and error (null where the
+code compiles), and "cut": true where the tokens ran out before the code was whole. An interrupted run goes on where it
+stopped. The exit code is 1 where code does not compile, is cut off or fails --test; it is kept all the same.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ from common.files import sha256_file
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
+from common.models.flags import parse_args
 from common.tasks.codegen import flags as codegen_flags
 from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter
 
-WINDOW = 32  # tasks at a time
+WINDOW = 8  # tasks at a time, whose answers are kept together
+NOT_DECIDING = (  # flags that do not decide the answers to --input; thinking does, with the rest of the decoding
+    *("output", "max_batch_tokens", "thinking"),
+    *("test", "max_tries", "confirm_run_unsafe_code", "allow_no_sandbox"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,13 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="JSONL answers to the rows of --input, in their order")
     parser.add_argument("--plan_then_code", action="store_true", help="first a plan, then code for task and plan")
     parser.add_argument("--show_plan", action="store_true", help="print the plan before the code, in comment lines")
+    trial = parser.add_argument_group("trying the code of --prompt")
+    trial.add_argument("--test", nargs="+", default=[], metavar="ASSERT", help='e.g. "assert add(1, 2) == 3"')
+    trial.add_argument("--max_tries", type=cli.positive_int, default=3, help="answers until one passes (default: 3)")
+    trial.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run it, in the sandbox")
+    trial.add_argument("--allow_no_sandbox", action="store_true", help="where no sandbox works, run it without one")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     codegen_flags.add_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
         raise cli.UserError("give either --prompt, or --input and --output together")
     if args.prompt is not None and not args.prompt.strip():
@@ -52,11 +64,30 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.show_plan and (not args.plan_then_code or args.input):
         raise cli.UserError("--show_plan goes with --plan_then_code and --prompt; rows of --output have their plan")
     decoding = codegen_flags.decoding(args)
+    check_trial(args)
     models.check_model_dir(args.model_dir, args.base)
     tasks = [args.prompt] if args.prompt else read_tasks(args.input, args.skip_bad_rows)
 
     writer = codegen_flags.load_writer(args, args.model_dir)
+    if args.test:
+        return write_tried(args, writer, decoding)
     return write_one(args, writer, decoding) if args.prompt else write_file(args, writer, decoding, tasks)
+
+
+def check_trial(args: argparse.Namespace) -> None:
+    """Refuse tests that cannot be run, or that nobody agreed to run."""
+    if not args.test:
+        return
+    if args.input or args.plan_then_code or args.num_samples > 1:
+        raise cli.UserError("--test goes with --prompt alone, without --plan_then_code and --num_samples")
+    for test in args.test:
+        if error := compile_error(test):
+            raise cli.UserError(f'--test {test!r} is not Python ({error}); give e.g. "assert add(1, 2) == 3"')
+    if not args.confirm_run_unsafe_code:
+        raise cli.UserError(
+            "--test runs code that a model wrote, in a sandbox but on this machine; "
+            "pass --confirm_run_unsafe_code if you agree"
+        )
 
 
 def read_tasks(path: str, skip_bad_rows: bool) -> list[str]:
@@ -81,7 +112,7 @@ def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) 
     if sys.stdout.isatty() and args.num_samples == 1:
         if plans:
             show_plan(plans[0][0], args.show_plan)
-        streamer = writer.streamer(sys.stdout)
+        streamer = writer.streamer(args.prompt, sys.stdout)
     (answers,) = writer.write([args.prompt], decoding, plans, streamer=streamer)
     if streamer is None:
         for number, answer in enumerate(answers, start=1):
@@ -90,7 +121,19 @@ def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) 
             if plans:
                 show_plan(answer.plan, args.show_plan)
             print(answer.code)
-    return report_errors([answer.code for answer in answers])
+    return report_errors(answers)
+
+
+def write_tried(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) -> int | None:
+    """Print the first code for --prompt that passes --test, or the last that does not."""
+    from common.tasks.codegen import repair
+
+    trials = repair.write_until_passing(writer, args.prompt, decoding, args.test, args.max_tries, args.allow_no_sandbox)
+    for number, trial in enumerate(trials, start=1):
+        outcome = "passes" if trial.verdict.passed else f"fails ({repair.described(trial.verdict)})"
+        cli.log(f"try {number} of {args.max_tries} {outcome}")
+    print(trials[-1].answer.code)
+    return None if trials[-1].verdict.passed else cli.FAILED
 
 
 def show_plan(plan: str, on_stdout: bool) -> None:
@@ -101,14 +144,17 @@ def show_plan(plan: str, on_stdout: bool) -> None:
         cli.log(plan + "\n")
 
 
-def report_errors(codes: Sequence[str]) -> int | None:
-    """Say which code does not compile; the exit code."""
-    errors = [compile_error(code) for code in codes]
-    for number, error in enumerate(errors, start=1):
-        if error:
-            which = f"sample {number}" if len(codes) > 1 else "the code"
+def report_errors(answers: Sequence[CodeAnswer]) -> int | None:
+    """Say which code does not compile or is cut off; the exit code."""
+    failed = False
+    for number, answer in enumerate(answers, start=1):
+        which = f"sample {number}" if len(answers) > 1 else "the code"
+        if error := compile_error(answer.code):
             cli.log(f"error: {which} does not compile ({error})")
-    return cli.FAILED if any(errors) else None
+        if answer.cut:
+            cli.log(f"error: {which} is cut off after {answer.tokens} tokens; raise --max_new_tokens")
+        failed = failed or bool(error) or answer.cut
+    return cli.FAILED if failed else None
 
 
 def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding, tasks: Sequence[str]) -> int | None:
@@ -116,7 +162,10 @@ def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding,
     from common.data.resumable import write_answers
 
     def answer_row(task: str, answers: Sequence[CodeAnswer]) -> dict:
-        rows = [{"plan": one.plan, "code": one.code, "error": compile_error(one.code)} for one in answers]
+        rows = [
+            {"plan": one.plan, "code": one.code, "error": compile_error(one.code)} | ({"cut": True} if one.cut else {})
+            for one in answers
+        ]
         return {"model_name": args.model_dir, "prompt": task, "answers": rows}
 
     def answer(window: list[str]) -> list[dict]:
@@ -124,18 +173,16 @@ def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding,
         answers = writer.write(window, decoding, plans)
         return [answer_row(task, of_task) for task, of_task in zip(window, answers, strict=True)]
 
-    settings = {
-        key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens", "thinking")
-    }
-    settings |= decoding.as_dict()
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_DECIDING} | decoding.as_dict()
     decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
     rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
-    errors = [one["error"] for row in rows for one in row["answers"]]
-    if any(errors):
-        count = sum(error is not None for error in errors)
-        cli.log(f"error: {count} of {len(errors)} answers do not compile; see {args.output}")
-        return cli.FAILED
-    return None
+    answers = [one for row in rows for one in row["answers"]]
+    broken, cut = sum(one["error"] is not None for one in answers), sum(one.get("cut", False) for one in answers)
+    if broken:
+        cli.log(f"error: {broken} of {len(answers)} answers do not compile; see {args.output}")
+    if cut:
+        cli.log(f"error: {cut} of {len(answers)} answers are cut off; raise --max_new_tokens")
+    return cli.FAILED if broken or cut else None
 
 
 if __name__ == "__main__":

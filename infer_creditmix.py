@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from common import cli
 from common.data import rows as records
 from common.models import loading as models
-from common.models.flags import source_of
+from common.models.flags import parse_args, source_of
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
 from common.tasks.ranking.loading import load_task
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     if (args.features is None) == (args.input is None) or (args.input is None) != (args.output is None):
         raise cli.UserError("give either --features, or --input and --output together")
     if args.features is not None and not args.features.strip():

@@ -23,7 +23,7 @@ from common.files import sha256_file
 from common.generation import json_schema
 from common.models import adapters
 from common.models import loading as models
-from common.models.flags import source_of
+from common.models.flags import parse_args, source_of
 from common.tasks.idp import documents
 from common.tasks.idp import flags as idp_flags
 from common.tasks.idp.extractor import Extraction, Extractor
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     if (args.input is None) != (args.output is None):
         raise cli.UserError("--input and --output go together")
     records.check_output(args.output, args.input)

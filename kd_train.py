@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
+from common.models.flags import parse_args
 from common.training import completion, flags
 
 
@@ -24,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = flags.kd_settings(cli.parse_args(build_parser(), argv))
+    settings = flags.kd_settings(parse_args(build_parser(), argv))
     completion.train(settings, records.KD_KEYS, argv)
 
 

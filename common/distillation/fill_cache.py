@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from tqdm import tqdm
 
 from common.cli import UserError, log
 from common.distillation import objective, teacher_cache
-from common.distillation.objective import HiddenStateReader, Signals, predicted
+from common.distillation.objective import Signals
 from common.distillation.settings import DistillSettings
 from common.distillation.teacher_cache import TeacherCache, pack, unpack
 from common.models import adapters, loading
 from common.models.batching import CHUNK_LOGITS, by_token_budget
 from common.models.tokenizers import Encoded
-from common.training import batches, losses
+from common.training import batches, losses, prefix_tree
+from common.training.hidden_states import HiddenStateReader, scored
 from common.vram import preflight
 
 if TYPE_CHECKING:
@@ -67,12 +69,15 @@ class Targets:
         return {"ids": ids, "rest": (1 - top.exp().sum(dim=-1)).clamp(min=0), "logprobs": top}
 
 
-def collate(batch: Sequence[Encoded], pad_id: int, cache: TeacherCache | None = None) -> dict[str, Any]:
-    """`batches.collate`, and under "teacher" what the cache holds of the rows' completion tokens, in their order.
+def collate(
+    batch: Sequence[Encoded], pad_id: int, cache: TeacherCache | None = None, *, as_tree: bool = False
+) -> dict[str, Any]:
+    """`batches.collate`, or `as_tree` that of `prefix_tree`, and under "teacher" what the cache holds of the rows'
+    completion tokens, in their order.
 
     Rows that it does not hold (those that a run is judged by) get none.
     """
-    tensors: dict[str, Any] = batches.collate(batch, pad_id)
+    tensors: dict[str, Any] = (prefix_tree if as_tree else batches).collate(batch, pad_id)
     packed = [cache.get(row) for row in batch] if cache else [None]
     if all(records is not None for records in packed):
         tensors["teacher"] = {name: torch.from_numpy(array) for name, array in unpack(np.concatenate(packed)).items()}
@@ -185,7 +190,7 @@ def fill_cache(
         max_batch_tokens: in one forward pass.
         seed: of what is drawn.
     """
-    device = teacher.model.device
+    device, as_tree = teacher.model.device, prefix_tree.install_where_it_pays(teacher.model)
     rng = torch.Generator(device).manual_seed(seed)
     rows = rows[::-1]  # rows of one length in the order in which caches have always had them
     shard: list[Encoded] = []
@@ -200,13 +205,13 @@ def fill_cache(
     with tqdm(total=len(rows), unit=" rows", desc="teacher") as progress:
         for numbers in by_token_budget([len(row.input_ids) for row in rows], max_batch_tokens):
             batch_rows = [rows[number] for number in numbers]
-            batch = {name: tensor.to(device) for name, tensor in batches.collate(batch_rows, pad_id).items()}
-            states, mask = teacher.read(teacher.model, batch), predicted(batch)
-            last = states.last[:, :-1][mask]
+            batch = send_to_device(collate(batch_rows, pad_id, as_tree=as_tree), device)
+            states = teacher.read(teacher.model, batch)
+            last = scored(states.last, batch)
             parts = [targets.outcomes(teacher.logits(piece), rng) for piece in last.split(size)]
             values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             if targets.layers:
-                values["hidden"] = states.hidden_at(mask, targets.layers)
+                values["hidden"] = states.hidden_at(batch, targets.layers)
             packed.append(pack(cache.record, **{name: value.cpu().float().numpy() for name, value in values.items()}))
             shard += batch_rows
             if sum(map(len, packed)) >= SHARD_TOKENS:

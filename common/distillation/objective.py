@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -13,10 +13,7 @@ from common.cli import UserError
 from common.distillation.settings import DIVERGENCES, OF_HIDDEN, OF_LOGITS, DistillSettings
 from common.models import loading
 from common.training import losses
-from common.training.batches import IGNORE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from common.training.hidden_states import HiddenStateReader, predicted, scored
 
 
 @dataclass(frozen=True)
@@ -87,70 +84,6 @@ class Signals:
         return "attention_mse" in self.objective.weights
 
 
-@dataclass(frozen=True)
-class HiddenStates:
-    """What a model made of a batch: states [rows, tokens, width] after its last norm, and by layer where asked for."""
-
-    last: torch.Tensor
-    layers: Sequence[torch.Tensor] | None
-    attentions: Sequence[torch.Tensor] | None
-
-    def hidden_at(self, mask: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-        """Hidden states [n, layers, width] of the columns in `mask` [rows, tokens - 1]; layers count from 1."""
-        states = [self.last if self.layers is None else self.layers[layer] for layer in layers]
-        return torch.stack([state[:, :-1][mask] for state in states], dim=1)
-
-
-class HiddenStateReader:
-    """A model's hidden states, and its logits from the last of them, made only where and when they are needed."""
-
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
-        """
-        Args:
-            layers: those whose states are compared; they are kept if one is not the last.
-
-        Raises:
-            UserError: the logits are more than the LM head (and a soft cap) of the last hidden state.
-        """
-        self.model = model
-        config = model.config.get_text_config()
-        self.head = model.get_output_embeddings()
-        self.cap = getattr(config, "final_logit_softcapping", None)
-        self.keep_layers = any(layer != config.num_hidden_layers for layer in layers)
-        self._last: torch.Tensor | None = None
-        # From the decoder itself: mixed precision turns all that the model hands out into float32.
-        model.get_decoder().register_forward_hook(self._keep)
-        with torch.no_grad():
-            ids = torch.arange(1, 5, device=model.device)[None]
-            expected = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-            made = self.logits(self._last[0, -1]).float()  # of the same pass: an adapter may have dropout
-        if not torch.allclose(made, expected, atol=1e-2, rtol=1e-2):
-            raise UserError(
-                f"{model.name_or_path}: logits of {config.model_type} models cannot be distilled; use another"
-            )
-
-    def _keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self._last = output[0]
-
-    def read(self, model: Any, batch: dict[str, torch.Tensor], attentions: bool = False) -> HiddenStates:
-        """A forward pass through `model` (this one, or the wrapper it trains in) with the LM head at one column."""
-        output = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            use_cache=False,
-            output_hidden_states=self.keep_layers,
-            output_attentions=attentions,
-            logits_to_keep=1,
-        )
-        last, self._last = self._last, None
-        return HiddenStates(last, output.hidden_states if self.keep_layers else None, output.attentions)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, vocabulary] of last hidden states [n, width]."""
-        logits = self.head(hidden.to(self.head.weight.dtype))
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
-
-
 def layer_pairs(layer_map: str, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
     """(student layer, teacher layer), from 1: "last", "uniform" (each of the student's at the same relative depth), or
     "1:2,3:6".
@@ -178,11 +111,6 @@ def layer_pairs(layer_map: str, student_layers: int, teacher_layers: int) -> lis
     return pairs
 
 
-def predicted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Boolean [rows, tokens - 1]: the columns whose next token belongs to a completion."""
-    return batch["labels"][:, 1:] != IGNORE
-
-
 def load_teacher(settings: DistillSettings, signals: Signals) -> HiddenStateReader:
     """The teacher, ready to be read."""
     model, _ = loading.load_for_inference(settings.teacher_source)
@@ -197,12 +125,13 @@ class LiveTeacher:
         self.reader, self.signals = reader, signals
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, Any]:
-        """Of the columns in `mask`: "last" [n, width] and, where used, "hidden" [n, layers, width], "attentions"."""
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Of the tokens that predict completions "last" [n, width] and, where used, "hidden" [n, layers, width];
+        "attentions"."""
         reading = self.reader.read(self.reader.model, batch, self.signals.attentions)
-        learnt = {"last": reading.last[:, :-1][mask], "attentions": reading.attentions}
+        learnt = {"last": scored(reading.last, batch), "attentions": reading.attentions}
         if self.signals.hidden:
-            learnt["hidden"] = reading.hidden_at(mask, [theirs for _, theirs in self.signals.pairs])
+            learnt["hidden"] = reading.hidden_at(batch, [theirs for _, theirs in self.signals.pairs])
         return learnt
 
 
@@ -231,10 +160,10 @@ class DistillationLoss:
         """(scalar loss, its terms); both 0 for a batch without completion tokens."""
         mask = predicted(batch)
         reading = self.student.read(model, batch, self.signals.attentions)
-        teacher = batch.get("teacher") if self.teacher is None else self.teacher(batch, mask)
+        teacher = batch.get("teacher") if self.teacher is None else self.teacher(batch)
         terms = {}
         if self.signals.of_logits:
-            per_token = [reading.last[:, :-1][mask], batch["labels"][:, 1:][mask]]
+            per_token = [scored(reading.last, batch), batch["labels"][:, 1:][mask]]
             if self.teacher is not None:
                 per_token.append(teacher["last"])
             elif teacher is not None:
@@ -242,7 +171,7 @@ class DistillationLoss:
             sums = losses.summed_in_chunks(self._logit_terms, *per_token, width=self.student.head.weight.shape[0])
             terms = dict(zip(self.signals.of_logits, sums, strict=True))
         if self.signals.hidden:
-            ours = reading.hidden_at(mask, [layer for layer, _ in self.signals.pairs])
+            ours = reading.hidden_at(batch, [layer for layer, _ in self.signals.pairs])
             if self.projections is not None:
                 ours = torch.stack([project(ours[:, i].float()) for i, project in enumerate(self.projections)], dim=1)
             for name in OF_HIDDEN:

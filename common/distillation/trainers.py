@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
@@ -73,7 +74,7 @@ def plain_trainer(
     """A trainer on the data's own tokens alone, of which `objective` is the cross-entropy."""
     settings, train_rows, eval_rows = encoded_rows(limit_length(settings), record, tokenizer, rows, held_out)
     student = prepare_student(settings, tokenizer)
-    data = completion_rows(train_rows, tokenizer.pad_token_id, eval_rows)
+    data = completion_rows(train_rows, tokenizer, student, eval_rows)
     return fitted_trainer(settings, student, tokenizer, data), settings
 
 
@@ -94,6 +95,7 @@ def token_trainer(
 
     from common.distillation import fill_cache
     from common.distillation.objective import Signals, layer_pairs
+    from common.training import prefix_tree
     from common.training.losses import completion_loss
 
     vocabulary = shared_vocabulary(settings, tokenizer)
@@ -110,8 +112,11 @@ def token_trainer(
     student = prepare_student(settings, tokenizer)
     loss = distillation_loss(settings, signals, student, (ours.hidden_size, teachers.hidden_size), live=cache is None)
 
+    as_tree = prefix_tree.understood_by(loss.student.model)
+    as_tree = as_tree and (loss.teacher is None or prefix_tree.install_where_it_pays(loss.teacher.reader.model))
+
     def collate(batch: Sequence[Encoded]) -> dict[str, Any]:
-        return fill_cache.collate(batch, tokenizer.pad_token_id, cache)
+        return fill_cache.collate(batch, tokenizer.pad_token_id, cache, as_tree=as_tree)
 
     if not signals.of_logits:
         shortest = min(train_rows, key=lambda row: len(row.input_ids))
@@ -182,8 +187,11 @@ def label_trainer(
     """A trainer whose student's label scores learn the teacher's label probabilities."""
     from common.distillation.label_objective import LabelDistillation
     from common.distillation.objective import Objective
+    from common.tasks.ranking.torch_ranker import tree_limit
 
     settings = limit_length(settings)
+    limit = tree_limit(loading.load_config(settings.student, settings.trust_remote_code))
+    settings = replace(settings, max_len=min(settings.max_len, limit))
     loss = LabelDistillation(objective, tokenizer, task)
     train_rows = loss.encode(settings.data, rows, settings.max_len)
     columns = loss.tree.columns

@@ -23,7 +23,7 @@ from common.export import merge as merging
 from common.export import parity
 from common.export.parity import ProofRows, RuntimeResult
 from common.files import atomic_write, read_json, sha256_file
-from common.models import adapters
+from common.models import adapters, gguf_import
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.models.torch_runtime import Runtime, TorchRuntime
@@ -174,8 +174,15 @@ class Export:
             "model_dir": settings.model_dir,
             "sha256": adapters.adapter_hash(settings.model_dir),
             "base": str(settings.base) if self.is_adapter else None,
+            **self._gguf_origin(),
             "reference": f"{'adapter on its base' if self.is_adapter else 'whole model'} in {precision}",
         }
+
+    def _gguf_origin(self) -> dict[str, Any]:
+        """ "gguf": the file that the base was made of, or the base of a run that trained all of its weights."""
+        run = run_record.read(self.settings.model_dir) or {}
+        trained = {"gguf": run["gguf"]} if "gguf" in run else {}
+        return gguf_import.origins(base=str(self.settings.base)) or trained
 
     def make(self, stage: Path) -> tuple[Path, dict[str, Any]]:
         """Write the export within `stage` and prove it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,7 @@ def generate(
     decoding: Decoding,
     *,
     processors: Callable[[list[int]], list[LogitsProcessor]] | None = None,
-    stop: Callable[[str], bool] | None = None,
+    stop: Callable[[int, str], bool] | None = None,
     streamer: BaseStreamer | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[list[Generation]]:
@@ -45,7 +46,7 @@ def generate(
         processors: called for every batch with the prompt number of each of its rows; returns processors of the scores
             of those rows, new ones each time. They see the scores before temperature and top_p. A text that they hold
             to a grammar is an answer as a whole: no thinking is looked for in it.
-        stop: called with the answer so far of a row after every token; True ends that row.
+        stop: called with the number of a prompt and its answer so far after every token; True ends that.
         streamer: gets the tokens as they come; for one prompt and one sample.
         max_batch_tokens: bounds rows x (longest prompt + max_new_tokens) of a batch; one row always goes.
 
@@ -79,11 +80,12 @@ def generate(
                 sample_numbers[row] += 1
             chain.append(_Sample(keys, decoding.temperature, decoding.top_p))
         asked = [prompts[row] for row in rows]
-        stop_text = _StopText(read, max(map(len, asked)), stop) if stop else None
+        stops = [partial(stop, row) for row in rows] if stop else [None] * len(rows)
+        stop_text = _StopText(read, max(map(len, asked)), stops) if stop else None
         tokens = _generate_batch(model, tokenizer, asked, max_new_tokens, chain, stop_text, streamer)
         logprobs = recorder.finish(tokens)
-        for index, row in enumerate(rows):
-            answers[row].append(_answer(read, ends, tokens[index].tolist(), logprobs[index], max_new_tokens, stop))
+        for row, ids, chances, stops_at in zip(rows, tokens.tolist(), logprobs, stops, strict=True):
+            answers[row].append(_answer(read, ends, ids, chances, max_new_tokens, stops_at))
     return answers
 
 
@@ -192,11 +194,13 @@ class _Sample(LogitsProcessor):
 
 
 class _StopText(StoppingCriteria):
-    """Ends each row whose text satisfies `stop`."""
+    """Ends each row whose text satisfies its `stops`."""
 
-    def __init__(self, read: Callable[[Sequence[int]], str], prompt_length: int, stop: Callable[[str], bool]) -> None:
-        self.read, self.prompt_length, self.stop = read, prompt_length, stop
+    def __init__(
+        self, read: Callable[[Sequence[int]], str], prompt_length: int, stops: Sequence[Callable[[str], bool]]
+    ) -> None:
+        self.read, self.prompt_length, self.stops = read, prompt_length, stops
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         texts = [self.read(row) for row in input_ids[:, self.prompt_length :].tolist()]
-        return torch.tensor([self.stop(text) for text in texts], device=input_ids.device)
+        return torch.tensor([stop(text) for stop, text in zip(self.stops, texts, strict=True)], device=input_ids.device)

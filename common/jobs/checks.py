@@ -19,7 +19,7 @@ from typing import Any
 from common.cli import UserError
 from common.jobs.backend import Device
 from common.jobs.folder import ARTIFACTS
-from common.models import adapters
+from common.models import adapters, gguf_import
 from common.training.settings import TrainSettings
 from common.vram import model_shape, preflight
 from common.web.app import Problem
@@ -73,12 +73,19 @@ class Reach:
         return first.startswith(SERVICE_FILES)
 
     def model(self, field: str, name: str) -> str:
-        """The place of a model: a folder here, else an id on the Hub. Raises Problem 422."""
+        """The place of a model: a folder or a GGUF here, else an id on the Hub. Raises Problem 422."""
         path = self.local(name)
         if path is None:
             return self._on_hub("model", field, name)
-        if not os.path.isfile(os.path.join(path, "config.json")) and not adapters.is_adapter(path):
-            raise Problem(422, f"{field}: the folder {name} holds no model", field)
+        if os.path.isfile(os.path.join(path, "config.json")) or adapters.is_adapter(path):
+            return path
+        try:
+            gguf = gguf_import.local_gguf(path)
+            if gguf is None:
+                raise Problem(422, f"{field}: the folder {name} holds no model", field)
+            gguf_import.check(gguf)
+        except UserError as error:
+            raise Problem(422, f"{field}: {str(error).replace(path, name)}", field) from error
         return path
 
     def dataset(self, field: str, name: str) -> str:
@@ -188,6 +195,8 @@ class Vocabularies:
 
 def changed(folder: str) -> float:
     """When the newest file of a local model was written; 0 of one on the Hub."""
+    if os.path.isfile(folder):  # a GGUF
+        return os.stat(folder).st_mtime
     try:
         return max((entry.stat().st_mtime for entry in os.scandir(folder)), default=0.0)
     except OSError:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +115,8 @@ def check_sharing(folder: str | Path) -> None:
             reason = f"it has {changing[0][:60]}={str(settings[changing[0]])[:60]}"
     if reason:
         raise UserError(
-            f"the adapter {folder} cannot share a base with others: {reason}; merge it "
-            "(export_model.py --format merged) and serve the merged model"
+            f"the adapter {folder} cannot share a base with others: {reason}; use it with the scripts, "
+            "which load it alone, or train a plain LoRA adapter"
         )
 
 
@@ -126,16 +127,41 @@ def tokenizer_folder(model_dir: str, base: str | None = None) -> str:
     return model_dir
 
 
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """The last names of a model's linear layers but its head: LORA_TARGETS of a Llama or Qwen, in that order.
+
+    A hybrid mixes its tokens in layers with other names, and some models have one matrix for q, k and v.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, Conv1D)  # bitsandbytes' layers are Linear, too
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds)}
+    names -= {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+    return [name for name in LORA_TARGETS if name in names] + sorted(names.difference(LORA_TARGETS))
+
+
+def adapted_layers(model: PeftModel) -> dict[str, int]:
+    """{last name of a linear layer: how many of that name have a LoRA}, for run.json."""
+    from peft.tuners.lora import LoraLayer
+
+    return dict(Counter(name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLayer)))
+
+
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, seed: int) -> PeftModel:
-    """A fresh LoRA adapter (Hu et al. 2021) on the projections of attention and MLP, base frozen."""
+    """A fresh LoRA adapter (Hu et al. 2021) on all of the model's linear layers but the head, base frozen."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = [name for name in LORA_TARGETS if name in names] or "all-linear"
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM", target_modules=targets
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=lora_targets(model),
     )
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():

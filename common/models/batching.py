@@ -15,6 +15,7 @@ KEPT_TOKENS = 512  # of prefixes whose keys and values are kept
 REFERENCE_TOKENS = 2048  # of a batch that DPO's reference scores before training
 CHUNK_LOGITS = 1 << 26  # of a distillation loss: 256 MB in float32
 EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
+MAPS_AT_ONCE = 1 << 24  # numbers of attention maps made at a time where they are made: 64 MB in float32
 CPU_TOKENS_PER_BATCH = 16_384  # of a training batch on a CPU
 UNLIMITED = 1 << 30  # tokens that a model can read whose config names no limit
 
@@ -43,9 +44,17 @@ def context_of(config: PreTrainedConfig) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
+def layer_kinds(config: PreTrainedConfig) -> set[str]:
+    """What the layers of a model of this config are, as transformers names it: "full_attention", "conv", ..."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    return set(kinds or ["full_attention" if window_of(config) == UNLIMITED else "sliding_attention"])
+
+
 def window_of(config: PreTrainedConfig) -> int:
     """Tokens back that a model of this config sees at most, in any of its layers (sliding window attention)."""
     config = config.get_text_config()
-    if getattr(config, "use_sliding_window", True):
-        return getattr(config, "sliding_window", None) or UNLIMITED
-    return UNLIMITED
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if "sliding_attention" not in kinds or not getattr(config, "use_sliding_window", True):
+        return UNLIMITED
+    return getattr(config, "sliding_window", None) or UNLIMITED

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from common import cli
+from common.models import gguf_import
 from common.models.batching import MAX_BATCH_TOKENS
 from common.models.source import ModelSource
+
+MODEL_FLAGS = ("student", "teacher", "model_dir", "base")
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """`cli.parse_args`, with each model that is named by a GGUF as the model folder made of it.
+
+    Raises:
+        UserError: see `cli.parse_args` and `gguf_import.model_folder`.
+    """
+    args = cli.parse_args(parser, argv)
+    for flag in MODEL_FLAGS:
+        value = getattr(args, flag, None)
+        if isinstance(value, list):
+            setattr(args, flag, [gguf_import.model_folder(name) for name in value])
+        elif value:
+            setattr(args, flag, gguf_import.model_folder(value))
+    return args
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from common import distributed as launch
 from common.cli import UserError, log, reason
-from common.models import adapters
+from common.models import adapters, gguf_import
 from common.models.source import ModelSource, looks_local
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-BF16_FROM_PARAMETERS = 50_000_000  # below this a CPU's bfloat16 kernels cost more in overhead than they save
+LARGE = 50_000_000  # parameters of the layers; below this a CPU's bfloat16 kernels cost more in overhead than they save
 
 # It offers CPU kernels from the Hub at import, whoever imports it first.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -32,6 +32,8 @@ def check_model_dir(model_dir: str, base: str | None = None) -> None:
     if adapters.is_adapter(model_dir):
         if base is None:
             adapters.base_of(model_dir)
+    elif gguf := gguf_import.local_gguf(model_dir):
+        gguf_import.check(gguf)
     elif Path(model_dir).is_dir() and not (Path(model_dir) / "config.json").is_file():
         raise UserError(
             f"{model_dir} holds neither {adapters.ADAPTER_CONFIG} nor config.json; give a run folder or a model"
@@ -49,6 +51,8 @@ def load_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedCo
     from transformers import AutoConfig
 
     name = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
+    if gguf := gguf_import.local_gguf(name):
+        return gguf_import.config_of(gguf)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
     except (OSError, ValueError) as error:
@@ -72,21 +76,37 @@ def use_4bit(load_in_4bit: str) -> bool:
     return load_in_4bit == "on" or (load_in_4bit == "auto" and torch.cuda.is_available())
 
 
-def inference_dtype(source: ModelSource) -> torch.dtype:
-    """What a plain model is loaded in for inference: as asked, else the fastest that the device has for its size."""
+def has_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX)."""
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def is_large(config: PreTrainedConfig) -> bool:
+    """Whether a model's matrices are so large that on a CPU their products, and not what is around them, take the time.
+
+    What pays on such a model (bfloat16, batches cut and put together anew) costs on a smaller one.
+    """
+    config = config.get_text_config()
+    size = 12 * getattr(config, "num_hidden_layers", 1) * getattr(config, "hidden_size", 1) ** 2
+    return size >= LARGE
+
+
+def fastest_dtype(source: ModelSource) -> torch.dtype:
+    """What a plain model is loaded in: as asked, else the fastest that the device has for its size."""
     import torch
 
     if source.dtype != "auto":
         return getattr(torch, source.dtype)
     if torch.cuda.is_available():
         return torch.bfloat16
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_bfloat16():
         return torch.float32
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source.model_dir, trust_remote_code=source.trust_remote_code)
-    size = 12 * getattr(config, "num_hidden_layers", 1) * getattr(config, "hidden_size", 1) ** 2
-    return torch.bfloat16 if size >= BF16_FROM_PARAMETERS else torch.float32
+    return torch.bfloat16 if is_large(config) else torch.float32
 
 
 @functools.cache
@@ -107,8 +127,8 @@ def keep_freed_memory() -> None:
 def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel:
     """A causal language model with the recipe's precision; `source.model_dir` is the model itself, no adapter.
 
-    4-bit is NF4 with double quantisation and bfloat16 compute (Dettmers et al. 2023, QLoRA). Without it, training
-    uses bfloat16 on CUDA and float32 on CPU (autocast measured slower there), inference the fastest that the CPU has.
+    4-bit is NF4 with double quantisation and bfloat16 compute (Dettmers et al. 2023, QLoRA). Without it, a model is
+    loaded in what is fastest for it (`fastest_dtype`); what is trained of it is kept in float32 by those who train.
     `OFFLOAD_FOLDER` in the environment turns CPU offload on for inference. FSDP cuts and sends weights of one dtype, so
     for training under it the 4-bit numbers lie in bfloat16 ones.
 
@@ -118,11 +138,10 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    from common.models.heads import multiply_once
+
     quiet_libraries()
     four_bit = use_4bit(source.load_in_4bit)
-    if training or four_bit:
-        chosen = torch.bfloat16 if torch.cuda.is_available() or four_bit else torch.float32
-        chosen = chosen if source.dtype == "auto" else getattr(torch, source.dtype)
     if not torch.cuda.is_available():
         keep_freed_memory()
     offload = None if training else os.environ.get("OFFLOAD_FOLDER")
@@ -145,8 +164,7 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
         settings["device_map"] = {"": "cpu"}
     try:
         config = AutoConfig.from_pretrained(source.model_dir, trust_remote_code=source.trust_remote_code)
-        if not training and not four_bit:
-            chosen = inference_dtype(source)
+        chosen = torch.bfloat16 if four_bit and source.dtype == "auto" else fastest_dtype(source)
         model = AutoModelForCausalLM.from_pretrained(
             source.model_dir, config=without_stray_pad(config), dtype=chosen, **settings
         )
@@ -159,6 +177,7 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
         ) from error
     if four_bit:
         _keep_weights_unpacked(model)
+    multiply_once(model)
     return model
 
 

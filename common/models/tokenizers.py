@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from common.cli import UserError, reason
-from common.models import chat_template
+from common.models import chat_template, gguf_import
+from common.models.gguf_tokenizer import is_from_gguf
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -53,8 +55,9 @@ def align(
             template = chat_template.answer_at_once(tokenizer)
         except (ValueError, TypeError, TemplateError) as error:
             raise chat_template.refusal(error) from error
-        if template != tokenizer.chat_template:
-            tokenizer.chat_template = template
+        if template != tokenizer.get_chat_template():
+            several = isinstance(tokenizer.chat_template, dict)
+            tokenizer.chat_template = tokenizer.chat_template | {"default": template} if several else template
         candidates.insert(0, chat_template.turn_end(tokenizer, declared))
     eos = next((token for token in candidates if token is not None), None)
     if eos is None:
@@ -125,10 +128,15 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     Raises:
         UserError: there is none; see `align`.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+    own = (Path(name_or_path) / "tokenizer_config.json").is_file()
+    if not own and (gguf := gguf_import.local_gguf(name_or_path)):
+        declared, rows = gguf_import.ends_and_rows(gguf)
+        return align(gguf_import.tokenizer_of(gguf), declared=declared, embedding_rows=rows)
+    reader = PreTrainedTokenizerFast if is_from_gguf(name_or_path) else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = reader.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no tokenizer can be loaded from {name_or_path} ({reason(error)}); give a model folder or a Hub id, "

@@ -17,14 +17,19 @@ is done depends on the machine, and `level()` says which it is:
 Started as root, the box runs under a user id that nothing else has. Threads can be started inside, processes cannot
 (bubblewrap on another architecture than x86_64: as many as `Limits.threads`).
 
+What no limit of the kernel counts, the parent does, twenty times a second: the files of the folder, deleted ones that
+are held open too, and threads where they are not limited by user id. So a box may pass these limits for a moment, until
+it is killed; its folder is emptied whatever is in it.
+
 Not defended against: faults of the kernel and side channels. Landlock moreover lets a program ask whether a path
-exists, and counts no deleted files against the folder's size while the program holds them open.
+exists.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import os
 import platform
@@ -42,13 +47,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import UserError
+from common.sandbox import usage
 
 LEVELS = ("bubblewrap", "landlock+seccomp")  # the first that works is taken
 CHILD = Path(__file__).with_name("box_child.py")
 BOX_FOLDER = "/box"  # the writable folder as bubblewrap shows it
 START_SECONDS = 60  # a box needs milliseconds; on a machine that swaps it may take a while
 CLOSE_SECONDS = 5
-TICK_SECONDS = 0.05  # between looks at the folder's size, and at the wish to stop
+TICK_SECONDS = 0.05  # between looks at what a box uses, and at the wish to stop
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ class Box:
         python: tuple[str, str] | None = None,
     ) -> None:
         self.limits, self.stop = limits, stop
+        self.fault: BoxError | None = None  # the limit that it broke, as the watch found
         executable, prefix = python or interpreter_of(level)
         uid = next(_uids) if os.geteuid() == 0 else None
         self.folder = None if level == "bubblewrap" else tempfile.mkdtemp(prefix=f"box-of-{os.getpid()}-")
@@ -144,8 +151,12 @@ class Box:
             if self.folder and uid is not None:
                 os.chown(self.folder, uid, uid)
             command = [executable, "-s", "-P", "-S", "-", *map(str, theirs), f"box-of-{os.getpid()}"]
+            info = None
             if level == "bubblewrap":
                 theirs.append(os.dup(child_write))
+                info, child_info = os.pipe()
+                ours.append(info)
+                theirs.append(child_info)
                 if seccomp := seccomp_filter():
                     theirs.append(os.memfd_create("seccomp"))
                     os.pwrite(theirs[-1], seccomp, 0)
@@ -170,8 +181,40 @@ class Box:
         finally:
             for fd in theirs:
                 os.close(fd)
-        for fd in ours:
+        for fd in (self._read, self._write):
             os.set_blocking(fd, False)
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, args=(info,), daemon=True)
+        self._watcher.start()
+
+    def _watch(self, info: int | None) -> None:
+        """Kill the box when it passes a limit that the kernel does not see to.
+
+        info: where bubblewrap writes the id of the box's process.
+        """
+        pid, root = self.process.pid, self.folder
+        if info is not None:
+            pid = _inner_process(info)
+            root = f"/proc/{pid}/root{BOX_FOLDER}"
+        while pid and not self._closing.wait(TICK_SECONDS):
+            self.fault = self._excess(pid, root)
+            if self.fault:
+                self._kill()
+                return
+
+    def _excess(self, pid: int, root: str) -> BoxError | None:
+        """The limit that the box has passed; None while it keeps to all."""
+        if usage.thread_count(pid) > self.limits.threads:
+            return BoxError("killed", f"more than {self.limits.threads} threads")
+        most = self.limits.folder_bytes
+        if self.folder is None:  # a file system of its own keeps to its size, but not in how many files it has
+            with suppress(OSError):
+                facts = os.statvfs(root)
+                if (facts.f_files - facts.f_ffree) * usage.NAME_BYTES > most:
+                    return BoxError("output", f"more than {most // usage.NAME_BYTES:,} files")
+        elif usage.folder_bytes(root, most) + usage.deleted_bytes(pid) > most:
+            return BoxError("output", f"more than {most:,} bytes of files")
+        return None
 
     def run(self, program: str) -> None:
         """Start `program`, in which `send(bytes)` and `receive() -> bytes` talk to this process.
@@ -232,11 +275,13 @@ class Box:
                 return
             if self.stop is not None and self.stop.is_set():
                 raise BoxError("stopped", "stopped by the user")
-            if self.folder and _holds_more(self.folder, self.limits.folder_bytes):
-                raise BoxError("output", f"more than {self.limits.folder_bytes:,} bytes of files")
+            if self.fault:
+                raise self.fault
 
     def _ended(self) -> BoxError:
         """What to say of a process that has closed its end."""
+        if self.fault:
+            return self.fault
         with suppress(subprocess.TimeoutExpired):
             status = self.process.wait(1)
             number = -status if status < 0 else status - 128  # bubblewrap passes a signal on as a shell does
@@ -247,11 +292,17 @@ class Box:
             return BoxError("killed", f"its process ended with exit code {status}")
         return BoxError("killed", "it closed its connection")
 
+    def _kill(self) -> None:
+        if self.process.returncode is None:  # else its number may be another's
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """Kill all that runs in the box, wait until it is gone, and remove its folder."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self._closing.set()
+        self._kill()
+        self._watcher.join()
+        self.process.wait()
         os.close(self._write)
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
@@ -303,10 +354,11 @@ def _environment(folder: str) -> dict[str, str]:
     return {"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
 
-def _bubblewrap(prefix: str, folder_bytes: int, alive: int, seccomp: int | None = None) -> list[str]:
+def _bubblewrap(prefix: str, folder_bytes: int, alive: int, info: int, seccomp: int | None = None) -> list[str]:
     """bubblewrap's command line, up to the command in the box: /usr and `prefix` to read, `BOX_FOLDER` to write.
 
     alive: file descriptor that stays open until the last process of the box has gone.
+    info: file descriptor that gets the id of the box's process.
     seccomp: file descriptor of the filter.
     """
     files = ["--ro-bind", "/usr", "/usr", "--dev-bind", "/dev/null", "/dev/null"]
@@ -319,33 +371,21 @@ def _bubblewrap(prefix: str, folder_bytes: int, alive: int, seccomp: int | None 
         files += ["--ro-bind", prefix, prefix]
     # bubblewrap's own root is a file system in memory without a limit: read-only, once the mount points are there
     files += ["--size", str(folder_bytes), "--tmpfs", BOX_FOLDER, "--chdir", BOX_FOLDER, "--remount-ro", "/"]
-    fds = ["--sync-fd", str(alive), *([] if seccomp is None else ["--seccomp", str(seccomp)])]
+    fds = ["--sync-fd", str(alive), "--info-fd", str(info), *([] if seccomp is None else ["--seccomp", str(seccomp)])]
     program = shutil.which("bwrap") or "bwrap"
     return [program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", *files, *fds]
 
 
-def _holds_more(folder: str, size: int) -> bool:
-    """Whether the files below `folder` take more than `size` bytes, a block for each name included."""
-    folders = [folder]
-    while folders:
-        with suppress(OSError), os.scandir(folders.pop()) as entries:  # it changes while we look
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                size -= 4096 + 512 * entry.stat(follow_symlinks=False).st_blocks
-                if size < 0:
-                    return True
-    return False
+def _inner_process(info: int) -> int:
+    """The id of the process in bubblewrap's box, from what it writes to `--info-fd`; 0 where it did not start."""
+    with open(info, "rb") as reader, suppress(ValueError, KeyError):  # to its end: a writer must find us reading
+        return json.loads(reader.read())["child-pid"]
+    return 0
 
 
 def _remove(folder: str | None) -> None:
-    if folder is None:
-        return
-    for path, names, _ in os.walk(folder):  # a folder made without rights must get them to be emptied
-        for name in names:
-            if not os.path.islink(os.path.join(path, name)):
-                os.chmod(os.path.join(path, name), 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder is not None and not usage.remove(folder):
+        print(f"the folder {folder} of a sandbox could not be removed; remove it yourself", file=sys.stderr)
 
 
 # System calls of x86_64 that no box may make. What Landlock does not govern must be here: the user's other processes

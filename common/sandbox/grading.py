@@ -126,6 +126,8 @@ def _judge(solution: str, tests: Tests, limits: Limits, level: str, stop: thread
                 judge.send(code.receive(deadline), deadline)
                 message = judge.receive(deadline)
                 if message.startswith(b"verdict\n"):
+                    if code.fault:  # it was killed, and nobody needed it any more
+                        raise code.fault
                     break
                 code.send(message, deadline)
             outcome, error, detail = f"{message.decode('ascii', 'replace')}\n\n\n".split("\n")[1:4]

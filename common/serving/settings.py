@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.cli import UserError
+from common.models import gguf_import
 from common.serving.messages import HostSettings
 from common.tasks.ranking.loading import load_task
 from common.web.app import Environment
@@ -52,9 +53,10 @@ class ServerSettings:
         nulls = env.whole("NUM_NULL_PROMPTS", len(task.null_inputs))
         if nulls > len(task.null_inputs):
             raise UserError(f"NUM_NULL_PROMPTS={nulls} is more than the {len(task.null_inputs)} that there are")
+        base_model = env.text("BASE_MODEL")
         return cls(
             runs_dir=runs_dir,
-            base_model=env.text("BASE_MODEL"),
+            base_model=base_model and gguf_import.model_folder(base_model),
             idp_schema=env.text("IDP_SCHEMA", "data/idp_schema.json"),
             max_bases=env.whole("MAX_BASES", 2),
             host=HostSettings(

@@ -106,13 +106,12 @@ class WriteCode:
 
 
 def _code_writer(view: View) -> CodeWriter:
-    from common.tasks.codegen.style import CHAT, COMPLETION
-    from common.tasks.codegen.writer import CodeWriter, plain_base_eos
+    from common.tasks.codegen.writer import CodeWriter, style_of
 
-    style, tokenizer = CHAT, view.tokenizer
-    eos = None if view.version.adapter else plain_base_eos(view.version.model_dir, tokenizer)
+    tokenizer = view.tokenizer
+    style, eos = style_of(view.version.model_dir, tokenizer)
     if eos is not None:  # a plain base model continues text, and stops at another token than in a chat
-        style, tokenizer = COMPLETION, copy.deepcopy(tokenizer)
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.eos_token = eos
     return CodeWriter(LoadedModel(view.model, tokenizer, view.host.settings.max_batch_tokens), style)
 
@@ -167,7 +166,7 @@ class Chat:
             prompts,
             Decoding(budget, self.temperature, self.top_p, self.samples, self.seed),
             processors=self._processors(view, budget),
-            stop=(lambda text: any(stop in text for stop in self.stop)) if self.stop else None,
+            stop=(lambda number, text: any(stop in text for stop in self.stop)) if self.stop else None,
             streamer=_streamer(view, self.schema is not None) if payloads[0].stream else None,
             max_batch_tokens=view.host.settings.max_batch_tokens,
         )

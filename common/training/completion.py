@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from common.data import rows as records
 from common.models import tokenizers
@@ -11,6 +12,10 @@ from common.training import run
 from common.training.batches import collate, encode_rows
 from common.training.settings import TrainSettings
 from common.training.trainer import TrainingRows, fitted_trainer, limit_length, prepare_student
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def train(settings: TrainSettings, keys: tuple[str, str], argv: Sequence[str] | None) -> None:
@@ -36,18 +41,52 @@ def train(settings: TrainSettings, keys: tuple[str, str], argv: Sequence[str] | 
         )
         student = prepare_student(settings, tokenizer)
         eval_rows = encode(settings, settings.eval_data, held_out) if held_out else []
-        data = completion_rows(train_rows, tokenizer.pad_token_id, eval_rows)
+        data = completion_rows(train_rows, tokenizer, student, eval_rows)
         run.train_and_save(fitted_trainer(settings, student, tokenizer, data), settings, record)
 
 
-def completion_rows(rows: Sequence[Encoded], pad_id: int, eval_rows: Sequence[Encoded] = ()) -> TrainingRows:
+def completion_rows(
+    rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, student: Any, eval_rows: Sequence[Encoded] = ()
+) -> TrainingRows:
     """Encoded rows, trained on and judged by the mean cross-entropy of their completions' tokens."""
-    from common.training.losses import completion_loss
+    from common.training import losses, prefix_tree
 
+    pad_id = tokenizer.pad_token_id
+    lengths = [len(row.input_ids) for row in rows]
+    base = student.get_base_model() if hasattr(student, "peft_config") else student
+    if not prefix_tree.understood_by(base):
+        return TrainingRows(
+            rows,
+            lengths,
+            collate=lambda batch: collate(batch, pad_id),
+            loss=lambda model, batch, num_items: (losses.completion_loss(model, batch, num_items)[0], {}),
+            eval_rows=eval_rows,
+        )
     return TrainingRows(
-        rows=rows,
-        lengths=[len(row.input_ids) for row in rows],
-        collate=lambda batch: collate(batch, pad_id),
-        loss=lambda model, batch, num_items: (completion_loss(model, batch, num_items)[0], {}),
+        rows,
+        lengths,
+        collate=lambda batch: prefix_tree.collate(batch, pad_id),
+        loss=SharedCompletionLoss(base),
         eval_rows=eval_rows,
     )
+
+
+class SharedCompletionLoss:
+    """`losses.completion_loss` of a batch that is a prefix tree, on a student whose LM head is frozen."""
+
+    def __init__(self, student: PreTrainedModel) -> None:
+        from common.training.hidden_states import HiddenStateReader
+
+        self.reader = HiddenStateReader(student)
+
+    def __call__(
+        self, model: Any, batch: dict[str, Any], num_items: torch.Tensor | int | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See `common.training.trainer.Loss`."""
+        from common.training.hidden_states import predicted, scored
+        from common.training.losses import FrozenHeadCrossEntropy
+
+        states = scored(self.reader.read(model, batch).last, batch)
+        targets = batch["labels"][:, 1:][predicted(batch)]
+        total = FrozenHeadCrossEntropy.apply(states, self.reader.head.weight, targets)
+        return total / (max(1, len(targets)) if num_items is None else num_items), {}

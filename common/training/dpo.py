@@ -6,6 +6,7 @@ once, before the first step, so training all weights needs no copy of them.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ from common.training.trainer import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def build_trainer(
     from torch.utils.data import DataLoader
     from trl import DPOConfig, DPOTrainer
 
+    from common.training import prefix_tree
+
     lengths = list(map(len, pairs))
 
     class PairTrainer(checkpoints.StudentSaver, DPOTrainer):
@@ -133,6 +137,9 @@ def build_trainer(
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
             """As TRL's, without its cache file (whose name differs from process to process) and without dropout."""
+            base = self.model if settings.full else self.model.get_base_model()
+            if prefix_tree.understood_by(base) and name == "train":
+                score_trees(base)
             loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
             self.model.eval()
             batches = [
@@ -167,6 +174,43 @@ def build_trainer(
     if not settings.full and not settings.init_adapter and "ref" in student.peft_config:
         student.delete_adapter("ref")  # a copy of the untrained adapter: the reference is the base itself
     return trainer
+
+
+def score_trees(model: PreTrainedModel) -> None:
+    """Have a model that TRL gave its fused LM head make a tree of each batch, whose answers share their prompts.
+
+    TRL scores every position on a CPU; of a tree the head sees what predicts answers alone, and the scores go back to
+    where TRL looks for them.
+    """
+
+    from common.training import prefix_tree
+    from common.training.batches import IGNORE
+
+    fused = model.forward
+
+    def predicting(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if tree := kwargs.get(prefix_tree.NAME):
+            output.last_hidden_state = output.last_hidden_state[:, tree.sources]
+
+    def forward(self: Any, *, labels: torch.Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            return fused(labels=labels, **inputs)
+        real, scored = inputs["attention_mask"].bool(), labels[:, 1:] != IGNORE
+        prompts = (real & (labels == IGNORE)).sum(dim=1).tolist()
+        ids = [row[inside].tolist() for row, inside in zip(inputs["input_ids"], real, strict=True)]
+        batch = prefix_tree.collate(list(map(tokenizers.Encoded, ids, prompts)), 0)
+        if prefix_tree.NAME not in batch:
+            return fused(labels=labels, fused_lm_head=True, **inputs)
+        del batch["labels"]
+        targets = labels[:, 1:][scored][None]
+        output = fused(**inputs | batch, shift_labels=targets, fused_lm_head=True)
+        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+            if (values := getattr(output, name)) is not None:
+                setattr(output, name, values.new_zeros(scored.shape).masked_scatter(scored, values[0]))
+        return output
+
+    model.base_model.register_forward_hook(predicting, with_kwargs=True)
+    model.forward = types.MethodType(forward, model)
 
 
 def try_pairs(

@@ -51,6 +51,44 @@ def completion_loss(
     return loss / num_items, output
 
 
+class FrozenHeadCrossEntropy(torch.autograd.Function):
+    """The cross-entropy of tokens through a frozen LM head, a chunk of logits at a time, and never made twice.
+
+    Where the head is not trained, the gradient of each token's hidden state follows from its logits at once, so that it
+    is made with the loss and the logits are dropped (as in Hsu et al. 2024, Liger Kernel, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden: [n, width], of the type of `weight`.
+            weight: [vocabulary, width].
+            targets: token ids [n].
+
+        Returns:
+            The sum over tokens, in nats, float32.
+        """
+        size = max(1, CHUNK_LOGITS // len(weight))
+        total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        for rows, ids, out in zip(hidden.split(size), targets.split(size), gradient.split(size), strict=True):
+            logits = (rows @ weight.t()).float()
+            logprobs = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+            total -= logprobs.gather(1, ids[:, None]).sum()
+            if ctx.needs_input_grad[0]:
+                # d loss / d logits = softmax - one-hot
+                difference = logprobs.exp_().scatter_add_(1, ids[:, None], -torch.ones_like(logprobs[:, :1]))
+                torch.mm(difference.to(weight.dtype), weight, out=out)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of `hidden`."""
+        (of_sum,) = ctx.saved_tensors
+        return of_sum * gradient.to(of_sum.dtype), None, None
+
+
 def log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """log softmax(logits / temperature) over the last dimension, in float32 at least."""
     return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)

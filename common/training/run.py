@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed as launch
 from common import run_record
 from common.cli import UserError, log
-from common.models import adapters, loading
+from common.models import adapters, gguf_import, loading
 from common.run_record import RunRecord
 from common.training import checkpoints, progress, resumption
 from common.training.checkpoints import BEST, BEST_FACTS, CHECKPOINTS, WEIGHTS
@@ -81,14 +81,19 @@ def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], arg
         log(f"{settings.init_adapter} keeps no record of what it was trained on, so this run keeps none either")
     elif groups or seen or earlier:  # what it, or the adapter that it starts from, was trained on before counts, too
         run_record.write_groups(folder, groups | seen | (earlier or set()))
+    prompts = [text for row in rows if isinstance(text := row.get("input") or row.get("prompt"), str)]
+    started_from = run_record.read(settings.init_adapter) if settings.init_adapter else None
+    inherited = (started_from or {}).get("prompt_endings", [])
     return RunRecord(
         settings.save_dir,
         argv=list(sys.argv if argv is None else [Path(sys.argv[0]).name, *argv]),
         settings=settings.as_dict(),
         method=settings.method,
         base_model=settings.student,
+        **gguf_import.origins(student=settings.student, teacher=getattr(settings, "teacher", None)),
         seed=settings.seed,
         data=data,
+        prompt_endings=list(dict.fromkeys([*run_record.prompt_endings(prompts), *inherited])),
         **({"base_fingerprint": before["base_fingerprint"]} if before.get("base_fingerprint") else {}),
     )
 
@@ -168,6 +173,7 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
         record.write(
             device=loading.describe_device(),
             base_fingerprint=fingerprint,
+            adapted=adapters.adapted_layers(student) if hasattr(student, "peft_config") else None,
             trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
             effective_batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common import run_record
+from common.models import loading
 from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH
 from common.models.source import ModelSource
 from common.vram import model_shape
@@ -93,6 +94,8 @@ class TrainSettings:
         cuda = has_cuda() if cuda is None else cuda
         student = model_shape.of(self.student, trust_remote_code=self.trust_remote_code)
         max_len = min(longest or self.max_len, self.max_len, student.context)
+        four_bit = not self.full and is_on(self.load_in_4bit, cuda)
+        by_hand = student.large and not (cuda or four_bit or self.full)
         # A batch that is not given is fitted by the trainer: on a card by trying, on a CPU by a token budget.
         on_cpu = max(1, min(EFFECTIVE_BATCH, CPU_TOKENS_PER_BATCH // max_len))
         return Training(
@@ -103,9 +106,11 @@ class TrainSettings:
             completion_len=completion_len,
             lora_r=self.lora_r,
             lora_dropout=self.lora_dropout,
-            four_bit=not self.full and is_on(self.load_in_4bit, cuda),
+            four_bit=four_bit,
             checkpointing=is_on(self.gradient_checkpointing, cuda),
             cuda=cuda,
+            bfloat16=by_hand and loading.has_bfloat16(),
+            by_hand=by_hand,
         )
 
     def memory_flags(self, batch: int) -> Mapping[str, Callable[[Plan], Any]]:

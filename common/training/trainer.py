@@ -85,6 +85,12 @@ def prepare_student(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase)
             base, r=settings.lora_r, alpha=settings.lora_alpha, dropout=settings.lora_dropout, seed=settings.seed
         )
     student.enable_input_require_grads()
+    if base.device.type == "cpu" and loading.is_large(base.config):
+        from common.models import lora_training
+        from common.training import prefix_tree
+
+        lora_training.install(student)
+        prefix_tree.install(student.get_base_model())
     return student
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.models.batching import CHUNK_LOGITS, KEPT_TOKENS, LOGITS_AT_ONCE, REFERENCE_TOKENS
+from common.models.batching import CHUNK_LOGITS, KEPT_TOKENS, LOGITS_AT_ONCE, MAPS_AT_ONCE, REFERENCE_TOKENS
 from common.vram.model_shape import ModelShape
 
 GB = 1e9
@@ -65,6 +65,8 @@ class Training:
     four_bit: bool = True
     checkpointing: bool = True
     cuda: bool = True
+    bfloat16: bool = False  # on a CPU: the base lies in it
+    by_hand: bool = False  # on a CPU: adapter, attention and head have the backward passes that a large base gets
     terms: tuple[str, ...] = ("forward_kl",)  # of distill
     teacher: ModelShape | None = None  # of distill: one that is on the device, too
     teacher_four_bit: bool = True
@@ -104,7 +106,7 @@ class Training:
     @property
     def stream(self) -> int:
         """Bytes of an element that passes from matrix to matrix."""
-        return BFLOAT16 if self.cuda or self.four_bit else FLOAT32
+        return BFLOAT16 if self.cuda or self.four_bit or self.bfloat16 else FLOAT32
 
     @property
     def residual(self) -> int:
@@ -178,10 +180,14 @@ def kept_by_layer(plan: Training) -> float:
       for every head, and each layer turns the mask into numbers (a row of max_len for each token).
     - the MLP: gate and up, and SiLU's result.
     Eager attention keeps its map, in float32 and in the type it goes on with.
+    By hand (`lora_training`, `prefix_tree`) the adapter keeps the input that all matrices that read it share, and
+    attention its queries, keys and values alone.
     """
     shape, element = plan.student, plan.stream
     d, q, f = shape.hidden, shape.query, shape.intermediate
     norms = 2 * FLOAT32 * (d + 1)
+    if plan.by_hand:
+        return norms + (2 * d + q + f + 7 * plan.lora_r + q + 2 * shape.key + 3 * f) * element
     if plan.full:
         norms += 2 * d * plan.residual
         separate, per_input = plan.cuda, element  # autocast casts the input once a matrix
@@ -208,6 +214,9 @@ def layer_work(plan: Training) -> float:
     """
     shape = plan.student
     d, f = shape.hidden, shape.intermediate
+    if plan.by_hand:
+        maps = min(MAPS_AT_ONCE, plan.tokens * shape.heads * plan.max_len)
+        return max(plan.tokens * (3 * f + 2 * d) * plan.stream, maps * (2 * FLOAT32 + plan.stream))
     if plan.lora_dropout and not plan.full:
         work = (f + (4 if plan.checkpointing else 2) * d) * plan.stream
         work += f * FLOAT32 if plan.stream == BFLOAT16 and not (plan.cuda and plan.four_bit) else 0
@@ -229,6 +238,8 @@ def loss_work(plan: Training) -> float:
     if plan.method == "dpo":
         return fused_head(plan, plan.tokens, copies=7.25) + plan.columns * shape.hidden * FLOAT32
     logits, copies = plan.columns * shape.vocabulary, 3
+    if plan.by_hand and plan.method != "distill":
+        return min(logits, CHUNK_LOGITS) * (FLOAT32 + 2 * plan.stream) + 2 * plan.columns * shape.hidden * plan.stream
     if plan.method == "distill":
         logits = min(logits, CHUNK_LOGITS)
         if plan.teacher and {"forward_kl", "reverse_kl", "jsd"} & set(plan.terms):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, reason
+from common.models import gguf_import, loading
 from common.models.batching import UNLIMITED
 
 QWEN_3B = {
@@ -72,6 +73,11 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def large(self) -> bool:
+        """As `common.models.loading.is_large`."""
+        return 12 * self.layers * self.hidden**2 >= loading.LARGE
+
+    @property
     def projections(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of a layer's matrices: q, k, v, o, gate, up, down."""
         d, f = self.hidden, self.intermediate
@@ -124,11 +130,13 @@ def from_config(config: dict[str, Any]) -> ModelShape:
 def _check_by_counting(name: str, shape: ModelShape, trust_remote_code: bool) -> None:
     """Raises UnknownShape unless a model without weights (on the meta device) has about as many parameters."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from common.models.loading import load_config
 
     expected = sum(shape.parameters().values())
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = load_config(name, trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any model's code
@@ -142,7 +150,7 @@ def _check_by_counting(name: str, shape: ModelShape, trust_remote_code: bool) ->
 
 
 def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
-    """The shape of a model folder, of one of the KNOWN, or of a Hub id whose config can be had.
+    """The shape of a model folder or GGUF, of one of the KNOWN, or of a Hub id whose config can be had.
 
     Raises:
         UnknownShape: see there.
@@ -156,6 +164,9 @@ def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
             raise UnknownShape(f"{path} is not a model's config ({error})") from error
     elif name_or_path in KNOWN:
         return from_config(KNOWN[name_or_path])
+    elif gguf := gguf_import.local_gguf(name_or_path):
+        config = gguf_import.config_of(gguf).to_dict()
+        shape = from_config(config)
     else:
         from transformers import AutoConfig
 

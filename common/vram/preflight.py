@@ -78,7 +78,7 @@ def inference_plan(
         max_batch_tokens = min(max_batch_tokens, CPU_BATCH_TOKENS)
     base = models.base_source(source)
     four_bit = models.use_4bit(source.load_in_4bit)
-    width = BFLOAT16 if four_bit else models.inference_dtype(base).itemsize
+    width = BFLOAT16 if four_bit else models.fastest_dtype(base).itemsize
     return Inference(
         shapes.of(base.model_dir, trust_remote_code=source.trust_remote_code),
         batch_tokens=max_batch_tokens,

@@ -117,7 +117,7 @@ def test_stop_ends_one_row_alone(model, tokenizer, prompts):
     a, b = tokenizer.encode("Ab", add_special_tokens=False)[:2]
     wanted = [[a, b, a, a, a, a], [a] * 6, [a] * 6]
     answers = generation.generate(
-        model, tokenizer, prompts, Decoding(6), stop=lambda text: text.endswith("b"),
+        model, tokenizer, prompts, Decoding(6), stop=lambda number, text: number == 0 and text.endswith("b"),
         processors=lambda rows: [Only([wanted[row] for row in rows])],
     )  # fmt: skip
     assert answers[0][0].tokens[:2] == [a, b] and len(answers[0][0].tokens) == 2 and answers[0][0].finished

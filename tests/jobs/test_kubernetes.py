@@ -130,7 +130,7 @@ def test_the_settings_are_the_services_and_the_trainers(planner_parser):
     (config,) = (body for _, body in MANIFESTS if body["kind"] == "ConfigMap")
     described = (ROOT / "serve_distill.py").read_text()
     for name in config["data"]:
-        assert name in ("job.yaml", "HF_HOME") or name in described, name
+        assert name in ("job.yaml", "HF_HOME", "GGUF_CACHE") or name in described, name
     job = read_template(str(K8S / "distill-job.yaml"))
     args = job["spec"]["template"]["spec"]["containers"][0]["args"]
     assert args[0] == "distill_train.py"

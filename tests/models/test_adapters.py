@@ -131,7 +131,7 @@ def test_an_adapter_beside_another(name, of_kind, base):
         model.set_adapter("first")
     else:
         with pytest.raises(
-            UserError, match=f"the adapter {of_kind(name)} cannot share a base with others: it .*; merge"
+            UserError, match=f"the adapter {of_kind(name)} cannot share a base with others: it .*; use it with"
         ):
             adapters.load_adapter(model, str(of_kind(name)), name="second")
     assert torch.equal(logits(model, IDS), first)

@@ -86,6 +86,20 @@ def test_thinking_that_a_template_leaves_open_is_closed(inside):
     assert whole.endswith(ANSWER + "<|im_end|>\n")
 
 
+def test_other_templates_of_a_tokenizer_stay():
+    tokenizer = tokenizer_of(FAMILIES["qwen3"])
+    tools = "{{ 'tools' }}"
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tools}
+    prompt = tokenizers.encode_prompt(tokenizers.align(tokenizer), QUESTION)
+    assert tokenizer.decode(prompt).endswith(THINKING["qwen3"])
+    assert tokenizer.chat_template["tool_use"] == tools
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in THINKING])
+def test_templates_that_know_no_thinking_stay_as_they_are(name):
+    assert aligned(name).chat_template == FAMILIES[name].template
+
+
 TURN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 

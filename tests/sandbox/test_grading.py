@@ -317,6 +317,12 @@ def f(x):
 def g(x): return [f(x)]
 """,
     "an endless list": "def f(x):\n    while True: yield x\ng = f",
+    "an end of iteration that nobody asked for": """
+import __main__
+def f(x):
+    __main__.send(b"tuple 3\\nstr returned\\nconstant None\\nconstant True")
+    return 1
+""",
     "a deep list": "def f(x):\n    deep = []\n    for _ in range(100_000): deep = [deep]\n    return deep",
     "an exception that passes": "class Passed(SystemExit, KeyboardInterrupt): pass\ndef f(x): raise Passed(0)",
     "an argument's method": "def f(x): return type(x).__eq__\ng = f",
@@ -338,6 +344,55 @@ def test_no_lie_passes():
     assert not {verdict.error for verdict in verdicts} & {"", "tests"}  # nor is the blame laid on the tests
     honest = "def f(x): return 424242\ndef g(x): return [424242]"
     assert grading.grade(honest, SECRET).passed  # the tests can be passed
+
+
+STYLES = (  # of tests, each false of a function that returns nothing right
+    "assert f(1) == 424242",
+    "assert all(f(x) == 424242 for x in [1, 2])",
+    "assert all(map(lambda x: f(x) == 424242, [1, 2]))",
+    "assert not any(map(lambda x: f(x) != 424242, [1, 2]))",
+    "assert all([f(x) == 424242 for x in [1, 2]])",
+    "for value in map(f, [1, 2]): assert value == 424242",
+    "for got, right in zip(map(f, [1, 2]), [424242] * 2): assert got == right",
+    "assert sum(map(lambda x: f(x) != 424242, [1, 2])) == 0",
+    "assert set(map(f, [1, 2])) <= {424242}",
+    "assert list(filter(lambda x: f(x) != 424242, [1, 2])) == []",
+    "assert next((x for x in [1, 2] if f(x) != 424242), None) is None",
+    "assert max(map(f, [1, 2]), default=424242) == 424242",
+    "assert {x: y for x, y in zip('ab', map(f, [1, 2]))} in ({}, {'a': 424242, 'b': 424242})",
+    "import contextlib\nwith contextlib.suppress(IndexError): assert f(1) == 424242",
+    "assert not hasattr(f(1), 'wrong')",
+)
+RAISED = ("StopIteration", "StopIteration(1)", "StopAsyncIteration", "GeneratorExit", "SystemExit(0)",
+          "KeyboardInterrupt", "type('Own', (StopIteration,), {})", "AssertionError")  # fmt: skip
+
+
+@pytest.mark.parametrize("raised", RAISED)
+def test_no_exception_of_the_solution_ends_a_test_in_silence(raised):
+    """`map` and its like take StopIteration for the end of what they go through."""
+    solution = f"def f(x): raise {raised}"
+    told = errors([(solution, Tests((style,))) for style in STYLES])
+    assert [style for style, error in zip(STYLES, told, strict=True) if not error] == []
+    assert {error.partition(":")[0] for error in told} == {"exception"}
+
+
+def test_objects_of_the_solution_have_no_attributes_to_be_asked_for():
+    solution = "class Odd:\n    wrong = True\ndef f(x): return Odd()"
+    styles = ("assert not hasattr(f(1), 'wrong')", "assert getattr(f(1), 'wrong', 424242) == 424242",
+              "try:\n    f(1).wrong\nexcept Exception:\n    pass")  # fmt: skip
+    assert errors([(solution, Tests((style,))) for style in styles]) == ["not data"] * 3
+
+
+def test_iterators_of_the_solution_end_where_they_end():
+    solution = (
+        "def count(n):\n    yield from range(n)\n"
+        "class Count:\n    def __iter__(self): return self\n    def __next__(self): raise StopIteration\n"
+        "def empty(): return Count()\n"
+        "def broken():\n    yield 1\n    raise StopIteration\n"
+    )
+    pieces = ("assert list(count(3)) == [0, 1, 2] and list(empty()) == []",
+              "try:\n    list(broken())\nexcept RuntimeError:\n    pass\nelse:\n    assert False")  # fmt: skip
+    assert errors([(solution, Tests((piece,))) for piece in pieces]) == ["", ""]
 
 
 @pytest.mark.parametrize("lie", ["always equal", "equal subclasses", "patched builtins", "names of the tests"])

@@ -20,7 +20,6 @@ from common.models.source import LoadedModel, ModelSource
 from common.serving import openai_routes, routes
 from common.serving.openai_routes import ChatRequest
 from common.tasks.codegen.answer import compile_error
-from common.tasks.codegen.style import CHAT
 from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
 pytestmark = pytest.mark.processes
@@ -88,14 +87,15 @@ def test_an_answer_without_room_says_so(served):
 
 @pytest.mark.parametrize("plan_then_code", [False, True])
 def test_code_as_infer_codegen_writes_it(served, loaded, runs, plan_then_code):
-    from common.tasks.codegen.writer import CodeWriter
+    from common.tasks.codegen.writer import CodeWriter, style_of
 
     task, budget = "Write a function add(a, b).", 12
     answer = served.post(
         "/infer/codegen",
         {"prompt": task, "run": "sft", "plan_then_code": plan_then_code, "max_new_tokens": budget},
     )
-    writer = CodeWriter(LoadedModel(*loaded, 8192), CHAT)
+    style, _ = style_of(str(runs / "creditmix_sft"), loaded[1])
+    writer = CodeWriter(LoadedModel(*loaded, 8192), style)
     plans = writer.plan([task], Decoding(budget)) if plan_then_code else None
     wanted = writer.write([task], Decoding(budget), plans)[0][0]
     assert answer == {

@@ -58,7 +58,7 @@ def test_what_changes_more_than_its_own_answers_is_refused(runs, tmp_path, name)
     folder = Path(shutil.copytree(runs / "creditmix_sft", tmp_path / name))
     shared_adapters.check(folder, LAYERS)
     change(folder, **REFUSED[name])
-    with pytest.raises(adapters.UserError, match=r"cannot share a base with others: it .*; merge it"):
+    with pytest.raises(adapters.UserError, match=r"cannot share a base with others: it .*; use it with"):
         shared_adapters.check(folder, LAYERS)
 
 

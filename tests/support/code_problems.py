@@ -41,6 +41,11 @@ class Scripted:
     def plan(self, tasks, decoding):
         return [[self.the_plan] * decoding.num_samples for _ in tasks]
 
+    def write_each(self, tasks, decoding, plan_first=False):
+        for index, task in enumerate(tasks):
+            plans = self.plan([task], decoding) if plan_first else None
+            yield index, self.write([task], decoding, plans)[0]
+
     def write(self, tasks, decoding, plans=None, *, streamer=None):
         self.asked += len(tasks)
         planned = "" if plans is None else self.the_plan

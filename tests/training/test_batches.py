@@ -66,9 +66,9 @@ def test_order_does_not_depend_on_how_a_step_is_cut(tokenizer, base, tmp_path):
             gradient_accumulation_steps=accumulation,
         )
         student = models.load_base(settings.source, training=True)
-        trainer = fitted_trainer(settings, student, tokenizer, completion_rows(rows, pad_id=0))
-        seen = [row for batch in trainer.get_train_dataloader() for row in batch["input_ids"]]
-        orders.append([int(row[row > 0][-1]) for row in seen])
+        trainer = fitted_trainer(settings, student, tokenizer, completion_rows(rows, tokenizer, student))
+        seen = [labels for batch in trainer.get_train_dataloader() for labels in batch["labels"]]
+        orders.append([int(labels[labels != batches.IGNORE][-1]) for labels in seen])
     assert orders[0] == orders[1] == orders[2]
     assert sorted(orders[0]) == list(range(1, 41))
 

@@ -100,6 +100,35 @@ def test_training_peak(settings, plan, checkpointing):
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
+@pytest.mark.parametrize(
+    ("settings", "plan"),
+    [
+        (WIDE, {"batch": 1, "max_len": 256, "completion_len": 20}),
+        (config(vocabulary=8192), {"batch": 3, "max_len": 100, "completion_len": 40}),
+        (config(256, 1024, layers=3, heads=8), {"batch": 4, "max_len": 64, "completion_len": 12}),
+    ],
+    ids=["wide", "logits", "grouped heads"],
+)
+def test_training_peak_of_a_large_base(settings, plan):
+    """Of rows that share nothing; what they share takes less."""
+    import random
+
+    from common.models import lora_training, tokenizers
+    from common.training import prefix_tree
+    from common.training.completion import SharedCompletionLoss
+
+    plan = Training(shapes.from_config(settings), checkpointing=False, by_hand=True, **CPU, **plan)
+    student, optimizer = student_of(plan, settings)
+    lora_training.install(student)
+    prefix_tree.install(student.get_base_model())
+    loss, rng = SharedCompletionLoss(student.get_base_model()), random.Random(0)
+    ids = [[rng.randrange(settings["vocab_size"]) for _ in range(plan.max_len)] for _ in range(plan.rows)]
+    rows = [tokenizers.Encoded(row, plan.max_len - plan.completion_len) for row in ids]
+    batch = prefix_tree.collate(rows, 0)
+    peak = measured(student, optimizer, lambda: loss(student, batch)[0].backward())
+    assert 0.97 <= predict(plan).tensors / peak <= 1.10
+
+
 @pytest.mark.parametrize(("checkpointing", "dropout"), [(False, 0.05), (True, 0.05), (True, 0.0)])
 def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypatch):
     """As on a card, but for dropout's mask, which a CPU keeps as bfloat16, not as bytes."""

@@ -17,13 +17,13 @@ from common.models.source import ModelSource
 from common.sandbox import box as sandbox
 from common.sandbox import grading
 from common.tasks.codegen import answer as code_answer
-from common.tasks.codegen import metrics, mutation
+from common.tasks.codegen import metrics, mutation, source
 from common.tasks.codegen import rows as code_rows
 from common.tasks.codegen.metrics import JudgedSample, Samples
 from common.tasks.codegen.rows import Problem
 from common.tasks.codegen.writer import CodeWriter
 
-WINDOW = 32  # problems whose answers are kept together
+WINDOW = 128  # programs whose verdicts are kept together
 DIRECT, PLAN_THEN_CODE = "direct", "plan_then_code"  # how code is asked for
 
 
@@ -102,6 +102,7 @@ class Evaluation:
         store: answers and verdicts that are there are not made again.
         allow_unsafe: where no sandbox works, run code without one.
         seed: of the bootstrap.
+        keep_main: run answers as they are written, with what they do at their top level (`source.without_usage`).
     """
 
     problems: Sequence[Problem]
@@ -110,6 +111,7 @@ class Evaluation:
     store: AnswerStore
     allow_unsafe: bool = False
     seed: int = 0
+    keep_main: bool = False
 
     @property
     def groups(self) -> list[str]:
@@ -144,22 +146,25 @@ class Evaluation:
     def judge(self, settings: WriterSettings, mode: str) -> list[list[JudgedSample]]:
         """The samples of one model in one mode, judged, [problem][sample]."""
         answers = self.write_answers(settings, mode)
-        codes = [
-            (problem, answer["code"]) for problem, row in zip(self.problems, answers, strict=True) for answer in row
-        ]
-        self.run_tests(codes)
-        lints = iter(metrics.lints([code for _, code in codes]))
+        pairs = [(problem, answer) for problem, row in zip(self.problems, answers, strict=True) for answer in row]
+        self.run_tests([(problem, self.program(answer["code"])) for problem, answer in pairs])
+        lints = iter(metrics.lints([answer["code"] for _, answer in pairs]))
 
         def judged(problem: Problem, answer: dict) -> JudgedSample:
-            code, verdict = answer["code"], self.store[verdict_key(problem, answer["code"])]
+            code, verdict = answer["code"], self.store[verdict_key(problem, self.program(answer["code"]))]
             fault = code_answer.compile_error(code)
-            error = "unfinished" if fault and not answer["finished"] else verdict["error"]
+            ran_out = not answer["finished"] and (fault or answer.get("cut", False))
+            error = "unfinished" if ran_out and verdict["error"] else verdict["error"]
             detail = fault or verdict["detail"]
             return JudgedSample(code, answer["plan"], error, detail, fault is None, next(lints), verdict["share"])
 
         return [
             [judged(problem, answer) for answer in row] for problem, row in zip(self.problems, answers, strict=True)
         ]
+
+    def program(self, code: str) -> str:
+        """What of an answer's code is run."""
+        return code if self.keep_main else source.without_usage(code)
 
     def write_answers(self, settings: WriterSettings, mode: str) -> list[list[dict]]:
         """The answers of a model, as `CodeAnswer` in JSON; only those that are not in the store are made."""
@@ -172,14 +177,10 @@ class Evaluation:
         if missing:
             writer = settings.load()
             with progress_bar(len(missing), f"{settings.source.model_dir}, {mode}") as progress:
-                for start in range(0, len(missing), WINDOW):
-                    window = missing[start : start + WINDOW]
-                    tasks = [prompt for _, prompt in window]
-                    plans = writer.plan(tasks, self.decoding) if mode == PLAN_THEN_CODE else None
-                    answers = writer.write(tasks, self.decoding, plans)
-                    rows = [[asdict(answer) for answer in row] for row in answers]
-                    self.store.add(zip([key for key, _ in window], rows, strict=True))
-                    progress.update(len(window))
+                tasks = [prompt for _, prompt in missing]
+                for index, answers in writer.write_each(tasks, self.decoding, mode == PLAN_THEN_CODE):
+                    self.store.add([(missing[index][0], [asdict(answer) for answer in answers])])
+                    progress.update()
         return [self.store[key] for key in keys]
 
     def run_tests(self, codes: Sequence[tuple[Problem, str]]) -> None:
@@ -187,8 +188,8 @@ class Evaluation:
         missing = {verdict_key(problem, code): (code, problem.graded_by()) for problem, code in codes}
         waiting = [key for key in missing if key not in self.store]
         with progress_bar(len(waiting), "running tests") as progress:
-            for start in range(0, len(waiting), 4 * WINDOW):
-                window = waiting[start : start + 4 * WINDOW]
+            for start in range(0, len(waiting), WINDOW):
+                window = waiting[start : start + WINDOW]
                 pairs = [missing[key] for key in window]
                 verdicts = self.grade(pairs, progress)
                 shares = self.passing_shares(pairs, verdicts)

@@ -8,11 +8,24 @@ trained on turns) gets text to continue: the task as a docstring, or a function 
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
-PLAN_REQUEST = "\n\nWrite a plan in <PLAN> tags."
+BUILTINS = frozenset(dir(builtins))
+
+SHOWN_TEST = "\nIt must pass this test:\n"
+PLAN_REQUEST = "\n\nWrite a plan in <PLAN> tags."  # as training rows ask, whose answers show what is meant
 CODE_REQUEST = "\n\nWrite the code of this plan in <CODE> tags."
+SHOWN_PLAN_REQUEST = (  # for a model that was not trained on them: an empty plan is what it makes of the other
+    "\n\nDo not write the code yet. First write a short plan in numbered steps, in tags like this:\n"
+    "<PLAN>\n1. What to do first.\n2. What to do next.\n</PLAN>"
+)
+SHOWN_CODE_REQUEST = "\n\nNow write the Python code of this plan, complete and without further words."
+PLAN_AGAIN_REQUEST = (
+    "\n\nHow would you solve this? Answer with numbered steps only, one short sentence each, and without any code."
+)
 
 
 # Chat turns.
@@ -28,19 +41,49 @@ def is_stub(task: str) -> bool:
     return isinstance(last, ast.FunctionDef) and len(last.body) == 1 and ast.get_docstring(last) is not None
 
 
+def names_asked_for(task: str) -> tuple[str, ...]:
+    """The functions and classes that a task wants defined: its stub's, those of the tests that it shows, or the one
+    that its words name; none where it does not say.
+    """
+    if is_stub(task):
+        return (ast.parse(task).body[-1].name,)
+    called: dict[str, None] = {}
+    for line in task.splitlines():
+        if line.startswith("assert "):
+            with suppress(SyntaxError, ValueError):
+                calls = [node.func for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call)]
+                called |= {func.id: None for func in calls if isinstance(func, ast.Name) and func.id not in BUILTINS}
+    if called:
+        return tuple(called)
+    named = re.search(r"(?<![\w.])(?:def |class |called |named |function |method )?[`'\"]?(\w+)\(", task)
+    return (named[1],) if named and named[1].isidentifier() and named[1] not in BUILTINS else ()
+
+
 def direct_prompt(task: str) -> str:
     """The user turn that asks for code."""
     return f"Complete this Python function:\n\n{task.rstrip()}" if is_stub(task) else task
 
 
-def plan_prompt(task: str) -> str:
+def plan_prompt(task: str, request: str = PLAN_REQUEST) -> str:
     """The user turn that asks for a plan."""
-    return direct_prompt(task) + PLAN_REQUEST
+    return direct_prompt(task) + request
 
 
-def code_prompt(task: str, plan: str) -> str:
+def code_prompt(task: str, plan: str, request: str = CODE_REQUEST) -> str:
     """The user turn that asks for the code of a plan (lines of text)."""
-    return f"{direct_prompt(task)}\n\n<PLAN>\n{plan}\n</PLAN>{CODE_REQUEST}"
+    return f"{direct_prompt(task)}\n\n<PLAN>\n{plan}\n</PLAN>{request}"
+
+
+def with_tests(task: str, tests: Sequence[str]) -> str:
+    """A task with the tests that its code has to pass, as MBPP's are shown. A function stub stays one."""
+    return task if is_stub(task) or not tests else task + SHOWN_TEST + "\n".join(tests)
+
+
+def repair_prompt(task: str, code: str, error: str) -> str:
+    """The user turn that asks for code again, after some that failed a test with `error`."""
+    return (
+        f"{direct_prompt(task)}\n\nThis code for it is wrong:\n\n{code}\n\n{error}\n\nWrite the whole code, corrected."
+    )
 
 
 def plan_text(steps: Sequence[str]) -> str:

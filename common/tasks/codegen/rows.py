@@ -13,13 +13,14 @@ from typing import Any
 from common.data import rows as records
 from common.data import splits
 from common.sandbox.grading import Tests
+from common.tasks.codegen import evalplus, source
 from common.tasks.codegen.plans import steps_of
+from common.tasks.codegen.prompt import SHOWN_TEST
 
 FORMATS = (
-    "MBPP (text or prompt, code, test_list), HumanEval (prompt, canonical_solution, test, entry_point) or "
-    "own rows (prompt, solution, tests)"
+    "MBPP (text or prompt, code, test_list), HumanEval (prompt, canonical_solution, test, entry_point), EvalPlus' "
+    "forms of both, or own rows (prompt, solution, tests)"
 )
-SHOWN_TEST = "\nIt must pass this test:\n"
 FILLER = set("a an the of to in for from by with and or is are be given using write find function python".split())  # noqa: SIM905
 
 
@@ -85,7 +86,8 @@ def problems_of(rows: Sequence[dict]) -> list[Problem]:
 def _fault(row: dict) -> str | None:
     """Why a row is no problem; None when it is one."""
     if "canonical_solution" in row:
-        fault = records.row_fault(row, ("prompt", "canonical_solution", "test", "entry_point"))
+        tests = () if evalplus.is_of_inputs(row) else ("test",)
+        fault = records.row_fault(row, ("prompt", "canonical_solution", *tests, "entry_point"))
     elif "code" in row:
         fault = records.row_fault(row, ("text" if "text" in row else "prompt", "code"))
         fault = fault or _list_fault(row, "test_list") or ("test_imports" in row and _list_fault(row, "test_imports"))
@@ -94,16 +96,18 @@ def _fault(row: dict) -> str | None:
         fault = fault or ("plan" in row and _list_fault(row, "plan"))
     else:
         fault = f"no known format, which are {FORMATS}"
+    if not fault and "code" in row and isinstance(row.get("test"), str):
+        fault = None if source.parsed(row["test"]) and row["test"].strip() else "'test' is not Python"
     if fault:
         return fault
     field = _fields(row)
     if not field["tests"]:
         return "it has no tests"
-    for source in (field["solution"], field["setup"], *field["tests"]):
+    for text in (field["solution"], field["setup"], *field["tests"]):
         try:
-            ast.parse(source)
+            ast.parse(text)
         except (SyntaxError, ValueError, TypeError) as error:
-            return f"not Python ({error.args[0]}): {str(source).strip()[:60]!r}"
+            return f"not Python ({error.args[0]}): {str(text).strip()[:60]!r}"
     return None
 
 
@@ -116,21 +120,29 @@ def _list_fault(row: dict, key: str) -> str | None:
 def _fields(row: dict) -> dict[str, Any]:
     """`prompt`, `solution`, `tests`, `setup`, `entry_point` and, where it is given, `group`."""
     if "canonical_solution" in row:
+        solution = (row["prompt"] + row["canonical_solution"]).rstrip()
+        setup, tests = evalplus.without_numpy(row.get("test", "")), ["check(candidate)"]
+        if evalplus.is_of_inputs(row):
+            setup, tests = evalplus.tests_of_inputs(row, solution)
         return {
             "prompt": row["prompt"],
-            "solution": (row["prompt"] + row["canonical_solution"]).rstrip(),
-            "tests": ["check(candidate)"],
-            "setup": row["test"],
+            "solution": solution,
+            "tests": tests,
+            "setup": setup,
             "entry_point": row["entry_point"],
         }
     if "code" in row:
         # The text does not say what the function is called; as is usual for MBPP, a test shows it.
         shown = SHOWN_TEST + row["test_list"][0] if row["test_list"] else ""
+        tests, setup = row["test_list"], [*row.get("test_imports", []), row.get("test_setup_code") or ""]
+        if isinstance(row.get("test"), str):  # MBPP+
+            more, test = evalplus.split_source(row["test"])
+            tests, setup = [test], [*setup, more]
         return {
             "prompt": row.get("text", row.get("prompt")) + shown,
             "solution": row["code"].replace("\r\n", "\n").strip("\n"),
-            "tests": row["test_list"],
-            "setup": "\n".join([*row.get("test_imports", []), row.get("test_setup_code") or ""]).strip(),
+            "tests": tests,
+            "setup": "\n".join(setup).strip(),
             "entry_point": _called(row["code"], row["test_list"]),
         }
     row = _tests_listed(row)

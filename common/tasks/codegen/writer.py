@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
+from common import run_record
+from common.cli import log
 from common.generation.decoding import Decoding
-from common.generation.result import final_answer
 from common.models import adapters
 from common.models import loading as models
+from common.models.batching import by_token_budget
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.codegen import answer
-from common.tasks.codegen.style import CHAT, COMPLETION, Style
+from common.tasks.codegen.prompt import PLAN_AGAIN_REQUEST, names_asked_for, plan_prompt
+from common.tasks.codegen.style import COMPLETION, UNTRAINED, Style, trained_style
 from common.vram import preflight as vram
 
 if TYPE_CHECKING:
@@ -27,19 +30,28 @@ PROMPT_STYLES = ("auto", "chat", "completion")
 
 @dataclass(frozen=True)
 class CodeAnswer:
-    """One answer: the code, the plan it follows ("" when none was asked for), and whether it ended by itself."""
+    """One answer.
+
+    Attributes:
+        code: the program.
+        plan: what it follows; "" when none was asked for.
+        finished: it ended by itself, not with its budget of tokens.
+        tokens: tokens written.
+        cut: the budget ended before all that was asked for was there; the code has whole statements all the same.
+    """
 
     code: str
     plan: str
     finished: bool
     tokens: int
+    cut: bool = False
 
 
 class CodeWriter:
     """A model that writes code.
 
     Attributes:
-        style: how it is asked: `style.CHAT`, or `style.COMPLETION` for a plain base model.
+        style: how it is asked (`style_of`).
     """
 
     def __init__(self, loaded: LoadedModel, style: Style) -> None:
@@ -57,21 +69,34 @@ class CodeWriter:
             auto_fit: where memory is short, take settings that fit.
         """
         loaded = vram.load_within_memory(source, max_batch_tokens, auto_fit=auto_fit)
-        eos = None
-        if not adapters.is_adapter(source.model_dir):
-            eos = plain_base_eos(source.model_dir, loaded.tokenizer, source.trust_remote_code)
-        if prompt_style == "chat" or (prompt_style == "auto" and eos is None):
-            return cls(loaded, CHAT)
+        style, eos = style_of(source.model_dir, loaded.tokenizer, prompt_style, source.trust_remote_code)
         if eos is not None:
             loaded.tokenizer.eos_token = eos
             models.align_model(loaded.model, loaded.tokenizer)
-        return cls(loaded, COMPLETION)
+        return cls(loaded, style)
 
     def plan(self, tasks: Sequence[str], decoding: Decoding) -> list[list[str]]:
-        """`decoding.num_samples` plans for each task, [task][sample]."""
-        prompts = [self.style.plan(task) for task in tasks]
-        generations = self._generate(prompts, decoding, stop=self.style.plan_ends)
-        return [[self.style.read_plan(generation.text) for generation in row] for row in generations]
+        """`decoding.num_samples` plans for each task, [task][sample]; "" where the model writes none, asked twice."""
+
+        def ends(number: int, text: str) -> bool:
+            return self.style.plan_ends(text)
+
+        generations = self._generate([self.style.plan(task) for task in tasks], decoding, stop=ends)
+        plans = [[self.style.read_plan(generation.text) for generation in row] for row in generations]
+        empty = [(index, sample) for index, row in enumerate(plans) for sample, plan in enumerate(row) if not plan]
+        if empty and self.style.chat:
+            log(f"{len(empty)} of {sum(map(len, plans))} plans came back empty; asking for them once more")
+            for sample in sorted({sample for _, sample in empty}):
+                rows = [index for index, other in empty if other == sample]
+                prompts = [plan_prompt(tasks[index], PLAN_AGAIN_REQUEST) for index in rows]
+                again = self._generate(
+                    prompts, replace(decoding, num_samples=1, seed=decoding.seed + sample), stop=ends
+                )
+                for index, (generation,) in zip(rows, again, strict=True):
+                    plans[index][sample] = self.style.read_plan(generation.text)
+            if still := sum(not plan for row in plans for plan in row):
+                log(f"{still} plans stayed empty; their code is written without one")
+        return plans
 
     def write(
         self,
@@ -90,9 +115,13 @@ class CodeWriter:
         Raises:
             UserError: a prompt does not fit the model's context.
         """
+
+        def stop(number: int, text: str) -> bool:
+            return self.style.ends(tasks[number], text)
+
         if plans is None:
             prompts = [self.style.direct(task) for task in tasks]
-            generations = self._generate(prompts, decoding, stop=self.style.ends, streamer=streamer)
+            generations = self._generate(prompts, decoding, stop=stop, streamer=streamer)
             return [
                 [self._answer(task, "", generation) for generation in row]
                 for task, row in zip(tasks, generations, strict=True)
@@ -100,44 +129,83 @@ class CodeWriter:
         answers: list[list[CodeAnswer]] = [[] for _ in tasks]
         for sample in range(decoding.num_samples):  # each with a seed of its own: equal plans may lead to other code
             of_sample = [row[sample] for row in plans]
-            prompts = [self.style.code(task, plan) for task, plan in zip(tasks, of_sample, strict=True)]
+            prompts = [
+                self.style.code(task, plan) if plan else self.style.direct(task)
+                for task, plan in zip(tasks, of_sample, strict=True)
+            ]
             one = replace(decoding, num_samples=1, seed=decoding.seed + sample)
-            generations = self._generate(prompts, one, stop=self.style.ends, streamer=streamer)
+            generations = self._generate(prompts, one, stop=stop, streamer=streamer)
             for task, plan, (generation,), row in zip(tasks, of_sample, generations, answers, strict=True):
                 row.append(self._answer(task, plan, generation))
         return answers
 
-    def streamer(self, out: TextIO) -> BaseStreamer | None:
+    def streamer(self, task: str, out: TextIO) -> BaseStreamer | None:
         """Writes the code of one answer to `out` line by line; None for a model whose code is known at its end only."""
-        return _code_streamer(self.tokenizer, out) if self.style is CHAT else None
+        return _code_streamer(self.tokenizer, task, out) if self.style.chat else None
+
+    def write_each(
+        self, tasks: Sequence[str], decoding: Decoding, plan_first: bool = False
+    ) -> Iterator[tuple[int, list[CodeAnswer]]]:
+        """(index of a task, its answers) as they are written: a batch at a time, the longest tasks first.
+
+        Args:
+            plan_first: write plans, and the code after them.
+        """
+        lengths = [len(self._encode(self.style.direct(task), decoding)) for task in tasks]
+        budget = max(1, self.max_batch_tokens // decoding.num_samples)
+        for batch in by_token_budget(lengths, budget, added=decoding.max_new_tokens):
+            of_batch = [tasks[index] for index in batch]
+            plans = self.plan(of_batch, decoding) if plan_first else None
+            yield from zip(batch, self.write(of_batch, decoding, plans), strict=True)
+
+    def _encode(self, text: str, decoding: Decoding) -> list[int]:
+        from common.models import tokenizers
+
+        if self.style.chat:
+            return tokenizers.encode_prompt(self.tokenizer, text, thinking=decoding.thinking)
+        return self.tokenizer.encode(text, split_special_tokens=True)
 
     def _generate(
         self,
         texts: Sequence[str],
         decoding: Decoding,
-        stop: Callable[[str], bool],
+        stop: Callable[[int, str], bool],
         streamer: BaseStreamer | None = None,
     ) -> list[list[Generation]]:
         from common.generation import generate as generation
-        from common.models import tokenizers
 
-        if self.style is CHAT:
-            prompts = [tokenizers.encode_prompt(self.tokenizer, text, thinking=decoding.thinking) for text in texts]
-        else:
-            prompts = [self.tokenizer.encode(text, split_special_tokens=True) for text in texts]
         return generation.generate(
             self.model,
             self.tokenizer,
-            prompts,
+            [self._encode(text, decoding) for text in texts],
             decoding,
-            stop=stop,
+            stop=None if decoding.thinking else stop,  # a draft within the thinking ends nothing
             streamer=streamer,
             max_batch_tokens=self.max_batch_tokens,
         )
 
     def _answer(self, task: str, plan: str, generation: Generation) -> CodeAnswer:
-        code = self.style.read(task, generation.text, generation.finished)
-        return CodeAnswer(code, plan, generation.finished, len(generation.tokens))
+        code, cut = self.style.read(task, generation.text, generation.finished)
+        return CodeAnswer(code, plan, generation.finished, len(generation.tokens), cut)
+
+
+def style_of(
+    model_dir: str, tokenizer: PreTrainedTokenizerBase, prompt_style: str = "auto", trust_remote_code: bool = False
+) -> tuple[Style, str | None]:
+    """(how the model of a folder or a Hub id is asked, the EOS of its answers where that is not its tokenizer's).
+
+    A trained one is asked as its training rows did, which its record tells.
+
+    Args:
+        tokenizer: the model's, aligned.
+        prompt_style: one of `PROMPT_STYLES`.
+    """
+    record = run_record.read(model_dir)
+    trained = record is not None or adapters.is_adapter(model_dir)
+    eos = None if trained else plain_base_eos(model_dir, tokenizer, trust_remote_code)
+    if prompt_style == "completion" or (prompt_style == "auto" and eos is not None):
+        return COMPLETION, eos
+    return (trained_style((record or {}).get("prompt_endings")) if trained else UNTRAINED), None
 
 
 def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:
@@ -151,29 +219,37 @@ def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_c
         tokenizer: the model's, aligned (`tokenizers.align`), so that its EOS is the end of the turn.
     """
     from transformers import AutoTokenizer, GenerationConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    declared = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    eos = get_tokenizer_config(name, trust_remote_code=trust_remote_code).get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    if eos is None:  # its class decides
+        eos = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code).eos_token
     if not tokenizer.chat_template:
-        return declared.eos_token
-    ends = {declared.eos_token_id}
+        return eos
+    ends = {tokenizer.convert_tokens_to_ids(eos)}
     with suppress(OSError):  # it may have no generation config
         ids = GenerationConfig.from_pretrained(name).eos_token_id
         ends |= set(ids if isinstance(ids, list) else [ids])
-    return None if tokenizer.eos_token_id in ends else declared.eos_token
+    return None if tokenizer.eos_token_id in ends else eos
 
 
-def _code_streamer(tokenizer: PreTrainedTokenizerBase, out: TextIO) -> BaseStreamer:
+def _code_streamer(tokenizer: PreTrainedTokenizerBase, task: str, out: TextIO) -> BaseStreamer:
     from transformers import TextStreamer
+
+    names = names_asked_for(task)
 
     class CodeStreamer(TextStreamer):
         text = shown = ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
-            written = final_answer(self.text)
-            code = answer.code_of(written) + "\n" if stream_end else answer.marked_lines(written)
-            out.write(code[len(self.shown) :])
+            code = answer.code_of(self.text, names) + "\n" if stream_end else answer.marked_lines(self.text, names)
+            if code.startswith(self.shown):
+                out.write(code[len(self.shown) :])
+                self.shown = code
+            elif stream_end:  # an import or a helper came later, and stands before what was shown
+                out.write(f"\n\n# The whole answer:\n\n{code}")
             out.flush()
-            self.shown = code
 
     return CodeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

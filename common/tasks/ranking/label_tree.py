@@ -2,12 +2,13 @@
 
 A word (the label, or a verbalizer of it) scores as the better of its spellings with and without a leading space, each
 by its mean token log-probability at the assistant turn (a relative of lm-evaluation-harness's acc_norm); raw(label) is
-the max, or the mean, of its words.
+the max, or the mean, of its words. Where a form of one label begins a form of another ("Low", "Low risk"), all forms of
+the task are scored with the token that ends the turn behind them: without it nobody asks whether the answer ends there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,6 +77,8 @@ class LabelTree:
 def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[list[list[list[int]]]]:
     """Distinct token sequences of the surface forms of every label's words, [label][word][form][token].
 
+    Where one label's form begins another's, each ends with EOS.
+
     Raises:
         UserError: a form without tokens, or one sequence that stands for two labels.
     """
@@ -93,7 +96,16 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[li
                     raise UserError(f"labels '{owners[ids]}' and '{label}' are the same tokens; rename one")
                 forms[ids] = None
             lists[-1].append([list(form) for form in forms])
+    if _one_begins_another(owners):
+        return [[[[*form, tokenizer.eos_token_id] for form in forms] for forms in words] for words in lists]
     return lists
+
+
+def _one_begins_another(owners: Mapping[tuple[int, ...], str]) -> bool:
+    """Whether some form is the start of a form of another label; `owners` has the label of each form."""
+    return any(
+        owners.get(form[:length], label) != label for form, label in owners.items() for length in range(1, len(form))
+    )
 
 
 def label_scores(tree: LabelTree, logits: np.ndarray, aggregate: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.models.batching import MAX_BATCH_TOKENS
+from common.models.batching import MAX_BATCH_TOKENS, window_of
 from common.models.onnx_runtime import OnnxModel, left_padded
 from common.tasks.ranking.label_tree import label_scores
 from common.tasks.ranking.ranker import Ranker, sizes_of
@@ -31,7 +31,10 @@ class OnnxRanker(Ranker):
         task: LabelTask,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
-        super().__init__(tokenizer, task, *sizes_of(model.config), max_batch_tokens)
+        context, vocabulary = sizes_of(model.config)
+        # padding stands between a shared prefix and a row, and an exported window counts it
+        context = min(context, window_of(model.config))
+        super().__init__(tokenizer, task, context, vocabulary, max_batch_tokens)
         self.model, self.name, self.precision = model, model.name, (model.dtype, False)
 
     def _read_prefix(self, prefix: tuple[int, ...]) -> list[np.ndarray]:

@@ -26,7 +26,6 @@ from common.models.batching import (
     MAX_BATCH_TOKENS,
     by_token_budget,
     context_of,
-    window_of,
 )
 from common.tasks.ranking.label_tree import LabelTree, label_tokens
 from common.tasks.ranking.task import LabelTask
@@ -150,9 +149,8 @@ class Ranker:
 
 
 def sizes_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """(context, vocabulary) of a `Ranker` on a model of this config; within a sliding window, full attention is the
-    same."""
-    return min(context_of(config), window_of(config)), config.get_text_config().vocab_size
+    """(context, vocabulary) of a `Ranker` on a model of this config."""
+    return context_of(config), config.get_text_config().vocab_size
 
 
 def cached_prior(

@@ -9,21 +9,30 @@ applied at the scoring columns alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from common.cli import UserError
 from common.models import tokenizers
-from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS
+from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS, context_of, layer_kinds, window_of
+from common.models.heads import exact_logits
 from common.tasks.ranking.label_tree import LabelTree, label_tokens
 from common.tasks.ranking.ranker import Ranker, sizes_of
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers that see what a mask shows them
 
 
 class PrefixLayer(DynamicLayer):
@@ -48,11 +57,16 @@ class PrefixLayer(DynamicLayer):
 
 
 class TorchRanker(Ranker):
-    """Scores rows against a task's labels with one model (see `Ranker`)."""
+    """Scores rows against a task's labels with one model (see `Ranker`).
+
+    A mask keeps the tree's branches apart only where layers look back by attention. Where one of them carries a state
+    from token to token (recurrences, convolutions), the branches follow the prompts one after another, each from a copy
+    of the state, and the rows of a batch are of one length, since such layers read padding too.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         task: LabelTask,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
@@ -62,30 +76,116 @@ class TorchRanker(Ranker):
         super().__init__(tokenizer, task, *sizes_of(model.config), max_batch_tokens)
         self.model, self.name = model, model.config.name_or_path
         self.precision = (str(model.dtype), bool(getattr(model, "is_loaded_in_4bit", False)))
+        self.kinds, self.window = layer_kinds(model.config), window_of(model.config)
+        self.stateful = is_stateful(model)
+        if self.stateful and "past_key_values" not in inspect.signature(decoder_of(model).forward).parameters:
+            raise UserError(f"labels of {model.config.model_type} models cannot be ranked; take another model")
+        self.label_ids = sorted({token for words in self.tree.forms for word in words for f in word for _, token in f})
 
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        if not self.stateful:
+            yield from super()._batches(lengths)
+            return
+        of_length: dict[int, list[int]] = defaultdict(list)
+        for row, length in enumerate(lengths):
+            of_length[length].append(row)
+        for length, rows in of_length.items():
+            for batch in super()._batches([length] * len(rows)):
+                yield [rows[number] for number in batch]
+
+    @torch.inference_mode()
     def _read_prefix(self, prefix: tuple[int, ...]) -> Cache:
-        """A key/value cache that holds `prefix`, for any number of rows, and stays as it is."""
+        """A cache that holds `prefix`, for any number of rows, and stays as it is."""
         ids = torch.tensor([prefix], device=self.model.device)
-        cache = DynamicCache()
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
+        cache = self._empty_cache() if self.stateful else DynamicCache()
+        decoder_of(self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cache if self.stateful else Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
+
+    def _empty_cache(self) -> Cache:
+        """One with a place for each layer's state."""
+        return DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
+        with exact_logits(self.model, self.label_ids):
+            logits = self._apart(prefix, suffixes) if self.stateful else self._together(prefix, suffixes)
+        return label_scores(self.tree, logits.float(), self.task.aggregate).cpu().numpy()
+
+    def _together(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> torch.Tensor:
+        """Logits [rows, 1 + columns, vocabulary] of one pass: at the prompts' ends and the tree's columns."""
         ids, positions, real = tree_columns(self.tree, suffixes, self.tokenizer.pad_token_id, len(prefix))
         inputs = {"input_ids": ids, "position_ids": positions}
-        if self.tree.columns:
+        beyond = self.window < len(prefix) + ids.shape[1]
+        if self.tree.columns or beyond:
             sees = tree_mask(self.tree, real, len(prefix))
-            dtype = self.model.dtype
-            inputs["attention_mask"] = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+            inputs["attention_mask"] = additive(sees, self.model.dtype)
+            if beyond:
+                inputs["attention_mask"] = self._windowed(sees, positions, len(prefix))
         elif prefix or not real.all():
             visible = torch.cat([torch.ones(len(real), len(prefix), dtype=torch.bool), real], dim=1)
             inputs["attention_mask"] = visible.long()
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        inputs = send_to_device(inputs, self.model.device)
         if prefix:
             inputs["past_key_values"] = self._cached(prefix)
-        output = self.model(**inputs, use_cache=bool(prefix), logits_to_keep=self.tree.columns + 1)
-        return label_scores(self.tree, output.logits.float(), self.task.aggregate).cpu().numpy()
+        return self.model(**inputs, use_cache=bool(prefix), logits_to_keep=self.tree.columns + 1).logits
+
+    def _windowed(self, sees: torch.Tensor, positions: torch.Tensor, shared: int) -> Any:
+        """The mask of layers that look back no further than the window, and beside it that of those that do."""
+        keys = torch.cat([torch.arange(shared).expand(len(positions), -1), positions], dim=1)
+        near = positions[:, :, None] - keys[:, None, :] < self.window
+        windowed = additive(sees & near[:, None], self.model.dtype)
+        if len(self.kinds) == 1:
+            return windowed
+        return {"full_attention": additive(sees, self.model.dtype), "sliding_attention": windowed}
+
+    def _apart(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> torch.Tensor:
+        """As `_together`, for suffixes of one length, branch by branch."""
+        rows, branches = len(suffixes), self.tree.branches()
+        cache = copy.deepcopy(self._cached(prefix)) if prefix else self._empty_cache()
+        if prefix:
+            cache.reorder_cache(torch.zeros(rows, dtype=torch.long, device=self.model.device))  # one copy for each row
+        ends = self._continue(cache, torch.tensor(suffixes), 1)
+        logits = ends.new_empty(rows, 1 + self.tree.columns, ends.shape[-1])
+        logits[:, :1] = ends
+        for branch in branches:
+            state = cache if branch is branches[-1] else copy.deepcopy(cache)
+            tokens = torch.tensor([self.tree.tokens[node] for node in branch])
+            logits[:, branch] = self._continue(state, tokens.expand(rows, -1), len(branch))
+        return logits
+
+    def _continue(self, cache: Cache, ids: torch.Tensor, keep: int) -> torch.Tensor:
+        """Logits of the last `keep` of `ids` [rows, tokens], read after what the cache holds."""
+        ids = ids.to(self.model.device)
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+
+
+def is_stateful(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether some layer is more than attention that a mask governs, and so would mix the branches of a tree."""
+    return getattr(model, "_is_stateful", False) or not layer_kinds(model.config) <= ATTENTION
+
+
+def tree_limit(config: PreTrainedConfig) -> int:
+    """Tokens that a batch of `tree_columns` with a plain `tree_mask` may have in a model of this config.
+
+    Raises:
+        UserError: its layers would mix the branches of the tree.
+    """
+    if not layer_kinds(config) <= ATTENTION:
+        raise UserError(
+            f"{config.model_type} models carry a state from token to token and cannot learn label probabilities; train "
+            "on the teacher's text instead (kd_train.py), or take a student with attention alone"
+        )
+    return min(context_of(config), window_of(config))
+
+
+def additive(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as one that is added to attention scores."""
+    return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+def decoder_of(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
+    """The model without its LM head; the active adapter's layers are in it."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
 
 
 def tree_columns(

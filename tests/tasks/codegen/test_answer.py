@@ -67,8 +67,10 @@ def test_compile_errors(code, error):
 def test_an_answer_ends_where_its_code_is_closed():
     for start, end in (("<CODE>\n", "</CODE>"), ("Yes:\n```python\n", "```")):
         text = f"{start}{CODE}\n{end}"
-        ended = [answer.answer_ends(text[:i]) for i in range(len(text) + 1)]
+        ended = [answer.answer_ends(text[:i], ["add"]) for i in range(len(text) + 1)]
         assert ended == [False] * len(text) + [True]
+    assert not answer.answer_ends(f"Yes:\n```python\n{CODE}\n```", ["plus"])
+    assert not answer.answer_ends(f"Yes:\n```python\n{CODE}\n```")  # who knows what is asked for
     assert not answer.answer_ends("```bash\npip install x\n```\n")
     assert not answer.answer_ends(CODE)
     assert answer.plan_ends("<PLAN>\n- a\n</PLAN>") and not answer.plan_ends("<PLAN>\n- a\n")
@@ -97,8 +99,8 @@ def test_training_pairs_are_what_inference_asks_and_reads():
     style = CHAT
     assert ask == style.direct("Add.") == "Add." and ask_plan == style.plan("Add.")
     assert ask_code == style.code("Add.", style.read_plan(plan)) and code == again
-    assert style.read("Add.", code, True) == CODE
-    assert style.ends(code) and style.plan_ends(plan)
+    assert style.read("Add.", code, True) == (CODE, False)
+    assert style.ends("Add.", code) and style.plan_ends(plan)
 
 
 # A plain base model's text.
@@ -128,11 +130,14 @@ def test_completion_prompts_are_python_that_stays_open():
 def test_completions_end_where_no_definition_goes_on(rest):
     helper = f"import math\n\n\ndef help(x):\n    return x\n\n\n{CODE}"
     text = f"{helper}\n\n{rest}"
-    assert answer.continued_code("Add.", text, True) == helper
-    assert COMPLETION.ends(text) and not COMPLETION.ends(helper + "\n\n")
-    assert answer.continued_code(STUB, f"    return items[0]\n\n{rest}", True) == f"{STUB}    return items[0]"
+    assert answer.continued_code("Add.", text, True) == (helper, False)
+    assert COMPLETION.ends("Add.", text) and not COMPLETION.ends("Add.", helper + "\n\n")
+    assert answer.continued_code(STUB, f"    return items[0]\n\n{rest}", True) == (f"{STUB}    return items[0]", False)
 
 
 def test_a_completion_that_ran_out_of_tokens_keeps_its_whole_statements():
-    assert answer.continued_code("Add.", f"{CODE}\n\n\ndef more(a):\n    return a[", False) == CODE
-    assert answer.continued_code("Add.", "def f(a):\n    return a[", False) == "def f(a):\n    return a["
+    more = f"{CODE}\n\n\ndef more(a):\n    return a["
+    assert answer.continued_code("Write add(a, b).", more, False) == (CODE, False)  # what was begun is not asked for
+    assert answer.continued_code("Write more(a).", more, False) == (CODE, True)
+    assert answer.continued_code("Add.", more, False) == (CODE, True)
+    assert answer.continued_code("Add.", "def f(a):\n    return a[", False) == ("def f(a):\n    return a[", True)

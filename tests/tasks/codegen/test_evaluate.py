@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.code_problems import HELD_OUT, TRAIN, Scripted, problem, right, wrong
-from support.inputs import write_rows
+from support.inputs import read_rows, write_rows
 
 import eval_codegen
 from common import cli, run_record
@@ -94,6 +94,25 @@ def test_a_second_run_goes_on(evaluate, scripted, tiny_base, tmp_path, monkeypat
     assert writer.asked == 4 and len(runs) == 2
     evaluate(tiny_base, *report, "--max_new_tokens", "99")  # other settings, the same code
     assert writer.asked == 8 and len(runs) == 2
+
+
+def test_a_killed_run_keeps_each_answer(evaluate, scripted, tiny_base, tmp_path):
+    answers = {problem(number)["prompt"]: [right(number)] for number in HELD_OUT}
+    writer = scripted(dict(list(answers.items())[:2]))  # the third raises
+    report = ["--report_dir", str(tmp_path / "report")]
+    with pytest.raises(KeyError):
+        evaluate(tiny_base, *report)
+    assert len(read_rows(tmp_path / "report/answers.jsonl")) == 2
+    writer.answers, writer.asked = answers, 0
+    assert evaluate(tiny_base, *report)["models"][0]["pass_at_1"]["value"] == 1
+    assert writer.asked == 2
+
+
+def test_usage_at_the_top_level_is_not_run_unless_asked_for(evaluate, scripted, tiny_base):
+    scripted({problem(number)["prompt"]: [right(number) + "\n\nprint(nobody_knows)"] for number in HELD_OUT})
+    assert evaluate(tiny_base)["models"][0]["pass_at_1"]["value"] == 1
+    model = evaluate(tiny_base, "--keep_main")["models"][0]
+    assert (model["pass_at_1"]["value"], model["errors"]) == (0, {"exception:NameError": 4})
 
 
 def test_problems_of_the_training_are_counted(evaluate, scripted, tiny_base, tmp_path):

@@ -7,7 +7,10 @@ from support.inputs import read_rows, write_rows
 
 import infer_codegen
 from common import cli
-from common.tasks.codegen import answer
+from common.generation.decoding import Decoding
+from common.tasks.codegen import answer, repair
+from common.tasks.codegen.style import COMPLETION, UNTRAINED
+from common.tasks.codegen.writer import CodeAnswer, CodeWriter
 
 
 def infer(capsys, *argv: str) -> tuple[int, str, str]:
@@ -33,8 +36,9 @@ def test_a_real_model_answers(base, capsys):
     argv = ["--model_dir", base, "--prompt", "Add a and b.", "--max_new_tokens", "12"]
     code, out, err = infer(capsys, *argv, "--plan_then_code")
     error = answer.compile_error(out)
-    assert (code == cli.FAILED) == (error is not None) == (f"the code does not compile ({error})" in err)
-    assert infer(capsys, *argv, "--plan_then_code") == (code, out, err)
+    assert (error is not None) == (f"the code does not compile ({error})" in err)
+    assert (code == cli.FAILED) == (error is not None or "the code is cut off after 12 tokens" in err)
+    assert infer(capsys, *argv, "--plan_then_code")[:2] == (code, out)
     hot = [infer(capsys, *argv, "--temperature", "2", "--seed", seed)[1] for seed in "112"]
     assert hot[0] == hot[1] != hot[2]
 
@@ -74,3 +78,81 @@ def test_files_of_tasks(tiny_base, scripted, capsys, tmp_path):
 def test_infer_refuses(tiny_base, capsys, flags, sentence):
     code, out, err = infer(capsys, "--model_dir", tiny_base, *flags)
     assert (code, out) == (cli.BAD_INPUT, "") and sentence in err and err.count("\n") == 1
+
+
+# Code that is tried.
+
+ADD, SUB = "def add(a, b):\n    return a + b", "def add(a, b):\n    return a - b"
+TRY = ["--prompt", "Write add(a, b).", "--confirm_run_unsafe_code", "--test", "assert add(1, 2) == 3"]
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """`tried([code, ...])`: a model answers so, in turn; gives the list of what it was asked."""
+
+    def use(codes: list[str], chat: bool = True) -> list[tuple[str, Decoding]]:
+        asked: list[tuple[str, Decoding]] = []
+
+        class Writer:
+            style = UNTRAINED if chat else COMPLETION
+
+            def write(self, tasks, decoding, plans=None):
+                asked.append((tasks[0], decoding))
+                return [[CodeAnswer(codes[len(asked) - 1], "", True, 9)]]
+
+        monkeypatch.setattr(CodeWriter, "load", classmethod(lambda cls, *source, **how: Writer()))
+        return asked
+
+    return use
+
+
+def test_code_is_tried_until_it_passes(tiny_base, tried, capsys):
+    asked = tried([SUB, f"{ADD}\n\nprint(add(x, y))", "never"])
+    code, out, err = infer(capsys, "--model_dir", tiny_base, *TRY)
+    assert (code, out) == (0, f"{ADD}\n\nprint(add(x, y))\n")
+    assert "try 1 of 3 fails (assertion: assert add(1, 2) == 3)\ntry 2 of 3 passes\n" in err
+    (first, _), (second, decoding) = asked
+    assert first == "Write add(a, b).\nIt must pass this test:\nassert add(1, 2) == 3"
+    assert second.startswith(first) and SUB in second and "assertion: assert add(1, 2) == 3" in second
+    assert decoding.seed == 1 and decoding.temperature == 0
+
+
+def test_the_last_try_is_shown_and_fails(tiny_base, tried, capsys):
+    tried([SUB, "def add(a, b):\n    return c"], chat=False)
+    code, out, err = infer(capsys, "--model_dir", tiny_base, *TRY, "--max_tries", "2")
+    assert (code, out) == (cli.FAILED, "def add(a, b):\n    return c\n") and "NameError" in err
+
+
+def test_a_model_that_takes_no_turns_is_sampled_again(tiny_base, tried, capsys):
+    asked = tried([SUB, ADD], chat=False)
+    assert infer(capsys, "--model_dir", tiny_base, *TRY)[0] == 0
+    assert [text for text, _ in asked] == [asked[0][0]] * 2
+    assert [decoding.temperature for _, decoding in asked] == [0, repair.TEMPERATURE]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (TRY[:2] + TRY[3:], "pass --confirm_run_unsafe_code if you agree"),
+        ([*TRY, "--plan_then_code"], "--test goes with --prompt alone"),
+        ([*TRY[:-1], "assert ("], "is not Python"),
+    ],
+)
+def test_tries_are_refused(tiny_base, capsys, flags, sentence):
+    code, out, err = infer(capsys, "--model_dir", tiny_base, *flags)
+    assert (code, out) == (cli.BAD_INPUT, "") and sentence in err
+
+
+def test_code_that_is_cut_off_is_said(tiny_base, monkeypatch, capsys, tmp_path):
+    class Writer:
+        def write(self, tasks, decoding, plans=None, streamer=None):
+            return [[CodeAnswer("def f():\n    x = 1", "", False, 12, cut=True)] for _ in tasks]
+
+    monkeypatch.setattr(CodeWriter, "load", classmethod(lambda cls, *source, **how: Writer()))
+    code, _, err = infer(capsys, "--model_dir", tiny_base, "--prompt", "Write f().")
+    assert code == cli.FAILED and "the code is cut off after 12 tokens; raise --max_new_tokens" in err
+    rows = write_rows(tmp_path / "tasks.jsonl", [{"prompt": "Write f()."}])
+    out = tmp_path / "out.jsonl"
+    code, _, err = infer(capsys, "--model_dir", tiny_base, "--input", rows, "--output", str(out))
+    assert code == cli.FAILED and "1 of 1 answers are cut off" in err
+    assert read_rows(out)[0]["answers"] == [{"plan": "", "code": "def f():\n    x = 1", "error": None, "cut": True}]

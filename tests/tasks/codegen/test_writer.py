@@ -11,10 +11,13 @@ from support.inputs import read_rows
 
 import eval_codegen
 from common import run_record
+from common.generation import generate as generation
 from common.generation.decoding import Decoding
+from common.generation.result import Generation
 from common.models import adapters
 from common.tasks.codegen import flags as codegen_flags
-from common.tasks.codegen.style import CHAT, COMPLETION
+from common.tasks.codegen import prompt
+from common.tasks.codegen.style import CHAT, COMPLETION, UNTRAINED, trained_style
 from common.tasks.codegen.writer import CodeWriter
 
 
@@ -37,14 +40,14 @@ def test_plain_base_models_are_told_from_trained_ones(tiny_base, tokenizer, tmp_
     """Qwen's base models declare <|endoftext|> as EOS, though their template ends turns with <|im_end|>."""
     turn, text = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
     trained = writer_of(tiny_base)
-    assert trained.style is CHAT and trained.tokenizer.eos_token_id == turn
+    assert trained.style is UNTRAINED and trained.tokenizer.eos_token_id == turn
     base = declared_base(tiny_base, tmp_path / "base", "<|endoftext|>", text)
     writer = writer_of(base)
     assert writer.style is COMPLETION
-    assert writer.tokenizer.eos_token_id == writer.model.generation_config.eos_token_id == text
-    assert writer_of(base, "--prompt_style", "chat").style is CHAT
+    assert writer.tokenizer.eos_token_id == text and writer.model.generation_config.eos_token_id == [text, turn]
+    assert writer_of(base, "--prompt_style", "chat").style is UNTRAINED
     instruct = declared_base(tiny_base, tmp_path / "instruct", "<|endoftext|>", [text, turn])
-    assert writer_of(instruct).style is CHAT
+    assert writer_of(instruct).style is UNTRAINED
     assert writer_of(instruct, "--prompt_style", "completion").style is COMPLETION
 
 
@@ -61,12 +64,16 @@ def test_answers_do_not_depend_on_other_tasks(base):
     same_plan = writer.write(tasks, decoding, [["- Think."] * 2] * 3)
     assert any(one.code != two.code for one, two in same_plan)
     assert writer.write(tasks, decoding) != together
+    assert sorted(writer.write_each(tasks, decoding, plan_first=True)) == list(enumerate(together))
+    writer.max_batch_tokens = 1
+    lengths = [len(tasks[index]) for index, _ in writer.write_each(tasks, decoding)]
+    assert lengths == sorted(lengths, reverse=True)
 
 
 def test_code_is_streamed_as_it_stands(base):
     out = io.StringIO()
     writer = writer_of(base)
-    streamer = writer.streamer(out)
+    streamer = writer.streamer("Write add(a, b).", out)
     text = "Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.\n"
     tokens = writer.tokenizer.encode(text)
     streamer.put(writer.tokenizer("a prompt", return_tensors="pt")["input_ids"])
@@ -85,12 +92,55 @@ def torch_row(token: int):
     return torch.tensor([token])
 
 
-def test_trained_adapters_are_asked_in_turns(base, prepared, tmp_path):
-    """SFT on prepared rows, then the writer: chat style, and the rows' groups on record."""
+def test_trained_adapters_are_asked_as_their_rows_asked(base, prepared, tmp_path):
+    """SFT on prepared rows, then the writer: their requests, and the rows' groups on record."""
     import sft_train
 
     run = str(tmp_path / "run")
     data = str(prepared / "one/codegen_sft.jsonl")
     sft_train.main(["--student", base, "--data", data, "--save_dir", run, "--max_steps", "2", "--max_len", "512"])
-    assert adapters.is_adapter(run) and writer_of(run).style is CHAT
+    assert adapters.is_adapter(run)
     assert run_record.read_groups(run) == {row["group"] for row in read_rows(Path(data))}
+    assert set(run_record.read(run)["prompt_endings"]) == {prompt.PLAN_REQUEST, prompt.CODE_REQUEST}
+    style = writer_of(run).style
+    assert style.plan("Add.") == CHAT.plan("Add.") and style.code("Add.", "- a") == CHAT.code("Add.", "- a")
+
+
+def test_requests_are_those_of_the_training():
+    style = trained_style(["\n\nThink in <PLAN> tags!", "\n\nReturn only the label."])
+    assert style.plan("Add.") == "Add.\n\nThink in <PLAN> tags!"
+    assert style.code("Add.", "- a") == UNTRAINED.code("Add.", "- a")  # it never learned to be asked so
+    assert trained_style(None) is CHAT  # trained before this was recorded
+    assert UNTRAINED.plan("Add.").endswith("</PLAN>") and UNTRAINED.direct("Add.") == "Add."
+
+
+def test_what_many_prompts_end_with_is_on_record():
+    prompts = ["Row 1\n\nRate it.", "Row 2\n\nRate it.", "Row 3\n\nOnce.", "no blank line", "Row 4\n\nRate it."]
+    assert run_record.prompt_endings(prompts) == ["\n\nRate it."]
+    assert run_record.prompt_endings([*prompts, *["x"] * 200]) == []
+    assert run_record.prompt_endings([]) == []
+
+
+def test_an_empty_plan_is_asked_for_again_and_then_done_without(base, capsys, monkeypatch):
+    """Here all first plans are empty, and one of the second ones."""
+    writer = writer_of(base)
+    asked = []
+
+    def generate(model, tokenizer, prompts, decoding, **more):
+        texts = [tokenizer.decode(ids) for ids in prompts]
+        asked.append(texts)
+        plans = {"Add": "1. Add.\n2. Return.", "Sort": "```python\nsort()\n```"}
+        written = [next(plan for task, plan in plans.items() if task in text) if "solve" in text
+                   else "<PLAN>\n</PLAN>" for text in texts]  # fmt: skip
+        return [[Generation(text, [1], [0.0], True)] * decoding.num_samples for text in written]
+
+    monkeypatch.setattr(generation, "generate", generate)
+    tasks = ["Add a and b.", "Sort them."]
+    plans = writer.plan(tasks, Decoding(9, num_samples=2, temperature=1.0))
+    assert plans == [["1. Add.\n2. Return."] * 2, [""] * 2]
+    told = capsys.readouterr().err
+    assert "4 of 4 plans came back empty; asking for them once more" in told
+    assert "2 plans stayed empty; their code is written without one" in told
+    writer.write(tasks, Decoding(9), plans)
+    with_plan, without = asked[-1]
+    assert "1. Add." in with_plan and "PLAN" not in without

@@ -168,13 +168,6 @@ def test_a_row_longer_than_the_context(model, tokenizer):
         TorchRanker(model, tokenizer, CREDITMIX).raw_scores(["short", "9" * 3000])
 
 
-def test_sliding_window_is_refused_where_it_would_be_wrong(tiny_base, tokenizer):
-    model = models.load_base(ModelSource(tiny_base)).eval()
-    model.config.sliding_window, model.config.use_sliding_window = 40, True
-    with pytest.raises(UserError, match="context of 40"):
-        TorchRanker(model, tokenizer, CREDITMIX).raw_scores(TEXTS)
-
-
 def test_nan_is_refused(tiny_base, tokenizer):
     model = models.load_base(ModelSource(tiny_base)).eval()
     model.model.norm.weight.data[0] = float("nan")

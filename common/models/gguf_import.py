@@ -1,0 +1,210 @@
+"""GGUF files as models: a name that stands for one becomes an ordinary model folder, made once and kept.
+
+The folders lie in `GGUF_CACHE` (models/gguf), each named by its file and the first digits of the file's SHA-256. One is
+built beside its place under another name and renamed when it is whole; processes that want the same one take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.cli import UserError, log, reason
+from common.files import sha256_file, write_json
+from common.models.gguf_file import GgufFile, empty_model, read_config, size_of_weights, write_weights
+from common.models.gguf_tokenizer import end_ids, read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).parents[2]
+DEFAULT_CACHE = Path("models", "gguf")
+ORIGIN = "gguf.json"  # in a folder that was made of a GGUF, written last
+MODEL_FILES = ("config.json", "adapter_config.json")
+# owner/name:Q4_K_M, and what people copy from `ollama run`
+ON_HUB = re.compile(r"(?:(?:https://)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+):([\w.-]+)")
+PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+ROOM = 1.05  # what is asked of the disk, for what is written
+
+
+def cache_folder() -> Path:
+    """Where the model folders are that were made of GGUF files: one place, wherever a command runs.
+
+    In the checkout it is a relative path, as that of the other models, so that runs bear to be moved together.
+    """
+    if set_to := os.environ.get("GGUF_CACHE"):
+        return Path(set_to)
+    return DEFAULT_CACHE if Path.cwd() == ROOT else ROOT / DEFAULT_CACHE
+
+
+def local_gguf(name: str) -> Path | None:
+    """The GGUF file that a name on this disk stands for: the file, or the only one in a folder; None for other names.
+
+    Raises:
+        UserError: the name is of a GGUF that is not there, or of a folder with several.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir() and not any((path / file).is_file() for file in MODEL_FILES):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise UserError(f"{name} holds {len(files)} GGUF files ({names}); name one of them")
+        return files[0] if files else None
+    if name.endswith(".gguf"):
+        raise UserError(f"{name} does not exist; check the path")
+    return None
+
+
+def model_folder(name: str) -> str:
+    """The model folder of a name: of a GGUF the one made of it, now if not before; any other name is its own.
+
+    Raises:
+        UserError: the GGUF cannot be had or read, or the disk is too small.
+    """
+    hub = None if Path(name).exists() else ON_HUB.fullmatch(name)
+    path = hub_gguf(*hub.groups()) if hub else local_gguf(name)
+    if path is None:
+        return name
+    sha256 = sha256_of(path)
+    folder = cache_folder() / f"{path.stem}-{sha256[:16]}"
+    if not (folder / ORIGIN).is_file():
+        file = GgufFile(path)
+        with _turn(folder):
+            if not (folder / ORIGIN).is_file():
+                _make(file, folder, {"path": name if hub else os.path.abspath(path), "sha256": sha256})
+    return str(folder)
+
+
+def origin(folder: str | Path) -> dict[str, str] | None:
+    """{"path", "sha256"} of the GGUF that a model folder was made of; None for other folders and names."""
+    path = Path(folder) / ORIGIN
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def origins(**models: str | None) -> dict[str, dict[str, dict[str, str]]]:
+    """{"gguf": {role: `origin`}} of those models that were made of one; empty where none was."""
+    known = {role: made for role, name in models.items() if name and (made := origin(name))}
+    return {"gguf": known} if known else {}
+
+
+def check(path: Path) -> None:
+    """Raises UserError where a file is no GGUF that can be read; only its header is."""
+    GgufFile(path)
+
+
+def config_of(path: Path) -> PreTrainedConfig:
+    """The config of the model in a GGUF, whose weights are not read."""
+    return read_config(GgufFile(path))
+
+
+def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model in a GGUF, whose weights are not read."""
+    return read_tokenizer(GgufFile(path))
+
+
+def ends_and_rows(path: Path) -> tuple[list[int], int]:
+    """The tokens that end an answer by a GGUF's own word, and the rows of its embedding."""
+    file = GgufFile(path)
+    return end_ids(file), file.tensors["token_embd.weight"].shape[0]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read again only when its size or time of change is another than when it was read last."""
+    stat = path.stat()
+    known = {"path": os.path.realpath(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    note = cache_folder() / ".sha256" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads(note.read_text())
+        if {key: before.get(key) for key in known} == known:
+            return before["sha256"]
+    digest = sha256_file(path)
+    write_json(note, known | {"sha256": digest})
+    return digest
+
+
+def hub_gguf(repo: str, quant: str) -> Path:
+    """The GGUF of a repository on the Hub that is quantised as asked, fetched if it is not in the Hub's cache.
+
+    Raises:
+        UserError: there is none; the message names those that there are.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    try:
+        files = HfApi().list_repo_files(repo)
+    except Exception as error:  # of the network, the Hub, or whatever its HTTP library makes of them
+        try:
+            kept = Path(snapshot_download(repo, allow_patterns="*.gguf", local_files_only=True))
+        except Exception:
+            raise UserError(f"{repo} cannot be listed ({reason(error)}); download its GGUF, give the file") from error
+        files = [str(file.relative_to(kept)) for file in kept.rglob("*.gguf")]
+    files = [file for file in files if file.endswith(".gguf") and "mmproj" not in file]
+    wanted = re.compile(rf"(^|[-._/]){re.escape(quant)}([-._/]|$)", re.IGNORECASE)
+    matching = sorted((file for file in files if wanted.search(file.removesuffix(".gguf"))), key=len)
+    whole = [file for file in matching if not PART.search(file)]
+    if matching and not whole:
+        raise UserError(f"{repo} has {quant} in parts; join them (llama-gguf-split --merge) and give the file")
+    if not whole:
+        raise UserError(f"{repo} has no GGUF in {quant}; it has {', '.join(files) or 'none at all'}")
+    try:
+        return Path(hf_hub_download(repo, whole[0]))
+    except Exception as error:
+        raise UserError(f"{whole[0]} of {repo} cannot be fetched ({reason(error)}); give the file itself") from error
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes the folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting for the process that makes {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _make(file: GgufFile, folder: Path, source: dict[str, str]) -> None:
+    """Build the model folder of a GGUF in a hidden one beside it, and rename that."""
+    size, free = size_of_weights(file), shutil.disk_usage(folder.parent).free
+    log(f"{file.path} is a GGUF: it is de-quantised once, into {folder} ({size / 1e9:.2f} GB, {file.dtype})")
+    if free < ROOM * size:
+        raise UserError(
+            f"{folder} needs {ROOM * size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "free some space, or set GGUF_CACHE to a folder on another disk"
+        )
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    partial.mkdir()
+    try:
+        write_model(file, partial)
+        write_json(partial / ORIGIN, source)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_model(file: GgufFile, folder: Path) -> None:
+    """Write a GGUF's weights, config, generation config and tokenizer into a folder, as transformers has them."""
+    from transformers import GenerationConfig
+
+    config, tokenizer, ends = read_config(file), read_tokenizer(file), end_ids(file)
+    write_weights(file, config, folder)
+    config.architectures = [type(empty_model(config)).__name__]
+    ids: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+    ids |= {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    GenerationConfig(**ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)

@@ -1,0 +1,349 @@
+"""Rows that begin alike, as one sequence that holds each shared beginning once; exact, in both directions.
+
+Prompts of a task share their instruction, pairs of answers their whole prompt. In a causal decoder what a token becomes
+depends on the tokens before it alone, so that rows with a common beginning have common states there, and the gradient
+of such a state is the sum of the rows'. A batch becomes a tree whose segments lie one after the other in a single
+sequence: everything but attention goes through it as through any sequence, without padding, and attention lets a
+segment see its ancestors and itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.models import loading
+from common.models.batching import MAPS_AT_ONCE
+from common.models.tokenizers import Encoded
+from common.training import batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "prefix_tree"  # of the attention, in transformers' registry
+LEAST_SHARED = 16  # tokens; a shorter common beginning is not worth a segment of its own
+LONGEST = 2048  # tokens of a row; beyond, SDPA, which never has a whole map, is the better choice
+# Decoders that are causal in all layers and hand keyword arguments down to the attention.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Segments with the same ancestors, side by side in the sequence.
+
+    Attributes:
+        ancestors: spans (start, end) of the sequence that come before each of them, from the root on.
+        start: position in the sequence of the first one.
+        lengths: tokens of each.
+    """
+
+    ancestors: tuple[tuple[int, int], ...]
+    start: int
+    lengths: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Position after the last one."""
+        return self.start + sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest one."""
+        return max(self.lengths)
+
+    @property
+    def before(self) -> int:
+        """Tokens of the ancestors together."""
+        return sum(end - start for start, end in self.ancestors)
+
+    def parts(self, heads: int) -> Iterator[Siblings]:
+        """The same in groups whose attention maps have at most MAPS_AT_ONCE numbers, unless a single one has more."""
+        size = max(1, MAPS_AT_ONCE // (heads * self.longest * (self.before + self.longest)))
+        start = self.start
+        for first in range(0, len(self.lengths), size):
+            lengths = self.lengths[first : first + size]
+            yield Siblings(self.ancestors, start, lengths)
+            start += sum(lengths)
+
+    @cached_property
+    def padded(self) -> torch.Tensor:
+        """Positions in the sequence [siblings * longest], one row a sibling; padding repeats its last token."""
+        ends = torch.tensor(self.lengths).cumsum(0) + self.start
+        starts = ends - torch.tensor(self.lengths)
+        return torch.minimum(starts[:, None] + torch.arange(self.longest), ends[:, None] - 1).flatten()
+
+    @cached_property
+    def real(self) -> torch.Tensor:
+        """Which of `padded` are no padding: their numbers [tokens], in the order of the sequence."""
+        inside = torch.arange(self.longest) < torch.tensor(self.lengths)[:, None]
+        return inside.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def hidden(self) -> torch.Tensor:
+        """Boolean [longest, longest]: what comes later in the sibling itself; its padding is at the end."""
+        return torch.ones(self.longest, self.longest, dtype=torch.bool).triu(1)
+
+
+@dataclass
+class PrefixTree:
+    """Rows as one sequence.
+
+    Attributes:
+        ids: token ids, in the order of the sequence.
+        positions: of each token in its row.
+        groups: the sequence cut into siblings.
+        sources: where in the sequence each completion token is predicted from, row by row.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    groups: list[Siblings] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    _parts: dict[int, list[Siblings]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Sequence[Encoded]) -> PrefixTree:
+        """The tree of a batch's rows; only prompts are shared, so that each completion token has a place of its own."""
+        tree, sources = cls(), [[] for _ in rows]
+        tree._grow(list(enumerate(rows)), 0, (), sources)
+        tree.sources = [source for of_row in sources for source in of_row]
+        return tree
+
+    def parts(self, heads: int) -> list[Siblings]:
+        """The groups, cut where the attention maps of all their siblings would be too large."""
+        if heads not in self._parts:
+            self._parts[heads] = [part for group in self.groups for part in group.parts(heads)]
+        return self._parts[heads]
+
+    def _grow(
+        self, rows: list[tuple[int, Encoded]], start: int, ancestors: tuple[tuple[int, int], ...], sources: list
+    ) -> None:
+        """Add what comes from token `start` on of rows (with their numbers) that are alike up to there."""
+        buckets: dict[tuple[int, ...], list[tuple[int, Encoded]]] = {}
+        for number, row in rows:
+            beginning = tuple(row.input_ids[start : min(start + LEAST_SHARED, row.prompt_length)])
+            key = beginning if len(beginning) == LEAST_SHARED else (number,)  # which no other row has
+            buckets.setdefault(key, []).append((number, row))
+        members = sorted(buckets.values(), key=len)  # those that branch no further come first
+        ends = [
+            common_length([row for _, row in bucket], start) if len(bucket) > 1 else len(bucket[0][1].input_ids)
+            for bucket in members
+        ]
+        self.groups.append(Siblings(ancestors, len(self.ids), tuple(end - start for end in ends)))
+        spans = []
+        for bucket, end in zip(members, ends, strict=True):
+            spans.append((len(self.ids), len(self.ids) + end - start))
+            self.ids += bucket[0][1].input_ids[start:end]
+            self.positions += range(start, end)
+        for bucket, end, span in zip(members, ends, spans, strict=True):
+            if len(bucket) > 1:
+                self._grow(bucket, end, (*ancestors, span), sources)
+                continue
+            ((number, row),) = bucket
+            for index in range(max(1, row.prompt_length), len(row.input_ids)):  # the token before predicts it
+                sources[number].append(span[0] + index - 1 - start if index > start else ancestors[-1][1] - 1)
+
+
+def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
+    """`batches.collate`'s `labels` [rows, longest], and the tree with its `input_ids` and `position_ids` [1, tokens].
+
+    `attention_mask` says nothing, and keeps transformers from making one of the positions. Rows that are very long make
+    a batch without a tree.
+    """
+    if max(len(row.input_ids) for row in rows) > LONGEST:
+        return batches.collate(rows, pad_id)
+    tree = PrefixTree.of(rows)
+    return {
+        "labels": batches.collate(rows, pad_id)["labels"],
+        "input_ids": torch.tensor([tree.ids]),
+        "position_ids": torch.tensor([tree.positions]),
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        NAME: tree,
+    }
+
+
+def common_length(rows: Sequence[Encoded], start: int) -> int:
+    """Tokens at the beginning of all prompts of `rows` that are the same, of which `start` are known to be."""
+    first, last = min(row.input_ids for row in rows), max(row.input_ids for row in rows)  # what they share, all share
+    end = min(row.prompt_length for row in rows)
+    while start < end and first[start] == last[start]:
+        start += 1
+    return start
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    prefix_tree: PrefixTree | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: with a tree each segment sees its ancestors and itself, else SDPA's.
+
+    Args:
+        query: [1, heads, tokens, width].
+        key, value: [1, key heads, tokens, width].
+
+    Returns:
+        [1, tokens, heads, width].
+    """
+    if prefix_tree is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    parts = prefix_tree.parts(query.shape[1])
+    return TreeAttention.apply(query[0], key[0], value[0], parts, scaling).transpose(0, 1)[None], None
+
+
+class TreeAttention(torch.autograd.Function):
+    """softmax(s Q K^T) V of the segments of a tree, each over its ancestors and itself.
+
+    Keys of ancestors are multiplied with the queries of all siblings at once, so that they are never repeated, and the
+    sum over siblings that their gradient is happens inside a product, in float32. Probabilities are made again in the
+    backward pass (Dao et al. 2022, FlashAttention, arXiv:2205.14135, appendix B.2), a group of siblings at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        groups: Sequence[Siblings],
+        scaling: float,
+    ) -> torch.Tensor:
+        """
+        Args:
+            query: [heads, tokens, width].
+            key, value: [key heads, tokens, width]; neighbouring heads share a key head.
+
+        Returns:
+            [heads, tokens, width].
+        """
+        out = torch.empty_like(query)
+        for group in groups:
+            part = _Part(group, query, key, value, scaling)
+            out[:, group.start : group.end] = part.unpadded(part.weighted_values(part.probabilities()))
+        ctx.save_for_backward(query, key, value)
+        ctx.groups, ctx.scaling = groups, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of query, key and value."""
+        query, key, value = ctx.saved_tensors
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (key, value))
+        for group in ctx.groups:
+            part = _Part(group, query, key, value, ctx.scaling)
+            d_query[:, group.start : group.end] = part.backward(gradient, d_key, d_value)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+
+
+class _Part:
+    """The attention of one group of siblings: "own" is what a sibling sees of itself, "old" what of the ancestors.
+
+    Shapes: g key heads, m siblings, c queries a key (heads that share it times the longest sibling), w width.
+    """
+
+    def __init__(
+        self, group: Siblings, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> None:
+        self.group, self.scaling, self.key_heads = group, scaling, len(key)
+        self.query, self.key, self.value = map(self.by_sibling, (query, key, value))
+        self.old_key, self.old_value = (
+            torch.cat([tensor[:, start:end] for start, end in group.ancestors], dim=1) if group.ancestors else None
+            for tensor in (key, value)
+        )
+
+    def by_sibling(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[g, m, c, w] of queries [heads, tokens, w], or of keys or values, where c is the longest sibling."""
+        rows = tensor.index_select(1, self.group.padded)
+        rows = rows.view(self.key_heads, -1, len(self.group.lengths), self.group.longest, tensor.shape[-1])
+        return rows.transpose(1, 2).flatten(2, 3)
+
+    def unpadded(self, rows: torch.Tensor) -> torch.Tensor:
+        """[heads, tokens of the group, w] of [g, m, c, w], or of the same of keys."""
+        rows = rows.unflatten(2, (-1, self.group.longest)).transpose(1, 2)  # g, heads that share it, m, longest, w
+        return rows.reshape(-1, len(self.group.padded), rows.shape[-1]).index_select(1, self.group.real)
+
+    def products(self, left: torch.Tensor, own: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+        """[g, m, c, before + longest]: `left` [g, m, c, w] with each of the `old` and the `own` keys (or values)."""
+        by_own = left @ own.transpose(-1, -2)
+        if old is None:
+            return by_own
+        by_old = left.flatten(1, 2) @ old.transpose(-1, -2)
+        return torch.cat([by_old.unflatten(1, left.shape[1:3]), by_own], dim=-1)
+
+    def probabilities(self) -> torch.Tensor:
+        """[g, m, c, before + longest], float32."""
+        scores = self.products(self.query, self.key, self.old_key).float().mul_(self.scaling)
+        own = scores[..., self.group.before :].unflatten(2, (-1, self.group.longest))
+        own.masked_fill_(self.group.hidden, -torch.inf)
+        return scores.softmax(dim=-1)
+
+    def weighted_values(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """[g, m, c, w]"""
+        probabilities = probabilities.to(self.value.dtype)
+        return self._sums(probabilities, self.value, self.old_value)
+
+    def _sums(self, weights: torch.Tensor, own: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+        before = self.group.before
+        sums = weights[..., before:] @ own
+        if old is not None:
+            sums += (weights[..., :before].flatten(1, 2) @ old).unflatten(1, weights.shape[1:3])
+        return sums
+
+    def backward(self, gradient: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor) -> torch.Tensor:
+        """The gradient of the group's queries [heads, tokens, w]; those of keys and values are added to `d_*`."""
+        group, before = self.group, self.group.before
+        probabilities = self.probabilities()
+        d_out = gradient.new_zeros(len(gradient), len(group.padded), gradient.shape[-1])  # padding has no gradient
+        d_out[:, group.real] = gradient[:, group.start : group.end]
+        d_out = d_out.view(self.key_heads, -1, len(group.lengths), group.longest, gradient.shape[-1])
+        d_out = d_out.transpose(1, 2).flatten(2, 3)
+        d_probabilities = self.products(d_out, self.value, self.old_value).float()
+        mean = (d_probabilities * probabilities).sum(dim=-1, keepdim=True)
+        d_scores = d_probabilities.sub_(mean).mul_(probabilities).mul_(self.scaling).to(self.key.dtype)
+        probabilities = probabilities.to(self.value.dtype)
+        for weights, right, total in ((d_scores, self.query, d_key), (probabilities, d_out, d_value)):
+            own = weights[..., before:].transpose(-1, -2) @ right
+            total[:, group.start : group.end] += self.unpadded(own)
+            if before:
+                old = weights[..., :before].flatten(1, 2).transpose(-1, -2) @ right.flatten(1, 2)
+                for start, end in group.ancestors:
+                    total[:, start:end] += old[:, : end - start]
+                    old = old[:, end - start :]
+        return self.unpadded(self._sums(d_scores, self.key, self.old_key))
+
+
+def understood_by(model: PreTrainedModel) -> bool:
+    """Whether `install` was called for this model."""
+    return model.config._attn_implementation == NAME
+
+
+def install_where_it_pays(model: PreTrainedModel) -> bool:
+    """`install`, for a large model on a CPU; whether it was."""
+    return model.device.type == "cpu" and loading.is_large(model.config) and install(model)
+
+
+def install(model: PreTrainedModel) -> bool:
+    """Make `model` understand the keyword argument `prefix_tree`; False where its architecture cannot."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config.model_type not in ARCHITECTURES or kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return True
