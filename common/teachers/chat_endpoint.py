@@ -170,7 +170,13 @@ class ChatEndpoint:
         if not logprobs or logprobs.get("content") is None:
             raise self._no_logprobs()
         first = logprobs["content"][:1]
-        return [(token["token"], float(token["logprob"])) for token in (first[0]["top_logprobs"] if first else [])]
+        return [(token_text(token), float(token["logprob"])) for token in (first[0]["top_logprobs"] if first else [])]
+
+    def _no_logprobs(self) -> UserError:
+        return UserError(
+            f"the endpoint gives no top_logprobs for '{self.settings.model}'; leave --probabilities out, or use "
+            "one that does, or a local --teacher"
+        )
 
     def _no_logprobs(self) -> UserError:
         return UserError(
@@ -187,6 +193,21 @@ class ChatEndpoint:
             text = str(error["message"] if isinstance(error, dict) else error or text)
         text = " ".join(text.split())[:300] or response.reason_phrase
         return text.replace(self.api_key, "...") if self.api_key else text
+
+
+def token_text(token: dict) -> str:
+    """The text of a token in an answer's log-probabilities.
+
+    One that is a part of a character has none; it is written as "bytes:" and its bytes, like "bytes:\\xe6\\x97" (see
+    `label_probabilities.token_bytes`).
+    """
+    if token.get("bytes") is None:
+        return token["token"]
+    content = bytes(token["bytes"])
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def retry_after(response: httpx2.Response) -> float:

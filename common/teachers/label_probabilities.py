@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,22 @@ if TYPE_CHECKING:
     from common.tasks.ranking.classifier import Classifier
 
 WINDOW = 512  # rows that are scored, and then kept, together
+
+
+def begins(word: str, token: str) -> bool:
+    """Whether a token can be the start of a word, white space, marks and case aside."""
+    if (content := token_bytes(token)) is not None:
+        start = content.lstrip(b" \t\r\n")
+        return bool(start) and word.encode().startswith(start)
+    text = token.strip(" \t\r\n*_`\"'").casefold()
+    return bool(text) and word.casefold().startswith(text)
+
+
+def token_bytes(token: str) -> bytes | None:
+    """The bytes of a token that is a part of a character, written like "bytes:\\xe6\\x97"; None for any other."""
+    if not re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", token):
+        return None
+    return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
 
 
 def distribution(top: Sequence[tuple[str, float]], task: LabelTask) -> tuple[dict[str, float], float]:
@@ -31,11 +48,8 @@ def distribution(top: Sequence[tuple[str, float]], task: LabelTask) -> tuple[dic
     """
     mass = dict.fromkeys(task.labels, 0.0)
     for token, logprob in top:
-        start = token.strip(" \t\r\n*_`\"'").casefold()
-        owners = [
-            label for label in task.labels if any(word.casefold().startswith(start) for word in task.words(label))
-        ]
-        if start and len(owners) == 1:
+        owners = [label for label in task.labels if any(begins(word, token) for word in task.words(label))]
+        if len(owners) == 1:
             mass[owners[0]] += math.exp(logprob)
     covered = sum(mass.values())
     if not covered:
