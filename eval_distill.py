@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args.max_batch_tokens,
                 task,
                 args.calibration,
+                args.auto_fit,
             )
         )
         for role, model_dir in model_dirs.items()

@@ -10,7 +10,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from common.models import loading as models
 from common.models.batching import context_of
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.ranking.task import LabelTask
+from common.vram import preflight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ class Measurement:
         max_new_tokens: tokens of an answer.
         max_batch_tokens: tokens in one forward pass.
         task, calibration: of LABELS.
+        auto_fit: where memory is short, take smaller batches or 4 bits, and say so.
     """
 
     source: ModelSource
@@ -52,6 +54,7 @@ class Measurement:
     max_batch_tokens: int
     task: LabelTask | None = None
     calibration: str | None = None
+    auto_fit: bool = False
 
 
 def measure_in_own_process(measurement: Measurement) -> dict[str, Any]:
@@ -90,7 +93,11 @@ def measure(measurement: Measurement) -> dict[str, Any]:
     empty = run_record.peak_memory_bytes()["resident"]
     model_dir, rows = measurement.source.model_dir, measurement.rows
     try:
-        model, tokenizer = models.load_for_inference(measurement.source)
+        loaded = preflight.load_within_memory(
+            measurement.source, measurement.max_batch_tokens, auto_fit=measurement.auto_fit
+        )
+        model, tokenizer = loaded.model, loaded.tokenizer
+        measurement = replace(measurement, max_batch_tokens=loaded.max_batch_tokens)
         measured = MeasuredModel(measurement, model, tokenizer)
         timed = range(min(measurement.speed_rows, len(rows)))
         log(f"{model_dir}: timing {len(timed)} rows")
