@@ -117,8 +117,8 @@ def read(save_dir: str | Path) -> dict[str, Any] | None:
         facts = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is broken ({error}); train again with --overwrite") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("state"), str):
-        raise UserError(f"{path} is broken (it says no state of a run); train again with --overwrite")
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is broken (no JSON object); train again with --overwrite")
     return facts
 
 

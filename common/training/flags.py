@@ -137,7 +137,7 @@ def checked(settings: Settings) -> Settings:
         raise UserError(f"--init_adapter {settings.init_adapter} holds no adapter; give a run folder")
     save_dir, run = settings.save_dir, run_record.read(settings.save_dir)
     if run and not settings.overwrite and not settings.resume:
-        if run["state"] == "done":
+        if run.get("state") == "done":
             raise UserError(f"{save_dir} holds a finished run; choose another --save_dir, or pass --overwrite")
         if newest_checkpoint(save_dir):
             raise UserError(f"{save_dir} holds an unfinished run; pass --resume to go on, or --overwrite")

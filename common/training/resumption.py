@@ -34,7 +34,8 @@ def differences(before: Mapping[str, Any], settings: Mapping[str, Any], data: Ma
         settings, data: what is asked for now, as run.json would keep it.
     """
     settings, data = json.loads(json.dumps(settings)), json.loads(json.dumps(data))  # tuples are lists there
-    known = before.get("settings") or {}
+    known = before.get("settings")
+    known = known if isinstance(known, dict) else {}
     changed = [name for name in settings if name in known and name not in FREE and settings[name] != known[name]]
     words = [f"--{name} {known[name]}, now {settings[name]}" for name in changed]
     described = before.get("data") or {}

@@ -90,7 +90,7 @@ def test_hostile_schemas(runs):
                 turns = [{"role": "user", "content": "a"}]
                 body = {"model": "sft", "messages": turns, "response_format": wanted, "max_tokens": 4}
                 status, answer, _ = served.ask("POST", "/v1/chat/completions", body)
-            assert status in (200, 422), (number, status, answer)
+            assert status in (200, 413, 422), (number, status, answer)  # some are larger than a body may be
             if status == 422:
                 assert answer["error"]["message"]
             statuses.append(status)
@@ -105,7 +105,7 @@ def test_hostile_schemas(runs):
         assert served.post("/infer/sft", {"features": "Age: 23"})["prediction"]
         assert all(not process.closed.done() for process in served.processes)
     assert len(statuses) == count
-    assert {200, 422} == set(statuses)
+    assert {200, 422} <= set(statuses)
     ordered = sorted(waits)
     p99 = ordered[int(0.99 * (len(ordered) - 1))]
     figures = {"median": statistics.median(waits), "p99": p99, "most": ordered[-1]}

@@ -124,7 +124,7 @@ def test_with_changes_alone_means_nothing(base, rows, tmp_path):
         train(sft_train.main, base, rows["sft"], tmp_path, "--with_changes")
 
 
-@pytest.mark.parametrize("content", ["null", "[]", "3", "{}", "[" * 20_000, '{"state": 3}'])
+@pytest.mark.parametrize("content", ["null", "[]", "3", "{", "[" * 20_000])
 def test_a_broken_record_is_said(run, content, base, rows):
     (run / "run.json").write_text(content)
     with pytest.raises(UserError, match=r"is broken .*; train again with --overwrite"):
