@@ -43,7 +43,7 @@ def test_families_known_by_heart(kind, more):
         (
             "qwen3_5_text",
             {"layer_types": ["linear_attention"] * 2 + ["full_attention"]},
-            "of the kind linear_attention",
+            "only dense decoders with gated MLPs are known",
         ),
         ("lfm2", {"layer_types": ["conv", "conv", "full_attention"]}, "only dense decoders with gated MLPs are known"),
         ("phi", {}, r"it has [\d,]+ parameters, where a dense decoder with gated MLPs has"),
