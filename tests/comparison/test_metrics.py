@@ -104,7 +104,7 @@ def test_contamination_is_counted_where_it_can_be(tmp_path, folders):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    (run / "run.json").write_text(json.dumps({"data": {"sha256": "abc"}}))
+    (run / "run.json").write_text(json.dumps({"state": "done", "data": {"sha256": "abc"}}))
     groups = ["a", "b", "b"]
     assert metrics.contamination(str(run), groups, ROWS, "abc") is None
     assert metrics.contamination(str(run), groups, TEXT, "abc") == {"rows": 3, "of": 3}
