@@ -67,7 +67,9 @@ class GgufModel:
         """
         wanted = len(tokens) if wanted is None else wanted
         lib, batch = self._lib, self._batch
-        lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, kept, -1)  # what comes after leaves the cache
+        # what comes after leaves the cache; a recurrent layer has no way back but to the start
+        if not lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, kept, -1):
+            raise UserError(f"{self.name} has recurrent layers, which cannot go back in a text; load it in torch")
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
             batch.token[index], batch.pos[index] = int(token), kept + index

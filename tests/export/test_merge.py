@@ -132,7 +132,9 @@ def test_how_a_run_was_trained(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
 
     def trained(device: str, asked: str) -> bool:
-        (copy / "run.json").write_text(json.dumps({"device": device, "settings": {"load_in_4bit": asked}}))
+        (copy / "run.json").write_text(
+            json.dumps({"state": "done", "device": device, "settings": {"load_in_4bit": asked}})
+        )
         return export.trained_in_4bit(str(copy), "auto")
 
     assert trained("NVIDIA GeForce RTX 4060", "auto") and trained("CPU, 2 cores (x86_64)", "on")

@@ -59,7 +59,7 @@ def make_run(folder: Path, base: str, seed: int, method: str = "sft") -> Path:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     adapted.save_pretrained(str(folder))
     tokenizers.load_tokenizer(base).save_pretrained(folder)
-    record = {"method": method, "started": "2026-01-02T03:04:05Z", "base_fingerprint": fingerprint}
+    record = {"method": method, "started": "2026-01-02T03:04:05Z", "state": "done", "base_fingerprint": fingerprint}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
 
