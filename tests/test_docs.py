@@ -57,6 +57,7 @@ def test_formats_have_every_keyword():
     assert all(formats.treatment(keyword, schema)[0] == "checked" for keyword, _, schema in formats.EXCEPTIONS)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not (SHARED / "data/jsonschema/cases.jsonl").exists(), reason="the public schemas are not here")
 def test_public_schemas_are_treated_as_the_page_says():
     """A keyword that is said to be enforced is, but in the cases that the page names; the same for the others."""

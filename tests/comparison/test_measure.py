@@ -47,6 +47,7 @@ def test_prompts_are_cut_to_leave_room_for_the_answer(folders):
         MeasuredModel(replace(measurement, max_len=6), model, tokenizer).prompt(0, 4)
 
 
+@pytest.mark.processes
 def test_a_model_is_measured_in_a_process_of_its_own(folders, tmp_path):
     rows = [{"input": prompt, "output": "Good"} for prompt in PROMPTS[:3]]
     measurement = Measurement(ModelSource(folders["student"], load_in_4bit="off"), ROWS, rows, 1, 256, 2, 8192)

@@ -8,6 +8,8 @@ from support.distillation import distill, loss_column
 from common.models import loading
 from common.training import prefix_tree
 
+pytestmark = pytest.mark.processes
+
 TERMS = ("--forward_kl", 1, "--ce", 0.5, "--teacher_ce", 0.2, "--hidden_mse", 0.1, "--layer_map", "uniform")
 
 

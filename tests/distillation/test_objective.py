@@ -72,6 +72,7 @@ def test_the_terms_are_their_definitions(base, teacher, uneven, tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_gradient_checkpointing_and_chunks_change_nothing(base, teacher, uneven, tmp_path, monkeypatch):
     more = ("--teacher", teacher, "--data", uneven, *ALL_TERMS)
     plain = distill(base, tmp_path / "plain", *more)
@@ -99,6 +100,7 @@ def test_layer_maps():
     assert layer_pairs("2:5,4:9", 4, 12) == [(2, 5), (4, 9)]
 
 
+@pytest.mark.processes
 def test_an_adapter_with_dropout_goes_on_learning(base, teacher, uneven, tmp_path):
     """Large weights and much of dropout: two passes through it never agree."""
     more = ("--teacher", teacher, "--data", uneven, "--lora_dropout", 0.5)

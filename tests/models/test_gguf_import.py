@@ -193,6 +193,7 @@ def test_servers(file, monkeypatch, tmp_path):
         Reach([tmp_path]).model("student", str(file))
 
 
+@pytest.mark.processes
 def test_trained_and_exported(file, tmp_path):
     """An adapter on a GGUF and what is exported of it name the file."""
     rows = [{"input": text, "output": "Good"} for text in CORPUS[:8]]

@@ -20,6 +20,8 @@ from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.vram import preflight as vram
 
+pytestmark = pytest.mark.processes
+
 PROMPT = CREDITMIX.prompt(creditmix.clean_features(ROWS[0]))
 
 

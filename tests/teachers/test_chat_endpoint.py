@@ -248,6 +248,7 @@ def test_an_endpoint_that_is_not_there(files, capsys):
     assert f"error: --endpoint {url}/chat/completions cannot be reached (" in stderr and "start it, or check" in stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("ending", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, cli.INTERRUPTED)])
 def test_stopped_and_run_again(stub, files, ending, code):
     """With answers on the disk and requests under way: the second run asks only what has no answer yet."""

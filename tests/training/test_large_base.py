@@ -19,6 +19,8 @@ from common.training.batches import IGNORE
 from common.training.settings import TrainSettings
 from common.training.trainer import prepare_student
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def large(monkeypatch):

@@ -77,6 +77,7 @@ def measured(student, optimizer, step) -> int:
     return memory.held_bytes(student, optimizer) + memory.tracked_peak(step)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("settings", "plan"),
     [
@@ -100,6 +101,7 @@ def test_training_peak(settings, plan, checkpointing):
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("settings", "plan"),
     [
@@ -129,6 +131,7 @@ def test_training_peak_of_a_large_base(settings, plan):
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("checkpointing", "dropout"), [(False, 0.05), (True, 0.05), (True, 0.0)])
 def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypatch):
     """As on a card, but for dropout's mask, which a CPU keeps as bfloat16, not as bytes."""
@@ -157,6 +160,7 @@ def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypa
     assert 0.97 <= predict(plan).tensors / measured(student, optimizer, step) <= 1.10
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("terms", "live"), [(("forward_kl",), True), (("jsd",), True), (("forward_kl", "ce"), False)])
 def test_distillation_peak(terms, live):
     import torch
@@ -189,6 +193,7 @@ def test_distillation_peak(terms, live):
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
+@pytest.mark.processes
 def test_inference_peak(tokenizer):
     from common.models import adapters
     from common.tasks.ranking.creditmix import CREDITMIX
@@ -205,6 +210,7 @@ def test_inference_peak(tokenizer):
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("labels", [2, 32])
 def test_many_labels_take_no_more_than_is_predicted(labels, tokenizer):
     """Each further column of a label has logits over the whole vocabulary; a batch makes so many and no more."""

@@ -170,6 +170,7 @@ def test_what_prepare_refuses(tmp_path, monkeypatch, schema_file, argv, sentence
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("trainer", "file", "flags"), [
     (sft_train, "sft", []), (kd_train, "kd", ["--idp_mode"]), (dpo_train, "dpo", ["--idp_mode"]),
 ])  # fmt: skip

@@ -83,6 +83,7 @@ def answering(base, tokenizer):
     return model.eval()
 
 
+@pytest.mark.processes
 def test_ranking_is_as_right_as_the_text(answering, tokenizer):
     texts, wanted = zip(*map(question, range(48)), strict=True)
     prompts = [tokenizers.encode_prompt(tokenizer, RISKS.prompt(text)) for text in texts]
