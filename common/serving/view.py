@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from common.models.onnx_runtime import OnnxModel
 from common.models.source import LoadedModel
-from common.serving.messages import Unusable
+from common.serving.messages import HostSettings, Unusable
 from common.serving.run_registry import LOOK, Version, file_signature
 from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.task import LabelTask
@@ -19,7 +19,6 @@ from common.tasks.ranking.task import LabelTask
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from common.serving.adapter_host import Host
     from common.tasks.ranking.classifier import Classifier
 
 PRIORS = ".priors"  # in the folder of the runs: priors of base models that have no folder of their own
@@ -41,6 +40,25 @@ class Work(Protocol):
         ...
 
 
+class ModelHost(Protocol):
+    """What a view and its work need of the process that they are in, an `adapter_host.Host`."""
+
+    model: Any
+    settings: HostSettings
+
+    def report_loaded(self, kind: str, name: str, seconds: float) -> None:
+        """Say how long something took to load; see `messages.Loaded`."""
+        ...
+
+    def emit(self, text: str) -> None:
+        """Send a part of the answer that is being written."""
+        ...
+
+    def between_steps(self) -> None:
+        """Within a longer piece of work: let short ones go first."""
+        ...
+
+
 class View:
     """A base with one adapter, or none; for the process of the base alone.
 
@@ -48,7 +66,7 @@ class View:
         adapter: its name within PEFT; None for the base itself.
     """
 
-    def __init__(self, host: Host, version: Version, adapter: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, host: ModelHost, version: Version, adapter: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
         self.host, self.version, self.adapter, self.tokenizer = host, version, adapter, tokenizer
         self.kept: OrderedDict[Any, Any] = OrderedDict()  # what works keep for their next batch
         self._classifiers: dict[str, Classifier] = {}
