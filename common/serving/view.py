@@ -66,7 +66,9 @@ class View:
         adapter: its name within PEFT; None for the base itself.
     """
 
-    def __init__(self, host: ModelHost, version: Version, adapter: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, host: ModelHost, version: Version, adapter: str | None, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self.host, self.version, self.adapter, self.tokenizer = host, version, adapter, tokenizer
         self.kept: OrderedDict[Any, Any] = OrderedDict()  # what works keep for their next batch
         self._classifiers: dict[str, Classifier] = {}
