@@ -295,6 +295,7 @@ def test_extra_body(stub, files):
     assert stub.asked[0]["temperature"] == 1
 
 
+@pytest.mark.processes
 def test_the_projects_own_server(tmp_path, base, files):
     """What it answers is what the model behind it generates."""
     runs = make_runs(tmp_path / "runs", base)

@@ -95,6 +95,7 @@ def test_ranking_is_as_right_as_the_text(answering, tokenizer):
     assert np.abs(scores - naive_scores(answering, tokenizer, RISKS, texts)).max() < 1e-4
 
 
+@pytest.mark.processes
 def test_a_prior_from_before_ends_were_scored_is_made_again(answering, tokenizer, tmp_path, monkeypatch):
     ranker = TorchRanker(answering, tokenizer, RISKS)
     with monkeypatch.context() as patch:
