@@ -86,6 +86,7 @@ def test_the_vocabulary_is_padded_wider_than_the_tokenizer(tokenizer, model):
     assert model.config.vocab_size > len(tokenizer)  # or nothing below would show that this is handled
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_document_is_valid_and_ends_in_time(tokenizer, model, name):
     schema = SCHEMAS[name]
@@ -245,6 +246,7 @@ def test_scanner():
     assert (scanner.in_string, scanner.commas, scanner.length, scanner.exponent) == (False, [1], 0, False)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not CASES.exists(), reason="needs the schemas from the wild")
 def test_schemas_from_the_wild(tokenizer, model):
     for line in CASES.read_text(encoding="utf-8").splitlines()[::25]:

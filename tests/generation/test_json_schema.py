@@ -279,6 +279,7 @@ def test_load_names_the_remedy(tmp_path):
     assert json_schema.load(path) == {"type": "object"}
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not CASES.exists(), reason="needs the schemas from the wild")
 def test_schemas_from_the_wild():
     """What preflight calls enforced lets no invalid instance through, and hardly a valid one is kept out."""

@@ -29,6 +29,7 @@ STORIES = SHARED / "models" / "stories260k"
 TEXTS = ["Age: 23, Occupation: Scientist", "Age: 4", "Age: 51, Occupation: Engineer, Annual Income: 9.5"]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs the stories model")
 def test_a_llama_without_a_chat_template(tmp_path):
     """Sentence pieces, BOS, no template: loaded, ranked, trained and loaded again."""

@@ -13,6 +13,8 @@ from common.sandbox import box as sandbox
 from common.sandbox import grading, usage
 from common.sandbox.box import Box, BoxError, Limits
 
+pytestmark = pytest.mark.processes
+
 LIMITS = Limits(file_bytes=1 << 20, folder_bytes=4 << 20)
 WRITE = "def write(path):\n    with open(path, 'wb') as handle: handle.write(bytes(1 << 19))\n"
 

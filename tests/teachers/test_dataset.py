@@ -184,6 +184,7 @@ def test_rows_of_held_out_groups_are_told(stub, files, capsys):
     assert "warning: 1 of 2 rows belong to groups that are held out" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_a_real_teachers_answers(stub, files):
     """The 300 rows that a real LLM labelled: it agrees with gold on 152."""
     path = SHARED / "data" / "creditmix" / "llm_teacher_300.csv"

@@ -107,6 +107,7 @@ def test_a_row_without_room_for_its_completion_is_left_out(tokenizer, capsys):
         batches.encode_rows(tokenizer, "rows.jsonl", pairs, 8, whole=False)
 
 
+@pytest.mark.processes
 def test_idp_mode_leaves_long_rows_out(base, tmp_path, capsys):
     long, short = (" ".join("1234567890" for _ in range(n)) for n in (12, 1))
     every = [{"input": long if i in (2, 6) else short + str(i), "teacher_output": LABELS[i % 3]} for i in range(8)]

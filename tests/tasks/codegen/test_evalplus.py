@@ -60,6 +60,7 @@ ANSWERS = {  # and whether it is right
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ROWS)
 def test_files_of_evalplus_judge(tmp_path, name):
     (problem,) = code_rows.read(write_rows(tmp_path / "rows.jsonl", [ROWS[name]]))

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from support.inputs import read_rows
 
 import eval_codegen
@@ -92,6 +93,7 @@ def torch_row(token: int):
     return torch.tensor([token])
 
 
+@pytest.mark.processes
 def test_trained_adapters_are_asked_as_their_rows_asked(base, prepared, tmp_path):
     """SFT on prepared rows, then the writer: their requests, and the rows' groups on record."""
     import sft_train

@@ -14,6 +14,8 @@ from common.cli import UserError
 from common.tasks.idp import documents
 from common.tasks.idp.extractor import Extraction, Extractor
 
+pytestmark = pytest.mark.processes
+
 
 def evaluate(capsys, *argv: str) -> tuple[dict, str]:
     capsys.readouterr()

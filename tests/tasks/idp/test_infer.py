@@ -16,6 +16,8 @@ from common.generation import json_schema
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
+pytestmark = pytest.mark.processes
+
 
 def infer(capsys, base, schema_file, *argv: str) -> tuple[int | None, str, str]:
     capsys.readouterr()

@@ -15,6 +15,8 @@ from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.task import LabelTask
 from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores, tree_limit
 
+pytestmark = pytest.mark.processes
+
 TEXTS = [
     "Age: 23, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98",
     "Age: 4",

@@ -84,6 +84,7 @@ def test_one_label_is_too_few():
         controls(["a", "b"], [1, 1], ["c"], classes=2)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not (SHARED / "data" / "creditmix").is_dir(), reason="needs the public CreditMix file")
 def test_the_public_file_reaches_what_its_features_hold():
     """Gradient boosting is known to reach 0.67 to 0.71 on customers that it has not seen."""

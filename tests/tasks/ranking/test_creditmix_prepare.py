@@ -313,6 +313,7 @@ def test_help_needs_no_torch():
 # ---------------------------------------------------------------- the public data
 
 
+@pytest.mark.processes
 @needs_real_data
 def test_the_public_json_and_csv_agree_on_every_customer(tmp_path):
     questions, json_counts = creditmix.read_labelled(REAL / "creditmix_dataset.json")
@@ -330,6 +331,7 @@ def test_the_public_json_and_csv_agree_on_every_customer(tmp_path):
         assert min(splits.class_counts(held_out, lambda row: row["answer"], TASK.labels).values()) >= 1500
 
 
+@pytest.mark.processes
 @needs_real_data
 def test_the_public_teacher_file_matches_the_public_rows(tmp_path):
     flags = ("--teacher_file", str(REAL / "llm_teacher_300.csv"))
