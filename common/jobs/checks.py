@@ -117,13 +117,13 @@ class Reach:
             raise Problem(422, f"{field}: there is no {kind} {name!r} under the allowed folders", field)
         if time.monotonic() - self._known.get((kind, name), -REMEMBER) < REMEMBER:
             return name
-        reason = self._ask_hub(kind, name)
+        reason = self.ask_hub(kind, name)
         if reason:
             raise Problem(422, f"{field}: the {kind} {name!r} cannot be reached: {reason}", field)
         self._known[kind, name] = time.monotonic()
         return name
 
-    def _ask_hub(self, kind: str, name: str) -> str | None:
+    def ask_hub(self, kind: str, name: str) -> str | None:
         """Why a name cannot be had from the Hub or its cache here; None when it can."""
         import_libraries()
         from huggingface_hub import HfApi, errors, try_to_load_from_cache

@@ -103,7 +103,7 @@ class Service:
         self.reach = Reach(settings.allowed_roots, own=settings.data_dir)
         self.vocabularies = Vocabularies(self.reach)
         self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
-        backend, at_once = self._backend()
+        backend, at_once = self.make_backend()
         self.runner = Runner(
             self.store,
             backend,
@@ -118,7 +118,7 @@ class Service:
         for state in STATES:
             gauge.labels(state).set_function(lambda state=state: self.store.counts()[state])
 
-    def _backend(self) -> tuple[Backend, int]:
+    def make_backend(self) -> tuple[Backend, int]:
         """The backend, and how many jobs it runs at once where MAX_RUNNING is not set."""
         if self.settings.backend == "kubernetes":
             from common.jobs.kubernetes_backend import KubernetesBackend

@@ -223,7 +223,7 @@ def cluster(monkeypatch):
 def served(cluster, tmp_path, monkeypatch):
     """The service on the cluster; its workers mount the same folder."""
     data = make_place(tmp_path)
-    monkeypatch.setattr(Service, "_backend", lambda service: (backend(cluster.url, service.jobs_dir), 1000))
+    monkeypatch.setattr(Service, "make_backend", lambda service: (backend(cluster.url, service.jobs_dir), 1000))
     with serve_jobs(data, backend="kubernetes", max_running=None) as running:
         running.cluster = cluster
         yield running
@@ -371,7 +371,7 @@ def test_a_job_that_the_cluster_refuses(served, cluster):
 
 def test_a_server_that_comes_back_finds_its_jobs(cluster, tmp_path, monkeypatch):
     data = make_place(tmp_path)
-    monkeypatch.setattr(Service, "_backend", lambda service: (backend(cluster.url, service.jobs_dir), 1000))
+    monkeypatch.setattr(Service, "make_backend", lambda service: (backend(cluster.url, service.jobs_dir), 1000))
     with serve_jobs(data, backend="kubernetes", max_running=None) as first:
         job_id = first.submit("slow", max_steps=30)
         first.until(job_id, "running")
@@ -391,7 +391,7 @@ def test_a_server_that_comes_back_finds_its_jobs(cluster, tmp_path, monkeypatch)
 
 def test_only_what_the_role_allows_and_all_of_it(cluster, tmp_path, monkeypatch):
     """Least privilege: a round of everything asks for what k8s/rbac.yaml lists, no more and no less."""
-    monkeypatch.setattr(Service, "_backend", lambda service: (backend(cluster.url, service.jobs_dir), 1000))
+    monkeypatch.setattr(Service, "make_backend", lambda service: (backend(cluster.url, service.jobs_dir), 1000))
     with serve_jobs(make_place(tmp_path), backend="kubernetes", max_running=None) as served:
         wait_for(lambda: cluster.watchers)
         cluster.runs_pods = False

@@ -112,7 +112,7 @@ def test_proof_rows(tmp_path):
 
 
 def test_a_data_set_is_passed_on_with_its_part(planner, data, monkeypatch):
-    monkeypatch.setattr(planner.reach, "_ask_hub", lambda kind, name: None)
+    monkeypatch.setattr(planner.reach, "ask_hub", lambda kind, name: None)
     body = payload(data) | {"dataset": "wikitext", "subset": "wikitext-2-raw-v1", "export_onnx": True}
     plan = planner.plan(body, Path("job/artifacts"))
     assert (plan.settings.dataset, plan.settings.subset, plan.settings.data) == ("wikitext", "wikitext-2-raw-v1", None)
