@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -146,12 +146,16 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def repeated_name(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """The first name that a JSON object gives twice; None where it gives none."""
+    names = [name for name, _ in pairs]
+    return None if len(set(names)) == len(names) else next(name for name in names if names.count(name) > 1)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)[:60]}' is given twice")
-    return value
+    if (name := repeated_name(pairs)) is not None:
+        raise ValueError(f"the key '{name[:60]}' is given twice")
+    return dict(pairs)
 
 
 def _whole(text: str) -> int:

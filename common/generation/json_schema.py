@@ -24,6 +24,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from referencing import Registry
 
 from common.cli import UserError
+from common.files import repeated_name
 from common.generation.schema_graph import contradiction, most_expansions, nodes, pointer, smallest, types
 from common.generation.schema_limits import check_limits
 from common.processes import OutOfTime, time_limit
@@ -434,11 +435,9 @@ def _loads(text: str) -> Any:
     """JSON without repeated names and without numbers that are not finite. Raises ValueError, RecursionError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the name '{next(name for name in names if names.count(name) > 1)}' is given twice")
-        return value
+        if (name := repeated_name(pairs)) is not None:
+            raise ValueError(f"the name '{name}' is given twice")
+        return dict(pairs)
 
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):

@@ -94,8 +94,12 @@ def is_large(config: PreTrainedConfig) -> bool:
     return size >= LARGE
 
 
-def fastest_dtype(source: ModelSource) -> torch.dtype:
-    """What a plain model is loaded in: as asked, else the fastest that the device has for its size."""
+def fastest_dtype(source: ModelSource, config: PreTrainedConfig | None = None) -> torch.dtype:
+    """What a plain model is loaded in: as asked, else the fastest that the device has for its size.
+
+    Args:
+        config: the model's, where it has been read already; else it is read if its size decides.
+    """
     import torch
 
     if source.dtype != "auto":
@@ -104,9 +108,10 @@ def fastest_dtype(source: ModelSource) -> torch.dtype:
         return torch.bfloat16
     if not has_bfloat16():
         return torch.float32
-    from transformers import AutoConfig
+    if config is None:
+        from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source.model_dir, trust_remote_code=source.trust_remote_code)
+        config = AutoConfig.from_pretrained(source.model_dir, trust_remote_code=source.trust_remote_code)
     return torch.bfloat16 if is_large(config) else torch.float32
 
 
@@ -165,7 +170,7 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
         settings["device_map"] = {"": "cpu"}
     try:
         config = AutoConfig.from_pretrained(source.model_dir, trust_remote_code=source.trust_remote_code)
-        chosen = torch.bfloat16 if four_bit and source.dtype == "auto" else fastest_dtype(source)
+        chosen = torch.bfloat16 if four_bit and source.dtype == "auto" else fastest_dtype(source, config)
         model = AutoModelForCausalLM.from_pretrained(
             source.model_dir, config=without_stray_pad(config), dtype=chosen, **settings
         )

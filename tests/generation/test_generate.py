@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.logits import Only
 from transformers import LogitsProcessor
 
 from common.cli import UserError
@@ -24,20 +25,6 @@ def model(tiny_base):
 @pytest.fixture(scope="module")
 def prompts(tokenizer) -> list[list[int]]:
     return [tokenizers.encode_prompt(tokenizer, text) for text in ("Age: 31", "Occupation: Lawyer, Age: 2", "?")]
-
-
-class Only(LogitsProcessor):
-    """Allows, step by step, one token of each row's list."""
-
-    def __init__(self, wanted: list[list[int]]) -> None:
-        self.wanted, self.step = wanted, 0
-
-    def __call__(self, input_ids, scores):
-        masked = torch.full_like(scores, float("-inf"))
-        for row, tokens in enumerate(self.wanted):
-            masked[row, tokens[min(self.step, len(tokens) - 1)]] = 0
-        self.step += 1
-        return masked
 
 
 def greedy_by_hand(model, prompt: list[int], steps: int, ends: set[int]) -> tuple[list[int], list[float]]:

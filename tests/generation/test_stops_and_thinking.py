@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
-from transformers import LogitsProcessor
+from support.logits import Only
 
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
@@ -24,20 +23,6 @@ def model(tiny_base):
 @pytest.fixture(scope="module")
 def prompts(tokenizer) -> list[list[int]]:
     return [tokenizers.encode_prompt(tokenizer, "Age: 31")]
-
-
-class Only(LogitsProcessor):
-    """Allows, step by step, one token of each row's list."""
-
-    def __init__(self, wanted: list[list[int]]) -> None:
-        self.wanted, self.step = wanted, 0
-
-    def __call__(self, input_ids, scores):
-        masked = torch.full_like(scores, float("-inf"))
-        for row, tokens in enumerate(self.wanted):
-            masked[row, tokens[min(self.step, len(tokens) - 1)]] = 0
-        self.step += 1
-        return masked
 
 
 def test_answers_end_at_every_stop_token(model, tokenizer, prompts, monkeypatch):
