@@ -7,11 +7,12 @@ import random
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -223,13 +224,13 @@ def pretrain(
         Mean losses of the last tenth of the steps, in nats: "language_model" a token, "levels" a number.
     """
     import torch
-    from torch.nn import functional
     from tqdm import trange
 
     from common.models import tokenizers
-    from common.training import batches as completions
 
     head = torch.nn.Linear(2 * model.config.hidden_size, max(1, len(source.fields)) * LEVELS)
+    encode = functools.cache(functools.partial(tokenizers.encode_prompt, tokenizer))
+    losses = functools.partial(_pretraining_losses, head, tokenizer, source, encode)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -241,36 +242,12 @@ def pretrain(
         return min(1.0, (step + 1) / 30) * min(1.0, (1 - step / steps) / 0.4 + 0.02)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    encode = functools.cache(functools.partial(tokenizers.encode_prompt, tokenizer))
     ends: list[tuple[float, float]] = []
     model.train()
     with trange(steps, desc="pretraining", unit=" steps") as progress:
         for step in progress:
             chosen = source.rng.choices(source.prompts, k=rows_per_step)
-            prompts, answers = zip(*(source.example(prompt) for prompt in chosen), strict=True)
-            answers = [tokenizers.encode_completion(tokenizer, answer) for answer in answers]
-            learnt_from = [0 if source.learn_prompts else len(encode(prompt)) for prompt in prompts]
-            rows = [
-                tokenizers.Encoded(encode(prompt) + answer, start)
-                for prompt, answer, start in zip(prompts, answers, learnt_from, strict=True)
-            ]
-            batch = completions.collate(rows, tokenizer.pad_token_id)
-            output = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
-            )
-            text = functional.cross_entropy(
-                output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=completions.IGNORE
-            )
-            last = torch.tensor([len(encode(prompt)) - 1 for prompt in prompts])
-            states = torch.cat([layer[range(len(last)), last] for layer in output.hidden_states[-3:-1]], dim=-1)
-            levels = torch.tensor([source.levels(prompt) or [UNKNOWN] for prompt in prompts])
-            known = (levels != UNKNOWN).sum().clamp(min=1)
-            numbers = (
-                functional.cross_entropy(
-                    head(states).view(-1, LEVELS), levels.flatten(), ignore_index=UNKNOWN, reduction="sum"
-                )
-                / known
-            )
+            text, numbers = losses(model, [source.example(prompt) for prompt in chosen])
             (text + numbers).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -284,3 +261,39 @@ def pretrain(
     model.eval()
     means = [sum(column) / len(ends) for column in zip(*ends, strict=True)]
     return dict(zip(("language_model", "levels"), means, strict=True))
+
+
+def _pretraining_losses(
+    head: torch.nn.Linear,
+    tokenizer: Qwen2Tokenizer,
+    source: SelfSupervision,
+    encode: Callable[[str], list[int]],
+    model: Qwen2ForCausalLM,
+    examples: Sequence[tuple[str, str]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy of (prompt, answer) pairs, in nats: of the text a token, of the levels a known number."""
+    import torch
+    from torch.nn import functional
+
+    from common.models import tokenizers
+    from common.training import batches
+
+    prompts = [encode(prompt) for prompt, _ in examples]
+    answers = [tokenizers.encode_completion(tokenizer, answer) for _, answer in examples]
+    rows = [
+        tokenizers.Encoded(prompt + answer, 0 if source.learn_prompts else len(prompt))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    batch = batches.collate(rows, tokenizer.pad_token_id)
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    text = functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=batches.IGNORE
+    )
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    states = torch.cat([layer[range(len(last)), last] for layer in output.hidden_states[-3:-1]], dim=-1)
+    levels = torch.tensor([source.levels(prompt) or [UNKNOWN] for prompt, _ in examples])
+    known = (levels != UNKNOWN).sum().clamp(min=1)
+    wrong = functional.cross_entropy(
+        head(states).view(-1, LEVELS), levels.flatten(), ignore_index=UNKNOWN, reduction="sum"
+    )
+    return text, wrong / known

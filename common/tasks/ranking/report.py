@@ -31,9 +31,10 @@ The result is a plain dict, and everything here is made from it alone, so a repo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from common.evaluation import report_page as page
 from common.evaluation import results, tables
@@ -168,16 +169,23 @@ def format_table(result: Result) -> str:
         ]  # fmt: skip
         blocks.append(tables.columns(["paired difference", "accuracy", "macro-F1"], rows))
     for name, model in zip(names, models, strict=True):
-        rows = [
-            [label, *(tables.interval_text(model["per_class"][label][key]) for key in ("precision", "recall", "f1")),
-             f"{model['per_class'][label]['support']:,}"]
-            for label in result["labels"]
-        ]  # fmt: skip
-        blocks.append(tables.columns([name, "precision", "recall", "F1", "rows"], rows))
-        matrix = zip(result["labels"], model["confusion_matrix"], strict=True)
-        rows = [[label, *(f"{count:,}" for count in counts)] for label, counts in matrix]
-        blocks.append(tables.columns(["true \\ predicted", *result["labels"]], rows))
+        blocks += _per_class_tables(name, model, result["labels"])
     return "\n\n".join(blocks)
+
+
+def _per_class_tables(name: str, model: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
+    """One model's precision, recall and F1 by class, and its confusion matrix."""
+    rows = [
+        [label, *(tables.interval_text(model["per_class"][label][key]) for key in ("precision", "recall", "f1")),
+         f"{model['per_class'][label]['support']:,}"]
+        for label in labels
+    ]  # fmt: skip
+    matrix = zip(labels, model["confusion_matrix"], strict=True)
+    counts = [[label, *(f"{count:,}" for count in counts)] for label, counts in matrix]
+    return [
+        tables.columns([name, "precision", "recall", "F1", "rows"], rows),
+        tables.columns(["true \\ predicted", *labels], counts),
+    ]
 
 
 # Page.
