@@ -6,8 +6,9 @@
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input docs.jsonl --output out.jsonl
 
 Prints the JSON object alone. Rows of --input have their text under "document"; each answer has "fields", the row's "id"
-if it has one, and in its place "error" and "text" where there is no valid one. Answers keep their order; an interrupted
-run goes on where it stopped. Exit code 1: a document got no valid answer.
+if it has one, and in its place "error" and "text" where there is no valid one. An answer that the token budget ended,
+or in which a value ran on, has "cut": true. Answers keep their order; an interrupted run goes on where it stopped. Exit
+code 1: a document got no valid answer; 4: all did, but one is cut.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from common import cli
 from common.data import rows as records
@@ -77,16 +79,26 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     extraction = extractor.extract([text], args.confidence)[0]
     if extraction.pieces > 1:
         cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
+    if extraction.cut:
+        cli.log(extraction.cut)
     if extraction.error:
         cli.log(f"error: no valid answer: {extraction.error}\nwhat the model wrote: {extraction.text}")
         return cli.FAILED
-    shown = {"fields": extraction.value, "confidence": rounded(extraction)} if args.confidence else extraction.value
+    shown = shown_of(extraction, args.confidence) if args.confidence else extraction.value
     print(json.dumps(shown, indent=2, ensure_ascii=False))
-    return None
+    return cli.CUT if extraction.cut else None
 
 
-def rounded(extraction: Extraction) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in extraction.confidence.items()}
+def shown_of(extraction: Extraction, confidence: bool) -> dict[str, Any]:
+    """An answer and what there is to say of it, as JSON."""
+    if extraction.error:
+        shown = {"error": extraction.error, "text": extraction.text}
+    else:
+        shown = {"fields": extraction.value}
+        if confidence:
+            shown["confidence"] = {name: round(value, 4) for name, value in extraction.confidence.items()}
+    cut = {"cut": True} if extraction.cut else {}
+    return shown | cut | ({"pieces": extraction.pieces} if extraction.pieces > 1 else {})
 
 
 def extract_file(args: argparse.Namespace, extractor: Extractor) -> int | None:
@@ -100,27 +112,22 @@ def extract_file(args: argparse.Namespace, extractor: Extractor) -> int | None:
 
     def answer(rows: list[dict]) -> list[dict]:
         extractions = extractor.extract([row["document"] for row in rows], args.confidence)
-        return [answer_of(row, extraction) for row, extraction in zip(rows, extractions, strict=True)]
-
-    def answer_of(row: dict, extraction: Extraction) -> dict:
-        named = {"id": row["id"]} if "id" in row else {}
-        pieces = {"pieces": extraction.pieces} if extraction.pieces > 1 else {}
-        if extraction.error:
-            return named | {"error": extraction.error, "text": extraction.text} | pieces
-        confidence = {"confidence": rounded(extraction)} if args.confidence else {}
-        return named | {"fields": extraction.value} | confidence | pieces
+        named = ({"id": row["id"]} if "id" in row else {} for row in rows)
+        return [name | shown_of(each, args.confidence) for name, each in zip(named, extractions, strict=True)]
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
     decided_by = [settings, sha256_file(args.input), extractor.schema, adapters.adapter_hash(args.model_dir)]
     counts = Counter()
     for row in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
-        counts.update({"documents"} | ({"pieces", "error"} & row.keys()))
+        counts.update({"documents"} | ({"pieces", "error", "cut"} & row.keys()))
     if counts["pieces"]:
         cli.log(f"{counts['pieces']} of {counts['documents']} documents were read in pieces, merged by confidence")
+    if counts["cut"]:
+        cli.log(f"{counts['cut']} of {counts['documents']} answers are cut; raise --max_new_tokens for these")
     if counts["error"]:
         cli.log(f"error: {counts['error']} of {counts['documents']} documents have no valid answer; see {args.output}")
         return cli.FAILED
-    return None
+    return cli.CUT if counts["cut"] else None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT, CUT, INTERRUPTED = 0, 1, 2, 4, 130  # 3: drift, of eval_creditmix.py
 
 
 class UserError(Exception):

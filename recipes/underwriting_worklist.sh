@@ -41,7 +41,7 @@ fi
 letters=${1:-$work/letters.jsonl}
 [[ -n ${1:-} ]] || "$python" recipes/make_applications.py --rows 40 --seed 1 --out "$letters"
 "$python" infer_idp.py --model_dir "$reader" --schema "$schema" --input "$letters" --output "$work/read.jsonl" \
-  --confidence || [[ $? == 1 ]] # letters without a valid answer are part of the list
+  --confidence || [[ $? == 1 || $? == 4 ]] # letters without a whole answer are part of the list
 "$python" recipes/worklist.py features --read "$work/read.jsonl" --out "$work/features.jsonl"
 "$python" infer_creditmix.py --model_dir "$classifier" --input "$work/features.jsonl" --output "$work/answers.jsonl"
 "$python" recipes/worklist.py list --read "$work/read.jsonl" --answers "$work/answers.jsonl" --out "$work/worklist.csv"

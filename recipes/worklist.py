@@ -68,7 +68,7 @@ def entry(letter: dict, answer: dict | None) -> dict:
         "top2_margin": f"{answer['top2_margin']:.3f}",
         "probability_of_bad": f"{answer['probabilities']['Bad']:.3f}",
         "least_confidence": f"{min(letter['confidence'].values()):.3f}",
-        "note": "",
+        "note": "read in part: the answer is cut" if letter.get("cut") else "",
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,9 @@ def generate(
     Args:
         prompts: token ids, as `tokenizers.encode_prompt` makes them.
         processors: called for every batch with the prompt number of each of its rows; returns processors of the scores
-            of those rows, new ones each time. They see the scores before temperature and top_p. A text that they hold
-            to a grammar is an answer as a whole: no thinking is looked for in it.
+            of those rows, new ones each time; an `EndingProcessor` tells where it ended one. They see the scores before
+            temperature and top_p. A text that they hold to a grammar is an answer as a whole: no thinking is looked for
+            in it.
         stop: called with the number of a prompt and its answer so far after every token; True ends that.
         streamer: gets the tokens as they come; for one prompt and one sample.
         max_batch_tokens: bounds rows x (longest prompt + max_new_tokens) of a batch; one row always goes.
@@ -72,7 +74,7 @@ def generate(
     for batch in by_token_budget([len(prompts[row]) for row in wanted], max_batch_tokens, added=max_new_tokens):
         rows = [wanted[number] for number in batch]
         chain: list[LogitsProcessor] = [recorder := _TokenLogprobs()]
-        chain += processors(rows) if processors else []
+        chain += (grammar := processors(rows) if processors else [])
         if decoding.temperature > 0:
             keys = []
             for row in rows:
@@ -84,9 +86,19 @@ def generate(
         stop_text = _StopText(read, max(map(len, asked)), stops) if stop else None
         tokens = _generate_batch(model, tokenizer, asked, max_new_tokens, chain, stop_text, streamer)
         logprobs = recorder.finish(tokens)
-        for row, ids, chances, stops_at in zip(rows, tokens.tolist(), logprobs, stops, strict=True):
-            answers[row].append(_answer(read, ends, ids, chances, max_new_tokens, stops_at))
+        closed = {place for each in grammar if isinstance(each, EndingProcessor) for place in each.closed_rows()}
+        for place, (row, ids, chances) in enumerate(zip(rows, tokens.tolist(), logprobs, strict=True)):
+            answer = _answer(read, ends, ids, chances, max_new_tokens, stops[place])
+            answers[row].append(replace(answer, cut=place in closed or not answer.finished))
     return answers
+
+
+class EndingProcessor(LogitsProcessor):
+    """A processor that may bring a text to its end before the model would have ended it."""
+
+    def closed_rows(self) -> list[int]:
+        """The rows of the batch in which it has."""
+        raise NotImplementedError
 
 
 @torch.inference_mode()

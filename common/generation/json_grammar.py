@@ -13,7 +13,7 @@ bytes, found greedily, that lead from where the text stands to the end of a docu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from transformers import LogitsProcessor
 
 from common.cli import UserError
+from common.generation.generate import EndingProcessor
 from common.generation.json_closing import Hints, Scanner, find_closing
 from common.generation.json_schema import byte_tokenizer, compile_grammar, longest_opening, schemas_of
 
@@ -94,7 +94,7 @@ class JsonGrammar:
         """Tokens of the shortest known document with its EOS: a smaller `max_new_tokens` cannot give one."""
         return len(self.shortest_closing.tokens) if self.shortest_closing else None
 
-    def processors(self, max_new_tokens: int) -> Callable[[list[int]], list[LogitsProcessor]]:
+    def processors(self, max_new_tokens: int) -> Callable[[list[int]], list[JsonProcessor]]:
         """For `generation.generate`: makes the processors of one batch, one grammar state for each of its rows."""
         return lambda rows: [JsonProcessor(self, len(rows), max_new_tokens)]
 
@@ -119,7 +119,7 @@ class Closing:
     tokens: list[int]
 
 
-class JsonProcessor(LogitsProcessor):
+class JsonProcessor(EndingProcessor):
     """Masks, in place, the scores [rows, columns] of one `generate` call: only tokens that keep to the grammar stay.
 
     Beam search is refused: it moves rows about, and each row has a grammar state of its own.
@@ -150,12 +150,18 @@ class JsonProcessor(LogitsProcessor):
             self.bias = torch.empty(self.bitmask.numel() * 4, 8, device=scores.device)
         return scores.add_(_bias(self.bitmask, scores.device, self.bias)[:, : scores.shape[1]])
 
+    def closed_rows(self) -> list[int]:
+        """The rows that the budget or a bound took to an end that the model, by its likeliest token, did not want."""
+        # of the last token nothing is heard; where another one was wanted, it was the end
+        return [number for number, row in enumerate(self.rows) if row.closed_early or row.wanted]
+
 
 class _Row:
     """One row's place in the grammar and its way to the end.
 
     `closing` is of this state where `is_current` is set, else of one before. `reach` bounds from above how many tokens
-    it takes to the end: those of the closing, and one opening more for every token since.
+    it takes to the end: those of the closing, and one opening more for every token since. `wanted` is the text of the
+    likeliest token where that was forbidden for the sake of the end; `closed_early`: something else was written.
     """
 
     def __init__(self, grammar: JsonGrammar, max_new_tokens: int) -> None:
@@ -166,6 +172,7 @@ class _Row:
         self.closing, self.is_current = grammar.shortest_closing, True
         self.reach = len(self.closing.tokens) if self.closing else 0
         self.closings: dict[int, Closing] = {}  # after each of the tokens that may come next, as far as worked out
+        self.wanted, self.closed_early = b"", False
 
     def consume(self, token: int) -> None:
         """Go on by the token that was chosen."""
@@ -174,9 +181,11 @@ class _Row:
             return
         if not self.matcher.consume_token(token):
             raise RuntimeError(f"token {token} is outside the grammar: {self.matcher.get_error()}")
+        text = b"" if token == self.grammar.eos else self.grammar.tokens.decode_bytes([token])
+        # a shorter token that says the same so far is no difference yet
+        self.closed_early |= not self.wanted.startswith(text) if self.wanted else False
         if token == self.grammar.eos:
             return
-        text = self.grammar.tokens.decode_bytes([token])
         self.bytes.consume_tokens(list(text))
         self.scanner.feed(text)
         if token in self.closings:
@@ -190,6 +199,7 @@ class _Row:
 
     def fill(self, bitmask: torch.Tensor, scores: torch.Tensor) -> None:
         """Write the tokens that may come next, of `scores` [columns], as bits [columns / 32, rounded up]."""
+        self.wanted = b""
         if self.matcher.is_stopped():
             _set_only(bitmask, [self.grammar.eos])
             return
@@ -199,9 +209,24 @@ class _Row:
             if unlike.any():
                 bitmask.copy_(unlike)
         if self.grammar.bounds.reached_by(self.scanner) and self._find_closing():
-            _set_only(bitmask, self.closing.tokens[:1])
+            self._close(bitmask, scores, begin_closing=True)
         elif self._must_close():
-            _set_only(bitmask, [self.closing.tokens[0], *self._fitting(bitmask, scores)])
+            self._close(bitmask, scores)
+
+    def _close(self, bitmask: torch.Tensor, scores: torch.Tensor, begin_closing: bool = False) -> None:
+        """Let only the closing come next, and likely tokens after which there is an end in time.
+
+        Args:
+            begin_closing: of those, only what the closing begins with.
+        """
+        masked = scores + _bias(bitmask[None], scores.device)[0, : len(scores)]
+        likeliest = int(masked.argmax())
+        allowed = {self.closing.tokens[0]}
+        for token, text in self._fitting(masked):
+            if not begin_closing or self.closing.text.startswith(text):
+                allowed.add(token)
+        _set_only(bitmask, allowed)
+        self.wanted = b"" if likeliest in allowed else self.grammar.tokens.decode_bytes([likeliest])
 
     def _must_close(self) -> bool:
         """The budget leaves room for the closing, and hardly for more."""
@@ -226,9 +251,8 @@ class _Row:
             self.reach = len(self.closing.tokens) if self.closing else 0
         return self.closing is not None
 
-    def _fitting(self, bitmask: torch.Tensor, scores: torch.Tensor) -> Iterator[int]:
-        """Those of the likeliest tokens after which the document can still be ended in time."""
-        masked = scores + _bias(bitmask[None], scores.device)[0, : len(scores)]
+    def _fitting(self, masked: torch.Tensor) -> Iterator[tuple[int, bytes]]:
+        """Those of the likeliest tokens, and their text, after which the document can still be ended in time."""
         values, tokens = masked.topk(min(CANDIDATES, len(masked)))
         for token in tokens[values > float("-inf")].tolist():
             if token in (self.grammar.eos, self.closing.tokens[0]):
@@ -240,7 +264,7 @@ class _Row:
             closing = self.grammar.closing_from(after, scanner, self.closing.text)
             if closing is not None and len(closing.tokens) <= self.remaining - 1:
                 self.closings[token] = closing
-                yield token
+                yield token, text
 
 
 def hints_of(schema: dict[str, Any]) -> Hints:
@@ -273,7 +297,7 @@ def _engine_tokenizer(
     return tokens, not_starting
 
 
-def _set_only(bitmask: torch.Tensor, tokens: list[int]) -> None:
+def _set_only(bitmask: torch.Tensor, tokens: Iterable[int]) -> None:
     bitmask.zero_()
     bits = bitmask.numpy().view("uint8")
     for token in tokens:

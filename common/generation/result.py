@@ -15,12 +15,14 @@ class Generation:
         tokens: the token ids of all that was written, without the one that ended it.
         logprobs: log-probability of each token in nats, the model's own (before masks, temperature and top_p).
         finished: it ended by itself or by `stop`, not because the token budget was used up.
+        cut: it would have gone on: the budget was used up, or a grammar closed it before it was, or where it ran on.
     """
 
     text: str
     tokens: list[int]
     logprobs: list[float]
     finished: bool
+    cut: bool = False
 
 
 # In quotes it is a part of some code.

@@ -165,7 +165,7 @@ def _choice(number: int, work: Chat, answer: Generation) -> dict[str, Any]:
 
 
 def _reason(answer: Generation) -> str:
-    return "stop" if answer.finished else "length"
+    return "length" if answer.cut else "stop"
 
 
 def _usage(answer: ChatAnswer) -> dict[str, int]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -62,6 +62,9 @@ class ExtractRequest(BaseModel):
     )
     run: RunName | None = Field(None, description="default: the newest run with idp in its name, else the base")
     max_new_tokens: Tokens = ANSWER_TOKENS
+    on_cut: Literal["retry", "flag"] = Field(
+        "retry", description="An answer that `max_new_tokens` has cut: once more with twice of it, or only flag it"
+    )
 
 
 class ExtractAnswer(BaseModel):
@@ -72,6 +75,7 @@ class ExtractAnswer(BaseModel):
     error: str | None
     text: str | None = Field(description="What the model wrote, where there is an error")
     pieces: int = Field(description="In how many pieces a long document was read")
+    cut: bool = Field(description="The token budget ended the answer, also at the second try, or a value in it ran on")
 
 
 class CodeRequest(BaseModel):
@@ -187,10 +191,10 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
         version = await server.find(body.run or server.newest("idp"))
         schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
         await server.check_schema(schema, "schema")
-        work = Extract(json.dumps(schema), body.max_new_tokens)
+        work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut)
         extraction = await server.answer(request, version, work, body.document, tokens=estimate(body.document))
         error = extraction.error
-        facts = {"valid": error is None, "tokens": extraction.tokens}
+        facts = {"valid": error is None, "cut": extraction.cut is not None, "tokens": extraction.tokens}
         server.record(request, version, work.name, started, body.document, **facts)
         answer = {
             "model_name": version.model_dir,
@@ -198,6 +202,7 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
             "error": error,
             "text": extraction.text if error else None,
             "pieces": extraction.pieces,
+            "cut": extraction.cut is not None,
         }
         return JSONResponse(answer)
 

@@ -74,6 +74,7 @@ class Extract:
 
     schema: str  # as JSON
     max_new_tokens: int
+    on_cut: str = "retry"
     name: ClassVar[str] = "idp"
     urgent: ClassVar[bool] = False
 
@@ -84,7 +85,8 @@ class Extract:
         def make() -> Extractor:
             schema = json.loads(self.schema)
             loaded = LoadedModel(view.model, view.tokenizer, view.host.settings.max_batch_tokens)
-            return Extractor(loaded, schema, json_schema.preflight(schema), ExtractionSettings(self.max_new_tokens))
+            settings = ExtractionSettings(self.max_new_tokens, on_cut=self.on_cut)
+            return Extractor(loaded, schema, json_schema.preflight(schema), settings)
 
         return view.keep(self, make).extract(payloads, between=view.host.between_steps)
 

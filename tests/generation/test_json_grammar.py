@@ -110,6 +110,7 @@ def test_a_budget_below_the_shortest_document_is_an_error_with_the_text(tokenize
         assert found.text == answer.text
         assert answer.text.startswith('{"number":"')
         assert not answer.finished
+        assert answer.cut
 
 
 def test_answers_do_not_depend_on_the_batch(tokenizer, model):
@@ -150,6 +151,7 @@ def test_what_runs_on_is_closed(tokenizer, model, schema, loved, text):
         if best == tokenizer.eos_token_id:
             break
     assert tokenizer.decode(ids[0, 1:], skip_special_tokens=True) == text
+    assert processor.closed_rows() == ([] if "maxLength" in schema else [0])  # there the schema itself ends it
 
 
 def test_the_mask_is_the_grammar(tokenizer, model):

@@ -56,6 +56,7 @@ def test_a_document_as_infer_idp_reads_it(served, loaded, runs):
         "error": None,
         "text": None,
         "pieces": 1,
+        "cut": wanted.cut is not None,
     }
     assert json_schema.errors(answer["fields"], SCHEMA) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,7 +15,7 @@ from common.generation.decoding import Decoding
 from common.models import tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
-from common.tasks.idp import documents, long_documents, prompt
+from common.tasks.idp import documents, long_documents, prompt, wholeness
 
 if TYPE_CHECKING:
     from common.generation.result import Generation
@@ -31,11 +32,13 @@ class ExtractionSettings:
         max_new_tokens: budget of one answer.
         max_len: tokens of prompt and answer together; None: the model's context.
         long: "split" or "refuse" a document that does not fit.
+        on_cut: "retry" an answer that the budget has cut once, with up to twice the budget, or only "flag" it.
     """
 
     max_new_tokens: int = 512
     max_len: int | None = None
     long: str = "split"
+    on_cut: str = "retry"
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class Extraction:
         error: why `value` is no valid answer; None when it is one.
         text: what the model wrote, with the answers to several pieces on a line each.
         confidence: mean probability of the tokens of each leaf, by its path, where it was asked for.
-        tokens: tokens written.
+        tokens: tokens written, those of an answer that was tried again included.
         pieces: in how many pieces the document was read.
+        cut: why it is not whole, though it may be valid; None where it is. See `wholeness`.
     """
 
     value: Any
@@ -57,6 +61,7 @@ class Extraction:
     confidence: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     pieces: int = 1
+    cut: str | None = None
 
 
 class Extractor:
@@ -79,7 +84,8 @@ class Extractor:
         self.model, self.tokenizer, self.max_batch_tokens = loaded.model, loaded.tokenizer, loaded.max_batch_tokens
         self.schema, self.settings = schema, settings
         max_new_tokens, context = settings.max_new_tokens, context_of(loaded.model.config)
-        self.room = min(settings.max_len or context, context) - max_new_tokens  # for the prompt
+        self.limit = min(settings.max_len or context, context)  # of prompt and answer
+        self.room = self.limit - max_new_tokens  # for the prompt
         bare = len(self.encode(""))
         if self.room < bare + SMALLEST_PIECE:
             raise UserError(
@@ -124,56 +130,86 @@ class Extractor:
             between: called again and again while long documents are cut and their answers are merged, which takes
                 seconds for a million characters; what it raises ends the work.
         """
-        from common.generation.generate import generate
-
         pieces = [self.pieces(documents.clean(text), between) for text in texts]
-        answers = generate(
-            self.model,
-            self.tokenizer,
-            [self.encode(piece) for of_document in pieces for piece in of_document],
-            Decoding(self.settings.max_new_tokens),
-            processors=self.grammar.processors(self.settings.max_new_tokens) if self.grammar else None,
-            max_batch_tokens=self.max_batch_tokens,
-        )
-        samples = (sample for (sample,) in answers)
+        prompts = [self.encode(piece) for of_document in pieces for piece in of_document]
+        tries = [[answer] for answer in self._write(prompts, self.settings.max_new_tokens)]
+        if self.settings.on_cut == "retry":
+            self._try_again(prompts, tries)
+        samples = iter(tries)
         return [
-            self._read(list(islice(samples, len(of_document))), len(text), confidence, between)
+            self._read(list(islice(samples, len(of_document))), text, confidence, between)
             for text, of_document in zip(texts, pieces, strict=True)
         ]
 
+    def _write(self, prompts: Sequence[list[int]], budget: int) -> list[Generation]:
+        from common.generation.generate import generate
+
+        answers = generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            Decoding(budget),
+            processors=self.grammar.processors(budget) if self.grammar else None,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+        return [answer for (answer,) in answers]
+
+    def _try_again(self, prompts: Sequence[list[int]], tries: Sequence[list[Generation]]) -> None:
+        """Add to the answers that were cut a second try with twice the budget, or what the context leaves of it."""
+        budgets: dict[int, list[int]] = defaultdict(list)
+        for number, (answer,) in enumerate(tries):
+            if answer.cut:
+                budget = min(2 * self.settings.max_new_tokens, self.limit - len(prompts[number]))
+                if budget > self.settings.max_new_tokens:
+                    budgets[budget].append(number)
+        for budget, numbers in budgets.items():
+            for number, answer in zip(numbers, self._write([prompts[n] for n in numbers], budget), strict=True):
+                tries[number].append(answer)
+
     def _read(
-        self, answers: list[Generation], characters: int, confidence: bool, between: Callable[[], None]
+        self, tries: list[list[Generation]], text: str, confidence: bool, between: Callable[[], None]
     ) -> Extraction:
-        if not answers:
+        if not tries:
             return Extraction(
                 None,
-                f"the document ({characters:,} characters) does not fit the {self.room:,} tokens that there are for "
+                f"the document ({len(text):,} characters) does not fit the {self.room:,} tokens that there are for "
                 "the prompt; pass --long split, or raise --max_len where the model allows it",
                 "",
                 pieces=0,
             )
-        results = [read_json(answer, self.schema) for answer in answers]
-        failed = [f"piece {number}: {error}" for number, (_, error) in enumerate(results, start=1) if error]
-        value, error = results[0]
-        scores: dict[str, float] = {}
-        if len(answers) > 1 and failed:
-            value, error = None, failed[0]
-        elif not failed and (confidence or len(answers) > 1):
-            parts = []
-            for answer in answers:
-                between()
-                parts.append(long_documents.scored(answer, self.tokenizer))
-            merged = long_documents.merge(parts)
-            value, scores = long_documents.plain(merged), long_documents.confidences(merged)
-            error = next(iter(json_schema.errors(value, self.schema)), None)
+        answers = [of_piece[-1] for of_piece in tries]
+        value, error, scores = self._value(answers, confidence, between)
+        running = wholeness.ran_on(value, text)
+        cut = running or any(answer.cut for answer in answers)
+        budget = max(len(of_piece) for of_piece in tries) * self.settings.max_new_tokens
         return Extraction(
             value,
             error,
             "\n".join(answer.text for answer in answers),
             scores if confidence else {},
-            sum(len(answer.tokens) for answer in answers),
+            sum(len(answer.tokens) for of_piece in tries for answer in of_piece),
             len(answers),
+            wholeness.message(budget, running) if cut else None,
         )
+
+    def _value(
+        self, answers: list[Generation], confidence: bool, between: Callable[[], None]
+    ) -> tuple[Any, str | None, dict[str, float]]:
+        """(value, why it is no valid answer or None, confidences) of the answers to the pieces of a document."""
+        results = [read_json(answer, self.schema) for answer in answers]
+        failed = [f"piece {number}: {error}" for number, (_, error) in enumerate(results, start=1) if error]
+        value, error = results[0]
+        if len(answers) > 1 and failed:
+            return None, failed[0], {}
+        if failed or not (confidence or len(answers) > 1):
+            return value, error, {}
+        parts = []
+        for answer in answers:
+            between()
+            parts.append(long_documents.scored(answer, self.tokenizer))
+        merged = long_documents.merge(parts)
+        value = long_documents.plain(merged)
+        return value, next(iter(json_schema.errors(value, self.schema)), None), long_documents.confidences(merged)
 
 
 def read_json(answer: Generation, schema: json_schema.Schema) -> tuple[Any, str | None]:

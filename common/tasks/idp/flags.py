@@ -23,9 +23,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="split",
         help="a document beyond --max_len: split at line ends and merge by confidence, or refuse (default: split)",
     )
+    parser.add_argument(
+        "--on_cut",
+        choices=("retry", "flag"),
+        default="retry",
+        help="an answer that --max_new_tokens has cut: once more with twice of it, or only flag it (default: retry)",
+    )
     add_model_flags(parser)
 
 
 def extraction_settings(args: argparse.Namespace) -> ExtractionSettings:
     """How the flags of `add_flags` want documents to be read."""
-    return ExtractionSettings(args.max_new_tokens, args.max_len, args.long)
+    return ExtractionSettings(args.max_new_tokens, args.max_len, args.long, args.on_cut)

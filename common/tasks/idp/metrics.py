@@ -15,7 +15,7 @@ from common.tasks.idp.field_metrics import MISSING, Leaf, compare, counts, same
 
 EXAMPLES = 3  # of each kind of error
 KINDS_OF_ERROR = 12
-RATES = ("valid_json_rate", "schema_valid_rate", "exact_match", "exact_match_normalised")
+RATES = ("valid_json_rate", "schema_valid_rate", "exact_match", "exact_match_normalised", "cut_rate")
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,23 @@ class JudgedDocument:
     valid_json: bool
     schema_valid: bool
     text: str
+    cut: bool = False
 
     def rate(self, name: str) -> bool:
         """The document's share in one of `RATES`."""
         if name.startswith("exact_match"):
             exact = name == "exact_match"
             return self.valid_json and all(leaf.exact if exact else leaf.normalised for leaf in self.leaves)
+        if name == "cut_rate":
+            return self.cut
         return self.valid_json if name == "valid_json_rate" else self.schema_valid
 
 
 def judge(fields: dict, extraction: Extraction) -> JudgedDocument:
     """Compare an extraction with the true fields; an answer that is no JSON has value nothing."""
     value = extraction.value
-    return JudgedDocument(compare(fields, value), value is not None, extraction.error is None, extraction.text)
+    leaves, cut = compare(fields, value), extraction.cut is not None
+    return JudgedDocument(leaves, value is not None, extraction.error is None, extraction.text, cut)
 
 
 def evaluate(judged: Sequence[JudgedDocument], groups: Sequence[str], seed: int = 0) -> dict[str, Any]:

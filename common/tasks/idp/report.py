@@ -28,6 +28,7 @@ METRICS = (
     ("field_f1", "field F1", "of precision and recall over all fields of all documents"),
     ("field_f1_normalised", "normalised F1", "the same, however a date, an amount or white space is written"),
     ("exact_match", "exact match", "share of documents with every field right and none invented"),
+    ("cut_rate", "cut", "share of answers that the token budget ended, or in which a value ran on"),
 )
 COMPARED = ("schema_valid_rate", "field_f1", "exact_match")
 HEADINGS = {key: heading for key, heading, _ in METRICS}

@@ -47,6 +47,7 @@ def test_evaluation(capsys, tiny_base, schema_file, dataset, tmp_path):
     assert model["groups"] == 24
     assert model["schema_valid_rate"] == {"value": 1, "low": 1, "high": 1}
     assert model["unconstrained"]["schema_valid_rate"]["value"] == 0
+    assert 0 <= model["cut_rate"]["value"] <= 1
     assert model["constraint_difference"]["schema_valid_rate"]["value"] == 1
     assert {"field_f1", "exact_match", "valid_json_rate", "per_field", "tokens_per_s"} <= model.keys()
     assert "errors" not in model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from common.evaluation.bootstrap import mean_interval, ratio_interval
@@ -107,7 +109,7 @@ def test_metrics_equal_their_definition():
     rows = [
         ({"a": "x", "b": 1.5}, answer({"a": "x", "b": 1.5})),
         ({"a": "y", "b": 2.0}, answer({"a": "y", "b": "2.00", "c": "z"}, "c is not asked for")),
-        ({"a": "z"}, answer(None, "not JSON")),
+        ({"a": "z"}, replace(answer(None, "not JSON"), cut="the answer is cut")),
     ]
     judged = [idp_metrics.judge(fields, extraction) for fields, extraction in rows]
     result = idp_metrics.evaluate(judged, ["g1", "g2", "g2"], seed=1)
@@ -118,6 +120,7 @@ def test_metrics_equal_their_definition():
         "schema_valid_rate": pytest.approx(1 / 3, abs=1e-6),
         "exact_match": pytest.approx(1 / 3, abs=1e-6),
         "exact_match_normalised": pytest.approx(1 / 3, abs=1e-6),
+        "cut_rate": pytest.approx(1 / 3, abs=1e-6),
         "field_precision": pytest.approx(3 / 5, abs=1e-6),
         "field_recall": pytest.approx(3 / 5, abs=1e-6),
         "field_f1": pytest.approx(6 / 10, abs=1e-6),
