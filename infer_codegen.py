@@ -113,7 +113,7 @@ def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) 
     if sys.stdout.isatty() and args.num_samples == 1:
         if plans:
             show_plan(plans[0][0], args.show_plan)
-        streamer = writer.streamer(args.prompt, sys.stdout)
+        streamer = writer.streamer(args.prompt, sys.stdout, thinking=decoding.thinking)
     (answers,) = writer.write([args.prompt], decoding, plans, streamer=streamer)
     if streamer is None:
         for number, answer in enumerate(answers, start=1):

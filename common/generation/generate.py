@@ -17,7 +17,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from common.cli import UserError
 from common.generation.decoding import Decoding
-from common.generation.result import Generation, final_answer
+from common.generation.result import THINKING_ENDS, Generation, final_answer
+from common.models import chat_template
 from common.models.batching import MAX_BATCH_TOKENS, by_token_budget, context_of
 from common.models.tokenizers import decode, stop_ids
 
@@ -35,6 +36,7 @@ def generate(
     processors: Callable[[list[int]], list[LogitsProcessor]] | None = None,
     stop: Callable[[int, str], bool] | None = None,
     streamer: BaseStreamer | None = None,
+    whole: bool = False,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[list[Generation]]:
     """`decoding.num_samples` answers to each prompt, [prompt][sample].
@@ -46,28 +48,30 @@ def generate(
         prompts: token ids, as `tokenizers.encode_prompt` makes them.
         processors: called for every batch with the prompt number of each of its rows; returns processors of the scores
             of those rows, new ones each time; an `EndingProcessor` tells where it ended one. They see the scores before
-            temperature and top_p. A text that they hold to a grammar is an answer as a whole: no thinking is looked for
-            in it.
+            temperature and top_p. A text that they hold to a grammar is an answer as a whole: where `decoding.thinking`
+            asks for it the model thinks before that, freely, within a budget of `decoding.max_new_tokens` of its own.
         stop: called with the number of a prompt and its answer so far after every token; True ends that.
         streamer: gets the tokens as they come; for one prompt and one sample.
+        whole: the text is all that was written, its thinking included.
         max_batch_tokens: bounds rows x (longest prompt + max_new_tokens) of a batch; one row always goes.
 
     Raises:
-        UserError: a prompt does not fit the model's context with `decoding.max_new_tokens`.
+        UserError: a prompt does not fit the model's context with `decoding.max_new_tokens`; a model is to think before
+            JSON whose chat template knows no thinking.
     """
-    max_new_tokens, context = decoding.max_new_tokens, context_of(model.config)
-    for number, prompt in enumerate(prompts, start=1):
-        if len(prompt) + max_new_tokens > context:
-            raise UserError(
-                f"prompt {number} has {len(prompt)} tokens and with {max_new_tokens} new ones does not fit the model's "
-                f"context of {context}; shorten it, or lower --max_new_tokens"
-            )
+    max_new_tokens = decoding.max_new_tokens
+    thinks_first = decoding.thinking and processors is not None
+    _check_context(prompts, max_new_tokens * (1 + thinks_first), context_of(model.config))
+    if thinks_first:
+        prompts = _think(model, tokenizer, prompts, decoding, max_batch_tokens)
     answers: list[list[Generation]] = [[] for _ in prompts]
     ends = set(stop_ids(tokenizer, model.generation_config))
 
-    def read(tokens: Sequence[int]) -> str:
+    opened = [decoding.thinking and chat_template.opens_thinking(tokenizer, prompt) for prompt in prompts]
+
+    def read(row: int, tokens: Sequence[int]) -> str:
         text = decode(tokenizer, tokens)
-        return text if processors else final_answer(text)
+        return text if processors or whole else final_answer(chat_template.THINK * opened[row] + text)
 
     wanted = [row for row in range(len(prompts)) for _ in range(decoding.num_samples)]  # samples of a prompt in order
     sample_numbers = [0] * len(prompts)
@@ -83,12 +87,13 @@ def generate(
             chain.append(_Sample(keys, decoding.temperature, decoding.top_p))
         asked = [prompts[row] for row in rows]
         stops = [partial(stop, row) for row in rows] if stop else [None] * len(rows)
-        stop_text = _StopText(read, max(map(len, asked)), stops) if stop else None
+        reads = [partial(read, row) for row in rows]
+        stop_text = _StopText(reads, max(map(len, asked)), stops) if stop else None
         tokens = _generate_batch(model, tokenizer, asked, max_new_tokens, chain, stop_text, streamer)
         logprobs = recorder.finish(tokens)
         closed = {place for each in grammar if isinstance(each, EndingProcessor) for place in each.closed_rows()}
         for place, (row, ids, chances) in enumerate(zip(rows, tokens.tolist(), logprobs, strict=True)):
-            answer = _answer(read, ends, ids, chances, max_new_tokens, stops[place])
+            answer = _answer(reads[place], ends, ids, chances, max_new_tokens, stops[place])
             answers[row].append(replace(answer, cut=place in closed or not answer.finished))
     return answers
 
@@ -99,6 +104,45 @@ class EndingProcessor(LogitsProcessor):
     def closed_rows(self) -> list[int]:
         """The rows of the batch in which it has."""
         raise NotImplementedError
+
+
+def _check_context(prompts: Sequence[Sequence[int]], new_tokens: int, context: int) -> None:
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) + new_tokens > context:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens and with {new_tokens} new ones does not fit the model's "
+                f"context of {context}; shorten it, or lower --max_new_tokens"
+            )
+
+
+def _think(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    max_batch_tokens: int,
+) -> list[list[int]]:
+    """Each prompt with the model's thinking behind it, ended by one `</think>`: an answer can begin at its end.
+
+    Thinking that the model does not end within the budget is ended for it. Samples of a prompt share one thinking.
+    """
+    if not chat_template.thinks(tokenizer):
+        raise UserError("the model's chat template knows no thinking; ask without it")
+    end = tokenizer.encode(f"\n{chat_template.THINK_END}\n\n", add_special_tokens=False)
+    thoughts = generate(
+        model,
+        tokenizer,
+        prompts,
+        replace(decoding, max_new_tokens=max(1, decoding.max_new_tokens - len(end)), num_samples=1),
+        stop=lambda _, text: THINKING_ENDS.search(text) is not None,
+        whole=True,
+        max_batch_tokens=max_batch_tokens,
+    )
+    closed = []
+    for prompt, (thought,) in zip(prompts, thoughts, strict=True):
+        text = THINKING_ENDS.split(thought.text)[0].rstrip()
+        closed.append([*prompt, *tokenizer.encode(text, add_special_tokens=False), *end])
+    return closed
 
 
 @torch.inference_mode()
@@ -209,10 +253,13 @@ class _StopText(StoppingCriteria):
     """Ends each row whose text satisfies its `stops`."""
 
     def __init__(
-        self, read: Callable[[Sequence[int]], str], prompt_length: int, stops: Sequence[Callable[[str], bool]]
+        self,
+        reads: Sequence[Callable[[Sequence[int]], str]],
+        prompt_length: int,
+        stops: Sequence[Callable[[str], bool]],
     ) -> None:
-        self.read, self.prompt_length, self.stops = read, prompt_length, stops
+        self.reads, self.prompt_length, self.stops = reads, prompt_length, stops
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        texts = [self.read(row) for row in input_ids[:, self.prompt_length :].tolist()]
-        return torch.tensor([stop(text) for stop, text in zip(self.stops, texts, strict=True)], device=input_ids.device)
+        rows = zip(self.stops, self.reads, input_ids[:, self.prompt_length :].tolist(), strict=True)
+        return torch.tensor([stop(read(tokens)) for stop, read, tokens in rows], device=input_ids.device)

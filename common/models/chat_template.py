@@ -45,6 +45,17 @@ def render(
         raise refusal(error) from error
 
 
+def thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template knows of thinking before an answer."""
+    return THINK_END in (tokenizer.chat_template or "")
+
+
+def opens_thinking(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> bool:
+    """Whether a prompt, as token ids, ends inside `<think>`, so that the model goes on with its thinking."""
+    _, opened, inside = tokenizer.decode(list(prompt[-len(THINK) - 8 :])).rpartition(THINK)
+    return bool(opened) and not inside.strip()
+
+
 def thinking_switches(thinking: bool) -> dict[str, bool]:
     """The variables by which templates are told to let the model think; unset they leave it as `answer_at_once` has."""
     return {"enable_thinking": True, "thinking": True} if thinking else {}

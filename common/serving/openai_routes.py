@@ -57,6 +57,14 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class TemplateSettings(BaseModel):
+    """vLLM's and llama.cpp's way to tell a chat template what to do; `thinking` is what some templates call it."""
+
+    model_config = ConfigDict(extra="forbid")
+    enable_thinking: bool = False
+    thinking: bool = False
+
+
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 
 
@@ -76,6 +84,7 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    chat_template_kwargs: TemplateSettings = Field(TemplateSettings(), description="enable_thinking; default: off")
     tools: list[Any] | None = Field(None, description="not supported")
     functions: list[Any] | None = Field(None, description="not supported")
     logprobs: bool | None = Field(None, description="not supported")
@@ -156,6 +165,7 @@ def _work(body: ChatRequest, schema: dict[str, Any] | bool | None) -> Chat:
         stop=tuple(stop),
         schema=None if schema is None else json.dumps(schema),
         alone=next(_alone) if body.stream else 0,
+        thinking=body.chat_template_kwargs.enable_thinking or body.chat_template_kwargs.thinking,
     )
 
 

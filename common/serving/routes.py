@@ -65,6 +65,7 @@ class ExtractRequest(BaseModel):
     on_cut: Literal["retry", "flag"] = Field(
         "retry", description="An answer that `max_new_tokens` has cut: once more with twice of it, or only flag it"
     )
+    thinking: bool = Field(False, description="Let a reasoning model think first, within max_new_tokens of its own")
 
 
 class ExtractAnswer(BaseModel):
@@ -83,6 +84,7 @@ class CodeRequest(BaseModel):
     plan_then_code: bool = False
     run: RunName | None = Field(None, description="default: the newest run with code in its name, else the base")
     max_new_tokens: Tokens = ANSWER_TOKENS
+    thinking: bool = Field(False, description="Let a reasoning model think first, within max_new_tokens")
 
 
 class CodeAnswerBody(BaseModel):
@@ -191,7 +193,7 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
         version = await server.find(body.run or server.newest("idp"))
         schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
         await server.check_schema(schema, "schema")
-        work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut)
+        work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut, body.thinking)
         extraction = await server.answer(request, version, work, body.document, tokens=estimate(body.document))
         error = extraction.error
         facts = {"valid": error is None, "cut": extraction.cut is not None, "tokens": extraction.tokens}
@@ -213,7 +215,7 @@ def _add_code(app: FastAPI, server: Server) -> None:
         """Code for a task, as infer_codegen.py writes it; it is not run here."""
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("code"))
-        work = WriteCode(body.plan_then_code, body.max_new_tokens)
+        work = WriteCode(body.plan_then_code, body.max_new_tokens, body.thinking)
         written = await server.answer(request, version, work, body.prompt, tokens=estimate(body.prompt))
         facts = {"finished": written.finished, "tokens": written.tokens}
         server.record(request, version, work.name, started, body.prompt, **facts)

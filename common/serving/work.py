@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.cli import UserError
 from common.generation.decoding import Decoding
-from common.models import tokenizers
+from common.models import chat_template, tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
 from common.serving.messages import Unusable
@@ -75,6 +75,7 @@ class Extract:
     schema: str  # as JSON
     max_new_tokens: int
     on_cut: str = "retry"
+    thinking: bool = False
     name: ClassVar[str] = "idp"
     urgent: ClassVar[bool] = False
 
@@ -85,7 +86,7 @@ class Extract:
         def make() -> Extractor:
             schema = json.loads(self.schema)
             loaded = LoadedModel(view.model, view.tokenizer, view.host.settings.max_batch_tokens)
-            settings = ExtractionSettings(self.max_new_tokens, on_cut=self.on_cut)
+            settings = ExtractionSettings(self.max_new_tokens, on_cut=self.on_cut, thinking=self.thinking)
             return Extractor(loaded, schema, json_schema.preflight(schema), settings)
 
         return view.keep(self, make).extract(payloads, between=view.host.between_steps)
@@ -97,12 +98,13 @@ class WriteCode:
 
     plan_then_code: bool
     max_new_tokens: int
+    thinking: bool = False
     name: ClassVar[str] = "codegen"
     urgent: ClassVar[bool] = False
 
     def run(self, view: View, payloads: Sequence[str]) -> list[CodeAnswer]:
         writer: CodeWriter = view.keep("code writer", lambda: _code_writer(view))
-        decoding = Decoding(self.max_new_tokens)
+        decoding = Decoding(self.max_new_tokens, thinking=self.thinking)
         plans = writer.plan(payloads, decoding) if self.plan_then_code else None
         return [samples[0] for samples in writer.write(payloads, decoding, plans)]
 
@@ -143,6 +145,7 @@ class Chat:
         stop: texts that end an answer and are no part of it.
         schema: as JSON; None lets the model write freely.
         alone: a number that no other request has, for one whose text is sent as it comes.
+        thinking: let a model that reasons think first; what it thinks is no part of the answer.
     """
 
     max_tokens: int | None
@@ -153,23 +156,24 @@ class Chat:
     stop: tuple[str, ...]
     schema: str | None
     alone: int = 0
+    thinking: bool = False
     name: ClassVar[str] = "chat"
     urgent: ClassVar[bool] = False
 
     def run(self, view: View, payloads: Sequence[ChatTurn]) -> list[ChatAnswer]:
         from common.generation import generate as generation
 
-        prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages) for turn in payloads]
+        prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages, thinking=self.thinking) for turn in payloads]
         context = context_of(view.model.config)
         budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - max(map(len, prompts))))
         generations = generation.generate(
             view.model,
             view.tokenizer,
             prompts,
-            Decoding(budget, self.temperature, self.top_p, self.samples, self.seed),
+            Decoding(budget, self.temperature, self.top_p, self.samples, self.seed, self.thinking),
             processors=self._processors(view, budget),
             stop=(lambda number, text: any(stop in text for stop in self.stop)) if self.stop else None,
-            streamer=_streamer(view, self.schema is not None) if payloads[0].stream else None,
+            streamer=_streamer(view, prompts[0], self.schema is not None) if payloads[0].stream else None,
             max_batch_tokens=view.host.settings.max_batch_tokens,
         )
         return [ChatAnswer(choices, len(prompt)) for choices, prompt in zip(generations, prompts, strict=True)]
@@ -195,13 +199,15 @@ class Chat:
         return text[: min((start for stop in self.stop if (start := text.find(stop)) >= 0), default=len(text))]
 
 
-def _streamer(view: View, all_answer: bool) -> BaseStreamer:
+def _streamer(view: View, prompt: Sequence[int], all_answer: bool) -> BaseStreamer:
     """Sends a text as it comes; unless it is `all_answer`, without the thinking before its answer."""
     from transformers import TextStreamer
 
     from common.generation.result import AnswerStream
 
     answer = AnswerStream()
+    if chat_template.opens_thinking(view.tokenizer, prompt):
+        answer.feed(chat_template.THINK)
 
     class Emitter(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

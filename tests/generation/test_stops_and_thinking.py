@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 
 import pytest
+from support.chat_templates import FAMILIES, tokenizer_of
 from support.logits import Only
+from support.models import build_base
 
+from common.cli import UserError
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
 from common.generation.result import AnswerStream, final_answer
@@ -23,6 +26,19 @@ def model(tiny_base):
 @pytest.fixture(scope="module")
 def prompts(tokenizer) -> list[list[int]]:
     return [tokenizers.encode_prompt(tokenizer, "Age: 31")]
+
+
+def says(monkeypatch, model, ids):
+    """Makes the model write `ids`, whatever it is asked."""
+    forward, script = model.forward, iter(ids)
+
+    @functools.wraps(forward)
+    def scripted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits[:, -1, next(script)] = 1e4
+        return output
+
+    monkeypatch.setattr(model, "forward", scripted)
 
 
 def test_answers_end_at_every_stop_token(model, tokenizer, prompts, monkeypatch):
@@ -65,15 +81,7 @@ def test_an_answer_is_what_stands_behind_the_thinking(text, answer):
 def test_thinking_is_no_part_of_the_answer(model, tokenizer, prompts, monkeypatch):
     """Neither of its text, nor of what `stop` looks at; a text under a grammar is all answer."""
     ids = tokenizer.encode("Bad</think>Good", add_special_tokens=False)
-    forward, script = model.forward, iter([*ids, tokenizer.eos_token_id])
-
-    @functools.wraps(forward)
-    def scripted(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits[:, -1, next(script)] = 1e4
-        return output
-
-    monkeypatch.setattr(model, "forward", scripted)
+    says(monkeypatch, model, [*ids, tokenizer.eos_token_id])
     seen: list[str] = []
 
     def stop(number: int, text: str) -> bool:
@@ -92,6 +100,57 @@ def test_thinking_is_no_part_of_the_answer(model, tokenizer, prompts, monkeypatc
         processors=lambda rows: [Only([[*ids, tokenizer.eos_token_id]])],
     )
     assert answer.text == "Bad</think>Good"
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    """A tiny model whose template opens `<think>` in the prompt, and its tokenizer."""
+    tokenizer = tokenizers.align(tokenizer_of(FAMILIES["qwq"]))
+    folder = build_base(tmp_path_factory.mktemp("thinker"), tokenizer)
+    return models.load_base(ModelSource(folder, dtype="float32")).eval(), tokenizer
+
+
+@pytest.mark.parametrize(("thought", "budget"), [("\nBad? No.\n</think>", 40), ("Bad? No. Or so, or so", 18)])
+def test_a_model_thinks_before_a_text_that_a_grammar_holds(thought, budget, thinker, monkeypatch):
+    """Freely, to the end of its thinking or of the budget; the answer then follows a `</think>`, and is all text."""
+    model, tokenizer = thinker
+    good = tokenizer.encode("Good", add_special_tokens=False)
+    prompt = tokenizers.encode_prompt(tokenizer, "Age: 31", thinking=True)
+    asked, generate = [], model.generate
+
+    def watched(input_ids, **kwargs):
+        asked.append(tokenizer.decode(input_ids[0]))
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "generate", watched)
+    end = [tokenizer.eos_token_id]
+    thoughts = tokenizer.encode(thought, add_special_tokens=False)
+    closing = len(tokenizer.encode("\n</think>\n\n", add_special_tokens=False))
+    says(monkeypatch, model, [*thoughts[: budget - closing], *good, *end])
+    ((answer,),) = generation.generate(
+        model,
+        tokenizer,
+        [prompt],
+        Decoding(budget, thinking=True),
+        processors=lambda rows: [Only([[*good, *end]])],
+    )
+    assert (answer.text, answer.tokens, answer.finished) == ("Good", good, True)
+    assert len(asked) == 2 and asked[1].startswith(asked[0])
+    added = asked[1].removeprefix(asked[0])
+    assert added.endswith("\n</think>\n\n") and added.count("</think>") == 1 and "Bad? No." in added
+
+
+def test_no_thinking_before_a_grammar_where_the_template_knows_none(model, tokenizer, prompts):
+    with pytest.raises(UserError, match="knows no thinking"):
+        generation.generate(model, tokenizer, prompts, Decoding(4, thinking=True), processors=lambda rows: [])
+
+
+def test_thinking_that_the_prompt_has_opened_is_no_answer_when_the_budget_ends_it(thinker, monkeypatch):
+    model, tokenizer = thinker
+    prompt = tokenizers.encode_prompt(tokenizer, "Age: 31", thinking=True)
+    says(monkeypatch, model, tokenizer.encode("x = 1 it may be", add_special_tokens=False))
+    ((answer,),) = generation.generate(model, tokenizer, [prompt], Decoding(6, thinking=True))
+    assert (answer.text, answer.finished, len(answer.tokens)) == ("", False, 6)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import os
 import random
 
 import pytest
+from support.chat_templates import FAMILIES, tokenizer_of
+from support.models import build_base
 from support.processes import wait_for
 from support.served import ROWS, serve
 
@@ -59,6 +61,31 @@ def test_a_document_as_infer_idp_reads_it(served, loaded, runs):
         "cut": wanted.cut is not None,
     }
     assert json_schema.errors(answer["fields"], SCHEMA) == []
+
+
+def test_thinking_is_asked_for_and_no_part_of_an_answer(tmp_path):
+    """By each route, of a base whose template opens it; one whose template knows none is not asked to think."""
+    tokenizer = tokenizers.align(tokenizer_of(FAMILIES["qwq"]))
+    base = build_base(tmp_path / "base", tokenizer)
+    switch = {"chat_template_kwargs": {"enable_thinking": True}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "boolean"}}}
+    chat = {"model": "base", "messages": [{"role": "user", "content": "Age: 23"}], "max_tokens": 8}
+    with serve(tmp_path / "none", base_model=base) as served:
+        document = {"document": DOCUMENT, "schema": {"type": "boolean"}, "max_new_tokens": 8}
+        for thinking in (False, True):
+            assert served.post("/infer/idp", {**document, "thinking": thinking})["fields"] in (True, False)
+        assert served.post("/infer/codegen", {"prompt": "Add.", "max_new_tokens": 8, "thinking": True})["code"] == ""
+        plain, thought = (served.post("/v1/chat/completions", {**chat, **more}) for more in ({}, switch))
+        assert thought["usage"]["prompt_tokens"] < plain["usage"]["prompt_tokens"]  # not closed again
+        assert thought["choices"][0]["message"]["content"] == ""
+        held = served.post("/v1/chat/completions", {**chat, **switch, "response_format": form})
+        assert held["choices"][0]["message"]["content"] in ("true", "false")
+        served.refused(422, "/v1/chat/completions", {**chat, "chat_template_kwargs": {"documents": []}})
+
+
+def test_a_model_without_thinking_does_not_think_before_json(served):
+    ask = {"document": DOCUMENT, "schema": SCHEMA, "run": "sft", "max_new_tokens": 80, "thinking": True}
+    assert "knows no thinking" in served.refused(422, "/infer/idp", ask)
 
 
 def test_the_default_schema_and_run(runs, tmp_path):

@@ -139,9 +139,19 @@ class CodeWriter:
                 row.append(self._answer(task, plan, generation))
         return answers
 
-    def streamer(self, task: str, out: TextIO) -> BaseStreamer | None:
-        """Writes the code of one answer to `out` line by line; None for a model whose code is known at its end only."""
-        return _code_streamer(self.tokenizer, task, out) if self.style.chat else None
+    def streamer(self, task: str, out: TextIO, *, thinking: bool = False) -> BaseStreamer | None:
+        """Writes the code of one answer to `out` line by line; None for a model whose code is known at its end only.
+
+        Args:
+            thinking: the model is asked to think first, which is not written.
+        """
+        from common.models import chat_template, tokenizers
+
+        if not self.style.chat:
+            return None
+        prompt = tokenizers.encode_prompt(self.tokenizer, task, thinking=thinking)
+        opened = chat_template.THINK * chat_template.opens_thinking(self.tokenizer, prompt)
+        return _code_streamer(self.tokenizer, task, out, opened)
 
     def write_each(
         self, tasks: Sequence[str], decoding: Decoding, plan_first: bool = False
@@ -269,13 +279,13 @@ def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_c
     return None if tokenizer.eos_token_id in ends else eos
 
 
-def _code_streamer(tokenizer: PreTrainedTokenizerBase, task: str, out: TextIO) -> BaseStreamer:
+def _code_streamer(tokenizer: PreTrainedTokenizerBase, task: str, out: TextIO, opened: str) -> BaseStreamer:
     from transformers import TextStreamer
 
     names = names_asked_for(task)
 
     class CodeStreamer(TextStreamer):
-        text = shown = ""
+        text, shown = opened, ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text

@@ -33,12 +33,14 @@ class ExtractionSettings:
         max_len: tokens of prompt and answer together; None: the model's context.
         long: "split" or "refuse" a document that does not fit.
         on_cut: "retry" an answer that the budget has cut once, with up to twice the budget, or only "flag" it.
+        thinking: let a model that reasons think before each answer, within a budget of `max_new_tokens` of its own.
     """
 
     max_new_tokens: int = 512
     max_len: int | None = None
     long: str = "split"
     on_cut: str = "retry"
+    thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,14 @@ class Extractor:
         self.model, self.tokenizer, self.max_batch_tokens = loaded.model, loaded.tokenizer, loaded.max_batch_tokens
         self.schema, self.settings = schema, settings
         max_new_tokens, context = settings.max_new_tokens, context_of(loaded.model.config)
-        self.limit = min(settings.max_len or context, context)  # of prompt and answer
-        self.room = self.limit - max_new_tokens  # for the prompt
+        self.limit = min(settings.max_len or context, context)  # of prompt, thinking and answer
+        written = max_new_tokens * (1 + settings.thinking)
+        self.room = self.limit - written  # for the prompt
         bare = len(self.encode(""))
         if self.room < bare + SMALLEST_PIECE:
             raise UserError(
-                f"the schema takes {bare} tokens and the answer {max_new_tokens}, which leaves no room for a document "
-                f"in {self.room + max_new_tokens}; lower --max_new_tokens, or raise --max_len where the model allows it"
+                f"the schema takes {bare} tokens and the answer {written}, which leaves no room for a document "
+                f"in {self.room + written}; lower --max_new_tokens, or raise --max_len where the model allows it"
             )
         self.grammar = None
         if preflight is not None:
@@ -104,7 +107,9 @@ class Extractor:
 
     def encode(self, document: str) -> list[int]:
         """The token ids of the prompt for a document, or a piece of one."""
-        return tokenizers.encode_prompt(self.tokenizer, prompt.user_turn(document, self.schema))
+        return tokenizers.encode_prompt(
+            self.tokenizer, prompt.user_turn(document, self.schema), thinking=self.settings.thinking
+        )
 
     def pieces(self, document: str, between: Callable[[], None] = lambda: None) -> list[str]:
         """A clean document as pieces whose prompts fit; none where it is to be refused instead.
@@ -148,7 +153,7 @@ class Extractor:
             self.model,
             self.tokenizer,
             prompts,
-            Decoding(budget),
+            Decoding(budget, thinking=self.settings.thinking),
             processors=self.grammar.processors(budget) if self.grammar else None,
             max_batch_tokens=self.max_batch_tokens,
         )
@@ -159,7 +164,8 @@ class Extractor:
         budgets: dict[int, list[int]] = defaultdict(list)
         for number, (answer,) in enumerate(tries):
             if answer.cut:
-                budget = min(2 * self.settings.max_new_tokens, self.limit - len(prompts[number]))
+                left = (self.limit - len(prompts[number])) // (1 + self.settings.thinking)
+                budget = min(2 * self.settings.max_new_tokens, left)
                 if budget > self.settings.max_new_tokens:
                     budgets[budget].append(number)
         for budget, numbers in budgets.items():

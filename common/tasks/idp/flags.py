@@ -29,9 +29,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="retry",
         help="an answer that --max_new_tokens has cut: once more with twice of it, or only flag it (default: retry)",
     )
+    parser.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        default="off",
+        help="on: let a reasoning model think before its answer, within --max_new_tokens of its own",
+    )
     add_model_flags(parser)
 
 
 def extraction_settings(args: argparse.Namespace) -> ExtractionSettings:
     """How the flags of `add_flags` want documents to be read."""
-    return ExtractionSettings(args.max_new_tokens, args.max_len, args.long, args.on_cut)
+    return ExtractionSettings(args.max_new_tokens, args.max_len, args.long, args.on_cut, args.thinking == "on")

@@ -44,11 +44,13 @@ def test_code_is_asked_for_at_once_unless_thinking_is_on(name, folders, monkeypa
     assert after_thinking in ("", "<think>\n")
 
 
-def test_code_is_streamed_from_behind_the_thinking(folders):
-    model, tokenizer = models.load_for_inference(ModelSource(folders["qwen3"]))
+@pytest.mark.parametrize(("name", "opening"), [("qwen3", "<think>\n"), ("qwq", "")])
+def test_code_is_streamed_from_behind_the_thinking(name, opening, folders):
+    """Also where the prompt has begun it."""
+    model, tokenizer = models.load_for_inference(ModelSource(folders[name]))
     writer, out = CodeWriter(LoadedModel(model, tokenizer, 2048), CHAT), io.StringIO()
-    streamer = writer.streamer("Set x.", out)
-    text = "<think>\nPerhaps\n```python\nx = 1\n```\nNo.\n</think>\n\n```python\nx = 2\n```"
+    streamer = writer.streamer("Set x.", out, thinking=True)
+    text = f"{opening}Perhaps\n```python\nx = 1\n```\nNo.\n</think>\n\n```python\nx = 2\n```"
     for piece in (text[:20], text[20:45], text[45:70], text[70:]):
         streamer.on_finalized_text(piece)
     streamer.on_finalized_text("", stream_end=True)
