@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.fuzzing import try_every_operation
 from support.jobs_served import make_place, serve_jobs, settings
 from support.processes import wait_for
 
@@ -58,26 +59,7 @@ def test_the_description_names_every_setting(served):
 
 
 def test_schemathesis(served, done, tmp_path):
-    schemathesis = pytest.importorskip("schemathesis")
-    from hypothesis import HealthCheck, configuration, given
-    from hypothesis import settings as hypothesis_settings
-
-    configuration.set_hypothesis_home_dir(tmp_path)
-    schema = schemathesis.openapi.from_url(served.url + "/openapi.json")
-    # as in test_serve_api.py; and every generated job is refused, since its student is nowhere
-    names = ("allow_header_conformance", "negative_data_rejection", "positive_data_acceptance")
-    left_out = [schemathesis.checks.CHECKS.get_one(name) for name in names]
-    run = hypothesis_settings(max_examples=4, deadline=None, derandomize=True, database=None,
-                              suppress_health_check=list(HealthCheck))  # fmt: skip
-    tried = set()
-    for result in schema.get_all_operations():
-        operation = result.ok()
-
-        def check(case):
-            case.call_and_validate(excluded_checks=left_out, timeout=60)
-
-        run(given(case=operation.as_strategy())(check))()
-        tried.add(operation.path)
+    tried = try_every_operation(served.url, tmp_path)  # every generated job is refused: its student is nowhere
     assert tried >= {"/distill", "/jobs", "/status/{job_id}", "/events/{job_id}", "/download/{job_id}/{path}"}
 
 

@@ -9,6 +9,7 @@ import random
 
 import pytest
 from support.chat_templates import FAMILIES, tokenizer_of
+from support.fuzzing import try_every_operation
 from support.models import build_base
 from support.processes import wait_for
 from support.served import ROWS, serve
@@ -345,28 +346,9 @@ def short(work: type, budget: str):
 
 
 def test_schemathesis(served, monkeypatch, tmp_path):
-    schemathesis = pytest.importorskip("schemathesis")
-    from hypothesis import HealthCheck, configuration, given, settings
-
-    configuration.set_hypothesis_home_dir(tmp_path)
     for work in ("Extract", "WriteCode"):
         monkeypatch.setattr(routes, work, short(getattr(routes, work), "max_new_tokens"))
     monkeypatch.setattr(openai_routes, "Chat", short(openai_routes.Chat, "max_tokens"))
-    schema = schemathesis.openapi.from_url(served.url + "/openapi.json")
-    # FastAPI's lists of allowed methods are incomplete; pydantic takes `false` for 0 and 61.0 for 61; a name that no
-    # run has is refused although its schema is a string
-    names = ("allow_header_conformance", "negative_data_rejection", "positive_data_acceptance")
-    left_out = [schemathesis.checks.CHECKS.get_one(name) for name in names]
-    run = settings(max_examples=4, deadline=None, derandomize=True, database=None,
-                   suppress_health_check=list(HealthCheck))  # fmt: skip
     served.post("/infer/base", {"features": "Age: 1"})  # or it is not ready
-    tried = set()
-    for result in schema.get_all_operations():
-        operation = result.ok()
-
-        def check(case):
-            case.call_and_validate(excluded_checks=left_out, timeout=60)
-
-        run(given(case=operation.as_strategy())(check))()
-        tried.add(operation.path)
+    tried = try_every_operation(served.url, tmp_path)
     assert tried >= {"/infer/{run}", "/infer/idp", "/v1/chat/completions", "/models", "/metrics"}

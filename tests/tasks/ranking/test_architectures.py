@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from support.label_tasks import AWKWARD, TEXTS
 
 from common.cli import UserError
 from common.models import tokenizers
@@ -17,21 +18,6 @@ from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores, tree_li
 
 pytestmark = pytest.mark.processes
 
-TEXTS = [
-    "Age: 23, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98",
-    "Age: 4",
-    "Age: 35, Occupation: Lawyer, Annual Income: 143162.64, Outstanding Debt: 1303.01",
-    "Age: 4",
-    "",
-    "Age: 51, Occupation: Engineer, Annual Income: 9.5, Outstanding Debt: 0.25, a much longer row than the others are",
-]
-MANY_TOKENS = LabelTask(
-    name="many_tokens",
-    labels=("Bad", "Bad debt", "Bad debt, unpaid for very long", "größe", "日本 語"),
-    instruction="Which one?",
-    null_inputs=("N/A", "none"),
-    verbalizers={"Bad": ["Poor", "Not good at all"]},
-)
 SIZE = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -89,7 +75,7 @@ def model_of(name: str, tokenizer, **more):
     return model
 
 
-@pytest.mark.parametrize("task", [CREDITMIX, MANY_TOKENS], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [CREDITMIX, AWKWARD], ids=lambda task: task.name)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_scores_equal_the_definition(name, task, tokenizer):
     model = model_of(name, tokenizer)
@@ -110,7 +96,7 @@ def test_rows_longer_than_a_window_are_read_as_the_model_reads_them(name, tokeni
     rows = [f"{text} " * 4 for text in TEXTS]
     assert min(len(tokenizers.encode_prompt(tokenizer, CREDITMIX.prompt(row))) for row in rows) > WINDOW
     single = LabelTask("single", ("a", "b"), "Which?")
-    for task in (single, MANY_TOKENS):
+    for task in (single, AWKWARD):
         expected = naive_scores(model, tokenizer, task, rows)
         assert np.abs(TorchRanker(model, tokenizer, task).raw_scores(rows) - expected).max() < 2e-4
         assert np.abs(TorchRanker(model, tokenizer, task).raw_scores(rows[:1]) - expected[:1]).max() < 2e-4
@@ -121,8 +107,8 @@ def test_an_adapter_scores_as_it_does_by_the_definition(name, tokenizer):
     model = get_peft_model(model_of(name, tokenizer), LoraConfig(target_modules="all-linear", init_lora_weights=False))
     model.eval()
     multiply_once(model)
-    expected = naive_scores(model, tokenizer, MANY_TOKENS, TEXTS)
-    assert np.abs(TorchRanker(model, tokenizer, MANY_TOKENS).raw_scores(TEXTS) - expected).max() < 2e-4
+    expected = naive_scores(model, tokenizer, AWKWARD, TEXTS)
+    assert np.abs(TorchRanker(model, tokenizer, AWKWARD).raw_scores(TEXTS) - expected).max() < 2e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "gemma2", "granite"])

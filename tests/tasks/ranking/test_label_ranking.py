@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from support.label_tasks import AWKWARD, TEXTS
 
 from common.cli import UserError
 from common.models import loading as models
@@ -19,20 +20,6 @@ from common.tasks.ranking.ranker import cached_prior
 from common.tasks.ranking.task import LabelTask
 from common.tasks.ranking.torch_ranker import TorchRanker, label_scores, naive_scores
 
-TEXTS = [
-    "Age: 23, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98",
-    "Age: 4",
-    "Age: 35, Occupation: Lawyer, Annual Income: 143162.64, Outstanding Debt: 1303.01",
-    "",
-    "Age: 51, Occupation: Engineer, Annual Income: 9.5, Outstanding Debt: 0.25, a much longer row than the others are",
-]
-AWKWARD = LabelTask(
-    name="awkward",
-    labels=("Bad", "Bad debt", "Bad debt, unpaid for very long", "größe", "日本 語"),
-    instruction="Which one?",
-    null_inputs=("N/A", "none"),
-    verbalizers={"Bad": ["Poor", "Not good at all"]},
-)
 SIXTY = LabelTask("sixty", tuple(f"class number {i}" for i in range(60)), "Which class?", ("N/A",))
 
 
