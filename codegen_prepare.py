@@ -22,7 +22,7 @@ from pathlib import Path
 from common import cli
 from common.cli import UserError
 from common.data import rows as records
-from common.data import splits
+from common.data import splits, task_record
 from common.files import json_text, jsonl_text, sha256_file, sha256_text, write_together
 from common.sandbox import grading
 from common.tasks.codegen import mutation as code_mutation
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     manifest = {
         "task": "codegen",
+        task_record.MANIFEST_KEY: task_record.of_prompts(task_record.CODEGEN, "codegen", [row["input"] for row in sft]),
         "source": {"name": name, "sha256": digest},
         "synthetic": bool(args.synthesize),
         "seed": args.seed,

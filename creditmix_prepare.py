@@ -22,7 +22,7 @@ from pathlib import Path
 from common import cli
 from common.cli import UserError
 from common.data import rows as records
-from common.data import splits
+from common.data import splits, task_record
 from common.files import json_text, jsonl_text, read_json, sha256_file, sha256_text, write_together
 from common.tasks.ranking import creditmix, prepare
 from common.tasks.ranking.loading import load_task
@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts[file] = jsonl_text(members)
     manifest = {
         "task": task.name,
+        task_record.MANIFEST_KEY: task.record(),
         "source": {"name": name, "sha256": digest},
         "synthetic": counts["rows synthetic"] > 0,
         "seed": args.seed,

@@ -28,6 +28,7 @@ from common import cli
 from common.distillation import flags, trainers
 from common.distillation import rows as distill_rows
 from common.models.flags import parse_args
+from common.tasks import recognition
 from common.tasks.ranking.loading import load_task
 from common.training import run
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = flags.settings_of(parse_args(build_parser(), argv))
     task = load_task(settings.task)
     rows, held_out = distill_rows.read_both(settings, task)
-    record = run.start(settings, rows, argv)
+    task_of = (lambda *_: task.record()) if settings.labels else recognition.record_of
+    record = run.start(settings, rows, argv, task_of)
     with run.recorded_failure(record):
         from common.distillation.objective import Objective
 

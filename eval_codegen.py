@@ -117,6 +117,7 @@ def check_flags(args: argparse.Namespace) -> tuple[list[int], Decoding]:
         raise cli.UserError("--model_dir names the same model twice; name each once")
     for model_dir in args.model_dir:
         models.check_model_dir(model_dir, args.base)
+        codegen_flags.check_trained(model_dir)
     try:
         ks = sorted({1, *(cli.positive_int(part) for part in args.k.split(","))})
     except (ValueError, argparse.ArgumentTypeError) as error:

@@ -24,7 +24,7 @@ from common.files import read_json, sha256_file
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
-from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.loading import task_for
 from common.tasks.ranking.task import LabelTask
 
 DRIFTED = 3  # exit code of --fail_on_drift
@@ -60,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(build_parser(), argv)
-    task = load_task(args.task)
+    for model_dir in args.model_dir:
+        models.check_model_dir(model_dir, args.base)
+    task = task_for(args.task, *args.model_dir)
     check_flags(args, task)
     # after the checks, so that a mistyped flag answers before numpy and scipy are imported
     from common.tasks.ranking import evaluate
@@ -107,7 +109,6 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
     if not args.data and not args.fit_calibration:
         raise cli.UserError("give --data with the rows to judge on, or --fit_calibration with dev rows, or both")
     for model_dir in args.model_dir:
-        models.check_model_dir(model_dir, args.base)
         if args.fit_calibration and not Path(model_dir).is_dir():
             raise cli.UserError(f"--fit_calibration writes into the model's folder, and {model_dir} is not one")
     if len(set(args.model_dir)) < len(args.model_dir):

@@ -28,7 +28,7 @@ from common.models import adapters
 from common.models import loading as models
 from common.models.flags import add_model_flags, parse_args, source_of
 from common.models.source import ModelSource
-from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.loading import task_for
 
 NEW_TOKENS = {SQUAD: 32, ROWS: 256, LABELS: 1, TEXT: 1}
 
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     model_dirs = check_flags(args)
-    task = load_task(args.task) if args.task else None
+    task = task_for(args.task, *model_dirs.values()) if args.task else None
     selection = Selection(args.data, task, args.split, args.sample, args.seed, args.skip_bad_rows)
     kind = selection.kind
     rows, available = selection.read()

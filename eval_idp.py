@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError("--model_dir names the same model twice; name each once")
     for model_dir in args.model_dir:
         models.check_model_dir(model_dir, args.base)
-    schema = json_schema.load(args.schema)
+    schema = idp_flags.schema_of(args.schema, *args.model_dir)
     preflight = json_schema.preflight(schema, args.best_effort or args.decoding == "unconstrained")
 
     from common.tasks.idp import evaluate, metrics, report

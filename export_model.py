@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, run_record
+from common.data import task_record
 from common.export.gguf_quants import QUANTS
 from common.files import write_json
 from common.models import loading as models
 from common.models.flags import parse_args
-from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.loading import load_task, mismatch, trained_for
+from common.tasks.ranking.task import LabelTask
 
 FORMATS = ("merged", "onnx", "int8", "gguf", "gguf_lora")
 SCALES = ("block", "channel")
@@ -60,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep_lm_head", action="store_true", help="int8: leave the head in floating point")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     proof = parser.add_argument_group("proof")
-    proof.add_argument("--task", metavar="FILE.yaml", help="another label set; default: CreditMix")
+    proof.add_argument("--task", metavar="FILE.yaml", help="the label set; default: that of the run, else CreditMix")
     proof.add_argument("--proof_data", help="rows to compare on; default: data/TASK_dev.jsonl")
     proof.add_argument("--proof_rows", type=cli.positive_int, help="so many of them, evenly spaced; default: all")
     proof.add_argument("--max_metric_drop", type=float, default=0.01, help="more than this and the export is rejected")
@@ -69,9 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    task = load_task(args.task)
     check_flags(args)
-    data = args.proof_data or f"data/{task.name}_dev.jsonl"
+    task = load_task(args.task) if args.task else trained_for(args.model_dir) or CREDITMIX
+    data = args.proof_data or default_rows(task, args.model_dir)
     if not Path(data).is_file():
         raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
 
@@ -111,6 +114,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.max_metric_drop:g}; the files are kept apart in {target}"
         )
     return cli.DONE if passed else cli.FAILED
+
+
+def default_rows(task: LabelTask, model_dir: str) -> str:
+    """The rows of a proof where none are given: the label task's dev rows.
+
+    Raises:
+        UserError: the run was trained for something else.
+    """
+    if fault := mismatch(task, task_record.read(model_dir)):
+        raise cli.UserError(
+            f"{model_dir} {fault}; give rows of input and output like those of its training with --proof_data, or the "
+            "label set that it was trained for with --task"
+        )
+    return f"data/{task.name}_dev.jsonl"
 
 
 def check_flags(args: argparse.Namespace) -> None:

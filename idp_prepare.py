@@ -21,7 +21,7 @@ from pathlib import Path
 from common import cli
 from common.cli import UserError
 from common.data import rows as records
-from common.data import splits
+from common.data import splits, task_record
 from common.files import json_text, jsonl_text, read_json, sha256_text, write_together
 from common.generation import json_schema, json_writer
 from common.tasks.idp import documents, mistakes
@@ -78,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts[file] = jsonl_text(members)
     manifest = {
         "task": "idp",
+        task_record.MANIFEST_KEY: task_record.of_prompts(
+            task_record.IDP,
+            "idp",
+            [row["input"] for row in sft],
+            instruction=idp_prompt.INSTRUCTION,
+            schema=schema,
+        ),
         "source": {"name": name, "sha256": sha256_text(jsonl_text(rows))},
         "synthetic": args.src is None,
         "seed": args.seed,

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     decoding = codegen_flags.decoding(args)
     check_trial(args)
     models.check_model_dir(args.model_dir, args.base)
+    codegen_flags.check_trained(args.model_dir)
     tasks = [args.prompt] if args.prompt else read_tasks(args.input, args.skip_bad_rows)
 
     check_lengths(source_of(args, args.model_dir), tasks, decoding.max_new_tokens)

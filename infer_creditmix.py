@@ -25,7 +25,7 @@ from common.data import rows as records
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
-from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.loading import task_for
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.engine == "local" and args.workers:
         raise cli.UserError("--workers goes with --engine ray; add it, or leave --workers out")
     records.check_output(args.output, args.input)
-    task = load_task(args.task)
+    models.check_model_dir(args.model_dir, args.base)
+    task = task_for(args.task, args.model_dir)
     settings, source = scoring_settings(args, task), source_of(args, args.model_dir)
     if args.strict_input and args.features is not None and (fault := task.warning(task.clean(args.features))):
         raise cli.UserError(f"--features: {fault}, or leave --strict_input out")
-    models.check_model_dir(args.model_dir, args.base)
 
     # after the checks, so that a mistyped flag answers before numpy and scipy are imported
     from common.tasks.ranking import file_scoring

@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if (args.input is None) != (args.output is None):
         raise cli.UserError("--input and --output go together")
     records.check_output(args.output, args.input)
-    schema = json_schema.load(args.schema)
+    models.check_model_dir(args.model_dir, args.base)
+    schema = idp_flags.schema_of(args.schema, args.model_dir)
     preflight = json_schema.preflight(schema, args.best_effort or args.no_constraint)
     if unenforced := [] if args.no_constraint else preflight.of("checked") + preflight.of("unsupported"):
         cli.log(f"checked after decoding, not enforced by it: {', '.join(keyword.path for keyword in unenforced)}")
-    models.check_model_dir(args.model_dir, args.base)
     if args.input:
         # read through before a model loads: a bad row is found now, not in the middle of a night's work
         records.check_rows(args.input, records.iter_jsonl(args.input), ("document",), args.skip_bad_rows)

@@ -9,8 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -153,18 +152,6 @@ class RunRecord:
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
-
-
-def prompt_endings(prompts: Iterable[str]) -> list[str]:
-    """What many prompts end with, the commonest first: their last paragraph, with the blank line before it.
-
-    That is how a model was asked in its training, where a request follows what the rows are about. One in fifty has to
-    share it, and at least two.
-    """
-    prompts = list(prompts)
-    endings = Counter(f"\n\n{ending}" for _, blank, ending in (text.rpartition("\n\n") for text in prompts) if blank)
-    least = max(2, len(prompts) / 50)
-    return [ending for ending, count in endings.most_common() if count >= least]
 
 
 def write_groups(save_dir: str | Path, groups: set[str]) -> None:

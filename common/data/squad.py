@@ -17,6 +17,7 @@ from common.data import rows as records
 from common.data import splits
 from common.files import open_text, read_json
 
+INSTRUCTION = "Answer the question with a few words copied from the passage. Return only the answer."
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -26,10 +27,7 @@ def prompt(question: str, passage: str) -> str:
 
     The passage comes last, so that a prompt cut to --max_len loses passage, never the question.
     """
-    return (
-        "Answer the question with a few words copied from the passage. Return only the answer.\n\n"
-        f"Question: {question.strip()}\n\nPassage: {passage.strip()}"
-    )
+    return f"{INSTRUCTION}\n\nQuestion: {question.strip()}\n\nPassage: {passage.strip()}"
 
 
 def is_squad(path: str | Path) -> bool:

@@ -62,7 +62,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     labels = parser.add_argument_group("labels")
     labels.add_argument("--labels", action="store_true", help="learn label probabilities, by the label ranker's scores")
-    labels.add_argument("--task", metavar="FILE.yaml", help="the label set; default: CreditMix")
 
 
 def settings_of(args: argparse.Namespace) -> DistillSettings:
@@ -102,8 +101,6 @@ def checked(settings: DistillSettings) -> DistillSettings:
         if other := sorted(weights.keys() - set(OF_LOGITS)):
             raise UserError(f"--{other[0]} compares what is inside models; with --labels use {', '.join(OF_LOGITS)}")
         return settings
-    if settings.task:
-        raise UserError("--task names a label set; give --labels with it")
     of_teacher = sorted(weights.keys() - {"ce"})
     if of_teacher and not settings.teacher:
         raise UserError(f"--teacher is missing; {of_teacher[0]} needs one (with --ce alone, none is needed)")

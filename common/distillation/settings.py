@@ -48,7 +48,6 @@ class DistillSettings(TrainSettings):
     jsd_beta: float = 0.5  # the teacher's share of the mixture
     layer_map: str = "last"  # layers compared: "last", "uniform" or pairs as in "1:2,3:6"
     labels: bool = False  # learn label probabilities that the rows carry
-    task: str | None = None  # YAML file of the label set; None: CreditMix
 
     @property
     def weights(self) -> dict[str, float]:

@@ -15,11 +15,12 @@ from scipy.special import log_softmax, logsumexp
 
 from common.cli import UserError
 from common.data import rows as records
+from common.data import task_record
 from common.evaluation import bootstrap
 from common.files import sha256_file
 from common.models import tokenizers
 from common.models.torch_runtime import Runtime
-from common.tasks.ranking import metrics
+from common.tasks.ranking import loading, metrics
 from common.tasks.ranking.calibration import Calibration, Scores
 from common.tasks.ranking.classifier import CALIBRATION
 from common.tasks.ranking.rankers import ranker_of
@@ -67,21 +68,23 @@ def read_proof_rows(path: str, task: LabelTask, model_dir: str, most: int | None
     """Rows with a text and a label of `task`, or rows with "input" and "output".
 
     Args:
-        model_dir: where a fitted calibration may lie.
+        model_dir: the model, which may have a fitted calibration, and may say what it was trained for.
         most: rows to use, evenly spaced in the file; None: all.
 
     Raises:
-        UserError: missing or bad rows, by file and line.
+        UserError: missing or bad rows, by file and line, or rows of another task than the model was trained for.
     """
     number, first = next(records.iter_jsonl(path), (1, None))
     if records.row_fault(first, TEXT_KEYS) is None:
         rows = _spaced(records.read_rows(path, TEXT_KEYS), most)
+        task_record.check_prompts(model_dir, (row["input"] for row in rows), path)
         return ProofRows(path, [row["input"] for row in rows], [row["output"] for row in rows])
     if records.row_fault(first, (task.text_field, task.label_field)) is not None:
         raise UserError(
             f"{path}, line {number}: a row of a proof has {task.text_field} and {task.label_field}, or input and "
             "output; give such rows with --proof_data"
         )
+    loading.check(task, model_dir)
     rows = _spaced(task.read(path)[0], most)
     texts = [row[task.text_field] for row in rows]
     fitted = task.kept_file(model_dir, CALIBRATION)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import run_record
 from common.cli import UserError, log
+from common.data import task_record
 from common.export import merge as merging
 from common.export import parity
 from common.export.parity import ProofRows, RuntimeResult
@@ -228,7 +229,11 @@ class Export:
         for file in [*sorted(source.glob(f"{CALIBRATION}*.json")), source / run_record.GROUPS_FILE]:
             if file.is_file():
                 shutil.copy(file, folder / file.name)
-        return folder, {"format": settings.format, "origin": self.origin, **facts, "files": describe_files(folder)}
+        task = task_record.read(source)
+        if task:
+            task_record.write(folder, task)
+        files = {"files": describe_files(folder)}
+        return folder, {"format": settings.format, "origin": self.origin, task_record.KEY: task, **facts, **files}
 
     def _measure(self, load: Callable[[], Runtime], files: Collection[Path]) -> RuntimeResult:
         """`files`: of the model, or folders of them."""

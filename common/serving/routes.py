@@ -10,17 +10,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from common.cli import UserError
+from common.data import task_record
 from common.generation import json_schema
+from common.serving import label_tasks
 from common.serving.openai_routes import add_chat
+from common.serving.run_registry import Version
 from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.tasks.codegen.answer import compile_error
+from common.tasks.idp import prompt as idp_prompt
 from common.tasks.ranking.task import warned
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
@@ -35,6 +39,10 @@ MAX_ANSWER_TOKENS = 4096
 Features = Annotated[str, Field(min_length=1, max_length=MAX_FEATURES, pattern=r"\S")]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
 RunName = Annotated[str, Field(min_length=1, max_length=200, description="A run, or `name@hash` for one version of it")]
+TaskName = Annotated[
+    str | None,
+    Query(min_length=1, max_length=200, description="A label task that a run here was trained for; for base"),
+]
 Tokens = Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)]
 
 
@@ -60,7 +68,7 @@ class ExtractRequest(BaseModel):
     json_schema: dict[str, Any] | None = Field(
         None, alias="schema", description="JSON Schema of the fields; default: IDP_SCHEMA"
     )
-    run: RunName | None = Field(None, description="default: the newest run with idp in its name, else the base")
+    run: RunName | None = Field(None, description="default: the newest run trained for it, else the base")
     max_new_tokens: Tokens = ANSWER_TOKENS
     on_cut: Literal["retry", "flag"] = Field(
         "retry", description="An answer that `max_new_tokens` has cut: once more with twice of it, or only flag it"
@@ -82,7 +90,7 @@ class ExtractAnswer(BaseModel):
 class CodeRequest(BaseModel):
     prompt: Text
     plan_then_code: bool = False
-    run: RunName | None = Field(None, description="default: the newest run with code in its name, else the base")
+    run: RunName | None = Field(None, description="default: the newest run trained for it, else the base")
     max_new_tokens: Tokens = ANSWER_TOKENS
     thinking: bool = Field(False, description="Let a reasoning model think first, within max_new_tokens")
 
@@ -109,12 +117,15 @@ class RunEntry(BaseModel):
     loaded: bool
     current: bool = Field(description="False for a version that is no longer on the disk, but still loaded")
     error: str | None = Field(None, description="Why the run cannot be used")
+    kind: str | None = Field(None, description="What it was trained for: labels, idp, codegen, squad or rows")
+    task: str | None = Field(None, description="The name of that task")
+    labels: list[str] | None = None
 
 
 class ModelsAnswer(BaseModel):
     base_model: str
     bases: list[str] = Field(description="Those in memory")
-    task: str = Field(description="What /infer/{run} classifies")
+    task: str = Field(description="What /infer/{run} classifies by a run that does not say what it was trained for")
     labels: list[str]
     short_names: dict[str, str]
     models: list[RunEntry]
@@ -191,6 +202,7 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
         """A document's fields as JSON that is valid by the schema, as infer_idp.py gives them."""
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("idp"))
+        check_task(version, task_record.IDP, idp_prompt.INSTRUCTION, "extracting fields from documents")
         schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
         await server.check_schema(schema, "schema")
         work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut, body.thinking)
@@ -215,6 +227,7 @@ def _add_code(app: FastAPI, server: Server) -> None:
         """Code for a task, as infer_codegen.py writes it; it is not run here."""
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("code"))
+        check_task(version, task_record.CODEGEN, None, "writing code")
         work = WriteCode(body.plan_then_code, body.max_new_tokens, body.thinking)
         written = await server.answer(request, version, work, body.prompt, tokens=estimate(body.prompt))
         facts = {"finished": written.finished, "tokens": written.tokens}
@@ -231,24 +244,29 @@ def _add_code(app: FastAPI, server: Server) -> None:
 
 def _add_classification(app: FastAPI, server: Server) -> None:
     @app.post("/infer/{run}", response_model=ClassifyAnswer, responses=responses(404, 409, 422, 503, 504))
-    async def classify(run: str, body: ClassifyRequest, request: Request) -> Response:
+    async def classify(run: str, body: ClassifyRequest, request: Request, task: TaskName = None) -> Response:
         """One row's label by a run, `base`, `sft`, `kd` or `dpo`, as infer_creditmix.py gives it."""
-        return JSONResponse((await classify_rows(request, run, [body.features]))[0])
+        return JSONResponse((await classify_rows(request, run, [body.features], task))[0])
 
     @app.post("/infer/{run}/batch", response_model=list[ClassifyAnswer], responses=responses(404, 409, 422, 503, 504))
     async def classify_batch(
-        run: str, body: Annotated[list[ClassifyRequest], Field(min_length=1, max_length=MAX_ROWS)], request: Request
+        run: str,
+        body: Annotated[list[ClassifyRequest], Field(min_length=1, max_length=MAX_ROWS)],
+        request: Request,
+        task: TaskName = None,
     ) -> Response:
         """Many rows at once; the answers are in the order of the rows."""
-        return JSONResponse(await classify_rows(request, run, [row.features for row in body]))
+        return JSONResponse(await classify_rows(request, run, [row.features for row in body], task))
 
-    async def classify_rows(request: Request, run: str, texts: list[str]) -> list[dict[str, Any]]:
+    async def classify_rows(
+        request: Request, run: str, texts: list[str], task_name: str | None
+    ) -> list[dict[str, Any]]:
         started = time.perf_counter()
         version = await server.find(run)
         tokens = sum(map(estimate, texts))
-        task = server.settings.host.task
+        task = await server.label_task(version, task_name)
         prompts = server.encode(version, [task.prompt(task.clean(text)) for text in texts])
-        answers = await server.answer(request, version, Classify(), prompts, rows=len(texts), tokens=tokens)
+        answers = await server.answer(request, version, Classify(task.text), prompts, rows=len(texts), tokens=tokens)
         answers = [warned(task, text, answer) for text, answer in zip(texts, answers, strict=True)]
         metrics = server.metrics
         for text, answer in zip(texts, answers, strict=True):
@@ -257,6 +275,14 @@ def _add_classification(app: FastAPI, server: Server) -> None:
             facts = {key: value for key, value in answer.items() if key != "model_name"}
             server.record(request, version, Classify.name, started, text, **facts)
         return answers
+
+
+def check_task(version: Version, kind: str, instruction: str | None, asked: str) -> None:
+    """Raises Problem 422 for a run that was trained for another task; see `label_tasks.check`."""
+    try:
+        label_tasks.check(version, kind, instruction, asked)
+    except label_tasks.OtherTask as error:
+        raise Problem(422, str(error), "run") from error
 
 
 def default_schema(path: str) -> dict[str, Any]:

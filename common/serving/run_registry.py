@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import run_record
 from common.cli import UserError, log
+from common.data import task_record
 from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
@@ -49,6 +51,7 @@ class Version:
         base: the model that is loaded for it; the same as `model_dir` where that is a whole model.
         sha256: of the adapter's weights (see `adapters.adapter_hash`).
         signature: of its files, so that a change is noticed.
+        task: what it was trained for, as `task_record.text_of` has it; None where nothing says so.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Version:
     base: str
     sha256: str
     signature: tuple
+    task: str | None = None
 
     @property
     def adapter(self) -> bool:
@@ -83,6 +87,7 @@ class Registry:
         self.short = {method: f"{task_name}_{method}" for method in METHODS}
         self._versions: dict[str, list[Version]] = {}  # newest first
         self._fresh: dict[str, tuple[float, Version]] = {}
+        self._kinds: dict[str, tuple[tuple, str | None]] = {}
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -149,6 +154,21 @@ class Registry:
             return None
         return version
 
+    def kind(self, name: str) -> str | None:
+        """The kind of task that a run was trained for (`task_record.KINDS`); None where nothing says so."""
+        folder = Path(self.runs_dir) / name
+        signature = tuple(file_signature(str(folder / file)) for file in (task_record.FILE, run_record.FILE))
+        known, kind = self._kinds.get(name, (None, None))
+        if known != signature:
+            try:
+                record = task_record.read(folder)
+            except UserError as error:
+                log(str(error))
+                record = None
+            kind = record["kind"] if record else None
+            self._kinds[name] = (signature, kind)
+        return kind
+
     def versions(self, name: str) -> list[Version]:
         """The known versions of a run, the one on the disk first."""
         return list(self._versions.get(name, ()))
@@ -167,7 +187,9 @@ class Registry:
                     return list(versions)
             models.check_model_dir(model_dir)
             base = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
-            version = Version(name, model_dir, base, _hash(model_dir), signature)
+            record = task_record.read(model_dir)
+            task = task_record.text_of(record) if record else None
+            version = Version(name, model_dir, base, _hash(model_dir), signature, task)
             # a touched file is not a new version, and of one that came back only the newest stays
             kept = [old for old in versions if old.sha256 != version.sha256 and old.model_dir == model_dir]
             self._versions[name] = [version, *kept][:KEPT_VERSIONS]
@@ -200,7 +222,8 @@ def _hash(model_dir: str) -> str:
 
 def signature_of(model_dir: str) -> tuple:
     """The `file_signature`s of what makes a model."""
-    names = (adapters.ADAPTER_WEIGHTS, adapters.ADAPTER_CONFIG, "config.json", "model.safetensors", EXPORT_RECORD)
+    weights = (adapters.ADAPTER_WEIGHTS, adapters.ADAPTER_CONFIG, "config.json", "model.safetensors")
+    names = (*weights, EXPORT_RECORD, task_record.FILE)
     return tuple(file_signature(os.path.join(model_dir, name)) for name in names)
 
 
@@ -225,7 +248,13 @@ def describe(version: Version) -> dict[str, Any]:
         "created": None,
         "metrics": None,
         "error": None,
+        "kind": None,
+        "task": None,
+        "labels": None,
     }
+    if version.task:
+        record = json.loads(version.task)
+        about |= {"kind": record["kind"], "task": record["name"], "labels": record.get("labels")}
     folder = Path(version.model_dir)
     readers = {"run.json": _read_run, "metrics.json": _read_metrics, "report/metrics.json": _read_metrics}
     for file, read in readers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from fastapi import Request
 
 from common.cli import UserError, log
+from common.data import task_record
+from common.serving import label_tasks
 from common.serving.audit_log import AuditLog
 from common.serving.messages import Loaded, Unusable
 from common.serving.metrics import ServingMetrics
@@ -20,9 +23,11 @@ from common.serving.schema_checks import SchemaChecks
 from common.serving.settings import ServerSettings
 from common.serving.view import Work
 from common.serving.work import WarmUp
+from common.tasks.ranking.task import LabelTask
 from common.web import app as web
 from common.web.app import Problem, WebMetrics
 
+KINDS = {"idp": task_record.IDP, "code": task_record.CODEGEN}  # by what is in the names of runs
 GRACE = 30.0  # seconds beyond REQUEST_TIMEOUT until a model's process that does not answer is ended
 POLL = 0.25  # seconds between looks whether the client is still there
 CHARACTERS_A_TOKEN = 3  # about; how many rows make a batch is decided before they are encoded
@@ -71,6 +76,38 @@ class Server:
             raise Problem(404, str(error), param) from error
         except UserError as error:
             raise Problem(409, str(error), param) from error
+
+    async def label_task(self, version: Version, name: str | None = None) -> LabelTask:
+        """The label task of a run, or for a run that was trained for none the known one of this name.
+
+        Raises:
+            Problem: 422 for a run of another task and an unknown name, 409 for a broken record.
+        """
+        try:
+            task = label_tasks.task_of(version, self.settings.host.task)
+        except label_tasks.OtherTask as error:
+            raise Problem(422, str(error), "run") from error
+        except UserError as error:
+            raise Problem(409, str(error), "run") from error
+        if name in (None, task.name):
+            return task
+        known = await asyncio.to_thread(self.known_tasks)
+        if name not in known:
+            raise Problem(422, f"task: there is no run of the task '{name[:80]}'; there are {', '.join(known)}", "task")
+        if version.task is not None:
+            raise Problem(
+                422, f"task: {version.name} was trained for {task.name}, not for {name}; leave it out", "task"
+            )
+        return known[name]
+
+    def known_tasks(self) -> dict[str, LabelTask]:
+        """The label tasks of the runs that are there, and the server's own, by name; blocking."""
+        known = {self.settings.host.task.name: self.settings.host.task}
+        for name in self.registry.names():
+            with contextlib.suppress(UserError, OSError):  # /models says what is wrong with it
+                task = label_tasks.task_of(self.registry.find(name), self.settings.host.task)
+                known.setdefault(task.name, task)
+        return known
 
     async def check_schema(self, schema: Any, param: str) -> None:
         """Raises Problem 422 for a schema that decoding cannot follow, 503 where too many wait to be checked."""
@@ -153,7 +190,8 @@ class Server:
         for address, prior in addresses:
             try:
                 version = self.registry.find(address)
-                self._preloading.append(self._enqueue(version, WarmUp(prior), None)[1])
+                task = label_tasks.task_of(version, self.settings.host.task).text if prior else None
+                self._preloading.append(self._enqueue(version, WarmUp(prior, task), None)[1])
             except UnknownRun:
                 continue  # not trained yet
             except (UserError, Problem) as error:
@@ -175,8 +213,10 @@ class Server:
         return self._ready
 
     def newest(self, part: str) -> str:
-        """The newest run with `part` in its name, else the base."""
-        names = [name for name in self.registry.names() if part in name.lower()]
+        """The newest run that was trained for a kind of task ("idp" or "codegen"), or has `part` in its name and does
+        not say what it was trained for; else the base."""
+        kinds = {name: self.registry.kind(name) for name in self.registry.names()}
+        names = [name for name, kind in kinds.items() if kind == KINDS[part] or (kind is None and part in name.lower())]
         return max(names, key=lambda name: _changed(Path(self.settings.runs_dir) / name), default=BASE)
 
     def about_models(self) -> dict[str, Any]:
@@ -192,7 +232,7 @@ class Server:
                     if about["current"] or about["loaded"]:
                         entries.append(about)
             except (UserError, OSError, ValueError, RecursionError) as error:
-                nothing = dict.fromkeys(("adapter_sha256", "method", "created", "metrics"))
+                nothing = dict.fromkeys(("adapter_sha256", "method", "created", "metrics", "kind", "task", "labels"))
                 entries.append(
                     {
                         "name": name,

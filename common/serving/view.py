@@ -87,32 +87,39 @@ class View:
 
     def classifier(self, task: LabelTask) -> Classifier:
         """The label ranker of this model, with its prior (from the disk where it is there)."""
-        if task.name not in self._classifiers:
+        key = task.text
+        if key not in self._classifiers:
             from common.tasks.ranking.classifier import Classifier
 
             started = time.perf_counter()
-            self._classifiers[task.name] = Classifier.on(
+            self._classifiers[key] = Classifier.on(
                 LoadedModel(self.host.model, self.tokenizer, self.host.settings.max_batch_tokens),
                 self.version.model_dir,
                 task,
-                num_null_prompts=self.host.settings.num_null_prompts,
+                num_null_prompts=self._null_prompts(task),
                 model_hash=self.version.sha256,
                 prior_dir=self.prior_dir(),
             )
             self.host.report_loaded("prior", self.version.name, time.perf_counter() - started)
-        return self._classifiers[task.name]
+        return self._classifiers[key]
+
+    def _null_prompts(self, task: LabelTask) -> int | None:
+        """How many null inputs make a task's prior: as many as the server's settings say, where it has them."""
+        most = self.host.settings.num_null_prompts
+        return None if most is None or most >= len(task.null_inputs) else most
 
     def calibration(self, task: LabelTask) -> Calibration:
         """The one the scripts choose by default: fitted where there is one, read again when it has changed."""
         from common.tasks.ranking.classifier import CALIBRATION
 
-        until, known_signature, calibration = self._calibrations.get(task.name, (0.0, None, None))
+        key = task.text
+        until, known_signature, calibration = self._calibrations.get(key, (0.0, None, None))
         now = time.monotonic()
         if now > until:
             signature = file_signature(str(task.kept_file(self.version.model_dir, CALIBRATION)))
             if calibration is None or signature != known_signature:
                 calibration = self.classifier(task).calibration(None)
-            self._calibrations[task.name] = (now + LOOK, signature, calibration)
+            self._calibrations[key] = (now + LOOK, signature, calibration)
         return calibration
 
     @property

@@ -16,6 +16,7 @@ from common.generation.decoding import Decoding
 from common.models import chat_template, tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
+from common.serving import label_tasks
 from common.serving.messages import Unusable
 from common.serving.view import View
 
@@ -33,13 +34,18 @@ ANSWER_TOKENS = 512  # the budget of an answer, where the request gives none
 
 @dataclass(frozen=True)
 class Classify:
-    """Rows of the label task. A payload is a list of prompts, its answer a list of what `Classifier.answers` gives."""
+    """Rows of a label task. A payload is a list of prompts, its answer a list of what `Classifier.answers` gives.
 
+    Attributes:
+        task: a `LabelTask.text`; None: the server's own.
+    """
+
+    task: str | None = None
     name: ClassVar[str] = "creditmix"
     urgent: ClassVar[bool] = True
 
     def run(self, view: View, payloads: Sequence[list[str | list[int]]]) -> list[list[dict[str, Any]]]:
-        classifier, calibration = _ready(view)
+        classifier, calibration = _ready(view, self.task)
         prompts = [tokenizers.encode_prompt(view.tokenizer, row) if isinstance(row, str) else row
                    for rows in payloads for row in rows]  # fmt: skip
         answers = iter(classifier.answers_to(prompts, calibration))
@@ -51,18 +57,19 @@ class WarmUp:
     """Loads the model, and with `prior` its prior, so that the first request need not wait."""
 
     prior: bool
+    task: str | None = None
     name: ClassVar[str] = "warm-up"
     urgent: ClassVar[bool] = True
 
     def run(self, view: View, payloads: Sequence[None]) -> list[None]:
         if self.prior:
-            _ready(view)
+            _ready(view, self.task)
         return [None for _ in payloads]
 
 
-def _ready(view: View) -> tuple[Classifier, Any]:
+def _ready(view: View, text: str | None) -> tuple[Classifier, Any]:
     try:
-        task = view.host.settings.task
+        task = label_tasks.read(text) if text else view.host.settings.task
         return view.classifier(task), view.calibration(task)
     except UserError as error:  # of the files in the run folder, not of a request
         raise Unusable(str(error)) from error

@@ -15,7 +15,7 @@ from common.generation.decoding import Decoding
 from common.models import loading as models
 from common.models.flags import add_model_flags, source_of
 from common.sandbox import box as sandbox
-from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.loading import task_for
 from common.teachers import build
 from common.teachers.interview import Teacher
 from common.teachers.settings import EndpointSettings, LocalSettings
@@ -210,7 +210,7 @@ def task_of(args: argparse.Namespace) -> TeacherTask:
         if args.confirm_run_unsafe_code:
             cli.log(f"sandbox: {sandbox.level(args.allow_no_sandbox)}")
         return Code(args.confirm_run_unsafe_code, args.allow_no_sandbox)
-    return Labels(load_task(args.task))
+    return Labels(task_for(args.task, *([args.teacher] if args.teacher else [])))
 
 
 def teacher_of(args: argparse.Namespace, task: TeacherTask) -> Teacher:

@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def train(settings: TrainSettings, keys: tuple[str, str], argv: Sequence[str] | None) -> None:
+def train(
+    settings: TrainSettings, keys: tuple[str, str], argv: Sequence[str] | None, task_of: run.TaskOf | None = None
+) -> None:
     """A whole run: rows -> batches -> adapter in the run folder.
 
     Args:
         keys: of the prompt and of the completion in a row.
         argv: the command's words, for the record; None: those of this process.
+        task_of: see `run.start`.
     """
     rows = records.read_rows(settings.data, keys, settings.skip_bad_rows)
     held_out = records.read_rows(settings.eval_data, keys, settings.skip_bad_rows) if settings.eval_data else []
-    record = run.start(settings, rows, argv)
+    record = run.start(settings, rows, argv, task_of)
     with run.recorded_failure(record):
         tokenizer = tokenizers.load_tokenizer(settings.student, trust_remote_code=settings.trust_remote_code)
 

@@ -51,15 +51,16 @@ class Pair:
         return len(self.prompt_ids) + self.answer_length
 
 
-def train(settings: DpoSettings, argv: Sequence[str] | None) -> None:
+def train(settings: DpoSettings, argv: Sequence[str] | None, task_of: run.TaskOf | None = None) -> None:
     """A whole run: pairs -> adapter in the run folder.
 
     Args:
         argv: the command's words, for the record; None: those of this process.
+        task_of: see `run.start`.
     """
     rows = read_pairs(settings.data, settings.skip_bad_rows)
     held_out = read_pairs(settings.eval_data, settings.skip_bad_rows) if settings.eval_data else []
-    record = run.start(settings, rows, argv)
+    record = run.start(settings, rows, argv, task_of)
     with run.recorded_failure(record):
         tokenizer = tokenizers.load_tokenizer(settings.student, trust_remote_code=settings.trust_remote_code)
         settings = limit_length(settings)

@@ -29,6 +29,9 @@ def add_flags(
     names = ("--save_dir", "--output_dir")
     run.add_argument(*names, required=True, help="run folder for adapter, tokenizer, run.json and loss curve")
     run.add_argument("--eval_data", help="rows of the same kind, judged after every epoch; the best epoch is kept")
+    run.add_argument(
+        "--task", metavar="FILE.yaml", help="the label set of the rows; default: as their manifest or prompts tell"
+    )
     run.add_argument("--config", metavar="FILE.yaml", help="settings; keys are these flags, the command line wins")
     run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --save_dir")
     run.add_argument(

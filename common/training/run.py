@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed as launch
 from common import run_record
 from common.cli import UserError, log
+from common.data import task_record
 from common.models import adapters, gguf_import, loading
 from common.run_record import RunRecord
 from common.training import checkpoints, progress, resumption
@@ -30,13 +31,19 @@ if TYPE_CHECKING:
 STEPPED_DOWN = "DISTILL_SLM_STEPPED_DOWN"  # in the environment of a run that has run out of memory once
 Settings = TypeVar("Settings", bound=TrainSettings)
 
+# (--task, file of the rows, their prompts, adapter that is started from) -> what the training is for
+TaskOf = Callable[[str | None, str | None, Sequence[str], str | None], task_record.Record]
 
-def start(settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | None) -> RunRecord | None:
+
+def start(
+    settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | None, task_of: TaskOf | None = None
+) -> RunRecord | None:
     """Open the run folder: record, group hashes, nothing stale of an earlier run.
 
     Args:
         rows: those that are trained on, with the hash of their "group" where they have one.
         argv: the command's words; None: those of this process.
+        task_of: tells what the rows are of, for the run to keep; None: it keeps no record of that.
 
     Returns:
         The record in the main process, None in others.
@@ -49,9 +56,11 @@ def start(settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | N
     folder.mkdir(parents=True, exist_ok=True)
     if not launch.is_main():
         return None
+    prompts = [text for row in rows if isinstance(text := row.get("input") or row.get("prompt"), str)]
+    task = task_of(settings.task, settings.data, prompts, settings.init_adapter) if task_of else None
     lock = resumption.lock_folder(folder)
     try:
-        record = open_record(settings, folder, rows, argv)
+        record = open_record(settings, folder, rows, argv, prompts, task)
     except BaseException:
         resumption.unlock(lock)
         raise
@@ -59,7 +68,14 @@ def start(settings: TrainSettings, rows: Sequence[dict], argv: Sequence[str] | N
     return record
 
 
-def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], argv: Sequence[str] | None) -> RunRecord:
+def open_record(
+    settings: TrainSettings,
+    folder: Path,
+    rows: Sequence[dict],
+    argv: Sequence[str] | None,
+    prompts: Sequence[str],
+    task: task_record.Record | None,
+) -> RunRecord:
     """`start`, in a folder that no other training writes to."""
     before = (run_record.read(folder) or {}) if settings.resume and checkpoints.newest_checkpoint(str(folder)) else {}
     data = settings.described_data(len(rows))
@@ -71,7 +87,8 @@ def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], arg
         stale = ("loss.csv", "loss.png", progress.LIVE_LOG, adapters.ADAPTER_CONFIG, "config.json", *WEIGHTS)
         for file in [*(folder / name for name in stale), *folder.glob("model-*.safetensors")]:
             file.unlink(missing_ok=True)
-    for file in [*folder.glob("calibration*.json"), folder / run_record.GROUPS_FILE]:  # of the adapter before
+    old = [*folder.glob("calibration*.json"), folder / run_record.GROUPS_FILE, folder / task_record.FILE]
+    for file in old:  # of the adapter before
         file.unlink(missing_ok=True)
     groups = {row["group"] for row in rows if row.get("group")}
     seen = run_record.read_groups(settings.init_adapter) if settings.init_adapter else set()
@@ -81,7 +98,8 @@ def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], arg
         log(f"{settings.init_adapter} keeps no record of what it was trained on, so this run keeps none either")
     elif groups or seen or earlier:  # what it, or the adapter that it starts from, was trained on before counts, too
         run_record.write_groups(folder, groups | seen | (earlier or set()))
-    prompts = [text for row in rows if isinstance(text := row.get("input") or row.get("prompt"), str)]
+    if task:
+        task_record.write(folder, task)
     started_from = run_record.read(settings.init_adapter) if settings.init_adapter else None
     inherited = (started_from or {}).get("prompt_endings", [])
     return RunRecord(
@@ -93,7 +111,8 @@ def open_record(settings: TrainSettings, folder: Path, rows: Sequence[dict], arg
         **gguf_import.origins(student=settings.student, teacher=getattr(settings, "teacher", None)),
         seed=settings.seed,
         data=data,
-        prompt_endings=list(dict.fromkeys([*run_record.prompt_endings(prompts), *inherited])),
+        **({task_record.KEY: task} if task else {}),
+        prompt_endings=list(dict.fromkeys([*task_record.prompt_endings(prompts), *inherited])),
         **({"base_fingerprint": before["base_fingerprint"]} if before.get("base_fingerprint") else {}),
     )
 

@@ -28,6 +28,7 @@ class TrainSettings:
     save_dir: str  # run folder
     data: str | None = None  # file of the training rows
     eval_data: str | None = None  # file of the rows that are judged after every epoch
+    task: str | None = None  # label set of the rows: a YAML file, or "creditmix"; None: as they show
     config: str | None = None  # YAML file that some of these settings come from
     resume: bool = False  # go on from the newest complete checkpoint
     overwrite: bool = False  # replace the run that save_dir holds

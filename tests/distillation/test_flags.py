@@ -46,7 +46,6 @@ def test_weights_of_two_other_recipes_have_one_meaning(tmp_path):
         (("--teacher", "BASE", "--cache_targets", "sampled"), "--cache_targets is of --teacher_cache"),
         (("--ce", 1, "--teacher", "BASE"), "--ce alone asks nothing of the teacher"),
         (("--teacher", "t", "--dataset", "wikitext"), "either --data FILE or --dataset NAME"),
-        (("--teacher", "t", "--task", "f.yaml"), "give --labels with it"),
         (("--labels", "--teacher", "t"), "teacher_generate.py --probabilities"),
         (("--labels", "--hidden_mse", 1), "--hidden_mse compares what is inside models"),
         (("--teacher", "BASE", "--teacher_cache", "c", "--attention_mse", 1), "needs a live teacher"),

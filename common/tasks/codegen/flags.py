@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from common import cli
+from common.data import task_record
 from common.generation.decoding import Decoding
 from common.models.flags import add_model_flags, source_of
 from common.tasks.codegen.writer import PROMPT_STYLES, CodeWriter
@@ -57,3 +58,8 @@ def load_writer(args: argparse.Namespace, model_dir: str) -> CodeWriter:
     return CodeWriter.load(
         source_of(args, model_dir), args.max_batch_tokens, prompt_style=args.prompt_style, auto_fit=args.auto_fit
     )
+
+
+def check_trained(model_dir: str) -> None:
+    """Raises UserError for a model that was trained for something else than code."""
+    task_record.check(model_dir, task_record.CODEGEN, None, "writing code")

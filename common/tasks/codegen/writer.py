@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from common import run_record
 from common.cli import UserError, log
+from common.data import task_record
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
@@ -233,19 +234,36 @@ def style_of(
         tokenizer: the model's, aligned.
         prompt_style: one of `PROMPT_STYLES`.
     """
-    record, trained = _record_of(model_dir), is_trained(model_dir)
+    trained = is_trained(model_dir)
     eos = None if trained else plain_base_eos(model_dir, tokenizer, trust_remote_code)
     if prompt_style == "completion" or (prompt_style == "auto" and eos is not None):
         return COMPLETION, eos
-    return (trained_style((record or {}).get("prompt_endings")) if trained else UNTRAINED), None
+    return (trained_style(_prompt_endings(model_dir)) if trained else UNTRAINED), None
 
 
 def is_trained(model_dir: str) -> bool:
     """Whether a model was trained by this toolkit, or is an adapter: its requests are those of its training."""
-    return adapters.is_adapter(model_dir) or _record_of(model_dir) is not None
+    return adapters.is_adapter(model_dir) or _run_of(model_dir) is not None or _task_of(model_dir) is not None
 
 
-def _record_of(model_dir: str) -> dict[str, Any] | None:
+def _prompt_endings(model_dir: str) -> list[str] | None:
+    """What a model's training prompts ended with; None where nothing says so."""
+    known = [
+        record["prompt_endings"]
+        for record in (_task_of(model_dir), _run_of(model_dir))
+        if record and "prompt_endings" in record
+    ]
+    return next((endings for endings in known if endings), known[0] if known else None)
+
+
+def _task_of(model_dir: str) -> dict[str, Any] | None:
+    try:
+        return task_record.read(model_dir)
+    except UserError:  # it answers all the same
+        return None
+
+
+def _run_of(model_dir: str) -> dict[str, Any] | None:
     """The record of the run that a model comes from; an empty one where it is broken, None where there is none."""
     try:
         return run_record.read(model_dir)

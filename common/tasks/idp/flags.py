@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 
 from common import cli
+from common.cli import UserError
+from common.data import task_record
+from common.generation import json_schema
 from common.models.flags import add_model_flags
 from common.tasks.idp.extractor import ExtractionSettings
+from common.tasks.idp.prompt import INSTRUCTION
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of everything that extracts: the schema, the budget, long documents, the model."""
-    parser.add_argument("--schema", required=True, help="JSON Schema (draft 2020-12) of the fields")
+    parser.add_argument(
+        "--schema", help="JSON Schema (draft 2020-12) of the fields; default: that of the run's training"
+    )
     parser.add_argument("--best_effort", action="store_true", help="check afterwards what decoding cannot enforce")
     parser.add_argument("--max_new_tokens", type=cli.positive_int, default=512, help="budget of one answer")
     parser.add_argument(
@@ -41,3 +47,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def extraction_settings(args: argparse.Namespace) -> ExtractionSettings:
     """How the flags of `add_flags` want documents to be read."""
     return ExtractionSettings(args.max_new_tokens, args.max_len, args.long, args.on_cut, args.thinking == "on")
+
+
+def schema_of(path: str | None, *model_dirs: str) -> json_schema.Schema:
+    """The schema that models are asked for: that of a file, else the one that they were trained for.
+
+    Raises:
+        UserError: no file and no such record, a file that cannot be used, or a model that was trained for something
+            else than extraction.
+    """
+    records = {
+        model_dir: task_record.check(model_dir, task_record.IDP, INSTRUCTION, "extracting fields from documents")
+        for model_dir in model_dirs
+    }
+    trained = {model_dir: record["schema"] for model_dir, record in records.items() if record and record.get("schema")}
+    if path is None and not trained:
+        raise UserError(
+            f"--schema is missing, and {model_dirs[0]} does not say what it was trained for; give the schema"
+        )
+    schema = json_schema.load(path) if path else next(iter(trained.values()))
+    for model_dir, other in trained.items():
+        if other != schema:
+            cli.log(f"{model_dir} was trained for another schema than {path or 'that of ' + next(iter(trained))}")
+    return schema

@@ -14,7 +14,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     """Those of the model, the task and its calibration."""
     add_model_flags(parser)
     scoring = parser.add_argument_group("scoring")
-    scoring.add_argument("--task", metavar="FILE.yaml", help="another label set; default: CreditMix")
+    scoring.add_argument("--task", metavar="FILE.yaml", help="the label set; default: that of the run, else CreditMix")
     scoring.add_argument(
         "--num_null_prompts",
         type=cli.positive_int,

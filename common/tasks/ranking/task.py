@@ -20,7 +20,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ import yaml
 
 from common.cli import UserError
 from common.data import rows as records
-from common.data import splits
+from common.data import splits, task_record
 from common.files import read_text
 
 AGGREGATES = ("max", "mean")
@@ -66,6 +67,17 @@ class LabelTask:
     def prompt(self, text: str) -> str:
         """The user turn for one row's text; prepare, train, infer, eval and serve all build it here."""
         return f"{self.instruction}\n\n{text}"
+
+    def record(self) -> task_record.Record:
+        """What a run that was trained for this task keeps of it; `loading.from_record` reads it."""
+        facts = json.loads(json.dumps(asdict(self)))  # tuples are lists there
+        first = self.instruction.partition("\n\n")[0]
+        return {"kind": task_record.LABELS, **facts, "beginnings": [first], "prompt_endings": []}
+
+    @cached_property
+    def text(self) -> str:
+        """The record as a text, the same for equal tasks."""
+        return task_record.text_of(self.record())
 
     def words(self, label: str) -> list[str]:
         """The words that mean `label`: itself and its verbalizers."""
@@ -214,7 +226,7 @@ def from_yaml(path: str) -> LabelTask:
     """The task of a YAML file.
 
     Raises:
-        UserError: unreadable, an unknown key, or a value that cannot work; names the key.
+        UserError: unreadable, or as `from_settings`.
     """
     try:
         settings = yaml.safe_load(read_text(path))
@@ -224,9 +236,21 @@ def from_yaml(path: str) -> LabelTask:
         raise UserError(
             f"--task {path} must be a mapping with labels and instruction; see recipes/ticket_severity.yaml"
         )
+    return from_settings({"name": Path(path).stem, **settings}, f"--task {path}")
+
+
+def from_settings(settings: dict[str, Any], source: str) -> LabelTask:
+    """The task of a mapping of `LabelTask`'s fields.
+
+    Args:
+        source: where they come from, for errors.
+
+    Raises:
+        UserError: an unknown key, or a value that cannot work; names the key.
+    """
 
     def refuse(key: str, what: str) -> UserError:
-        return UserError(f"--task {path}: {key} {what}")
+        return UserError(f"{source}: {key} {what}")
 
     known = [item.name for item in fields(LabelTask)]
     for key in settings:
@@ -235,7 +259,7 @@ def from_yaml(path: str) -> LabelTask:
     for key in ("labels", "instruction"):
         if key not in settings:
             raise refuse(key, "is missing; see recipes/ticket_severity.yaml")
-    task = {"name": Path(path).stem, **settings}
+    task = dict(settings)
     for key in ("labels", "null_inputs"):
         if key in task:
             task[key] = tuple(_texts(task[key], lambda what, key=key: refuse(key, what)))
@@ -248,20 +272,25 @@ def from_yaml(path: str) -> LabelTask:
         raise refuse("labels", "must name at least two labels")
     if task.get("aggregate", "max") not in AGGREGATES:
         raise refuse("aggregate", f"must be max or mean, not {task['aggregate']!r}")
-    words = task.get("verbalizers", {})
-    if not isinstance(words, dict) or not set(words) <= set(task["labels"]):
-        raise refuse("verbalizers", f"must map labels to lists of words; the labels are {', '.join(task['labels'])}")
-    task["verbalizers"] = {
+    task["verbalizers"] = _verbalizers(task.get("verbalizers", {}), task["labels"], refuse)
+    return LabelTask(**task)
+
+
+def _verbalizers(words: Any, labels: Sequence[str], refuse: Callable[[str, str], UserError]) -> dict[str, list[str]]:
+    """Further words by label, of which none means two labels."""
+    if not isinstance(words, dict) or not set(words) <= set(labels):
+        raise refuse("verbalizers", f"must map labels to lists of words; the labels are {', '.join(labels)}")
+    checked = {
         label: _texts(listed, lambda what, label=label: refuse(f"verbalizers of {label}", what))
         for label, listed in words.items()
     }
     owners: dict[str, str] = {}
-    for label in task["labels"]:
-        for word in (label, *task["verbalizers"].get(label, [])):
+    for label in labels:
+        for word in (label, *checked.get(label, [])):
             if word in owners:
                 raise refuse("labels", f"have '{word}' twice; every word means one label")
             owners[word] = label
-    return LabelTask(**task)
+    return checked
 
 
 def _texts(value: Any, refuse: Callable[[str], UserError]) -> list[str]:

@@ -12,6 +12,7 @@ from support.inputs import read_rows
 
 import eval_codegen
 from common import run_record
+from common.data import task_record
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
 from common.generation.result import Generation
@@ -118,9 +119,9 @@ def test_requests_are_those_of_the_training():
 
 def test_what_many_prompts_end_with_is_on_record():
     prompts = ["Row 1\n\nRate it.", "Row 2\n\nRate it.", "Row 3\n\nOnce.", "no blank line", "Row 4\n\nRate it."]
-    assert run_record.prompt_endings(prompts) == ["\n\nRate it."]
-    assert run_record.prompt_endings([*prompts, *["x"] * 200]) == []
-    assert run_record.prompt_endings([]) == []
+    assert task_record.prompt_endings(prompts) == ["\n\nRate it."]
+    assert task_record.prompt_endings([*prompts, *["x"] * 200]) == []
+    assert task_record.prompt_endings([]) == []
 
 
 def test_an_empty_plan_is_asked_for_again_and_then_done_without(base, capsys, monkeypatch):
