@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Prepare programming problems: run their solutions, split by problem, write the SFT, KD and DPO rows and the held-out.
 
     python codegen_prepare.py --src sanitized-mbpp.json --outdir data

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Prepare labelled data: clean, split by customer, balance, write the SFT, KD and DPO rows and the held-out rows.
 
     python creditmix_prepare.py --src data/creditmix_dataset.json --outdir data

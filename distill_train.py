@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Distillation from a teacher's own distributions: token by token, its hidden states too, or label by label.
 
     python distill_train.py --teacher gpt2 --student distilgpt2 --dataset wikitext --subset wikitext-2-raw-v1 \\

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Direct preference optimisation: a QLoRA adapter from rows {"prompt", "chosen", "rejected"}.
 
     python dpo_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_dpo.jsonl \\

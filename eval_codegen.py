@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Judge code that models write by running tests on it: pass@k, what compiles, lints and passes, with intervals.
 
     python eval_codegen.py --model_dir runs/sft_code --data data/codegen_val.jsonl --num_samples 10 --k 1,5 \\

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Judge models on held-out rows by calibrated label ranking, of CreditMix or another task: figures with intervals.
 
     python eval_creditmix.py --model_dir runs/creditmix_sft --data data/creditmix_dataset.json --val_per_class 1500

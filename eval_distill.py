@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Judge a student against its teacher, and against the base it was trained from: quality, size, speed, memory.
 
     python eval_distill.py --teacher runs/teacher --student runs/student --base models/tiny_student \\

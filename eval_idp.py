@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Judge document extraction on held-out documents, field by field, every figure with its interval.
 
     python eval_idp.py --model_dir runs/sft_idp --data data/idp_val.jsonl --schema data/idp_schema.json \\

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Export a run for where its users run models, with a proof that it still does what it did.
 
     python export_model.py --model_dir runs/creditmix_sft --format merged --save_dir runs/creditmix_sft_merged

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Prepare IDP data: documents and their fields to SFT, KD and DPO rows and held-out documents.
 
     python idp_prepare.py --src receipts.jsonl --schema data/idp_schema.json --outdir data

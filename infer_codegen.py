@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Write Python code for a task, or for a JSONL file of them: the code alone, checked to compile.
 
     python infer_codegen.py --model_dir runs/kd_code --prompt "Write a function that sorts a list."

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Classify rows by calibrated label ranking: one line of features, or a JSONL file of them.
 
     python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, Occupation: Scientist, \\

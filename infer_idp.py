@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Extract the fields of documents as JSON that is valid by construction: one document, a file, or JSONL of them.
 
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json \\

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Sequence-level knowledge distillation: a QLoRA adapter from rows {"input", "teacher_output"}.
 
     python kd_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_kd.jsonl --idp_mode \\

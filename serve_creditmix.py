@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Serve a base model and every adapter under runs/ over HTTP: CreditMix, IDP, CodeGen, and OpenAI's chat API.
 
     uvicorn serve_creditmix:app --host 0.0.0.0 --port 8000

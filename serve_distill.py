@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Distillation as a service: submit jobs over HTTP, watch them, download the student; on one machine or on Kubernetes.
 
     uvicorn serve_distill:app --host 0.0.0.0 --port 8000

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Supervised fine-tuning: a QLoRA adapter from rows {"input", "output"}, loss on the output alone.
 
     python sft_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_sft.jsonl \\

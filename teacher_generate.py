@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """A teacher writes training data: rows in, KD rows {"input", "teacher_output"} out, or preference pairs.
 
     python teacher_generate.py --teacher Qwen/Qwen2.5-7B-Instruct --data data/creditmix_sft.jsonl \\

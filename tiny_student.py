@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Build the miniature base, offline: Qwen2 architecture, byte-level BPE, pretrained on unlabelled prompts.
 
     python tiny_student.py --save_dir models/tiny_student

@@ -1,4 +1,4 @@
-"""What every script's command line shares: flags from YAML, one-sentence errors, exit codes.
+"""What every script's command line shares: flags from YAML, one-sentence errors, exit codes, completion, the version.
 
 Nothing here imports torch, so `--help` and a mistyped flag answer at once.
 """
@@ -6,12 +6,15 @@ Nothing here imports torch, so `--help` and a mistyped flag answer at once.
 from __future__ import annotations
 
 import argparse
+import copy
+import difflib
 import errno
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -23,6 +26,78 @@ class UserError(Exception):
     """Bad usage or bad input: one sentence that names the remedy, exit code 2."""
 
 
+# What other trainers, evaluators and servers call a flag: what it may be called here, the first that a script has.
+ELSEWHERE = {
+    "model": ("student", "model_dir"),
+    "model_name": ("student", "model_dir"),
+    "model_id": ("student", "model_dir"),
+    "model_path": ("student", "model_dir"),
+    "model_name_or_path": ("student", "model_dir"),
+    "pretrained_model_name_or_path": ("student", "model_dir"),
+    "base_model": ("student", "model_dir"),
+    "adapter": ("model_dir",),
+    "adapter_name_or_path": ("init_adapter", "model_dir"),
+    "peft_model": ("model_dir",),
+    "teacher_model_name_or_path": ("teacher",),
+    "dataset": ("data", "src", "input"),
+    "dataset_name": ("data", "src", "input"),
+    "train_file": ("data", "src"),
+    "train_data": ("data", "src"),
+    "validation_file": ("eval_data", "data"),
+    "eval_file": ("eval_data", "data"),
+    "eval_dataset": ("eval_data", "data"),
+    "output_file": ("output", "out"),
+    "output_path": ("output", "out", "report_dir"),
+    "output_dir": ("save_dir", "outdir", "report_dir"),
+    "num_train_epochs": ("epochs",),
+    "num_epochs": ("epochs",),
+    "steps": ("max_steps",),
+    "iters": ("max_steps",),
+    "warmup_ratio": ("warmup_steps",),
+    "batch_size": ("per_device_train_batch_size", "max_batch_tokens"),
+    "train_batch_size": ("per_device_train_batch_size",),
+    "micro_batch_size": ("per_device_train_batch_size",),
+    "per_device_eval_batch_size": ("max_batch_tokens",),
+    "gradient_accumulation": ("gradient_accumulation_steps",),
+    "max_length": ("max_len", "max_new_tokens"),
+    "max_seq_length": ("max_len",),
+    "max_seq_len": ("max_len",),
+    "max_source_length": ("max_len",),
+    "max_model_len": ("max_len",),
+    "model_max_length": ("max_len",),
+    "cutoff_len": ("max_len",),
+    "block_size": ("max_len",),
+    "sequence_len": ("max_len",),
+    "max_tokens": ("max_new_tokens",),
+    "max_completion_length": ("max_new_tokens",),
+    "n": ("num_samples",),
+    "rank": ("lora_r",),
+    "lora_rank": ("lora_r",),
+    "quantization_bit": ("load_in_4bit",),
+    "load_in_8bit": ("load_in_4bit",),
+    "torch_dtype": ("dtype",),
+    "bf16": ("dtype",),
+    "fp16": ("dtype",),
+    "resume_from_checkpoint": ("resume",),
+    "overwrite_output_dir": ("overwrite",),
+    "limit": ("max_problems", "val_per_class"),
+    "json_schema": ("schema",),
+}
+# Flags of others that nothing here corresponds to: why.
+NOT_NEEDED = {
+    "bf16": "the precision follows the device",
+    "fp16": "the precision follows the device",
+    "device": "CUDA is used where there is some; CUDA_VISIBLE_DEVICES chooses the cards",
+    "lora_target": "all linear layers but the head are adapted",
+    "lora_target_modules": "all linear layers but the head are adapted",
+    "target_modules": "all linear layers but the head are adapted",
+    "template": "the model's own chat template is used",
+    "chat_template": "the model's own chat template is used",
+    "packing": "batches have a budget of tokens, and nothing is packed",
+    "apply_chat_template": "the model's own chat template is always used",
+}
+
+
 class _OneSentenceParser(argparse.ArgumentParser):
     """argparse, except that a usage error is one line that names the remedy."""
 
@@ -30,11 +105,39 @@ class _OneSentenceParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see: python {self.prog} --help)")
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The text before the flags as it was written, and behind each flag its default, unless its help tells of one."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        tells = action.nargs == 0 or action.default in (None, [], argparse.SUPPRESS) or "default" in text
+        if not tells and text != argparse.SUPPRESS:
+            action = copy.copy(action)
+            action.help = f"{text} (default: %(default)s)" if text else "default: %(default)s"
+        return super()._format_action(action)
+
+
+class _Version(argparse.Action):
+    """Prints the version, read from pyproject.toml only when it is asked for."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"distill-slm {version()}")
+        parser.exit()
+
+
+def version() -> str:
+    """This toolkit's version, as pyproject.toml has it."""
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+
+
 def parser(doc: str, **kwargs) -> argparse.ArgumentParser:
     """An argument parser whose help is the script's module docstring `doc`."""
-    return _OneSentenceParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
+    made = _OneSentenceParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+    made.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
     )
+    return made
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +146,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     Raises:
         UserError: unknown flag or YAML key, wrong type, missing required flag, unreadable YAML.
     """
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what could stand here
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
+    _refuse_unknown(parser, argv)
     if "--config" in parser._option_string_actions:
         finder = _OneSentenceParser(prog=parser.prog, add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
@@ -51,6 +159,31 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
         if config:
             argv = _flags_from_yaml(parser, config) + argv
     return parser.parse_args(argv)
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """An unknown flag is said before a missing one, which it may stand for."""
+    if {"-h", "--help"} & set(argv):
+        return
+    known = parser._option_string_actions
+    for token in argv:
+        if token == "--":
+            return
+        flag = token.partition("=")[0]
+        if flag.startswith("--") and " " not in token and flag not in known:
+            raise UserError(f"unknown flag {flag}{_instead(flag[2:], known)} (see: python {parser.prog} --help)")
+
+
+def _instead(name: str, known: Mapping[str, argparse.Action]) -> str:
+    """What somebody may have meant by a flag that there is not."""
+    plain = name.replace("-", "_")
+    meant = next((other for other in (plain, *ELSEWHERE.get(plain, ())) if f"--{other}" in known), None)
+    if meant is None and plain in NOT_NEEDED:
+        return f": {NOT_NEEDED[plain]}"
+    if meant is None:
+        near = difflib.get_close_matches(f"--{plain}", known, n=1, cutoff=0.75)
+        meant = near[0].removeprefix("--") if near else None
+    return f"; did you mean --{meant}?" if meant else ""
 
 
 def _flags_from_yaml(parser: argparse.ArgumentParser, path: str) -> list[str]:
@@ -65,8 +198,11 @@ def _flags_from_yaml(parser: argparse.ArgumentParser, path: str) -> list[str]:
     known = {flag[2:]: action for flag, action in parser._option_string_actions.items() if flag.startswith("--")}
     argv: list[str] = []
     for key, value in settings.items():
-        if key not in known or key in ("help", "config"):
-            raise UserError(f"--config {path}: unknown key '{key}'; the keys are the flags of {parser.prog} without --")
+        if key not in known or key in ("help", "config", "version"):
+            raise UserError(
+                f"--config {path}: unknown key '{key}'{_instead(key, parser._option_string_actions)}; the keys are the "
+                f"flags of {parser.prog} without --"
+            )
         if known[key].nargs == 0:  # a switch: present or absent
             if not isinstance(value, bool):
                 raise UserError(f"--config {path}: {key} is a switch, give true or false")

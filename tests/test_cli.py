@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.inputs import ROOT
 
+import infer_creditmix
 import sft_train
 from common import cli
 from common.cli import UserError
@@ -67,7 +70,10 @@ def test_yaml_list(tmp_path):
 @pytest.mark.parametrize(
     ("yaml", "sentence"),
     [
-        ("learning_rat: 1", "unknown key 'learning_rat'; the keys are the flags of sft_train.py without --"),
+        (
+            "learning_rat: 1",
+            "unknown key 'learning_rat'; did you mean --learning_rate\\?; the keys are the flags of",
+        ),
         ("help: true", "unknown key 'help'"),
         ("config: x.yaml", "unknown key 'config'"),
         ("idp_mode: 1", "idp_mode is a switch, give true or false"),
@@ -92,8 +98,8 @@ def test_bad_yaml(yaml, sentence, tmp_path):
             [],
             "--data, --save_dir/--output_dir (see: python sft_train.py --help)",
         ),
-        ([*REQUIRED, "--sed", "1"], "unrecognized arguments: --sed 1 (see: python sft_train.py --help)"),
-        ([*REQUIRED, "--see", "1"], "unrecognized arguments: --see 1 (see: python sft_train.py --help)"),
+        ([*REQUIRED, "--sed", "1"], "unknown flag --sed; did you mean --seed? (see: python sft_train.py --help)"),
+        ([*REQUIRED, "--see", "1"], "unknown flag --see; did you mean --seed? (see: python sft_train.py --help)"),
         ([*REQUIRED, "--config"], "argument --config: expected one argument (see: python sft_train.py --help)"),
         ([*REQUIRED, "--config", "/none.yaml"], "--config /none.yaml: No such file or directory; give the path of a"),
         ([*REQUIRED, "--config", "/"], "--config /: Is a directory; give the path of a YAML file"),
@@ -222,3 +228,73 @@ def test_label_bias():
     assert cli.parse_label_bias(["Standard=0.3", "a=b=-1"], ["a=b", "Standard"]) == {"Standard": 0.3, "a=b": -1.0}
     with pytest.raises(UserError, match="unknown label 'Good'; the labels are Bad, Standard"):
         cli.parse_label_bias(["Bad=1", "Good=1"], ["Bad", "Standard"])
+
+
+def asked(main, *argv: str) -> str:
+    with pytest.raises(UserError) as told:
+        main(list(argv))
+    return str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            ["--num_train_epochs", "3"],
+            "unknown flag --num_train_epochs; did you mean --epochs?",
+        ),  # though data is missing
+        (["--max_length=512"], "unknown flag --max_length; did you mean --max_len?"),
+        (["--model_name_or_path", "x"], "unknown flag --model_name_or_path; did you mean --student?"),
+        (["--learning-rate", "1"], "unknown flag --learning-rate; did you mean --learning_rate?"),
+        (["--bf16"], "unknown flag --bf16: the precision follows the device"),
+        (["--lora_target_modules", "q_proj"], "--lora_target_modules: all linear layers but the head are adapted"),
+        (["--something"], "unknown flag --something (see"),
+    ],
+)
+def test_an_unknown_flag_is_said_first_and_what_it_is_called_here(argv, sentence):
+    assert sentence in asked(sft_train.main, *argv)
+
+
+def test_one_name_means_what_a_script_has():
+    assert "did you mean --model_dir?" in asked(infer_creditmix.main, "--model_name_or_path", "x")
+    assert "did you mean --dtype?" in asked(infer_creditmix.main, "--bf16")
+
+
+def test_what_is_behind_two_dashes_or_has_spaces_is_no_flag():
+    parser = cli.parser("doc", prog="x.py")
+    parser.add_argument("words", nargs="*")
+    assert cli.parse_args(parser, ["--not a flag", "--", "--that"]).words == ["--not a flag", "--that"]
+
+
+def test_help_tells_each_default_once(capsys):
+    parser = cli.parser("doc", prog="x.py")
+    parser.add_argument("--seed", type=int, default=3, help="of the draw")
+    parser.add_argument("--top", help="of the list; default: all")
+    parser.add_argument("--fast", action="store_true", help="skip the slow part")
+    parser.add_argument("--place", default="here")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "of the draw (default: 3)" in told and "--place PLACE default: here" in told
+    assert told.count("default") == 3 and "None" not in told
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_every_script_tells_the_version_and_can_be_completed(script, capsys):
+    main = importlib.import_module(script.removesuffix(".py")).main
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"distill-slm \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert "PYTHON_ARGCOMPLETE_OK" in (ROOT / script).read_text()[:1024]  # what argcomplete looks for
+
+
+def test_a_shell_completes_flags(tmp_path):
+    line = "sft_train.py --learn"
+    out = tmp_path / "out"
+    environment = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(out), "_ARGCOMPLETE_SHELL": "bash",
+        "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n",
+    }  # fmt: skip
+    subprocess.run([sys.executable, "sft_train.py"], cwd=ROOT, env=os.environ | environment, check=False, timeout=60)
+    assert out.read_text().split() == ["--learning_rate"]

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Memory preflight: predict the peak from the config alone, compare it with what is free, find what would fit.
 
     python -m common.vram --student Qwen/Qwen2.5-3B-Instruct --max_len 1024

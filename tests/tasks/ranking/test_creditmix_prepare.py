@@ -241,7 +241,7 @@ def _part(row: dict) -> str:
         (["--synthesize", "9"], ["--synthesize 9", "no row of class"]),
         (["--synthesize", "9000000"], ["300,000", "ask for fewer"]),
         (["--synthesize", "900", "--features", "all"], ["six features only", "leave --features and --task out"]),
-        (["--src", "a", "--feature", "all"], ["unrecognized arguments: --feature"]),
+        (["--src", "a", "--feature", "all"], ["unknown flag --feature; did you mean --features?"]),
     ],
 )
 def test_bad_usage_is_one_sentence(tmp_path, capsys, flags, parts):
