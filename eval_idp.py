@@ -3,6 +3,7 @@
 
     python eval_idp.py --model_dir runs/sft_idp --data data/idp_val.jsonl --schema data/idp_schema.json \\
         --report_dir runs/sft_idp/report
+    python eval_idp.py --model_dir runs/sft_idp --fit_calibration data/idp_dev.jsonl --schema data/idp_schema.json
     python eval_idp.py --model_dir models/tiny_student runs/sft_idp runs/dpo_idp --data receipts.jsonl \\
         --schema data/idp_schema.json --report_dir runs/report
 
@@ -29,7 +30,7 @@ from common.vram import preflight as vram
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="eval_idp.py")
     parser.add_argument("--model_dir", required=True, nargs="+", help="run folders, or base models (folder or Hub id)")
-    parser.add_argument("--data", required=True, help="labelled documents: JSONL, a JSON list, or a folder")
+    parser.add_argument("--data", help="labelled documents: JSONL, a JSON list, or a folder")
     parser.add_argument("--split", choices=("validation", "dev", "all"), default="validation")
     parser.add_argument("--val_frac", type=cli.fraction, help="a draw of this share of the split's documents")
     parser.add_argument(
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
+    parser.add_argument("--fit_calibration", metavar="DEV", help="fit confidences on these labelled dev documents")
     parser.add_argument("--report_dir", help="write metrics.json, a plot and report.html here")
     idp_flags.add_flags(parser)
     return parser
@@ -49,17 +51,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     if len(set(args.model_dir)) < len(args.model_dir):
         raise cli.UserError("--model_dir names the same model twice; name each once")
+    if not args.data and not args.fit_calibration:
+        raise cli.UserError("give --data with the documents to judge on, or --fit_calibration with dev ones, or both")
+    if args.report_dir and not args.data:
+        raise cli.UserError("--report_dir needs --data with the documents to judge on")
     for model_dir in args.model_dir:
         models.check_model_dir(model_dir, args.base)
+        if args.fit_calibration and not Path(model_dir).is_dir():
+            raise cli.UserError(f"--fit_calibration writes into the model's folder, and {model_dir} is not one")
     schema = idp_flags.schema_of(args.schema, *args.model_dir)
     preflight = json_schema.preflight(schema, args.best_effort or args.decoding == "unconstrained")
 
     from common.tasks.idp import evaluate, metrics, report
+    from common.tasks.idp import rows as idp_rows
+    from common.tasks.idp.extractor import Extractor
 
+    settings = idp_flags.extraction_settings(args)
+    if args.fit_calibration:
+        dev = idp_rows.read(args.fit_calibration, schema, args.skip_bad_rows)
+        for model_dir in args.model_dir:
+            evaluate.check_unseen(model_dir, dev, args.fit_calibration)
+        for model_dir in args.model_dir:
+            loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
+            extractor = Extractor(loaded, schema, preflight, settings)
+            evaluate.fit_calibration(model_dir, dev, args.fit_calibration, extractor)
+        if not args.data:
+            return
     selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows)
     rows = evaluate.choose_rows(selection, schema)
     decodings = ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,)
-    evaluation = evaluate.Evaluation(rows, schema, preflight, idp_flags.extraction_settings(args), decodings, args.seed)
+    evaluation = evaluate.Evaluation(rows, schema, preflight, settings, decodings, args.seed)
     groups = [row["group"] for row in rows]
     entries, judged = [], []
     for model_dir in args.model_dir:

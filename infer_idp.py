@@ -18,7 +18,6 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from common import cli
 from common.data import rows as records
@@ -27,9 +26,11 @@ from common.generation import json_schema
 from common.models import adapters
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
+from common.tasks.idp import calibration as calibrations
 from common.tasks.idp import documents
 from common.tasks.idp import flags as idp_flags
-from common.tasks.idp.extractor import Extraction, Extractor
+from common.tasks.idp.answers import Shown, write_split
+from common.tasks.idp.extractor import Extractor
 from common.vram import preflight as vram
 
 WINDOW = 64  # documents at a time
@@ -43,7 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--document_file", help="a .txt or .pdf")
     source.add_argument("--input", help='JSONL rows {"document"[, "id"]}')
     parser.add_argument("--output", help="JSONL answers, one per row of --input")
-    parser.add_argument("--confidence", action="store_true", help="add each field's: its tokens' mean probability")
+    parser.add_argument("--confidence", action="store_true", help="add each field's: the probability of its characters")
+    parser.add_argument(
+        "--accept_above",
+        type=cli.fraction,
+        metavar="PRECISION",
+        help="say of each answer whether it needs no review, so that this share of those is right in every field",
+    )
     parser.add_argument("--no_constraint", action="store_true", help="let the model write freely, for comparison")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     idp_flags.add_flags(parser)
@@ -71,13 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if not text.strip():
             raise cli.UserError("--document is empty; give the text of a document")
 
+    calibration = None if args.no_constraint else calibrations.Calibration.load(args.model_dir, schema)
+    threshold = calibrations.acceptance(calibration, args.accept_above, args.model_dir)
+    shown = Shown(args.confidence, threshold)
+
     source = source_of(args, args.model_dir)
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
     settings = idp_flags.extraction_settings(args)
-    extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings)
+    extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, calibration)
     if text is None:
-        return extract_file(args, extractor)
-    extraction = extractor.extract([text], args.confidence)[0]
+        return extract_file(args, extractor, shown)
+    extraction = extractor.extract([text], shown.needs_confidence)[0]
     if extraction.pieces > 1:
         cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
     if extraction.cut:
@@ -85,24 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if extraction.error:
         cli.log(f"error: no valid answer: {extraction.error}\nwhat the model wrote: {extraction.text}")
         return cli.FAILED
-    shown = shown_of(extraction, args.confidence) if args.confidence else extraction.value
-    print(json.dumps(shown, indent=2, ensure_ascii=False))
+    answer = shown.answer(extraction) if shown.needs_confidence else extraction.value
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
     return cli.CUT if extraction.cut else None
 
 
-def shown_of(extraction: Extraction, confidence: bool) -> dict[str, Any]:
-    """An answer and what there is to say of it, as JSON."""
-    if extraction.error:
-        shown = {"error": extraction.error, "text": extraction.text}
-    else:
-        shown = {"fields": extraction.value}
-        if confidence:
-            shown["confidence"] = {name: round(value, 4) for name, value in extraction.confidence.items()}
-    cut = {"cut": True} if extraction.cut else {}
-    return shown | cut | ({"pieces": extraction.pieces} if extraction.pieces > 1 else {})
-
-
-def extract_file(args: argparse.Namespace, extractor: Extractor) -> int | None:
+def extract_file(args: argparse.Namespace, extractor: Extractor, shown: Shown) -> int | None:
     """Stream --input to --output; says how many documents were long, and how many got no valid answer."""
     from common.data.resumable import write_answers
 
@@ -112,15 +111,19 @@ def extract_file(args: argparse.Namespace, extractor: Extractor) -> int | None:
                 yield row
 
     def answer(rows: list[dict]) -> list[dict]:
-        extractions = extractor.extract([row["document"] for row in rows], args.confidence)
+        extractions = extractor.extract([row["document"] for row in rows], shown.needs_confidence)
         named = ({"id": row["id"]} if "id" in row else {} for row in rows)
-        return [name | shown_of(each, args.confidence) for name, each in zip(named, extractions, strict=True)]
+        return [name | shown.answer(each) for name, each in zip(named, extractions, strict=True)]
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
-    decided_by = [settings, sha256_file(args.input), extractor.schema, adapters.adapter_hash(args.model_dir)]
+    model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]
+    decided_by = [settings, sha256_file(args.input), extractor.schema, *model]
     counts = Counter()
     for row in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
         counts.update({"documents"} | ({"pieces", "error", "cut"} & row.keys()))
+    if shown.accept_from is not None:
+        accepted, others = write_split(args.output)
+        cli.log(f"{accepted:,} answers are accepted, {others:,} are to be reviewed; they lie beside {args.output}")
     if counts["pieces"]:
         cli.log(f"{counts['pieces']} of {counts['documents']} documents were read in pieces, merged by confidence")
     if counts["cut"]:

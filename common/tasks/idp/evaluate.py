@@ -5,14 +5,19 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from common import cli
+from common import cli, run_record
 from common.data import splits
+from common.data.resumable import content_key
+from common.files import sha256_file
 from common.generation.json_schema import Preflight, Schema
+from common.models import adapters
 from common.models.source import LoadedModel
-from common.tasks.idp import metrics
+from common.tasks.idp import calibration as calibrations
+from common.tasks.idp import confidence_metrics, metrics
 from common.tasks.idp import rows as idp_rows
 from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
@@ -78,8 +83,9 @@ class Evaluation:
         """(figures of one model, its answers to the first of `decodings`, which `metrics.differences` compares).
 
         Args:
-            name: of the model, for the log.
+            name: the model's folder or Hub id.
         """
+        calibration = calibrations.Calibration.load(name, self.schema)
         groups = [row["group"] for row in self.rows]
         figures: dict[str, dict] = {}
         judged: dict[str, list[metrics.JudgedDocument]] = {}
@@ -92,7 +98,14 @@ class Evaluation:
                 metrics.judge(row["fields"], extraction) for row, extraction in zip(self.rows, extractions, strict=True)
             ]
             figures[decoding] = metrics.evaluate(judged[decoding], groups, self.seed)
+            fields = [
+                confidence_metrics.fields_of(row["fields"], extraction)
+                for row, extraction in zip(self.rows, extractions, strict=True)
+            ]
+            fitted = calibration if decoding == "constrained" else None
             figures[decoding] |= {
+                "confidence": confidence_metrics.figures(fields, groups, fitted, self.seed),
+                "curves": confidence_metrics.curves(fields, fitted),
                 "errors": metrics.commonest_errors(self.rows, judged[decoding]),
                 "documents_in_pieces": sum(extraction.pieces > 1 for extraction in extractions),
                 "tokens_per_s": round(sum(extraction.tokens for extraction in extractions) / seconds, 1),
@@ -107,6 +120,59 @@ class Evaluation:
         return entry, judged[first]
 
 
+def check_unseen(model_dir: str, rows: Sequence[dict], data: str) -> None:
+    """Raises UserError where a model was trained on some of the documents `rows` of `data`."""
+    seen, of = splits.overlap((row["group"] for row in rows), run_record.read_groups(model_dir) or set())
+    if seen:
+        raise cli.UserError(
+            f"{seen} of {of} documents of {data} are among those that {model_dir} was trained on; a calibration needs "
+            "unseen ones: give the dev documents that idp_prepare.py wrote"
+        )
+
+
+def fit_calibration(model_dir: str, rows: Sequence[dict], data: str, extractor: Extractor) -> calibrations.Calibration:
+    """Fit a calibration on dev documents, and keep it in the model's folder.
+
+    Args:
+        rows: as `rows.read` gives them, of the file or folder `data`.
+        extractor: of the model, held to the schema, without a calibration.
+
+    Raises:
+        UserError: none of the documents' fields was answered.
+    """
+    extractions, _ = extract_timed(extractor, [row["document"] for row in rows])
+    answered = list(zip(rows, extractions, strict=True))
+    pairs = [pair for row, extraction in answered for pair in confidence_metrics.fields_of(row["fields"], extraction)]
+    fitted = calibrations.fit([sure for sure, _ in pairs], [right for _, right in pairs])
+    documents = [
+        (
+            calibrations.document_confidence({k: fitted.apply(v) for k, v in extraction.confidence.items()}),
+            metrics.judge(row["fields"], extraction).rate("exact_match"),
+        )
+        for row, extraction in answered
+        if extraction.error is None and extraction.cut is None
+    ]
+    fitted = replace(
+        fitted,
+        documents=tuple(sorted(documents, reverse=True)),
+        fitted_on={
+            "data": data,
+            "sha256": None if Path(data).is_dir() else sha256_file(data),
+            "model_sha256": adapters.adapter_hash(model_dir),
+            "schema": content_key(extractor.schema),
+            "documents": len(rows),
+            "fields": len(pairs),
+            "right": sum(right for _, right in pairs),
+        },
+    )
+    path = fitted.save(model_dir)
+    cli.log(
+        f"{path}: fitted on {len(pairs):,} fields of {len(rows):,} dev documents, slope {fitted.slope:.3f}, "
+        f"intercept {fitted.intercept:.3f}"
+    )
+    return fitted
+
+
 def extract_timed(extractor: Extractor, texts: Sequence[str]) -> tuple[list[Extraction], float]:
     """(an extraction per text, seconds), with a progress bar."""
     from tqdm import tqdm
@@ -115,6 +181,6 @@ def extract_timed(extractor: Extractor, texts: Sequence[str]) -> tuple[list[Extr
     extractions: list[Extraction] = []
     with tqdm(total=len(texts), unit=" documents") as progress:
         for start in range(0, len(texts), WINDOW):
-            extractions += extractor.extract(texts[start : start + WINDOW])
+            extractions += extractor.extract(texts[start : start + WINDOW], confidence=True)
             progress.update(len(extractions) - progress.n)
     return extractions, time.perf_counter() - started

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ from common.generation.decoding import Decoding
 from common.models import tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
+from common.tasks.idp import confidence as confidences
 from common.tasks.idp import documents, long_documents, prompt, wholeness
 
 if TYPE_CHECKING:
     from common.generation.result import Generation
+    from common.tasks.idp.calibration import Calibration
 
 
 SMALLEST_PIECE = 32  # tokens that there must be for the document
@@ -51,7 +53,7 @@ class Extraction:
         value: the JSON value; None where the text is not JSON.
         error: why `value` is no valid answer; None when it is one.
         text: what the model wrote, with the answers to several pieces on a line each.
-        confidence: mean probability of the tokens of each leaf, by its path, where it was asked for.
+        confidence: of each leaf by its path, where it was asked for; see `common.tasks.idp.confidence`.
         tokens: tokens written, those of an answer that was tried again included.
         pieces: in how many pieces the document was read.
         cut: why it is not whole, though it may be valid; None where it is. See `wholeness`.
@@ -71,6 +73,7 @@ class Extractor:
 
     Args:
         preflight: what `json_schema.preflight` made of the schema; None: the model answers freely.
+        calibration: what confidences become; None: they stay products of probabilities.
 
     Raises:
         UserError: the schema leaves no room for a document, or its shortest JSON is beyond the budget of an answer.
@@ -82,7 +85,10 @@ class Extractor:
         schema: json_schema.Schema,
         preflight: json_schema.Preflight | None,
         settings: ExtractionSettings,
+        calibration: Calibration | None = None,
     ) -> None:
+        self.calibration = asdict(calibration) if calibration else None
+        self.calibrate = calibration.apply if calibration else float
         self.model, self.tokenizer, self.max_batch_tokens = loaded.model, loaded.tokenizer, loaded.max_batch_tokens
         self.schema, self.settings = schema, settings
         max_new_tokens, context = settings.max_new_tokens, context_of(loaded.model.config)
@@ -212,10 +218,10 @@ class Extractor:
         parts = []
         for answer in answers:
             between()
-            parts.append(long_documents.scored(answer, self.tokenizer))
+            parts.append(confidences.scored(answer, self.tokenizer, self.calibrate))
         merged = long_documents.merge(parts)
-        value = long_documents.plain(merged)
-        return value, next(iter(json_schema.errors(value, self.schema)), None), long_documents.confidences(merged)
+        value = confidences.plain(merged)
+        return value, next(iter(json_schema.errors(value, self.schema)), None), confidences.confidences(merged)
 
 
 def read_json(answer: Generation, schema: json_schema.Schema) -> tuple[Any, str | None]:

@@ -39,11 +39,13 @@ class Leaf:
 
     Attributes:
         field: its name without the numbers of list items, e.g. "line_items[].qty".
+        place: where `found` stands in the answer, with the numbers of list items; None where it is MISSING.
     """
 
     field: str
     gold: Any
     found: Any
+    place: str | None = None
 
     @property
     def exact(self) -> bool:
@@ -72,31 +74,47 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
-def compare(gold: Any, found: Any, path: Path = ()) -> list[Leaf]:
-    """Every leaf of both values, paired where both have one at the same place."""
+def compare(gold: Any, found: Any, path: Path = (), place: Path = ()) -> list[Leaf]:
+    """Every leaf of both values, paired where both have one at the same place.
+
+    Args:
+        path: of the field.
+        place: of `found` in its answer; differs from `path` in the numbers of list items.
+    """
     if isinstance(gold, dict) and isinstance(found, dict):
         keys = [*gold, *(key for key in found if key not in gold)]
-        return [leaf for key in keys for leaf in compare(gold.get(key), found.get(key), (*path, key))]
+        return [leaf for key in keys for leaf in compare(gold.get(key), found.get(key), (*path, key), (*place, key))]
     if isinstance(gold, list) and isinstance(found, list):
         pairs = _pair_items(gold, found)
-        return [leaf for index, pair in enumerate(pairs) for leaf in compare(*pair, (*path, index))]
+        return [
+            leaf
+            for index, (one, other, number) in enumerate(pairs)
+            for leaf in compare(one, other, (*path, index), (*place, number))
+        ]
     if isinstance(gold, dict | list) or isinstance(found, dict | list):
         only_gold = [Leaf(path_name(index, False), leaf, MISSING) for index, leaf in leaves(gold, path)]
-        return only_gold + [Leaf(path_name(index, False), MISSING, leaf) for index, leaf in leaves(found, path)]
+        return only_gold + [
+            Leaf(path_name(index, False), MISSING, leaf, path_name(index)) for index, leaf in leaves(found, place)
+        ]
     gold, found = (MISSING if value == "" else value for value in (gold, found))
-    return [] if gold is found is MISSING else [Leaf(path_name(path, False), gold, found)]
+    if gold is found is MISSING:
+        return []
+    return [Leaf(path_name(path, False), gold, found, None if found is MISSING else path_name(place))]
 
 
-def _pair_items(gold: list, found: list) -> list[tuple[Any, Any]]:
-    """Items paired for the most agreeing leaves (an assignment problem), the others with None."""
+def _pair_items(gold: list, found: list) -> list[tuple[Any, Any, int]]:
+    """Items paired for the most agreeing leaves (an assignment problem), the others with None.
+
+    With each pair comes the place of its second item in `found`, 0 where there is none.
+    """
     if gold == found:
-        return list(zip(gold, found, strict=True))
+        return list(zip(gold, found, range(len(found)), strict=True))
     agreeing = np.array([[sum(leaf.normalised for leaf in compare(g, f)) for f in found] for g in gold], ndmin=2)
     nearness = -1e-6 * np.abs(np.subtract.outer(np.arange(len(gold)), np.arange(len(found))))
     rows, columns = linear_sum_assignment((agreeing.reshape(len(gold), len(found)) + nearness), maximize=True)
-    pairs = [(gold[g], found[f]) for g, f in zip(rows, columns, strict=True)]
-    pairs += [(item, None) for index, item in enumerate(gold) if index not in rows]
-    return pairs + [(None, item) for index, item in enumerate(found) if index not in columns]
+    pairs = [(gold[g], found[f], int(f)) for g, f in zip(rows, columns, strict=True)]
+    pairs += [(item, None, 0) for index, item in enumerate(gold) if index not in rows]
+    return pairs + [(None, item, index) for index, item in enumerate(found) if index not in columns]
 
 
 def same(gold: Any, found: Any) -> bool:

@@ -7,12 +7,13 @@ what `metrics.evaluate` returns, plus:
     unconstrained?  the same figures of free answers; constraint_difference?: constrained minus unconstrained
     errors          what `idp_metrics.commonest_errors` returns
     documents_in_pieces, tokens_per_s
+    confidence      what `confidence_metrics.figures` returns, None where no field was answered; curves: its `curves`
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from common.evaluation import plots, results, tables
 from common.evaluation import report_page as page
 from common.evaluation.results import Result
+from common.tasks.idp import confidence_metrics
 
 # key, heading, what it means
 METRICS = (
@@ -30,13 +32,21 @@ METRICS = (
     ("exact_match", "exact match", "share of documents with every field right and none invented"),
     ("cut_rate", "cut", "share of answers that the token budget ended, or in which a value ran on"),
 )
+# what the confidence of fields is judged by, and what it means
+CONFIDENCE = {
+    "fields": "answered fields",
+    "wrong": "of which wrong",
+    "AUROC": "the chance that a right field has more confidence than a wrong one",
+    "ECE": "mean distance of confidence and share of right fields",
+    "wrong above 0.9": "share of the wrong fields with a confidence above 0.9",
+}
 COMPARED = ("schema_valid_rate", "field_f1", "exact_match")
 HEADINGS = {key: heading for key, heading, _ in METRICS}
 
 
 def json_line(result: Result) -> str:
     """The result on one line, without the examples of errors."""
-    return results.json_line(result, omit_of_models=["errors"], nested="unconstrained")
+    return results.json_line(result, omit_of_models=["errors", "curves"], nested="unconstrained")
 
 
 def format_tables(result: Result) -> str:
@@ -64,7 +74,28 @@ def format_tables(result: Result) -> str:
             for field, figures in model["per_field"].items()
         ]  # fmt: skip
         blocks.append(tables.columns([name, "precision", "recall", "F1", "normalised F1", "values"], rows))
+    if lines := _confidence_rows(names, models, text):
+        blocks.append(tables.columns(["confidence", *CONFIDENCE], lines))
     return "\n\n".join(blocks)
+
+
+def _confidence_rows(
+    names: Sequence[str], models: Sequence[dict], cell: Callable[[dict[str, float]], str]
+) -> list[list[str]]:
+    """What the confidences of each model are worth; models that answered no field are left out."""
+    rows = []
+    for name, model in zip(names, models, strict=True):
+        if figures := model["confidence"]:
+            values = [figures["auroc"], figures["ece"], figures.get(f"wrong_above_{confidence_metrics.SURE}")]
+            rows.append(
+                [
+                    f"{name}, {'calibrated' if figures['calibrated'] else 'not calibrated'}",
+                    f"{figures['n']:,}",
+                    f"{figures['wrong']:,}",
+                    *(cell(value) if value else "" for value in values),
+                ]
+            )
+    return rows
 
 
 def _differences(result: Result) -> list[tuple[str, dict]]:
@@ -87,6 +118,9 @@ def write_report(report_dir: str | Path, result: Result) -> Path:
     blank = {"f1": {"value": 0.0, "low": 0.0, "high": 0.0}}
     values = [[model["per_field"].get(field, blank)["f1"] for field in fields] for model in result["models"]]
     images = {"f1_per_field.png": plots.interval_bars(values, results.model_names(result), fields, "F1")}
+    for number, model in enumerate(result["models"], start=1):
+        if model["confidence"]:
+            images[f"reliability_{number}.png"] = confidence_metrics.diagram(model)
     return page.write(report_dir, result, images, render_html(result, images))
 
 
@@ -109,6 +143,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
             "A short bar is a field that the model misses, invents or copies wrongly. Whiskers: 95&nbsp;% intervals.",
             page.image(images["f1_per_field.png"], "F1 per field and model", "wide"),
         ),
+        _confidence_section(result, names, images),
         *(_model_section(model, name) for model, name in zip(models, names, strict=True)),
         page.provenance_section(result),
     ]
@@ -139,6 +174,23 @@ def _comparison_section(result: Result, names: Sequence[str]) -> str:
         "Each value with its 95&nbsp;% interval below it. Constrained answers are held to the schema while they are "
         "written; unconstrained ones are what the model writes by itself.",
         page.table(head, rows, "wide") + page.meanings([(heading, meaning) for _, heading, meaning in METRICS]),
+    )
+
+
+def _confidence_section(result: Result, names: Sequence[str], images: dict[str, bytes]) -> str:
+    rows = _confidence_rows([escape(name) for name in names], result["models"], page.value)
+    if not rows:
+        return ""
+    diagrams = [
+        page.image(images[f"reliability_{number}.png"], f"reliability diagram of {name}", caption=escape(name))
+        for number, name in enumerate(names, start=1)
+        if f"reliability_{number}.png" in images
+    ]
+    return page.section(
+        "Confidence",
+        "On the dashed line a field with confidence 0.8 is right in 80&nbsp;% of cases. "
+        "<code>eval_idp.py --fit_calibration</code> brings the curve there, on dev documents.",
+        page.table(["model", *CONFIDENCE], rows, "wide") + page.meanings(list(CONFIDENCE.items())) + "".join(diagrams),
     )
 
 

@@ -27,9 +27,9 @@ from common.evaluation.bootstrap import (
     sum_units,
     unit_of_rows,
 )
+from common.evaluation.reliability import BINS, bin_of, reliability_bins
 from common.tasks.ranking.calibration import Scores
 
-BINS = 15
 _TOTALS = ("n", "brier", "nll", "margin", "answered", "answered_wrong", "cost")
 
 
@@ -99,7 +99,7 @@ def evaluate(
     result["confusion_matrix"] = pairs.reshape(classes, classes).tolist()
     confidence = probabilities[np.arange(rows), predictions]
     result["curves"] = {
-        "reliability": reliability_bins(probabilities, y),
+        "reliability": reliability_bins(probabilities.max(axis=1), probabilities.argmax(axis=1) == y),
         "margins": margin_histogram(margins, predictions == y),
         "risk_coverage": risk_coverage(confidence, predictions == y),
     }
@@ -142,7 +142,7 @@ def _row_features(scores: Scores, y: np.ndarray, costs: Sequence[Sequence[float]
     every = np.arange(rows)
     top = probabilities.argmax(axis=1)
     confidence = probabilities[every, top]
-    bins = 3 * classes + _bin_of(confidence)
+    bins = 3 * classes + bin_of(confidence)
     right = predictions == y
     of_truth = probabilities[every, y]
     totals = {
@@ -204,28 +204,6 @@ def _centred(samples: np.ndarray, value: float) -> np.ndarray:
 
 
 # What the plots show, small enough to be stored with the result.
-
-
-def _bin_of(confidence: np.ndarray) -> np.ndarray:
-    """Bin m of `BINS` holds confidences in ((m - 1) / BINS, m / BINS]."""
-    return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
-
-
-def reliability_bins(probabilities: np.ndarray, y: np.ndarray) -> dict[str, list]:
-    """Per confidence bin: rows, mean confidence and accuracy (None where the bin is empty)."""
-    confidence = probabilities.max(axis=1)
-    bins = _bin_of(confidence)
-    count = np.bincount(bins, minlength=BINS)
-
-    def means(values: np.ndarray) -> list[float | None]:
-        totals = np.bincount(bins, values, minlength=BINS)
-        return [round(total / rows, 6) if rows else None for total, rows in zip(totals, count, strict=True)]
-
-    return {
-        "count": count.tolist(),
-        "confidence": means(confidence),
-        "accuracy": means((probabilities.argmax(axis=1) == y).astype(np.float64)),
-    }
 
 
 def margin_histogram(margins: np.ndarray, right: np.ndarray) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from common.evaluation import plots
+from common.evaluation import plots, reliability
 
 
 def confusion_matrix(model: dict[str, Any], labels: Sequence[str]) -> bytes:
@@ -34,35 +34,17 @@ def confusion_matrix(model: dict[str, Any], labels: Sequence[str]) -> bytes:
 
 def reliability_diagram(model: dict[str, Any]) -> bytes:
     """Accuracy against confidence, before and after calibration, over the number of rows in each confidence bin."""
-    figure = plots.new_figure(plots.HEIGHT, plots.NARROW)
-    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-    axes.plot([0, 1], [0, 1], color=plots.INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.6)
     curves = [
         (model.get("uncalibrated"), "before", "#8C8C8C", "s"),
         (model, "after calibration", plots.COLOURS[0], "o"),
     ]
     if curves[0][0] is None:
         curves = [(model, f"calibration: {model.get('calibration', 'none')}", plots.COLOURS[0], "o")]
+    drawn = []
     for source, name, colour, marker in curves:
-        bins = source["curves"]["reliability"]
-        filled = [i for i, count in enumerate(bins["count"]) if count]
-        total = sum(bins["count"])
-        confidence = [bins["confidence"][i] for i in filled]
-        accuracy = [bins["accuracy"][i] for i in filled]
-        sizes = [12 + 170 * bins["count"][i] / total for i in filled]  # a dot of few rows should not shout
         label = f"{name}: ECE {source['ece']['value']:.3f}"
-        axes.plot(confidence, accuracy, color=colour, linewidth=1.4)
-        axes.scatter(confidence, accuracy, s=sizes, color=colour, marker=marker, label=label, zorder=3)
-        width = 1 / len(bins["count"])
-        lefts = [i * width for i in range(len(bins["count"]))]
-        below.stairs(bins["count"], [*lefts, 1.0], color=colour, fill=source is model, alpha=0.75, linewidth=1.4)
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    legend = axes.legend(frameon=False, loc="upper left", labelcolor=plots.INK, fontsize=9)
-    for handle in legend.legend_handles:
-        handle.set_sizes([36])
-    plots.tidy(axes, "", "share that is right")
-    plots.tidy(below, "confidence (probability of the answer)", "rows")
-    return plots.png(figure)
+        drawn.append(reliability.Curve(source["curves"]["reliability"], label, colour, marker, filled=source is model))
+    return reliability.diagram(drawn, "confidence (probability of the answer)")
 
 
 def margin_histogram(model: dict[str, Any]) -> bytes:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-from math import exp
 
-import pytest
-
-from common.generation.result import Generation
-from common.tasks.idp import long_documents
+from common.tasks.idp import confidence, long_documents
 
 
 def test_halves_are_shorter_and_share_lines():
@@ -28,8 +24,8 @@ def test_halves_are_shorter_and_share_lines():
         assert len(left) + len(right) >= len(text)
 
 
-def tree(value, confidence: float):
-    return long_documents.parse_scored(json.dumps(value), lambda start, end: confidence)
+def tree(value, sure: float):
+    return confidence.parse_scored(json.dumps(value), lambda start, end: sure)
 
 
 def test_pieces_are_merged_by_confidence():
@@ -38,28 +34,13 @@ def test_pieces_are_merged_by_confidence():
     second = {"vendor": "Bar", "total": 12.5, "note": "paid", "lines": items[1:], "to": {"name": "", "city": "Q"}}
     third = {"vendor": "Zoo", "total": None, "note": "", "lines": []}
     merged = long_documents.merge([tree(first, 0.6), tree(second, 0.9), tree(third, 0.1)])
-    assert long_documents.plain(merged) == {
+    assert confidence.plain(merged) == {
         "vendor": "Bar",
         "total": 12.5,
         "note": "paid",
         "lines": items,
         "to": {"name": "X", "city": "Q"},
     }
-    assert long_documents.confidences(merged)["to.name"] == 0.6
-    assert long_documents.confidences(merged)["lines[3].qty"] == 0.9
-    assert long_documents.plain(long_documents.merge([tree({"a": None}, 0.5), tree({"a": ""}, 0.7)])) == {"a": None}
-
-
-def test_confidence_is_the_mean_probability_of_a_values_tokens(tokenizer):
-    text = '{"company":"Añb \\"x\\"","total":12.5,"lines":[1,true]}'
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    logprobs = [-0.01 * number for number in range(len(tokens))]
-    found = long_documents.scored(Generation(text, tokens, logprobs, True), tokenizer)
-    assert long_documents.plain(found) == json.loads(text)
-    pieces = [tokenizer.decode(tokens[:count]) for count in range(len(tokens) + 1)]
-    start, end = text.index("12.5"), text.index(',"lines')
-    own = [number for number in range(len(tokens))
-           if len(pieces[number]) < end and len(pieces[number + 1]) > start]  # fmt: skip
-    expected = sum(exp(logprobs[number]) for number in own) / len(own)
-    assert long_documents.confidences(found)["total"] == pytest.approx(expected)
-    assert list(long_documents.confidences(found)) == ["company", "total", "lines[0]", "lines[1]"]
+    assert confidence.confidences(merged)["to.name"] == 0.6
+    assert confidence.confidences(merged)["lines[3].qty"] == 0.9
+    assert confidence.plain(long_documents.merge([tree({"a": None}, 0.5), tree({"a": ""}, 0.7)])) == {"a": None}

@@ -1,0 +1,177 @@
+"""From a product of token probabilities to how often such a field is right, and which documents need no review.
+
+    calibration = fit(confidences, right)              # of the fields of dev documents
+    calibration.apply(0.83)                            # -> the share of such fields that is right
+    Calibration.load(model_dir, schema).threshold(0.9) # documents at or above it: nine of ten are right, or more
+
+Everything here is fitted on dev documents, never on those that a result is reported for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import binomtest
+
+from common.cli import UserError
+from common.data.resumable import content_key
+from common.files import read_json, write_json
+from common.generation.json_schema import Schema
+from common.models import adapters
+
+FILE = "idp_calibration.json"  # in the run folder
+FORMAT_VERSION = 1
+SMALLEST = 1e-12  # a probability that is told from 0, and from 1
+LEVEL = 0.95  # of the interval whose lower end has to reach the precision that is asked for
+REMEDY = "fit it again with eval_idp.py --fit_calibration DEV.jsonl"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Log-odds of a field's being right: `slope` times those of its product of probabilities, plus `intercept`.
+
+    Attributes:
+        documents: of each dev document that got a whole, valid answer: its confidence (see `document_confidence`), and
+            whether every field of it was right.
+        fitted_on: provenance: file, hashes, documents, fields.
+    """
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    documents: tuple[tuple[float, bool], ...] = ()
+    fitted_on: dict[str, Any] = field(default_factory=dict)
+
+    def apply(self, probability: float) -> float:
+        """The calibrated confidence; never falls where the probability rises."""
+        odds = logit(min(max(probability, SMALLEST), 1 - SMALLEST))
+        return float(expit(self.slope * odds + self.intercept))
+
+    def threshold(self, precision: float) -> float:
+        """The least confidence of a document at which those that are accepted reach a precision.
+
+        From the surest dev document on, as many are taken as leave the lower end of the 95 % Clopper-Pearson interval
+        of their share of right ones at or above `precision`; the first that no longer does after one that did ends it,
+        since looking at all of them and choosing the best would flatter.
+
+        Raises:
+            UserError: there are too few dev documents for that, however right they are; or they are not right enough.
+        """
+        needed, have = documents_needed(precision), len(self.documents)
+        if have < needed:
+            reachable = (1 - LEVEL) / 2
+            raise UserError(
+                f"--accept_above {precision:g} needs at least {needed:,} dev documents with a whole answer, and the "
+                f"calibration has {have:,}; fit it on more with eval_idp.py --fit_calibration, or ask for "
+                f"{math.floor(100 * reachable ** (1 / max(1, have))) / 100:g} at most"
+            )
+        best, count, right = None, 0, 0
+        ranked = sorted(self.documents, reverse=True)
+        for confidence, group in groupby(ranked, key=lambda document: document[0]):
+            members = [is_right for _, is_right in group]
+            count, right = count + len(members), right + sum(members)
+            if lower_bound(right, count) >= precision:
+                best = confidence
+            elif best is not None:
+                break
+        if best is None:
+            surest = sum(is_right for _, is_right in ranked[:needed])
+            raise UserError(
+                f"no confidence is enough for --accept_above {precision:g}: of the {needed:,} surest dev documents "
+                f"{surest:,} are right in every field, of all {have:,} {right:,}; ask for less, or train further"
+            )
+        return best
+
+    def save(self, model_dir: str | Path) -> Path:
+        """Write it into the run folder, atomically; returns the file."""
+        path = Path(model_dir) / FILE
+        write_json(path, {"version": FORMAT_VERSION, **asdict(self)})
+        return path
+
+    @classmethod
+    def load(cls, model_dir: str | Path, schema: Schema) -> Calibration | None:
+        """What was fitted for this model and this schema; None where nothing was, or for others.
+
+        Raises:
+            UserError: the file is broken, or of another version.
+        """
+        path = Path(model_dir) / FILE
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        try:
+            if content.pop("version") != FORMAT_VERSION:
+                raise ValueError("another version")
+            content["documents"] = tuple((float(sure), bool(right)) for sure, right in content["documents"])
+            found = cls(**content)
+            facts = found.fitted_on
+            fits = facts["model_sha256"] == adapters.adapter_hash(model_dir) and facts["schema"] == content_key(schema)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a calibration file of this version ({error}); {REMEDY}") from error
+        return found if fits else None
+
+
+def acceptance(calibration: Calibration | None, precision: float | None, model_dir: str) -> float | None:
+    """The confidence from which answers need no review; None where no precision is asked for.
+
+    Raises:
+        UserError: there is no calibration for the model and the schema; see also `Calibration.threshold`.
+    """
+    if precision is None:
+        return None
+    if calibration is None:
+        raise UserError(
+            f"--accept_above needs a calibration of {model_dir} on documents of this schema, held to it; fit one with "
+            f"eval_idp.py --model_dir {model_dir} --fit_calibration DEV.jsonl"
+        )
+    return calibration.threshold(precision)
+
+
+def lower_bound(right: int, count: int) -> float:
+    """The lower end of the Clopper-Pearson interval (1934, the exact binomial one) of right of count."""
+    return float(binomtest(right, count).proportion_ci(LEVEL, method="exact").low)
+
+
+def documents_needed(precision: float) -> int:
+    """The fewest documents, all of them right, that show a precision."""
+    return math.ceil(math.log((1 - LEVEL) / 2) / math.log(precision))
+
+
+def document_confidence(confidences: Mapping[str, float]) -> float:
+    """Of a document's every field being right: the product of theirs, as if their errors had no common cause."""
+    return math.prod(confidences.values())
+
+
+def fit(confidences: Sequence[float], right: Sequence[bool]) -> Calibration:
+    """Platt scaling on log-odds (Platt 1999), with his targets, so that a separable or one-sided sample stays finite.
+
+    A negative slope, as where confidence says nothing, becomes 0: every field then has the same confidence.
+
+    Args:
+        confidences: [n], the products of probabilities of fields.
+        right: [n].
+
+    Raises:
+        UserError: there is no field.
+    """
+    from sklearn.linear_model import LogisticRegression  # only here: it takes a second to import
+
+    if not len(confidences):
+        raise UserError("the dev documents have no answered field to fit a calibration on; give more of them")
+    odds = logit(np.clip(np.asarray(confidences, dtype=np.float64), SMALLEST, 1 - SMALLEST))
+    truth = np.asarray(right, dtype=bool)
+    targets = np.where(truth, (truth.sum() + 1) / (truth.sum() + 2), 1 / ((~truth).sum() + 2))
+    model = LogisticRegression(C=1e6)
+    both = np.concatenate([odds, odds])[:, None]
+    labels = np.repeat([1, 0], len(odds))
+    model.fit(both, labels, sample_weight=np.concatenate([targets, 1 - targets]))
+    slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
+    if slope < 0:
+        slope, intercept = 0.0, float(logit(targets.mean()))
+    return Calibration(slope, intercept)
