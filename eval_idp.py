@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="both",
         help="answers held to the schema, free ones, or both, compared (default)",
     )
+    parser.add_argument(
+        "--evidence", action="store_true", help='judge where the values stand, on rows that have "lines" with boxes'
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
     parser.add_argument("--fit_calibration", metavar="DEV", help="fit confidences on these labelled dev documents")
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows)
     rows = evaluate.choose_rows(selection, schema)
     decodings = ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,)
-    evaluation = evaluate.Evaluation(rows, schema, preflight, settings, decodings, args.seed)
+    evaluation = evaluate.Evaluation(rows, schema, preflight, settings, decodings, args.seed, args.evidence)
     groups = [row["group"] for row in rows]
     entries, judged = [], []
     for model_dir in args.model_dir:
@@ -98,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "group_name": "document",
         "contamination": run_record.worst_contamination([entry["contamination"] for entry in entries]),
         "models": entries,
+        **({"grounding_f1_of_gold": evaluation.grounding_of_gold()} if args.evidence else {}),
         "differences": [
             {"a": args.model_dir[later], "b": args.model_dir[earlier]}
             | metrics.differences(judged[later], judged[earlier], groups, args.seed)

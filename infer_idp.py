@@ -6,10 +6,11 @@
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --document_file invoice.pdf
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input docs.jsonl --output out.jsonl
 
-Prints the JSON object alone. Rows of --input have their text under "document"; each answer has "fields", the row's "id"
-if it has one, and in its place "error" and "text" where there is no valid one. An answer that the token budget ended,
-or in which a value ran on, has "cut": true. Answers keep their order; an interrupted run goes on where it stopped. Exit
-code 1: a document got no valid answer; 4: all did, but one is cut.
+Prints the JSON object alone, or under "fields" beside what --confidence and --evidence add. Rows of --input have their
+text under "document"; each answer has "fields", the row's "id" if it has one, and in its place "error" and "text" where
+there is no valid one. An answer that the token budget ended, or in which a value ran on, has "cut": true. Answers keep
+their order; an interrupted run goes on where it stopped. Exit code 1: a document got no valid answer; 4: all did, but
+one is cut.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--document", help="the text of one document")
     source.add_argument("--document_file", help="a .txt or .pdf")
-    source.add_argument("--input", help='JSONL rows {"document"[, "id"]}')
+    source.add_argument("--input", help='JSONL rows {"document"[, "id", "lines"]}')
     parser.add_argument("--output", help="JSONL answers, one per row of --input")
     parser.add_argument("--confidence", action="store_true", help="add each field's: the probability of its characters")
     parser.add_argument(
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PRECISION",
         help="say of each answer whether it needs no review, so that this share of those is right in every field",
     )
+    parser.add_argument("--evidence", action="store_true", help="add where each field stands in the document")
     parser.add_argument("--no_constraint", action="store_true", help="let the model write freely, for comparison")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     idp_flags.add_flags(parser)
@@ -69,26 +71,27 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         cli.log(f"checked after decoding, not enforced by it: {', '.join(keyword.path for keyword in unenforced)}")
     if args.input:
         # read through before a model loads: a bad row is found now, not in the middle of a night's work
-        records.check_rows(args.input, records.iter_jsonl(args.input), ("document",), args.skip_bad_rows)
-        text = None
+        rows = records.iter_jsonl(args.input)
+        records.check_rows(args.input, rows, ("document",), args.skip_bad_rows, fault_of=documents.lines_fault)
+        document = None
     elif args.document_file:
-        text = documents.read_document(args.document_file)
+        document = documents.read_document(args.document_file)
     else:
-        text = documents.clean(args.document)
-        if not text.strip():
+        document = documents.Document(documents.clean(args.document))
+        if not document.text.strip():
             raise cli.UserError("--document is empty; give the text of a document")
 
     calibration = None if args.no_constraint else calibrations.Calibration.load(args.model_dir, schema)
     threshold = calibrations.acceptance(calibration, args.accept_above, args.model_dir)
-    shown = Shown(args.confidence, threshold)
+    shown = Shown(args.confidence, threshold, args.evidence)
 
     source = source_of(args, args.model_dir)
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
     settings = idp_flags.extraction_settings(args)
     extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, calibration)
-    if text is None:
+    if document is None:
         return extract_file(args, extractor, shown)
-    extraction = extractor.extract([text], shown.needs_confidence)[0]
+    extraction = extractor.extract([document.text], shown.needs_confidence)[0]
     if extraction.pieces > 1:
         cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
     if extraction.cut:
@@ -96,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if extraction.error:
         cli.log(f"error: no valid answer: {extraction.error}\nwhat the model wrote: {extraction.text}")
         return cli.FAILED
-    answer = shown.answer(extraction) if shown.needs_confidence else extraction.value
+    answer = shown.answer(extraction, document) if shown.more_than_fields else extraction.value
     print(json.dumps(answer, indent=2, ensure_ascii=False))
     return cli.CUT if extraction.cut else None
 
@@ -107,13 +110,14 @@ def extract_file(args: argparse.Namespace, extractor: Extractor, shown: Shown) -
 
     def rows() -> Iterator[dict]:
         for _, row in records.iter_jsonl(args.input):
-            if records.row_fault(row, ("document",)) is None:
+            if (records.row_fault(row, ("document",)) or documents.lines_fault(row)) is None:
                 yield row
 
     def answer(rows: list[dict]) -> list[dict]:
         extractions = extractor.extract([row["document"] for row in rows], shown.needs_confidence)
         named = ({"id": row["id"]} if "id" in row else {} for row in rows)
-        return [name | shown.answer(each) for name, each in zip(named, extractions, strict=True)]
+        answers = (shown.answer(each, documents.of_row(row)) for row, each in zip(rows, extractions, strict=True))
+        return [name | each for name, each in zip(named, answers, strict=True)]
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]

@@ -9,7 +9,9 @@ from typing import Any
 
 from common.data import rows
 from common.files import atomic_write, jsonl_text
+from common.tasks.idp import evidence
 from common.tasks.idp.calibration import document_confidence
+from common.tasks.idp.documents import Document
 from common.tasks.idp.extractor import Extraction
 
 DIGITS = 4  # of a confidence
@@ -22,17 +24,24 @@ class Shown:
     Attributes:
         confidence: with the confidence of each field.
         accept_from: an answer of this confidence needs no review (see `Calibration.threshold`); None: nothing is said.
+        evidence: with where each field stands in the document.
     """
 
     confidence: bool = False
     accept_from: float | None = None
+    evidence: bool = False
 
     @property
     def needs_confidence(self) -> bool:
         """Whether confidences have to be worked out."""
         return self.confidence or self.accept_from is not None
 
-    def answer(self, extraction: Extraction) -> dict[str, Any]:
+    @property
+    def more_than_fields(self) -> bool:
+        """Whether anything is shown beside the fields."""
+        return self.needs_confidence or self.evidence
+
+    def answer(self, extraction: Extraction, document: Document) -> dict[str, Any]:
         """An extraction as JSON: "fields", or "error" and "text", and what else there is to say."""
         if extraction.error:
             answer = {"error": extraction.error, "text": extraction.text}
@@ -40,6 +49,8 @@ class Shown:
             answer = {"fields": extraction.value}
             if self.confidence:
                 answer["confidence"] = {name: round(value, DIGITS) for name, value in extraction.confidence.items()}
+            if self.evidence:
+                answer["evidence"] = evidence.shown(document, extraction.value)
         if self.accept_from is not None:
             answer["accepted"] = self.accepts(extraction)
         if extraction.cut:

@@ -17,7 +17,7 @@ from common.generation.json_schema import Preflight, Schema
 from common.models import adapters
 from common.models.source import LoadedModel
 from common.tasks.idp import calibration as calibrations
-from common.tasks.idp import confidence_metrics, metrics
+from common.tasks.idp import confidence_metrics, grounding, metrics
 from common.tasks.idp import rows as idp_rows
 from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
@@ -70,6 +70,7 @@ class Evaluation:
         preflight: of the schema.
         decodings: "constrained" (answers held to the schema), "unconstrained", or both.
         seed: of the bootstrap.
+        evidence: also judge where the values stand, on the rows that have "lines" with boxes.
     """
 
     rows: Sequence[dict]
@@ -78,6 +79,17 @@ class Evaluation:
     settings: ExtractionSettings
     decodings: Sequence[str] = ("constrained", "unconstrained")
     seed: int = 0
+    evidence: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError where `evidence` is asked for and no row has boxes."""
+        if self.evidence and not any(row.get("lines") for row in self.rows):
+            raise cli.UserError('no document has "lines" with boxes, by which --evidence is judged; leave it out')
+
+    def grounding_of_gold(self) -> dict[str, dict[str, float]]:
+        """Grounding F1 of the true values, as `grounding.measure` gives it: what finding places costs by itself."""
+        groups = [row["group"] for row in self.rows]
+        return grounding.measure(self.rows, [row["fields"] for row in self.rows], groups, self.seed)
 
     def measure(self, name: str, loaded: LoadedModel) -> tuple[dict[str, Any], list[metrics.JudgedDocument]]:
         """(figures of one model, its answers to the first of `decodings`, which `metrics.differences` compares).
@@ -110,6 +122,9 @@ class Evaluation:
                 "documents_in_pieces": sum(extraction.pieces > 1 for extraction in extractions),
                 "tokens_per_s": round(sum(extraction.tokens for extraction in extractions) / seconds, 1),
             }
+            if self.evidence:
+                values = [extraction.value for extraction in extractions]
+                figures[decoding]["grounding_f1"] = grounding.measure(self.rows, values, groups, self.seed)
         first, *rest = figures
         entry = {"decoding": first} | figures[first]
         if rest:

@@ -8,6 +8,7 @@ what `metrics.evaluate` returns, plus:
     errors          what `idp_metrics.commonest_errors` returns
     documents_in_pieces, tokens_per_s
     confidence      what `confidence_metrics.figures` returns, None where no field was answered; curves: its `curves`
+    grounding_f1?   {"all" or a field: its grounding F1}; of the result itself grounding_f1_of_gold?, of true values
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def format_tables(result: Result) -> str:
     if pairs := _differences(result):
         rows = [[name, *(text(difference[key], signed=True) for key in COMPARED)] for name, difference in pairs]
         blocks.append(tables.columns(["paired difference", *(HEADINGS[key] for key in COMPARED)], rows))
+    if grounded := _grounded(result, names):
+        head = ["grounding F1", *grounded[0][1]]
+        blocks.append(tables.columns(head, [[name, *map(text, each.values())] for name, each in grounded]))
     for name, model in zip(names, models, strict=True):
         rows = [
             [field, *(text(figures[key]) for key in ("precision", "recall", "f1", "f1_normalised")),
@@ -100,6 +104,18 @@ def _confidence_rows(
 
 def _differences(result: Result) -> list[tuple[str, dict]]:
     return results.named_differences(result, "constraint_difference", "constrained - unconstrained")
+
+
+def _grounded(result: Result, names: Sequence[str]) -> list[tuple[str, dict]]:
+    """(whose, grounding F1 by field) of the true values and of each model; none where it was not asked for."""
+    if "grounding_f1_of_gold" not in result:
+        return []
+    gold = result["grounding_f1_of_gold"]
+    found = [(f"{name}, {decoding}", figures["grounding_f1"])
+             for name, model in zip(names, result["models"], strict=True)
+             for decoding, figures in _decodings(model)]  # fmt: skip
+    blank = {"value": 0.0, "low": 0.0, "high": 0.0}
+    return [("true values", gold), *((name, {key: each.get(key, blank) for key in gold}) for name, each in found)]
 
 
 def _decodings(model: dict) -> list[tuple[str, dict]]:
@@ -144,6 +160,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
             page.image(images["f1_per_field.png"], "F1 per field and model", "wide"),
         ),
         _confidence_section(result, names, images),
+        *_grounding_section(result, names),
         *(_model_section(model, name) for model, name in zip(models, names, strict=True)),
         page.provenance_section(result),
     ]
@@ -192,6 +209,21 @@ def _confidence_section(result: Result, names: Sequence[str], images: dict[str, 
         "<code>eval_idp.py --fit_calibration</code> brings the curve there, on dev documents.",
         page.table(["model", *CONFIDENCE], rows, "wide") + page.meanings(list(CONFIDENCE.items())) + "".join(diagrams),
     )
+
+
+def _grounding_section(result: Result, names: Sequence[str]) -> list[str]:
+    grounded = _grounded(result, names)
+    if not grounded:
+        return []
+    rows = [[escape(name), *(page.value(figures) for figures in each.values())] for name, each in grounded]
+    return [
+        page.section(
+            "Where the values stand",
+            "Grounding F1 over boxes: one is right that overlaps a true one of its field by half. "
+            "The true values, given as input, show what finding places costs by itself.",
+            page.table(["values of", *map(escape, grounded[0][1])], rows, "wide"),
+        )
+    ]
 
 
 def _model_section(model: dict, name: str) -> str:

@@ -22,7 +22,8 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
     """Labelled documents: rows {"document", "fields"} (JSONL, JSON list), or name.pdf/.txt + name.json in a folder.
 
     Returns:
-        Rows {"document": clean text, "fields", "group": group hash}, and "id" where the row has one or it is a file.
+        Rows {"document": clean text, "fields", "group": group hash}, "id" where the row has one or it is a file, and
+        "lines" (words or lines with their boxes, see `documents.of_row`) where they are known.
 
     Raises:
         UserError: by file and line, a row without text or whose fields do not satisfy the schema; no good row at all.
@@ -39,6 +40,8 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
             return "'fields' must be a JSON object"
         if "group" in row and not splits.GROUP_HASH.fullmatch(str(row["group"])):
             return f"group '{row['group']}' is not the 16 hex digits that idp_prepare.py writes"
+        if wrong := documents.lines_fault(row):
+            return wrong
         wrong = json_schema.errors(row["fields"], schema)
         return f"the fields do not satisfy the schema: {wrong[0]}" if wrong else None
 
@@ -46,7 +49,7 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
     for row in records.check_rows(path, numbered, KEYS, skip_bad_rows, unit, fault):
         text = documents.clean(row["document"])
         facts = {"document": text, "fields": row["fields"], "group": row.get("group") or documents.group_of(text)}
-        rows.append(({"id": row["id"]} if "id" in row else {}) | facts)
+        rows.append({key: row[key] for key in ("id", "lines") if row.get(key) is not None} | facts)
     return rows
 
 
@@ -59,6 +62,6 @@ def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
             fields = read_json(path.with_suffix(".json"))
             if isinstance(fields, list) and len(fields) == 1:
                 fields = fields[0]
-            yield path.name, {"id": path.stem, "document": documents.read_document(path), "fields": fields}
+            yield path.name, {"id": path.stem, **documents.to_row(documents.read_document(path)), "fields": fields}
         except UserError as error:
             yield path.name, ValueError(str(error))

@@ -13,7 +13,7 @@ from common.tasks.idp import rows as idp_rows
 
 def test_the_text_of_a_pdf(tmp_path):
     (tmp_path / "a.PDF").write_bytes(pdf("Invoice 7", "Total 12.50"))
-    assert documents.read_document(tmp_path / "a.PDF") == "Invoice 7\nTotal 12.50"
+    assert documents.read_document(tmp_path / "a.PDF").text == "Invoice 7\nTotal 12.50"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,27 @@ def test_evaluation_by_split_and_of_what_was_trained_on(capsys, data, tiny_base,
     assert [(each["a"], each["b"]) for each in line["differences"]] == [(tiny_base, run)]
 
 
+def test_where_the_values_stand_is_judged(capsys, monkeypatch, tiny_base, schema_file, dataset, tmp_path):
+    argv = ["--model_dir", tiny_base, "--schema", schema_file, "--split", "all", "--evidence"]
+    with pytest.raises(UserError, match='no document has "lines" with boxes'):
+        eval_idp.main([*argv, "--data", dataset])
+    texts = ("ACME", "Paid 12.50", "Total 12.50")
+    lines = [{"text": text, "box": [0, 10 * y, 9, 10 * y + 9]} for y, text in enumerate(texts)]
+    row = {"document": "\n".join(texts), "fields": {"company": "ACME", "total": 12.5}, "lines": lines}
+    value = {"company": "Paid", "total": 12.5}
+    monkeypatch.setattr(Extractor, "extract", lambda self, texts: [Extraction(value, None, "")] * len(texts))
+    report = tmp_path / "report"
+    data = write_rows(tmp_path / "rows.jsonl", [row])
+    line, out = evaluate(capsys, *argv, "--data", data, "--report_dir", str(report))
+    true = {name: each["value"] for name, each in line["grounding_f1_of_gold"].items()}
+    assert true == {"all": 1, "company": 1, "total": 1}
+    for figures in (line["models"][0], line["models"][0]["unconstrained"]):
+        own = {name: each["value"] for name, each in figures["grounding_f1"].items()}
+        assert own == {"all": 0.5, "company": 0, "total": 1}
+    assert "true values" in out
+    assert "Where the values stand" in (report / "report.html").read_text()
+
+
 def test_perfect_answers_are_found_perfect(capsys, monkeypatch, tiny_base, schema_file, dataset):
     truth = {documents.clean(row["document"]): row["fields"] for row in read_rows(Path(dataset))}
 

@@ -15,7 +15,7 @@ from common.cli import UserError
 from common.data import resumable
 from common.generation import json_schema
 from common.models.source import LoadedModel, ModelSource
-from common.tasks.idp.extractor import ExtractionSettings, Extractor
+from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
 pytestmark = pytest.mark.processes
 
@@ -60,6 +60,28 @@ def test_the_object_stands_alone_and_confidence_beside_it(capsys, tiny_base, sch
     assert told["fields"] == json.loads(out)
     assert set(told["confidence"]) == set(told["fields"])
     assert all(0 <= value <= 1 for value in told["confidence"].values())
+
+
+def test_evidence_stands_beside_the_fields(capsys, monkeypatch, tiny_base, schema_file, tmp_path):
+    fields = ROW["fields"]
+    monkeypatch.setattr(Extractor, "extract", lambda self, texts, *_: [Extraction(fields, None, "")] * len(texts))
+    _, out, _ = infer(capsys, tiny_base, schema_file, "--document", ROW["document"], "--evidence")
+    assert json.loads(out) == {
+        "fields": fields,
+        "evidence": {
+            "company": {"found": True, "start": 0, "end": 4, "text": "ACME", "match": "exact"},
+            "total": {"found": True, "start": 11, "end": 16, "text": "12.50", "match": "read"},
+        },
+    }
+    lines = [{"text": "ACME", "box": [0, 0, 4, 1], "page": 2}]
+    source, output = tmp_path / "docs.jsonl", tmp_path / "out.jsonl"
+    write_rows(source, [ROW | {"lines": lines}, {"document": "nothing"}, {"document": "x", "lines": 3}])
+    argv = ["--input", str(source), "--output", str(output), "--skip_bad_rows", "--evidence"]
+    _, _, err = infer(capsys, tiny_base, schema_file, *argv)
+    assert "docs.jsonl, line 3: 'lines' must be a list" in err
+    first, second = read_rows(output)
+    assert first["evidence"]["company"]["boxes"] == [{"page": 2, "box": [0, 0, 4, 1]}]
+    assert second["evidence"] == {"company": {"found": False}, "total": {"found": False}}
 
 
 def test_a_free_answer_that_is_no_json_is_an_error(capsys, tiny_base, schema_file):

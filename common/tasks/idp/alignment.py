@@ -1,0 +1,141 @@
+"""Where a value stands in a text: as it is written, then white space and case aside, then by edit distance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import edlib
+
+MOST_PLACES = 2000  # of one value: "1" stands everywhere
+SHORTEST_NEAR = 5  # characters that a value must have to be found with edits; fewer say too little
+EDITS = 0.3  # of its characters
+NUMERAL = re.compile(r"\d{1,3}(?:[ \u00a0\u202f'’]\d{3})+(?:[.,]\d+)?|\d+(?:[.,'’]\d+)*")
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place of a value.
+
+    Attributes:
+        start, end: its characters, text[start:end].
+        how: "exact", "folded" (white space and case aside), "read" (a number that is written in another way) or "near".
+        edits: characters that differ, of a near one.
+    """
+
+    start: int
+    end: int
+    how: str
+    edits: int = 0
+
+
+class Haystack:
+    """A text that values are sought in."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        folded, self._offsets = [], []
+        for index, character in enumerate(text):
+            if not character.isspace():
+                for each in character.casefold():
+                    folded.append(each)
+                    self._offsets.append(index)
+        self._folded = "".join(folded)
+
+    def find(self, value: str) -> list[Match]:
+        """Every place of a text, by the first way that finds any; none where it does not stand there."""
+        value = value.strip()
+        if not value:
+            return []
+        exact = [Match(start, start + len(value), "exact") for start in _occurrences(self.text, value)]
+        needle = fold(value)
+        folded = (self._match(start, len(needle), "folded") for start in _occurrences(self._folded, needle))
+        return self._whole(exact) or self._whole(list(folded)) or exact or self._otherwise(value, needle)
+
+    def _otherwise(self, value: str, needle: str) -> list[Match]:
+        """Places of a value that does not stand there as it is. Of figures no digit may differ: it is another value."""
+        if 2 * sum(character.isalpha() for character in needle) > len(needle):
+            return self._near(needle)
+        if NUMERAL.fullmatch(value):
+            return [match for number in readings(value) for match in self.find_number(number)]
+        parts = re.findall(r"\w+", value)
+        if len("".join(parts)) < SHORTEST_NEAR:
+            return []
+        found = re.finditer(r"[^\w\n]{1,3}".join(map(re.escape, parts)), self.text, re.IGNORECASE)
+        return self._whole([Match(each.start(), each.end(), "near") for each in found][:MOST_PLACES])
+
+    def find_number(self, value: float) -> list[Match]:
+        """Every place of a number, whichever way its decimals and thousands are written."""
+        return [
+            Match(found.start(), found.end(), "read")
+            for found in NUMERAL.finditer(self.text)
+            if any(abs(each - abs(value)) < 1e-9 * max(1.0, abs(value)) for each in readings(found[0]))
+        ][:MOST_PLACES]
+
+    def _match(self, start: int, length: int, how: str, edits: int = 0) -> Match:
+        return Match(self._offsets[start], self._offsets[start + length - 1] + 1, how, edits)
+
+    def _whole(self, matches: list[Match]) -> list[Match]:
+        """Those that do not begin or end within a word or a number."""
+        return [match for match in matches if not (self._torn(match.start) or self._torn(match.end))]
+
+    def _torn(self, index: int) -> bool:
+        before, after = self.text[max(0, index - 2) : index], self.text[index : index + 2]
+        if before[-1:].isalpha() and after[:1].isalpha():
+            return True
+        if re.search(r"\d$", before) and re.match(r"[.,]?\d", after):
+            return True
+        return bool(re.search(r"\d[.,]$", before) and re.match(r"\d", after))
+
+    def _near(self, needle: str) -> list[Match]:
+        allowed = int(len(needle) * EDITS)
+        if len(needle) < SHORTEST_NEAR or not allowed:
+            return []
+        alphabet = set(needle)
+        if len(alphabet) > 255:  # more than the aligner takes; no field has so many
+            return []
+        other = next(chr(code) for code in range(256) if chr(code) not in alphabet)
+        haystack = "".join(character if character in alphabet else other for character in self._folded)
+        found = edlib.align(needle, haystack, mode="HW", task="locations", k=allowed)
+        if found["editDistance"] < 0:
+            return []
+        places = [(start, end) for start, end in found["locations"] if start is not None and end >= start]
+        matches = [self._match(start, end - start + 1, "near", found["editDistance"]) for start, end in places]
+        return _apart(matches[:MOST_PLACES])
+
+
+def fold(text: str) -> str:
+    """A text without white space and case."""
+    return "".join(text.split()).casefold()
+
+
+def readings(numeral: str) -> set[float]:
+    """What a numeral may mean: "1.234" is 1234 where the point groups thousands, and 1.234 where it is a decimal's."""
+    parts = re.split(r"[ \u00a0\u202f'’.,]", numeral)
+    found = set()
+    if all(len(part) == 3 for part in parts[1:]):
+        found.add(float("".join(parts)))
+    if len(parts) > 1 and numeral[-len(parts[-1]) - 1] in ".,":
+        found.add(float(f"{''.join(parts[:-1])}.{parts[-1]}"))
+    return found
+
+
+def _occurrences(text: str, part: str) -> Iterator[int]:
+    start = text.find(part) if part else -1
+    count = 0
+    while start >= 0 and count < MOST_PLACES:
+        yield start
+        count += 1
+        start = text.find(part, start + 1)
+
+
+def _apart(matches: list[Match]) -> list[Match]:
+    """Of places that overlap the shortest, which has no characters that cost as much as they spare."""
+    kept: list[Match] = []
+    for match in sorted(matches, key=lambda match: (match.start, match.end)):
+        if kept and match.start < kept[-1].end:
+            kept[-1] = min(kept[-1], match, key=lambda each: each.end - each.start)
+        else:
+            kept.append(match)
+    return kept
