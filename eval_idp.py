@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from common.tasks.idp import evaluate, metrics, report
     from common.tasks.idp import rows as idp_rows
+    from common.tasks.idp.answer_form import form_of
     from common.tasks.idp.extractor import Extractor
 
     settings = idp_flags.extraction_settings(args)
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluate.check_unseen(model_dir, dev, args.fit_calibration)
         for model_dir in args.model_dir:
             loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
-            extractor = Extractor(loaded, schema, preflight, settings)
+            extractor = Extractor(loaded, schema, preflight, settings, form_of(model_dir, args.typed_fields))
             evaluate.fit_calibration(model_dir, dev, args.fit_calibration, extractor)
         if not args.data:
             return
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries, judged = [], []
     for model_dir in args.model_dir:
         loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
-        entry, answers = evaluation.measure(model_dir, loaded)
+        entry, answers = evaluation.measure(model_dir, loaded, form_of(model_dir, args.typed_fields))
         entries.append({"model_dir": model_dir, "contamination": run_record.contamination(model_dir, groups)} | entry)
         judged.append(answers)
     result = {

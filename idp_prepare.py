@@ -15,7 +15,6 @@ and punctuation aside. The same input and seed give the same bytes.
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +23,13 @@ from common.cli import UserError
 from common.data import rows as records
 from common.data import splits, task_record
 from common.files import json_text, jsonl_text, read_json, sha256_text, write_together
-from common.generation import json_schema, json_writer
-from common.tasks.idp import documents, mistakes
+from common.generation import json_schema
+from common.tasks.idp import documents
+from common.tasks.idp import flags as idp_flags
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp import rows as idp_rows
 from common.tasks.idp import synthesis as idp_synthesis
+from common.tasks.idp.training_rows import TrainingRows
 
 SCHEMA_FILE = "idp_schema.json"
 OUTPUT_FILES = [f"idp_{what}.jsonl" for what in ("sft", "kd", "dpo", "dev", "val")]
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--schema", help="JSON Schema of the fields; --synthesize has one of its own")
     parser.add_argument("--outdir", default="data", help="folder to write into (default: data)")
     parser.add_argument("--seed", type=int, default=42, help="of the mistakes, the order and --synthesize")
+    idp_flags.add_form_flag(parser, default="written", meaning="written")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     return parser
 
@@ -74,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts[splits.part_of(row["group"])].append(row)
     if not parts["train"] or not parts["validation"]:
         raise UserError(f"{name} has {len(rows)} documents, too few for a held-out part; give more of them")
-    sft, kd, dpo = training_rows(parts["train"], schema, args.seed)
+    training = TrainingRows(schema, args.typed_fields, args.seed)
+    sft, kd, dpo = training.of(parts["train"])
     for file, members in zip(OUTPUT_FILES, (sft, kd, dpo, parts["dev"], parts["validation"]), strict=True):
         texts[file] = jsonl_text(members)
     manifest = {
@@ -85,10 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             [row["input"] for row in sft],
             instruction=idp_prompt.INSTRUCTION,
             schema=schema,
+            typed_fields=args.typed_fields,
         ),
         "source": {"name": name, "sha256": sha256_text(jsonl_text(rows))},
         "synthetic": args.src is None,
         "seed": args.seed,
+        "typed_fields": args.typed_fields,
+        "as_written": training.counts,
         "instruction": idp_prompt.INSTRUCTION,
         "schema": {
             "name": Path(args.schema or SCHEMA_FILE).name,
@@ -108,22 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_together(outdir, texts | {"idp_manifest.json": json_text(manifest)})
     _print_summary(manifest, outdir)
-
-
-def training_rows(
-    rows: Sequence[dict], schema: json_schema.Schema, seed: int
-) -> tuple[list[dict], list[dict], list[dict]]:
-    """SFT, KD and DPO rows of labelled documents, in a random order that `seed` decides."""
-    rng = random.Random(seed)
-    sft, kd, dpo = [], [], []
-    for row in rng.sample(rows, len(rows)):
-        prompt, answer = idp_prompt.user_turn(row["document"], schema), json_writer.dumps(row["fields"], schema)
-        group = {"group": row["group"]}
-        sft.append({"input": prompt, "output": answer, **group})
-        kd.append({"input": prompt, "teacher_output": answer, **group})
-        mistake = mistakes.rejected(row["fields"], schema, rng)
-        dpo.append({"prompt": prompt, "chosen": answer, "rejected": mistake, **group})
-    return sft, kd, dpo
 
 
 def _synthetic_rows(args: argparse.Namespace, schema: json_schema.Schema) -> list[dict]:
@@ -148,6 +138,12 @@ def _print_summary(manifest: dict, outdir: Path) -> None:
     print(f"{'part':<12}{'documents':>10}{'unlike':>10}")
     for part, counts in manifest["parts"].items():
         print(f"{part:<12}{counts['rows']:>10,}{counts['groups']:>10,}")
+    if manifest["as_written"]["not_in_document"]:
+        print(
+            "{not_in_document:,} of {fields:,} dates and numbers are not in their document".format(
+                **manifest["as_written"]
+            )
+        )
     for file in (*manifest["files"], "idp_manifest.json"):
         print(outdir / file)
 

@@ -6,11 +6,11 @@
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --document_file invoice.pdf
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input docs.jsonl --output out.jsonl
 
-Prints the JSON object alone, or under "fields" beside what --confidence and --evidence add. Rows of --input have their
-text under "document"; each answer has "fields", the row's "id" if it has one, and in its place "error" and "text" where
-there is no valid one. An answer that the token budget ended, or in which a value ran on, has "cut": true. Answers keep
-their order; an interrupted run goes on where it stopped. Exit code 1: a document got no valid answer; 4: all did, but
-one is cut.
+Prints the JSON object alone, or under "fields" beside what --confidence, --written and --evidence add. Rows of --input
+have their text under "document"; each answer has "fields", the row's "id" if it has one, "notes" on values that are not
+sure, and "error" and "text" where there is no valid answer. An answer that the token budget ended, or in which a value
+ran on, has "cut": true. Answers keep their order; an interrupted run goes on where it stopped. Exit code 1: a document
+got no valid answer; 4: all did, but one is cut.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from common.models.flags import parse_args, source_of
 from common.tasks.idp import calibration as calibrations
 from common.tasks.idp import documents
 from common.tasks.idp import flags as idp_flags
+from common.tasks.idp.answer_form import form_of
 from common.tasks.idp.answers import Shown, write_split
 from common.tasks.idp.extractor import Extractor
 from common.vram import preflight as vram
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="say of each answer whether it needs no review, so that this share of those is right in every field",
     )
     parser.add_argument("--evidence", action="store_true", help="add where each field stands in the document")
+    parser.add_argument("--written", action="store_true", help="add each field's characters as the model copied them")
     parser.add_argument("--no_constraint", action="store_true", help="let the model write freely, for comparison")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     idp_flags.add_flags(parser)
@@ -83,12 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     calibration = None if args.no_constraint else calibrations.Calibration.load(args.model_dir, schema)
     threshold = calibrations.acceptance(calibration, args.accept_above, args.model_dir)
-    shown = Shown(args.confidence, threshold, args.evidence)
+    shown = Shown(args.confidence, args.written, threshold, args.evidence)
 
     source = source_of(args, args.model_dir)
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
     settings = idp_flags.extraction_settings(args)
-    extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, calibration)
+    form = form_of(args.model_dir, args.typed_fields)
+    extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, form, calibration)
     if document is None:
         return extract_file(args, extractor, shown)
     extraction = extractor.extract([document.text], shown.needs_confidence)[0]
@@ -99,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if extraction.error:
         cli.log(f"error: no valid answer: {extraction.error}\nwhat the model wrote: {extraction.text}")
         return cli.FAILED
+    for note in extraction.notes:
+        cli.log(note)
     answer = shown.answer(extraction, document) if shown.more_than_fields else extraction.value
     print(json.dumps(answer, indent=2, ensure_ascii=False))
     return cli.CUT if extraction.cut else None
@@ -124,12 +129,14 @@ def extract_file(args: argparse.Namespace, extractor: Extractor, shown: Shown) -
     decided_by = [settings, sha256_file(args.input), extractor.schema, *model]
     counts = Counter()
     for row in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
-        counts.update({"documents"} | ({"pieces", "error", "cut"} & row.keys()))
+        counts.update({"documents"} | ({"pieces", "error", "cut", "notes"} & row.keys()))
     if shown.accept_from is not None:
         accepted, others = write_split(args.output)
         cli.log(f"{accepted:,} answers are accepted, {others:,} are to be reviewed; they lie beside {args.output}")
     if counts["pieces"]:
         cli.log(f"{counts['pieces']} of {counts['documents']} documents were read in pieces, merged by confidence")
+    if counts["notes"]:
+        cli.log(f"{counts['notes']} of {counts['documents']} documents have values that are not sure; see their notes")
     if counts["cut"]:
         cli.log(f"{counts['cut']} of {counts['documents']} answers are cut; raise --max_new_tokens for these")
     if counts["error"]:

@@ -14,6 +14,7 @@ from common.files import open_text, parse_json, read_json
 SFT_KEYS = ("input", "output")
 KD_KEYS = ("input", "teacher_output")
 DPO_KEYS = ("prompt", "chosen", "rejected")
+ANSWER_KEYS = ("output", "teacher_output", "chosen")  # what a student learns to write
 
 
 def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:

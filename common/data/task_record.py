@@ -1,18 +1,20 @@
 """What a run was trained for: `task.json` beside its weights, and the same under "task" in run.json and export.json.
 
     {"kind": "labels", "name": "ticket_severity", "labels": [...], "instruction": ..., ...}    a `LabelTask`
-    {"kind": "idp", "name": "idp", "instruction": ..., "schema": {...}}
+    {"kind": "idp", "name": "idp", "instruction": ..., "schema": {...}, "typed_fields": "written"}
     {"kind": "codegen", "name": "codegen"}
     {"kind": "squad", "name": "squad", "instruction": ...}
     {"kind": "rows", "name": "rows"}                                                          rows of none of these
 
 Each also has "beginnings" and "prompt_endings": the first and the last paragraphs that many of its training prompts
-share. A run from before there was such a record has none, and may be asked anything.
+share; where the answers are JSON it also has "json_spacing", "compact" or "spaced". A run from before there was such a
+record has none, and may be asked anything.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -82,6 +84,16 @@ def prompt_endings(prompts: Iterable[str]) -> list[str]:
     endings = Counter(f"\n\n{ending}" for _, blank, ending in (text.rpartition("\n\n") for text in prompts) if blank)
     least = max(2, len(prompts) / 50)
     return [ending for ending, count in endings.most_common() if count >= least]
+
+
+def json_spacing(answers: Iterable[str]) -> str | None:
+    """Whether most of the JSON objects among answers have a space after the first colon, "spaced", or are "compact".
+
+    None where there are no JSON objects.
+    """
+    colons = (re.match(r'\{"(?:[^"\\]|\\.)*":( ?)', answer) for answer in answers)
+    counts = Counter("spaced" if colon[1] else "compact" for colon in colons if colon)
+    return max(counts, key=counts.__getitem__, default=None)
 
 
 def beside(data: str | Path) -> Record | None:

@@ -5,9 +5,9 @@
     answers = generate(model, tokenizer, prompts, Decoding(512), processors=grammar.processors(512))
     answer = json_schema.parse(answers[0][0].text, schema)      # .value, or .error and .text
 
-The JSON is compact, its keys come in the schema's order, and two things end it in time: a string, list or number that
-has run on for too long is closed, and so is the document before the token budget runs out. Both follow a closing: the
-bytes, found greedily, that lead from where the text stands to the end of a document.
+The JSON has a space after each comma and colon, or none; its keys come in the schema's order; and two things end it in
+time: a string, list or number that has run on for too long is closed, and so is the document before the token budget
+runs out. Both follow a closing: the bytes, found greedily, that lead from where the text stands to a document's end.
 """
 
 from __future__ import annotations
@@ -68,13 +68,19 @@ class JsonGrammar:
         tokenizer: an aligned tokenizer (`common.models.tokenizers`); its EOS ends the document.
         columns: width of the model's logits; what tokens the tokenizer has beyond them are never written.
         bounds: what is closed when it runs on.
+        spaced: the JSON has a space after each comma and colon, as most models write it; else it is compact.
 
     Raises:
         UserError: the schema cannot be compiled, or the tokenizer is not one of the `tokenizers` library.
     """
 
     def __init__(
-        self, schema: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: int, bounds: Bounds | None = None
+        self,
+        schema: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        columns: int,
+        bounds: Bounds | None = None,
+        spaced: bool = False,
     ) -> None:
         self.tokens, self.not_starting = _engine_tokenizer(tokenizer, columns)
         self.eos = tokenizer.eos_token_id
@@ -82,8 +88,8 @@ class JsonGrammar:
         self.bounds = (bounds or Bounds()).for_schema(schema)
         self.opening = longest_opening(schema)
         self.hints = hints_of(schema)
-        self.matcher = compile_grammar(schema, self.tokens)
-        self.byte_matcher = compile_grammar(schema, byte_tokenizer())
+        self.matcher = compile_grammar(schema, self.tokens, spaced)
+        self.byte_matcher = compile_grammar(schema, byte_tokenizer(), spaced)
         for matcher in (self.matcher, self.byte_matcher):
             if matcher.is_error():
                 raise UserError(f"the schema cannot be compiled: {matcher.get_error().splitlines()[0]}")

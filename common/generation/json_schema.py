@@ -224,12 +224,16 @@ def parse(text: str, schema: Schema) -> JsonAnswer:
     return JsonAnswer(None, f"the JSON does not satisfy the schema: {faults[0]}{more}", text)
 
 
-def compile_grammar(schema: dict[str, Any], tokens: LLTokenizer) -> LLMatcher:
-    """A matcher at the start of a document of `Preflight.grammar_schema`; ask its `is_error()`."""
+def compile_grammar(schema: dict[str, Any], tokens: LLTokenizer, spaced: bool = False) -> LLMatcher:
+    """A matcher at the start of a document of `Preflight.grammar_schema`; ask its `is_error()`.
+
+    Args:
+        spaced: with a space after each comma and colon; else there is no white space.
+    """
     options = {
         "whitespace_flexible": False,
-        "item_separator": ",",
-        "key_separator": ":",
+        "item_separator": ", " if spaced else ",",
+        "key_separator": ": " if spaced else ":",
         "lenient": False,
         "coerce_one_of": False,
         # No \u: it would let a property hide behind another spelling of its name.

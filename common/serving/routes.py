@@ -25,6 +25,7 @@ from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.tasks.codegen.answer import compile_error
 from common.tasks.idp import prompt as idp_prompt
+from common.tasks.idp.readers import OFFSET, ReadingSettings
 from common.tasks.ranking.task import warned
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
@@ -74,6 +75,11 @@ class ExtractRequest(BaseModel):
         "retry", description="An answer that `max_new_tokens` has cut: once more with twice of it, or only flag it"
     )
     thinking: bool = Field(False, description="Let a reasoning model think first, within max_new_tokens of its own")
+    typed_fields: Literal["written", "held"] | None = Field(
+        None, description="As `--typed_fields` of infer_idp.py; default: as the run was trained, else written"
+    )
+    dates: Literal["day", "month"] | None = Field(None, description="What comes first in 03/04/2019; default: as shown")
+    utc_offset: Annotated[str, Field(pattern=f"^(?:{OFFSET})$")] = "Z"
 
 
 class ExtractAnswer(BaseModel):
@@ -85,6 +91,8 @@ class ExtractAnswer(BaseModel):
     text: str | None = Field(description="What the model wrote, where there is an error")
     pieces: int = Field(description="In how many pieces a long document was read")
     cut: bool = Field(description="The token budget ended the answer, also at the second try, or a value in it ran on")
+    written: dict[str, Any] | None = Field(description="Each field as the model copied it, by its path")
+    notes: list[str] = Field(description="What is not sure about dates, times and numbers")
 
 
 class CodeRequest(BaseModel):
@@ -205,7 +213,8 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
         check_task(version, task_record.IDP, idp_prompt.INSTRUCTION, "extracting fields from documents")
         schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
         await server.check_schema(schema, "schema")
-        work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut, body.thinking)
+        reading = ReadingSettings(body.dates, body.utc_offset)
+        work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut, body.thinking, reading, body.typed_fields)
         extraction = await server.answer(request, version, work, body.document, tokens=estimate(body.document))
         error = extraction.error
         facts = {"valid": error is None, "cut": extraction.cut is not None, "tokens": extraction.tokens}
@@ -217,6 +226,8 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
             "text": extraction.text if error else None,
             "pieces": extraction.pieces,
             "cut": extraction.cut is not None,
+            "written": None if error else extraction.written_leaves,
+            "notes": extraction.notes,
         }
         return JSONResponse(answer)
 

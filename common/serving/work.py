@@ -19,6 +19,7 @@ from common.models.source import LoadedModel
 from common.serving import label_tasks
 from common.serving.messages import Unusable
 from common.serving.view import View
+from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -83,18 +84,24 @@ class Extract:
     max_new_tokens: int
     on_cut: str = "retry"
     thinking: bool = False
+    reading: ReadingSettings = AS_SHOWN
+    typed_fields: str | None = None  # None: as the model was trained
     name: ClassVar[str] = "idp"
     urgent: ClassVar[bool] = False
 
     def run(self, view: View, payloads: Sequence[str]) -> list[Extraction]:
         from common.generation import json_schema
+        from common.tasks.idp.answer_form import form_of
         from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
         def make() -> Extractor:
             schema = json.loads(self.schema)
             loaded = LoadedModel(view.model, view.tokenizer, view.host.settings.max_batch_tokens)
-            settings = ExtractionSettings(self.max_new_tokens, on_cut=self.on_cut, thinking=self.thinking)
-            return Extractor(loaded, schema, json_schema.preflight(schema), settings)
+            settings = ExtractionSettings(
+                self.max_new_tokens, on_cut=self.on_cut, thinking=self.thinking, reading=self.reading
+            )
+            form = form_of(view.version.model_dir, self.typed_fields)
+            return Extractor(loaded, schema, json_schema.preflight(schema), settings, form)
 
         return view.keep(self, make).extract(payloads, between=view.host.between_steps)
 
@@ -190,11 +197,13 @@ class Chat:
             return None
         from common.generation import json_schema
         from common.generation.json_grammar import JsonGrammar
+        from common.tasks.idp.answer_form import form_of
 
         def make() -> JsonGrammar:
             checked = json_schema.preflight(json.loads(self.schema))
             columns = view.model.config.get_text_config().vocab_size
-            return JsonGrammar(checked.grammar_schema, view.tokenizer, columns)
+            spaced = form_of(view.version.model_dir).spaced
+            return JsonGrammar(checked.grammar_schema, view.tokenizer, columns, spaced=spaced)
 
         grammar = view.keep(("grammar", self.schema), make)
         if grammar.shortest is not None and grammar.shortest > budget:

@@ -35,7 +35,7 @@ def record_of(
     if prompts and _all_begin(prompts, CREDITMIX.prompt("")):
         return CREDITMIX.record()
     if prompts and _all_begin(prompts, idp_prompt.INSTRUCTION):
-        facts = {"instruction": idp_prompt.INSTRUCTION, "schema": _common_schema(prompts)}
+        facts = {"instruction": idp_prompt.INSTRUCTION} | _common_form(prompts)
         return task_record.of_prompts(task_record.IDP, "idp", prompts, **facts)
     if prompts and _all_begin(prompts, squad.INSTRUCTION):
         facts = {"instruction": squad.INSTRUCTION}
@@ -62,11 +62,16 @@ def _all_begin(prompts: Sequence[str], start: str) -> bool:
     return all(prompt.startswith(start) for prompt in prompts)
 
 
-def _common_schema(prompts: Sequence[str]) -> dict | None:
-    """The JSON Schema that all prompts show; None where they show several."""
-    texts = {idp_prompt.schema_text(prompt) for prompt in prompts}
+def _common_form(prompts: Sequence[str]) -> dict:
+    """ "typed_fields" and "schema" as all prompts of documents have them.
+
+    The schema is None where they show several, or one that has text in place of typed fields.
+    """
+    forms = [idp_prompt.shown(prompt) for prompt in prompts]
+    kinds, texts = ({form[part] if form else None for form in forms} for part in (0, 1))
+    typed_fields = kinds.pop() if len(kinds) == 1 else None
     try:
-        schema = json.loads(texts.pop() or "null") if len(texts) == 1 else None
+        schema = json.loads(texts.pop()) if len(texts) == 1 and typed_fields == "held" else None
     except (ValueError, RecursionError):
-        return None
-    return schema if isinstance(schema, dict) else None
+        schema = None
+    return {"typed_fields": typed_fields, "schema": schema if isinstance(schema, dict) else None}

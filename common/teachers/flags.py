@@ -15,6 +15,7 @@ from common.generation.decoding import Decoding
 from common.models import loading as models
 from common.models.flags import add_model_flags, source_of
 from common.sandbox import box as sandbox
+from common.tasks.idp.flags import add_form_flag
 from common.tasks.ranking.loading import task_for
 from common.teachers import build
 from common.teachers.interview import Teacher
@@ -34,6 +35,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         "--task", default="creditmix", metavar="creditmix|idp|codegen|FILE.yaml", help="default: creditmix"
     )
     parser.add_argument("--schema", help="JSON Schema of --task idp")
+    add_form_flag(parser, meaning="written")
     parser.add_argument("--max_tries", type=cli.positive_int, default=3, help="answers to a row until one is usable")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     _add_teacher_group(parser)
@@ -187,6 +189,8 @@ def _check_task(args: argparse.Namespace) -> None:
         raise UserError("--task idp needs --schema with the JSON Schema of its fields")
     if args.schema and args.task != "idp":
         raise UserError(f"--schema goes with --task idp, not {args.task}; leave it out")
+    if args.typed_fields and args.task != "idp":
+        raise UserError(f"--typed_fields goes with --task idp, not {args.task}; leave it out")
     if args.task != "codegen" and (args.confirm_run_unsafe_code or args.allow_no_sandbox):
         raise UserError(f"--confirm_run_unsafe_code and --allow_no_sandbox go with --task codegen, not {args.task}")
     if args.probabilities and args.task in ("idp", "codegen"):
@@ -205,7 +209,7 @@ def task_of(args: argparse.Namespace) -> TeacherTask:
     if args.task == "idp":
         schema = json_schema.load(args.schema)
         json_schema.preflight(schema, best_effort=True)
-        return Documents(schema)
+        return Documents(schema, args.typed_fields or "written")
     if args.task == "codegen":
         if args.confirm_run_unsafe_code:
             cli.log(f"sandbox: {sandbox.level(args.allow_no_sandbox)}")

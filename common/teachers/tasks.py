@@ -25,6 +25,8 @@ from common.tasks.codegen import rows as code_problems
 from common.tasks.codegen import source
 from common.tasks.idp import documents, field_metrics
 from common.tasks.idp import prompt as idp_prompt
+from common.tasks.idp.copying import Copyist
+from common.tasks.idp.written_values import TypedFields
 from common.tasks.ranking.task import LabelTask
 
 _ANSWER_LINE = re.compile(r"^[\s*#>_]*answer[\s*_]*:[*_]*", re.IGNORECASE | re.MULTILINE)
@@ -170,42 +172,75 @@ class Labels:
 
 
 class Documents:
-    """IDP: the answer is JSON that satisfies the schema, written as the trained models write it."""
+    """IDP: the answer is JSON that satisfies the schema, written as the trained models write it.
+
+    Args:
+        typed_fields: how documents are asked about, "written" or "held" (`answer_form.AnswerForm`). Rows that have
+            their prompt already say it themselves.
+    """
 
     name = "idp"
 
-    def __init__(self, schema: json_schema.Schema) -> None:
-        self.schema = schema
+    def __init__(self, schema: json_schema.Schema, typed_fields: str = "written") -> None:
+        self.schema, self.typed_fields = schema, typed_fields
+        self.typed = TypedFields(schema)
 
     def fault(self, row: dict) -> str | None:
         """Why a row cannot be asked: no text under "input" or "document", or gold that the schema refuses."""
         fault = records.row_fault(row, ("input" if "input" in row else "document",))
-        if fault or not (gold := self._gold(row)):
+        if fault:
             return fault
-        error = json_schema.parse(gold, self.schema).error
-        return f"{'output' if 'input' in row else 'fields'}: {error}" if error else None
+        if "input" not in row:
+            errors = json_schema.errors(row["fields"], self.schema) if row.get("fields") is not None else []
+            return f"fields: the JSON does not satisfy the schema: {errors[0]}" if errors else None
+        try:
+            self._gold(row)
+        except UnusableAnswer as error:
+            return f"output: {error}"
+        return None
 
     def _gold(self, row: dict) -> str | None:
-        if "input" in row:
-            return row.get("output")
-        return json.dumps(row["fields"], ensure_ascii=False) if row.get("fields") is not None else None
+        return self.parse(row["output"], row["input"]) if row.get("output") else None
 
     def item(self, number: int, row: dict) -> Item:
         """A row as it is asked; a document by IDP's prompt."""
-        gold = self.parse(text) if (text := self._gold(row)) else None
         if "input" in row:
+            gold = self._gold(row)
             return Item(number, row["input"], gold, _kept(row, gold, row.get("group")))
         text = documents.clean(row["document"])
-        kept = _kept(row, gold, row.get("group") or documents.group_of(text))
-        return Item(number, idp_prompt.user_turn(text, self.schema), gold, kept)
+        asked = self.typed.written_schema if self.typed_fields == "written" else self.schema
+        prompt = idp_prompt.user_turn(text, asked, self.typed_fields)
+        gold = None if row.get("fields") is None else self._text(row["fields"], prompt)
+        return Item(number, prompt, gold, _kept(row, gold, row.get("group") or documents.group_of(text)))
 
     def parse(self, text: str, prompt: str = "") -> str:
-        """The JSON in a text, bare or in a Markdown fence."""
+        """The JSON in a text, bare or in a Markdown fence; typed fields in the form that the prompt asks for."""
         fence = _FENCED.search(text)
-        parsed = json_schema.parse(fence[1] if fence else text, self.schema)
+        document = self._document_as_written(prompt)
+        parsed = json_schema.parse(fence[1] if fence else text, self.schema if document is None else True)
         if parsed.error:
             raise UnusableAnswer(parsed.error)
-        return json_writer.dumps(parsed.value, self.schema)
+        if document is None:
+            return json_writer.dumps(parsed.value, self.schema)
+        answer = self.typed.read(parsed.value, document)
+        if faults := answer.faults or json_schema.errors(answer.value, self.schema):
+            raise UnusableAnswer(f"the JSON does not satisfy the schema: {faults[0]}")
+        if json_schema.errors(parsed.value, self.typed.written_schema):  # the teacher has read them itself
+            return self._text(answer.value, prompt)
+        return json_writer.dumps(parsed.value, self.typed.written_schema)
+
+    def _text(self, fields: Any, prompt: str) -> str:
+        """Fields of the schema's types as the prompt asks for them."""
+        document = self._document_as_written(prompt)
+        if document is None:
+            return json_writer.dumps(fields, self.schema)
+        return json_writer.dumps(Copyist(self.typed).written(fields, document), self.typed.written_schema)
+
+    @staticmethod
+    def _document_as_written(prompt: str) -> str | None:
+        """The document of a prompt that asks for typed fields as written; None for other prompts."""
+        shown = idp_prompt.shown(prompt)
+        return prompt.partition(idp_prompt.DOCUMENT)[2] if shown and shown[0] == "written" else None
 
     def check(self, items: Sequence[Item], answers: Sequence[ParsedAnswer]) -> list[ParsedAnswer]:
         """Nothing has to be run."""
@@ -217,7 +252,10 @@ class Documents:
 
     def score(self, item: Item, answer: str) -> float:
         """F1 of the fields against gold: 1 where all agree."""
-        compared = field_metrics.compare(json.loads(item.gold), json.loads(answer))
+        both = [json.loads(item.gold), json.loads(answer)]
+        if (document := self._document_as_written(item.prompt)) is not None:
+            both = [self.typed.read(each, document).value for each in both]
+        compared = field_metrics.compare(*both)
         agree, predicted, true = field_metrics.counts([compared], normalised=False)[0]
         return float(2 * agree / (predicted + true)) if predicted + true else 1.0
 

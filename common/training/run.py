@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed as launch
 from common import run_record
 from common.cli import UserError, log
+from common.data import rows as records
 from common.data import task_record
 from common.models import adapters, gguf_import, loading
 from common.run_record import RunRecord
@@ -58,6 +59,9 @@ def start(
         return None
     prompts = [text for row in rows if isinstance(text := row.get("input") or row.get("prompt"), str)]
     task = task_of(settings.task, settings.data, prompts, settings.init_adapter) if task_of else None
+    answers = [text for row in rows for key in records.ANSWER_KEYS if isinstance(text := row.get(key), str)]
+    if task and (spacing := task_record.json_spacing(answers)):
+        task = task | {"json_spacing": spacing}
     lock = resumption.lock_folder(folder)
     try:
         record = open_record(settings, folder, rows, argv, prompts, task)

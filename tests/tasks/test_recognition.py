@@ -34,11 +34,14 @@ def test_a_label_task_comes_back_as_it_was():
 
 def test_by_the_prompts():
     assert record_of(None, None, CORPUS[:8]) == CREDITMIX.record()
-    idp = [idp_prompt.user_turn(f"Total {i}", SCHEMA) for i in range(4)]
+    idp = [idp_prompt.user_turn(f"Total {i}", SCHEMA, "held") for i in range(4)]
     assert record_of(None, None, idp) == {
-        "kind": "idp", "name": "idp", "instruction": idp_prompt.INSTRUCTION, "schema": SCHEMA,
+        "kind": "idp", "name": "idp", "instruction": idp_prompt.INSTRUCTION, "schema": SCHEMA, "typed_fields": "held",
         "beginnings": [idp_prompt.INSTRUCTION], "prompt_endings": []}  # fmt: skip
-    assert record_of(None, None, [*idp, idp_prompt.user_turn("x", {"type": "array"})])["schema"] is None
+    several = record_of(None, None, [*idp, idp_prompt.user_turn("x", {"type": "array"}, "held")])
+    assert (several["schema"], several["typed_fields"]) == (None, "held")
+    written = record_of(None, None, [idp_prompt.user_turn("x", SCHEMA, "written")] * 2)
+    assert (written["schema"], written["typed_fields"]) == (None, "written")  # what it shows is not the schema itself
     assert record_of(None, None, [squad.prompt("When?", f"In {i}.") for i in range(3)])["kind"] == "squad"
     code = [pair[0] for i in range(4) for pair in codegen.training_pairs(f"Return {i}.", ["Do it."], "x = 1")]
     found = record_of(None, None, code)

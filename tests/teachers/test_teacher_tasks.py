@@ -11,7 +11,6 @@ from support.teacher import SCHEMA, error, generate, lines, numbered, question_o
 
 from common import cli
 from common.cli import UserError
-from common.generation import json_writer
 from common.sandbox import box as sandbox
 from common.tasks.codegen import prompt as codegen
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -126,13 +125,29 @@ def test_documents_end_to_end(tmp_path, stub, files):
     stub.reply = lambda body: json.dumps({"total": 1, "company": "ACME"})
     assert generate(stub, *files(rows), "--task", "idp", "--schema", str(schema)) == 0
     found = lines(files.out)
-    assert [row["teacher_output"] for row in found] == ['{"company":"ACME","total":1}'] * 3
-    assert [row["output"] for row in found] == [json_writer.dumps(row["fields"], SCHEMA) for row in rows]
+    assert [row["teacher_output"] for row in found] == ['{"company":"ACME","total":"1"}'] * 3
+    assert [row["output"] for row in found] == [f'{{"company":"ACME","total":"{i}"}}' for i in range(3)]
     assert found[1].keys() == {"input", "teacher_output", "id", "output", "group"}
     assert run_of(files)["agreement_with_gold"]["agree"] == 1
     task = Documents(SCHEMA)
     item = Item(1, "?", '{"company":"A","total":1}')
     assert [task.score(item, text) for text in ('{"company":"A","total":1}', '{"company":"A","total":2}')] == [1.0, 0.5]
+
+
+def test_documents_as_written_and_held():
+    row = {"document": "ACME 1.234,50", "fields": {"company": "ACME", "total": 1234.5}}
+    written, held = (Documents(SCHEMA, form) for form in ("written", "held"))
+    asked, typed = written.item(1, row), held.item(1, row)
+    assert (asked.gold, typed.gold) == ('{"company":"ACME","total":"1.234,50"}', '{"company":"ACME","total":1234.5}')
+    assert written.parse('{"company": "ACME", "total": "1.234,50 EUR"}', asked.prompt).endswith('"1.234,50 EUR"}')
+    assert written.parse('{"company": "ACME", "total": 1234.5}', asked.prompt) == asked.gold
+    assert held.parse('{"company": "ACME", "total": 1234.50}', typed.prompt) == typed.gold
+    with pytest.raises(UnusableAnswer, match="total: 'much' is no number"):
+        written.parse('{"company": "ACME", "total": "much"}', asked.prompt)
+    assert written.score(asked, '{"company":"ACME","total":"EUR 1.234,50"}') == 1
+    prepared = {"input": asked.prompt, "output": asked.gold}
+    assert (held.fault(prepared), held.item(1, prepared).gold) == (None, asked.gold)
+    assert "output: " in held.fault(prepared | {"output": '{"company":"ACME"}'})
 
 
 CODE = "def add(a, b):\n    return a + b"

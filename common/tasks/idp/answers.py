@@ -23,11 +23,13 @@ class Shown:
 
     Attributes:
         confidence: with the confidence of each field.
+        written: with what the model copied for each field.
         accept_from: an answer of this confidence needs no review (see `Calibration.threshold`); None: nothing is said.
         evidence: with where each field stands in the document.
     """
 
     confidence: bool = False
+    written: bool = False
     accept_from: float | None = None
     evidence: bool = False
 
@@ -39,7 +41,7 @@ class Shown:
     @property
     def more_than_fields(self) -> bool:
         """Whether anything is shown beside the fields."""
-        return self.needs_confidence or self.evidence
+        return self.needs_confidence or self.written or self.evidence
 
     def answer(self, extraction: Extraction, document: Document) -> dict[str, Any]:
         """An extraction as JSON: "fields", or "error" and "text", and what else there is to say."""
@@ -50,7 +52,11 @@ class Shown:
             if self.confidence:
                 answer["confidence"] = {name: round(value, DIGITS) for name, value in extraction.confidence.items()}
             if self.evidence:
-                answer["evidence"] = evidence.shown(document, extraction.value)
+                answer["evidence"] = evidence.shown(document, extraction.as_written)
+            if self.written:
+                answer["written"] = extraction.written_leaves
+        if extraction.notes:
+            answer["notes"] = list(extraction.notes)
         if self.accept_from is not None:
             answer["accepted"] = self.accepts(extraction)
         if extraction.cut:

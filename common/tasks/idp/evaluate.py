@@ -19,6 +19,7 @@ from common.models.source import LoadedModel
 from common.tasks.idp import calibration as calibrations
 from common.tasks.idp import confidence_metrics, grounding, metrics
 from common.tasks.idp import rows as idp_rows
+from common.tasks.idp.answer_form import AnswerForm
 from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
 WINDOW = 64  # documents at a time
@@ -91,11 +92,14 @@ class Evaluation:
         groups = [row["group"] for row in self.rows]
         return grounding.measure(self.rows, [row["fields"] for row in self.rows], groups, self.seed)
 
-    def measure(self, name: str, loaded: LoadedModel) -> tuple[dict[str, Any], list[metrics.JudgedDocument]]:
+    def measure(
+        self, name: str, loaded: LoadedModel, form: AnswerForm
+    ) -> tuple[dict[str, Any], list[metrics.JudgedDocument]]:
         """(figures of one model, its answers to the first of `decodings`, which `metrics.differences` compares).
 
         Args:
             name: the model's folder or Hub id.
+            form: in which it is asked.
         """
         calibration = calibrations.Calibration.load(name, self.schema)
         groups = [row["group"] for row in self.rows]
@@ -104,7 +108,7 @@ class Evaluation:
         for decoding in self.decodings:
             cli.log(f"{name}: reading {len(self.rows):,} documents, {decoding}")
             preflight = self.preflight if decoding == "constrained" else None
-            extractor = Extractor(loaded, self.schema, preflight, self.settings)
+            extractor = Extractor(loaded, self.schema, preflight, self.settings, form)
             extractions, seconds = extract_timed(extractor, [row["document"] for row in self.rows])
             judged[decoding] = [
                 metrics.judge(row["fields"], extraction) for row, extraction in zip(self.rows, extractions, strict=True)
@@ -123,10 +127,10 @@ class Evaluation:
                 "tokens_per_s": round(sum(extraction.tokens for extraction in extractions) / seconds, 1),
             }
             if self.evidence:
-                values = [extraction.value for extraction in extractions]
+                values = [extraction.as_written for extraction in extractions]
                 figures[decoding]["grounding_f1"] = grounding.measure(self.rows, values, groups, self.seed)
         first, *rest = figures
-        entry = {"decoding": first} | figures[first]
+        entry = {"decoding": first, "typed_fields": form.typed_fields} | figures[first]
         if rest:
             entry["unconstrained"] = figures["unconstrained"]
             entry["constraint_difference"] = metrics.differences(

@@ -17,6 +17,10 @@ from common.models.batching import context_of
 from common.models.source import LoadedModel
 from common.tasks.idp import confidence as confidences
 from common.tasks.idp import documents, long_documents, prompt, wholeness
+from common.tasks.idp.answer_form import UNTRAINED, AnswerForm
+from common.tasks.idp.field_metrics import leaves, path_name
+from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
+from common.tasks.idp.written_values import TypedFields
 
 if TYPE_CHECKING:
     from common.generation.result import Generation
@@ -36,6 +40,7 @@ class ExtractionSettings:
         long: "split" or "refuse" a document that does not fit.
         on_cut: "retry" an answer that the budget has cut once, with up to twice the budget, or only "flag" it.
         thinking: let a model that reasons think before each answer, within a budget of `max_new_tokens` of its own.
+        reading: of fields that are copied as written.
     """
 
     max_new_tokens: int = 512
@@ -43,6 +48,7 @@ class ExtractionSettings:
     long: str = "split"
     on_cut: str = "retry"
     thinking: bool = False
+    reading: ReadingSettings = AS_SHOWN
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Extraction:
         tokens: tokens written, those of an answer that was tried again included.
         pieces: in how many pieces the document was read.
         cut: why it is not whole, though it may be valid; None where it is. See `wholeness`.
+        written: the value before its typed fields were read; None where the model was to write them in their types.
+        notes: what is not sure about typed fields, in sentences that name the field.
     """
 
     value: Any
@@ -66,6 +74,18 @@ class Extraction:
     tokens: int = 0
     pieces: int = 1
     cut: str | None = None
+    written: Any = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def as_written(self) -> Any:
+        """The value with typed fields as the model wrote them."""
+        return self.value if self.written is None else self.written
+
+    @property
+    def written_leaves(self) -> dict[str, Any]:
+        """Each leaf as the model wrote it, by its path."""
+        return {path_name(path): leaf for path, leaf in leaves(self.as_written)}
 
 
 class Extractor:
@@ -73,6 +93,7 @@ class Extractor:
 
     Args:
         preflight: what `json_schema.preflight` made of the schema; None: the model answers freely.
+        form: see `answer_form.form_of`.
         calibration: what confidences become; None: they stay products of probabilities.
 
     Raises:
@@ -85,12 +106,15 @@ class Extractor:
         schema: json_schema.Schema,
         preflight: json_schema.Preflight | None,
         settings: ExtractionSettings,
+        form: AnswerForm = UNTRAINED,
         calibration: Calibration | None = None,
     ) -> None:
         self.calibration = asdict(calibration) if calibration else None
         self.calibrate = calibration.apply if calibration else float
         self.model, self.tokenizer, self.max_batch_tokens = loaded.model, loaded.tokenizer, loaded.max_batch_tokens
-        self.schema, self.settings = schema, settings
+        self.schema, self.settings, self.form = schema, settings, form
+        self.typed = TypedFields(schema, settings.reading) if form.written else None
+        self.asked = self.typed.written_schema if self.typed else schema
         max_new_tokens, context = settings.max_new_tokens, context_of(loaded.model.config)
         self.limit = min(settings.max_len or context, context)  # of prompt, thinking and answer
         written = max_new_tokens * (1 + settings.thinking)
@@ -105,17 +129,18 @@ class Extractor:
         if preflight is not None:
             from common.generation.json_grammar import JsonGrammar
 
+            if self.typed:
+                preflight = json_schema.preflight(self.asked, best_effort=True)
             columns = loaded.model.config.get_text_config().vocab_size
-            self.grammar = JsonGrammar(preflight.grammar_schema, self.tokenizer, columns)
+            self.grammar = JsonGrammar(preflight.grammar_schema, self.tokenizer, columns, spaced=form.spaced)
             shortest = self.grammar.shortest
             if shortest is not None and shortest > max_new_tokens:
                 raise UserError(f"the shortest JSON of this schema has {shortest} tokens; raise --max_new_tokens")
 
     def encode(self, document: str) -> list[int]:
         """The token ids of the prompt for a document, or a piece of one."""
-        return tokenizers.encode_prompt(
-            self.tokenizer, prompt.user_turn(document, self.schema), thinking=self.settings.thinking
-        )
+        asked = prompt.user_turn(document, self.asked, self.form.typed_fields)
+        return tokenizers.encode_prompt(self.tokenizer, asked, thinking=self.settings.thinking)
 
     def pieces(self, document: str, between: Callable[[], None] = lambda: None) -> list[str]:
         """A clean document as pieces whose prompts fit; none where it is to be refused instead.
@@ -194,6 +219,10 @@ class Extractor:
         running = wholeness.ran_on(value, text)
         cut = running or any(answer.cut for answer in answers)
         budget = max(len(of_piece) for of_piece in tries) * self.settings.max_new_tokens
+        written, notes = None, ()
+        if self.typed and error is None:
+            written = value
+            value, error, notes = self._read_typed(written, text)
         return Extraction(
             value,
             error,
@@ -202,13 +231,17 @@ class Extractor:
             sum(len(answer.tokens) for of_piece in tries for answer in of_piece),
             len(answers),
             wholeness.message(budget, running) if cut else None,
+            written,
+            notes,
         )
 
     def _value(
         self, answers: list[Generation], confidence: bool, between: Callable[[], None]
     ) -> tuple[Any, str | None, dict[str, float]]:
         """(value, why it is no valid answer or None, confidences) of the answers to the pieces of a document."""
-        results = [read_json(answer, self.schema) for answer in answers]
+        # What is copied as written satisfies the schema once it is read.
+        schema = True if self.typed else self.schema
+        results = [read_json(answer, schema) for answer in answers]
         failed = [f"piece {number}: {error}" for number, (_, error) in enumerate(results, start=1) if error]
         value, error = results[0]
         if len(answers) > 1 and failed:
@@ -221,7 +254,14 @@ class Extractor:
             parts.append(confidences.scored(answer, self.tokenizer, self.calibrate))
         merged = long_documents.merge(parts)
         value = confidences.plain(merged)
-        return value, next(iter(json_schema.errors(value, self.schema)), None), confidences.confidences(merged)
+        return value, next(iter(json_schema.errors(value, schema)), None), confidences.confidences(merged)
+
+    def _read_typed(self, written: Any, document: str) -> tuple[Any, str | None, tuple[str, ...]]:
+        """(value, why it is no valid answer or None, notes) of an answer with typed fields as the document has them."""
+        answer = self.typed.read(written, document)
+        faults = answer.faults or json_schema.errors(answer.value, self.schema)
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        return answer.value, f"{faults[0]}{more}" if faults else None, answer.notes
 
 
 def read_json(answer: Generation, schema: json_schema.Schema) -> tuple[Any, str | None]:

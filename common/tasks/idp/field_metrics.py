@@ -7,7 +7,6 @@ their leaves agree, so an item that was missed costs its own leaves and not thos
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,21 +15,11 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from common.tasks.idp import amounts, dates
+
 Path = tuple[str | int, ...]
 
 MISSING = None
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MONTH = rf"(?P<month>{'|'.join(MONTHS)})[a-z]*\.?"
-_DATE_FORMS = [
-    re.compile(form)
-    for form in (
-        r"(?P<y>\d{4})[-/. ](?P<m>\d{1,2})[-/. ](?P<d>\d{1,2})",
-        r"(?P<a>\d{1,2})[-/. ](?P<b>\d{1,2})[-/. ](?P<y>\d{4}|\d{2})",
-        rf"(?P<d>\d{{1,2}})(?:st|nd|rd|th)?[-/., ]*{_MONTH}[-/., ]*(?P<y>\d{{4}}|\d{{2}})",
-        rf"{_MONTH}[-/., ]*(?P<d>\d{{1,2}})(?:st|nd|rd|th)?[-/., ]+(?P<y>\d{{4}}|\d{{2}})",
-    )
-]
-_AMOUNT = re.compile(r"(?:[^\W\d]{1,3}\.?|[^\w\s.,-])?\s*(-?)\s*(\d[\d., ']*)\s*(?:[^\W\d]{1,3}|[^\w\s.,-])?")
 
 
 @dataclass(frozen=True)
@@ -144,23 +133,14 @@ def same_normalised(gold: Any, found: Any) -> bool:
 
 
 def amount(leaf: Any) -> float | None:
-    """A number, or text such as "1.234,50 EUR", "$ 8.20" or "RM31.00", as a number; None for any other text.
+    """A number, or text such as "1.234,50 EUR", "(12.00)", "$ 8.20" or "RM31.00", as a number; None for any other text.
 
-    A comma or point followed by three digits at the end groups thousands if it is a comma or stands there twice.
+    Where nothing else tells, three digits after a comma are thousands, and after a point decimals.
     """
     if not isinstance(leaf, str):
         return float(leaf)
-    match = _AMOUNT.fullmatch(leaf.strip())
-    if not match:
-        return None
-    sign, digits = match[1], re.sub(r"[ ']", "", match[2]).rstrip(".,")
-    last = max(digits.rfind("."), digits.rfind(","))
-    grouped = last >= 0 and len(digits) - last == 4 and (digits[last] == "," or digits.count(".") > 1)
-    if last < 0 or grouped:
-        whole, decimals = digits, ""
-    else:
-        whole, decimals = digits[:last], digits[last + 1 :]
-    return float(f"{sign}{re.sub('[.,]', '', whole)}.{decimals or 0}")
+    found = amounts.whole(leaf)
+    return None if found is None else float(found.readings[-1 if found.grouping == "," else 0])
 
 
 def date(text: str) -> tuple | None:
@@ -168,24 +148,13 @@ def date(text: str) -> tuple | None:
 
     Where day and month cannot be told apart (09/01/2019), they stand in the order of the text, marked as such.
     """
-    text = text.strip().lower()
-    for form in _DATE_FORMS:
-        if match := form.fullmatch(text):
-            parts = match.groupdict()
-            year = int(parts["y"]) + (2000 if len(parts["y"]) == 2 else 0)
-            if "a" in parts:
-                first, second = int(parts["a"]), int(parts["b"])
-                if first <= 12 and second <= 12 and first != second:
-                    return ("day or month", year, first, second)
-                month, day = (first, second) if second > 12 else (second, first)
-            else:
-                month = MONTHS.index(parts["month"]) + 1 if "month" in parts else int(parts["m"])
-                day = int(parts["d"])
-            try:
-                return tuple(datetime.date(year, month, day).timetuple()[:3])
-            except ValueError:
-                return None
-    return None
+    found = dates.whole(text)
+    if found is None:
+        return None
+    day = found.readings[0]
+    if len(found.readings) > 1:
+        return ("day or month", day.year, day.day, day.month)
+    return day.year, day.month, day.day
 
 
 def counts(rows: Sequence[Sequence[Leaf]], normalised: bool) -> np.ndarray:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from common import cli
 from common.cli import UserError
 from common.data import task_record
 from common.generation import json_schema
 from common.models.flags import add_model_flags
+from common.tasks.idp.answer_form import TYPED_FIELDS
 from common.tasks.idp.extractor import ExtractionSettings
 from common.tasks.idp.prompt import INSTRUCTION
+from common.tasks.idp.readers import OFFSET, ReadingSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +44,54 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="off",
         help="on: let a reasoning model think before its answer, within --max_new_tokens of its own",
     )
+    add_form_flag(parser)
+    parser.add_argument(
+        "--dates",
+        choices=("day", "month"),
+        help="what comes first in 03/04/2019; default: as the document's other dates, its language or currency show",
+    )
+    parser.add_argument(
+        "--utc_offset", type=_offset, default="Z", help="of a time that is written without one: Z or e.g. +08:00"
+    )
     add_model_flags(parser)
+
+
+def add_form_flag(
+    parser: argparse.ArgumentParser,
+    *,
+    default: str | None = None,
+    meaning: str = "as the model was trained, else written",
+) -> None:
+    """--typed_fields, of everything that builds prompts of documents.
+
+    Args:
+        meaning: of the default, in words.
+    """
+    parser.add_argument(
+        "--typed_fields",
+        choices=TYPED_FIELDS,
+        default=default,
+        help="dates, times and numbers: written, copied from the document as text and read by code, or held, written "
+        f"by the model in the schema's types (default: {meaning})",
+    )
+
+
+def _offset(text: str) -> str:
+    if not re.fullmatch(OFFSET, text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no offset from UTC; give Z or e.g. +08:00")
+    return text
 
 
 def extraction_settings(args: argparse.Namespace) -> ExtractionSettings:
     """How the flags of `add_flags` want documents to be read."""
-    return ExtractionSettings(args.max_new_tokens, args.max_len, args.long, args.on_cut, args.thinking == "on")
+    return ExtractionSettings(
+        args.max_new_tokens,
+        args.max_len,
+        args.long,
+        args.on_cut,
+        args.thinking == "on",
+        ReadingSettings(args.dates, args.utc_offset),
+    )
 
 
 def schema_of(path: str | None, *model_dirs: str) -> json_schema.Schema:

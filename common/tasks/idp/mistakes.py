@@ -1,68 +1,122 @@
-"""Mistakes that an answer could make in a document's fields: the rejected side of preference rows."""
+"""Mistakes that an answer could make in a document's fields: the rejected side of preference rows.
+
+All of them satisfy the schema. What does not, broken JSON above all, is never written by a model that is held to it,
+and would teach nothing.
+"""
 
 from __future__ import annotations
 
-import json
+import copy
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from common.generation import json_schema, json_writer
-from common.tasks.idp.field_metrics import leaves, type_of
+from common.tasks.idp import amounts, dates
+from common.tasks.idp.field_metrics import Path, leaves, same, type_of
 
-DATE = re.compile(r"^(\d+)[-/.](\d+)[-/.](\d+)$")
-Mistake = Callable[[dict, random.Random], "dict | str | None"]
+TRIES = 4  # of each kind, before another one is taken
 
 
-def rejected(fields: dict, schema: json_schema.Schema, rng: random.Random) -> str:
-    """An answer with one realistic mistake, never equal to the right one."""
-    right = json_writer.dumps(fields, schema)
+@dataclass(frozen=True)
+class Answer:
+    """A right answer.
+
+    Attributes:
+        fields: as the model is to write them.
+        document: that they are from.
+    """
+
+    fields: Any
+    document: str
+
+
+Mistake = Callable[[Answer, random.Random], Any]
+
+
+def rejected(
+    answer: Answer,
+    schema: json_schema.Schema,
+    rng: random.Random,
+    meaning: Callable[[Any], Any] = lambda fields: fields,
+) -> str | None:
+    """An answer with one realistic mistake, as JSON; None where every change of it breaks the schema or is none.
+
+    Args:
+        schema: of the fields as the model is to write them.
+        meaning: what fields mean. Another way to write the same is no mistake.
+    """
+    right = meaning(answer.fields)
     for mistake in rng.sample(MISTAKES, len(MISTAKES)):
-        wrong = mistake(json.loads(right), rng)
-        if wrong is not None:
-            text = wrong if isinstance(wrong, str) else json_writer.dumps(wrong, schema)
-            if text != right:
-                return text
-    return right[:-1]
+        for _ in range(TRIES):
+            wrong = mistake(answer, rng)
+            if wrong is not None and meaning(wrong) != right and not json_schema.errors(wrong, schema):
+                return json_writer.dumps(wrong, schema)
+    return None
 
 
-def other_date_format(fields: dict, rng: random.Random) -> dict | None:
-    """2025-09-12 as 12/09/2025, or another date with its parts turned round."""
-    return _change_one(fields, rng, lambda leaf: DATE.sub(r"\3/\2/\1", leaf) if isinstance(leaf, str) else leaf)
+def from_elsewhere(answer: Answer, rng: random.Random) -> Any:
+    """A date, a number or a line that stands at another place of the document."""
+
+    def other(leaf: Any) -> Any:
+        found = [value for value in _candidates(leaf, answer.document) if not same(value, leaf)]
+        return rng.choice(found) if found else leaf
+
+    return _change_one(answer.fields, rng, other)
 
 
-def swapped_fields(fields: dict, rng: random.Random) -> dict | None:
-    """The values of two fields of one type exchanged."""
-    by_type: dict[str, list[str]] = {}
-    for key, value in fields.items():
-        by_type.setdefault(type_of(value), []).append(key)
-    pairs = [(a, b) for keys in by_type.values() for a in keys for b in keys if a < b and fields[a] != fields[b]]
-    if not pairs:
-        return None
-    a, b = rng.choice(pairs)
-    return fields | {a: fields[b], b: fields[a]}
-
-
-def missing_key(fields: dict, rng: random.Random) -> dict | None:
-    """One field left out."""
-    gone = rng.choice(list(fields)) if fields else None
-    return {key: value for key, value in fields.items() if key != gone} if fields else None
-
-
-def invented_value(fields: dict, rng: random.Random) -> dict | None:
+def wrong_value(answer: Answer, rng: random.Random) -> Any:
     """A value that the document does not have: another digit, a word less, another truth."""
-    return _change_one(fields, rng, lambda leaf: _other_value(leaf, rng))
+    return _change_one(answer.fields, rng, lambda leaf: _other_value(leaf, rng))
 
 
-def broken_json(fields: dict, rng: random.Random) -> str:
-    """JSON that is cut off, has a quote or a comma too few, or stands in chatter."""
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
-    index = rng.choice([match.start() for match in re.finditer('[",]', text)] or [0])
-    return rng.choice((text[: len(text) * 3 // 4], text[:index] + text[index + 1 :], f"Here is the JSON: {text}"))
+def swapped_fields(answer: Answer, rng: random.Random) -> Any:
+    """The values of two fields of one type exchanged."""
+    if not isinstance(answer.fields, dict):
+        return None
+    return _swap(answer.fields, [(key,) for key in answer.fields], rng)
 
 
-MISTAKES: tuple[Mistake, ...] = (other_date_format, swapped_fields, missing_key, invented_value, broken_json)
+def swapped_lines(answer: Answer, rng: random.Random) -> Any:
+    """One column of two lines of a list exchanged."""
+    columns: dict[tuple, list[Path]] = {}
+    for path, _ in leaves(answer.fields):
+        if any(isinstance(part, int) for part in path):
+            columns.setdefault(tuple(None if isinstance(part, int) else part for part in path), []).append(path)
+    several = [paths for paths in columns.values() if len(paths) > 1]
+    return _swap(answer.fields, rng.choice(several), rng) if several else None
+
+
+def missing_part(answer: Answer, rng: random.Random) -> Any:
+    """A field or a line left out."""
+    paths = list(dict.fromkeys(path[:end] for path, _ in leaves(answer.fields) for end in range(1, len(path) + 1)))
+    if not paths:
+        return None
+    wrong, path = copy.deepcopy(answer.fields), rng.choice(paths)
+    del _holder(wrong, path)[path[-1]]
+    return wrong
+
+
+MISTAKES: tuple[Mistake, ...] = (from_elsewhere, wrong_value, swapped_fields, swapped_lines, missing_part)
+
+
+def _candidates(leaf: Any, document: str) -> Iterable[Any]:
+    """Values in a document that could be taken for a leaf: those of its kind."""
+    if isinstance(leaf, bool) or leaf is None:
+        return []
+    found = amounts.find(document)
+    if isinstance(leaf, int | float):
+        whole = isinstance(leaf, int)
+        return [int(each.readings[0]) if whole else float(each.readings[0]) for each in found]
+    if date := dates.whole(leaf):
+        iso = leaf == date.readings[0].isoformat()  # as a grammar holds it, not as the document has it
+        others = dates.find(document)
+        return [each.readings[0].isoformat() if iso else document[each.start : each.end] for each in others]
+    if amounts.whole(leaf):
+        return [document[slice(*each.bare)] for each in found]
+    return [line.strip() for line in document.splitlines() if line.strip()]
 
 
 def _other_value(leaf: Any, rng: random.Random) -> Any:
@@ -78,15 +132,39 @@ def _other_value(leaf: Any, rng: random.Random) -> Any:
     return " ".join(words[:-1]) if len(words) > 1 else leaf + "s"
 
 
-def _change_one(fields: dict, rng: random.Random, change: Callable[[Any], Any]) -> dict | None:
-    """`fields` with one of the leaves that `change` changes, changed; None where there is none."""
-    changes = [(path, leaf, change(leaf)) for path, leaf in leaves(fields)]
-    changes = [(path, after) for path, leaf, after in changes if after != leaf]
-    if not changes:
+def _change_one(fields: Any, rng: random.Random, change: Callable[[Any], Any]) -> Any:
+    """`fields` with one of the leaves changed; None where there is none, or it has no other value."""
+    places = list(leaves(fields))
+    if not places:
         return None
-    path, after = rng.choice(changes)
-    holder = fields
+    path, leaf = rng.choice(places)
+    if same(after := change(leaf), leaf):
+        return None
+    if not path:
+        return after
+    wrong = copy.deepcopy(fields)
+    _holder(wrong, path)[path[-1]] = after
+    return wrong
+
+
+def _swap(fields: Any, paths: list[Path], rng: random.Random) -> Any:
+    """`fields` with the values at two of the paths exchanged, of one type and unlike; None where there are none."""
+
+    def at(path: Path) -> Any:
+        return _holder(fields, path)[path[-1]]
+
+    pairs = [(a, b) for index, a in enumerate(paths) for b in paths[index + 1 :]
+             if type_of(at(a)) == type_of(at(b)) and at(a) != at(b)]  # fmt: skip
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    wrong = copy.deepcopy(fields)
+    _holder(wrong, a)[a[-1]], _holder(wrong, b)[b[-1]] = at(b), at(a)
+    return wrong
+
+
+def _holder(value: Any, path: Path) -> Any:
+    """The object or list that has the end of a path."""
     for part in path[:-1]:
-        holder = holder[part]
-    holder[path[-1]] = after
-    return fields
+        value = value[part]
+    return value

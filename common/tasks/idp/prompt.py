@@ -8,17 +8,29 @@ from common.generation.json_schema import Schema
 from common.tasks.idp import documents
 
 INSTRUCTION = "Extract from the document what the JSON Schema asks for. Return only the JSON."
-SCHEMA, DOCUMENT = "JSON Schema: ", "\n\nDocument:\n"  # what stands before either
+SCHEMAS = {  # what stands before the schema, by how typed fields are asked for (see `answer_form`)
+    "written": "JSON Schema, of values exactly as the document writes them: ",
+    "held": "JSON Schema: ",
+}
+DOCUMENT = "\n\nDocument:\n"  # what stands before the document
 
 
-def user_turn(document: str, schema: Schema) -> str:
-    """What the model is asked for one document."""
+def user_turn(document: str, schema: Schema, typed_fields: str) -> str:
+    """What the model is asked for one document.
+
+    Args:
+        schema: with text for typed fields where they are "written" (`written_values.TypedFields`).
+        typed_fields: "written" or "held".
+    """
     described = {key: value for key, value in schema.items() if key != "$schema"} if schema is not True else {}
     compact = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
-    return f"{INSTRUCTION}\n\n{SCHEMA}{compact}{DOCUMENT}{documents.clean(document)}"
+    return f"{INSTRUCTION}\n\n{SCHEMAS[typed_fields]}{compact}{DOCUMENT}{documents.clean(document)}"
 
 
-def schema_text(prompt: str) -> str | None:
-    """The JSON Schema that a user turn shows, as JSON; None where it is no such turn."""
-    start, found, rest = prompt.partition(f"{INSTRUCTION}\n\n{SCHEMA}")
-    return rest.partition(DOCUMENT)[0] if found and not start else None
+def shown(prompt: str) -> tuple[str, str] | None:
+    """(how typed fields are asked for, the JSON Schema as JSON) of a user turn; None where it is no such turn."""
+    for typed_fields, before in SCHEMAS.items():
+        start = f"{INSTRUCTION}\n\n{before}"
+        if prompt.startswith(start):
+            return typed_fields, prompt.removeprefix(start).partition(DOCUMENT)[0]
+    return None

@@ -11,8 +11,10 @@ from support.inputs import read_rows, write_rows
 import eval_idp
 import sft_train
 from common.cli import UserError
+from common.generation import json_schema
 from common.tasks.idp import documents
 from common.tasks.idp.extractor import Extraction, Extractor
+from common.tasks.idp.written_values import TypedFields
 
 pytestmark = pytest.mark.processes
 
@@ -37,7 +39,7 @@ def dataset(tmp_path_factory) -> str:
 
 
 def test_evaluation(capsys, tiny_base, schema_file, dataset, tmp_path):
-    argv = ["--model_dir", tiny_base, "--schema", schema_file, "--max_new_tokens", "60"]
+    argv = ["--model_dir", tiny_base, "--schema", schema_file, "--max_new_tokens", "60", "--typed_fields", "held"]
     report = tmp_path / "report"
     line, out = evaluate(capsys, *argv, "--data", dataset, "--split", "all", "--report_dir", str(report))
     assert (line["evaluator"], line["version"], line["n"], line["split"]) == ("idp", 1, 25, "all")
@@ -73,8 +75,9 @@ def test_evaluation_by_split_and_of_what_was_trained_on(capsys, data, tiny_base,
     train = write_rows(tmp_path / "rows.jsonl", read_rows(data / "idp_sft.jsonl")[:3])
     run, settings = str(tmp_path / "run"), ["--max_steps", "1", "--max_len", "2048"]
     sft_train.main(["--student", tiny_base, "--data", train, "--save_dir", run, *settings])
-    seen = [{"document": row["input"].partition("Document:\n")[2], "fields": json.loads(row["output"])}
-            for row in read_rows(Path(train))]  # fmt: skip
+    typed = TypedFields(json_schema.load(schema))
+    texts = [(row["input"].partition("Document:\n")[2], row["output"]) for row in read_rows(Path(train))]
+    seen = [{"document": text, "fields": typed.read(json.loads(answer), text).value} for text, answer in texts]
     both = write_rows(tmp_path / "both.jsonl", [*seen, *rows[:2]])
     line, _ = evaluate(capsys, *argv[2:], "--model_dir", run, tiny_base, "--data", both, "--split", "all")
     assert line["contamination"] == {"rows": 3, "of": 5}

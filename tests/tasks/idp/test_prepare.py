@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 
@@ -21,7 +22,10 @@ from common.generation import json_schema, json_writer
 from common.tasks.idp import documents, mistakes
 from common.tasks.idp import rows as idp_rows
 from common.tasks.idp import synthesis as idp_synthesis
+from common.tasks.idp.field_metrics import Leaf, leaves
 from common.tasks.idp.prompt import user_turn
+from common.tasks.idp.training_rows import TrainingRows
+from common.tasks.idp.written_values import TypedFields
 
 
 def test_what_prepare_writes(data):
@@ -37,12 +41,16 @@ def test_what_prepare_writes(data):
     ]
     assert [row["input"] for row in sft] == [row["input"] for row in kd] == [row["prompt"] for row in dpo]
     assert [row["output"] for row in sft] == [row["teacher_output"] for row in kd] == [row["chosen"] for row in dpo]
+    typed = TypedFields(schema)
     for row in sft:
-        value = json_schema.parse(row["output"], schema)
-        assert value.error is None
-        assert json_writer.dumps(value.value, schema) == row["output"]
         document = row["input"].partition("Document:\n")[2]
-        assert row["input"] == user_turn(document, schema)
+        assert row["input"] == user_turn(document, typed.written_schema, "written")
+        written = json_schema.parse(row["output"], typed.written_schema)
+        assert written.error is None
+        assert json_writer.dumps(written.value, typed.written_schema) == row["output"]
+        assert written.value["invoice_date"] in document
+        answer = typed.read(written.value, document)
+        assert (answer.faults, json_schema.errors(answer.value, schema)) == ((), [])
         assert splits.part_of(row["group"]) == "train"
         assert row["group"] == documents.group_of(document)
     for part, rows in (("dev", dev), ("validation", validation)):
@@ -50,6 +58,8 @@ def test_what_prepare_writes(data):
         assert not any(json_schema.errors(row["fields"], schema) for row in rows)
     manifest = json.loads((data / "idp_manifest.json").read_text())
     assert manifest["parts"]["validation"] == {"groups": len(validation), "rows": len(validation)}
+    assert manifest["as_written"]["fields"] > len(sft)
+    assert manifest["as_written"]["not_in_document"] == 0
     for file, told in manifest["files"].items():
         assert told["sha256"] == sha256_file(data / file)
 
@@ -81,30 +91,66 @@ def test_synthetic_invoices_add_up_and_hold_out_vendors_and_layouts():
     assert len(vendors[False]) > 80
 
 
-def test_rejected_answers_are_mistakes_of_every_kind():
-    rows = idp_synthesis.synthesize(60, seed=1)
-    rng, schema = random.Random(0), idp_synthesis.SCHEMA
-    kinds = set()
-    for row in rows:
-        right = json_writer.dumps(row["fields"], schema)
-        wrong = mistakes.rejected(row["fields"], schema, rng)
-        assert wrong != right
-        try:
-            value = json.loads(wrong)
-        except ValueError:
-            kinds.add("broken")
-            continue
-        changed = {key for key in row["fields"] if value.get(key) != row["fields"][key]}
-        if len(value) < len(row["fields"]):
-            kinds.add("missing")
-        elif len(changed) == 2:
-            kinds.add("swapped")
-        else:
-            assert len(changed) == 1
-            kinds.add("date format" if "/" in str(value["invoice_date"]) else "invented")
-    assert kinds == {"broken", "missing", "swapped", "date format", "invented"}
-    assert mistakes.rejected({}, True, rng) != "{}"
-    assert mistakes.rejected({"a": True}, True, rng) != '{"a":true}'
+def test_held_rows_have_the_values_of_the_schema(tmp_path):
+    idp_prepare.main(["--synthesize", "60", "--typed_fields", "held", "--outdir", str(tmp_path)])
+    schema = json_schema.load(tmp_path / "idp_schema.json")
+    for row in read_rows(tmp_path / "idp_sft.jsonl"):
+        document = row["input"].partition("Document:\n")[2]
+        assert row["input"] == user_turn(document, schema, "held")
+        assert json_schema.parse(row["output"], schema).error is None
+    assert all(
+        json_schema.parse(row["rejected"], schema).error is None for row in read_rows(tmp_path / "idp_dpo.jsonl")
+    )
+
+
+@pytest.mark.parametrize("mistake", mistakes.MISTAKES)
+def test_a_mistake_of_each_kind(mistake):
+    document = "ACME\n2 Cable 3.00 6.00\n1 Lamp 7.50 7.50\nTotal 13.50\n01/02/2020 due 15/02/2020"
+    lines = [{"item": "Cable", "price": "3.00"}, {"item": "Lamp", "price": "7.50"}]
+    fields = {"total": "13.50", "date": "01/02/2020", "lines": lines}
+    before, rng = copy.deepcopy(fields), random.Random(0)
+    wrong = [mistake(mistakes.Answer(fields, document), rng) for _ in range(20)]
+    wrong = [each for each in wrong if each is not None]
+    assert fields == before
+    assert wrong
+    for each in wrong:
+        assert each != fields
+        if mistake is mistakes.from_elsewhere:
+            (leaf,) = [leaf.found for leaf in compare_in_place(fields, each)]
+            assert leaf in document
+        elif mistake is mistakes.swapped_lines:
+            assert each["total"] == fields["total"]
+            assert sorted(map(str, dict(leaves(each)).values())) == sorted(map(str, dict(leaves(fields)).values()))
+        elif mistake is mistakes.missing_part:
+            assert len(dict(leaves(each))) < len(dict(leaves(fields)))
+
+
+def compare_in_place(fields: dict, wrong: dict) -> list[Leaf]:
+    found = dict(leaves(wrong))
+    return [Leaf("", leaf, found[path]) for path, leaf in leaves(fields) if leaf != found[path]]
+
+
+@pytest.mark.parametrize("typed_fields", ["written", "held"])
+def test_rejected_answers_satisfy_the_schema_and_mean_something_else(typed_fields):
+    rows = [row | {"group": "0"} for row in idp_synthesis.synthesize(60, seed=1)]
+    training = TrainingRows(idp_synthesis.SCHEMA, typed_fields, seed=0)
+    _, _, dpo = training.of(rows)
+    assert len(dpo) == len(rows)
+    for row in dpo:
+        document = row["prompt"].partition("Document:\n")[2]
+        chosen, rejected = (json.loads(row[side]) for side in ("chosen", "rejected"))
+        assert json_schema.errors(rejected, training.asked) == []
+        if typed_fields == "written":
+            chosen, rejected = (training.typed.read(side, document).value for side in (chosen, rejected))
+        assert chosen != rejected
+
+
+def test_where_no_mistake_is_possible_there_is_no_rejected_answer():
+    rng = random.Random(0)
+    assert mistakes.rejected(mistakes.Answer({}, "x"), True, rng) is None
+    fixed = {"properties": {"a": {"const": True}}, "required": ["a"]}
+    assert mistakes.rejected(mistakes.Answer({"a": True}, "x"), fixed, rng) is None
+    assert mistakes.rejected(mistakes.Answer({"a": True}, "x"), {"required": ["a"]}, rng) == '{"a":false}'
 
 
 def test_documents_alike_stay_together():

@@ -15,6 +15,7 @@ from common.generation import generate as generation
 from common.generation import json_schema
 from common.models import loading
 from common.models.source import LoadedModel, ModelSource
+from common.tasks.idp.answer_form import AnswerForm
 from common.tasks.idp.extractor import ExtractionSettings, Extractor
 from common.tasks.idp.wholeness import ran_on
 
@@ -35,6 +36,7 @@ LINES = {
     "required": ["number", "lines"],
     "additionalProperties": False,
 }
+HELD = AnswerForm("held", spaced=False)
 DOCUMENT = "Invoice 77\n3 Cable\n1 Lamp\n2 Table"
 WHOLE = {
     "number": "77",
@@ -114,7 +116,7 @@ def compact(value) -> str:
 
 def read(loaded, schema=LINES, document=DOCUMENT, free=False, **settings):
     preflight = None if free else json_schema.preflight(schema)
-    return Extractor(loaded, schema, preflight, ExtractionSettings(**settings)).extract([document])[0]
+    return Extractor(loaded, schema, preflight, ExtractionSettings(**settings), HELD).extract([document])[0]
 
 
 def test_an_answer_that_the_budget_cut_is_tried_again_with_twice_of_it(write, loaded):
@@ -140,7 +142,7 @@ def test_the_second_try_takes_what_the_context_leaves(write, loaded):
     length = len(write(compact(WHOLE)))
     budget = length - 4
     document = DOCUMENT + "\nThank you for your visit."
-    prompt = len(Extractor(loaded, LINES, None, ExtractionSettings(budget)).encode(document))
+    prompt = len(Extractor(loaded, LINES, None, ExtractionSettings(budget), HELD).encode(document))
     assert read(loaded, document=document, max_new_tokens=budget, max_len=prompt + length).cut is None
     assert write.budgets == [budget, length]
     assert read(loaded, document=document, max_new_tokens=budget, max_len=prompt + budget).cut
@@ -161,10 +163,10 @@ def test_the_last_token_is_no_cut(write, loaded):
 
 
 def test_exit_code_stderr_and_rows_say_so(write, capsys, tiny_base, tmp_path):
-    length = len(write(compact(WHOLE)))
+    length = len(write(json.dumps(WHOLE)))  # with spaces, as a model writes it that was not trained
     schema, out = tmp_path / "schema.json", tmp_path / "out.jsonl"
     schema.write_text(json.dumps(LINES))
-    base = ["--model_dir", tiny_base, "--schema", str(schema)]
+    base = ["--model_dir", tiny_base, "--schema", str(schema), "--typed_fields", "held"]
 
     def infer(budget: int, *more: str) -> tuple[int | None, str, str]:
         code = infer_idp.main([*base, "--max_new_tokens", str(budget), *more])

@@ -1,0 +1,202 @@
+"""Dates and times as documents write them: found in a text, and read without guessing.
+
+A date has a day, a month and a year; what lacks one of them, or names a day that no calendar has, is none. Where day
+and month could change places (09/01/2019), a date has both readings until something decides between them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from common.tasks.idp import languages
+
+YEARS = range(1900, 2200)
+TURN = 69  # two digits of a year from here on are of 19xx, as POSIX has it
+
+_WORD = r"[^\s\d.,;:/()\[\]'\"-]+"
+_FILLER = r"(?:(?!\d)[^\s\d]{1,4}\s+|d['’])?"  # "de", "of", "gada"
+_GAP = r"(?:[\s.,/-]|(?<=\d)(?:st|nd|rd|th|er|re|e|º|ª)\b|'){0,4}?"
+_NAMED = [
+    rf"(?P<d>\d{{1,2}}){_GAP}{_FILLER}(?P<name>{_WORD})\.?{_GAP}{_FILLER}(?P<y>\d{{4}}|\d{{2}})(?!\d)",
+    rf"(?P<name>{_WORD})\.?[\s-]{{0,3}}(?P<d>\d{{1,2}})(?:st|nd|rd|th|\.)?[\s,/-]{{1,3}}(?P<y>\d{{4}}|'?\d{{2}})(?!\d)",
+    rf"(?P<y>\d{{4}})[.\s,/-]{{1,3}}{_FILLER}(?P<name>{_WORD})\.?[\s-]{{1,3}}(?P<d>\d{{1,2}})(?!\d)",
+    rf"(?P<y>\d{{4}})[.\s,]{{1,3}}{_FILLER}(?P<d>\d{{1,2}})\.?\s+(?P<name>{_WORD})",
+]
+_NUMBERED = [
+    r"(?P<y>\d{4})\s*[年년]\s*(?P<m>\d{1,2})\s*[月월]\s*(?P<d>\d{1,2})(?:\s*[日일])?(?!\d)",
+    r"(?P<y>\d{4})\s?(?P<s>[-/.])\s?(?P<m>\d{1,2})\s?(?P=s)\s?(?P<d>\d{1,2})(?!\d|[-/]\d)",
+    r"(?P<a>\d{1,2})\s?(?P<s>[-/.])\s?(?P<b>\d{1,2})\s?(?P=s)\s?(?P<y>\d{4}|\d{2})(?!\d|[-/]\d|\.\d)",
+]
+_IN_TEXT = [re.compile(rf"(?<!\w)(?<!\d[-/.,]){form}") for form in [*_NAMED, *_NUMBERED]]
+_ALONE = [
+    re.compile(form)
+    for form in (
+        r"(?P<y>\d{4}) (?P<m>\d{1,2}) (?P<d>\d{1,2})",
+        r"(?P<a>\d{1,2}) (?P<b>\d{1,2}) (?P<y>\d{4})",
+        r"(?P<y>(?:19|20)\d\d)(?P<m>\d\d)(?P<d>\d\d)",
+    )
+]
+_ZONE = r"(?:Z|UTC|GMT)(?![^\W\d_])|[+-]\d\d:?\d\d"
+_TIME = re.compile(
+    r"(?<![\w.,:/-])(?P<h>\d{1,2})(?:(?P<s>[:.hH])(?P<m>\d\d)(?:(?P=s)(?P<sec>\d\d)(?:\.\d+)?)?)?"
+    rf"\s*(?P<half>[ap]\.?m\b\.?)?\s*(?P<zone>{_ZONE})?(?![\w:/-])",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class FoundDate:
+    """A date in a text.
+
+    Attributes:
+        start, end: its characters.
+        readings: one, or where day and month could change places that with the day first and that with the month.
+        numeric: without the name of a month.
+        first: "day" or "month" where the numbers alone show which of them is first.
+    """
+
+    start: int
+    end: int
+    readings: tuple[datetime.date, ...]
+    numeric: bool
+    first: str | None = None
+
+
+def plain_digits(text: str) -> str:
+    """A text of the same length whose digits, signs and letters of other widths and scripts are ASCII's."""
+    return "".join(_plain(character) for character in text)
+
+
+def _plain(character: str) -> str:
+    if character < "\x80":
+        return character
+    if character.isdecimal():
+        return str(unicodedata.decimal(character))
+    if "\uff01" <= character <= "\uff5e":  # of full width
+        return chr(ord(character) - 0xFEE0)
+    return {"\u2212": "-", "\u2010": "-", "\u2011": "-", "٫": ".", "٬": "'", "\u3000": " "}.get(character, character)
+
+
+def find(text: str, language: str | None = None) -> list[FoundDate]:
+    """The dates in a text, in order; words of other lengths are none, nor is what stands within a longer number.
+
+    Args:
+        language: of the text, for names that are of two months in two languages.
+    """
+    text = plain_digits(text)
+    candidates: list[tuple[bool, FoundDate]] = []
+    for form in _IN_TEXT:
+        start = 0
+        while match := form.search(text, start):
+            date = _read(match, language)
+            start = match.end() if date else match.start() + 1
+            if date:
+                candidates.append((len(match["y"]) < 4, date))
+    found: list[FoundDate] = []
+    # In "12 Jan 31, 2022" the year is the one with four digits.
+    for _, date in sorted(candidates, key=lambda candidate: (candidate[0], candidate[1].start)):
+        if not any(other.start < date.end and date.start < other.end for other in found):
+            found.append(date)
+    return sorted(found, key=lambda date: date.start)
+
+
+def whole(text: str) -> FoundDate | None:
+    """A text that is a date and nothing else."""
+    text = text.strip()
+    found = only(text)
+    return found if found and (found.start, found.end) == (0, len(text.rstrip("."))) else None
+
+
+def only(text: str, language: str | None = None) -> FoundDate | None:
+    """The one date that a text has, whatever words stand around it; None where there is none or are several."""
+    whole = plain_digits(text).strip()
+    for form in _ALONE:
+        if (match := form.fullmatch(whole)) and (date := _read(match, language)):
+            return date
+    found = find(text, language)
+    return found[0] if len({date.readings for date in found}) == 1 else None
+
+
+def _read(match: re.Match, language: str | None) -> FoundDate | None:
+    """A match of one of the forms as a date; None where it has no day that there is, or a name of no or two months."""
+    parts = match.groupdict()
+    digits = parts["y"].lstrip("'")
+    year = int(digits) + (0 if len(digits) > 2 else 1900 if int(digits) >= TURN else 2000)
+    first = None
+    if "a" in parts:
+        a, b = int(parts["a"]), int(parts["b"])
+        readings = [_date(year, b, a), _date(year, a, b)]
+        if (readings[0] is None) != (readings[1] is None):
+            first = "day" if readings[0] else "month"
+    elif name := parts.get("name"):
+        readings = [_date(year, month, int(parts["d"])) for month in languages.months(name, language)]
+        if len(readings) != 1:
+            return None
+    else:
+        readings = [_date(year, int(parts["m"]), int(parts["d"]))]
+    real = tuple(dict.fromkeys(reading for reading in readings if reading))
+    return FoundDate(*match.span(), real, "name" not in parts, first) if real else None
+
+
+def _date(year: int, month: int, day: int) -> datetime.date | None:
+    try:
+        return datetime.date(year, month, day) if year in YEARS else None
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class FoundTime:
+    """A time of the day.
+
+    Attributes:
+        start, end: its characters.
+        clock: HH:MM:SS.
+        offset: from UTC as "Z" or "+08:00", where one is given.
+    """
+
+    start: int
+    end: int
+    clock: str
+    offset: str | None
+
+
+def find_times(text: str) -> list[FoundTime]:
+    """The times in a text, in order, such as "14:30", "2.30 pm", "14h30" or "9 am"."""
+    return [time for match in _TIME.finditer(plain_digits(text)) if (time := _time(match))]
+
+
+def only_time(text: str) -> FoundTime | None:
+    """The one time that a text without dates has; None where there is none or are several."""
+    found = find_times(text)
+    return found[0] if len({(time.clock, time.offset) for time in found}) == 1 else None
+
+
+def _time(match: re.Match) -> FoundTime | None:
+    parts = match.groupdict()
+    if parts["m"] is None and parts["half"] is None:
+        return None
+    hour, half = int(parts["h"]), (parts["half"] or "").lower()[:1]
+    if half:
+        if not 1 <= hour <= 12:
+            return None
+        hour = hour % 12 + (12 if half == "p" else 0)
+    try:
+        clock = datetime.time(hour, int(parts["m"] or 0), int(parts["sec"] or 0)).isoformat()
+    except ValueError:
+        return None
+    zone = (parts["zone"] or "").upper()
+    offset = f"{zone[:3]}:{zone[-2:]}" if zone[:1] in ("+", "-") else "Z" if zone else None
+    return FoundTime(*match.span(), clock, offset)
+
+
+@functools.lru_cache(maxsize=64)
+def masked(text: str) -> str:
+    """A text of the same length with line ends in place of its dates, so that their numbers are no others."""
+    for date in find(text):
+        text = text[: date.start] + "\n" * (date.end - date.start) + text[date.end :]
+    return text

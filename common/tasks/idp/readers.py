@@ -1,0 +1,176 @@
+"""What characters mean as a date, a time or a number, given how their document writes these."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from common.tasks.idp import amounts, dates, languages
+
+OFFSET = r"Z|[+-](?:[01]\d|2[0-3]):[0-5]\d"
+
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """What is known of the documents before they are read.
+
+    Attributes:
+        dates: "day" or "month", whichever comes first in a date of numbers; None: as each document shows it.
+        utc_offset: of a time that is written without one, "Z" or as "+08:00".
+    """
+
+    dates: str | None = None
+    utc_offset: str = "Z"
+
+
+AS_SHOWN = ReadingSettings()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What some characters mean.
+
+    Attributes:
+        value: of JSON; None where they cannot be read.
+        note: what is not sure about it, or why it cannot be read.
+    """
+
+    value: Any
+    note: str | None = None
+
+
+class Conventions:
+    """How one document writes dates and numbers; found out when first asked.
+
+    Args:
+        document: its text, all of it.
+    """
+
+    def __init__(self, document: str, settings: ReadingSettings | None = None) -> None:
+        self.document, self.settings = document, settings or AS_SHOWN
+
+    @functools.cached_property
+    def language(self) -> str | None:
+        return languages.language_of(self.document)
+
+    @functools.cached_property
+    def first(self) -> str | None:
+        """ "day" or "month", whichever comes first; None where nothing decides it."""
+        if self.settings.dates:
+            return self.settings.dates
+        shown = {date.first for date in dates.find(self.document) if date.first}
+        if len(shown) == 1:
+            return shown.pop()
+        if shown:  # of both kinds
+            return None
+        order = languages.day_first(self.language, self.document)
+        return None if order is None else "day" if order else "month"
+
+    @functools.cached_property
+    def decimal_mark(self) -> str | None:
+        """ "." or ","; None where nothing decides it."""
+        mark = amounts.usual_mark(self.document)
+        return mark or (languages.decimal_mark(self.language) if self.language else None)
+
+
+def read(kind: str, text: str, conventions: Conventions) -> Reading:
+    """The value of a JSON Schema type or format ("number", "integer", "date", "time", "date-time") in some characters.
+
+    Words around it do no harm; two different values do.
+    """
+    return READERS[kind](text, conventions)
+
+
+def _number(text: str, conventions: Conventions) -> Reading:
+    found = amounts.only(text)
+    if found is None:
+        return Reading(None, "is no number")
+    value, note = found.readings[0], None
+    if found.grouping:
+        mark = conventions.decimal_mark
+        # Without any other: 1,234 is a thousand and more, 1.234 is one and more.
+        decimal = found.grouping == mark if mark else found.grouping == "."
+        value = found.readings[0 if decimal else 1]
+        note = None if mark else f"could also be {found.readings[1 if decimal else 0]}"
+    return Reading(_plain(value), note)
+
+
+def _integer(text: str, conventions: Conventions) -> Reading:
+    found = _number(text, conventions)
+    if found.value is None:
+        return found
+    return Reading(int(found.value), found.note) if found.value == int(found.value) else Reading(None, "is no integer")
+
+
+def _plain(value: Decimal) -> int | float:
+    """A number as JSON has it: whole where it is written so."""
+    return int(value) if value.as_tuple().exponent >= 0 else float(value)
+
+
+def _date(text: str, conventions: Conventions) -> Reading:
+    day, note = _read_date(text, conventions)
+    return Reading(day and day.isoformat(), note)
+
+
+def _read_date(text: str, conventions: Conventions) -> tuple[datetime.date | None, str | None]:
+    found = dates.only(text) or dates.only(text, conventions.language)
+    if found is None:
+        return None, "is no date"
+    if len(found.readings) == 1:
+        return found.readings[0], None
+    by_day, by_month = found.readings
+    if conventions.first:
+        return (by_day if conventions.first == "day" else by_month), None
+    return by_day, f"is read with the day first, which nothing shows (else {by_month}); --dates day or month decides it"
+
+
+def _time(text: str, conventions: Conventions) -> Reading:
+    found = dates.only_time(text)
+    if found is None:
+        return Reading(None, "is no time")
+    return Reading(found.clock + _offset(found, conventions), _offset_note(found, conventions))
+
+
+def _date_time(text: str, conventions: Conventions) -> Reading:
+    day, note = _read_date(text, conventions)
+    if day is None:
+        return Reading(None, note)
+    found = dates.only_time(dates.masked(text).replace("\nT", "\n"))
+    if found is None:
+        return Reading(None, "has no time of the day")
+    notes = [part for part in (note, _offset_note(found, conventions)) if part]
+    return Reading(f"{day.isoformat()}T{found.clock}{_offset(found, conventions)}", "; ".join(notes) or None)
+
+
+def _offset(found: dates.FoundTime, conventions: Conventions) -> str:
+    return found.offset or conventions.settings.utc_offset
+
+
+def _offset_note(found: dates.FoundTime, conventions: Conventions) -> str | None:
+    offset = conventions.settings.utc_offset
+    return None if found.offset else f"has no time zone and is taken as of {offset}; --utc_offset decides it"
+
+
+READERS: dict[str, Callable[[str, Conventions], Reading]] = {
+    "number": _number,
+    "integer": _integer,
+    "date": _date,
+    "time": _time,
+    "date-time": _date_time,
+}
+
+
+def read_choice(text: str, choices: dict[str, Any]) -> Reading:
+    """The value that some characters stand for; `choices` are by `choice_key`."""
+    key = choice_key(text)
+    return Reading(choices[key]) if key in choices else Reading(None, "stands for none of the values")
+
+
+def choice_key(text: str) -> str:
+    """A text without case and needless white space."""
+    return re.sub(r"\s+", " ", text.strip()).casefold()
