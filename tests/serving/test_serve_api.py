@@ -23,6 +23,7 @@ from common.models.source import LoadedModel, ModelSource
 from common.serving import openai_routes, routes
 from common.serving.openai_routes import ChatRequest
 from common.tasks.codegen.answer import compile_error
+from common.tasks.idp.answer_form import form_of
 from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
 pytestmark = pytest.mark.processes
@@ -51,7 +52,8 @@ def loaded(runs):
 
 def test_a_document_as_infer_idp_reads_it(served, loaded, runs):
     answer = served.post("/infer/idp", {"document": DOCUMENT, "schema": SCHEMA, "run": "sft", "max_new_tokens": 80})
-    extractor = Extractor(LoadedModel(*loaded, 8192), SCHEMA, json_schema.preflight(SCHEMA), ExtractionSettings(80))
+    extractor = Extractor(LoadedModel(*loaded, 8192), SCHEMA, json_schema.preflight(SCHEMA), ExtractionSettings(80),
+                          form_of(str(runs / "creditmix_sft")))  # fmt: skip
     (wanted,) = extractor.extract([DOCUMENT])
     assert answer == {
         "model_name": str(runs / "creditmix_sft"),
@@ -60,6 +62,8 @@ def test_a_document_as_infer_idp_reads_it(served, loaded, runs):
         "text": None,
         "pieces": 1,
         "cut": wanted.cut is not None,
+        "written": wanted.written_leaves,
+        "notes": [],
     }
     assert json_schema.errors(answer["fields"], SCHEMA) == []
 
