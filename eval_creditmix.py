@@ -51,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     decision.add_argument("--optimize", choices=("accuracy", "macro_f1", "cost"), help="what labels are chosen for")
     decision.add_argument("--costs", help='JSON file: {"true label": {"predicted label": cost}}')
     decision.add_argument("--abstain_below", type=cli.fraction, help="no answer under this probability")
-    decision.add_argument("--target_precision", type=cli.fraction, help="abstain so that dev answers are this precise")
+    decision.add_argument("--target_precision", type=cli.fraction, help="abstain until answers are this precise")
+    decision.add_argument(
+        "--guarantee", type=cli.fraction, help="the probability with which --target_precision holds (default: 0.95)"
+    )
     drift = parser.add_argument_group("drift")
     drift.add_argument("--baseline", metavar="metrics.json", help="a stored result to compare this one with")
     drift.add_argument("--fail_on_drift", action="store_true", help=f"exit {DRIFTED} on a significant drop")
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
         dev, _ = task.read(args.fit_calibration, args.features, args.skip_bad_rows)
         costs = evaluate.cost_matrix(args.costs, task.labels) if args.costs else None
-        goal = Goal(args.optimize, costs, args.abstain_below, args.target_precision)
+        goal = Goal(args.optimize, costs, args.abstain_below, args.target_precision, args.guarantee or 0.95)
         for source in sources:
             evaluate.fit_calibration(source, task, settings, dev, args.fit_calibration, goal)
         if not args.data:
@@ -117,6 +120,8 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
     fitting = (args.optimize, args.costs, args.abstain_below, args.target_precision)
     if not args.fit_calibration and any(value is not None for value in fitting):
         raise cli.UserError("--optimize, --costs, --abstain_below and --target_precision go with --fit_calibration")
+    if args.guarantee and not args.target_precision:
+        raise cli.UserError("--guarantee goes with --target_precision")
     if args.fail_on_drift and not args.baseline:
         raise cli.UserError("--fail_on_drift needs --baseline with a stored metrics.json")
     if (args.baseline or args.report_dir or args.controls) and not args.data:

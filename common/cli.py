@@ -135,7 +135,7 @@ def parser(doc: str, **kwargs) -> argparse.ArgumentParser:
     """An argument parser whose help is the script's module docstring `doc`."""
     made = _OneSentenceParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
     made.add_argument(
-        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
+        "--version", dest="help", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
     )
     return made
 

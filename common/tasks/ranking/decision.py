@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from common.cli import UserError
+from common.evaluation.guarantee import guaranteed_threshold, independent_rows
 
 OBJECTIVES = ("accuracy", "macro_f1", "cost")
-MIN_ANSWERED = 30  # a precision measured on fewer answers than this is no ground for a threshold
-
-
 MAX_OFFSET = 1e6  # nats, or units of cost; beyond, a file is damaged
 
 
@@ -75,13 +73,15 @@ class Goal:
             argmax.
         costs: costs[true][predicted], K x K.
         abstain_below: a threshold given by hand.
-        target_precision: or the threshold that reaches this precision on the dev rows (`threshold_for_precision`).
+        target_precision: or the lowest threshold that is shown to have this precision (`guaranteed_threshold`).
+        guarantee: the probability, over draws of the dev rows, with which fresh answers have it.
     """
 
     optimize: str | None = None
     costs: Sequence[Sequence[float]] | None = None
     abstain_below: float | None = None
     target_precision: float | None = None
+    guarantee: float = 0.95
 
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
@@ -109,13 +109,19 @@ def row_weights(y: np.ndarray, classes: int, class_weight: bool) -> np.ndarray:
 
 
 def fit_decision(
-    probabilities: np.ndarray, y: np.ndarray, labels: Sequence[str], goal: Goal, class_weight: bool = True
+    probabilities: np.ndarray,
+    y: np.ndarray,
+    labels: Sequence[str],
+    goal: Goal,
+    class_weight: bool = True,
+    groups: Sequence[str] | None = None,
 ) -> Decision:
     """Choose how to decide from calibrated dev probabilities[n, K].
 
     Args:
         y: [n] label indices.
         class_weight: weigh the classes equally, as in `calibration.fit_vector_scaling`.
+        groups: [n], for `goal.target_precision`: rows of one group may be alike, and count as one.
 
     Raises:
         UserError: unknown objective, costs missing or misshapen, both thresholds given, a label without a dev row, or
@@ -135,10 +141,19 @@ def fit_decision(
     else:
         raise UserError(f"unknown objective '{goal.optimize}'; choose one of {', '.join(OBJECTIVES)}")
     abstain_below = goal.abstain_below
+    provenance: dict[str, Any] = {
+        "rows": len(y),
+        "class_weight": class_weight,
+        "target_precision": goal.target_precision,
+    }
     if goal.target_precision is not None:
         predictions, _ = decision.choose(probabilities)
-        abstain_below = threshold_for_precision(probabilities, y, goal.target_precision, predictions, class_weight)
-    provenance = {"rows": len(y), "class_weight": class_weight, "target_precision": goal.target_precision}
+        rows = independent_rows(y, groups, balance=class_weight)
+        confidence = probabilities[np.arange(len(y)), predictions]
+        abstain_below = guaranteed_threshold(
+            confidence[rows], (predictions == y)[rows], goal.target_precision, goal.guarantee
+        )
+        provenance |= {"guarantee": goal.guarantee, "independent_rows": len(rows)}
     return replace(decision, abstain_below=abstain_below, fitted_on=provenance)
 
 
@@ -204,42 +219,3 @@ def fit_offsets(probabilities: np.ndarray, y: np.ndarray, metric: str, class_wei
         if not improved:
             break
     return offsets
-
-
-def threshold_for_precision(
-    probabilities: np.ndarray,
-    y: np.ndarray,
-    target: float,
-    predictions: np.ndarray | None = None,
-    class_weight: bool = True,
-) -> float:
-    """The lowest threshold on the chosen label's probability at which the answered rows are right `target` of the time.
-
-    It holds for rows like those given, up to the noise of a sample; the evaluator reports what it does elsewhere.
-
-    Args:
-        probabilities: [n, K].
-        target: precision over the answered rows, between 0 and 1.
-        predictions: [n] chosen labels; argmax when None.
-
-    Raises:
-        UserError: no threshold with at least `MIN_ANSWERED` answers reaches it; says what is within reach.
-    """
-    y = np.asarray(y, dtype=np.int64)
-    predictions = probabilities.argmax(axis=1) if predictions is None else predictions
-    confidence = probabilities[np.arange(len(y)), predictions]
-    order = np.argsort(-confidence, kind="stable")
-    weights = row_weights(y, probabilities.shape[1], class_weight)[order]
-    precision = np.cumsum(weights * (predictions == y)[order]) / np.cumsum(weights)
-    ranked = confidence[order]
-    cut = np.append(ranked[1:] < ranked[:-1], True)  # equal confidences stand or fall together
-    cut[: MIN_ANSWERED - 1] = False
-    if not cut.any():
-        raise UserError(f"a target precision needs at least {MIN_ANSWERED} dev rows, not {len(y)}; give more of them")
-    reached = np.flatnonzero(cut & (precision >= target))
-    if not reached.size:
-        raise UserError(
-            f"no threshold reaches a precision of {target:g} on the dev rows (the best is {precision[cut].max():.3f}); "
-            "ask for less"
-        )
-    return float(ranked[reached[-1]])

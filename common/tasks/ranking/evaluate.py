@@ -105,7 +105,8 @@ def fit_calibration(
         "adapter_sha256": adapters.adapter_hash(model_dir),
     }
     fitted = fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=provenance)
-    decision = fit_decision(fitted.apply(raw).probabilities, y, task.labels, goal)
+    groups = [row["group"] for row in dev]
+    decision = fit_decision(fitted.apply(raw).probabilities, y, task.labels, goal, groups=groups)
     fitted = replace(fitted, decision=decision)
     fitted.save(task.file_in(model_dir, CALIBRATION))
     facts = fitted.fitted_on or {}
