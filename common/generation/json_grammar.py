@@ -13,7 +13,7 @@ runs out. Both follow a closing: the bytes, found greedily, that lead from where
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ class JsonGrammar:
 
     def processors(self, max_new_tokens: int) -> Callable[[list[int]], list[JsonProcessor]]:
         """For `generation.generate`: makes the processors of one batch, one grammar state for each of its rows."""
-        return lambda rows: [JsonProcessor(self, len(rows), max_new_tokens)]
+        return lambda rows: [JsonProcessor([self] * len(rows), max_new_tokens)]
 
     def closing_from(self, matcher: LLMatcher, scanner: Scanner, known: bytes) -> Closing | None:
         """The end of the document from the state of a byte matcher; None where none is found.
@@ -115,6 +115,11 @@ class JsonGrammar:
         if not fits or matcher.validate_tokens([*known, END_OF_BYTES]) <= len(known):
             text = find_closing(matcher, scanner, self.hints)
         return None if text is None else Closing(text, [*self.tokens.tokenize_bytes(text), self.eos])
+
+
+def processors_of(grammars: Sequence[JsonGrammar], max_new_tokens: int) -> Callable[[list[int]], list[JsonProcessor]]:
+    """`JsonGrammar.processors` where each prompt has a grammar of its own, all for one tokenizer."""
+    return lambda rows: [JsonProcessor([grammars[row] for row in rows], max_new_tokens)]
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,10 @@ class JsonProcessor(EndingProcessor):
     Beam search is refused: it moves rows about, and each row has a grammar state of its own.
     """
 
-    def __init__(self, grammar: JsonGrammar, rows: int, max_new_tokens: int) -> None:
-        self.grammar = grammar
-        self.rows = [_Row(grammar, max_new_tokens) for _ in range(rows)]
-        self.bitmask = torch.empty(rows, (grammar.tokens.vocab_size + 31) // 32, dtype=torch.int32)
+    def __init__(self, grammars: Sequence[JsonGrammar], max_new_tokens: int) -> None:
+        self.grammar = grammar = grammars[0]  # for what all of them share
+        self.rows = [_Row(each, max_new_tokens) for each in grammars]
+        self.bitmask = torch.empty(len(grammars), (grammar.tokens.vocab_size + 31) // 32, dtype=torch.int32)
         self.bias: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
 

@@ -13,7 +13,7 @@ from common.generation import json_schema
 from common.generation.decoding import Decoding
 from common.generation.generate import generate
 from common.generation.json_closing import Scanner, find_closing
-from common.generation.json_grammar import Bounds, JsonGrammar, hints_of
+from common.generation.json_grammar import Bounds, JsonGrammar, hints_of, processors_of
 from common.models import tokenizers
 
 CASES = SHARED / "data" / "jsonschema" / "cases.jsonl"
@@ -69,9 +69,9 @@ def model(tiny_base):
     return AutoModelForCausalLM.from_pretrained(tiny_base).eval()
 
 
-def grammar_of(schema, tokenizer, model, **bounds: int) -> JsonGrammar:
+def grammar_of(schema, tokenizer, model, spaced: bool = False, **bounds: int) -> JsonGrammar:
     found = json_schema.preflight(schema, best_effort=True)
-    return JsonGrammar(found.grammar_schema, tokenizer, model.config.vocab_size, Bounds(**bounds))
+    return JsonGrammar(found.grammar_schema, tokenizer, model.config.vocab_size, Bounds(**bounds), spaced)
 
 
 def sample(model, tokenizer, grammar: JsonGrammar, budget: int, prompts: int = 2, samples: int = 2, **kwargs):
@@ -87,10 +87,11 @@ def test_the_vocabulary_is_padded_wider_than_the_tokenizer(tokenizer, model):
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("spaced", [False, True])
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_every_document_is_valid_and_ends_in_time(tokenizer, model, name):
+def test_every_document_is_valid_and_ends_in_time(tokenizer, model, name, spaced):
     schema = SCHEMAS[name]
-    grammar = grammar_of(schema, tokenizer, model)
+    grammar = grammar_of(schema, tokenizer, model, spaced)
     texts = set()
     for spare in (0, 1, 50):
         for answer in sample(model, tokenizer, grammar, grammar.shortest + spare):
@@ -99,6 +100,31 @@ def test_every_document_is_valid_and_ends_in_time(tokenizer, model, name):
             assert answer.finished
             texts.add(answer.text)
     assert len(texts) > 3
+
+
+def test_json_is_spaced_as_it_is_asked_for(tokenizer, model):
+    for spaced in (False, True):
+        grammar = grammar_of(INVOICE, tokenizer, model, spaced)
+        for answer in sample(model, tokenizer, grammar, grammar.shortest + 30):
+            value = json.loads(answer.text)
+            assert (
+                json.dumps(value, separators=(", ", ": ") if spaced else (",", ":"), ensure_ascii=False) == answer.text
+            )
+
+
+def test_each_prompt_can_have_a_grammar_of_its_own(tokenizer, model):
+    grammars = [grammar_of({"enum": [text]}, tokenizer, model) for text in ("one", "two", "three")]
+    encoded = [tokenizers.encode_prompt(tokenizer, text) for text in ("a", "b" * 90, "c")]
+    for max_batch_tokens in (1, 8192):
+        answers = generate(
+            model,
+            tokenizer,
+            encoded,
+            Decoding(20),
+            processors=processors_of(grammars, 20),
+            max_batch_tokens=max_batch_tokens,
+        )
+        assert [answer.text for (answer,) in answers] == ['"one"', '"two"', '"three"']
 
 
 def test_a_budget_below_the_shortest_document_is_an_error_with_the_text(tokenizer, model):

@@ -9,11 +9,10 @@ from typing import Any
 
 from common.generation.json_writer import plain
 from common.generation.schema_places import items_of, property_of
-from common.tasks.idp import amounts, dates
+from common.tasks.idp import dates
+from common.tasks.idp.copies import copies
 from common.tasks.idp.readers import Conventions, read
 from common.tasks.idp.written_values import MARK, TypedFields
-
-NEAR = 24  # characters between a date and its time
 
 
 class Copyist:
@@ -55,28 +54,14 @@ def _texts_of(value: Any, kind: str, conventions: Conventions) -> Iterator[str]:
 
     Where day and month could change places, either may be meant: the value tells which.
     """
-    document = conventions.document
-    if kind in ("number", "integer"):
-        for spaces in (True, False):
-            for amount in amounts.find(document, spaces):
-                text = document[slice(*amount.bare)]
-                if value in map(float, amount.readings) and read(kind, text, conventions).value == value:
-                    yield text
-    elif kind == "time":
-        for time in dates.find_times(document):
-            if read(kind, text := document[time.start : time.end], conventions).value == value:
+    for text in copies(kind, conventions):
+        if kind.startswith("date") and (found := dates.only(text, conventions.language)):
+            days = {reading.isoformat() for reading in found.readings}
+            rest = "" if kind == "date" else read("time", text[found.end :], conventions).value
+            if value in {day + (rest and f"T{rest}") for day in days if rest is not None}:
                 yield text
-    else:
-        for date in dates.find(document, conventions.language):
-            if value[:10] not in (reading.isoformat() for reading in date.readings):
-                continue
-            if kind == "date":
-                yield document[date.start : date.end]
-                continue
-            for time in dates.find_times(document[date.end : date.end + NEAR]):
-                text = document[date.start : date.end + time.end]
-                if read("time", text[date.end - date.start :], conventions).value == value[11:]:
-                    yield text
+        elif read(kind, text, conventions).value == value:
+            yield text
 
 
 def _chosen(value: Any, choices: dict[str, Any], document: str) -> str | None:

@@ -23,10 +23,12 @@ from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 from common.tasks.idp.written_values import TypedFields
 
 if TYPE_CHECKING:
+    from common.generation.json_grammar import JsonGrammar
     from common.generation.result import Generation
     from common.tasks.idp.calibration import Calibration
 
 
+Asked = tuple[list[int], "JsonGrammar | None"]  # a prompt, and what holds its answer
 SMALLEST_PIECE = 32  # tokens that there must be for the document
 
 
@@ -129,10 +131,9 @@ class Extractor:
         if preflight is not None:
             from common.generation.json_grammar import JsonGrammar
 
-            if self.typed:
-                preflight = json_schema.preflight(self.asked, best_effort=True)
-            columns = loaded.model.config.get_text_config().vocab_size
-            self.grammar = JsonGrammar(preflight.grammar_schema, self.tokenizer, columns, spaced=form.spaced)
+            self.columns = loaded.model.config.get_text_config().vocab_size
+            schema = self.typed.grammar_schema("") if self.typed else preflight.grammar_schema
+            self.grammar = JsonGrammar(schema, self.tokenizer, self.columns, spaced=form.spaced)
             shortest = self.grammar.shortest
             if shortest is not None and shortest > max_new_tokens:
                 raise UserError(f"the shortest JSON of this schema has {shortest} tokens; raise --max_new_tokens")
@@ -167,40 +168,53 @@ class Extractor:
                 seconds for a million characters; what it raises ends the work.
         """
         pieces = [self.pieces(documents.clean(text), between) for text in texts]
-        prompts = [self.encode(piece) for of_document in pieces for piece in of_document]
-        tries = [[answer] for answer in self._write(prompts, self.settings.max_new_tokens)]
+        flat = [piece for of_document in pieces for piece in of_document]
+        asked = [(self.encode(piece), self.grammar_for(piece, between)) for piece in flat]
+        tries = [[answer] for answer in self._write(asked, self.settings.max_new_tokens)]
         if self.settings.on_cut == "retry":
-            self._try_again(prompts, tries)
+            self._try_again(asked, tries)
         samples = iter(tries)
         return [
             self._read(list(islice(samples, len(of_document))), text, confidence, between)
             for text, of_document in zip(texts, pieces, strict=True)
         ]
 
-    def _write(self, prompts: Sequence[list[int]], budget: int) -> list[Generation]:
-        from common.generation.generate import generate
+    def grammar_for(self, piece: str, between: Callable[[], None] = lambda: None) -> JsonGrammar | None:
+        """What holds the answer to a piece of a document: typed fields that are copied are copied from there."""
+        if self.grammar is None or self.typed is None:
+            return self.grammar
+        from common.generation.json_grammar import JsonGrammar
 
+        between()
+        schema = self.typed.grammar_schema(piece)
+        return JsonGrammar(schema, self.tokenizer, self.columns, spaced=self.form.spaced)
+
+    def _write(self, asked: Sequence[Asked], budget: int) -> list[Generation]:
+        from common.generation.generate import generate
+        from common.generation.json_grammar import processors_of
+
+        prompts, grammars = [prompt for prompt, _ in asked], [grammar for _, grammar in asked]
         answers = generate(
             self.model,
             self.tokenizer,
             prompts,
             Decoding(budget, thinking=self.settings.thinking),
-            processors=self.grammar.processors(budget) if self.grammar else None,
+            processors=processors_of(grammars, budget) if self.grammar else None,
             max_batch_tokens=self.max_batch_tokens,
         )
         return [answer for (answer,) in answers]
 
-    def _try_again(self, prompts: Sequence[list[int]], tries: Sequence[list[Generation]]) -> None:
+    def _try_again(self, asked: Sequence[Asked], tries: Sequence[list[Generation]]) -> None:
         """Add to the answers that were cut a second try with twice the budget, or what the context leaves of it."""
         budgets: dict[int, list[int]] = defaultdict(list)
         for number, (answer,) in enumerate(tries):
             if answer.cut:
-                left = (self.limit - len(prompts[number])) // (1 + self.settings.thinking)
+                left = (self.limit - len(asked[number][0])) // (1 + self.settings.thinking)
                 budget = min(2 * self.settings.max_new_tokens, left)
                 if budget > self.settings.max_new_tokens:
                     budgets[budget].append(number)
         for budget, numbers in budgets.items():
-            for number, answer in zip(numbers, self._write([prompts[n] for n in numbers], budget), strict=True):
+            for number, answer in zip(numbers, self._write([asked[n] for n in numbers], budget), strict=True):
                 tries[number].append(answer)
 
     def _read(

@@ -17,14 +17,17 @@ from typing import Any
 from common.generation import json_schema
 from common.generation.schema_graph import Node, nodes
 from common.generation.schema_places import SchemaPlaces, items_of, property_of
+from common.tasks.idp.copies import copies
 from common.tasks.idp.field_metrics import path_name
 from common.tasks.idp.readers import AS_SHOWN, Conventions, Reading, ReadingSettings, choice_key, read, read_choice
 
 MAPPING = "x-written"  # beside an enum: {value: what documents write for it, a text or a list of them}
 MARK = "x-typed"  # in `marked`: the kind of a typed field, or the choices of an enum
+MAX_COPIES = 400  # texts that a typed field may be one of
 MAX_WRITTEN = 64  # characters of a typed field
 KEPT = ("title", "$defs", "definitions", "$id", "$anchor", "$comment")
 NOTHING = ("", "-", "–", "—", "n/a", "none", "null")  # what is written where there is nothing
+NOTHING_WRITTEN = ("",)
 NAMES = {"number": "number", "integer": "number", "date": "date", "time": "time", "date-time": "date and time"}
 
 
@@ -66,6 +69,7 @@ class TypedFields:
             if MARK in node.schema:
                 _write_as_text(node.schema)
         self._text_places = SchemaPlaces(as_text)
+        self._grammar_schema: dict[str, Any] | None = None
         self.written_schema: json_schema.Schema = copy.deepcopy(as_text)
         for node in nodes(self.written_schema) if isinstance(self.written_schema, dict) else ():
             node.schema.pop(MARK, None)
@@ -78,6 +82,29 @@ class TypedFields:
             document: all of its text, whose other dates and numbers show how to read one.
         """
         return _Reader(self._text_places, self.conventions(document)).read(written)
+
+    def grammar_schema(self, document: str) -> dict[str, Any]:
+        """`json_schema.Preflight.grammar_schema` for one document: a typed field is one of its dates or numbers.
+
+        So it is a copy to the character, whatever a model would make of it. Where the document has none of a field's
+        kind, or very many, the field is any text.
+        """
+        if self._grammar_schema is None:
+            self._grammar_schema = json_schema.preflight(self._text_places.schema, best_effort=True).grammar_schema
+        schema = copy.deepcopy(self._grammar_schema)
+        conventions = self.conventions(document)
+        texts: dict[str, list[str]] = {}
+        for node in json_schema.schemas_of(schema):
+            kind = node.pop(MARK, None)
+            if isinstance(kind, str):
+                if kind not in texts:
+                    texts[kind] = list(dict.fromkeys(copies(kind, conventions)))
+                if 0 < len(texts[kind]) <= MAX_COPIES:
+                    nullable = "null" in node["type"]
+                    node.clear()
+                    # Nothing at all can be written, too, lest a value be taken that is another field's.
+                    node["enum"] = [*texts[kind], *NOTHING_WRITTEN, *([None] if nullable else [])]
+        return schema
 
     def conventions(self, document: str) -> Conventions:
         """How a document writes dates and numbers."""

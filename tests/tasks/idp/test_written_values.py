@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.inputs import SHARED
+from support.inputs import SHARED, read_rows, write_rows
 
+import infer_idp
+from common import cli
 from common.generation import json_schema
-from common.tasks.idp import amounts, dates, languages
+from common.tasks.idp import amounts, dates, languages, written_values
 from common.tasks.idp.copying import Copyist
 from common.tasks.idp.readers import Conventions, ReadingSettings, read
 from common.tasks.idp.written_values import TypedFields
@@ -315,3 +317,39 @@ def test_an_ambiguous_date_is_copied_by_the_value_that_is_known():
     copyist = Copyist(TYPED)
     fields = {"date": "2022-03-04", "total": 1.5, "pages": 1}
     assert copyist.written(fields, "03/04/2022 1.50 1 of 1")["date"] == "03/04/2022"
+
+
+def test_a_copy_is_one_of_the_documents_dates_and_numbers():
+    schema = TYPED.grammar_schema(DOCUMENT)["properties"]
+    assert schema["date"]["enum"] == ["02 APR 2018", ""]
+    numbers = ["3,00", "2", "1.234,00", "5,00-", "1.235,00"]
+    assert schema["total"]["enum"] == [*numbers, "", None]
+    assert schema["tax"]["anyOf"][0]["enum"] == [*numbers, ""]
+    assert schema["note"] == SCHEMA["properties"]["note"]
+    bare = TYPED.grammar_schema("no dates, 7")["properties"]
+    assert (bare["date"]["type"], bare["total"]["enum"]) == ("string", ["7", "", None])
+
+
+@pytest.mark.processes
+def test_an_answer_is_copied_read_and_shown(capsys, monkeypatch, tiny_base, tmp_path):
+    """Whatever the weights, dates and numbers are those of the document."""
+    fields = {"date": {"type": "string", "format": "date"}, "total": {"type": "number"}}
+    schema = {"type": "object", "properties": fields, "required": ["date", "total"], "additionalProperties": False}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    monkeypatch.setattr(written_values, "NOTHING_WRITTEN", ())
+    argv = ["--model_dir", tiny_base, "--schema", str(tmp_path / "schema.json"), "--written"]
+    assert infer_idp.main([*argv, "--document", "Factuur 3 maart 2021\nTotaal 1.234,50"]) is None
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["fields"] == {"date": "2021-03-03", "total": 1234.5}
+    assert answer["written"] == {"date": "3 maart 2021", "total": "1.234,50"}
+    rows = write_rows(tmp_path / "in.jsonl", [{"document": "Paid 03/04/2021: 7.50", "id": 1}])
+    out = tmp_path / "out.jsonl"
+    assert infer_idp.main([*argv, "--input", rows, "--output", str(out)]) is None
+    assert "1 of 1 documents have values that are not sure" in capsys.readouterr().err
+    (answer,) = read_rows(out)
+    assert answer["fields"] == {"date": "2021-04-03", "total": 7.5}
+    assert "--dates day or month decides it" in answer["notes"][0]
+    assert infer_idp.main([*argv, "--document", "Paid 03/04/2021: 7.50", "--dates", "month"]) is None
+    assert json.loads(capsys.readouterr().out)["fields"]["date"] == "2021-03-04"
+    with pytest.raises(cli.UserError, match="'8' is no offset from UTC"):
+        infer_idp.main([*argv, "--document", "x", "--utc_offset", "8"])
