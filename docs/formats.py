@@ -80,7 +80,8 @@ EXCEPTIONS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 DATES = (
     "2025-10-01", "2025/10/1", "2025.10.01", "01.10.2025", "25/12/2018", "12/25/2018", "25-12-18", "09/01/2019",
-    "19 april 2014", "7. Mai 2014", "3 février 2021", "2018年4月2日", "1 Oct 2025", "1st October 2025", "01-OCT-25", "October 1, 2025", "Oct. 1st 2025", "30.02.2025", "2025-W40-3",
+    "19 april 2014", "7. Mai 2014", "3 février 2021", "2018年4月2日", "1 Oct 2025", "1st October 2025", "01-OCT-25",
+    "October 1, 2025", "Oct. 1st 2025", "30.02.2025", "2025-W40-3",
 )  # fmt: skip
 AMOUNTS = (
     "1234.5", "1,234.50", "1.234,50", "1 234,50", "1'234.50", "$ 8.20", "RM31.00", "USD 50", "1.234,50 EUR", "-12.00",
@@ -164,8 +165,8 @@ def text(note: str) -> str:
         "",
         "## Dates and amounts",
         "",
-        "Typed fields are copied as the document has them and read ([IDP](idp.md#dates-times-and-numbers)). Normalised F1 of",
-        "`eval_idp.py` compares what values mean, without a document to decide what is not sure:",
+        "Typed fields are copied as the document has them and read ([IDP](idp.md#dates-times-and-numbers)). Normalised",
+        "F1 of `eval_idp.py` compares what values mean, without a document to decide what is not sure:",
         "",
         "| text | read as the date |",
         "| --- | --- |",
@@ -175,8 +176,8 @@ def text(note: str) -> str:
         "| --- | --- |",
         *(f"| `{form}` | {_amount(form)} |" for form in AMOUNTS),
         "",
-        "Two digits of a year mean 20xx, from 69 on 19xx. Where day and month cannot be told apart, two dates agree only",
-        "in the same order.",
+        "Two digits of a year mean 20xx, from 69 on 19xx. Where day and month cannot be told apart, two dates agree",
+        "only in the same order.",
         "",
         "## Files",
         "",
