@@ -93,7 +93,7 @@ def test_where_the_values_stand_is_judged(capsys, monkeypatch, tiny_base, schema
     lines = [{"text": text, "box": [0, 10 * y, 9, 10 * y + 9]} for y, text in enumerate(texts)]
     row = {"document": "\n".join(texts), "fields": {"company": "ACME", "total": 12.5}, "lines": lines}
     value = {"company": "Paid", "total": 12.5}
-    monkeypatch.setattr(Extractor, "extract", lambda self, texts: [Extraction(value, None, "")] * len(texts))
+    monkeypatch.setattr(Extractor, "extract", lambda self, texts, **_: [Extraction(value, None, "")] * len(texts))
     report = tmp_path / "report"
     data = write_rows(tmp_path / "rows.jsonl", [row])
     line, out = evaluate(capsys, *argv, "--data", data, "--report_dir", str(report))
