@@ -1,14 +1,16 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Extract the fields of documents as JSON that is valid by construction: one document, a file, or JSONL of them.
+"""Extract the fields of documents as JSON that is valid by construction: one document, a file, or many of them.
 
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json \\
         --document "Invoice #INV1 date 2025-10-01 from Bar LLC total USD 50."
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --document_file invoice.pdf
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input docs.jsonl --output out.jsonl
+    python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input invoices --output out.jsonl
 
 Prints the JSON object alone, or under "fields" beside what --confidence, --written and --evidence add. Rows of --input
-have their text under "document"; each answer has "fields", the row's "id" if it has one, "notes" on values that are not
-sure, and "error" and "text" where there is no valid answer. An answer that the token budget ended, or in which a value
+have their text under "document", or it is a folder of documents; each answer has "fields", the row's "id" or the file's
+name, "notes" on values that are not sure, and "error" and "text" where there is no valid answer. An answer that the
+token budget ended, or in which a value
 ran on, has "cut": true. Answers keep their order; an interrupted run goes on where it stopped. Exit code 1: a document
 got no valid answer; 4: all did, but one is cut.
 """
@@ -18,17 +20,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 from common import cli
 from common.data import rows as records
-from common.files import sha256_file
 from common.generation import json_schema
 from common.models import adapters
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.idp import calibration as calibrations
-from common.tasks.idp import documents
+from common.tasks.idp import documents, reading
 from common.tasks.idp import flags as idp_flags
 from common.tasks.idp.answer_form import form_of
 from common.tasks.idp.answers import Shown, write_split
@@ -44,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--document", help="the text of one document")
     source.add_argument("--document_file", help="a .txt or .pdf")
-    source.add_argument("--input", help='JSONL rows {"document"[, "id", "lines"]}')
-    parser.add_argument("--output", help="JSONL answers, one per row of --input")
+    source.add_argument("--input", help='JSONL rows {"document"[, "id", "lines"]}, or a folder of documents')
+    parser.add_argument("--output", help="JSONL answers, one per row or file of --input")
     parser.add_argument("--confidence", action="store_true", help="add each field's: the probability of its characters")
     parser.add_argument(
         "--accept_above",
@@ -73,11 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         cli.log(f"checked after decoding, not enforced by it: {', '.join(keyword.path for keyword in unenforced)}")
     if args.input:
         # read through before a model loads: a bad row is found now, not in the middle of a night's work
-        rows = records.iter_jsonl(args.input)
-        records.check_rows(args.input, rows, ("document",), args.skip_bad_rows, fault_of=documents.lines_fault)
-        document = None
+        rows, document = read_input(args.input, args.skip_bad_rows), None
     elif args.document_file:
-        document = documents.read_document(args.document_file)
+        document = reading.read_document(args.document_file)
     else:
         document = documents.Document(documents.clean(args.document))
         if not document.text.strip():
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     form = form_of(args.model_dir, args.typed_fields)
     extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, form, calibration)
     if document is None:
-        return extract_file(args, extractor, shown)
+        return extract_rows(args, rows, extractor, shown)
     extraction = extractor.extract([document.text], shown.needs_confidence)[0]
     if extraction.pieces > 1:
         cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
@@ -109,14 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return cli.CUT if extraction.cut else None
 
 
-def extract_file(args: argparse.Namespace, extractor: Extractor, shown: Shown) -> int | None:
-    """Stream --input to --output; says how many documents were long, and how many got no valid answer."""
-    from common.data.resumable import write_answers
+def read_input(path: str, skip_bad_rows: bool) -> list[dict]:
+    """The documents of a folder, or the rows of a file."""
+    if Path(path).is_dir():
+        return records.check_rows(path, reading.folder_rows(path), ("document",), skip_bad_rows, "file")
+    rows = records.iter_jsonl(path)
+    return records.check_rows(path, rows, ("document",), skip_bad_rows, fault_of=documents.lines_fault)
 
-    def rows() -> Iterator[dict]:
-        for _, row in records.iter_jsonl(args.input):
-            if (records.row_fault(row, ("document",)) or documents.lines_fault(row)) is None:
-                yield row
+
+def extract_rows(args: argparse.Namespace, rows: list[dict], extractor: Extractor, shown: Shown) -> int | None:
+    """Write an answer to each row; says how many documents were long, and how many got no valid answer."""
+    from common.data.resumable import content_key, write_answers
 
     def answer(rows: list[dict]) -> list[dict]:
         extractions = extractor.extract([row["document"] for row in rows], shown.needs_confidence)
@@ -126,9 +129,9 @@ def extract_file(args: argparse.Namespace, extractor: Extractor, shown: Shown) -
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]
-    decided_by = [settings, sha256_file(args.input), extractor.schema, *model]
+    decided_by = [settings, content_key(rows), extractor.schema, *model]
     counts = Counter()
-    for row in write_answers(args.output, rows(), answer, window=WINDOW, decided_by=decided_by):
+    for row in write_answers(args.output, rows, answer, window=WINDOW, decided_by=decided_by):
         counts.update({"documents"} | ({"pieces", "error", "cut", "notes"} & row.keys()))
     if shown.accept_from is not None:
         accepted, others = write_split(args.output)

@@ -1,19 +1,14 @@
-"""Documents as text, with the boxes of its words or lines where they are known: .txt, .pdf, or a row of JSONL."""
+"""Documents as text, with the boxes of their words or lines where they are known."""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from common.cli import UserError
 from common.data import splits
-from common.files import read_text
 
-SUFFIXES = (".pdf", ".txt")
 BLANK, WORD = re.compile(r"\s*"), re.compile(r"\S*\s*")
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 from the page's upper left corner
 
@@ -45,18 +40,6 @@ class Document:
 
     text: str
     segments: tuple[Segment, ...] = ()
-
-
-def read_document(path: str | Path) -> Document:
-    """A .pdf or a UTF-8 text file.
-
-    Raises:
-        UserError: unreadable, encrypted, broken, or without any text, as a scanned PDF is.
-    """
-    text = clean(_pdf_text(path) if Path(path).suffix.lower() == ".pdf" else read_text(path))
-    if not text:
-        raise UserError(f"{path} is empty; give a document with text")
-    return Document(text)
 
 
 def to_row(document: Document) -> dict[str, Any]:
@@ -152,25 +135,3 @@ def clean(text: str) -> str:
 def group_of(text: str) -> str:
     """The group hash of a document: the same for texts that differ in case, punctuation and white space alone."""
     return splits.group_hash(" ".join(re.findall(r"\w+", text.casefold())))
-
-
-def _pdf_text(path: str | Path) -> str:
-    from pypdf import PdfReader
-    from pypdf.errors import FileNotDecryptedError, PyPdfError
-
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity that it has mended
-    try:
-        pages = [page.extract_text() for page in PdfReader(path).pages]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
-    except FileNotDecryptedError as error:
-        raise UserError(f"{path} is encrypted; decrypt it first, e.g. qpdf --decrypt in.pdf out.pdf") from error
-    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is a broken PDF ({error}); repair it, e.g. qpdf in.pdf out.pdf") from error
-    text = "\n".join(pages)
-    if not text.strip():
-        raise UserError(
-            f"{path} has {len(pages)} pages and no text, as a scan has; run text recognition (OCR) first, "
-            "e.g. ocrmypdf in.pdf out.pdf, or tesseract page.png page"
-        )
-    return text

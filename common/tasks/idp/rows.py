@@ -12,7 +12,7 @@ from common.data import rows as records
 from common.data import splits
 from common.files import read_json
 from common.generation import json_schema
-from common.tasks.idp import documents
+from common.tasks.idp import documents, reading
 
 KEYS = ("document",)
 DATE = re.compile(r"^(\d+)[-/.](\d+)[-/.](\d+)$")
@@ -55,13 +55,11 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
 
 def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
     """(file name, row or the ValueError that says what is wrong) of each document in a folder, in order of name."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in documents.SUFFIXES:
-            continue
+    for path in reading.document_files(folder):
         try:
             fields = read_json(path.with_suffix(".json"))
             if isinstance(fields, list) and len(fields) == 1:
                 fields = fields[0]
-            yield path.name, {"id": path.stem, **documents.to_row(documents.read_document(path)), "fields": fields}
+            yield path.name, {"id": path.stem, **documents.to_row(reading.read_document(path)), "fields": fields}
         except UserError as error:
             yield path.name, ValueError(str(error))

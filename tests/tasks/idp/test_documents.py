@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import pytest
-from support.documents import pdf
+from support.documents import pdf as pdf_of
 from support.inputs import SHARED
 
 from common.cli import UserError
-from common.tasks.idp import documents
+from common.tasks.idp import documents, pdf, reading
 from common.tasks.idp import rows as idp_rows
+from common.tasks.idp.layout import Word, compose, lines_of
 
 
 def test_the_text_of_a_pdf(tmp_path):
-    (tmp_path / "a.PDF").write_bytes(pdf("Invoice 7", "Total 12.50"))
-    assert documents.read_document(tmp_path / "a.PDF").text == "Invoice 7\nTotal 12.50"
+    (tmp_path / "a.PDF").write_bytes(pdf_of("Invoice 7", "Total 12.50"))
+    assert reading.read_document(tmp_path / "a.PDF").text == "Invoice 7\nTotal 12.50"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("scan.pdf", pdf(), "has 1 pages and no text, as a scan has; run text recognition .* ocrmypdf .* tesseract"),
+        ("scan.pdf", pdf_of(), "has 1 pages and no text, as a scan has; run text recognition .* ocrmypdf .* tesseract"),
         ("broken.pdf", b"%PDF-1.4 and then nothing", "is a broken PDF"),
         ("not.pdf", b"hello", "is a broken PDF"),
         ("empty.txt", b"\x00 \n", "is empty"),
@@ -31,7 +32,7 @@ def test_documents_that_cannot_be_read(tmp_path, name, content, sentence):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
-        documents.read_document(tmp_path / name)
+        reading.read_document(tmp_path / name)
 
 
 def test_clean():
@@ -44,4 +45,57 @@ def test_real_invoices_are_read():
     assert len(rows) == 9
     assert all(len(row["document"]) > 500 for row in rows)
     saeco = next(row for row in rows if row["id"] == "saeco")
-    assert "E103184 Onderhoudsset CA6707/10 49,99 21 % 1 PCS 49,99" in saeco["document"]
+    assert "E103184 Onderhoudsset CA6707/10 49,99 21 % 1 PCS 49,99" in " ".join(saeco["document"].split())
+    invoice = next(row for row in rows if row["id"] == "coolblue1")
+    assert "Factuurnummer: 993548900   " in invoice["document"]
+    document = documents.of_row(invoice)
+    segment = next(each for each in document.segments if document.text[each.start : each.end] == "993548900")
+    assert segment.box == pytest.approx((111.7, 155.5, 152.7, 166.4), abs=1)
+
+
+def test_lines_and_columns():
+    words = [
+        Word("Total", (10, 100, 60, 112)),
+        Word("9.00", (210, 101, 250, 111)),
+        Word("Item", (10, 60, 50, 72)),
+        Word("Price", (210, 58, 260, 70)),
+        Word("of", (260, 60, 280, 72)),
+        Word("\x00", (0, 0, 300, 300)),
+        Word("1", (210, 74, 220, 86)),
+    ]
+    document = compose([words, [Word("Page", (30, 0, 70, 10))]])
+    assert document.text == ("Item                Price of\n                    1\n\nTotal               9.00\n\nPage")
+    assert [document.text[each.start : each.end] for each in document.segments] == [
+        "Item", "Price", "of", "1", "Total", "9.00", "Page"
+    ]  # fmt: skip
+    assert [each.page for each in document.segments] == [1] * 6 + [2]
+    assert documents.of_row(documents.to_row(document)) == document
+    title = [Word("BIG", (0, 0, 90, 30)), Word("a", (100, 0, 110, 10)), Word("b", (100, 20, 110, 30))]
+    assert [[word.text for word in line] for line in lines_of(title)] == [["a"], ["BIG"], ["b"]]
+    assert compose([[], []]).text == ""
+
+
+def test_words_of_a_pdf_and_where_they_are_shown(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(pdf_of("Invoice 7", "Total 12.50"))
+    (page,) = pdf.read_pages(tmp_path / "a.pdf")
+    assert [word.text for word in page] == ["Invoice", "7", "Total", "12.50"]
+    x0, y0, x1, y1 = page[0].box
+    assert 49 < x0 < 51 and 85 < x1 < 95
+    assert 78 < y0 < 792 - 700 < y1 < 98  # the base line is at 700 points from the page's lower edge
+    upright = pdf_of("Invoice 7").replace(b"50 700 Td", b"0 1 -1 0 50 70 Tm")
+    (tmp_path / "b.pdf").write_bytes(upright.replace(b"[0 0 612 792]", b"[0 0 612 792] /Rotate 90"))
+    (page,) = pdf.read_pages(tmp_path / "b.pdf")
+    assert [word.text for word in page] == ["Invoice", "7"]
+    x0, y0, x1, y1 = page[0].box
+    assert 69 < x0 < 71 and 105 < x1 < 115
+    assert 36 < y0 < 50 < y1 < 56
+    (tmp_path / "c.pdf").write_bytes(pdf_of("Invoice 7").replace(b"[0 0 612 792]", b"[0 0 612 792] /Rotate 90"))
+    assert [word.text for word in pdf.read_pages(tmp_path / "c.pdf")[0]] == ["Invoice", "7"]  # from top to bottom
+
+
+def test_an_encrypted_pdf_is_named(tmp_path):
+    lock = f"/Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <{'00' * 32}> /U <{'11' * 32}> >> /ID [<00> <00>]"
+    encrypted = pdf_of("x").replace(b"/Root 1 0 R", f"/Root 1 0 R {lock}".encode())
+    (tmp_path / "locked.pdf").write_bytes(encrypted)
+    with pytest.raises(UserError, match=r"locked.pdf is encrypted; decrypt it first"):
+        reading.read_document(tmp_path / "locked.pdf")

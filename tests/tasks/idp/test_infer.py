@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.documents import ROW, SCHEMA
+from support.documents import ROW, SCHEMA, pdf
 from support.inputs import read_rows, write_rows
 
 import infer_idp
@@ -159,6 +159,22 @@ def test_a_file_of_documents(capsys, tiny_base, schema_file, tmp_path):
     assert code == 1
     assert "2 of 2 documents have no valid answer" in err
     assert [set(row) for row in read_rows(output)] == [{"id", "error", "text", "cut"}, {"error", "text", "cut"}]
+
+
+def test_a_folder_of_documents(capsys, tiny_base, schema_file, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out.jsonl"
+    folder.mkdir()
+    argv = ["--input", str(folder), "--output", str(output), "--evidence"]
+    with pytest.raises(UserError, match="in has no usable rows"):
+        infer(capsys, tiny_base, schema_file, *argv)
+    (folder / "b.txt").write_text("Bar LLC total 3")
+    (folder / "a.pdf").write_bytes(pdf("ACME", "Total 12.50"))
+    (folder / "notes.doc").write_text("no document")
+    assert infer(capsys, tiny_base, schema_file, *argv)[0] in (None, cli.CUT)
+    assert [row["id"] for row in read_rows(output)] == ["a.pdf", "b.txt"]
+    (folder / "c.pdf").write_bytes(pdf())
+    with pytest.raises(UserError, match=r"in, file c\.pdf: .* no text"):
+        infer(capsys, tiny_base, schema_file, *argv)
 
 
 def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path):
