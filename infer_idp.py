@@ -45,9 +45,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_dir", required=True, help="run folder, or a base model's folder or Hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--document", help="the text of one document")
-    source.add_argument("--document_file", help="a .txt or .pdf")
+    source.add_argument("--document_file", help="a .txt, .pdf or image")
     source.add_argument("--input", help='JSONL rows {"document"[, "id", "lines"]}, or a folder of documents')
     parser.add_argument("--output", help="JSONL answers, one per row or file of --input")
+    parser.add_argument(
+        "--ocr",
+        choices=reading.OCR,
+        default="auto",
+        help="text recognition of images and of PDF pages without text, of all pages, or of none (default: auto)",
+    )
     parser.add_argument("--confidence", action="store_true", help="add each field's: the probability of its characters")
     parser.add_argument(
         "--accept_above",
@@ -75,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         cli.log(f"checked after decoding, not enforced by it: {', '.join(keyword.path for keyword in unenforced)}")
     if args.input:
         # read through before a model loads: a bad row is found now, not in the middle of a night's work
-        rows, document = read_input(args.input, args.skip_bad_rows), None
+        rows, document = read_input(args), None
     elif args.document_file:
-        document = reading.read_document(args.document_file)
+        document = reading.read_document(args.document_file, args.ocr)
     else:
         document = documents.Document(documents.clean(args.document))
         if not document.text.strip():
@@ -109,12 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return cli.CUT if extraction.cut else None
 
 
-def read_input(path: str, skip_bad_rows: bool) -> list[dict]:
+def read_input(args: argparse.Namespace) -> list[dict]:
     """The documents of a folder, or the rows of a file."""
-    if Path(path).is_dir():
-        return records.check_rows(path, reading.folder_rows(path), ("document",), skip_bad_rows, "file")
-    rows = records.iter_jsonl(path)
-    return records.check_rows(path, rows, ("document",), skip_bad_rows, fault_of=documents.lines_fault)
+    if Path(args.input).is_dir():
+        rows, unit = reading.folder_rows(args.input, args.ocr), "file"
+    else:
+        rows, unit = records.iter_jsonl(args.input), "line"
+    return records.check_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.lines_fault)
 
 
 def extract_rows(args: argparse.Namespace, rows: list[dict], extractor: Extractor, shown: Shown) -> int | None:

@@ -200,7 +200,7 @@ FILES = (
     ("`teacher_generate.py`", "JSONL, a JSON list or CSV"),
     ("`infer_creditmix.py`, `infer_idp.py`, `infer_codegen.py`", "JSONL"),
     ("`infer_creditmix.py --engine ray`", "JSONL or Parquet: files, folders, patterns, `s3://` and the like"),
-    ("`infer_idp.py --document_file`", "PDF with a text layer, or text"),
+    ("`infer_idp.py --document_file`", "PDF, image or text; `--input` takes JSONL or a folder of such files"),
     ("`eval_distill.py`", "SQuAD's JSON, JSONL, text (`.txt`), or a label task's rows"),
 )
 

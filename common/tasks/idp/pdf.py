@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.tasks.idp.documents import Box
 from common.tasks.idp.layout import Word
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+POINTS = 72  # an inch
 FINE = 100  # PDFium gives whole pixels of a page; so many a point
 APART = 0.25  # of a character's size, the white space that ends a word
 SOFT_HYPHEN = "\x02"  # what PDFium gives for a hyphen at a line's end
@@ -40,6 +44,13 @@ def open_pdf(path: str | Path) -> Any:
         if error.err_code in (raw.FPDF_ERR_PASSWORD, raw.FPDF_ERR_SECURITY):
             raise UserError(f"{path} is encrypted; decrypt it first, e.g. qpdf --decrypt in.pdf out.pdf") from error
         raise UserError(f"{path} is a broken PDF ({error}); repair it, e.g. qpdf in.pdf out.pdf") from error
+
+
+def draw_pages(path: str | Path, numbers: Sequence[int], dpi: int) -> Iterator[Image]:
+    """The pages with these numbers, from 0, as images. Raises what `read_pages` raises."""
+    with closing(open_pdf(path)) as document:
+        for number in numbers:
+            yield document[number].render(scale=dpi / POINTS).to_pil()
 
 
 def _words(page: Any) -> list[Word]:

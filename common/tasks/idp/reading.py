@@ -1,23 +1,29 @@
-"""Files as documents: .txt as it stands, .pdf by its text layer."""
+"""Files as documents: text as it stands, PDFs by their text layer, scans by text recognition where it is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import UserError
 from common.files import read_text
-from common.tasks.idp import layout, pdf
+from common.tasks.idp import layout, ocr, pdf
 from common.tasks.idp.documents import Document, clean, to_row
 
-SUFFIXES = (".pdf", ".txt")
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+SUFFIXES = (".pdf", ".txt", *IMAGES)
+OCR = ("auto", "on", "off")
 
 
-def folder_rows(folder: str | Path) -> Iterator[tuple[str, dict | ValueError]]:
+def folder_rows(folder: str | Path, recognise: str = "auto") -> Iterator[tuple[str, dict | ValueError]]:
     """(file name, {"id": that name, "document"[, "lines"]} or what is wrong) of each document in a folder, by name."""
     for path in document_files(folder):
         try:
-            yield path.name, {"id": path.name} | to_row(read_document(path))
+            yield path.name, {"id": path.name} | to_row(read_document(path, recognise))
         except UserError as error:
             yield path.name, ValueError(str(error))
 
@@ -27,22 +33,46 @@ def document_files(folder: str | Path) -> list[Path]:
     return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def read_document(path: str | Path) -> Document:
-    """A .pdf or a UTF-8 text file.
+def read_document(path: str | Path, recognise: str = "auto") -> Document:
+    """A .pdf, an image or a UTF-8 text file.
+
+    Args:
+        recognise: text recognition "auto": of images and of a PDF's pages without text; "on": of all its pages; "off":
+            of nothing.
 
     Raises:
-        UserError: unreadable, encrypted, broken, or without any text, as a scanned PDF is.
+        UserError: unreadable, encrypted, broken, without any text, or a scan that nothing here may read.
     """
-    if Path(path).suffix.lower() != ".pdf":
+    suffix = Path(path).suffix.lower()
+    if suffix in IMAGES:
+        if recognise == "off":
+            raise UserError(f"{path} is an image, which takes text recognition; pass --ocr auto")
+        document = layout.compose([_recognised(path, frame) for frame in ocr.open_image(path)])
+    elif suffix == ".pdf":
+        document = layout.compose(_pages(path, recognise))
+    else:
         document = Document(clean(read_text(path)))
-        if not document.text:
-            raise UserError(f"{path} is empty; give a document with text")
-        return document
-    pages = pdf.read_pages(path)
-    document = layout.compose(pages)
     if not document.text:
-        raise UserError(
-            f"{path} has {len(pages)} pages and no text, as a scan has; run text recognition (OCR) first, "
-            "e.g. ocrmypdf in.pdf out.pdf, or tesseract page.png page"
-        )
+        raise UserError(f"{path} is empty; give a document with text")
     return document
+
+
+def _pages(path: str | Path, recognise: str) -> list[list[layout.Word]]:
+    """The words of a PDF's pages; those without any by text recognition, where it is wanted and there."""
+    pages = pdf.read_pages(path)
+    scan = not any(pages)
+    if scan and recognise == "off":
+        raise UserError(f"{path} has {len(pages)} pages and no text, as a scan has; pass --ocr auto")
+    if recognise == "off" or not (scan or recognise == "on" or ocr.installed()):
+        return pages
+    wanted = [number for number, words in enumerate(pages) if recognise == "on" or not words]
+    for number, image in zip(wanted, pdf.draw_pages(path, wanted, ocr.DPI), strict=True):
+        pages[number] = _recognised(path, image, ocr.DPI / pdf.POINTS)
+    return pages
+
+
+def _recognised(path: str | Path, image: Image, scale: float = 1.0) -> list[layout.Word]:
+    try:
+        return ocr.recognise(image, scale)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 from support.documents import pdf as pdf_of
 from support.inputs import SHARED
 
 from common.cli import UserError
-from common.tasks.idp import documents, pdf, reading
+from common.tasks.idp import documents, ocr, pdf, reading
 from common.tasks.idp import rows as idp_rows
 from common.tasks.idp.layout import Word, compose, lines_of
 
@@ -20,15 +21,23 @@ def test_the_text_of_a_pdf(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("scan.pdf", pdf_of(), "has 1 pages and no text, as a scan has; run text recognition .* ocrmypdf .* tesseract"),
+        (
+            "scan.pdf",
+            pdf_of(),
+            "scan.pdf: reading scans needs text recognition: pip install -r requirements/ocr.txt",
+        ),
         ("broken.pdf", b"%PDF-1.4 and then nothing", "is a broken PDF"),
         ("not.pdf", b"hello", "is a broken PDF"),
         ("empty.txt", b"\x00 \n", "is empty"),
         ("latin.txt", b"caf\xe9", "is not UTF-8"),
         ("gone.pdf", None, "cannot be read"),
+        ("gone.png", None, "cannot be read as an image"),
+        ("broken.jpg", b"no image", "cannot be read as an image"),
     ],
 )
-def test_documents_that_cannot_be_read(tmp_path, name, content, sentence):
+def test_documents_that_cannot_be_read(tmp_path, monkeypatch, name, content, sentence):
+    ocr.engine.cache_clear()
+    monkeypatch.setattr(ocr, "installed", lambda: False)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
@@ -99,3 +108,45 @@ def test_an_encrypted_pdf_is_named(tmp_path):
     (tmp_path / "locked.pdf").write_bytes(encrypted)
     with pytest.raises(UserError, match=r"locked.pdf is encrypted; decrypt it first"):
         reading.read_document(tmp_path / "locked.pdf")
+
+
+def scan_of(*lines: str) -> Image.Image:
+    """An image of text."""
+    image = Image.new("RGB", (900, 100 + 80 * len(lines)), "white")
+    font = ImageFont.load_default(size=48)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((60, 50 + 80 * number), line, "black", font)
+    return image
+
+
+def test_scans_are_recognised(tmp_path, monkeypatch):
+    seen = []
+
+    def recognise(image, scale=1.0):
+        seen.append((image.size, scale))
+        return [Word("Total 12.50", (60 / scale, 50, 300, 90))]
+
+    monkeypatch.setattr(ocr, "recognise", recognise)
+    monkeypatch.setattr(ocr, "installed", lambda: True)
+    scan_of("Total 12.50").save(tmp_path / "a.png")
+    image = reading.read_document(tmp_path / "a.png")
+    assert (image.text, image.segments[0].box) == ("Total 12.50", (60, 50, 300, 90))
+    (tmp_path / "scan.pdf").write_bytes(pdf_of())
+    (tmp_path / "text.pdf").write_bytes(pdf_of("Invoice 7"))
+    assert reading.read_document(tmp_path / "scan.pdf").text == "Total 12.50"
+    assert reading.read_document(tmp_path / "text.pdf").text == "Invoice 7"
+    assert reading.read_document(tmp_path / "text.pdf", "on").text == "Total 12.50"
+    page = (1700, 2200), pytest.approx(200 / 72)  # in 200 dots an inch
+    assert seen == [((900, 180), 1.0), page, page]
+    for name in ("a.png", "scan.pdf"):
+        with pytest.raises(UserError, match=f"{name} .*; pass --ocr auto"):
+            reading.read_document(tmp_path / name, "off")
+
+
+def test_what_is_recognised_stands_where_it_is_drawn(tmp_path):
+    pytest.importorskip("rapidocr", reason="requirements/ocr.txt is not installed")
+    scan_of("INVOICE 4711", "Total: 12.50").save(tmp_path / "a.pdf", resolution=100)
+    document = reading.read_document(tmp_path / "a.pdf")
+    assert document.text.split() == ["INVOICE", "4711", "Total:", "12.50"]
+    x0, y0, x1, y1 = document.segments[0].box
+    assert 0.72 * 50 < x0 < 0.72 * 70 and 0.72 * 50 < y0 < y1 < 0.72 * 120 < x1

@@ -1,0 +1,66 @@
+"""Text recognition of scans, by a library that is installed on request (requirements/ocr.txt)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.cli import UserError
+from common.tasks.idp.layout import Word
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DPI = 200  # in which a PDF's pages are drawn
+
+
+def installed() -> bool:
+    """Whether there is a library for it."""
+    return find_spec("rapidocr") is not None
+
+
+def open_image(path: str | Path) -> Iterator[Image]:
+    """The frames of an image file, upright. Raises UserError where it is none."""
+    from PIL import Image, ImageOps, ImageSequence
+
+    try:
+        with Image.open(path) as image:
+            for frame in ImageSequence.Iterator(image):
+                yield ImageOps.exif_transpose(frame)
+    except (OSError, ValueError) as error:  # Pillow's own error is one of them
+        raise UserError(f"{path} cannot be read as an image ({error}); check the file") from error
+
+
+def recognise(image: Image, scale: float = 1.0) -> list[Word]:
+    """The lines of text in an image, with their boxes.
+
+    Args:
+        scale: pixels to a unit of the boxes.
+
+    Raises:
+        UserError: nothing is installed that can.
+    """
+    import numpy as np
+
+    found = engine()(np.asarray(image.convert("RGB"))[:, :, ::-1])  # it takes blue, green, red
+    if found.boxes is None:
+        return []
+    edges = ((*corners.min(0), *corners.max(0)) for corners in found.boxes)
+    boxes = (tuple(float(edge) / scale for edge in each) for each in edges)
+    return [Word(text, box) for text, box in zip(found.txts, boxes, strict=True)]
+
+
+@cache
+def engine() -> Any:
+    """The library's recogniser. Raises UserError where there is none."""
+    if not installed():
+        raise UserError(
+            "reading scans needs text recognition: pip install -r requirements/ocr.txt; or run it first, "
+            "e.g. ocrmypdf in.pdf out.pdf"
+        )
+    from rapidocr import RapidOCR
+
+    return RapidOCR(params={"Global.log_level": "error"})
