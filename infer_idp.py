@@ -10,9 +10,8 @@
 Prints the JSON object alone, or under "fields" beside what --confidence, --written and --evidence add. Rows of --input
 have their text under "document", or it is a folder of documents; each answer has "fields", the row's "id" or the file's
 name, "notes" on values that are not sure, and "error" and "text" where there is no valid answer. An answer that the
-token budget ended, or in which a value
-ran on, has "cut": true. Answers keep their order; an interrupted run goes on where it stopped. Exit code 1: a document
-got no valid answer; 4: all did, but one is cut.
+token budget ended, or in which a value ran on, has "cut": true. Answers keep their order; an interrupted run goes on
+where it stopped. Exit code 1: a document got no valid answer; 4: all did, but one is cut.
 """
 
 from __future__ import annotations
