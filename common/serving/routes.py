@@ -24,6 +24,7 @@ from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.tasks.codegen.answer import compile_error
+from common.tasks.idp import documents, evidence
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp.readers import OFFSET, ReadingSettings
 from common.tasks.ranking.task import warned
@@ -33,6 +34,7 @@ from common.web.app import ALWAYS, Guard, Problem, responses
 PAGE = Path(__file__).with_name("page.html")
 MAX_FEATURES, MAX_TEXT = 20_000, 1_000_000  # characters
 MAX_ROWS = 1024  # of a batch
+MAX_LINES = 20_000  # of a document
 MAX_ANSWER_TOKENS = 4096
 
 # What comes in and goes out.
@@ -64,6 +66,14 @@ class ClassifyAnswer(BaseModel):
     warning: str | None = Field(None, description="There where the text is not of the task: the answer says little")
 
 
+class DocumentLine(BaseModel):
+    """A line or a word of a document, and where it stands on its page."""
+
+    text: str
+    box: Annotated[list[float], Field(min_length=4, max_length=4, description="x0, y0, x1, y1 from the upper left")]
+    page: Annotated[int, Field(ge=1)] = 1
+
+
 class ExtractRequest(BaseModel):
     document: Text
     json_schema: dict[str, Any] | None = Field(
@@ -80,6 +90,10 @@ class ExtractRequest(BaseModel):
     )
     dates: Literal["day", "month"] | None = Field(None, description="What comes first in 03/04/2019; default: as shown")
     utc_offset: Annotated[str, Field(pattern=f"^(?:{OFFSET})$")] = "Z"
+    evidence: bool = Field(False, description="Say where each field stands in the document")
+    lines: Annotated[list[DocumentLine], Field(max_length=MAX_LINES)] = Field(
+        [], description="What the document is made of, for the boxes of the evidence"
+    )
 
 
 class ExtractAnswer(BaseModel):
@@ -93,6 +107,8 @@ class ExtractAnswer(BaseModel):
     cut: bool = Field(description="The token budget ended the answer, also at the second try, or a value in it ran on")
     written: dict[str, Any] | None = Field(description="Each field as the model copied it, by its path")
     notes: list[str] = Field(description="What is not sure about dates, times and numbers")
+    evidence: dict[str, Any] | None = Field(None, description="As `infer_idp.py --evidence` gives it, where asked for")
+    document: str | None = Field(None, description="The text in which the evidence counts characters")
 
 
 class CodeRequest(BaseModel):
@@ -229,6 +245,10 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
             "written": None if error else extraction.written_leaves,
             "notes": extraction.notes,
         }
+        if body.evidence:
+            document = await asyncio.to_thread(documents.of_row, body.model_dump(include={"document", "lines"}))
+            found = None if error else await asyncio.to_thread(evidence.shown, document, extraction.as_written)
+            answer |= {"evidence": found, "document": document.text}
         return JSONResponse(answer)
 
 

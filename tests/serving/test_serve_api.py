@@ -23,6 +23,7 @@ from common.models.source import LoadedModel, ModelSource
 from common.serving import openai_routes, routes
 from common.serving.openai_routes import ChatRequest
 from common.tasks.codegen.answer import compile_error
+from common.tasks.idp import documents, evidence
 from common.tasks.idp.answer_form import form_of
 from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
@@ -66,6 +67,13 @@ def test_a_document_as_infer_idp_reads_it(served, loaded, runs):
         "notes": [],
     }
     assert json_schema.errors(answer["fields"], SCHEMA) == []
+    lines = [{"text": DOCUMENT, "box": [0, 0, 9, 1.5], "page": 2}]
+    asked = {"document": f"{DOCUMENT} ", "schema": SCHEMA, "run": "sft", "max_new_tokens": 80, "evidence": True}
+    answer = served.post("/infer/idp", asked | {"lines": lines})
+    assert answer["document"] == DOCUMENT
+    placed = documents.of_row({"document": DOCUMENT, "lines": lines})
+    assert answer["evidence"] == evidence.shown(placed, wanted.as_written)
+    assert "box" in served.refused(422, "/infer/idp", asked | {"lines": [{"text": "x", "box": [1]}]})
 
 
 def test_thinking_is_asked_for_and_no_part_of_an_answer(tmp_path):

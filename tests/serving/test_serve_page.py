@@ -10,6 +10,8 @@ import pytest
 from support.pages import COLOURS, contrast, rgb
 
 from common.serving.routes import PAGE
+from common.tasks.idp import evidence
+from common.tasks.idp.documents import Document
 
 pytestmark = pytest.mark.processes
 
@@ -108,6 +110,23 @@ def test_fields_and_code(page, served):
     page.get_by_label("Write a plan first").check()
     page.get_by_role("button", name="Generate").click()
     page.get_by_label("Code", exact=True).wait_for(timeout=60_000)
+
+
+def test_hovering_a_field_marks_its_text(page):
+    text = "🙂 Shop\nTotal 9.00"
+    found = {"shop": "Shop", "total": "9.00", "tax": "1"}
+    answer = {"document": text, "written": found, "evidence": evidence.shown(Document(text), found)}
+    page.evaluate("answer => $('idp-answer').replaceChildren(grounded(answer))", answer)
+    assert page.get_by_label("Document", exact=True).last.inner_text() == text
+    assert page.locator("mark").all_inner_texts() == ["Shop", "9.00"]
+    row = page.get_by_role("row", name="total")
+    row.hover()
+    assert page.locator("mark.on").all_inner_texts() == ["9.00"]
+    page.get_by_role("row", name="shop").focus()
+    assert "Shop" in page.locator("mark.on").all_inner_texts()
+    page.locator("mark").first.hover()
+    assert page.locator("tr.on").all_inner_texts() == ["shop\tShop\texact"]
+    assert "not found" in page.get_by_role("row", name="tax").inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

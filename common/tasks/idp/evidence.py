@@ -21,7 +21,8 @@ from common.tasks.idp.field_metrics import Path, leaves, path_name
 LABEL_REACH = 60  # characters before a value, on its line, that may name its field
 LINES_ABOVE = 12  # in which a table's heading may stand
 LABEL, ITEM, TAKEN = 2.0, 3.0, 1.0  # weights: a whole label, the same line as the item's other values, a place taken
-LIKENESS = 0.7  # that a word must have with one of a field's name to be its label
+LIKENESS = 0.7  # that a word, or a part of it, must have with one of a field's name to be its label
+NEARLY, WITHIN = 0.9, 0.7  # what a like word counts, and a part of a word that is like it
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def words_of(name: str) -> list[str]:
 
 
 def alike(wanted: str, word: str) -> float:
-    """How like a field's word another is, 0 to 1: "date" and "invoicedate" are, "date" and "datum" somewhat."""
+    """How like a field's word another is, 0 to 1: "total" and "totaal" more than "total" and "subtotaal"."""
     if wanted == word:
         return 1.0
     if min(len(wanted), len(word)) < 3:
@@ -181,5 +182,7 @@ def alike(wanted: str, word: str) -> float:
     short, long = sorted((wanted, word), key=len)
     if len(set(short)) > 200 or len(set(short + long)) > 255:
         return 0.0
-    likeness = 1 - edlib.align(short, long, mode="HW")["editDistance"] / len(short)
-    return 0.9 * likeness if likeness >= LIKENESS else 0.0
+    within = 1 - edlib.align(short, long, mode="HW")["editDistance"] / len(short)
+    if within < LIKENESS:
+        return 0.0
+    return max(WITHIN * within, NEARLY * (1 - edlib.align(short, long)["editDistance"] / len(long)))

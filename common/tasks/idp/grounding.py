@@ -20,7 +20,7 @@ import numpy as np
 from common.evaluation.bootstrap import ratio_interval
 from common.tasks.idp.alignment import readings
 from common.tasks.idp.documents import Box, Document, of_row
-from common.tasks.idp.evidence import Evidence, alike, boxes_of, locate, words_of
+from common.tasks.idp.evidence import WITHIN, Evidence, alike, boxes_of, locate, words_of
 from common.tasks.idp.field_metrics import leaves, path_name
 
 PlacedBox = tuple[int, Box]  # page, box
@@ -148,4 +148,4 @@ def _best_runs(text: str, value: str) -> list[tuple[int, int]]:
 def _row_names(text: str, start: int, field: str) -> bool:
     """Does the line before a place have a word of the field's name?"""
     before = words_of(text[text.rfind("\n", 0, start) + 1 : start])
-    return any(alike(wanted, word) >= 0.9 for wanted in words_of(field) for word in before)
+    return any(alike(wanted, word) >= WITHIN for wanted in words_of(field) for word in before)
