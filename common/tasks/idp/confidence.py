@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scored:
-    """A leaf of an answer, and its confidence, between 0 and 1."""
+    """A leaf of an answer.
+
+    Attributes:
+        confidence: between 0 and 1.
+        found: whether it stands in the text that was read.
+    """
 
     value: Any
     confidence: float
+    found: bool = True
 
 
 def scored(answer: Generation, tokenizer: PreTrainedTokenizerBase, calibrate: Callable[[float], float]) -> Any:

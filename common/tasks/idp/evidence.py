@@ -72,6 +72,11 @@ def shown(document: Document, value: Any) -> dict[str, Any]:
     return {name: evidence.to_json() for name, evidence in locate(document, value).items()}
 
 
+def stands(haystack: Haystack, leaf: Any) -> bool:
+    """Whether a leaf stands anywhere in a text; true and false, which are no text, do."""
+    return isinstance(leaf, bool) or bool(_candidates(haystack, leaf))
+
+
 def _candidates(haystack: Haystack, leaf: Any) -> list[Match]:
     if isinstance(leaf, bool):
         return []

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from common.models.batching import context_of
 from common.models.source import LoadedModel
 from common.tasks.idp import confidence as confidences
 from common.tasks.idp import documents, long_documents, prompt, wholeness
+from common.tasks.idp.alignment import Haystack
 from common.tasks.idp.answer_form import UNTRAINED, AnswerForm
 from common.tasks.idp.field_metrics import leaves, path_name
 from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
@@ -127,20 +129,20 @@ class Extractor:
                 f"the schema takes {bare} tokens and the answer {written}, which leaves no room for a document "
                 f"in {self.room + written}; lower --max_new_tokens, or raise --max_len where the model allows it"
             )
-        self.grammar = None
+        self.grammar = self.part_grammar = None
         if preflight is not None:
-            from common.generation.json_grammar import JsonGrammar
-
             self.columns = loaded.model.config.get_text_config().vocab_size
-            schema = self.typed.grammar_schema("") if self.typed else preflight.grammar_schema
-            self.grammar = JsonGrammar(schema, self.tokenizer, self.columns, spaced=form.spaced)
+            whole = self.typed.grammar_schema("") if self.typed else preflight.grammar_schema
+            self.grammar = self._grammar(whole)
+            self.part_grammar = cache(lambda: self._grammar(long_documents.optional(whole)))
             shortest = self.grammar.shortest
             if shortest is not None and shortest > max_new_tokens:
                 raise UserError(f"the shortest JSON of this schema has {shortest} tokens; raise --max_new_tokens")
 
-    def encode(self, document: str) -> list[int]:
-        """The token ids of the prompt for a document, or a piece of one."""
-        asked = prompt.user_turn(document, self.asked, self.form.typed_fields)
+    def encode(self, document: str, part: bool = False) -> list[int]:
+        """The token ids of the prompt for a document; or for a part of one, whose answer may leave fields out."""
+        schema = long_documents.optional(self.asked) if part else self.asked
+        asked = prompt.user_turn(document, schema, self.form.typed_fields)
         return tokenizers.encode_prompt(self.tokenizer, asked, thinking=self.settings.thinking)
 
     def pieces(self, document: str, between: Callable[[], None] = lambda: None) -> list[str]:
@@ -168,26 +170,36 @@ class Extractor:
                 seconds for a million characters; what it raises ends the work.
         """
         pieces = [self.pieces(documents.clean(text), between) for text in texts]
-        flat = [piece for of_document in pieces for piece in of_document]
-        asked = [(self.encode(piece), self.grammar_for(piece, between)) for piece in flat]
+        tries = iter(self._answer([(piece, len(each) > 1) for each in pieces for piece in each], between))
+        return [
+            self._read(each, list(islice(tries, len(each))), text, confidence, between)
+            for text, each in zip(texts, pieces, strict=True)
+        ]
+
+    def grammar_for(
+        self, piece: str, between: Callable[[], None] = lambda: None, part: bool = False
+    ) -> JsonGrammar | None:
+        """What holds the answer to a piece of a document: typed fields that are copied are copied from there."""
+        if self.grammar is None:
+            return None
+        if self.typed is None:
+            return self.part_grammar() if part else self.grammar
+        between()
+        schema = self.typed.grammar_schema(piece)
+        return self._grammar(long_documents.optional(schema) if part else schema)
+
+    def _grammar(self, schema: dict[str, Any]) -> JsonGrammar:
+        from common.generation.json_grammar import JsonGrammar
+
+        return JsonGrammar(schema, self.tokenizer, self.columns, spaced=self.form.spaced)
+
+    def _answer(self, pieces: Sequence[tuple[str, bool]], between: Callable[[], None]) -> list[list[Generation]]:
+        """The tries at each (piece, whether it is a part of a document); the last one counts."""
+        asked = [(self.encode(piece, part), self.grammar_for(piece, between, part)) for piece, part in pieces]
         tries = [[answer] for answer in self._write(asked, self.settings.max_new_tokens)]
         if self.settings.on_cut == "retry":
             self._try_again(asked, tries)
-        samples = iter(tries)
-        return [
-            self._read(list(islice(samples, len(of_document))), text, confidence, between)
-            for text, of_document in zip(texts, pieces, strict=True)
-        ]
-
-    def grammar_for(self, piece: str, between: Callable[[], None] = lambda: None) -> JsonGrammar | None:
-        """What holds the answer to a piece of a document: typed fields that are copied are copied from there."""
-        if self.grammar is None or self.typed is None:
-            return self.grammar
-        from common.generation.json_grammar import JsonGrammar
-
-        between()
-        schema = self.typed.grammar_schema(piece)
-        return JsonGrammar(schema, self.tokenizer, self.columns, spaced=self.form.spaced)
+        return tries
 
     def _write(self, asked: Sequence[Asked], budget: int) -> list[Generation]:
         from common.generation.generate import generate
@@ -218,9 +230,14 @@ class Extractor:
                 tries[number].append(answer)
 
     def _read(
-        self, tries: list[list[Generation]], text: str, confidence: bool, between: Callable[[], None]
+        self,
+        pieces: list[str],
+        tries: list[list[Generation]],
+        text: str,
+        confidence: bool,
+        between: Callable[[], None],
     ) -> Extraction:
-        if not tries:
+        if not pieces:
             return Extraction(
                 None,
                 f"the document ({len(text):,} characters) does not fit the {self.room:,} tokens that there are for "
@@ -228,9 +245,12 @@ class Extractor:
                 "",
                 pieces=0,
             )
-        answers = [of_piece[-1] for of_piece in tries]
-        value, error, scores = self._value(answers, confidence, between)
+        if len(pieces) > 1:
+            value, error, scores = self._merged(pieces, tries, between)
+        else:
+            value, error, scores = self._value(tries[0][-1], confidence)
         running = wholeness.ran_on(value, text)
+        answers = [of_piece[-1] for of_piece in tries]
         cut = running or any(answer.cut for answer in answers)
         budget = max(len(of_piece) for of_piece in tries) * self.settings.max_new_tokens
         written, notes = None, ()
@@ -243,32 +263,53 @@ class Extractor:
             "\n".join(answer.text for answer in answers),
             scores if confidence else {},
             sum(len(answer.tokens) for of_piece in tries for answer in of_piece),
-            len(answers),
+            len(pieces),
             wholeness.message(budget, running) if cut else None,
             written,
             notes,
         )
 
-    def _value(
-        self, answers: list[Generation], confidence: bool, between: Callable[[], None]
-    ) -> tuple[Any, str | None, dict[str, float]]:
-        """(value, why it is no valid answer or None, confidences) of the answers to the pieces of a document."""
+    def _value(self, answer: Generation, confidence: bool) -> tuple[Any, str | None, dict[str, float]]:
+        """(value, why it is no valid answer or None, confidences) of the answer to a document."""
         # What is copied as written satisfies the schema once it is read.
-        schema = True if self.typed else self.schema
-        results = [read_json(answer, schema) for answer in answers]
-        failed = [f"piece {number}: {error}" for number, (_, error) in enumerate(results, start=1) if error]
-        value, error = results[0]
-        if len(answers) > 1 and failed:
-            return None, failed[0], {}
-        if failed or not (confidence or len(answers) > 1):
-            return value, error, {}
-        parts = []
-        for answer in answers:
-            between()
-            parts.append(confidences.scored(answer, self.tokenizer, self.calibrate))
-        merged = long_documents.merge(parts)
+        value, error = read_json(answer, True if self.typed else self.schema)
+        scored = confidence and error is None
+        tree = confidences.scored(answer, self.tokenizer, self.calibrate) if scored else {}
+        return value, error, confidences.confidences(tree)
+
+    def _merged(
+        self, pieces: list[str], tries: list[list[Generation]], between: Callable[[], None]
+    ) -> tuple[Any, str | None, dict[str, float]]:
+        """(value, why it is no valid answer or None, confidences) of the answers to the pieces of a document.
+
+        Fields that are required and that no piece has given are asked for once more, and then have to be given; `tries`
+        grows by these answers.
+        """
+        merged, error = self._merge(pieces, [of_piece[-1] for of_piece in tries], between)
+        if error is None and json_schema.errors(confidences.plain(merged), self.asked):
+            again = self._answer([(piece, False) for piece in pieces], between)
+            tries += again
+            others, error = self._merge(pieces, [of_piece[-1] for of_piece in again], between)
+            merged = long_documents.fill(merged, others)
+        if error:
+            return None, error, {}
         value = confidences.plain(merged)
-        return value, next(iter(json_schema.errors(value, schema)), None), confidences.confidences(merged)
+        faults = [] if self.typed else json_schema.errors(value, self.schema)
+        return value, next(iter(faults), None), confidences.confidences(merged)
+
+    def _merge(
+        self, pieces: list[str], answers: list[Generation], between: Callable[[], None]
+    ) -> tuple[Any, str | None]:
+        """(the answers to the pieces as one tree, why one of them is no valid answer or None)."""
+        schema = True if self.typed else long_documents.optional(self.schema)
+        parts = []
+        for number, (piece, answer) in enumerate(zip(pieces, answers, strict=True), start=1):
+            between()
+            if error := read_json(answer, schema)[1]:
+                return None, f"piece {number}: {error}"
+            tree = confidences.scored(answer, self.tokenizer, self.calibrate)
+            parts.append(long_documents.placed(tree, Haystack(piece)))
+        return long_documents.merge(parts), None
 
     def _read_typed(self, written: Any, document: str) -> tuple[Any, str | None, tuple[str, ...]]:
         """(value, why it is no valid answer or None, notes) of an answer with typed fields as the document has them."""

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from common.tasks.idp.confidence import confidences, plain
+from common.generation.json_schema import Schema
+from common.tasks.idp.alignment import Haystack
+from common.tasks.idp.confidence import Scored, plain
+from common.tasks.idp.evidence import stands
 
 OVERLAP = 200  # characters that two pieces of a long document share, so that a line item is whole in one of them
+
+DEMANDS = ("required", "dependentRequired", "minProperties", "minItems")  # keywords that make an answer say something
+
+
+def optional(schema: Schema) -> Schema:
+    """The schema of an answer to a piece: what does not stand there may be left out. Items of lists are whole."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if key not in DEMANDS}
+    if isinstance(kept.get("properties"), dict):
+        kept["properties"] = {name: optional(member) for name, member in kept["properties"].items()}
+    return kept
 
 
 def pieces(text: str, fits: Callable[[str], bool]) -> list[str]:
@@ -16,15 +32,16 @@ def pieces(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def halves(text: str) -> tuple[str, str]:
-    """A document cut near its middle, after a line if there is one, some lines before the cut being in both halves.
+    """A document cut near its middle: after a block (there is a blank line), else after a line, else after a word.
+
+    Some lines before the cut are in both halves.
 
     Both are shorter than the document, which must have two characters.
     """
     middle = len(text) // 2
     reach = len(text) // 4
-    cut = text.rfind("\n", middle - reach, middle) + 1
-    if not cut:  # one long line
-        cut = text.rfind(" ", middle - reach, middle) + 1 or middle
+    ends = ((text.rfind(end, middle - reach, middle), len(end)) for end in ("\n\n", "\n", " "))
+    cut = next((start + length for start, length in ends if start >= 0), middle)
     start = text.find("\n", max(1, cut - min(OVERLAP, reach)) - 1, cut) + 1
     return text[:cut], text[start or cut :]
 
@@ -32,8 +49,9 @@ def halves(text: str) -> tuple[str, str]:
 def merge(parts: Sequence[Any]) -> Any:
     """The answers to the pieces of one document as one; trees as `confidence.scored` makes.
 
-    Of a leaf the one that the model was surest of is taken, an empty one only where there is no other. Lists are
-    joined, without the items that a list starts with and the one before it ended with (pieces overlap).
+    Of a leaf the one that the model was surest of is taken; one that does not stand in its piece only where no other
+    does, and an empty one only where there is no other. Lists are joined, without the items that a list starts with and
+    the one before it ended with (pieces overlap).
     """
     parts = [part for part in parts if not _empty(part)] or list(parts[:1])
     if all(isinstance(part, dict) for part in parts):
@@ -46,7 +64,37 @@ def merge(parts: Sequence[Any]) -> Any:
             repeated = next((n for n in shared if plain(joined[-n:]) == plain(part[:n])), 0)
             joined += part[repeated:]
         return joined
-    return max(parts, key=lambda part: min(confidences(part).values(), default=0.0))
+    return max(parts, key=_likelihood)
+
+
+def _likelihood(part: Any) -> tuple[bool, float]:
+    leaves = list(_leaves(part))
+    return all(leaf.found for leaf in leaves), min((leaf.confidence for leaf in leaves), default=0.0)
+
+
+def _leaves(part: Any) -> Iterator[Scored]:
+    if isinstance(part, Scored):
+        yield part
+    else:
+        for member in part.values() if isinstance(part, dict) else part:
+            yield from _leaves(member)
+
+
+def placed(part: Any, haystack: Haystack) -> Any:
+    """An answer whose leaves say whether they stand in the text of its piece."""
+    if isinstance(part, dict):
+        return {key: placed(member, haystack) for key, member in part.items()}
+    if isinstance(part, list):
+        return [placed(item, haystack) for item in part]
+    return replace(part, found=part.value in (None, "") or stands(haystack, part.value))
+
+
+def fill(known: Any, other: Any) -> Any:
+    """An answer with what another one has beyond it."""
+    if isinstance(known, dict) and isinstance(other, dict):
+        both = {key: fill(member, other[key]) if key in other else member for key, member in known.items()}
+        return both | {key: member for key, member in other.items() if key not in known}
+    return other if known == [] else known
 
 
 def _empty(part: Any) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+from common.generation import json_schema
 from common.tasks.idp import confidence, long_documents
+from common.tasks.idp.alignment import Haystack
 
 
 def test_halves_are_shorter_and_share_lines():
@@ -44,3 +46,44 @@ def test_pieces_are_merged_by_confidence():
     assert confidence.confidences(merged)["to.name"] == 0.6
     assert confidence.confidences(merged)["lines[3].qty"] == 0.9
     assert confidence.plain(long_documents.merge([tree({"a": None}, 0.5), tree({"a": ""}, 0.7)])) == {"a": None}
+
+
+def test_a_leaf_that_stands_in_its_piece_is_preferred():
+    filler, receipt = tree({"company": "TERMS", "total": 9}, 0.9), tree({"company": "ACME", "total": 7}, 0.4)
+    parts = [
+        long_documents.placed(filler, Haystack("conditions apply")),
+        long_documents.placed(receipt, Haystack("Acme\nTotal 7.00")),
+    ]
+    assert confidence.plain(long_documents.merge(parts)) == {"company": "ACME", "total": 7}
+
+
+def test_what_no_piece_gives_is_taken_from_another_answer():
+    known = {"company": "ACME", "to": {"name": "X"}, "lines": [], "note": None}
+    other = {"company": "TERMS", "total": 9, "to": {"name": "Y", "city": "P"}, "lines": [1], "note": "n"}
+    filled = confidence.plain(long_documents.fill(tree(known, 0.9), tree(other, 0.9)))
+    assert filled == {"company": "ACME", "to": {"name": "X", "city": "P"}, "lines": [1], "note": None, "total": 9}
+
+
+def test_an_answer_to_a_piece_may_leave_fields_out():
+    item = {"type": "object", "properties": {"qty": {"type": "integer"}}, "required": ["qty"]}
+    schema = {
+        "type": "object",
+        "properties": {
+            "required": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+            "lines": {"type": "array", "items": item, "minItems": 1},
+        },
+        "required": ["required", "lines"],
+    }
+    part = long_documents.optional(schema)
+    for answer in ({}, {"required": {}}, {"lines": []}, {"lines": [{"qty": 1}]}):
+        assert json_schema.errors(answer, part) == []
+    assert json_schema.errors({"lines": [{}]}, part)
+    assert json_schema.errors({}, schema)
+    assert long_documents.optional(True) is True
+
+
+def test_a_document_is_cut_between_blocks():
+    text = "a first line\n" * 14 + "\n" + "another line\n" * 18
+    left, right = long_documents.halves(text)
+    assert left == "a first line\n" * 14 + "\n"
+    assert right.endswith("another line\n" * 18)
