@@ -174,7 +174,7 @@ def test_a_folder_of_documents(capsys, tiny_base, schema_file, tmp_path):
     assert [row["id"] for row in read_rows(output)] == ["a.pdf", "b.txt"]
     (folder / "c.pdf").write_bytes(pdf())
     with pytest.raises(UserError, match=r"in, file c\.pdf: .* no text"):
-        infer(capsys, tiny_base, schema_file, *argv)
+        infer(capsys, tiny_base, schema_file, *argv, "--ocr", "off")
 
 
 def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path):
