@@ -256,7 +256,7 @@ class Documents:
         if (document := self._document_as_written(item.prompt)) is not None:
             both = [self.typed.read(each, document).value for each in both]
         compared = field_metrics.compare(*both)
-        agree, predicted, true = field_metrics.counts([compared], normalised=False)[0]
+        agree, predicted, true = field_metrics.counts([compared], lambda leaf: leaf.exact)[0]
         return float(2 * agree / (predicted + true)) if predicted + true else 1.0
 
 

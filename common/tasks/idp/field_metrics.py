@@ -8,10 +8,11 @@ their leaves agree, so an item that was missed costs its own leaves and not thos
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import edlib
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -20,6 +21,7 @@ from common.tasks.idp import amounts, dates
 Path = tuple[str | int, ...]
 
 MISSING = None
+LEAST_LIKENESS = 0.5  # of two texts that are taken for the same with a few characters wrong
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Leaf:
     Attributes:
         field: its name without the numbers of list items, e.g. "line_items[].qty".
         place: where `found` stands in the answer, with the numbers of list items; None where it is MISSING.
+        line: the list item that it is of, after items were paired, e.g. "line_items[0]"; None outside lists.
     """
 
     field: str
     gold: Any
     found: Any
     place: str | None = None
+    line: str | None = None
 
     @property
     def exact(self) -> bool:
@@ -43,6 +47,21 @@ class Leaf:
     @property
     def normalised(self) -> bool:
         return self.gold is not MISSING and self.found is not MISSING and same_normalised(self.gold, self.found)
+
+    @property
+    def similarity(self) -> float:
+        """1 where both mean the same, else of texts 1 - edits / length, and 0 where that is below 0.5.
+
+        That is the similarity of ANLS, case and white space aside (Biten et al. 2019, "Scene Text Visual Question
+        Answering").
+        """
+        if self.normalised:
+            return 1.0
+        if not isinstance(self.gold, str) or not isinstance(self.found, str):
+            return 0.0
+        gold, found = (" ".join(text.casefold().split()) for text in (self.gold, self.found))
+        likeness = 1 - edlib.align(gold, found, task="distance")["editDistance"] / max(len(gold), len(found), 1)
+        return likeness if likeness >= LEAST_LIKENESS else 0.0
 
 
 def path_name(path: Path, numbers: bool = True) -> str:
@@ -81,14 +100,20 @@ def compare(gold: Any, found: Any, path: Path = (), place: Path = ()) -> list[Le
             for leaf in compare(one, other, (*path, index), (*place, number))
         ]
     if isinstance(gold, dict | list) or isinstance(found, dict | list):
-        only_gold = [Leaf(path_name(index, False), leaf, MISSING) for index, leaf in leaves(gold, path)]
-        return only_gold + [
-            Leaf(path_name(index, False), MISSING, leaf, path_name(index)) for index, leaf in leaves(found, place)
+        places = (at for at, _ in leaves(found, place))
+        return [_leaf(at, leaf, MISSING, at) for at, leaf in leaves(gold, path)] + [
+            _leaf(at, MISSING, leaf, there) for (at, leaf), there in zip(leaves(found, path), places, strict=True)
         ]
     gold, found = (MISSING if value == "" else value for value in (gold, found))
     if gold is found is MISSING:
         return []
-    return [Leaf(path_name(path, False), gold, found, None if found is MISSING else path_name(place))]
+    return [_leaf(path, gold, found, place)]
+
+
+def _leaf(path: Path, gold: Any, found: Any, place: Path) -> Leaf:
+    items = [end for end, part in enumerate(path, start=1) if isinstance(part, int)]
+    line = path_name(path[: items[-1]]) if items else None
+    return Leaf(path_name(path, False), gold, found, None if found is MISSING else path_name(place), line)
 
 
 def _pair_items(gold: list, found: list) -> list[tuple[Any, Any, int]]:
@@ -157,12 +182,16 @@ def date(text: str) -> tuple | None:
     return day.year, day.month, day.day
 
 
-def counts(rows: Sequence[Sequence[Leaf]], normalised: bool) -> np.ndarray:
-    """[rows, 3]: for each document how many leaves agree, were found, and should be found."""
+def counts(rows: Sequence[Sequence[Leaf]], agreement: Callable[[Leaf], float]) -> np.ndarray:
+    """[rows, 3]: for each document how many leaves agree, were found, and should be found.
+
+    Args:
+        agreement: of a leaf, between 0 and 1, such as `Leaf.exact`.
+    """
     return np.array(
         [
             [
-                sum(leaf.normalised if normalised else leaf.exact for leaf in row),
+                sum(map(agreement, row)),
                 sum(leaf.found is not MISSING for leaf in row),
                 sum(leaf.gold is not MISSING for leaf in row),
             ]
@@ -170,3 +199,23 @@ def counts(rows: Sequence[Sequence[Leaf]], normalised: bool) -> np.ndarray:
         ],
         dtype=np.float64,
     ).reshape(-1, 3)
+
+
+def line_counts(rows: Sequence[Sequence[Leaf]], agreement: Callable[[Leaf], float]) -> dict[str, np.ndarray]:
+    """`counts` of the items of each list, by its name, e.g. "line_items[]": an item agrees where all its leaves do."""
+    names = dict.fromkeys(list_name(leaf.line) for row in rows for leaf in row if leaf.line)
+    found = {name: np.zeros((len(rows), 3)) for name in names}
+    for number, row in enumerate(rows):
+        lines: dict[str, list[Leaf]] = {}
+        for leaf in row:
+            if leaf.line:
+                lines.setdefault(leaf.line, []).append(leaf)
+        for line, members in lines.items():
+            sides = [any(getattr(leaf, side) is not MISSING for leaf in members) for side in ("found", "gold")]
+            found[list_name(line)][number] += [all(map(agreement, members)), *sides]
+    return found
+
+
+def list_name(line: str) -> str:
+    """ "line_items[0]" as "line_items[]"."""
+    return re.sub(r"\[\d+\]", "[]", line)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from common.evaluation.bootstrap import REPLICATES, mean_interval, ratio_interval
 from common.tasks.idp.extractor import Extraction
-from common.tasks.idp.field_metrics import MISSING, Leaf, compare, counts, same
+from common.tasks.idp.field_metrics import MISSING, Leaf, compare, counts, line_counts, same
 
+EXACT, NORMALISED, SIMILARITY = map(attrgetter, ("exact", "normalised", "similarity"))  # of a `Leaf`
 EXAMPLES = 3  # of each kind of error
 KINDS_OF_ERROR = 12
 RATES = ("valid_json_rate", "schema_valid_rate", "exact_match", "exact_match_normalised", "cut_rate")
@@ -49,15 +51,17 @@ def evaluate(judged: Sequence[JudgedDocument], groups: Sequence[str], seed: int 
     """All metrics of one model's answers, ready for JSON.
 
     Over all leaves of all documents (micro-averaged), precision = agreeing / found, recall = agreeing / true and
-    F1 = 2 agreeing / (found + true); "_normalised" as `field_metrics.same_normalised` compares. Exact match is the
-    share of documents in which every leaf agrees and none is invented.
+    F1 = 2 agreeing / (found + true); "_normalised" as `field_metrics.same_normalised` compares, "_anls" with the
+    similarity of two texts in place of their equality (`Leaf.similarity`). Exact match is the share of documents in
+    which every leaf agrees and none is invented. An item of a list agrees where all of its leaves do.
 
     Args:
         groups: the group of each document, for the cluster bootstrap.
 
     Returns:
-        Each of `RATES`, field_precision, field_recall, field_f1, field_f1_normalised as {"value", "low", "high"};
-        `per_field`: {name: {precision, recall, f1, f1_normalised, "support": true leaves}}; n, groups, replicates.
+        Each of `RATES`, field_precision, field_recall, field_f1, field_f1_normalised, field_f1_anls as {"value", "low",
+        "high"}; `per_field`: {name: {precision, recall, f1, f1_normalised, f1_anls, "support": true leaves}}; `lines`:
+        {list: {f1, f1_normalised, "support": true items}}; n, groups, replicates.
     """
     rows = [row.leaves for row in judged]
     result: dict[str, Any] = {"n": len(judged), "groups": len(set(groups)), "replicates": REPLICATES}
@@ -67,16 +71,26 @@ def evaluate(judged: Sequence[JudgedDocument], groups: Sequence[str], seed: int 
     result["per_field"] = {
         name: _scores([[leaf for leaf in row if leaf.field == name] for row in rows], groups, seed) for name in names
     }
+    exact, normalised = (line_counts(rows, agreement) for agreement in (EXACT, NORMALISED))
+    result["lines"] = {
+        name: {
+            "f1": ratio_interval(_f1_parts(exact[name]), groups, seed),
+            "f1_normalised": ratio_interval(_f1_parts(normalised[name]), groups, seed),
+            "support": int(exact[name][:, 2].sum()),
+        }
+        for name in exact
+    }
     return result
 
 
 def _scores(rows: Sequence[Sequence[Leaf]], groups: Sequence[str], seed: int) -> dict[str, Any]:
-    exact, normalised = (counts(rows, each) for each in (False, True))
+    exact, normalised, alike = (counts(rows, agreement) for agreement in (EXACT, NORMALISED, SIMILARITY))
     return {
         "precision": ratio_interval(exact[:, [0, 1]], groups, seed),
         "recall": ratio_interval(exact[:, [0, 2]], groups, seed),
         "f1": ratio_interval(_f1_parts(exact), groups, seed),
         "f1_normalised": ratio_interval(_f1_parts(normalised), groups, seed),
+        "f1_anls": ratio_interval(_f1_parts(alike), groups, seed),
         "support": int(exact[:, 2].sum()),
     }
 
@@ -90,7 +104,7 @@ def differences(
     a: Sequence[JudgedDocument], b: Sequence[JudgedDocument], groups: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
     """a minus b in field_f1, exact_match and schema_valid_rate on the same documents: paired."""
-    parts = [_f1_parts(counts([row.leaves for row in rows], normalised=False)) for rows in (a, b)]
+    parts = [_f1_parts(counts([row.leaves for row in rows], EXACT)) for rows in (a, b)]
     result = {"field_f1": ratio_interval(np.concatenate(parts, axis=1), groups, seed)}
     for name in ("exact_match", "schema_valid_rate"):
         gains = [float(one.rate(name)) - float(other.rate(name)) for one, other in zip(a, b, strict=True)]

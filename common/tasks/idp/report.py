@@ -30,6 +30,7 @@ METRICS = (
     ("schema_valid_rate", "valid by schema", "share of answers that satisfy the schema"),
     ("field_f1", "field F1", "of precision and recall over all fields of all documents"),
     ("field_f1_normalised", "normalised F1", "the same, however a date, an amount or white space is written"),
+    ("field_f1_anls", "ANLS F1", "the same, with the likeness of two texts (1 - edits / length, from 0.5 on)"),
     ("exact_match", "exact match", "share of documents with every field right and none invented"),
     ("cut_rate", "cut", "share of answers that the token budget ended, or in which a value ran on"),
 )
@@ -42,6 +43,14 @@ CONFIDENCE = {
     "wrong above 0.9": "share of the wrong fields with a confidence above 0.9",
 }
 COMPARED = ("schema_valid_rate", "field_f1", "exact_match")
+FIELD_FIGURES = {
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "f1_normalised": "normalised F1",
+    "f1_anls": "ANLS F1",
+}
+LINE_FIGURES = {"f1": "F1", "f1_normalised": "normalised F1"}
 HEADINGS = {key: heading for key, heading, _ in METRICS}
 
 
@@ -73,14 +82,24 @@ def format_tables(result: Result) -> str:
         blocks.append(tables.columns(head, [[name, *map(text, each.values())] for name, each in grounded]))
     for name, model in zip(names, models, strict=True):
         rows = [
-            [field, *(text(figures[key]) for key in ("precision", "recall", "f1", "f1_normalised")),
+            [field, *(text(figures[key]) for key in FIELD_FIGURES),
              f"{figures['support']:,}"]
             for field, figures in model["per_field"].items()
         ]  # fmt: skip
-        blocks.append(tables.columns([name, "precision", "recall", "F1", "normalised F1", "values"], rows))
+        blocks.append(tables.columns([name, *FIELD_FIGURES.values(), "values"], rows))
+        if rows := _line_rows(model, text):
+            blocks.append(tables.columns([f"{name}, lines", *LINE_FIGURES.values(), "lines"], rows))
     if lines := _confidence_rows(names, models, text):
         blocks.append(tables.columns(["confidence", *CONFIDENCE], lines))
     return "\n\n".join(blocks)
+
+
+def _line_rows(model: dict, cell: Callable[[dict[str, float]], str]) -> list[list[str]]:
+    """The lists of a model's answers: how many of their items are right in all that they have."""
+    return [
+        [name, *(cell(figures[key]) for key in LINE_FIGURES), f"{figures['support']:,}"]
+        for name, figures in model["lines"].items()
+    ]
 
 
 def _confidence_rows(
@@ -227,12 +246,14 @@ def _grounding_section(result: Result, names: Sequence[str]) -> list[str]:
 
 
 def _model_section(model: dict, name: str) -> str:
-    keys = ("precision", "recall", "f1", "f1_normalised")
     rows = [
-        [escape(field), *(page.value(figures[key]) for key in keys), f"{figures['support']:,}"]
+        [escape(field), *(page.value(figures[key]) for key in FIELD_FIGURES), f"{figures['support']:,}"]
         for field, figures in model["per_field"].items()
     ]
-    fields = page.table(["field", "precision", "recall", "F1", "normalised F1", "values"], rows, "wide")
+    fields = page.table(["field", *FIELD_FIGURES.values(), "values"], rows, "wide")
+    if rows := _line_rows(model, page.value):
+        rows = [[escape(name), *cells] for name, *cells in rows]
+        fields += page.table(["lines of", *LINE_FIGURES.values(), "lines"], rows, "wide")
     rows = [
         [
             f'{escape(error["field"])}<span class="ci">{error["kind"]}</span>',

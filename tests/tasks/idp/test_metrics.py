@@ -9,8 +9,9 @@ import pytest
 from common.evaluation.bootstrap import mean_interval, ratio_interval
 from common.tasks.idp import metrics as idp_metrics
 from common.tasks.idp.extractor import Extraction
-from common.tasks.idp.field_metrics import amount, compare, counts, date, leaves, path_name, same, same_normalised
+from common.tasks.idp.field_metrics import Leaf, amount, compare, counts, date, leaves, path_name, same, same_normalised
 
+EXACT = idp_metrics.EXACT
 INVOICE = {
     "number": "INV-7",
     "total": 44.5,
@@ -37,7 +38,7 @@ def test_leaves_are_what_has_a_value():
 
 def test_an_item_that_was_missed_costs_its_own_leaves_only():
     found = INVOICE | {"lines": [{"item": "Lamp", "qty": 1}]}
-    agreeing, of_found, of_gold = counts([compare(INVOICE, found)], normalised=False)[0]
+    agreeing, of_found, of_gold = counts([compare(INVOICE, found)], EXACT)[0]
     assert (agreeing, of_found, of_gold) == (5, 5, 7)
     lines = [leaf for leaf in compare(INVOICE, found) if leaf.field.startswith("lines") and not leaf.exact]
     assert [(leaf.field, leaf.gold, leaf.found) for leaf in lines] == [
@@ -48,13 +49,13 @@ def test_an_item_that_was_missed_costs_its_own_leaves_only():
 
 def test_an_item_too_many_counts_as_found_only():
     found = INVOICE | {"lines": [{"item": "Mouse", "qty": 9}, *INVOICE["lines"]]}
-    assert counts([compare(INVOICE, found)], normalised=False)[0].tolist() == [7, 9, 7]
+    assert counts([compare(INVOICE, found)], EXACT)[0].tolist() == [7, 9, 7]
 
 
 def test_another_shape_is_wrong_in_every_leaf():
-    assert counts([compare(INVOICE, None)], normalised=False)[0].tolist() == [0, 0, 7]
-    assert counts([compare({"a": [1, 2]}, {"a": {"b": 1}})], normalised=False)[0].tolist() == [0, 1, 2]
-    assert counts([compare({"a": 1}, [1])], normalised=False)[0].tolist() == [0, 1, 1]
+    assert counts([compare(INVOICE, None)], EXACT)[0].tolist() == [0, 0, 7]
+    assert counts([compare({"a": [1, 2]}, {"a": {"b": 1}})], EXACT)[0].tolist() == [0, 1, 2]
+    assert counts([compare({"a": 1}, [1])], EXACT)[0].tolist() == [0, 1, 1]
     assert compare({"a": ""}, {"a": None, "b": []}) == []
 
 
@@ -125,6 +126,7 @@ def test_metrics_equal_their_definition():
         "field_recall": pytest.approx(3 / 5, abs=1e-6),
         "field_f1": pytest.approx(6 / 10, abs=1e-6),
         "field_f1_normalised": pytest.approx(8 / 10, abs=1e-6),
+        "field_f1_anls": pytest.approx(8 / 10, abs=1e-6),
     }
     assert all(result[key]["low"] <= value <= result[key]["high"] for key, value in values.items())
     assert (result["n"], result["groups"]) == (3, 2)
@@ -133,6 +135,28 @@ def test_metrics_equal_their_definition():
     kinds = {(error["field"], error["kind"]): error["count"] for error in
              idp_metrics.commonest_errors([{"id": "r1"}, {}, {}], judged)}  # fmt: skip
     assert kinds == {("b", "written in another way"): 1, ("c", "not asked for"): 1, ("(answer)", "not JSON"): 1}
+
+
+@pytest.mark.parametrize(
+    ("gold", "found", "similarity"),
+    [("Acme Co.", "ACME  co.", 1), ("Acme Inc", "Acme Ink", 7 / 8), ("Acme", "Dell", 0), ("12.00", "RM 12.00", 1),
+     (12, 13, 0), ("x", None, 0), (None, "x", 0), ("ab", "ax", 0.5)],
+)  # fmt: skip
+def test_similarity_of_leaves(gold, found, similarity):
+    assert Leaf("a", gold, found).similarity == pytest.approx(similarity)
+
+
+def test_lines_agree_where_all_of_their_leaves_do():
+    found = INVOICE | {
+        "lines": [{"item": "Lamp", "qty": "1.0"}, {"item": "Mouse", "qty": 9}, {"item": "Cable", "qty": 2}]
+    }
+    judged = [idp_metrics.judge(INVOICE, answer(found)), idp_metrics.judge({"a": "x"}, answer({"a": "x"}))]
+    (lines,) = idp_metrics.evaluate(judged, ["g1", "g2"])["lines"].items()
+    assert lines[0] == "lines[]"
+    assert lines[1]["support"] == 2
+    assert lines[1]["f1"]["value"] == pytest.approx(2 * 1 / (3 + 2))  # "1.0" is text
+    assert lines[1]["f1_normalised"]["value"] == pytest.approx(2 * 2 / (3 + 2))
+    assert idp_metrics.evaluate(judged[1:], ["g2"])["lines"] == {}
 
 
 def test_a_field_of_another_is_told_from_a_wrong_value():
