@@ -10,16 +10,13 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TooLate
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.cli import UserError
 from common.jobs.backend import Device
 from common.jobs.folder import ARTIFACTS
-from common.models import adapters, gguf_import
+from common.models import adapters, gguf_import, hub
 from common.training.settings import TrainSettings
 from common.vram import model_shape, preflight
 from common.web.app import Problem
@@ -52,7 +49,6 @@ class Reach:
     def __init__(self, roots: Sequence[Path], own: Path | None = None) -> None:
         self.roots = [os.path.realpath(root) for root in roots]
         self.own = os.path.realpath(own) if own else None
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="hub")
         self._known: dict[tuple[str, str], float] = {}
 
     def local(self, name: str) -> str | None:
@@ -126,30 +122,9 @@ class Reach:
     def ask_hub(self, kind: str, name: str) -> str | None:
         """Why a name cannot be had from the Hub or its cache here; None when it can."""
         import_libraries()
-        from huggingface_hub import HfApi, errors, try_to_load_from_cache
-
-        if kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if hub.is_cached(name) if kind == "model" else cached_dataset(name):
             return None
-        if kind == "dataset" and cached_dataset(name):
-            return None
-        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-        try:
-            self.within(HUB_SECONDS, lambda: ask(name, timeout=HUB_SECONDS))
-        except errors.OfflineModeIsEnabled:
-            return "the server is offline, and it is not in its cache"
-        except errors.GatedRepoError:
-            return "it is gated; set HF_TOKEN to one that may read it"
-        except errors.RepositoryNotFoundError:
-            return "there is none under the allowed folders, and none on the Hub"
-        except TooLate:
-            return f"the Hub did not answer within {HUB_SECONDS:g} s"
-        except Exception as error:  # whatever its HTTP library makes of a network that is not there
-            return f"the Hub cannot be asked ({type(error).__name__})"
-        return None
-
-    def within(self, seconds: float, work: Callable[[], Any]) -> Any:
-        """What `work` gives, in a thread. Raises TimeoutError when that takes longer (it goes on in its thread)."""
-        return self._pool.submit(work).result(seconds)
+        return hub.why_not(name, kind, HUB_SECONDS)
 
 
 def cached_dataset(name: str) -> bool:
@@ -163,8 +138,7 @@ def cached_dataset(name: str) -> bool:
 class Vocabularies:
     """Whether a teacher's token ids mean the same to a student; each pair is compared once."""
 
-    def __init__(self, reach: Reach) -> None:
-        self.reach = reach
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self.differences: dict[tuple, str | None] = {}
 
@@ -186,10 +160,10 @@ class Vocabularies:
             return tokenizers.same_vocabulary(*both)
 
         try:
-            return self.reach.within(TOKENIZER_SECONDS, compare)
+            return hub.within(TOKENIZER_SECONDS, compare)
         except UserError as error:
             raise Problem(422, f"teacher: {error}", "teacher") from error
-        except TooLate as error:
+        except TimeoutError as error:
             raise Problem(422, f"teacher: no tokenizer within {TOKENIZER_SECONDS:g} s; try again", "teacher") from error
 
 

@@ -101,7 +101,7 @@ class Service:
         except OSError as error:
             raise UserError(f"DATA_DIR={settings.data_dir}: {error.strerror}; choose another folder") from error
         self.reach = Reach(settings.allowed_roots, own=settings.data_dir)
-        self.vocabularies = Vocabularies(self.reach)
+        self.vocabularies = Vocabularies()
         self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
         backend, at_once = self.make_backend()
         self.runner = Runner(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from common import distributed as launch
 from common.cli import UserError, log, reason
-from common.models import adapters, gguf_import
+from common.models import adapters, gguf_import, hub
 from common.models.source import ModelSource, looks_local
 
 if TYPE_CHECKING:
@@ -28,17 +28,21 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def check_model_dir(model_dir: str, base: str | None = None) -> None:
-    """Fail early, before torch is imported, on a folder that holds no model or an adapter without its base."""
+    """Fail early, before torch is imported, on a folder without a model, an adapter without its base, or a name that is
+    not on the Hub."""
     if adapters.is_adapter(model_dir):
-        if base is None:
-            adapters.base_of(model_dir)
+        base = base or adapters.base_of(model_dir)
+        if not looks_local(base):
+            hub.check(base)
     elif gguf := gguf_import.local_gguf(model_dir):
         gguf_import.check(gguf)
     elif Path(model_dir).is_dir() and not (Path(model_dir) / "config.json").is_file():
         raise UserError(
             f"{model_dir} holds neither {adapters.ADAPTER_CONFIG} nor config.json; give a run folder or a model"
         )
-    elif looks_local(model_dir) and not Path(model_dir).is_dir():
+    elif not looks_local(model_dir):
+        hub.check(model_dir)
+    elif not Path(model_dir).is_dir():
         raise UserError(f"{model_dir} does not exist; train it first or check the path")
 
 

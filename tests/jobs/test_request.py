@@ -256,7 +256,7 @@ def test_a_name_of_the_hub_offline_is_refused_at_once(planner, data, offline):
     for field, kind in (("teacher_model", "model"), ("student_model", "model"), ("dataset", "data set")):
         blamed, sentence = refused(planner, payload(data) | {field: "nobody/nothing"})
         assert blamed == field
-        assert "cannot be reached: the server is offline" in sentence
+        assert "cannot be reached: this machine is offline" in sentence
         assert kind.replace("data set", "dataset") in sentence
 
 
@@ -308,7 +308,7 @@ def test_what_the_hub_says(data, monkeypatch):
 
 
 def test_a_teacher_with_another_vocabulary(data):
-    vocabularies = Vocabularies(Reach([data]))
+    vocabularies = Vocabularies()
     student = str(data / "student")
     vocabularies.check(str(data / "teacher"), student)
     with pytest.raises(Problem, match="its tokenizer is not the student's") as raised:
