@@ -68,7 +68,7 @@ class FoundDate:
 
 def plain_digits(text: str) -> str:
     """A text of the same length whose digits, signs and letters of other widths and scripts are ASCII's."""
-    return "".join(_plain(character) for character in text)
+    return text if text.isascii() else "".join(map(_plain, text))
 
 
 def _plain(character: str) -> str:
@@ -97,9 +97,11 @@ def find(text: str, language: str | None = None) -> list[FoundDate]:
             if date:
                 candidates.append((len(match["y"]) < 4, date))
     found: list[FoundDate] = []
+    taken = bytearray(len(text))
     # In "12 Jan 31, 2022" the year is the one with four digits.
     for _, date in sorted(candidates, key=lambda candidate: (candidate[0], candidate[1].start)):
-        if not any(other.start < date.end and date.start < other.end for other in found):
+        if not any(taken[date.start : date.end]):
+            taken[date.start : date.end] = b"\1" * (date.end - date.start)
             found.append(date)
     return sorted(found, key=lambda date: date.start)
 
@@ -194,9 +196,11 @@ def _time(match: re.Match) -> FoundTime | None:
     return FoundTime(*match.span(), clock, offset)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # of a document's fields each asks for the same text
 def masked(text: str) -> str:
     """A text of the same length with line ends in place of its dates, so that their numbers are no others."""
+    parts, start = [], 0
     for date in find(text):
-        text = text[: date.start] + "\n" * (date.end - date.start) + text[date.end :]
-    return text
+        parts += [text[start : date.start], "\n" * (date.end - date.start)]
+        start = date.end
+    return "".join([*parts, text[start:]])

@@ -79,10 +79,14 @@ def _identifier():
     return identifier
 
 
-@functools.lru_cache(maxsize=256)
 def language_of(text: str) -> str | None:
     """The language of a document, as "nl"; None where it is not sure."""
-    words = " ".join(re.findall(r"[^\W\d_]{2,}", text[:SAMPLE])).lower()
+    return _language_of(text[:SAMPLE])
+
+
+@functools.lru_cache(maxsize=256)
+def _language_of(text: str) -> str | None:
+    words = " ".join(re.findall(r"[^\W\d_]{2,}", text)).lower()
     if not words:
         return None
     language, probability = _identifier().classify(words)
