@@ -108,6 +108,12 @@ def day_first(language: str | None, text: str) -> bool | None:
     return found.pop() if len(found) == 1 else None
 
 
+def has_dollars_alone(text: str) -> bool:
+    """Whether dollars are the only currency in a text: then the United States are likeliest, though not sure."""
+    signs = {sign for sign in _english_orders() if _has_sign(text, sign)}
+    return bool(signs) and signs <= {"$", "US$", "USD"}
+
+
 def _is_day_first(locale: Locale) -> bool:
     pattern = locale.date_formats["short"].pattern
     return pattern.index("d") < pattern.index("M")

@@ -126,7 +126,12 @@ def _read_date(text: str, conventions: Conventions) -> tuple[datetime.date | Non
     by_day, by_month = found.readings
     if conventions.first:
         return (by_day if conventions.first == "day" else by_month), None
-    return by_day, f"is read with the day first, which nothing shows (else {by_month}); --dates day or month decides it"
+    first, others = ("month", by_day) if languages.has_dollars_alone(conventions.document) else ("day", by_month)
+    value = by_month if first == "month" else by_day
+    return (
+        value,
+        f"is read with the {first} first, which nothing shows (else {others}); --dates day or month decides it",
+    )
 
 
 def _time(text: str, conventions: Conventions) -> Reading:
