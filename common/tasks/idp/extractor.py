@@ -16,6 +16,7 @@ from common.generation.decoding import Decoding
 from common.models import tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
+from common.processes import OutOfTime, time_limit
 from common.tasks.idp import confidence as confidences
 from common.tasks.idp import documents, long_documents, prompt, wholeness
 from common.tasks.idp.alignment import Haystack
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 Asked = tuple[list[int], "JsonGrammar | None"]  # a prompt, and what holds its answer
+READING_SECONDS = 10.0  # that the typed fields of one answer may take, the whole document searched for its ways
 SMALLEST_PIECE = 32  # tokens that there must be for the document
 
 
@@ -313,7 +315,11 @@ class Extractor:
 
     def _read_typed(self, written: Any, document: str) -> tuple[Any, str | None, tuple[str, ...]]:
         """(value, why it is no valid answer or None, notes) of an answer with typed fields as the document has them."""
-        answer = self.typed.read(written, document)
+        try:
+            with time_limit(READING_SECONDS):  # a schema's patterns can take for ever
+                answer = self.typed.read(written, document)
+        except OutOfTime:
+            return written, f"to read it takes longer than {READING_SECONDS:g} s; make the schema simpler", ()
         faults = answer.faults or json_schema.errors(answer.value, self.schema)
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         return answer.value, f"{faults[0]}{more}" if faults else None, answer.notes

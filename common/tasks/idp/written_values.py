@@ -14,6 +14,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+from common.cli import UserError
 from common.generation import json_schema
 from common.generation.schema_graph import Node, nodes
 from common.generation.schema_places import SchemaPlaces, items_of, property_of
@@ -48,6 +49,9 @@ class ReadAnswer:
 
 class TypedFields:
     """The typed fields of a schema that `json_schema.preflight` has passed.
+
+    Raises:
+        UserError: a mapping beside an enum that is none.
 
     Attributes:
         written_schema: the schema with text in their place.
@@ -148,8 +152,10 @@ def _choices(schema: dict[str, Any]) -> dict[str, Any]:
     choices = {choice_key(value): value for value in schema["enum"] if isinstance(value, str)}
     by_name = {str(value): value for value in schema["enum"]}
     for name, texts in schema[MAPPING].items():
-        if name in by_name:
-            choices |= {choice_key(str(text)): by_name[name] for text in ([texts] if isinstance(texts, str) else texts)}
+        texts = [texts] if isinstance(texts, str) else texts
+        if name not in by_name or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{MAPPING}: '{name}' must be a value of the enum, with a text or a list of texts")
+        choices |= {choice_key(text): by_name[name] for text in texts}
     return choices
 
 

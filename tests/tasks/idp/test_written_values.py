@@ -263,6 +263,12 @@ def test_the_schema_asks_for_text_in_place_of_typed_fields():
     assert TypedFields(True).written_schema is True
 
 
+@pytest.mark.parametrize("mapping", [{"GBP": "£"}, {"EUR": 3}, {"EUR": ["€", None]}])
+def test_a_mapping_that_is_none_is_refused(mapping):
+    with pytest.raises(cli.UserError, match="must be a value of the enum, with a text or a list of texts"):
+        TypedFields({"enum": ["EUR"], "x-written": mapping})
+
+
 def test_values_are_read():
     written = {"date": "31/12/2017", "total": "717,97", "pages": "2 p.", "note": "12", "currency": "€", "kind": "a",
                "lines": [{"price": "9,99"}, {"price": "3,-"}], "tax": "21 %", "free": "12"}  # fmt: skip
