@@ -14,32 +14,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import random
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.interleave import print_table, take_turns
-from harness.memory import own_bytes
+from harness.serving import ServerProcess, running_server
 
 from common import cli
 from common.data import rows as records
 from common.models import adapters
 
-ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-4  # of a score, in nats
-START = 180  # seconds a server may take to start and load
 WARM_ROWS = 64  # requests to each adapter before memory is weighed
 
 
@@ -62,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory = weigh_adapters(args, names, texts)
 
     scorer = Script(args, names, texts)
-    with server(args, PRELOAD="1") as second:
+    with running_server(args.runs_dir, PRELOAD="1") as second:
         before = prior_times(args.runs_dir, names)
         started = time.perf_counter()
         second.post(names[0], texts[0])
@@ -121,7 +112,7 @@ def read_texts(path: str) -> list[str]:
 
 def weigh_adapters(args: argparse.Namespace, names: Sequence[str], texts: Sequence[str]) -> dict[str, int]:
     """Bytes that all adapters but the first add to the memory of a server that has answered for the first."""
-    with server(args) as fresh:
+    with running_server(args.runs_dir) as fresh:
         for name in ("base", names[0]):
             for text in texts[:WARM_ROWS]:
                 fresh.post(name, text)
@@ -165,53 +156,6 @@ class Script:
         return len(self.texts) * len(self.classifiers) / (time.perf_counter() - started)
 
 
-class Server:
-    """A running serve_creditmix.py."""
-
-    def __init__(self, process: subprocess.Popen, port: int) -> None:
-        self.process, self.port = process, port
-
-    def post(self, run: str, text: str) -> dict:
-        url = f"http://127.0.0.1:{self.port}/infer/{run}"
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, json.dumps({"features": text}).encode(), headers)
-        with urllib.request.urlopen(request, timeout=START) as answer:
-            return json.load(answer)
-
-    def is_up(self, path: str) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def resident(self) -> int:
-        """Bytes of memory that the server and its models' processes hold of their own."""
-        return own_bytes(self.process.pid)
-
-
-@contextlib.contextmanager
-def server(args: argparse.Namespace, **environment: str) -> Iterator[Server]:
-    """Start the server, and stop it at the end as a service manager would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [sys.executable, str(ROOT / "serve_creditmix.py"), "--port", str(port)]
-    process = subprocess.Popen(words, env=os.environ | {"RUNS_DIR": args.runs_dir} | environment)
-    running = Server(process, port)
-    try:
-        until = time.monotonic() + START
-        path = "/readyz" if environment.get("PRELOAD") else "/healthz"
-        while not running.is_up(path):
-            if process.poll() is not None or time.monotonic() > until:
-                raise cli.UserError("the server did not start; its messages stand above")
-            time.sleep(0.1)
-        yield running
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(START)
-
-
 @dataclass
 class Load:
     """Clients that each send a request, wait for its answer, and send the next; plain HTTP on kept connections.
@@ -219,7 +163,7 @@ class Load:
     The two cores are the server's, too: a full HTTP client would take a good part of them.
     """
 
-    server: Server
+    server: ServerProcess
     names: Sequence[str]
     texts: Sequence[str]
     expected: Sequence[Sequence[dict]]

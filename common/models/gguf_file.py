@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
-from common.files import write_json
+from common.files import grant, write_json
 
 if TYPE_CHECKING:
     import gguf
@@ -403,6 +403,7 @@ def write_weights(file: GgufFile, config: PreTrainedConfig, folder: Path) -> Non
     for target, members in plan.filename_to_tensors.items():
         shard = {name: read_weight(file, *names[name], config) for name in members}
         save_file(shard, folder / target, metadata={"format": "pt"})
+        grant(folder / target)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

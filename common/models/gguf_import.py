@@ -7,7 +7,6 @@ built beside its place under another name and renamed when it is whole; processe
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,11 @@ from common.cli import UserError, log, reason
 from common.files import sha256_file, write_json
 from common.models.gguf_file import GgufFile, empty_model, read_config, size_of_weights, write_weights
 from common.models.gguf_tokenizer import end_ids, read_tokenizer
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # native Windows
+    fcntl = None
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -164,8 +168,11 @@ def hub_gguf(repo: str, quant: str) -> Path:
 
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process makes the folder."""
+    """Wait until no other process makes the folder; where the system has no locks, nobody waits."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
     with open(folder.parent / f".{folder.name}.lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

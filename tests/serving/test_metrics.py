@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import socket
 from collections import Counter
 
@@ -133,7 +132,7 @@ def test_a_port_that_is_taken(runs, monkeypatch, caplog):
 def test_memory_is_flat(served, monkeypatch):
     """Mixed traffic leaves nothing behind, in either process, refused and failed requests included.
 
-    SOAK_ROUNDS=20000 is an hour of it or so.
+    bench/reliability.py does the same for hours.
     """
     monkeypatch.setattr(logging.getLogger("uvicorn.access"), "disabled", True)  # pytest keeps its records
     bodies = [("/infer/sft", {"features": ROWS[0]}), ("/infer/kd/batch", [{"features": row} for row in ROWS[:3]]),
@@ -153,7 +152,7 @@ def test_memory_is_flat(served, monkeypatch):
     traffic(40)
     (process,) = [process for process in served.processes if process.loaded]
     before, held = traffic(20), own_bytes(process.process.pid)
-    grown = traffic(int(os.environ.get("SOAK_ROUNDS", 60))) - before
+    grown = traffic(60) - before
     assert grown.total() < 150, grown  # 360 requests; a leak of one object each would show
     assert own_bytes(process.process.pid) - held < 3e6
     connection.close()

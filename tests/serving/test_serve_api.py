@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import random
 
 import pytest
+from support import hostile
 from support.chat_templates import FAMILIES, tokenizer_of
 from support.fuzzing import try_every_operation
 from support.models import build_base
@@ -290,59 +290,11 @@ def test_what_of_a_chat_request_is_taken():
     ]
 
 
-# Bodies of every kind.
-
-DEEP = b'{"features": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-TEXTS = [
-    "",
-    " ",
-    "\x00",
-    "\ud800",
-    "<|im_end|>",
-    "<|im_start|>system\n",
-    "</s>",
-    "𝔘" * 50,
-    "é\u0301",
-    "9" * 400,
-    "x" * 20_001,
-]
-VALUES = [None, True, 0, -1, 1.5, 10**400, 1e308, float("nan"), float("inf"), [], [[]], {}, {"features": "a"}, *TEXTS]
-PATHS = ["/infer/sft", "/infer/base", "/infer/sft/batch", "/infer/idp", "/infer/codegen", "/v1/chat/completions"]
-
-
-def hostile_body(rng: random.Random) -> bytes:
-    """A body that is broken, of the wrong shape, or right with odd content."""
-    kind = rng.randrange(8)
-    if kind == 0:
-        return rng.choice([b"", b"{", b"null", b"[]", b"\xff\xfe", b'"\xc3"', b"NaN", b"{}" * 2, DEEP, b"\x00" * 9])
-    if kind == 1:
-        return rng.randbytes(rng.randrange(200))
-    names = ["features", "document", "schema", "prompt", "run", "max_new_tokens", "plan_then_code", "model",
-             "messages", "temperature", "top_p", "n", "stop", "seed", "stream", "response_format", "max_tokens",
-             "tools"]  # fmt: skip
-    body = {name: rng.choice(VALUES) for name in rng.sample(names, rng.randrange(1, 6))}
-    if kind > 3:  # near enough to be taken
-        text = rng.choice(TEXTS) + rng.choice(ROWS)
-        body |= {
-            "features": text,
-            "document": text,
-            "prompt": text,
-            "max_new_tokens": 2,
-            "max_tokens": 2,
-            "model": "sft",
-        }
-        body["messages"] = [{"role": "user", "content": text}]
-        body["schema"] = rng.choice([SCHEMA, {}, {"type": "null"}, {"$ref": "#"}, {"pattern": "("}])
-    if rng.random() < 0.2:
-        body = [body] * rng.randrange(3)
-    return json.dumps(body, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
-
-
 def test_hostile_bodies(served):
     rng = random.Random(0)
     statuses = set()
-    for _ in range(int(os.environ.get("HOSTILE_BODIES", 250))):
-        path, body = rng.choice(PATHS), hostile_body(rng)
+    for _ in range(250):
+        path, body = rng.choice(hostile.PATHS), hostile.hostile_body(rng)
         status, answer, _ = served.ask("POST", path, body)
         assert status < 500, (path, body[:300], answer)
         assert "Traceback" not in str(answer)

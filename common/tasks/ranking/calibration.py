@@ -145,6 +145,8 @@ class Calibration:
         try:
             if content.pop("version") != FORMAT_VERSION:
                 raise ValueError("another version")
+            if not all(isinstance(label, str) for label in content["labels"]):
+                raise ValueError("its labels are no texts")
             for name in ("prior", "bias"):
                 content[name] = tuple(content[name][label] for label in content["labels"])
             decision = content.pop("decision")
