@@ -32,8 +32,9 @@ from harness import growth_curves
 from harness.growth_curves import Curve, Expected, Series
 from harness.interleave import every_round
 from harness.memory import held_bytes, own_bytes, peak_beyond
+from harness.serving import running_server
 
-from bench.serve_load import Load, read_texts, server
+from bench.serve_load import Load, read_texts
 from common import cli
 from common.models import adapters
 from common.models import loading as models
@@ -362,7 +363,7 @@ class Served:
         give_back()
 
     def start(self):
-        return server(argparse.Namespace(runs_dir=self.folder))
+        return running_server(self.folder)
 
     def load(self, running: Any, adapters: int, clients: int, seconds: float) -> tuple[float, float]:
         """(answers a second, median seconds of an answer) of so many clients over the first so many adapters."""
