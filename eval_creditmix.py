@@ -6,11 +6,12 @@
         --data data/creditmix_dataset.json --report_dir runs/report
     python eval_creditmix.py --model_dir runs/creditmix_sft --fit_calibration data/creditmix_dev.jsonl
 
-Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots and report.html. The split is by
-customer (with --task by its group key), the same that creditmix_prepare.py made, and rows whose customer was trained
-on are counted. --controls data/creditmix_sft.jsonl puts classic classifiers, trained on the same rows, beside the
-models: TF-IDF with logistic regression, and gradient boosting. With --fit_calibration, a per-class bias and a
-temperature are fitted on dev rows into runs/<name>/calibration.json (calibration.TASK.json of another label set).
+Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots and report.html, and keeps scores in
+answers.jsonl, so that a run that was interrupted goes on. The split is by customer (with --task by its group key), the
+same that creditmix_prepare.py made, and rows whose customer was trained on are counted. --controls
+data/creditmix_sft.jsonl puts classic classifiers, trained on the same rows, beside the models: TF-IDF with logistic
+regression, and gradient boosting. With --fit_calibration, a per-class bias and a temperature are fitted on dev rows
+into runs/<name>/calibration.json (calibration.TASK.json of another label set).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from common import cli, run_record
 from common.data import splits
+from common.data.resumable import AnswerStore
 from common.files import read_json, sha256_file
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
@@ -45,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--controls", metavar="TRAIN.jsonl", help="add classic classifiers, trained on these rows, to the comparison"
     )
-    parser.add_argument("--report_dir", help="write metrics.json, plots and report.html here")
+    parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
     parser.add_argument("--fit_calibration", metavar="DEV.jsonl", help="fit bias and temperature on these dev rows")
     decision = parser.add_argument_group("decisions, fitted with --fit_calibration")
     decision.add_argument("--optimize", choices=("accuracy", "macro_f1", "cost"), help="what labels are chosen for")
@@ -102,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         },
         **run_record.provenance("eval_creditmix.py", argv),
     }
-    entries, differences = evaluate.evaluate_models(sources, task, settings, rows, args.seed, args.controls)
+    store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
+    entries, differences = evaluate.evaluate_models(sources, task, settings, rows, args.seed, args.controls, store)
     contamination = run_record.worst_contamination([entry["contamination"] for entry in entries])
     result |= {"contamination": contamination, "models": entries, "differences": differences}
     return publish(args, result)

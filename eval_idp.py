@@ -8,7 +8,8 @@
         --schema data/idp_schema.json --report_dir runs/report
 
 Every model answers twice, held to the schema and freely. Prints tables and, last, one JSON line; --report_dir adds
-metrics.json, a plot and report.html with the commonest errors. The split is by document, the same that idp_prepare.py
+metrics.json, a plot and report.html with the commonest errors, and keeps answers in answers.jsonl, so that a run that
+was interrupted goes on. The split is by document, the same that idp_prepare.py
 made, and documents that were trained on are counted.
 """
 
@@ -19,8 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import cli, run_record
+from common.data.resumable import AnswerStore
 from common.files import sha256_file
 from common.generation import json_schema
+from common.models import adapters
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.idp import flags as idp_flags
@@ -45,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
     parser.add_argument("--fit_calibration", metavar="DEV", help="fit confidences on these labelled dev documents")
-    parser.add_argument("--report_dir", help="write metrics.json, a plot and report.html here")
+    parser.add_argument("--report_dir", help="write metrics.json, a plot, report.html and answers.jsonl here")
     idp_flags.add_flags(parser)
     return parser
 
@@ -84,12 +87,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows)
     rows = evaluate.choose_rows(selection, schema)
     decodings = ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,)
-    evaluation = evaluate.Evaluation(rows, schema, preflight, settings, decodings, args.seed, args.evidence)
+    store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
+    evaluation = evaluate.Evaluation(rows, schema, preflight, settings, decodings, args.seed, args.evidence, store)
     groups = [row["group"] for row in rows]
     entries, judged = [], []
     for model_dir in args.model_dir:
-        loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
-        entry, answers = evaluation.measure(model_dir, loaded, form_of(model_dir, args.typed_fields))
+        source, form = source_of(args, model_dir), form_of(model_dir, args.typed_fields)
+        loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
+        entry, answers = evaluation.measure(model_dir, loaded, form, adapters.identity(source))
         entries.append({"model_dir": model_dir, "contamination": run_record.contamination(model_dir, groups)} | entry)
         judged.append(answers)
     result = {

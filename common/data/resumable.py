@@ -6,7 +6,8 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sized
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,3 +140,22 @@ class AnswerStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.writelines(json.dumps({"key": key, "value": value}) + "\n" for key, value in pairs)
+
+    def windows(
+        self, items: Sequence[Any], size: int, identity: Any, work: Callable[[list[Any]], Any]
+    ) -> Iterator[tuple[Any, float]]:
+        """(what `work` makes of each `size` items, the seconds that it took), in order; kept ones are not made again.
+
+        Args:
+            items: JSON values.
+            identity: all else that decides the answers, as JSON.
+            work: answers a window of them, with a JSON value.
+        """
+        for start in range(0, len(items), size):
+            window = list(items[start : start + size])
+            key = content_key(identity, window)
+            if key not in self:
+                started = time.perf_counter()
+                answer = work(window)
+                self.add([(key, {"answer": answer, "seconds": time.perf_counter() - started})])
+            yield self[key]["answer"], self[key]["seconds"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, reason
-from common.models.source import looks_local
+from common.models.source import ModelSource, looks_local
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -271,6 +271,11 @@ def fingerprint(model: PreTrainedModel) -> str:
             sample = (weight if weight.ndim == 1 else weight[:256]).to("cpu", torch.bfloat16)
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def identity(source: ModelSource) -> list[Any]:
+    """What tells the answers of a model from those of another one, as JSON."""
+    return [adapter_hash(source.model_dir), source.base, source.load_in_4bit, source.dtype]
 
 
 def adapter_hash(folder: str | Path) -> str:

@@ -83,9 +83,7 @@ class WriterSettings:
 
     def identity(self) -> list[Any]:
         """What tells its answers from those of another model, as JSON."""
-        source = self.source
-        model = adapters.adapter_hash(source.model_dir)
-        return [model, source.base, source.load_in_4bit, source.dtype, self.prompt_style]
+        return [*adapters.identity(self.source), self.prompt_style]
 
     def load(self) -> CodeWriter:
         """The model, ready to write."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from common import cli, run_record
 from common.data import splits
-from common.data.resumable import content_key
+from common.data.resumable import AnswerStore, content_key
 from common.files import sha256_file
 from common.generation.json_schema import Preflight, Schema
 from common.models import adapters
@@ -23,6 +23,7 @@ from common.tasks.idp.answer_form import AnswerForm
 from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
 WINDOW = 64  # documents at a time
+KEPT = 16  # documents whose answers are kept together
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Evaluation:
         decodings: "constrained" (answers held to the schema), "unconstrained", or both.
         seed: of the bootstrap.
         evidence: also judge where the values stand, on the rows that have "lines" with boxes.
+        store: answers that are there are not made again.
     """
 
     rows: Sequence[dict]
@@ -81,6 +83,7 @@ class Evaluation:
     decodings: Sequence[str] = ("constrained", "unconstrained")
     seed: int = 0
     evidence: bool = False
+    store: AnswerStore = field(default_factory=lambda: AnswerStore(None))
 
     def __post_init__(self) -> None:
         """Raises UserError where `evidence` is asked for and no row has boxes."""
@@ -93,13 +96,14 @@ class Evaluation:
         return grounding.measure(self.rows, [row["fields"] for row in self.rows], groups, self.seed)
 
     def measure(
-        self, name: str, loaded: LoadedModel, form: AnswerForm
+        self, name: str, loaded: LoadedModel, form: AnswerForm, identity: Sequence[Any]
     ) -> tuple[dict[str, Any], list[metrics.JudgedDocument]]:
         """(figures of one model, its answers to the first of `decodings`, which `metrics.differences` compares).
 
         Args:
             name: the model's folder or Hub id.
             form: in which it is asked.
+            identity: what tells its answers from those of another model (`adapters.identity`).
         """
         calibration = calibrations.Calibration.load(name, self.schema)
         groups = [row["group"] for row in self.rows]
@@ -109,7 +113,8 @@ class Evaluation:
             cli.log(f"{name}: reading {len(self.rows):,} documents, {decoding}")
             preflight = self.preflight if decoding == "constrained" else None
             extractor = Extractor(loaded, self.schema, preflight, self.settings, form)
-            extractions, seconds = extract_timed(extractor, [row["document"] for row in self.rows])
+            decided_by = [*identity, decoding, asdict(self.settings), asdict(form), self.schema]
+            extractions, seconds = self.extract(extractor, decided_by)
             judged[decoding] = [
                 metrics.judge(row["fields"], extraction) for row, extraction in zip(self.rows, extractions, strict=True)
             ]
@@ -137,6 +142,23 @@ class Evaluation:
                 judged["constrained"], judged["unconstrained"], groups, self.seed
             )
         return entry, judged[first]
+
+    def extract(self, extractor: Extractor, identity: Any) -> tuple[list[Extraction], float]:
+        """(an extraction per row, the seconds that they took), with a progress bar; each window is kept as it comes."""
+        from tqdm import tqdm
+
+        def work(documents: list[str]) -> list[dict[str, Any]]:
+            return [asdict(extraction) for extraction in extractor.extract(documents, confidence=True)]
+
+        extractions: list[Extraction] = []
+        seconds = 0.0
+        documents = [row["document"] for row in self.rows]
+        with tqdm(total=len(documents), unit=" documents") as progress:
+            for answers, took in self.store.windows(documents, KEPT, identity, work):
+                extractions += [Extraction(**answer | {"notes": tuple(answer["notes"])}) for answer in answers]
+                seconds += took
+                progress.update(len(answers))
+        return extractions, seconds
 
 
 def check_unseen(model_dir: str, rows: Sequence[dict], data: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from common import run_record
 from common.cli import UserError, log
 from common.data import splits
+from common.data.resumable import AnswerStore
 from common.data.rows import SFT_KEYS, read_rows
 from common.files import read_json, sha256_file
 from common.models import adapters
@@ -23,6 +23,8 @@ from common.tasks.ranking.controls import controls
 from common.tasks.ranking.decision import Goal, fit_decision
 from common.tasks.ranking.settings import ScoringSettings
 from common.tasks.ranking.task import LabelTask
+
+KEPT = 512  # rows whose scores are kept together
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,19 @@ def evaluate_models(
     rows: Sequence[dict],
     seed: int = 0,
     controls_file: str | None = None,
+    store: AnswerStore | None = None,
 ) -> tuple[list[dict], list[dict]]:
     """One entry per model, and the paired differences of every later model to the earlier ones (see `report`).
 
     Args:
         seed: of the bootstrap and of the controls.
         controls_file: rows to train the controls on, which come last (see `evaluate_controls`); None: no controls.
+        store: scores that are there are not computed again; None: none are kept.
     """
     entries, scores = [], []
     for source in sources:
         log(f"{source.model_dir}: scoring {len(rows):,} rows")
-        entry, calibrated = evaluate_model(source, task, settings, rows, seed)
+        entry, calibrated = evaluate_model(source, task, settings, rows, seed, store)
         entries.append(entry)
         scores.append(calibrated)
     if controls_file:
@@ -155,13 +159,21 @@ def evaluate_models(
 
 
 def evaluate_model(
-    source: ModelSource, task: LabelTask, settings: ScoringSettings, rows: Sequence[dict], seed: int = 0
+    source: ModelSource,
+    task: LabelTask,
+    settings: ScoringSettings,
+    rows: Sequence[dict],
+    seed: int = 0,
+    store: AnswerStore | None = None,
 ) -> tuple[dict[str, Any], Scores]:
-    """The entry for the result (see `report`) and the calibrated scores of one model."""
+    """The entry for the result (see `report`) and the calibrated scores of one model; `store` as `evaluate_models`."""
     classifier = Classifier.load(source, task, settings)
-    started = time.perf_counter()
-    raw = classifier.raw_scores([row[task.text_field] for row in rows])
-    seconds = time.perf_counter() - started
+    texts = [row[task.text_field] for row in rows]
+    scored = (store or AnswerStore(None)).windows(
+        texts, KEPT, [*adapters.identity(source), task.record()], lambda some: classifier.raw_scores(some).tolist()
+    )
+    windows, times = zip(*scored, strict=True)
+    raw, seconds = np.array([row for window in windows for row in window], dtype=np.float32), sum(times)
     calibration = classifier.calibration(settings.calibration, raw, settings.label_bias)
     calibrated = calibration.apply(raw)
     y, groups = np.array(true_labels(task, rows)), [row["group"] for row in rows]

@@ -1,0 +1,99 @@
+"""Evaluations keep each answer as it comes: one that was interrupted goes on, and ends with the same figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.inputs import write_rows
+
+import eval_creditmix
+import eval_idp
+from common.data.resumable import AnswerStore
+from common.tasks.idp import evaluate as idp_evaluate
+from common.tasks.idp.extractor import Extractor
+from common.tasks.ranking import evaluate as ranking_evaluate
+from common.tasks.ranking.classifier import Classifier
+
+LABELS = ("Good", "Standard", "Bad")
+SCHEMA = {
+    "type": "object",
+    "properties": {"paid": {"type": "boolean"}},
+    "required": ["paid"],
+    "additionalProperties": False,
+}
+RATES = ("rows_per_s", "tokens_per_s", "command", "created")  # what two runs of one evaluation may differ in
+
+
+def test_windows_are_answered_once(tmp_path):
+    asked: list[list[int]] = []
+
+    def work(items: list[int]) -> list[int]:
+        asked.append(items)
+        if asked.count([4]) == 1:
+            raise KeyboardInterrupt
+        return [2 * item for item in items]
+
+    def answers(identity: str) -> list[int]:
+        windows = AnswerStore(tmp_path / "answers.jsonl").windows([0, 1, 2, 3, 4], 2, identity, work)
+        return [answer for window, seconds in windows for answer in window if seconds >= 0]
+
+    with pytest.raises(KeyboardInterrupt):
+        answers("a")
+    assert answers("a") == [0, 2, 4, 6, 8]
+    assert asked == [[0, 1], [2, 3], [4], [4]]
+    assert answers("b") == [0, 2, 4, 6, 8]
+    assert asked[-3:] == [[0, 1], [2, 3], [4]]
+
+
+def result(capsys) -> dict:
+    """The evaluation's last line, without what differs from run to run."""
+
+    def same_in_all(value):
+        if isinstance(value, dict):
+            return {key: same_in_all(part) for key, part in value.items() if key not in RATES}
+        return [same_in_all(part) for part in value] if isinstance(value, list) else value
+
+    return same_in_all(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+
+def interrupted(main, argv, owner, method: str, monkeypatch) -> list[int]:
+    """How many items were asked for in each call: `main` is interrupted at the second window, and run again."""
+    real, sizes = getattr(owner, method), []
+
+    def counting(self, items, *args, **more):
+        sizes.append(len(items))
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
+        return real(self, items, *args, **more)
+
+    monkeypatch.setattr(owner, method, counting)
+    with pytest.raises(KeyboardInterrupt):
+        main(argv)
+    main(argv)
+    monkeypatch.setattr(owner, method, real)
+    return sizes
+
+
+def test_an_evaluation_of_labels_goes_on(tiny_base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ranking_evaluate, "KEPT", 4)
+    rows = [{"question": f"Age: {20 + i}, Outstanding Debt: {i}.5", "answer": LABELS[i % 3]} for i in range(12)]
+    argv = ["--model_dir", tiny_base, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--split", "all"]
+    eval_creditmix.main(argv)
+    unbroken = result(capsys)
+    kept = [*argv, "--report_dir", str(tmp_path / "report")]
+    assert interrupted(eval_creditmix.main, kept, Classifier, "raw_scores", monkeypatch) == [4, 4, 4, 4]
+    assert result(capsys) == unbroken
+
+
+def test_an_evaluation_of_fields_goes_on(tiny_base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(idp_evaluate, "KEPT", 2)
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    rows = [{"document": f"Bill {i}, paid", "fields": {"paid": True}} for i in range(4)]
+    argv = ["--model_dir", tiny_base, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--split", "all",
+            "--schema", str(tmp_path / "schema.json"), "--decoding", "constrained"]  # fmt: skip
+    eval_idp.main(argv)
+    unbroken = result(capsys)
+    kept = [*argv, "--report_dir", str(tmp_path / "report")]
+    assert interrupted(eval_idp.main, kept, Extractor, "extract", monkeypatch) == [2, 2, 2]
+    assert result(capsys) == unbroken
