@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from support.inputs import ROOT
 from support.pages import COLOURS, contrast, rgb
+from support.served import make_run, serve
 
 from common.serving.routes import PAGE
 from common.tasks.idp import evidence
@@ -151,3 +153,28 @@ def test_every_control_has_a_name(page):
     assert unnamed == []
     assert page.locator("html").get_attribute("lang") == "en"
     assert Path(PAGE).stat().st_size < 40_000
+
+
+def test_each_label_set_has_its_models(browser, own, base):
+    from common.data import task_record
+    from common.tasks.ranking.loading import load_task
+
+    tickets = load_task(str(ROOT / "recipes" / "ticket_severity.yaml"))
+    task_record.write(make_run(own / "severity", base, seed=5), tickets.record())
+    with serve(own) as served:
+        page = browser.new_page()
+        page.goto(served.url)
+        page.get_by_role("checkbox", name="creditmix_sft").wait_for()
+        assert page.get_by_role("checkbox", name="severity").count() == 0
+        page.get_by_label("Label set").select_option("ticket_severity")
+        page.get_by_role("checkbox", name="severity").wait_for()
+        page.get_by_role("heading", name="ticket_severity: Low, Medium, High, Critical").wait_for()
+        assert page.locator("#compare input").count() == 2  # and the base
+        page.get_by_label("Features").fill("Mail. Users affected: 3")
+        page.get_by_role("button", name="Classify").click()
+        page.get_by_role("article").nth(1).wait_for()
+        shown = [
+            item.inner_text().split()[0] for item in page.get_by_role("article").nth(0).get_by_role("listitem").all()
+        ]
+        assert shown == list(tickets.labels)
+        page.close()

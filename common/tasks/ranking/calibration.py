@@ -95,6 +95,8 @@ class Calibration:
             raise ValueError(f"method must be one of {', '.join(METHODS)}")
         if not (1 / MAX_OFFSET <= self.temperature <= MAX_OFFSET):
             raise ValueError(f"temperature must be a number above 0, from {1 / MAX_OFFSET:g} to {MAX_OFFSET:g}")
+        if self.fitted_on is not None and not isinstance(self.fitted_on, dict):
+            raise ValueError("fitted_on must be a mapping")
         self.decision.check_labels(len(self.labels))
 
     def apply(self, raw: np.ndarray) -> Scores:
@@ -155,7 +157,7 @@ class Calibration:
             if decision["offsets"] is not None:
                 decision["offsets"] = tuple(decision["offsets"])
             calibration = cls(**content, decision=Decision(**decision))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} is not a calibration file of this version ({error}); {remedy}") from error
         if labels is not None and calibration.labels != tuple(labels):
             raise UserError(

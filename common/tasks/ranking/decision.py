@@ -37,6 +37,8 @@ class Decision:
     fitted_on: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.optimize is not None and self.optimize not in OBJECTIVES:
+            raise ValueError(f"optimize must be one of {', '.join(OBJECTIVES)}")
         for name in ("offsets", "costs"):
             value = getattr(self, name)
             if value is not None and not (np.abs(np.asarray(value, dtype=np.float64)) <= MAX_OFFSET).all():
