@@ -87,7 +87,7 @@ def test_an_evaluation_of_labels_goes_on(tiny_base, tmp_path, capsys, monkeypatc
 
 
 def test_an_evaluation_of_fields_goes_on(tiny_base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(idp_evaluate, "KEPT", 2)
+    monkeypatch.setattr(idp_evaluate, "WINDOW", 2)
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     rows = [{"document": f"Bill {i}, paid", "fields": {"paid": True}} for i in range(4)]
     argv = ["--model_dir", tiny_base, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--split", "all",

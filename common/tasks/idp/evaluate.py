@@ -22,8 +22,7 @@ from common.tasks.idp import rows as idp_rows
 from common.tasks.idp.answer_form import AnswerForm
 from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
-WINDOW = 64  # documents at a time
-KEPT = 16  # documents whose answers are kept together
+WINDOW = 64  # documents at a time, whose answers are kept together
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Evaluation:
         seconds = 0.0
         documents = [row["document"] for row in self.rows]
         with tqdm(total=len(documents), unit=" documents") as progress:
-            for answers, took in self.store.windows(documents, KEPT, identity, work):
+            for answers, took in self.store.windows(documents, WINDOW, identity, work):
                 extractions += [Extraction(**answer | {"notes": tuple(answer["notes"])}) for answer in answers]
                 seconds += took
                 progress.update(len(answers))
