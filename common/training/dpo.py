@@ -18,6 +18,7 @@ from common.models import tokenizers
 from common.models.batching import REFERENCE_TOKENS
 from common.training import checkpoints, run
 from common.training.batches import collate, encode_rows
+from common.training.schedule import WarmFromTheStart
 from common.training.settings import DpoSettings
 from common.training.trainer import (
     fit_batch_size,
@@ -132,7 +133,7 @@ def build_trainer(
 
     lengths = list(map(len, pairs))
 
-    class PairTrainer(checkpoints.StudentSaver, DPOTrainer):
+    class PairTrainer(checkpoints.StudentSaver, WarmFromTheStart, DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset  # encoded by common.models.tokenizers, as every other script does
 

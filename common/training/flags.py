@@ -71,6 +71,12 @@ def add_flags(
     steps.add_argument(
         *names, type=cli.positive_int, default=defaults.save_steps, help="optimizer steps between checkpoints"
     )
+    steps.add_argument(
+        "--save_minutes",
+        type=float,
+        default=defaults.save_minutes,
+        help="minutes between checkpoints, whichever comes first; 0: by steps alone",
+    )
     steps.add_argument("--logging_steps", type=cli.positive_int, default=defaults.logging_steps)
     steps.add_argument("--seed", type=int, default=defaults.seed)
     adapter = parser.add_argument_group("adapter and precision")
@@ -123,6 +129,8 @@ def checked(settings: Settings) -> Settings:
     numbers = (settings.epochs, settings.learning_rate)
     if not all(0 < number < math.inf for number in numbers) or settings.max_steps == 0 or settings.max_steps < -1:
         raise UserError("--epochs and --learning_rate must be above 0, --max_steps above 0 or -1")
+    if not 0 <= settings.save_minutes < math.inf:
+        raise UserError(f"--save_minutes {settings.save_minutes} must be above 0, or 0 for checkpoints by steps alone")
     if not 0 <= settings.lora_dropout < 1:
         raise UserError(f"--lora_dropout {settings.lora_dropout} is not in [0, 1)")
     if settings.full and (settings.init_adapter or settings.load_in_4bit == "on"):

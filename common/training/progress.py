@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,6 +105,36 @@ def interruption_callback() -> TrainerCallback:
                 control.should_save = control.should_training_stop = True
 
     return Interruption()
+
+
+def timed_save_callback(minutes: float, clock: Callable[[], float] = time.monotonic) -> TrainerCallback:
+    """Save a checkpoint after the first step that ends so many minutes after the last one, or after the start.
+
+    Several processes go by the clock of the first, so that all of them save after the same step.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    class TimedSave(TrainerCallback):
+        def __init__(self):
+            self.saved_at = clock()
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.saved_at = clock()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            due = clock() - self.saved_at >= 60 * minutes
+            if torch.distributed.is_initialized():
+                told = torch.tensor(int(due), device=args.device)
+                torch.distributed.broadcast(told, src=0)
+                due = bool(told)
+            if due:
+                control.should_save = True
+
+        def on_save(self, args, state, control, **kwargs):
+            self.saved_at = clock()
+
+    return TimedSave()
 
 
 def is_loss(name: str) -> bool:

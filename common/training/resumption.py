@@ -20,6 +20,7 @@ except ModuleNotFoundError:  # native Windows
 # cut into passes.
 FREE = frozenset({
     *("save_dir", "config", "resume", "overwrite", "with_changes", "report_to", "logging_steps", "save_steps"),
+    "save_minutes",
     *("student", "teacher", "data", "eval_data", "skip_bad_rows", "trust_remote_code", "teacher_cache"),
     *("auto_fit", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
 })  # fmt: skip

@@ -237,6 +237,8 @@ def watched_train(trainer: Trainer, settings: TrainSettings, record: RunRecord |
     interruption, bar = progress.interruption_callback(), progress.bar_callback()
     for callback in (interruption, bar, progress.live_log_callback(settings.save_dir)):
         trainer.add_callback(callback)
+    if settings.save_minutes:
+        trainer.add_callback(progress.timed_save_callback(settings.save_minutes))
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if interruption.received is not None:

@@ -49,6 +49,7 @@ class TrainSettings:
     gradient_accumulation_steps: int | None = None  # passes an optimizer step; None: to reach EFFECTIVE_BATCH rows
     gradient_checkpointing: str = "auto"
     save_steps: int = 500  # optimizer steps between checkpoints
+    save_minutes: float = 10.0  # between checkpoints, whichever comes first; 0: by steps alone
     logging_steps: int = 10
     seed: int = 0
     lora_r: int = 16  # rank of the adapter; 0: all weights are trained

@@ -21,6 +21,7 @@ from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH, contex
 from common.training import checkpoints, quantization_aware
 from common.training.batches import LengthGroupedOrder
 from common.training.checkpoints import CHECKPOINTS, EXTRA, EXTRA_FILE
+from common.training.schedule import WarmFromTheStart
 from common.training.settings import TrainSettings, is_on
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def loss_trainer(
     from safetensors.torch import load_file, save_file
     from transformers import Trainer
 
-    class LossTrainer(checkpoints.StudentSaver, Trainer):
+    class LossTrainer(checkpoints.StudentSaver, WarmFromTheStart, Trainer):
         terms, logged_at = None, 0  # sums since the step of the last log
 
         def _get_train_sampler(self, train_dataset=None):
