@@ -20,6 +20,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from common import cli
@@ -35,8 +36,6 @@ from common.tasks.idp.answer_form import form_of
 from common.tasks.idp.answers import Shown, write_split
 from common.tasks.idp.extractor import Extractor
 from common.vram import preflight as vram
-
-WINDOW = 64  # documents at a time
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,10 +124,15 @@ def read_input(args: argparse.Namespace) -> list[dict]:
 
 def extract_rows(args: argparse.Namespace, rows: list[dict], extractor: Extractor, shown: Shown) -> int | None:
     """Write an answer to each row; says how many documents were long, and how many got no valid answer."""
+    from tqdm import tqdm
+
     from common.data.resumable import content_key, write_answers
 
+    bar = tqdm(unit=" documents", total=len(rows))
+
     def answer(rows: list[dict]) -> list[dict]:
-        extractions = extractor.extract([row["document"] for row in rows], shown.needs_confidence)
+        texts = [row["document"] for row in rows]
+        extractions = extractor.extract(texts, shown.needs_confidence, on_read=bar.update)
         named = ({"id": row["id"]} if "id" in row else {} for row in rows)
         answers = (shown.answer(each, documents.of_row(row)) for row, each in zip(rows, extractions, strict=True))
         return [name | each for name, each in zip(named, answers, strict=True)]
@@ -137,7 +141,9 @@ def extract_rows(args: argparse.Namespace, rows: list[dict], extractor: Extracto
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]
     decided_by = [settings, content_key(rows), extractor.schema, *model]
     counts = Counter()
-    for row in write_answers(args.output, rows, answer, window=WINDOW, decided_by=decided_by):
+    windows = partial(extractor.windows, text_of=lambda row: row["document"])
+    written = write_answers(args.output, rows, answer, window=windows, decided_by=decided_by, bar=bar)
+    for row in written:
         counts.update({"documents"} | ({"pieces", "error", "cut", "notes"} & row.keys()))
     if shown.accept_from is not None:
         accepted, others = write_split(args.output)

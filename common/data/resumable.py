@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.cli import UserError, log
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Row = TypeVar("Row")
 
@@ -22,9 +25,10 @@ def write_answers(
     rows: Iterable[Row],
     answer: Callable[[list[Row]], list[dict]],
     *,
-    window: int,
+    window: int | Callable[[Iterator[Row]], Iterator[list[Row]]],
     decided_by: Any,
     takes_over: Callable[[int, dict], bool] | None = None,
+    bar: tqdm | None = None,
 ) -> Iterator[dict]:
     """Write `answer` of every row to `output`, one JSON object a line, and yield each, also those of an earlier run.
 
@@ -32,12 +36,14 @@ def write_answers(
     interrupted run are kept only if the same inputs and settings made them.
 
     Args:
-        window: rows that are answered at a time; at most so many are lost in an interruption.
+        window: rows that are answered at a time, as a number, or a function that takes rows together; so many are lost
+            in an interruption, at most.
         decided_by: all that decides the answers, as JSON.
         takes_over: says of an interrupted OUTPUT.partial, a name without a key, whether its answers stand: called with
             their number and the last one. None: there are no such files.
+        bar: the progress bar, where the caller moves it, too, while a window is being answered; None: one of its own.
     """
-    from tqdm import tqdm
+    from tqdm import tqdm as new_bar
 
     key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:12]
     partial, unkeyed = Path(f"{output}.{key}.partial"), Path(f"{output}.partial")
@@ -58,17 +64,24 @@ def write_answers(
         with partial.open(encoding="utf-8") as handle:
             yield from map(json.loads, handle)
     rest = islice(rows, done, None)
-    with (
-        partial.open("a", encoding="utf-8") as handle,
-        tqdm(unit=" rows", initial=done, total=len(rows) if isinstance(rows, Sized) else None) as progress,
-    ):
-        while some := list(islice(rest, window)):
+    bar = new_bar(unit=" rows", total=len(rows) if isinstance(rows, Sized) else None) if bar is None else bar
+    with partial.open("a", encoding="utf-8") as handle, bar:
+        bar.initial = bar.n = done
+        bar.refresh()
+        for some in windows(rest, window) if isinstance(window, int) else window(rest):
             answers = answer(some)
             handle.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in answers)
             handle.flush()
-            progress.update(len(some))
+            done += len(some)
+            bar.update(done - bar.n)
             yield from answers
     os.replace(partial, output)
+
+
+def windows(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    """The rows in lists of so many; the last may have fewer."""
+    while some := list(islice(rows, size)):
+        yield some
 
 
 def whole_lines(path: Path) -> tuple[int, bytes]:

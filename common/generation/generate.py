@@ -38,6 +38,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     whole: bool = False,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
+    on_end: Callable[[int], None] | None = None,
 ) -> list[list[Generation]]:
     """`decoding.num_samples` answers to each prompt, [prompt][sample].
 
@@ -54,6 +55,8 @@ def generate(
         streamer: gets the tokens as they come; for one prompt and one sample.
         whole: the text is all that was written, its thinking included.
         max_batch_tokens: bounds rows x (longest prompt + max_new_tokens) of a batch; one row always goes.
+        on_end: called with the number of a prompt whenever one of its answers has come to its end, while others of its
+            batch are still being written.
 
     Raises:
         UserError: a prompt does not fit the model's context with `decoding.max_new_tokens`; a model is to think before
@@ -88,8 +91,12 @@ def generate(
         asked = [prompts[row] for row in rows]
         stops = [partial(stop, row) for row in rows] if stop else [None] * len(rows)
         reads = [partial(read, row) for row in rows]
-        stop_text = _StopText(reads, max(map(len, asked)), stops) if stop else None
-        tokens = _generate_batch(model, tokenizer, asked, max_new_tokens, chain, stop_text, streamer)
+        criteria: list[StoppingCriteria] = [_StopText(reads, max(map(len, asked)), stops)] if stop else []
+        if on_end:
+            criteria.append(ending := _Ending(ends, lambda place, rows=rows: on_end(rows[place])))
+        tokens = _generate_batch(model, tokenizer, asked, max_new_tokens, chain, criteria, streamer)
+        if on_end:
+            ending.finish()
         logprobs = recorder.finish(tokens)
         closed = {place for each in grammar if isinstance(each, EndingProcessor) for place in each.closed_rows()}
         for place, (row, ids, chances) in enumerate(zip(rows, tokens.tolist(), logprobs, strict=True)):
@@ -152,7 +159,7 @@ def _generate_batch(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     chain: list[LogitsProcessor],
-    stop: _StopText | None,
+    criteria: list[StoppingCriteria],
     streamer: BaseStreamer | None,
 ) -> torch.Tensor:
     """New token ids [rows, at most max_new_tokens], padded after the end of an answer."""
@@ -177,7 +184,7 @@ def _generate_batch(
             pad_token_id=tokenizer.pad_token_id,
         ),
         logits_processor=LogitsProcessorList(chain),
-        stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+        stopping_criteria=StoppingCriteriaList(criteria),
         streamer=streamer,
     )
     return output[:, longest:].cpu()
@@ -263,3 +270,24 @@ class _StopText(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         rows = zip(self.stops, self.reads, input_ids[:, self.prompt_length :].tolist(), strict=True)
         return torch.tensor([stop(read(tokens)) for stop, read, tokens in rows], device=input_ids.device)
+
+
+class _Ending(StoppingCriteria):
+    """Ends nothing, but tells of each row of a batch when it has ended."""
+
+    def __init__(self, ends: Set[int], tell: Callable[[int], None]) -> None:
+        self.ends, self.tell = ends, tell
+        self.open: set[int] | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        last = input_ids[:, -1].tolist()
+        self.open = set(range(len(last))) if self.open is None else self.open
+        for row in [row for row in sorted(self.open) if last[row] in self.ends]:
+            self.open.remove(row)
+            self.tell(row)
+        return torch.zeros(len(last), dtype=torch.bool, device=input_ids.device)
+
+    def finish(self) -> None:
+        """The batch is done: so are the rows that the budget, or a text to stop at, has ended."""
+        for row in sorted(self.open or ()):
+            self.tell(row)

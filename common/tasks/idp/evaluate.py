@@ -22,7 +22,7 @@ from common.tasks.idp import rows as idp_rows
 from common.tasks.idp.answer_form import AnswerForm
 from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
-WINDOW = 64  # documents at a time, whose answers are kept together
+WINDOW = 8  # documents whose answers are kept together: about a batch of receipts
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ class Evaluation:
         from tqdm import tqdm
 
         def work(documents: list[str]) -> list[dict[str, Any]]:
-            return [asdict(extraction) for extraction in extractor.extract(documents, confidence=True)]
+            found = extractor.extract(documents, confidence=True, on_read=progress.update)
+            return [asdict(extraction) for extraction in found]
 
         extractions: list[Extraction] = []
         seconds = 0.0
@@ -156,7 +157,7 @@ class Evaluation:
             for answers, took in self.store.windows(documents, WINDOW, identity, work):
                 extractions += [Extraction(**answer | {"notes": tuple(answer["notes"])}) for answer in answers]
                 seconds += took
-                progress.update(len(answers))
+                progress.update(len(extractions) - progress.n)
         return extractions, seconds
 
 

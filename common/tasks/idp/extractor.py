@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.cli import UserError
 from common.generation import json_schema
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from common.tasks.idp.calibration import Calibration
 
 
+Row = TypeVar("Row")
 Asked = tuple[list[int], "JsonGrammar | None"]  # a prompt, and what holds its answer
 READING_SECONDS = 10.0  # that the typed fields of one answer may take, the whole document searched for its ways
 SMALLEST_PIECE = 32  # tokens that there must be for the document
@@ -162,17 +163,51 @@ class Extractor:
             return []
         return long_documents.pieces(document, fits)
 
+    def windows(self, rows: Iterable[Row], text_of: Callable[[Row], str]) -> Iterator[list[Row]]:
+        """The rows one after another, in lists whose documents are read in one batch.
+
+        Args:
+            text_of: the document of a row.
+        """
+        added = self.limit - self.room
+        window: list[Row] = []
+        longest = 0
+        for row in rows:
+            length = len(self.encode(documents.clean(text_of(row))))
+            if window and (len(window) + 1) * (max(longest, length) + added) > self.max_batch_tokens:
+                yield window
+                window, longest = [], 0
+            window.append(row)
+            longest = max(longest, length)
+        if window:
+            yield window
+
     def extract(
-        self, texts: Sequence[str], confidence: bool = False, between: Callable[[], None] = lambda: None
+        self,
+        texts: Sequence[str],
+        confidence: bool = False,
+        between: Callable[[], None] = lambda: None,
+        on_read: Callable[[], None] = lambda: None,
     ) -> list[Extraction]:
         """One extraction per document; with `confidence`, each leaf's.
 
         Args:
+            on_read: called for each document when the model has come to the end of it, for the first time, while others
+                are still being read.
             between: called again and again while long documents are cut and their answers are merged, which takes
                 seconds for a million characters; what it raises ends the work.
         """
         pieces = [self.pieces(documents.clean(text), between) for text in texts]
-        tries = iter(self._answer([(piece, len(each) > 1) for each in pieces for piece in each], between))
+        left = list(map(len, pieces))  # of each document
+        document_of = [number for number, of_document in enumerate(pieces) for _ in of_document]
+
+        def on_end(number: int) -> None:
+            left[document_of[number]] -= 1
+            if not left[document_of[number]]:
+                on_read()
+
+        flat = [(piece, len(each) > 1) for each in pieces for piece in each]
+        tries = iter(self._answer(flat, between, on_end))
         return [
             self._read(each, list(islice(tries, len(each))), text, confidence, between)
             for text, each in zip(texts, pieces, strict=True)
@@ -195,15 +230,19 @@ class Extractor:
 
         return JsonGrammar(schema, self.tokenizer, self.columns, spaced=self.form.spaced)
 
-    def _answer(self, pieces: Sequence[tuple[str, bool]], between: Callable[[], None]) -> list[list[Generation]]:
+    def _answer(
+        self, pieces: Sequence[tuple[str, bool]], between: Callable[[], None], on_end: Callable[[int], None]
+    ) -> list[list[Generation]]:
         """The tries at each (piece, whether it is a part of a document); the last one counts."""
         asked = [(self.encode(piece, part), self.grammar_for(piece, between, part)) for piece, part in pieces]
-        tries = [[answer] for answer in self._write(asked, self.settings.max_new_tokens)]
+        tries = [[answer] for answer in self._write(asked, self.settings.max_new_tokens, on_end)]
         if self.settings.on_cut == "retry":
             self._try_again(asked, tries)
         return tries
 
-    def _write(self, asked: Sequence[Asked], budget: int) -> list[Generation]:
+    def _write(
+        self, asked: Sequence[Asked], budget: int, on_end: Callable[[int], None] | None = None
+    ) -> list[Generation]:
         from common.generation.generate import generate
         from common.generation.json_grammar import processors_of
 
@@ -215,6 +254,7 @@ class Extractor:
             Decoding(budget, thinking=self.settings.thinking),
             processors=processors_of(grammars, budget) if self.grammar else None,
             max_batch_tokens=self.max_batch_tokens,
+            on_end=on_end,
         )
         return [answer for (answer,) in answers]
 

@@ -109,7 +109,7 @@ def test_where_the_values_stand_is_judged(capsys, monkeypatch, tiny_base, schema
 def test_perfect_answers_are_found_perfect(capsys, monkeypatch, tiny_base, schema_file, dataset):
     truth = {documents.clean(row["document"]): row["fields"] for row in read_rows(Path(dataset))}
 
-    def extract(self, texts, confidence=False):
+    def extract(self, texts, confidence=False, **kwargs):
         return [Extraction(truth[text], None, json.dumps(truth[text]), tokens=9) for text in texts]
 
     monkeypatch.setattr(Extractor, "extract", extract)
