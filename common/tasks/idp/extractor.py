@@ -231,7 +231,10 @@ class Extractor:
         return JsonGrammar(schema, self.tokenizer, self.columns, spaced=self.form.spaced)
 
     def _answer(
-        self, pieces: Sequence[tuple[str, bool]], between: Callable[[], None], on_end: Callable[[int], None]
+        self,
+        pieces: Sequence[tuple[str, bool]],
+        between: Callable[[], None],
+        on_end: Callable[[int], None] | None = None,
     ) -> list[list[Generation]]:
         """The tries at each (piece, whether it is a part of a document); the last one counts."""
         asked = [(self.encode(piece, part), self.grammar_for(piece, between, part)) for piece, part in pieces]
