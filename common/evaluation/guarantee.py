@@ -66,9 +66,10 @@ def guaranteed_threshold(confidence: np.ndarray, right: np.ndarray, target: floa
     level = 1 - (1 - guarantee) / STARTS
     needed = rows_needed(target, level)
     if len(right) < needed:
+        least = math.floor(100 * (1 - level) ** (1 / max(1, len(right)))) / 100
         raise UserError(
             f"a precision of {target:g} with a guarantee of {guarantee:g} needs at least {needed:,} independent dev "
-            f"rows, and there are {len(right):,} (one of each group counts); give more of them, or ask for less"
+            f"rows, and there are {len(right):,} (one of each group counts); give more, or ask for {least:g} at most"
         )
     above = confidence[None, :] >= THRESHOLDS[:, None]
     count, hits = above.sum(axis=1), (above & right).sum(axis=1)

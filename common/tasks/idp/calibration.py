@@ -12,16 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit
-from scipy.stats import binomtest
 
 from common.cli import UserError
 from common.data.resumable import content_key
+from common.evaluation.guarantee import guaranteed_threshold
 from common.files import read_json, write_json
 from common.generation.json_schema import Schema
 from common.models import adapters
@@ -29,7 +28,7 @@ from common.models import adapters
 FILE = "idp_calibration.json"  # in the run folder
 FORMAT_VERSION = 1
 SMALLEST = 1e-12  # a probability that is told from 0, and from 1
-LEVEL = 0.95  # of the interval whose lower end has to reach the precision that is asked for
+GUARANTEE = 0.95  # the probability with which accepted documents are as right as was asked for
 REMEDY = "fit it again with eval_idp.py --fit_calibration DEV.jsonl"
 
 
@@ -56,37 +55,18 @@ class Calibration:
     def threshold(self, precision: float) -> float:
         """The least confidence of a document at which those that are accepted reach a precision.
 
-        From the surest dev document on, as many are taken as leave the lower end of the 95 % Clopper-Pearson interval
-        of their share of right ones at or above `precision`; the first that no longer does after one that did ends it,
-        since looking at all of them and choosing the best would flatter.
+        With a probability of `GUARANTEE` over the draw of the dev documents it holds for others like them.
 
         Raises:
             UserError: there are too few dev documents for that, however right they are; or they are not right enough.
         """
-        needed, have = documents_needed(precision), len(self.documents)
-        if have < needed:
-            reachable = (1 - LEVEL) / 2
-            raise UserError(
-                f"--accept_above {precision:g} needs at least {needed:,} dev documents with a whole answer, and the "
-                f"calibration has {have:,}; fit it on more with eval_idp.py --fit_calibration, or ask for "
-                f"{math.floor(100 * reachable ** (1 / max(1, have))) / 100:g} at most"
-            )
-        best, count, right = None, 0, 0
-        ranked = sorted(self.documents, reverse=True)
-        for confidence, group in groupby(ranked, key=lambda document: document[0]):
-            members = [is_right for _, is_right in group]
-            count, right = count + len(members), right + sum(members)
-            if lower_bound(right, count) >= precision:
-                best = confidence
-            elif best is not None:
-                break
-        if best is None:
-            surest = sum(is_right for _, is_right in ranked[:needed])
-            raise UserError(
-                f"no confidence is enough for --accept_above {precision:g}: of the {needed:,} surest dev documents "
-                f"{surest:,} are right in every field, of all {have:,} {right:,}; ask for less, or train further"
-            )
-        return best
+        if not self.documents:
+            raise UserError(f"no dev document got a whole answer; {REMEDY}")
+        sure, right = zip(*self.documents, strict=True)
+        try:
+            return guaranteed_threshold(np.array(sure), np.array(right), precision, GUARANTEE)
+        except UserError as error:
+            raise UserError(f"--accept_above {precision:g}: {error}") from error
 
     def save(self, model_dir: str | Path) -> Path:
         """Write it into the run folder, atomically; returns the file."""
@@ -131,16 +111,6 @@ def acceptance(calibration: Calibration | None, precision: float | None, model_d
             f"eval_idp.py --model_dir {model_dir} --fit_calibration DEV.jsonl"
         )
     return calibration.threshold(precision)
-
-
-def lower_bound(right: int, count: int) -> float:
-    """The lower end of the Clopper-Pearson interval (1934, the exact binomial one) of right of count."""
-    return float(binomtest(right, count).proportion_ci(LEVEL, method="exact").low)
-
-
-def documents_needed(precision: float) -> int:
-    """The fewest documents, all of them right, that show a precision."""
-    return math.ceil(math.log((1 - LEVEL) / 2) / math.log(precision))
 
 
 def document_confidence(confidences: Mapping[str, float]) -> float:
