@@ -1,7 +1,7 @@
 # The job service and its workers (and every script). Build and run on one machine:
 #
-#   docker build -t distill-slm:0.1.0 .
-#   docker run --init -p 8000:8000 -v slm:/data distill-slm:0.1.0             # add --gpus all for cards
+#   docker build -t distill-slm:0.2.0 .
+#   docker run --init -p 8000:8000 -v slm:/data distill-slm:0.2.0             # add --gpus all for cards
 #
 # PIP_EXTRA_INDEX_URL chooses another build of torch, e.g. the one for CPUs, which is much smaller.
 FROM python:3.12.12-slim-bookworm AS build
