@@ -14,7 +14,8 @@
 # idp and codegen (data, base, sft, evaluation) keep all they make in runs/demo/idp and runs/demo/codegen.
 # Task real: data, sft and evaluation of each of the three, base beside adapter, in runs/demo/real, and one page of all.
 # Its weights come with a package of requirements/real.txt. It makes its data, too, unless CREDITMIX_SRC, IDP_SRC (with
-# its IDP_SCHEMA) or CODEGEN_SRC names some, as the --src of creditmix_prepare.py, idp_prepare.py, codegen_prepare.py.
+# its IDP_SCHEMA; for receipts recipes/receipts_schema.json) or CODEGEN_SRC names some, as the --src of
+# creditmix_prepare.py, idp_prepare.py, codegen_prepare.py.
 # Settings of the trainings: recipes/creditmix_tiny_*.yaml, and recipes/creditmix_3b_*.yaml with STUDENT; of the task
 # real recipes/*_small_sft.yaml.
 #
@@ -424,7 +425,7 @@ source_of() {
 }
 
 demo_real() {
-  local base=$base settings prefix=real_ arguments place
+  local base=$base settings prefix=real_ arguments share=(--val_frac 0.1) place
   find_weights
 
   place=$(place_of creditmix)
@@ -440,12 +441,12 @@ demo_real() {
 
   place=$(place_of idp)
   mapfile -t arguments < <(source_of idp 3000)
-  [[ -z $schema ]] || arguments+=(--schema "$schema")
+  [[ -z $schema ]] || arguments+=(--schema "$schema") share=() # of the user's documents all that are held out
   make_data_of idp "documents, held out by document" "${arguments[@]}"
   settings=recipes/idp_small_sft.yaml
   train_sft_of idp
   evaluate_of idp "documents that it was not trained on, held to the schema" \
-    --schema "${schema:-$place/data/idp_schema.json}" --val_frac 0.1 --max_new_tokens 200
+    --schema "${schema:-$place/data/idp_schema.json}" "${share[@]}" --max_new_tokens 200
 
   mapfile -t arguments < <(source_of codegen 3000)
   make_data_of codegen "problems with tests, held out by problem" "${arguments[@]}"
