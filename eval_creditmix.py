@@ -67,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(build_parser(), argv)
     for model_dir in args.model_dir:
+        if args.fit_calibration and not Path(model_dir).is_dir():
+            raise cli.UserError(f"--fit_calibration writes into the model's folder, and {model_dir} is not one")
         models.check_model_dir(model_dir, args.base)
     task = task_for(args.task, *args.model_dir)
     check_flags(args, task)
@@ -115,9 +117,6 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
     """Refuse what cannot work before anything is loaded."""
     if not args.data and not args.fit_calibration:
         raise cli.UserError("give --data with the rows to judge on, or --fit_calibration with dev rows, or both")
-    for model_dir in args.model_dir:
-        if args.fit_calibration and not Path(model_dir).is_dir():
-            raise cli.UserError(f"--fit_calibration writes into the model's folder, and {model_dir} is not one")
     if len(set(args.model_dir)) < len(args.model_dir):
         raise cli.UserError("--model_dir names the same model twice; name each once")
     fitting = (args.optimize, args.costs, args.abstain_below, args.target_precision)

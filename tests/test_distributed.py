@@ -350,7 +350,7 @@ def test_fsdp_of_4bit_weights_equals_ddp_and_resumes(wide, uneven, fsdp, spawn, 
     (resumed / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole / "checkpoints" / "checkpoint-2", resumed / "checkpoints" / "checkpoint-2")
     fsdp(sft_train.main, flags(wide, uneven, resumed, *more, "--resume"))
-    assert "going on from" in (tmp_path / "rank0.log").read_text()
+    assert "going on from" in (tmp_path / "rank0.log").read_text(errors="replace")  # both ranks draw bars
     assert distance(resumed, whole) < 1e-6
     with pytest.raises(UserError, match="checkpoint-4 was written under FSDP; launch --resume as the run was"):
         (whole / "run.json").unlink()

@@ -13,8 +13,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import expit
-from scipy.stats import beta
+from scipy.special import betaincinv, expit
 
 from common.cli import UserError
 
@@ -25,7 +24,7 @@ THRESHOLDS = expit(np.arange(100, -101, -1) / 10)  # in steps of 0.1 nats, from 
 def lower_bound(right: int | np.ndarray, count: int | np.ndarray, guarantee: float) -> np.ndarray:
     """The one-sided lower Clopper-Pearson bound (1934) of a rate, `right` of `count`; 0 where nothing is right."""
     right, count = np.asarray(right), np.asarray(count)
-    bound = beta.ppf(1 - guarantee, np.maximum(right, 1), count - right + 1)
+    bound = betaincinv(np.maximum(right, 1), count - right + 1, 1 - guarantee)  # the quantile of a beta distribution
     return np.where(right > 0, bound, 0.0)
 
 

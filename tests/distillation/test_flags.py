@@ -12,7 +12,7 @@ from common import cli
 from common.cli import UserError
 from common.distillation.flags import WEIGHTS, resolve_weights, settings_of
 from common.distillation.settings import TERMS, DistillSettings
-from common.models import tokenizers
+from common.models import hub, tokenizers
 
 
 def parsed(*argv: object):
@@ -71,7 +71,8 @@ def test_another_tokenizer_is_refused_with_the_ways_that_work(base, uneven, tmp_
         distill(base, tmp_path / "run", "--data", uneven, "--teacher", stranger)
 
 
-def test_each_setting_is_a_flag_and_keeps_its_default():
+def test_each_setting_is_a_flag_and_keeps_its_default(monkeypatch):
+    monkeypatch.setattr(hub, "check", lambda name: None)
     args = parsed("--ce", 1)
     settings = settings_of(args)
     assert (

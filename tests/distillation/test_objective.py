@@ -79,8 +79,9 @@ def test_gradient_checkpointing_and_chunks_change_nothing(base, teacher, uneven,
     checkpointed = distill(base, tmp_path / "checkpointed", *more, "--gradient_checkpointing", "on")
     monkeypatch.setattr(losses.summed_in_chunks, "__kwdefaults__", {"chunk_logits": 3 * 420})
     chunked = distill(base, tmp_path / "chunked", *more)
-    assert distance(plain, checkpointed) < 1e-5
-    assert distance(plain, chunked) < 1e-5
+    # AdamW's first step makes of a gradient that is rounding alone a step as long as any
+    assert distance(plain, checkpointed) < 5e-5
+    assert distance(plain, chunked) < 5e-5
 
 
 def test_padded_vocabularies(base, uneven, tokenizer, tmp_path):

@@ -9,6 +9,7 @@ import kd_train
 import sft_train
 from common import cli
 from common.cli import UserError
+from common.models import hub
 from common.training import flags
 from common.training.settings import DpoSettings, KdSettings, TrainSettings, is_on
 
@@ -21,7 +22,8 @@ from common.training.settings import DpoSettings, KdSettings, TrainSettings, is_
         (dpo_train, flags.dpo_settings, DpoSettings, "dpo"),
     ],
 )
-def test_each_setting_is_a_flag_and_keeps_its_default(script, settings_of, kind, method):
+def test_each_setting_is_a_flag_and_keeps_its_default(script, settings_of, kind, method, monkeypatch):
+    monkeypatch.setattr(hub, "check", lambda name: None)
     args = cli.parse_args(script.build_parser(), ["--student", "s", "--data", "d", "--save_dir", "r"])
     settings = settings_of(args)
     assert settings.as_dict() == vars(args) == kind(student="s", data="d", save_dir="r").as_dict()

@@ -133,7 +133,7 @@ def test_an_adapter_is_put_in_place_whole(base, rows, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         train(sft_train.main, base, rows["sft"], tmp_path / "run", "--max_steps", 1)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "progress.jsonl", "run.json", "train_groups.txt"}
+    assert left == {"checkpoints", "progress.jsonl", "run.json", "task.json", "train_groups.txt"}
     assert run_json(tmp_path / "run")["state"] == "failed"
 
 

@@ -181,16 +181,18 @@ def evaluate_model(
     def measured(scores: Scores) -> dict[str, Any]:
         return metrics.evaluate(scores, y, task.labels, groups=groups, costs=calibration.decision.costs, seed=seed)
 
-    entry = {
+    entry: dict[str, Any] = {
         "model_dir": source.model_dir,
         "calibration": calibration.method,
         "contamination": run_record.contamination(source.model_dir, groups),
         **measured(calibrated),
-        "uncalibrated": {"calibration": "prior", **measured(classifier.calibration("prior").apply(raw))},
         "decision": asdict(calibration.decision),
         "predictions": calibrated.predictions.tolist(),
         "rows_per_s": round(len(rows) / seconds, 1),
     }
+    prior = classifier.calibration("prior")
+    if prior != calibration:
+        entry["uncalibrated"] = {"calibration": "prior", **measured(prior.apply(raw))}
     return entry, calibrated
 
 

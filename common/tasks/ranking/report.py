@@ -18,7 +18,8 @@ The result is a plain dict, and everything here is made from it alone, so a repo
         calibration       "none" | "prior" | "batch" | "fitted"
         contamination?    {"rows": rows that share a group with training, "of": rows}; None where nobody knows
         ...               all that `metrics.evaluate` returns
-        uncalibrated?     what `metrics.evaluate` returns for the scores before calibration, plus its "calibration"
+        uncalibrated?     what `metrics.evaluate` returns for the scores before calibration, plus its "calibration";
+                          left out where that is the same
         decision?         `decision.Decision` as a dict
         predictions?      [label index, ...], for paired drift
         rows_per_s?       speed of scoring

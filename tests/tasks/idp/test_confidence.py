@@ -195,7 +195,7 @@ def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_fil
     assert [row["id"] for row in accepted] == list(range(70))
     assert [row["id"] for row in review] == list(range(70, 100))
     assert [row["accepted"] for row in read_rows(out)] == [True] * 70 + [False] * 30
-    with pytest.raises(UserError, match=r"needs at least 368 dev documents with a whole answer, and .* has 100"):
+    with pytest.raises(UserError, match=r"needs at least 368 independent .*, and there are 100"):
         infer_idp.main([*asked[:-1], "0.99"])
     report = tmp_path / "report"
     eval_idp.main([*model, "--data", data, "--split", "all", "--report_dir", str(report), "--decoding", "constrained"])
