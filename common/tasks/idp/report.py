@@ -226,7 +226,9 @@ def _confidence_section(result: Result, names: Sequence[str], images: dict[str, 
         "Confidence",
         "On the dashed line a field with confidence 0.8 is right in 80&nbsp;% of cases. "
         "<code>eval_idp.py --fit_calibration</code> brings the curve there, on dev documents.",
-        page.table(["model", *CONFIDENCE], rows, "wide") + page.meanings(list(CONFIDENCE.items())) + "".join(diagrams),
+        page.table(["model", *CONFIDENCE], rows, "wide")
+        + page.meanings(list(CONFIDENCE.items()))
+        + f'<div class="figures">{"".join(diagrams)}</div>',
     )
 
 
