@@ -78,11 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     settings = scoring_settings(args, task)
     sources = [source_of(args, model_dir) for model_dir in args.model_dir]
     if args.fit_calibration:
+        from common.evaluation.guarantee import GUARANTEE
         from common.tasks.ranking.decision import Goal
 
         dev, _ = task.read(args.fit_calibration, args.features, args.skip_bad_rows)
         costs = evaluate.cost_matrix(args.costs, task.labels) if args.costs else None
-        goal = Goal(args.optimize, costs, args.abstain_below, args.target_precision, args.guarantee or 0.95)
+        goal = Goal(args.optimize, costs, args.abstain_below, args.target_precision, args.guarantee or GUARANTEE)
         for source in sources:
             evaluate.fit_calibration(source, task, settings, dev, args.fit_calibration, goal)
         if not args.data:

@@ -17,6 +17,7 @@ from scipy.special import betaincinv, expit
 
 from common.cli import UserError
 
+GUARANTEE = 0.95  # where nothing else is asked for
 STARTS = 2  # of the walk down the thresholds, each with its share of the error
 THRESHOLDS = expit(np.arange(100, -101, -1) / 10)  # in steps of 0.1 nats, from 0.99995 down
 

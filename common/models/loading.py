@@ -27,12 +27,12 @@ LARGE = 50_000_000  # parameters of the layers, about; from here on a CPU takes 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def check_model_dir(model_dir: str, base: str | None = None) -> None:
+def check_model_dir(model_dir: str, base: str | None = None, *, ask_hub: bool = True) -> None:
     """Fail early, before torch is imported, on a folder without a model, an adapter without its base, or a name that is
-    not on the Hub."""
+    not on the Hub (which is asked unless `ask_hub` is False)."""
     if adapters.is_adapter(model_dir):
         base = base or adapters.base_of(model_dir)
-        if not looks_local(base):
+        if ask_hub and not looks_local(base):
             hub.check(base)
     elif gguf := gguf_import.local_gguf(model_dir):
         gguf_import.check(gguf)
@@ -41,7 +41,8 @@ def check_model_dir(model_dir: str, base: str | None = None) -> None:
             f"{model_dir} holds neither {adapters.ADAPTER_CONFIG} nor config.json; give a run folder or a model"
         )
     elif not looks_local(model_dir):
-        hub.check(model_dir)
+        if ask_hub:
+            hub.check(model_dir)
     elif not Path(model_dir).is_dir():
         raise UserError(f"{model_dir} does not exist; train it first or check the path")
 

@@ -185,7 +185,7 @@ class Registry:
                 changed = max((part[1] / 1e9 for part, before in parts if part and part != before), default=0.0)
                 if newest.model_dir == model_dir and 0 <= time.time() - changed < SETTLING:
                     return list(versions)
-            models.check_model_dir(model_dir)
+            models.check_model_dir(model_dir, ask_hub=False)  # requests wait here; its process asks when it loads
             base = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
             record = task_record.read(model_dir)
             task = task_record.text_of(record) if record else None

@@ -85,3 +85,8 @@ def test_what_the_hub_refuses(online, monkeypatch):
         fails(monkeypatch, error)
         with pytest.raises(UserError, match=words):
             loading.check_model_dir("refused/model")
+
+
+def test_a_server_that_looks_for_a_run_asks_nobody(online, monkeypatch):
+    fails(monkeypatch, NO_NETWORK)
+    loading.check_model_dir("some/model", ask_hub=False)

@@ -20,7 +20,7 @@ from scipy.special import expit, logit
 
 from common.cli import UserError
 from common.data.resumable import content_key
-from common.evaluation.guarantee import guaranteed_threshold
+from common.evaluation.guarantee import GUARANTEE, guaranteed_threshold
 from common.files import read_json, write_json
 from common.generation.json_schema import Schema
 from common.models import adapters
@@ -28,7 +28,6 @@ from common.models import adapters
 FILE = "idp_calibration.json"  # in the run folder
 FORMAT_VERSION = 1
 SMALLEST = 1e-12  # a probability that is told from 0, and from 1
-GUARANTEE = 0.95  # the probability with which accepted documents are as right as was asked for
 REMEDY = "fit it again with eval_idp.py --fit_calibration DEV.jsonl"
 
 

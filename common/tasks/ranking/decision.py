@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import UserError
-from common.evaluation.guarantee import guaranteed_threshold, independent_rows
+from common.evaluation.guarantee import GUARANTEE, guaranteed_threshold, independent_rows
 
 OBJECTIVES = ("accuracy", "macro_f1", "cost")
 MAX_OFFSET = 1e6  # nats, or units of cost; beyond, a file is damaged
@@ -83,7 +83,7 @@ class Goal:
     costs: Sequence[Sequence[float]] | None = None
     abstain_below: float | None = None
     target_precision: float | None = None
-    guarantee: float = 0.95
+    guarantee: float = GUARANTEE
 
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
