@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jsonschema import Draft202012Validator
-
-from common.generation import json_schema
+from common.generation import json_schema, string_formats
 from common.tasks.idp import field_metrics
 
 OBJECT = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "number"}}}
@@ -99,7 +97,7 @@ def treatment(keyword: str, schema: dict[str, Any]) -> tuple[str, str]:
 
 def known_formats() -> dict[str, str]:
     """What becomes of each format that the validator or the grammar knows."""
-    names = sorted({*json_schema.FORMATS, *Draft202012Validator.FORMAT_CHECKER.checkers})
+    names = sorted({*json_schema.FORMATS, *string_formats.CHECKER.checkers})
     return {name: treatment("format", TEXT | {"format": name})[0] for name in names}
 
 

@@ -25,6 +25,7 @@ from referencing import Registry
 
 from common.cli import UserError
 from common.files import repeated_name
+from common.generation import string_formats
 from common.generation.schema_graph import contradiction, most_expansions, nodes, pointer, smallest, types
 from common.generation.schema_limits import check_limits
 from common.processes import OutOfTime, time_limit
@@ -197,7 +198,7 @@ def errors(value: Any, schema: Schema) -> list[str]:
 def _errors(value: Any, schema: Schema) -> list[str]:
     if isinstance(schema, dict):  # references to the root must not change the dialect either
         schema = {key: part for key, part in schema.items() if key != "$schema"}
-    faults = Validator(schema, format_checker=Validator.FORMAT_CHECKER, registry=Registry()).iter_errors(value)
+    faults = Validator(schema, format_checker=string_formats.CHECKER, registry=Registry()).iter_errors(value)
     ordered = sorted(faults, key=lambda error: [str(part) for part in error.absolute_path])
     return [f"{error.json_path}: {_short(error.message)}" for error in ordered]
 
@@ -319,7 +320,7 @@ def _classify_keyword(schema: dict[str, Any], key: str) -> tuple[Treatment, str,
             return "enforced", "", False  # nothing to enforce: it would say something about strings
         if value in FORMATS:
             return "enforced", "", True
-        if value in Validator.FORMAT_CHECKER.checkers:
+        if value in string_formats.CHECKER.checkers:
             return "checked", "", False
         return "unsupported", f"nothing here knows the format '{value}'; give a pattern instead", False
     if key in CHECKED:

@@ -126,6 +126,7 @@ class CodeAnswerBody(BaseModel):
     code: str
     plan: str | None
     finished: bool = Field(description="False where the token budget ended it")
+    cut: bool = Field(description="The token budget ended before all that was asked for was there")
     error: str | None = Field(description="Why the code is no Python program")
 
 
@@ -268,6 +269,7 @@ def _add_code(app: FastAPI, server: Server) -> None:
             "code": written.code,
             "plan": written.plan if body.plan_then_code else None,
             "finished": written.finished,
+            "cut": written.cut,
             "error": compile_error(written.code),
         }
         return JSONResponse(answer)

@@ -144,6 +144,7 @@ def test_code_as_infer_codegen_writes_it(served, loaded, runs, plan_then_code):
         "code": wanted.code,
         "plan": wanted.plan if plan_then_code else None,
         "finished": wanted.finished,
+        "cut": wanted.cut,
         "error": compile_error(wanted.code),
     }
 

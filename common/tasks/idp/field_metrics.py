@@ -14,7 +14,6 @@ from typing import Any
 
 import edlib
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from common.tasks.idp import amounts, dates
 
@@ -123,6 +122,8 @@ def _pair_items(gold: list, found: list) -> list[tuple[Any, Any, int]]:
     """
     if gold == found:
         return list(zip(gold, found, range(len(found)), strict=True))
+    from scipy.optimize import linear_sum_assignment  # half a second, which commands that never compare lists save
+
     agreeing = np.array([[sum(leaf.normalised for leaf in compare(g, f)) for f in found] for g in gold], ndmin=2)
     nearness = -1e-6 * np.abs(np.subtract.outer(np.arange(len(gold)), np.arange(len(found))))
     rows, columns = linear_sum_assignment((agreeing.reshape(len(gold), len(found)) + nearness), maximize=True)
@@ -154,7 +155,7 @@ def same_normalised(gold: Any, found: Any) -> bool:
         if None not in amounts:
             return abs(amounts[0] - amounts[1]) < 1e-9 * max(1.0, abs(amounts[0]))
     gold, found = str(gold), str(found)
-    return " ".join(gold.split()) == " ".join(found.split()) or (date(gold) is not None and date(gold) == date(found))
+    return "".join(gold.split()) == "".join(found.split()) or (date(gold) is not None and date(gold) == date(found))
 
 
 def amount(leaf: Any) -> float | None:

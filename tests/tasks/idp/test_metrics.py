@@ -73,6 +73,7 @@ def test_not_same(a, b):
     ("gold", "found"),
     [
         ("Acme  Co.\n", "Acme Co."),
+        ("NO. 53, JALAN BESAR ", "NO.53,JALAN  BESAR"),
         ("2018-04-02", "02 APR 2018"),
         ("09/01/2019", "9.1.2019"),
         ("Sep 12, 2025", "2025-09-12"),
