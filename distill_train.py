@@ -5,6 +5,8 @@
         --save_dir runs/distilgpt2 --max_steps 200 --temperature 2.0 --forward_kl 0.7 --teacher_ce 0.3 --hidden_mse 0.05
     python distill_train.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-3B-Instruct --data squad.json \\
         --save_dir runs/squad --teacher_cache runs/cache/qwen7b_squad
+    python distill_train.py --on_policy --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-3B-Instruct \\
+        --init_adapter runs/squad_sft --data squad.json --save_dir runs/squad_on_policy --rounds 4 --epochs 1
     python distill_train.py --labels --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_labels.jsonl \\
         --save_dir runs/creditmix_labels
 
@@ -13,6 +15,10 @@ the Hub or a folder. With --teacher_cache the teacher runs first, alone, and tra
 is complete loads no teacher. Teacher and student must share a vocabulary. Where they do not, two ways work: its text
 (teacher_generate.py, then kd_train.py), or for labels its probabilities (teacher_generate.py --probabilities, then
 --labels with rows {"input", "probabilities": {label: p}[, "output"]}), which any model can give.
+
+With --on_policy the student writes answers to the prompts of a round, the teacher reads them into the cache, the
+student trains from it; then comes the next round. Train the student first (sft_train.py or kd_train.py, then
+--init_adapter). Leaves rounds.csv and rounds.png, and what each round has done in rounds/.
 
 A loss term counts with the weight given; with none given, forward_kl and ce count half each. With --ce alone this is
 plain training, of running text too, and needs no teacher. Two other recipes' names of the terms are accepted, also as
@@ -53,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.log(f"loss = {objective}")
         if record:
             record.write(objective=str(objective))
+        if settings.on_policy:
+            from common.distillation import on_policy
+
+            on_policy.train(settings, record, objective, rows, held_out)
+            return
         trainer, settings = trainers.build(settings, record, objective, task, rows, held_out)
         run.train_and_save(trainer, settings, record)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from common.models import adapters, loading
 from common.models.batching import CHUNK_LOGITS, by_token_budget
 from common.models.tokenizers import Encoded
 from common.training import batches, losses, prefix_tree
-from common.training.hidden_states import HiddenStateReader, scored
+from common.training.hidden_states import HiddenStateReader, predicted, scored
 from common.vram import preflight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.run_record import RunRecord
+    from common.vram.formulas import Inference
 
 SHARD_TOKENS = 1 << 16  # at most so many are lost when the writing of a cache is interrupted
 
@@ -39,6 +41,7 @@ class Targets:
     Attributes:
         drawn: outcomes are drawn from the distribution; else the most likely ones are kept, with their
             log-probabilities.
+        own: the token that the row goes on with is one of them, in the place of the least likely.
         k: outcomes; 0 where distributions are not learnt from.
         temperature: of the distributions.
         vocabulary: ids that both models have.
@@ -46,6 +49,7 @@ class Targets:
     """
 
     drawn: bool
+    own: bool
     k: int
     temperature: float
     vocabulary: int
@@ -57,30 +61,56 @@ class Targets:
         drawn = settings.cache_targets == "sampled" and signals.distributions
         k = settings.cache_k if drawn else min(settings.cache_k, signals.vocabulary)
         layers = [theirs for _, theirs in signals.pairs] if signals.hidden else []
-        return cls(drawn, k if signals.distributions else 0, settings.temperature, signals.vocabulary, layers)
+        kept = k if signals.distributions else 0
+        return cls(drawn, settings.keeps_own, kept, settings.temperature, signals.vocabulary, layers)
 
-    def outcomes(self, logits: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
-        """`teacher_cache.pack`'s arguments of logits [n, vocabulary]."""
+    def outcomes(self, logits: torch.Tensor, tokens: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
+        """`teacher_cache.pack`'s arguments of logits [n, vocabulary].
+
+        Args:
+            tokens: those that the rows go on with [n].
+        """
         logprobs = losses.log_probs(logits[:, : self.vocabulary], self.temperature)
         if self.drawn:
             draws = torch.multinomial(logprobs.exp(), self.k, replacement=True, generator=rng)
             return {"ids": draws, "rest": -(logprobs.exp() * logprobs).sum(dim=-1)}
         top, ids = logprobs.topk(self.k)
+        if self.own:  # where it is not among them, and the teacher has it at all
+            lacking = (ids != tokens[:, None]).all(dim=1) & (tokens < self.vocabulary)
+            ids[lacking, -1] = tokens[lacking]
+            top = logprobs.gather(1, ids)
         return {"ids": ids, "rest": (1 - top.exp().sum(dim=-1)).clamp(min=0), "logprobs": top}
 
 
 def collate(
-    batch: Sequence[Encoded], pad_id: int, cache: TeacherCache | None = None, *, as_tree: bool = False
+    batch: Sequence[Encoded],
+    pad_id: int,
+    cache: TeacherCache | None = None,
+    *,
+    as_tree: bool = False,
+    unlearnt: Sequence[int] = (),
 ) -> dict[str, Any]:
     """`batches.collate`, or `as_tree` that of `prefix_tree`, and under "teacher" what the cache holds of the rows'
     completion tokens, in their order.
 
     Rows that it does not hold (those that a run is judged by) get none.
+
+    Args:
+        unlearnt: tokens from which nothing is learnt where a completion holds them.
     """
     tensors: dict[str, Any] = (prefix_tree if as_tree else batches).collate(batch, pad_id)
+    learnt = slice(None)
+    if unlearnt:
+        tokens = tensors["labels"][:, 1:][predicted(tensors)]
+        learnt = ~torch.isin(tokens, torch.tensor(unlearnt))
+        tensors["labels"][torch.isin(tensors["labels"], torch.tensor(unlearnt))] = batches.IGNORE
+        if tree := tensors.get(prefix_tree.NAME):
+            tensors[prefix_tree.NAME] = replace(tree, sources=list(compress(tree.sources, learnt.tolist())))
+        learnt = learnt.numpy()
     packed = [cache.get(row) for row in batch] if cache else [None]
     if all(records is not None for records in packed):
-        tensors["teacher"] = {name: torch.from_numpy(array) for name, array in unpack(np.concatenate(packed)).items()}
+        known = unpack(np.concatenate(packed)[learnt])
+        tensors["teacher"] = {name: torch.from_numpy(array) for name, array in known.items()}
     return tensors
 
 
@@ -139,7 +169,7 @@ def open_cache(settings: DistillSettings, targets: Targets, teacher_width: int) 
         "teacher": adapters.adapter_hash(settings.teacher),
         "precision": "NF4" if loading.use_4bit(settings.load_teacher_in_4bit) else "16 or 32 bits",
         "vocabulary": targets.vocabulary,
-        "targets": settings.cache_targets,
+        "targets": "topk with the row's own" if targets.own else settings.cache_targets,
         "k": targets.k,
         "temperature": targets.temperature if targets.k else None,
         "layers": list(targets.layers),
@@ -149,15 +179,19 @@ def open_cache(settings: DistillSettings, targets: Targets, teacher_width: int) 
     return TeacherCache(settings.teacher_cache, facts, record_type)
 
 
+def teacher_plan(settings: DistillSettings) -> Inference:
+    """What the teacher's pass means for memory. Raises UnknownShape where that cannot be told."""
+    plan = preflight.inference_plan(settings.teacher_source, max_batch_tokens=settings.max_batch_tokens)
+    return replace(plan, generates=False, logits=CHUNK_LOGITS)
+
+
 def teacher_within_memory(settings: DistillSettings, record: RunRecord | None) -> DistillSettings:
     """The settings, or with --auto_fit milder ones, under which the teacher alone fits the memory.
 
     Raises:
         UserError: it does not fit; the message names what would.
     """
-    plan = preflight.if_known(
-        lambda: preflight.inference_plan(settings.teacher_source, max_batch_tokens=settings.max_batch_tokens)
-    )
+    plan = preflight.if_known(lambda: teacher_plan(settings))
     if plan is None:
         return settings
     log(f"the teacher {settings.teacher} reads first, alone:")
@@ -166,7 +200,6 @@ def teacher_within_memory(settings: DistillSettings, record: RunRecord | None) -
         "OFFLOAD_FOLDER": preflight.INFERENCE["OFFLOAD_FOLDER"],
         "load_teacher_in_4bit": preflight.INFERENCE["load_in_4bit"],
     }
-    plan = replace(plan, generates=False, logits=CHUNK_LOGITS)
     changes = preflight.preflight(plan, flags, auto_fit=settings.auto_fit)
     if record and changes:
         record.write(auto_fit=record.facts.get("auto_fit", {}) | changes)
@@ -207,8 +240,9 @@ def fill_cache(
             batch_rows = [rows[number] for number in numbers]
             batch = send_to_device(collate(batch_rows, pad_id, as_tree=as_tree), device)
             states = teacher.read(teacher.model, batch)
-            last = scored(states.last, batch)
-            parts = [targets.outcomes(teacher.logits(piece), rng) for piece in last.split(size)]
+            last, tokens = scored(states.last, batch), batch["labels"][:, 1:][predicted(batch)]
+            pieces = zip(last.split(size), tokens.split(size), strict=True)
+            parts = [targets.outcomes(teacher.logits(piece), own, rng) for piece, own in pieces]
             values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             if targets.layers:
                 values["hidden"] = states.hidden_at(batch, targets.layers)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from common import cli
 from common.cli import UserError
-from common.distillation.settings import DEFAULT_WEIGHTS, OF_LOGITS, DistillSettings
+from common.distillation.settings import (
+    CACHES,
+    DEFAULT_WEIGHTS,
+    DIVERGENCES,
+    OF_LOGITS,
+    ON_POLICY_WEIGHTS,
+    DistillSettings,
+)
 from common.models import loading
 from common.training import flags as training_flags
 
@@ -41,7 +49,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--cache_k", type=cli.positive_int, default=defaults.cache_k, help="tokens kept, or drawn, at each position"
     )
     teacher.add_argument(
-        "--max_batch_tokens", type=cli.positive_int, default=defaults.max_batch_tokens, help="of the teacher's pass"
+        "--max_batch_tokens",
+        type=cli.positive_int,
+        default=defaults.max_batch_tokens,
+        help="of the teacher's pass, and where the student writes",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", metavar="NAME", help="a data set of the Hub, or a folder, instead of --data")
@@ -62,6 +73,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     labels = parser.add_argument_group("labels")
     labels.add_argument("--labels", action="store_true", help="learn label probabilities, by the label ranker's scores")
+    add_on_policy_flags(parser)
+
+
+def add_on_policy_flags(parser: argparse.ArgumentParser) -> None:
+    """How many answers the student writes, and how."""
+    defaults = DistillSettings
+    own = parser.add_argument_group("on-policy")
+    own.add_argument("--on_policy", action="store_true", help="learn, in rounds, from answers of the student itself")
+    own.add_argument("--rounds", type=cli.positive_int, default=defaults.rounds)
+    own.add_argument(
+        "--prompts_per_round", type=cli.positive_int, metavar="N", help="default: all rounds go through --data once"
+    )
+    own.add_argument(
+        "--num_samples", type=cli.positive_int, default=defaults.num_samples, help="answers to each prompt"
+    )
+    own.add_argument("--max_new_tokens", type=cli.positive_int, default=defaults.max_new_tokens, help="of an answer")
+    own.add_argument("--sample_temperature", type=float, default=defaults.sample_temperature, help="of the answers")
+    own.add_argument(
+        "--lmbda",
+        type=float,
+        default=defaults.lmbda,
+        help="share of the prompts that the student answers; the others keep the data's completions",
+    )
+    own.add_argument("--ignore_collapse", action="store_true", help="go on though the student's answers have collapsed")
 
 
 def settings_of(args: argparse.Namespace) -> DistillSettings:
@@ -70,7 +105,10 @@ def settings_of(args: argparse.Namespace) -> DistillSettings:
     Raises:
         UserError: what cannot work together, before anything is read.
     """
-    return checked(DistillSettings(**vars(args) | resolve_weights(args)))
+    given = vars(args) | resolve_weights(args)
+    if args.on_policy and not args.teacher_cache:
+        given["teacher_cache"] = str(Path(args.save_dir, CACHES))
+    return checked(DistillSettings(**given))
 
 
 def resolve_weights(args: argparse.Namespace) -> dict[str, float]:
@@ -80,7 +118,8 @@ def resolve_weights(args: argparse.Namespace) -> dict[str, float]:
         raise UserError("a loss term's weight must be 0 or above; mend the flag")
     if given and not any(given.values()):
         raise UserError("every loss term has the weight 0; give one of them more, e.g. --forward_kl 1.0")
-    weights = {name: weight for name, weight in (given or DEFAULT_WEIGHTS).items() if weight}
+    default = ON_POLICY_WEIGHTS if args.on_policy else DEFAULT_WEIGHTS
+    weights = {name: weight for name, weight in (given or default).items() if weight}
     return {"ce": 1.0} if weights.keys() == {"ce"} else weights  # alone, a weight says nothing
 
 
@@ -92,6 +131,8 @@ def checked(settings: DistillSettings) -> DistillSettings:
     if (settings.data is None) == (settings.dataset is None):
         raise UserError("give either --data FILE or --dataset NAME")
     weights = settings.weights
+    if settings.on_policy:
+        check_on_policy(settings)
     if settings.labels:
         if settings.teacher or settings.teacher_cache or settings.dataset:
             raise UserError(
@@ -115,7 +156,30 @@ def checked(settings: DistillSettings) -> DistillSettings:
     loading.check_model_dir(settings.teacher)
     if settings.teacher_cache and "attention_mse" in weights:
         raise UserError("--attention_mse needs a live teacher; leave --teacher_cache out, or the weight")
+    if settings.keeps_own and settings.cache_k < 2:
+        raise UserError("--cache_k 1 has no room for the likeliest token and the student's own; give 2 or more")
     other = sorted(weights.keys() & {"reverse_kl", "jsd", "teacher_ce"})
     if settings.teacher_cache and settings.cache_targets == "sampled" and other:
         raise UserError(f"--{other[0]} needs --cache_targets topk; draws serve forward_kl alone")
     return settings
+
+
+def check_on_policy(settings: DistillSettings) -> None:
+    """Raises UserError for what has no meaning where the student writes its own training rows."""
+    if settings.labels:
+        raise UserError("--on_policy is for answers that are written, --labels for those that are ranked; give one")
+    if not settings.teacher:
+        raise UserError("--teacher is missing; with --on_policy it reads what the student has written")
+    learnt = (*DIVERGENCES, "teacher_ce")
+    if other := sorted(settings.weights.keys() - set(learnt)):
+        why = "would teach the student its own answers" if other[0] == "ce" else "compares what is inside models"
+        raise UserError(f"--{other[0]} {why}; with --on_policy use {', '.join(learnt)}, and --lmbda to mix the data in")
+    if not 0 <= settings.lmbda <= 1:
+        raise UserError(f"--lmbda {settings.lmbda} is not from 0 (the data's completions) to 1 (the student's)")
+    if not 0 < settings.sample_temperature < math.inf:
+        raise UserError(f"--sample_temperature {settings.sample_temperature} must be above 0")
+    if settings.max_new_tokens >= settings.max_len:
+        raise UserError(
+            f"--max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in --max_len {settings.max_len}; "
+            "raise the one or lower the other"
+        )

@@ -32,7 +32,8 @@ def read_both(settings: DistillSettings, task: LabelTask) -> tuple[list[dict], l
 
     def read_file(path: str, part: str) -> list[dict]:
         if not settings.labels:
-            return read(path, part, settings.skip_bad_rows)
+            answered = part == "dev" or settings.needs_completions
+            return read(path, part, settings.skip_bad_rows, answered=answered)
         rows = read_labelled(path, task, settings.skip_bad_rows)
         if part == "dev" and not (rows := [row for row in rows if row.get("output")]):
             raise UserError(f"{path} has no row with an output to judge by; add gold labels, or leave --eval_data out")
@@ -41,17 +42,22 @@ def read_both(settings: DistillSettings, task: LabelTask) -> tuple[list[dict], l
     held_out = read_file(settings.eval_data, "dev") if settings.eval_data else []
     if settings.dataset:
         source = (settings.dataset, settings.subset, settings.split, settings.text_column)
-        return read_dataset(*source, settings.skip_bad_rows), held_out
-    return read_file(settings.data, "train"), held_out
+        rows = read_dataset(*source, settings.skip_bad_rows)
+    else:
+        rows = read_file(settings.data, "train")
+    if settings.on_policy and "input" not in rows[0]:
+        raise UserError(f"--on_policy needs prompts, and {settings.data_name} is running text; give rows with an input")
+    return rows, held_out
 
 
-def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
+def read(path: str, part: str, skip_bad_rows: bool = False, *, answered: bool = True) -> list[dict]:
     """Rows {"input", "output"} or {"text"} of a file.
 
     Args:
         path: SQuAD's JSON, a text file (`.txt`, one row), or JSONL, a JSON list or CSV with "input" and "output" or
             "teacher_output".
         part: of SQuAD's articles, "train" or "dev".
+        answered: False where "input" alone is enough.
 
     Raises:
         UserError: none of these, or without a usable row.
@@ -65,6 +71,8 @@ def read(path: str, part: str, skip_bad_rows: bool = False) -> list[dict]:
         return squad.rows(path, part, skip_bad_rows)
     unit, numbered, _ = records.numbered_rows(path)
     first = next((row for _, row in numbered if isinstance(row, dict)), {})
+    if not answered:
+        return records.check_rows(path, numbered, ("input",), skip_bad_rows, unit)
     keys = records.KD_KEYS if "teacher_output" in first else records.SFT_KEYS
     rows = records.check_rows(path, numbered, keys, skip_bad_rows, unit)
     return [{**row, "output": row[keys[1]]} for row in rows]

@@ -18,6 +18,8 @@ OF_LOGITS = (*DIVERGENCES, "ce", "teacher_ce")
 OF_HIDDEN = ("hidden_mse", "hidden_cosine")
 TERMS = (*OF_LOGITS, *OF_HIDDEN, "attention_mse")
 DEFAULT_WEIGHTS: Mapping[str, float] = MappingProxyType({"forward_kl": 0.5, "ce": 0.5})
+ON_POLICY_WEIGHTS: Mapping[str, float] = MappingProxyType({"reverse_kl": 1.0})
+CACHES = "teacher_cache"  # in the run folder, where an on-policy run is given no other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class DistillSettings(TrainSettings):
     teacher_cache: str | None = None  # folder that the teacher's distributions are written to and read from
     cache_targets: str = "topk"  # or "sampled": draws
     cache_k: int = 64  # tokens kept, or drawn, of each distribution
-    max_batch_tokens: int = MAX_BATCH_TOKENS  # in one forward pass of the teacher that writes the cache
+    max_batch_tokens: int = MAX_BATCH_TOKENS  # in a pass of the teacher that fills the cache, or of the writing student
     dataset: str | None = None  # of the Hub, or a folder, instead of `data`
     subset: str | None = None
     split: str = "train"
@@ -48,6 +50,14 @@ class DistillSettings(TrainSettings):
     jsd_beta: float = 0.5  # the teacher's share of the mixture
     layer_map: str = "last"  # layers compared: "last", "uniform" or pairs as in "1:2,3:6"
     labels: bool = False  # learn label probabilities that the rows carry
+    on_policy: bool = False  # learn, in rounds, from answers that the student has written itself
+    rounds: int = 4
+    prompts_per_round: int | None = None  # None: so many that all rounds together go through the data once
+    num_samples: int = 1  # answers to each prompt
+    max_new_tokens: int = 256  # of an answer
+    sample_temperature: float = 1.0  # at which the student writes
+    lmbda: float = 1.0  # share of a round's prompts that the student answers; the others keep the data's completions
+    ignore_collapse: bool = False  # go on though the student's answers have collapsed
 
     @property
     def weights(self) -> dict[str, float]:
@@ -62,6 +72,17 @@ class DistillSettings(TrainSettings):
     @property
     def reads_teacher(self) -> bool:
         return self.teacher is not None
+
+    @property
+    def needs_completions(self) -> bool:
+        """Whether the data has to hold answers, not prompts alone."""
+        return not self.on_policy or self.lmbda < 1
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether the token that a row goes on with is among those that the cache keeps: a student's own may be none of
+        the teacher's likeliest, and has to hear of it."""
+        return self.on_policy and self.lmbda > 0 and self.cache_targets == "topk"
 
     @property
     def teacher_source(self) -> ModelSource:

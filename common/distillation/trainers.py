@@ -17,9 +17,10 @@ from common.training.completion import completion_rows
 from common.training.trainer import TrainingRows, fitted_trainer, freeze_unreached, limit_length, prepare_student
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
     from common.distillation.objective import Objective, Signals
+    from common.distillation.teacher_cache import TeacherCache
     from common.models.tokenizers import Encoded
     from common.run_record import RunRecord
 
@@ -86,29 +87,69 @@ def token_trainer(
     rows: Sequence[dict],
     held_out: Sequence[dict],
 ) -> tuple[Trainer, DistillSettings]:
-    """A trainer whose student learns the teacher's next-token distributions.
+    """A trainer whose student learns the teacher's next-token distributions. Raises UserError as `token_signals`."""
+    signals = token_signals(settings, objective, tokenizer)
+    settings = limit_length(settings, settings.teacher)
+    settings, train_rows, eval_rows = encoded_rows(settings, record, tokenizer, rows, held_out)
+    cache = written_cache(settings, record, signals, tokenizer, train_rows) if settings.teacher_cache else None
+    return encoded_trainer(settings, signals, tokenizer, train_rows, eval_rows, cache), settings
+
+
+def token_signals(settings: DistillSettings, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Signals:
+    """What is learnt from teacher and student.
 
     Raises:
         UserError: teacher and student have different vocabularies, or layers are compared that they do not have.
     """
+    from common.distillation.objective import Signals, layer_pairs
+
+    vocabulary = shared_vocabulary(settings, tokenizer)
+    ours, teachers = configs(settings)
+    pairs = layer_pairs(settings.layer_map, ours.num_hidden_layers, teachers.num_hidden_layers)
+    return Signals(objective, pairs, min(ours.vocab_size, teachers.vocab_size, vocabulary))
+
+
+def configs(settings: DistillSettings) -> list[PreTrainedConfig]:
+    """The shapes of student and teacher."""
+    return [loading.load_config(name, settings.trust_remote_code) for name in (settings.student, settings.teacher)]
+
+
+def written_cache(
+    settings: DistillSettings,
+    record: RunRecord | None,
+    signals: Signals,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+) -> TeacherCache:
+    """The cache with all of `rows` in it (see `fill_cache.written_cache`)."""
+    from common.distillation import fill_cache
+
+    width = loading.load_config(settings.teacher, settings.trust_remote_code).hidden_size
+    return fill_cache.written_cache(settings, record, signals, width, tokenizer, rows)
+
+
+def encoded_trainer(
+    settings: DistillSettings,
+    signals: Signals,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Sequence[Encoded],
+    eval_rows: Sequence[Encoded],
+    cache: TeacherCache | None,
+    unlearnt: Sequence[int] = (),
+) -> Trainer:
+    """A trainer on token ids.
+
+    Args:
+        cache: with what the teacher says of `train_rows`; None: the teacher reads along.
+        unlearnt: see `fill_cache.collate`.
+    """
     from accelerate.utils import send_to_device
 
     from common.distillation import fill_cache
-    from common.distillation.objective import Signals, layer_pairs
     from common.training import prefix_tree
     from common.training.losses import completion_loss
 
-    vocabulary = shared_vocabulary(settings, tokenizer)
-    ours, teachers = (
-        loading.load_config(name, settings.trust_remote_code) for name in (settings.student, settings.teacher)
-    )
-    settings = limit_length(settings, settings.teacher)
-    pairs = layer_pairs(settings.layer_map, ours.num_hidden_layers, teachers.num_hidden_layers)
-    settings, train_rows, eval_rows = encoded_rows(settings, record, tokenizer, rows, held_out)
-    signals = Signals(objective, pairs, min(ours.vocab_size, teachers.vocab_size, vocabulary))
-    cache = None
-    if settings.teacher_cache:
-        cache = fill_cache.written_cache(settings, record, signals, teachers.hidden_size, tokenizer, train_rows)
+    ours, teachers = configs(settings)
     student = prepare_student(settings, tokenizer)
     loss = distillation_loss(settings, signals, student, (ours.hidden_size, teachers.hidden_size), live=cache is None)
 
@@ -116,7 +157,7 @@ def token_trainer(
     as_tree = as_tree and (loss.teacher is None or prefix_tree.install_where_it_pays(loss.teacher.reader.model))
 
     def collate(batch: Sequence[Encoded]) -> dict[str, Any]:
-        return fill_cache.collate(batch, tokenizer.pad_token_id, cache, as_tree=as_tree)
+        return fill_cache.collate(batch, tokenizer.pad_token_id, cache, as_tree=as_tree, unlearnt=unlearnt)
 
     if not signals.of_logits:
         shortest = min(train_rows, key=lambda row: len(row.input_ids))
@@ -130,7 +171,7 @@ def token_trainer(
         eval_rows=eval_rows,
         eval_loss=lambda *batch: (completion_loss(*batch)[0], {}),
     )
-    return fitted_trainer(settings, student, tokenizer, data), settings
+    return fitted_trainer(settings, student, tokenizer, data)
 
 
 def shared_vocabulary(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 CHECKPOINTS = "checkpoints"
+ROUNDS = "rounds"  # of an on-policy distillation, each a training of its own
 COMPLETE = ("trainer_state.json", "scheduler.pt")  # of a checkpoint, beside its weights and its optimizer's state
 OPTIMIZER, FSDP_OPTIMIZER = "optimizer.pt", "optimizer.bin"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
@@ -40,6 +41,11 @@ def newest_checkpoint(save_dir: str) -> str | None:
         elif files.issuperset(COMPLETE) and not any(map(files.isdisjoint, (WEIGHTS, (OPTIMIZER, FSDP_OPTIMIZER)))):
             return str(folder)
     return None
+
+
+def can_go_on(save_dir: str) -> bool:
+    """Whether an unfinished run has left anything to go on from."""
+    return newest_checkpoint(save_dir) is not None or any(Path(save_dir, ROUNDS).glob("*/*"))
 
 
 def is_whole(file: Path) -> bool:

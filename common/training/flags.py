@@ -11,7 +11,7 @@ from common.cli import UserError
 from common.models import adapters, loading
 from common.models.batching import EFFECTIVE_BATCH
 from common.training import quantization_aware
-from common.training.checkpoints import newest_checkpoint
+from common.training.checkpoints import can_go_on
 from common.training.settings import DpoSettings, KdSettings, TrainSettings
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -150,6 +150,6 @@ def checked(settings: Settings) -> Settings:
     if run and not settings.overwrite and not settings.resume:
         if run.get("state") == "done":
             raise UserError(f"{save_dir} holds a finished run; choose another --save_dir, or pass --overwrite")
-        if newest_checkpoint(save_dir):
+        if can_go_on(save_dir):
             raise UserError(f"{save_dir} holds an unfinished run; pass --resume to go on, or --overwrite")
     return settings

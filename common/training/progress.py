@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import time
@@ -45,17 +46,22 @@ def bar_callback() -> TrainerCallback:
     return Progress()
 
 
-def live_log_callback(save_dir: str) -> TrainerCallback:
+def live_log_callback(save_dir: str | Path, before: int = 0, rounds: int = 1) -> TrainerCallback:
     """Append what is logged to `progress.jsonl` as it comes, for those who watch: {"step", "max_steps", "time", ...}.
 
     The first line of a start, also of one that resumes, has the step it starts from and no loss.
+
+    Args:
+        before: steps of the run that came before this training.
+        rounds: trainings as long as this one that are left, itself included.
     """
     from transformers import TrainerCallback
 
     class LiveLog(TrainerCallback):
         def _append(self, state, facts: dict):
             if state.is_world_process_zero:
-                line = {"step": state.global_step, "max_steps": state.max_steps, "time": round(time.time(), 3), **facts}
+                step, last = before + state.global_step, before + rounds * state.max_steps
+                line = {"step": step, "max_steps": last, "time": round(time.time(), 3), **facts}
                 with open(Path(save_dir) / LIVE_LOG, "a", encoding="utf-8") as handle:
                     handle.write(json.dumps(line) + "\n")
 
@@ -147,6 +153,16 @@ def mean_loss(history: Sequence[dict]) -> float:
     entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     before = [0, *(step for step, _ in entries)]
     return sum(loss * (step - last) for (step, loss), last in zip(entries, before, strict=False)) / max(before[-1], 1)
+
+
+def read_loss_curve(save_dir: str | Path) -> list[dict[str, float]]:
+    """What `write_loss_curve` has written: numbers by name, a line each."""
+    with open(Path(save_dir) / "loss.csv", encoding="utf-8", newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    return [
+        {name: int(value) if name == "step" else float(value) for name, value in line.items() if value}
+        for line in lines
+    ]
 
 
 def write_loss_curve(save_dir: str, history: Sequence[dict]) -> None:

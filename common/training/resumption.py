@@ -22,6 +22,7 @@ FREE = frozenset({
     *("save_dir", "config", "resume", "overwrite", "with_changes", "report_to", "logging_steps", "save_steps"),
     "save_minutes",
     *("student", "teacher", "data", "eval_data", "skip_bad_rows", "trust_remote_code", "teacher_cache"),
+    "ignore_collapse",
     *("auto_fit", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
 })  # fmt: skip
 ELSEWHERE = ("path",)  # of a data file's description: where it lies

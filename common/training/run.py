@@ -81,14 +81,16 @@ def open_record(
     task: task_record.Record | None,
 ) -> RunRecord:
     """`start`, in a folder that no other training writes to."""
-    before = (run_record.read(folder) or {}) if settings.resume and checkpoints.newest_checkpoint(str(folder)) else {}
+    before = (run_record.read(folder) or {}) if settings.resume and checkpoints.can_go_on(str(folder)) else {}
     data = settings.described_data(len(rows))
     if not settings.with_changes and STEPPED_DOWN not in os.environ:
         resumption.refuse_changes(settings.save_dir, resumption.differences(before, settings.as_dict(), data))
     earlier = run_record.read_groups(folder) if before else set()
     if not settings.resume:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        stale = ("loss.csv", "loss.png", progress.LIVE_LOG, adapters.ADAPTER_CONFIG, "config.json", *WEIGHTS)
+        for name in (CHECKPOINTS, checkpoints.ROUNDS):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        curves = ("loss.csv", "loss.png", "rounds.csv", "rounds.png", progress.LIVE_LOG)
+        stale = (*curves, adapters.ADAPTER_CONFIG, "config.json", *WEIGHTS)
         for file in [*(folder / name for name in stale), *folder.glob("model-*.safetensors")]:
             file.unlink(missing_ok=True)
     old = [*folder.glob("calibration*.json"), folder / run_record.GROUPS_FILE, folder / task_record.FILE]
