@@ -26,9 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
+    if args.health:
+        return launch.is_alive(args.port)
     launch.run(create_app(), args.host, args.port)
+    return None
 
 
 def create_app():

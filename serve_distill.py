@@ -25,7 +25,6 @@ from common.web import launch
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="serve_distill.py")
     launch.add_address(parser)
-    parser.add_argument("--health", action="store_true", help="ask a running server instead; exit code 1: not alive")
     parser.add_argument("--keep_days", type=float, help="delete a job so long after its end; default: KEEP_DAYS")
     return parser
 
@@ -33,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
     if args.health:
-        return is_alive(args.port)
+        return launch.is_alive(args.port)
     if args.keep_days is not None and args.keep_days <= 0:
         raise cli.UserError(f"--keep_days {args.keep_days} must be above 0")
 
@@ -45,18 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         settings = dataclasses.replace(settings, keep_days=args.keep_days)
     launch.run(create_app(settings), args.host, args.port)
     return None
-
-
-def is_alive(port: int) -> int:
-    """Exit code for a container's health check."""
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
-            return cli.DONE
-    except OSError as error:
-        cli.log(f"no server answers on port {port} ({error})")
-        return cli.FAILED
 
 
 def create_app():

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from common import cli
 from common.cli import UserError
 
 if TYPE_CHECKING:
@@ -14,9 +15,22 @@ if TYPE_CHECKING:
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
-    """--host and --port."""
+    """--host, --port and --health."""
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--health", action="store_true", help="ask a running server instead; exit code 1: not alive")
+
+
+def is_alive(port: int) -> int:
+    """Exit code of --health, as a container's health check takes it."""
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
+            return cli.DONE
+    except OSError as error:
+        cli.log(f"no server answers on port {port} ({error})")
+        return cli.FAILED
 
 
 def run(app: FastAPI, host: str, port: int) -> None:

@@ -102,19 +102,13 @@ def test_pods_are_confined():
             assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+", image)
         text = json.dumps(body)
         assert not re.search(r"python[^\"]*\", \"-c\"|sh\", \"-c", text)  # no inline programs
-    assert seen == 3
+    assert seen == 4
 
 
 def test_one_image_one_claim_one_set_of_settings():
     images = {image for _, body in MANIFESTS for image in find(body, "image")}
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert images == {f"distill-slm:{version}"}
-    (deployment,) = (body for _, body in MANIFESTS if body["kind"] == "Deployment")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
-    assert environment["IMAGE"] == container["image"]
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert container[probe]["httpGet"]["path"] in ("/healthz", "/readyz")
     names = {(body["kind"], body["metadata"]["name"]) for _, body in MANIFESTS}
     for kind, key in (("PersistentVolumeClaim", "claimName"), ("ServiceAccount", "serviceAccountName")):
         used = {name for _, body in MANIFESTS for name in find(body, key)}
@@ -122,8 +116,52 @@ def test_one_image_one_claim_one_set_of_settings():
         assert {(kind, name) for name in used} <= names
     for reference in (r for _, body in MANIFESTS for r in find(body, "configMapRef") + find(body, "configMap")):
         assert ("ConfigMap", reference["name"]) in names
-    (service,) = (body for _, body in MANIFESTS if body["kind"] == "Service")
-    assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("name", ["api", "serve"])
+def test_a_server_is_probed_and_reached_by_its_service(name):
+    (deployment,) = (body for file, body in MANIFESTS if file == f"{name}-deployment.yaml")
+    (service,) = (body for file, body in MANIFESTS if file == f"{name}-service.yaml")
+    template = deployment["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    for probe, path in (("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")):
+        assert container[probe]["httpGet"] == {"path": path, "port": "http"}
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"] == "http"
+    others = [body for file, body in MANIFESTS if body["kind"] == "Deployment" and body is not deployment]
+    assert all(not service["spec"]["selector"].items() <= pod_labels(other) for other in others)
+
+
+def pod_labels(body: dict):
+    return body["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_the_jobs_have_the_image_of_the_service():
+    (deployment,) = (body for name, body in MANIFESTS if name == "api-deployment.yaml")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert {"name": "IMAGE", "value": container["image"]} in container["env"]
+
+
+def test_the_inference_servers_pod_starts_it_with_its_own_settings(monkeypatch):
+    from common.serving.settings import ServerSettings
+
+    (deployment,) = (body for name, body in MANIFESTS if name == "serve-deployment.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (container["command"], container["args"][0]) == (["python"], "serve_creditmix.py")
+    parsed = cli.parse_args(load_script("serve_creditmix").build_parser(), container["args"][1:])
+    assert (parsed.host, parsed.port) == ("0.0.0.0", container["ports"][0]["containerPort"])
+    assert pod["automountServiceAccountToken"] is False
+    described = (ROOT / "docs" / "serving.md").read_text()
+    for entry in container["env"]:
+        assert f"`{entry['name']}`" in described or entry["name"] == "HF_TOKEN"
+        monkeypatch.setenv(entry["name"], entry.get("value", "secret"))
+    settings = ServerSettings.from_environment()
+    assert (settings.runs_dir, settings.idp_schema) == ("/data/runs", "/data/idp_schema.json")
+    assert settings.preload and settings.api_key == "secret"
+    (service,) = (body for name, body in MANIFESTS if name == "serve-service.yaml")
+    assert service["metadata"]["name"] in settings.allowed_hosts
+    assert pod["terminationGracePeriodSeconds"] > settings.request_timeout
 
 
 def test_the_settings_are_the_services_and_the_trainers(planner_parser):
@@ -160,10 +198,10 @@ def test_pods_that_go_on_are_those_that_the_worker_means():
     assert rules[1]["onExitCodes"]["values"] == [BUSY, STOPPED]
 
 
-def test_network_policies_cover_api_and_workers():
+def test_network_policies_cover_servers_and_workers():
     policies = {body["metadata"]["name"]: body["spec"] for _, body in MANIFESTS if body["kind"] == "NetworkPolicy"}
     chosen = [policy["podSelector"]["matchLabels"] for policy in policies.values()]
-    for name in ("api-deployment.yaml", "distill-job.yaml"):
+    for name in ("api-deployment.yaml", "serve-deployment.yaml", "distill-job.yaml"):
         ((_, body),) = ((file, body) for file, body in MANIFESTS if file == name)
         labels = body["spec"]["template"]["metadata"]["labels"].items()
         assert sum(selector.items() <= labels for selector in chosen) == 1
@@ -183,7 +221,11 @@ def test_the_image():
     assert users[-1] == "10001:10001"
     (health,) = (words for step, words in steps if step == "HEALTHCHECK")
     command = json.loads(health[health.index("[") :])
-    assert command[:2] == ["python", "serve_distill.py"]
+    assert command[0] == "python" and command[2:] == ["--health"]
+    home = next(words for step, words in steps if step == "WORKDIR")
+    assert command[1].startswith(f"{home}/")  # whatever folder a container is started in
+    assert (ROOT / command[1].removeprefix(f"{home}/")).is_file()
+    assert "RUNS_DIR=/data/runs" in next(words for step, words in steps if step == "ENV" and "DATA_DIR" in words)
     for step, words in steps:
         if step == "COPY" and "--from" not in words:
             for source in shlex.split(words)[:-1]:
@@ -193,10 +235,11 @@ def test_the_image():
 
 
 def test_the_health_check_of_the_image(tmp_path):
-    serve_distill = load_script("serve_distill")
+    """Either script asks either server."""
+    scripts = [load_script(name) for name in ("serve_distill", "serve_creditmix")]
     with serve_jobs(make_place(tmp_path)) as served:
-        assert serve_distill.main(["--health", "--port", str(served.port)]) == 0
-    assert serve_distill.main(["--health", "--port", str(served.port)]) == 1
+        assert [script.main(["--health", "--port", str(served.port)]) for script in scripts] == [0, 0]
+    assert [script.main(["--health", "--port", str(served.port)]) for script in scripts] == [1, 1]
 
 
 def load_script(name: str):
