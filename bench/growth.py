@@ -91,7 +91,7 @@ EXPECTED = {
         "time": Expected(
             "linear", "once the model is busy, one waits for the rows of all who are in front", since=BUSY
         ),
-        "speed": Expected("sublinear", "batches fill up until the model is busy"),
+        "speed": Expected("saturating", "batches fill up until the model is busy"),
         "held": Expected("constant", "the queue and the budget are bounded"),
     },
 }

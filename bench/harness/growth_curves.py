@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CLOSE = 0.15  # a share; what differs by less is the same, and a curve that is less far off a line is straight
+FITTED = {
+    "linear": "a line",
+    "quadratic": "a parabola",
+    "sublinear": "a power",
+    "saturating": "a rise that levels off",
+}
 SCALES = {
     "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")),
@@ -26,8 +32,8 @@ class Expected:
     """What is expected before anything is measured, and why.
 
     Attributes:
-        form: constant, linear (with a fixed part), quadratic (linear with a square part) or sublinear (rises, but by
-            less and less).
+        form: constant, linear (with a fixed part), quadratic (linear with a square part), sublinear (a power of less
+            than one) or saturating (x / (fixed + marginal x), which levels off at 1 / marginal).
         marginal: what one more costs, where that is known; it decides then, as a large fixed part may hide the rise.
         since: where the form begins to hold.
     """
@@ -45,9 +51,9 @@ class Fit:
     Attributes:
         exponent: of the power law that is closest to the points (log-log least squares).
         marginal, fixed: of the line, or of the parabola where a quadratic was expected (least squares of relative
-            errors, so that small points count as much as large ones).
+            errors, so that small points count as much as large ones); of x / y where it was to saturate.
         square: the parabola's share of its largest point that is square.
-        miss: by what share of it the line, or parabola, is off the worst median.
+        miss: by what share of it what was fitted is off the worst median.
     """
 
     exponent: float
@@ -84,14 +90,16 @@ class Series:
         for number in range(len(next(iter(self.points.values())))):
             xs, ys = self.held({x: values[number] for x, values in self.points.items()})
             exponents.append(float(np.polyfit(np.log(xs), np.log(ys), 1)[0]))
+            ys = xs / ys if self.expected.form == "saturating" else ys
             matrix = np.vander(xs, powers, increasing=True) / ys[:, None]
             lines.append(np.linalg.lstsq(matrix, np.ones(len(ys)), rcond=None)[0])
         line = np.median(lines, axis=0)
         marginals = [float(each[1]) for each in lines]
         xs, ys = self.held(self.medians)
-        fitted = np.polyval(line[::-1], xs)
+        exponent = statistics.median(exponents)
+        fitted = self.along(xs, line, exponent)
         return Fit(
-            exponent=statistics.median(exponents),
+            exponent=exponent,
             exponents=(min(exponents), max(exponents)),
             marginal=float(line[1]),
             marginals=(min(marginals), max(marginals)),
@@ -100,6 +108,14 @@ class Series:
             miss=float(np.abs(fitted / ys - 1).max()),
             line=tuple(map(float, line)),
         )
+
+    def along(self, xs: np.ndarray, line: Sequence[float], exponent: float) -> np.ndarray:
+        """What was fitted, at `xs`: a power where a sublinear rise was expected, else of the line or parabola."""
+        if self.expected.form == "sublinear":
+            held, values = self.held(self.medians)
+            return np.exp(np.mean(np.log(values)) + exponent * (np.log(xs) - np.mean(np.log(held))))
+        fitted = np.polyval(line[::-1], xs)
+        return xs / fitted if self.expected.form == "saturating" else fitted
 
     def disagreement(self) -> str:
         """How the measurement differs from what was expected; empty where it does not."""
@@ -113,13 +129,13 @@ class Series:
         if not wanted and change <= 1 + CLOSE:
             return f"is constant (a factor of {change:.2f})"
         if fit.marginal <= 0:
-            return "falls"
-        if form == "sublinear":
-            return f"grows as x^{fit.exponent:.2f}" if not 0 < fit.exponent < 0.9 else ""
+            return f"does not level off (x^{fit.exponent:.2f})" if form == "saturating" else "falls"
+        if form == "sublinear" and not 0 < fit.exponent < 0.9:
+            return f"grows as x^{fit.exponent:.2f}"
         if form == "linear" and fit.fixed < -CLOSE * held[0]:
             return f"grows faster than a line (x^{fit.exponent:.2f})"
         if fit.miss > CLOSE:
-            return f"is {fit.miss:.0%} off a {'line' if form == 'linear' else 'parabola'} (x^{fit.exponent:.2f})"
+            return f"is {fit.miss:.0%} off {FITTED[form]} (x^{fit.exponent:.2f})"
         if form == "quadratic" and fit.square < 0.05:
             return f"has no square part ({fit.square:.0%} of the largest point)"
         return ""
@@ -189,7 +205,9 @@ def markdown(curves: Sequence[Curve]) -> str:
                 f"{fit.miss:.0%}",
             )
             if expected.form == "sublinear":  # no line is fitted
-                line = ("", "", "")
+                line = ("", "", line[2])
+            elif expected.form == "saturating":
+                line = (f"levels off at {amount(1 / fit.marginal, each.unit)}", "", line[2])
             cells = (
                 f"{curve.against}, {ranged(held)}",
                 each.what,
@@ -224,19 +242,19 @@ def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
     ]
     axes.errorbar(xs, list(medians.values()), yerr=reach, fmt="o", color=colour, ecolor=colour, capsize=3, markersize=5)
     along = np.geomspace(max(min(xs), series.expected.since), max(xs), 100)
+    fitted = series.along(along, fit.line, fit.exponent)
     if series.expected.form == "sublinear":
-        held, values = series.held(medians)
-        middle = np.mean(np.log(values)) - fit.exponent * np.mean(np.log(held))
-        fitted, title = np.exp(middle) * along**fit.exponent, f"x^{fit.exponent:.2f}"
+        title = f"x^{fit.exponent:.2f}"
+    elif series.expected.form == "saturating":
+        title = f"levels off at {amount(1 / fit.marginal, series.unit)}"
     else:
-        fitted = np.polyval(fit.line[::-1], along)
         title = f"x^{fit.exponent:.2f};  {amount(fit.marginal, series.unit)} {curve.one}"
         title += f" {'+' if fit.fixed >= 0 else '−'} {amount(abs(fit.fixed), series.unit)}"
         title += f";  square part {fit.square:.0%}" if series.expected.form == "quadratic" else ""
     axes.plot(along, fitted, color=plots.INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
     values = [value for some in series.points.values() for value in some]
     wide = max(values) > 8 * min(values)
-    if wide or series.expected.form in ("constant", "sublinear"):  # else a line is to look like one
+    if wide or series.expected.form in ("constant", "sublinear", "saturating"):  # else a line is to look like one
         axes.set_xscale("log")
         axes.set_xticks(xs, [f"{x:,.0f}" for x in xs])
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -47,6 +47,20 @@ def test_a_parabola_gives_its_square_share():
     assert fit.square == pytest.approx(128 / (5 + 64 + 128))
 
 
+def test_what_levels_off_gives_its_limit():
+    found = series(lambda x: 1000 * x / (4 + x), "saturating", "rows/s")
+    assert 1 / found.fit().marginal == pytest.approx(1000)
+    assert found.fit().fixed / found.fit().marginal == pytest.approx(4)
+    (_, _, row) = growth_curves.markdown([Curve("c", "clients", "a client", [found])]).splitlines()
+    assert "| levels off at 1,000 rows/s |  | 0% | saturating: so it is | yes |" in row
+
+
+def test_points_that_leave_the_fitted_curve_are_not_as_expected():
+    """Throughput that levels off, held against a power: it rises by less and less, and is no power."""
+    found = series(COSTS["saturating"], "sublinear").disagreement()
+    assert found.startswith("is ") and "off a power" in found
+
+
 def test_a_form_may_hold_from_a_point_on():
     found = series(lambda x: min(x, 8.0), "constant", since=8)
     assert (found.fit().exponent, found.disagreement()) == (pytest.approx(0), "")
@@ -58,6 +72,7 @@ COSTS = {
     "linear": lambda x: 9 + 4 * x,
     "quadratic": lambda x: 9 + 4 * x + x**2,
     "sublinear": lambda x: 9 * x**0.5,
+    "saturating": lambda x: 900 * x / (4 + x),
 }
 
 
