@@ -5,27 +5,28 @@
     python creditmix_prepare.py --src credit_score.csv.gz --features all --outdir data
     python creditmix_prepare.py --synthesize 6000 --outdir data
     python creditmix_prepare.py --task recipes/ticket_severity.yaml --src tickets.jsonl --outdir data
+    python creditmix_prepare.py --src tickets.csv --guess_task tickets.yaml
 
-Reads question/answer JSON or JSONL and the raw credit-score CSV (also gzipped), or makes synthetic rows. Writes into
---outdir: creditmix_sft.jsonl, creditmix_kd.jsonl and creditmix_dpo.jsonl (training customers, every class as often as
-the rarest), creditmix_dev.jsonl and creditmix_val.jsonl (other customers, classes as they come) and
-creditmix_manifest.json (counts, cleaning rules, checksums). The same input and seed give the same bytes. With --task,
-the rows are those of its text, label and group fields, and its name stands in the file names.
+Reads question/answer rows and the raw credit-score table (a JSON list, JSONL, CSV or Parquet, text also gzipped), or
+makes synthetic rows. Writes into --outdir: creditmix_sft.jsonl, creditmix_kd.jsonl and creditmix_dpo.jsonl (training
+customers, every class as often as the rarest), creditmix_dev.jsonl and creditmix_val.jsonl (other customers, classes as
+they come) and creditmix_manifest.json (counts, cleaning rules, checksums). The same input and seed give the same bytes.
+With --task, the rows are those of its text, label and group fields, and its name stands in the file names; --guess_task
+writes such a file from the columns of your rows, for you to look at, and does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import cli
 from common.cli import UserError
 from common.data import rows as records
-from common.data import splits, task_record
-from common.files import json_text, jsonl_text, read_json, sha256_file, sha256_text, write_together
-from common.tasks.ranking import creditmix, prepare
+from common.data import splits, tables, task_record
+from common.files import json_text, read_json, sha256_file, sha256_text, write_text, write_together
+from common.tasks.ranking import creditmix, guess, prepare
 from common.tasks.ranking.loading import load_task
 from common.tasks.ranking.task import LabelTask
 
@@ -37,12 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of this script."""
     parser = cli.parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--src", help="question/answer JSON or JSONL, or the raw credit-score CSV; .gz is fine")
+    source.add_argument("--src", help="labelled rows: a JSON list, JSONL, CSV (.gz is fine) or Parquet")
     source.add_argument(
         "--synthesize", type=cli.positive_int, metavar="N", help="make N synthetic rows instead (some 3 per customer)"
     )
     parser.add_argument("--task", metavar="FILE.yaml", help="another label set; default: CreditMix")
+    parser.add_argument(
+        "--guess_task", metavar="FILE.yaml", help="write --task's file from the columns of --src, and end"
+    )
     parser.add_argument("--outdir", default="data", help="folder to write into (default: data)")
+    parser.add_argument("--format", choices=tables.FORMATS, default="jsonl", help="of the rows that are written")
     parser.add_argument("--features", choices=list(creditmix.FEATURES), default="six", help="columns of a CSV to use")
     parser.add_argument(
         "--teacher_file",
@@ -57,10 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the data files and print what is in them."""
     args = cli.parse_args(build_parser(), argv)
+    if args.guess_task:
+        _guess_task(args)
+        return
     task, outdir = load_task(args.task), Path(args.outdir)
-    files = [f"{task.name}_{what}.jsonl" for what in OUTPUTS]
+    files = [f"{task.name}_{what}.{args.format}" for what in OUTPUTS]
     records.check_outdir(outdir, args.src, files)
-    texts: dict[str, str] = {}
+    contents: dict[str, bytes] = {}
+    lengths: dict[str, int] = {}
     if args.synthesize:
         if args.features != "six" or args.task:
             raise UserError("--synthesize makes CreditMix's six features only; leave --features and --task out")
@@ -68,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = name = f"--synthesize {args.synthesize} --seed {args.seed}"
         raw = creditmix.synthesize(args.synthesize, args.seed)
         rows, counts = creditmix.clean_rows(raw, source)
-        texts[RAW_FILE] = json_text(raw)
-        digest = sha256_text(texts[RAW_FILE])
+        contents[RAW_FILE], lengths[RAW_FILE] = json_text(raw).encode(), len(raw)
+        digest = sha256_text(contents[RAW_FILE])
     else:
         source, name = args.src, Path(args.src).name
         rows, counts = task.read(source, args.features, args.skip_bad_rows)
@@ -85,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kd, teacher = prepare.gold_rows(task, train)
     written = (prepare.sft_rows(task, train), kd, prepare.dpo_rows(task, train), parts["dev"], parts["validation"])
     for file, members in zip(files, written, strict=True):
-        texts[file] = jsonl_text(members)
+        contents[file], lengths[file] = tables.packed(members, args.format), len(members)
     manifest = {
         "task": task.name,
         task_record.MANIFEST_KEY: task.record(),
@@ -103,14 +112,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "parts": prepare.describe_parts(task, parts, train),
         "teacher": teacher,
         "cleaning": counts,
-        "files": {file: {"rows": _row_count(text), "sha256": sha256_text(text)} for file, text in texts.items()},
+        "files": {file: {"rows": lengths[file], "sha256": sha256_text(what)} for file, what in contents.items()},
     }
-    write_together(outdir, texts | {f"{task.name}_manifest.json": json_text(manifest)})
+    write_together(outdir, {**contents, f"{task.name}_manifest.json": json_text(manifest)})
     _print_summary(task, manifest, outdir)
 
 
-def _row_count(text: str) -> int:
-    return len(json.loads(text)) if text.startswith("[") else text.count("\n")
+def _guess_task(args: argparse.Namespace) -> None:
+    """Write the description of a label set, print it, and say what comes next."""
+    if args.synthesize or args.task:
+        raise UserError("--guess_task reads the columns of --src; leave --synthesize and --task out")
+    if Path(args.guess_task).exists():
+        raise UserError(f"--guess_task {args.guess_task} is there already; choose another name, or move it away")
+    text = guess.to_yaml(guess.guess(args.src), args.src)
+    write_text(args.guess_task, text)
+    print(text, end="")
+    cli.log(f"look at {args.guess_task}, then: creditmix_prepare.py --task {args.guess_task} --src {args.src}")
 
 
 def _keep_real_data(path: Path) -> None:

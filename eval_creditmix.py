@@ -36,7 +36,7 @@ DRIFTED = 3  # exit code of --fail_on_drift
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="eval_creditmix.py")
     parser.add_argument("--model_dir", required=True, nargs="+", help="run folders, or base models (folder or Hub id)")
-    parser.add_argument("--data", help="labelled rows: JSON, JSONL, or the raw CSV (.csv, .csv.gz)")
+    parser.add_argument("--data", help="labelled rows: a JSON list, JSONL, CSV (.gz is fine) or Parquet")
     parser.add_argument("--features", choices=("six", "all"), default="six", help="columns to read from a raw CSV")
     parser.add_argument("--split", choices=("validation", "dev", "all"), default="validation")
     draw = parser.add_mutually_exclusive_group()
@@ -45,10 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the balanced draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
     parser.add_argument(
-        "--controls", metavar="TRAIN.jsonl", help="add classic classifiers, trained on these rows, to the comparison"
+        "--controls", metavar="TRAIN", help="add classic classifiers, trained on these rows, to the comparison"
     )
     parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
-    parser.add_argument("--fit_calibration", metavar="DEV.jsonl", help="fit bias and temperature on these dev rows")
+    parser.add_argument("--fit_calibration", metavar="DEV", help="fit bias and temperature on these dev rows")
     decision = parser.add_argument_group("decisions, fitted with --fit_calibration")
     decision.add_argument("--optimize", choices=("accuracy", "macro_f1", "cost"), help="what labels are chosen for")
     decision.add_argument("--costs", help='JSON file: {"true label": {"predicted label": cost}}')

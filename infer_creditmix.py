@@ -1,18 +1,20 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Classify rows by calibrated label ranking: one line of features, or a JSONL file of them.
+"""Classify rows by calibrated label ranking: one line of features, or a file of them.
 
     python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, Occupation: Scientist, \\
         Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, \\
         Payment Behaviour: Low_spent_Small_value_payments"
     python infer_creditmix.py --model_dir runs/creditmix_sft --input rows.jsonl --output answers.jsonl
+    python infer_creditmix.py --model_dir runs/ticket_sft --input tickets.csv --output answers.parquet
     python infer_creditmix.py --model_dir runs/creditmix_sft --engine ray --input 'rows/*.parquet' --output answers
     python infer_creditmix.py --model_dir runs/ticket_sft --task recipes/ticket_severity.yaml \\
         --features "Mail. Users affected: 3, Hours open: 2, mails arrive an hour late"
 
-Rows of --input have the features under "features" or "question", with --task under the task's text field. Answers keep
-their order; an interrupted run goes on where it stopped. Each answer has model_name, prediction, scores, raw_scores,
-prior, probabilities and top2_margin. With --engine ray, --input is also a folder, a pattern, Parquet or an address such
-as s3://bucket/rows, --output is a folder of part files, and each answer has an id too.
+Rows of --input (JSONL, a JSON list, CSV or Parquet) have the features under "features" or "question", with --task under
+the task's text field. Answers keep their order; an interrupted run goes on where it stopped. Each answer has
+model_name, prediction, scores, raw_scores, prior, probabilities and top2_margin; --output NAME.csv or NAME.parquet has
+a column for each, and for every label one such as scores.Good. With --engine ray, --input is also a folder, a pattern
+or an address such as s3://bucket/rows, --output is a folder of part files in JSONL, and each answer has an id too.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
+from common.data import tables
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
@@ -33,8 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="infer_creditmix.py")
     parser.add_argument("--model_dir", required=True, help="run folder, ONNX export, or a base (folder or Hub id)")
     parser.add_argument("--features", help="one line of features, or the text of another task")
-    parser.add_argument("--input", help="JSONL rows to classify")
-    parser.add_argument("--output", help="JSONL answers, one per row of --input")
+    parser.add_argument("--input", help="rows to classify: JSONL, a JSON list, CSV or Parquet")
+    parser.add_argument("--output", help="answers, one per row of --input: .jsonl, .csv or .parquet")
     parser.add_argument("--skip_bad_rows", action="store_true", help="list bad rows in OUTPUT.rejects.jsonl and go on")
     parser.add_argument(
         "--strict_input", action="store_true", help="refuse a text that is not of the task, instead of a warning"
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError("--strict_input is for one machine; leave it out with --engine ray: answers have a warning")
     if args.engine == "local" and args.workers:
         raise cli.UserError("--workers goes with --engine ray; add it, or leave --workers out")
-    records.check_output(args.output, args.input)
+    records.check_output(args.output, args.input, tables.FORMATS if args.engine == "local" else ("jsonl",))
     models.check_model_dir(args.model_dir, args.base)
     task = task_for(args.task, args.model_dir)
     settings, source = scoring_settings(args, task), source_of(args, args.model_dir)

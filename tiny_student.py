@@ -40,8 +40,8 @@ TOKENIZER_PROMPTS = 4000  # more of the same changes no merge
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="tiny_student.py")
     parser.add_argument("--save_dir", default="models/tiny_student")
-    parser.add_argument("--prompts", nargs="+", default=[], help='JSONL rows whose "input" is read, unlabelled')
-    parser.add_argument("--texts", nargs="+", default=[], help='JSONL rows whose "output" is read, without its input')
+    parser.add_argument("--prompts", nargs="+", default=[], help='rows whose "input" is read, unlabelled')
+    parser.add_argument("--texts", nargs="+", default=[], help='rows whose "output" is read, without its input')
     parser.add_argument("--copying", action="store_true", help="for tasks that copy from their prompts, as IDP does")
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--steps", type=cli.positive_int, default=800)

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,8 +58,7 @@ def grant(*paths: str | Path) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    with atomic_write(path) as handle:
-        handle.write(json_text(value))
+    write_text(path, json_text(value))
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
@@ -77,20 +76,26 @@ def jsonl_text(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text, atomically."""
+    with atomic_write(path) as handle:
+        handle.write(text)
+
+
 def json_text(value: Any) -> str:
     """`value` as the text of an indented JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_together(folder: str | Path, texts: dict[str, str]) -> None:
-    """Write every text under its file name in `folder`; until all of them are on the disk, none is put in place.
+def write_together(folder: str | Path, files: Mapping[str, str | bytes]) -> None:
+    """Write all files, by name, in `folder`; until all of them are on the disk, none is put in place.
 
     They are put in place in the order given, so a file that vouches for the others (a manifest) goes last.
     """
     with contextlib.ExitStack() as stack:  # closes in the reverse order
-        for name, text in reversed(texts.items()):
-            handle = stack.enter_context(atomic_write(Path(folder) / name))
-            handle.write(text)
+        for name, content in reversed(files.items()):
+            handle = stack.enter_context(atomic_write(Path(folder) / name, "wb" if isinstance(content, bytes) else "w"))
+            handle.write(content)
             handle.flush()
 
 
@@ -164,9 +169,9 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def sha256_text(text: str) -> str:
-    """Hex SHA-256 of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def sha256_text(text: str | bytes) -> str:
+    """Hex SHA-256 of a text, in UTF-8 where it is not bytes yet."""
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
 def sha256_file(path: str | Path) -> str:

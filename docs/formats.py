@@ -179,24 +179,31 @@ def text(note: str) -> str:
         "",
         "## Files",
         "",
-        "All text is UTF-8, a byte-order mark is dropped, and a gzip file is known by its bytes, whatever its name.",
+        "All text is UTF-8, a byte-order mark is dropped, and a gzip or Parquet file is known by its bytes, whatever",
+        "its name. The cells of CSV are separated by commas, semicolons or tabs, as the header shows. Excel, Arrow,",
+        "Avro, ORC and SQLite files are refused by name: save their rows in one of these forms.",
         "",
         "| script | takes |",
         "| --- | --- |",
         *(f"| {script} | {files} |" for script, files in FILES),
+        "",
+        "What is written for label tasks has the form of its ending: `infer_creditmix.py --output answers.csv` or",
+        "`answers.parquet`, in which each entry of an object has a column (`scores.Good`), and `creditmix_prepare.py",
+        "--format csv|parquet|jsonl` for the rows that the trainers take.",
     ]
     return "\n".join(lines) + "\n"
 
 
+ROWS = "JSONL, a JSON list, CSV or Parquet"
 FILES = (
-    ("`sft_train.py`, `kd_train.py`, `dpo_train.py`", "JSONL"),
-    ("`distill_train.py`", "JSONL, a JSON list or CSV; SQuAD's JSON; text (`.txt`); `--dataset`: the Hub, or a folder"),
-    ("`distill_train.py --labels`", "JSONL"),
-    ("`creditmix_prepare.py`, `eval_creditmix.py`", "JSONL, a JSON list or CSV"),
+    ("`sft_train.py`, `kd_train.py`, `dpo_train.py`", ROWS),
+    ("`distill_train.py`", f"{ROWS}; SQuAD's JSON; text (`.txt`); `--dataset`: the Hub, or a folder"),
+    ("`distill_train.py --labels`", "JSONL, a JSON list or Parquet"),
+    ("`creditmix_prepare.py`, `infer_creditmix.py`, `eval_creditmix.py`", ROWS),
     ("`idp_prepare.py`, `eval_idp.py`", "JSONL or a JSON list; a folder of PDF or text files with JSON beside them"),
     ("`codegen_prepare.py`, `eval_codegen.py`", "JSONL or a JSON list: MBPP, HumanEval, own rows"),
-    ("`teacher_generate.py`", "JSONL, a JSON list or CSV"),
-    ("`infer_creditmix.py`, `infer_idp.py`, `infer_codegen.py`", "JSONL"),
+    ("`teacher_generate.py`", ROWS),
+    ("`infer_idp.py`, `infer_codegen.py`", "JSONL"),
     ("`infer_creditmix.py --engine ray`", "JSONL or Parquet: files, folders, patterns, `s3://` and the like"),
     ("`infer_idp.py --document_file`", "PDF, image or text; `--input` takes JSONL or a folder of such files"),
     ("`eval_distill.py`", "SQuAD's JSON, JSONL, text (`.txt`), or a label task's rows"),

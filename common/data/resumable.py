@@ -29,6 +29,7 @@ def write_answers(
     decided_by: Any,
     takes_over: Callable[[int, dict], bool] | None = None,
     bar: tqdm | None = None,
+    put_in_place: Callable[[Path, str], None] = os.replace,
 ) -> Iterator[dict]:
     """Write `answer` of every row to `output`, one JSON object a line, and yield each, also those of an earlier run.
 
@@ -42,6 +43,7 @@ def write_answers(
         takes_over: says of an interrupted OUTPUT.partial, a name without a key, whether its answers stand: called with
             their number and the last one. None: there are no such files.
         bar: the progress bar, where the caller moves it, too, while a window is being answered; None: one of its own.
+        put_in_place: makes the whole file of answers `output`.
     """
     from tqdm import tqdm as new_bar
 
@@ -75,7 +77,7 @@ def write_answers(
             done += len(some)
             bar.update(done - bar.n)
             yield from answers
-    os.replace(partial, output)
+    put_in_place(partial, output)
 
 
 def windows(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

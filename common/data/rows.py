@@ -1,4 +1,4 @@
-"""Rows of a JSON list, JSONL or CSV file, with every bad one named by file and line."""
+"""Rows of a JSON list, JSONL, CSV or Parquet file, with every bad one named by file and line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, log
+from common.data import tables
 from common.files import open_text, parse_json, read_json
 
 SFT_KEYS = ("input", "output")
@@ -31,41 +32,57 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def numbered_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str] | None]:
-    """(what the numbers count, numbered rows, CSV header or None) of a JSON list, JSONL or CSV."""
+    """(what the numbers count, numbered rows, a table's columns or None) of a JSON list, JSONL, CSV or Parquet file."""
+    unit, numbered, header = iter_rows(path)
+    rows = list(numbered)
+    if header is not None and not rows:
+        raise UserError(f"{path} has a header but no rows; give a file with rows")
+    return unit, rows, header
+
+
+def iter_rows(path: str | Path) -> tuple[str, Iterator[tuple[int, Any]], list[str] | None]:
+    """The same one after the other; but for a JSON list, in memory that does not grow with the file."""
+    if tables.is_parquet(path):
+        return "row", tables.parquet_rows(path), tables.parquet_columns(path)
     with open_text(path) as handle:
         start = handle.read(4096).lstrip()
     if not start:
-        raise UserError(f"{path} is empty; give a file with rows, as a JSON list, JSONL or CSV")
+        raise UserError(f"{path} is empty; give a file with rows, as a JSON list, JSONL, CSV or Parquet")
     suffixes = Path(path).suffixes
     if start[0] == "[" or (".json" in suffixes and start[0] != "{"):
         rows = read_json(path)
         if not isinstance(rows, list):
             raise UserError(f"{path} must hold a JSON list of rows, or one JSON object a line")
-        return "row", list(enumerate(rows, start=1)), None
+        return "row", enumerate(rows, start=1), None
     if start[0] == "{" or ".jsonl" in suffixes:
-        return "line", list(iter_jsonl(path)), None
-    return _csv_rows(path)
+        return "line", iter_jsonl(path), None
+    numbered = _csv_rows(path)
+    _, header = next(numbered)
+    return "line", numbered, header
 
 
-def _csv_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[str]]:
-    numbered: list[tuple[int, Any]] = []
+def _csv_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number, row) of a CSV file; the first is the list of its columns' names.
+
+    Cells are separated by what the header has most of: commas, semicolons (as Excel writes in much of Europe) or tabs.
+    """
     with open_text(path, newline="") as handle:
-        reader = csv.reader(handle, strict=True)
+        separator = max(",;\t", key=handle.readline().count)
+        handle.seek(0)
+        reader = csv.reader(handle, delimiter=separator, strict=True)
         try:
             header = [name.strip() for name in next(reader)]
             if repeated := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
                 raise UserError(f"{path}, line 1: the column '{repeated[0][:60]}' is given twice; rename one of them")
+            yield reader.line_num, header
             for cells in reader:
                 if len(cells) == len(header):
-                    numbered.append((reader.line_num, dict(zip(header, cells, strict=True))))
+                    yield reader.line_num, dict(zip(header, cells, strict=True))
                 elif cells:
                     fault = ValueError(f"{len(cells)} cells where the header has {len(header)}")
-                    numbered.append((reader.line_num, fault))
+                    yield reader.line_num, fault
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); mend the file") from error
-    if not numbered:
-        raise UserError(f"{path} has a header but no rows; give a file with rows")
-    return "line", numbered, header
 
 
 def row_fault(row: Any, keys: Sequence[str]) -> str | None:
@@ -130,14 +147,21 @@ def check_rows(
 
 
 def read_rows(path: str | Path, keys: Sequence[str], skip_bad_rows: bool = False) -> list[dict]:
-    """All rows of a JSONL file that have a non-empty text under each of `keys` (see `check_rows`)."""
-    return check_rows(path, iter_jsonl(path), keys, skip_bad_rows)
+    """All rows of a file that have a non-empty text under each of `keys` (see `numbered_rows`, `check_rows`)."""
+    unit, numbered, _ = numbered_rows(path)
+    return check_rows(path, numbered, keys, skip_bad_rows, unit)
 
 
-def check_output(output: str | None, source: str | None) -> None:
-    """Refuse an --output that is the --input itself."""
+def check_output(output: str | None, source: str | None, forms: Sequence[str] = ("jsonl",)) -> None:
+    """Refuse an --output that is the --input itself, or that is named as a table where none is written.
+
+    Args:
+        forms: that are written (`tables.FORMATS`).
+    """
     if output and source and Path(output).resolve() == Path(source).resolve():
         raise UserError(f"--output {output} would replace --input; choose another name")
+    if output and (form := tables.form_of(output)) not in forms:
+        raise UserError(f"--output {output}: answers are written as JSONL here, not as {form}; name it .jsonl")
 
 
 def check_outdir(outdir: Path, src: str | None, files: Sequence[str]) -> None:

@@ -140,7 +140,8 @@ def read_labelled(path: str, task: LabelTask, skip_bad_rows: bool = False) -> li
             return f"'{row['output']}' is none of the labels {', '.join(task.labels)}"
         return None
 
-    rows = records.check_rows(path, records.iter_jsonl(path), ("input",), skip_bad_rows, fault_of=fault)
+    unit, numbered, _ = records.numbered_rows(path)
+    rows = records.check_rows(path, numbered, ("input",), skip_bad_rows, unit, fault)
     both = [row for row in rows if row.get(PROBABILITIES) and row.get("output")]
     if both:
         right = sum(max(row[PROBABILITIES], key=row[PROBABILITIES].get) == row["output"] for row in both)

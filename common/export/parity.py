@@ -74,14 +74,15 @@ def read_proof_rows(path: str, task: LabelTask, model_dir: str, most: int | None
     Raises:
         UserError: missing or bad rows, by file and line, or rows of another task than the model was trained for.
     """
-    number, first = next(records.iter_jsonl(path), (1, None))
+    unit, numbered, _ = records.iter_rows(path)
+    number, first = next(numbered, (1, None))
     if records.row_fault(first, TEXT_KEYS) is None:
         rows = _spaced(records.read_rows(path, TEXT_KEYS), most)
         task_record.check_prompts(model_dir, (row["input"] for row in rows), path)
         return ProofRows(path, [row["input"] for row in rows], [row["output"] for row in rows])
     if records.row_fault(first, (task.text_field, task.label_field)) is not None:
         raise UserError(
-            f"{path}, line {number}: a row of a proof has {task.text_field} and {task.label_field}, or input and "
+            f"{path}, {unit} {number}: a row of a proof has {task.text_field} and {task.label_field}, or input and "
             "output; give such rows with --proof_data"
         )
     loading.check(task, model_dir)

@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read(path: str) -> list[dict]:
     """Rows of a file of any of the trainers; of preferences, the chosen answer."""
-    first = next((row for _, row in records.iter_jsonl(path) if isinstance(row, dict)), {})
-    if "chosen" in first:
+    rows = () if path.endswith(".txt") else records.iter_rows(path)[1]
+    if "chosen" in next((row for _, row in rows if isinstance(row, dict)), {}):
         rows = records.read_rows(path, records.DPO_KEYS, skip_bad_rows=True)
         return [{"input": row["prompt"], "output": row["chosen"]} for row in rows]
     return distill_rows.read(path, "train", skip_bad_rows=True)

@@ -29,7 +29,7 @@ TOP_LOGPROBS = 20  # the most that OpenAI gives
 
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of teacher_generate.py."""
-    parser.add_argument("--data", required=True, help="rows to answer: JSONL, JSON list or CSV")
+    parser.add_argument("--data", required=True, help="rows to answer: JSONL, a JSON list, CSV or Parquet")
     parser.add_argument("--out", required=True, help="JSONL to write, for kd_train.py (or dpo_train.py)")
     parser.add_argument(
         "--task", default="creditmix", metavar="creditmix|idp|codegen|FILE.yaml", help="default: creditmix"

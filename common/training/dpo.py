@@ -83,7 +83,8 @@ def read_pairs(path: str, skip_bad_rows: bool) -> list[dict]:
     def fault(row: dict) -> str | None:
         return "the chosen and the rejected answer are the same" if row["chosen"] == row["rejected"] else None
 
-    return records.check_rows(path, records.iter_jsonl(path), records.DPO_KEYS, skip_bad_rows, fault_of=fault)
+    unit, numbered, _ = records.numbered_rows(path)
+    return records.check_rows(path, numbered, records.DPO_KEYS, skip_bad_rows, unit, fault)
 
 
 def encode_pairs(

@@ -25,7 +25,7 @@ def add_flags(
     run = parser.add_argument_group("run")
     names = ("--student", "--student_model", "--student_model_name")
     run.add_argument(*names, required=True, help="base model: a folder or a Hub id")
-    run.add_argument("--data", required=data_required, help="training rows, JSONL")
+    run.add_argument("--data", required=data_required, help="training rows: JSONL, a JSON list, CSV or Parquet")
     names = ("--save_dir", "--output_dir")
     run.add_argument(*names, required=True, help="run folder for adapter, tokenizer, run.json and loss curve")
     run.add_argument("--eval_data", help="rows of the same kind, judged after every epoch; the best epoch is kept")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
+
+from pyarrow import parquet
+from pyarrow.csv import read_csv
 
 import creditmix_prepare
 from common import cli
@@ -15,7 +19,7 @@ from support.inputs import SHARED
 
 REAL = SHARED / "data" / "creditmix"
 LINE = "Age: 23.0, Occupation: {}, Annual Income: 19114.12, Outstanding Debt: {}, Credit Utilization Ratio: {}"
-FORMATS = ("list.json", "lines.jsonl", "raw.csv", "raw.csv.gz")
+FORMATS = ("list.json", "lines.jsonl", "raw.csv", "raw.csv.gz", "raw.parquet")
 
 
 def customers(count: int = 300) -> list[dict]:
@@ -46,6 +50,9 @@ def csv_text(lines: list[dict]) -> str:
 
 def write_source(path: Path, rows: list[dict]) -> Path:
     """`rows` in the format that the file's name says."""
+    if path.suffix == ".parquet":  # numbers where a column has nothing else
+        parquet.write_table(read_csv(io.BytesIO(as_csv(rows).encode())), path)
+        return path
     if ".csv" in path.suffixes:
         text = as_csv(rows)
     elif path.suffix == ".json":

@@ -50,9 +50,10 @@ class CreditMix(LabelTask):
         return Path(folder) / f"{kind}.json"
 
     def warning(self, text: str) -> str | None:
-        """That no feature of a line was found."""
-        if any(key in RULES for key, _ in split_features(text)):
-            return None
+        """That no feature of a line was found, or that an amount is not read."""
+        pairs = split_features(text)
+        if any(key in RULES for key, _ in pairs):
+            return amount_fault(pairs)
         return 'no feature of a CreditMix line is in the text; give some, as in "Age: 23.0, Occupation: Scientist"'
 
     def group_of(self, row: dict) -> str:
@@ -93,6 +94,7 @@ class Column(NamedTuple):
     high: float = 1e12
     decimals: int = 2
     monthly: bool = False  # differs from month to month, so the customer's other rows cannot fill it
+    words: bool = False  # no number
 
 
 # The six columns of the question/answer file come first: an `all` line begins with the `six` line. Left out: ID,
@@ -103,11 +105,11 @@ class Column(NamedTuple):
 # investment of exactly __10000__.
 COLUMNS = (
     Column("Age", "Age", 14, 100),
-    Column("Occupation", "Occupation"),
+    Column("Occupation", "Occupation", words=True),
     Column("Annual_Income", "Annual Income", 0, 1_000_000),
     Column("Outstanding_Debt", DEBT_KEY),
     Column("Credit_Utilization_Ratio", "Credit Utilization Ratio", monthly=True),
-    Column("Payment_Behaviour", "Payment Behaviour", monthly=True),
+    Column("Payment_Behaviour", "Payment Behaviour", monthly=True, words=True),
     Column("Monthly_Inhand_Salary", "Salary", 0, 100_000, 0),
     Column("Num_Bank_Accounts", "Accounts", 0, 20),
     Column("Num_Credit_Card", "Cards", 0, 20),
@@ -118,7 +120,7 @@ COLUMNS = (
     Column("Changed_Credit_Limit", "Limit Change", -100, 100, 1),
     Column("Num_Credit_Inquiries", "Inquiries", 0, 20),
     Column("Credit_History_Age", "History Months", 0, 1200),
-    Column("Payment_of_Min_Amount", "Pays Minimum"),
+    Column("Payment_of_Min_Amount", "Pays Minimum", words=True),
     Column("Total_EMI_per_month", "EMI", 0, 2_500, 0),
     Column("Amount_invested_monthly", "Invested", 0, 5_000, 0, monthly=True),
     Column("Monthly_Balance", "Balance", -10_000_000, 10_000_000, 0, monthly=True),
@@ -127,10 +129,15 @@ SIX = COLUMNS[:6]
 FEATURES = {"six": SIX, "all": COLUMNS}
 SIX_KEYS = frozenset(column.key for column in SIX)
 RULES = {column.key: column for column in COLUMNS}
+NUMERIC = frozenset(column.key for column in COLUMNS if not column.words)
 ANY_COLUMN = Column("", "")  # the rules of a key that the CSV does not have
 
 PLACEHOLDERS = frozenset({"", "na", "n/a", "nan", "null", "nm", "!@9#%8", "#f%$d@*&8"})
 NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+# Thousands apart, by commas, spaces or apostrophes ("19,114.12", in India "1,14,500", "1 234,5") or by dots with
+# another dot or a comma behind ("1.234,50", "1.234.567"); or a decimal comma alone ("809,98"). "1.234" is plain.
+GROUPED = re.compile(r"(-?\d{1,3}(?:,\d{2,3})*,\d{3})(?:\.(\d+))?|(-?\d{1,3}(?:[ '’\u00a0\u202f]\d{3})+)(?:[.,](\d+))?")
+DOTTED = re.compile(r"(-?\d{1,3}(?:\.\d{3})+),(\d+)|(-?\d{1,3}(?:\.\d{3}){2,})|(-?\d+),(\d+)")
 # Values hold commas too ("Auto Loan, and Home Equity Loan"), so a new pair begins only at ", Capitalised Key: ".
 PAIR_BREAK = re.compile(r",\s*(?=[A-Z][^,:\n]*:(?:\s|$))")
 KEY = re.compile(r"[A-Z][^,:\n]*")
@@ -149,6 +156,8 @@ def clean_value(key: str, text: str, tally: Counter[str] | None = None) -> str:
         return text
     bare = text.strip("_").strip()
     rule = None
+    if key in NUMERIC and (plain := _ungrouped(bare)):
+        bare, rule = plain, "thousands separators and decimal comma read"
     if bare.lower() in PLACEHOLDERS:
         value, rule = MISSING, "placeholder to N/A"
     elif NUMBER.fullmatch(bare):
@@ -159,9 +168,9 @@ def clean_value(key: str, text: str, tally: Counter[str] | None = None) -> str:
                 value = value.rstrip("0").rstrip(".")
             if value == "-0":
                 value = "0"
-            if bare != text:
+            if rule is None and bare != text:
                 rule = "stray _ removed"
-            elif value != bare:
+            elif rule is None and value != bare:
                 rule = "number shortened"
         else:
             value, rule = MISSING, _impossible(column)
@@ -170,6 +179,25 @@ def clean_value(key: str, text: str, tally: Counter[str] | None = None) -> str:
     if rule and tally is not None:
         tally[f"{key}: {rule}"] += 1
     return value
+
+
+def _ungrouped(text: str) -> str | None:
+    """A number with thousands separators or a decimal comma, as a plain one; None for any other text."""
+    found = GROUPED.fullmatch(text) or DOTTED.fullmatch(text)
+    if not found:
+        return None
+    whole, *decimals = [part for part in found.groups() if part]
+    return ".".join([re.sub(r"[^\d-]", "", whole), *decimals])
+
+
+def amount_fault(pairs: Iterable[tuple[str, str]]) -> str | None:
+    """Why a line's (key, value) pairs, as they are or cleaned, are not read: a number with something else beside it."""
+    for key, value in pairs:
+        if key in NUMERIC and any(map(str.isdigit, value)):
+            cleaned = clean_value(key, value)
+            if cleaned != MISSING and not NUMBER.fullmatch(cleaned):
+                return f"{key} '{value[:40]}' is not a number; give it without currency and units"
+    return None
 
 
 def _impossible(column: Column) -> str:
@@ -217,7 +245,7 @@ def read_labelled(
     """Cleaned labelled rows of a file, and what was done to get them.
 
     The format is seen from the content: a JSON list or JSONL of {"question", "answer"} (a "group" of an earlier run is
-    kept), a CSV with these columns, or the raw credit-score CSV; each may be gzipped.
+    kept), a CSV with these columns, or the raw credit-score CSV, also gzipped; either also as Parquet.
 
     Args:
         features: "six" or "all": the columns of the raw CSV that make the line. Question lines stay as they are, but
@@ -234,8 +262,12 @@ def read_labelled(
     """
     unit, numbered, header = records.numbered_rows(path)
     if header is not None and not {"question", "answer"} <= set(header):
-        return _read_raw_csv(path, numbered, header, features, skip_bad_rows)
-    fault_of = CREDITMIX.label_fault("answer", UNLABELLED)
+        return _read_raw_table(path, unit, numbered, header, features, skip_bad_rows)
+    label_fault = CREDITMIX.label_fault("answer", UNLABELLED)
+
+    def fault_of(row: dict) -> str | None:
+        return label_fault(row) or amount_fault(split_features(row["question"]))
+
     good = records.check_rows(path, numbered, ("question", "answer"), skip_bad_rows, unit, fault_of)
     if features == "all" and all({key for key, _ in split_features(row["question"])} <= SIX_KEYS for row in good):
         raise UserError(f"{path} holds the six features only; --features all needs the raw credit-score CSV")
@@ -272,8 +304,9 @@ def _counts(source: str | Path, good: int, kept: int, bad: int, synthetic: int, 
     }
 
 
-def _read_raw_csv(
+def _read_raw_table(
     path: str | Path,
+    unit: str,
     numbered: list[tuple[int, Any]],
     header: Sequence[str],
     features: str,
@@ -284,10 +317,16 @@ def _read_raw_csv(
     if missing:
         raise UserError(
             f"{path} has neither the columns question and answer nor those of the raw credit-score CSV "
-            f"({', '.join(missing[:7])} missing); give one of the two"
+            f"({', '.join(missing[:7])} missing); where its labels are others, describe them with --task FILE.yaml, "
+            "which --guess_task FILE.yaml writes from its columns"
         )
-    fault_of = CREDITMIX.label_fault("Credit_Mix", UNLABELLED)
-    raw = records.check_rows(path, numbered, (), skip_bad_rows, "line", fault_of)
+    numbered = [(number, _cells(row)) for number, row in numbered]
+    label_fault = CREDITMIX.label_fault("Credit_Mix", UNLABELLED)
+
+    def fault_of(row: dict) -> str | None:
+        return label_fault(row) or amount_fault((key, _history_months(row[source])) for source, key, *_ in columns)
+
+    raw = records.check_rows(path, numbered, (), skip_bad_rows, unit, fault_of)
     tally: Counter[str] = Counter()
     customers = [row.get("Customer_ID", "").strip() for row in raw]
     table = [{key: clean_value(key, _history_months(row[source]), tally) for source, key, *_ in columns} for row in raw]
@@ -298,6 +337,11 @@ def _read_raw_csv(
         if row["Credit_Mix"].strip() not in UNLABELLED
     ]
     return rows, _counts(path, len(raw), len(rows), len(numbered) - len(raw), 0, tally)
+
+
+def _cells(row: Any) -> Any:
+    """A row with the texts that CSV would have, where a Parquet file has numbers."""
+    return {name: "" if cell is None else str(cell) for name, cell in row.items()} if isinstance(row, dict) else row
 
 
 def _history_months(text: str) -> str:

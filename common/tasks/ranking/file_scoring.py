@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, log
+from common.data import tables
 from common.data.resumable import write_answers
-from common.data.rows import iter_jsonl
+from common.data.rows import iter_rows
 from common.files import sha256_file, write_jsonl
 from common.models import adapters
 from common.models.source import ModelSource
@@ -23,6 +24,7 @@ from common.tasks.ranking.settings import ScoringSettings
 from common.tasks.ranking.task import LabelTask
 
 WINDOW = 4096  # rows in memory at a time
+ANSWER_TEXTS = ("model_name", "prediction")  # of an answer; a label may look like a date
 NEAR = 0.05  # nats: more than bfloat16 makes of a score in another batch
 
 
@@ -32,8 +34,8 @@ class FileScoring:
 
     Attributes:
         source: the model.
-        input: a JSONL file; for `ray_scoring` also a folder, a pattern or an address.
-        output: a JSONL file; for `ray_scoring` a folder.
+        input: a file of rows; for `ray_scoring` also a folder, a pattern or an address.
+        output: a JSONL, CSV or Parquet file, by its ending; for `ray_scoring` a folder.
         skip_bad_rows: list rows without a text, and go on; else the first one is an error.
         strict: rows whose text is not of the task (see `LabelTask.warning`) are bad ones, too.
     """
@@ -84,21 +86,23 @@ def check_input(path: str, task: LabelTask, skip_bad_rows: bool, strict: bool = 
         UserError: a row without a text (unless `skip_bad_rows`), or no row with one.
     """
     good = False
-    for number, row in iter_jsonl(path):
+    unit, numbered, _ = iter_rows(path)
+    for number, row in numbered:
         fault = row_fault(row, task, strict)
         if fault is None:
             good = True
         elif not skip_bad_rows:
-            raise UserError(f"{path}, line {number}: {fault}; mend the row, or pass --skip_bad_rows")
+            raise UserError(f"{path}, {unit} {number}: {fault}; mend the row, or pass --skip_bad_rows")
     if not good:
         raise UserError(f"{path} has no usable rows; each needs its text under '{task.text_field}'")
 
 
 def good_texts(path: str, task: LabelTask, bad: list[dict], strict: bool = False) -> Iterator[str]:
     """The text of each good row; the bad ones are added to `bad`."""
-    for number, row in iter_jsonl(path):
+    unit, numbered, _ = iter_rows(path)
+    for number, row in numbered:
         if row_fault(row, task, strict) is not None:
-            bad.append({"line": number, "row": str(row) if isinstance(row, ValueError) else row})
+            bad.append({unit: number, "row": str(row) if isinstance(row, ValueError) else row})
         else:
             yield task.text_of(row)
 
@@ -132,6 +136,7 @@ def classify_file(scoring: FileScoring, classifier: Classifier) -> None:
         window=WINDOW,
         decided_by=decided_by,
         takes_over=takes_over,
+        put_in_place=lambda answers, output: tables.put_in_place(answers, output, ANSWER_TEXTS),
     ):
         pass
     rejects = Path(scoring.output + ".rejects.jsonl")

@@ -90,12 +90,16 @@ def cut(system: FileSystem, root: str, files: list[FileInfo], task: LabelTask) -
     """The blocks of the files: ranges of bytes of a JSONL file, of rows of a Parquet file.
 
     Raises:
-        UserError: a Parquet file is damaged or has no column with a text.
+        UserError: a file is CSV, or a Parquet file is damaged or has no column with a text.
     """
     from pyarrow import ArrowException, parquet
 
     blocks = []
     for file in files:
+        if file.path.endswith((".csv", ".csv.gz", ".tsv")):
+            raise UserError(
+                f"{file.path}: --engine ray reads JSONL and Parquet; write it as one, or leave --engine out"
+            )
         bounds = [*range(0, file.size, BLOCK_BYTES), file.size]
         if file.path.endswith(".gz"):  # cannot be entered in the middle
             bounds = [0, 1 << 62]
@@ -124,7 +128,7 @@ def cut(system: FileSystem, root: str, files: list[FileInfo], task: LabelTask) -
 
 def _text_columns(columns: list[str], task: LabelTask) -> list[str]:
     """The columns that `task.text_of` looks at."""
-    return [name for name in task.text_keys if name in columns]
+    return [name for name in (*task.text_keys, *task.text_columns) if name in columns]
 
 
 def rows_of(system: FileSystem, block: Block, task: LabelTask) -> Iterator[tuple[int, Any]]:

@@ -7,6 +7,7 @@ recipes/ticket_severity.yaml is a complete one:
     labels: [Low, Medium, High]      # in the order of every table and matrix
     instruction: Rate this ticket.   # what stands before the text in every prompt
     text_field: ticket               # where rows have their text; default: text
+    text_columns: [subject, body]    # rows without that field: the columns that make it; default: none
     label_field: severity            # where rows have their label; default: label
     group_key: customer              # rows of one value stay on one side of the split; default: the text itself
     verbalizers: {Medium: [Normal]}  # other words for a label; default: none
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,7 @@ class LabelTask:
         verbalizers: further words per label, e.g. {"Standard": ["Average"]}.
         aggregate: "max" or "mean": what a label with several words makes of their scores.
         text_field: the key of a row's text.
+        text_columns: the keys that make the text of a row that has no `text_field`, as a line "Key: value, ...".
         label_field: the key of a row's label.
         group_key: the key whose value names a row's group; None: the text itself does.
         unlabelled: what stands for a label in a row that has none, in a teacher's file.
@@ -61,6 +63,7 @@ class LabelTask:
     verbalizers: dict[str, list[str]] = field(default_factory=dict)
     aggregate: str = "max"
     text_field: str = "text"
+    text_columns: tuple[str, ...] = ()
     label_field: str = "label"
     group_key: str | None = None
 
@@ -127,8 +130,15 @@ class LabelTask:
         """Why an answer to a text says little, in a sentence: the text is not of this task. None where it may be."""
         return None
 
+    def with_text(self, row: Any) -> Any:
+        """A row with its text, where it has columns instead that make one; any other as it is."""
+        if not isinstance(row, dict) or self.text_field in row or not set(self.text_columns) & set(row):
+            return row
+        return row | {self.text_field: ", ".join(_named_cells(row, self.text_columns))}
+
     def text_of(self, row: Any) -> str | None:
         """The clean text of a row without a label; None where it has none."""
+        row = self.with_text(row)
         for key in self.text_keys:
             if records.row_fault(row, (key,)) is None:
                 return self.clean(row[key])
@@ -136,7 +146,7 @@ class LabelTask:
 
     def group_of(self, row: dict) -> str:
         """The group hash of a row, whose text need not be clean, from its group key or its text."""
-        return splits.group_hash(str(row.get(self.group_key) or "").strip() or self.clean(row[self.text_field]))
+        return splits.group_hash(str(row.get(self.group_key) or "").strip() or self.text_of(row) or "")
 
     def label_fault(self, key: str, unlabelled: Sequence[str] = ()) -> Callable[[dict], str | None]:
         """A check for `records.check_rows`: why a row's label (under `key`) or group hash cannot be used, or None.
@@ -158,7 +168,7 @@ class LabelTask:
     def read(
         self, path: str | Path, features: str = "six", skip_bad_rows: bool = False
     ) -> tuple[list[dict], dict[str, int]]:
-        """Labelled rows of a JSON list, JSONL or CSV file (also gzipped), and what was done to get them.
+        """Labelled rows of a JSON list, JSONL or CSV file (also gzipped) or of Parquet, and what was done to get them.
 
         Args:
             features: of CreditMix's raw CSV (see `creditmix.read_labelled`).
@@ -174,6 +184,7 @@ class LabelTask:
         if features != "six":
             raise UserError(f"--features {features} is for CreditMix's CSV; leave it out with --task")
         unit, numbered, _ = records.numbered_rows(path)
+        numbered = [(number, self.with_text(row)) for number, row in numbered]
         label_fault = self.label_fault(self.label_field)
 
         def fault(row: dict) -> str | None:
@@ -205,8 +216,9 @@ class LabelTask:
         The text is under the task's text field or "input" (which may be the whole prompt), the label under
         "teacher_label" or "teacher_output". Where a text occurs twice, the first answer counts.
         """
-        unit, numbered, header = records.numbered_rows(path)
-        keys = set(header or ()).union(*(row for _, row in numbered if isinstance(row, dict)))
+        unit, numbered, _ = records.numbered_rows(path)
+        numbered = [(number, self.with_text(row)) for number, row in numbered]
+        keys = set().union(*(row for _, row in numbered if isinstance(row, dict)))
         key = self.text_field if self.text_field in keys else "input"
         answer = "teacher_label" if "teacher_label" in keys else "teacher_output"
         if not {key, answer} <= keys:
@@ -260,8 +272,10 @@ def from_settings(settings: dict[str, Any], source: str) -> LabelTask:
         if key not in settings:
             raise refuse(key, "is missing; see recipes/ticket_severity.yaml")
     task = dict(settings)
-    for key in ("labels", "null_inputs"):
-        if key in task:
+    for key in ("labels", "null_inputs", "text_columns"):
+        if key == "text_columns" and not task.get(key):
+            task[key] = ()
+        elif key in task:
             task[key] = tuple(_texts(task[key], lambda what, key=key: refuse(key, what)))
     for key in ("name", "instruction", "text_field", "label_field", "group_key"):
         if key in task and not (isinstance(task[key], str) and task[key].strip()):
@@ -303,6 +317,14 @@ def _texts(value: Any, refuse: Callable[[str], UserError]) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise refuse("hold an empty text; give every one some letters")
     return value
+
+
+def _named_cells(row: dict, columns: Sequence[str]) -> Iterator[str]:
+    """ "Key: value" of each cell that is not empty; the key begins with a capital, as in CreditMix's lines."""
+    for name in columns:
+        if (value := row.get(name)) is not None and (text := str(value).strip()):
+            title = name.strip().replace("_", " ")
+            yield f"{title[:1].upper()}{title[1:]}: {text}"
 
 
 def warned(task: LabelTask, text: str, answer: dict) -> dict:

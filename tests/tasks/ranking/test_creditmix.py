@@ -22,6 +22,7 @@ from support.creditmix_sources import (
 
 import creditmix_prepare
 from common import cli
+from common.cli import UserError
 from common.data import splits
 from common.files import read_json
 from common.tasks.ranking import creditmix
@@ -74,12 +75,46 @@ needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the public Credi
         ("Loans", "-100", "N/A"),
         ("Loans", "4_", "4"),
         ("Inquiries", "2022.0", "N/A"),
+        ("Annual Income", "19,114.12", "19114.12"),
+        ("Annual Income", "1,14,500", "114500"),
+        ("Annual Income", "19 114,12", "19114.12"),
+        ("Annual Income", "19'114.12", "19114.12"),
+        ("Annual Income", "19.114,12", "19114.12"),
+        ("Annual Income", "1.234.567", "N/A"),
+        ("Annual Income", "19,114_", "19114"),
+        ("Annual Income", "24,137,255", "N/A"),
+        ("Balance", "-1,234.56", "-1235"),
+        ("Outstanding Debt", "809,98", "809.98"),
+        ("Outstanding Debt", "1.234", "1.23"),
+        ("Outstanding Debt", "1,23,4", "1,23,4"),
+        ("Outstanding Debt", "$ 809.98", "$ 809.98"),
+        ("Occupation", "1,234", "1,234"),
+        ("Anything", "1,234", "1,234"),
     ],
 )
 def test_a_value_is_cleaned_once_and_for_all(key, dirty, clean):
     assert creditmix.clean_value(key, dirty) == clean
     assert creditmix.clean_value(key, clean) == clean
     assert creditmix.clean_features(f"{key}: {dirty}, Other: x") == f"{key}: {clean}, Other: x"
+
+
+def test_amounts_with_separators_leave_a_customer_in_its_group():
+    plain, grouped = (f"Age: 23, Outstanding Debt: {debt}, Occupation: Writer" for debt in ("1809.98", "1,809.98"))
+    tally: Counter[str] = Counter()
+    assert creditmix.clean_features(grouped, tally) == plain
+    assert tally == {"Outstanding Debt: thousands separators and decimal comma read": 1}
+    assert creditmix.CREDITMIX.group_of({"question": grouped}) == creditmix.CREDITMIX.group_of({"question": plain})
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "raw.csv", "raw.parquet"])
+def test_an_amount_that_is_not_read_is_named(tmp_path, name, capsys):
+    rows = customers(20)
+    rows[3]["question"] = rows[3]["question"].replace("Annual Income: ", "Annual Income: EUR ")
+    path = write_source(tmp_path / name, rows)
+    place = {"x.jsonl": "line 4", "raw.csv": "line 5", "raw.parquet": "row 4"}[name]
+    with pytest.raises(UserError, match=f"{place}: Annual Income 'EUR .*' is not a number; give it without currency"):
+        creditmix.read_labelled(path)
+    assert creditmix.read_labelled(path, skip_bad_rows=True)[1]["rows bad"] == 1
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ ONE_CLASS = json.dumps([{"question": f"Age: 23, Outstanding Debt: {debt}", "answ
     ("name", "text", "parts"),
     [
         ("gone.json", None, ["gone.json does not exist", "check the path"]),
-        ("x.json", "", ["x.json is empty", "JSON list, JSONL or CSV"]),
+        ("x.json", "", ["x.json is empty", "JSON list, JSONL, CSV or Parquet"]),
         ("x.csv", "\n \n", ["x.csv is empty"]),
         ("x.json", "[]", ["x.json has no usable rows", "question, answer"]),
         ("x.json", "hello", ["x.json, line 1: not JSON", "mend the file"]),
@@ -204,7 +204,7 @@ ONE_CLASS = json.dumps([{"question": f"Age: 23, Outstanding Debt: {debt}", "answ
         ("x.jsonl", f"{question()}\nnonsense\n", ["x.jsonl, line 2: not JSON", "--skip_bad_rows"]),
         ("x.jsonl", "nonsense\n", ["x.jsonl, line 1: not JSON"]),
         ("x.jsonl", f"{question()}\n\n{question('good')}\n", ["x.jsonl, line 3: answer 'good'", "Good, Standard, Bad"]),
-        ("x.csv", "a,b\n1,2\n", ["x.csv has neither the columns question and answer", "Age", "give one of the two"]),
+        ("x.csv", "a,b\n1,2\n", ["x.csv has neither the columns question and answer", "Age", "--guess_task FILE.yaml"]),
         ("x.csv", f"{HEADER}\n", ["x.csv has a header but no rows"]),
         ("x.csv", f"{HEADER}\nC1,Good,23\n", ["x.csv, line 2: 3 cells where the header has 8", "--skip_bad_rows"]),
         ("x.csv", f"{HEADER}\nC1,Fine,1,2,3,4,5,6\n", ["x.csv, line 2: Credit_Mix 'Fine'", "Good, Standard, Bad"]),

@@ -95,6 +95,7 @@ GOOD = "labels: [a, b]\ninstruction: x\n"
         (GOOD + "null_inputs: []", "null_inputs must be a list of texts"),
         (GOOD + "name: a/b", "name 'a/b' is part of file names"),
         (GOOD + "text_field: 3", "text_field must be a text, not 3"),
+        (GOOD + "text_columns: subject", "text_columns must be a list of texts"),
     ],
 )  # fmt: skip
 def test_a_bad_task_file_is_one_sentence(tmp_path, text, sentence):

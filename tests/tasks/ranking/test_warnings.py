@@ -22,6 +22,8 @@ def test_what_has_no_feature_of_a_line_is_told_apart():
         assert CREDITMIX.warning(text) is None
     for text in FOREIGN:
         assert CREDITMIX.warning(text).startswith("no feature of a CreditMix line is in the text; give some")
+    assert CREDITMIX.warning("Age: 23, Outstanding Debt: 1,809.98") is None
+    assert CREDITMIX.warning("Age: 23 years").startswith("Age '23 years' is not a number; give it without currency")
     assert LabelTask("x", ("a", "b"), "Rate.").warning("hello world") is None
 
 

@@ -1,0 +1,148 @@
+"""Rows in Parquet, and rows and answers written as JSONL, CSV or Parquet: the form follows from a file's ending."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.cli import UserError, reason
+from common.files import atomic_write, jsonl_text
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+
+FORMATS = ("jsonl", "csv", "parquet")
+PARQUET = b"PAR1"  # how such a file begins
+NOT_ROWS = {  # how files begin that hold rows, too, but in a form that is not read
+    b"PK\x03\x04": "an Excel workbook or another archive",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"ARROW1": "an Arrow file",
+    b"Obj\x01": "an Avro file",
+    b"ORC": "an ORC file",
+    b"SQLite format 3": "an SQLite database",
+}
+BLOCK = 1 << 24  # bytes of JSONL that are made columns at a time; no line may be longer
+
+
+def form_of(path: str | Path) -> str:
+    """ "csv" or "parquet" where the file's name ends so, else "jsonl"."""
+    ending = Path(path).suffix.lower().removeprefix(".")
+    return ending if ending in FORMATS else "jsonl"
+
+
+def is_parquet(path: str | Path) -> bool:
+    """Whether a file is Parquet, by its first bytes.
+
+    Raises:
+        UserError: it is named so and is not, or it holds rows in a form that nobody here reads.
+    """
+    try:
+        with open(path, "rb") as handle:
+            start = handle.read(16)
+    except OSError:  # what is wrong with it is said where it is read as text
+        return False
+    if kind := next((kind for mark, kind in NOT_ROWS.items() if start.startswith(mark)), None):
+        raise UserError(f"{path} is {kind}, which is not read; save its rows as CSV, JSONL or Parquet")
+    parquet = start.startswith(PARQUET)
+    if form_of(path) == "parquet" and not parquet:
+        raise UserError(f"{path} is not Parquet; write it again, or rename it")
+    return parquet
+
+
+def parquet_columns(path: str | Path) -> list[str]:
+    """The names of a Parquet file's columns.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from pyarrow import parquet
+
+    with _readable(path):
+        return parquet.read_schema(path).names
+
+
+def parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, row) of a Parquet file, as JSON would have it; the ValueError of a row that it cannot have.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from pyarrow import parquet
+
+    number = 0
+    with _readable(path):
+        for batch in parquet.ParquetFile(path).iter_batches(4096):
+            for row in batch.to_pylist():
+                number += 1
+                try:
+                    yield number, {name: _json_value(value) for name, value in row.items()}
+                except UnicodeDecodeError as error:
+                    yield number, ValueError(f"it holds bytes that are no UTF-8 text (byte {error.start})")
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} is a damaged Parquet file ({reason(error)}); write it again") from error
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(name): _json_value(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_json_value(each) for each in value]
+    return value.decode() if isinstance(value, bytes) else str(value)  # dates, times, decimals: as they are written
+
+
+def packed(rows: Sequence[dict], form: str) -> bytes:
+    """The bytes of a file with these rows.
+
+    Args:
+        form: one of `FORMATS`.
+    """
+    from pyarrow import Table
+
+    return jsonl_text(rows).encode() if form == "jsonl" else _packed(Table.from_pylist(list(rows)), form)
+
+
+def put_in_place(answers: Path, output: str, texts: Sequence[str]) -> None:
+    """Make a JSONL file of answers the file `output`, in the form that its name says.
+
+    In a table every entry of an object has a column of its own, "scores.Good".
+
+    Args:
+        answers: is gone afterwards.
+        texts: keys whose values are texts, also where all of them look like dates.
+    """
+    form = form_of(output)
+    if form == "jsonl":
+        os.replace(answers, output)
+        return
+    import pyarrow
+    from pyarrow import json, types
+
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in texts])
+    table = json.read_json(answers, json.ReadOptions(block_size=BLOCK), json.ParseOptions(explicit_schema=schema))
+    while any(types.is_struct(field.type) for field in table.schema):
+        table = table.flatten()
+    with atomic_write(output, "wb") as handle:
+        handle.write(_packed(table, form))
+    answers.unlink()
+
+
+def _packed(table: Table, form: str) -> bytes:
+    from pyarrow import csv, parquet
+
+    target = io.BytesIO()
+    (csv.write_csv if form == "csv" else parquet.write_table)(table, target)
+    return target.getvalue()

@@ -1,0 +1,143 @@
+"""From somebody's own table to a classifier: what is guessed of its columns, and that the guess can be trained on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+from support.inputs import read_rows, write_rows
+
+import creditmix_prepare
+import eval_creditmix
+import infer_creditmix
+import sft_train
+import tiny_student
+from common import cli
+from common.cli import UserError
+from common.data import rows as records
+from common.tasks.ranking.guess import guess, to_yaml
+from common.tasks.ranking.loading import load_task
+from recipes import make_tickets
+
+
+def write_csv(path: Path, rows: list[dict]) -> str:
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def tickets(count: int) -> list[dict]:
+    """As a help desk exports them: a subject, a body, and much beside."""
+    draw = random.Random(0)
+    bodies = {"Low": "a typo on the page is ugly", "High": "all orders fail since this morning"}
+    return [
+        {
+            "id": number,
+            "customer_id": f"C{number // 3}",
+            "channel": draw.choice(["mail", "phone"]),
+            "subject": f"Ticket about the shop {number % 7}",
+            "body": f"{bodies[priority]}, said user {draw.randrange(40)} twice",
+            "priority": priority,
+        }
+        for number in range(count)
+        for priority in [draw.choice(["Low", "High"])]
+    ]
+
+
+def guessed(path: str, folder: Path):
+    (folder / "guess.yaml").write_text(to_yaml(guess(path), path))
+    return load_task(str(folder / "guess.yaml"))
+
+
+def test_a_table_of_tickets(tmp_path):
+    path = write_csv(tmp_path / "tickets.csv", tickets(120))
+    task = guessed(path, tmp_path)
+    assert task.name == "tickets_priority" and set(task.labels) == {"Low", "High"}
+    assert (task.label_field, task.group_key) == ("priority", "customer_id")
+    assert (task.text_field, task.text_columns) == ("text", ("subject", "body"))
+    assert "Return only the priority." in task.instruction
+    notes = (tmp_path / "guess.yaml").read_text()
+    assert "# The label could also be channel (2 values)." in notes and "# Not in the text: channel;" in notes
+    rows, _ = task.read(path)
+    assert rows[0]["text"].startswith("Subject: Ticket about the shop 0, Body: ")
+    assert len({row["group"] for row in rows}) == 40
+
+
+def test_one_text_and_no_customer(tmp_path):
+    rows = [{"text": f"a short review, number {n}", "stars": str(1 + n % 5)} for n in range(200)]
+    task = guessed(write_rows(tmp_path / "my reviews.jsonl", rows), tmp_path)
+    assert (task.name, task.text_field, task.text_columns, task.group_key) == ("my_reviews_stars", "text", (), None)
+    assert sorted(task.labels) == ["1", "2", "3", "4", "5"]
+    assert "should share a group_key" in (tmp_path / "guess.yaml").read_text()
+
+
+def test_a_table_without_free_text_is_a_line_of_its_cells(tmp_path):
+    rows = [
+        {"Age": 20 + n % 9, "job_title": f"J{n % 4}", "": "x", "decision": "yes" if n % 3 else "No"} for n in range(99)
+    ]
+    task = guessed(write_csv(tmp_path / "loans.csv", rows), tmp_path)
+    assert task.labels == ("yes", "No") and task.text_columns == ("Age", "job_title")
+    assert task.read(tmp_path / "loans.csv")[0][0]["text"] == "Age: 20, Job title: J0"
+    assert task.text_of({"Age": "", "job_title": " J1 "}) == "Job title: J1"
+    assert task.text_of({"Age": "", "job_title": ""}) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"text": f"t {n}", "n": n} for n in range(50)], "has no column of a few short values that could be labels"),
+        ([{"id": n, "label": "ab"[n % 2]} for n in range(50)], "has the labels 'label', but no column of a text"),
+    ],
+)
+def test_what_cannot_be_guessed_is_said(rows, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        guess(write_rows(tmp_path / "rows.jsonl", rows))
+
+
+def test_the_error_of_another_csv_leads_to_the_guess(tmp_path, capsys):
+    path, task = write_csv(tmp_path / "tickets.csv", tickets(60)), str(tmp_path / "task.yaml")
+    assert cli.run(creditmix_prepare.main, ["--src", path, "--outdir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "describe them with --task FILE.yaml, which --guess_task FILE.yaml writes from its columns" in error
+    creditmix_prepare.main(["--src", path, "--guess_task", task])
+    said = capsys.readouterr()
+    assert said.out == Path(task).read_text() and f"look at {task}, then: creditmix_prepare.py --task" in said.err
+    assert cli.run(creditmix_prepare.main, ["--src", path, "--guess_task", task]) == 2
+    assert "is there already; choose another name" in capsys.readouterr().err
+    assert cli.run(creditmix_prepare.main, ["--synthesize", "9", "--guess_task", task]) == 2
+    assert "--guess_task reads the columns of --src" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_from_a_table_of_ones_own_to_a_judged_classifier(tmp_path, capsys):
+    make_tickets.main(["--rows", "3000", "--out", str(tmp_path / "made.jsonl")])
+    table = write_csv(tmp_path / "desk.csv", read_rows(tmp_path / "made.jsonl"))
+    task, data, run = str(tmp_path / "desk.yaml"), str(tmp_path / "data"), str(tmp_path / "run")
+    creditmix_prepare.main(["--src", table, "--guess_task", task])
+    assert load_task(task).text_field == "ticket" and load_task(task).group_key == "customer"
+    creditmix_prepare.main(["--task", task, "--src", table, "--outdir", data, "--format", "parquet"])
+    sft, dev, val = (f"{data}/desk_severity_{part}.parquet" for part in ("sft", "dev", "val"))
+    tiny_student.main(["--prompts", sft, "--save_dir", str(tmp_path / "base"), "--steps", "60"])
+    student = ["--student", str(tmp_path / "base"), "--data", sft, "--eval_data", sft, "--save_dir", run]
+    sft_train.main([*student, "--max_steps", "60", "--learning_rate", "0.01", "--per_device_train_batch_size", "16"])
+    eval_creditmix.main(["--model_dir", run, "--fit_calibration", dev])
+    capsys.readouterr()
+    eval_creditmix.main(["--model_dir", run, "--data", val, "--controls", sft])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["evaluator"] == "desk_severity" and result["models"][0]["accuracy"]["value"] > 0.4  # chance: 0.25
+    assert result["contamination"]["rows"] == 0
+
+    answers = str(tmp_path / "answers.csv")
+    infer_creditmix.main(["--model_dir", run, "--input", table, "--output", answers])
+    found = [row for _, row in records.numbered_rows(answers)[1]]
+    assert len(found) == 3000 and {row["prediction"] for row in found} <= set(load_task(task).labels)
+    infer_creditmix.main(["--model_dir", run, "--input", val, "--output", str(tmp_path / "a.jsonl")])
+    texts = [row["ticket"] for _, row in records.numbered_rows(table)[1]]
+    known = dict(zip(texts, found, strict=True))
+    for (_, row), answer in zip(records.numbered_rows(val)[1], read_rows(tmp_path / "a.jsonl"), strict=True):
+        assert known[row["ticket"]]["prediction"] == answer["prediction"]
