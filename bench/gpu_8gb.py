@@ -375,7 +375,7 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
             tokenizer,
             prompts,
             Decoding(NEW_TOKENS),
-            processors=grammar.processors(NEW_TOKENS),
+            steering=grammar.rows(NEW_TOKENS),
             max_batch_tokens=plan.batch_tokens,
         )
         return sum(len(answer.tokens) for (answer,) in answers) / (time.perf_counter() - started)

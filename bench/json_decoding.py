@@ -187,9 +187,7 @@ def try_out(
 
 
 def ours(tokenizer, scores) -> Callable[[Any], Grammar]:
-    import torch
-
-    from common.generation.json_grammar import JsonGrammar
+    from common.generation.json_grammar import JsonGrammar, JsonRow
 
     JsonGrammar({}, tokenizer, scores.shape[1])  # takes the vocabulary in, once
 
@@ -197,15 +195,12 @@ def ours(tokenizer, scores) -> Callable[[Any], Grammar]:
         grammar = JsonGrammar(json_schema.preflight(schema).grammar_schema, tokenizer, scores.shape[1])
 
         def start() -> Step:
-            (processor,) = grammar.processors(4096)([0])
-            ids, length = torch.zeros(1, 4097, dtype=torch.long), 1
+            row = JsonRow(grammar, 4096)
 
             def step(token: int | None) -> None:
-                nonlocal length
                 if token is not None:
-                    ids[0, length] = token
-                    length += 1
-                processor(ids[:, :length], scores)
+                    row.consume(token)
+                JsonRow.change_all([row], scores)
 
             return step
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
+from common.generation.steering import Steering
 from common.models.tokenizers import stop_ids
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ class _Clock(BaseStreamer):
         pass
 
 
-class NeverEnd(LogitsProcessor):
+class NeverEnd(Steering):
     """Takes the tokens that end an answer out of the choice."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> None:
         self.ends = sorted(stop_ids(tokenizer, generation_config))
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, self.ends] = float("-inf")
+    def change(self, scores: torch.Tensor) -> torch.Tensor:
+        scores[self.ends] = float("-inf")
         return scores
 
 
@@ -99,7 +99,7 @@ def _time_row(model, tokenizer, prompt: Sequence[int], answer: Callable[[], obje
         tokenizer,
         [prompt],
         Decoding(NEW_TOKENS),
-        processors=lambda rows: [NeverEnd(tokenizer, model.generation_config)],
+        steering=lambda number: NeverEnd(tokenizer, model.generation_config),
         streamer=clock,
     )
     whole = time.perf_counter() - started

@@ -177,7 +177,13 @@ def write(
 
     def answer(some: list[tuple[int, list[int]]]) -> list[dict]:
         written = generate(
-            model, tokenizer, [ids for _, ids in some], decoding, whole=True, max_batch_tokens=settings.max_batch_tokens
+            model,
+            tokenizer,
+            [ids for _, ids in some],
+            decoding,
+            whole=True,
+            logprobs=True,
+            max_batch_tokens=settings.max_batch_tokens,
         )
         return [
             {

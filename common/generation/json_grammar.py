@@ -1,8 +1,8 @@
-"""Decoding that can only write JSON of a given schema: llguidance's masks inside transformers' `generate`.
+"""Decoding that can only write JSON of a given schema: llguidance's masks on a model's scores.
 
     preflight = json_schema.preflight(schema)                   # before any model loads
     grammar = JsonGrammar(preflight.grammar_schema, tokenizer, model.config.vocab_size)
-    answers = generate(model, tokenizer, prompts, Decoding(512), processors=grammar.processors(512))
+    answers = generate(model, tokenizer, prompts, Decoding(512), steering=grammar.rows(512))
     answer = json_schema.parse(answers[0][0].text, schema)      # .value, or .error and .text
 
 The JSON has a space after each comma and colon, or none; its keys come in the schema's order; and two things end it in
@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import llguidance.hf
+import llguidance.torch
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from common.cli import UserError
-from common.generation.generate import EndingProcessor
 from common.generation.json_closing import Hints, Scanner, find_closing
 from common.generation.json_schema import byte_tokenizer, compile_grammar, longest_opening, schemas_of
+from common.generation.steering import Steering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,9 +101,9 @@ class JsonGrammar:
         """Tokens of the shortest known document with its EOS: a smaller `max_new_tokens` cannot give one."""
         return len(self.shortest_closing.tokens) if self.shortest_closing else None
 
-    def processors(self, max_new_tokens: int) -> Callable[[list[int]], list[JsonProcessor]]:
-        """For `generation.generate`: makes the processors of one batch, one grammar state for each of its rows."""
-        return lambda rows: [JsonProcessor([self] * len(rows), max_new_tokens)]
+    def rows(self, max_new_tokens: int) -> Callable[[int], JsonRow]:
+        """For `generation.generate`: what holds each answer to the schema, and within its budget."""
+        return lambda number: JsonRow(self, max_new_tokens)
 
     def closing_from(self, matcher: LLMatcher, scanner: Scanner, known: bytes) -> Closing | None:
         """The end of the document from the state of a byte matcher; None where none is found.
@@ -117,11 +118,6 @@ class JsonGrammar:
         return None if text is None else Closing(text, [*self.tokens.tokenize_bytes(text), self.eos])
 
 
-def processors_of(grammars: Sequence[JsonGrammar], max_new_tokens: int) -> Callable[[list[int]], list[JsonProcessor]]:
-    """`JsonGrammar.processors` where each prompt has a grammar of its own, all for one tokenizer."""
-    return lambda rows: [JsonProcessor([grammars[row] for row in rows], max_new_tokens)]
-
-
 @dataclass(frozen=True)
 class Closing:
     """How a document can be ended: as text, and as tokens with EOS."""
@@ -130,45 +126,8 @@ class Closing:
     tokens: list[int]
 
 
-class JsonProcessor(EndingProcessor):
-    """Masks, in place, the scores [rows, columns] of one `generate` call: only tokens that keep to the grammar stay.
-
-    Beam search is refused: it moves rows about, and each row has a grammar state of its own.
-    """
-
-    def __init__(self, grammars: Sequence[JsonGrammar], max_new_tokens: int) -> None:
-        self.grammar = grammar = grammars[0]  # for what all of them share
-        self.rows = [_Row(each, max_new_tokens) for each in grammars]
-        self.bitmask = torch.empty(len(grammars), (grammar.tokens.vocab_size + 31) // 32, dtype=torch.int32)
-        self.bias: torch.Tensor | None = None
-        self.seen: torch.Tensor | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.shape != (len(self.rows), self.grammar.columns):
-            raise ValueError(
-                f"scores are {tuple(scores.shape)}, the grammar was made for {len(self.rows)} rows of "
-                f"{self.grammar.columns} columns; use num_beams=1 and a new processor for every generate call"
-            )
-        if self.seen is not None:
-            if not torch.equal(input_ids[:, :-1], self.seen):
-                raise ValueError("rows have been reordered; a grammar needs num_beams=1")
-            for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-                row.consume(token)
-        self.seen = input_ids
-        for number, row in enumerate(self.rows):
-            row.fill(self.bitmask[number], scores[number])
-        if self.bias is None:  # kept, since fresh memory costs more than the work
-            self.bias = torch.empty(self.bitmask.numel() * 4, 8, device=scores.device)
-        return scores.add_(_bias(self.bitmask, scores.device, self.bias)[:, : scores.shape[1]])
-
-    def closed_rows(self) -> list[int]:
-        """The rows that the budget or a bound took to an end that the model, by its likeliest token, did not want."""
-        # of the last token nothing is heard; where another one was wanted, it was the end
-        return [number for number, row in enumerate(self.rows) if row.closed_early or row.wanted]
-
-
-class _Row:
-    """One row's place in the grammar and its way to the end.
+class JsonRow(Steering):
+    """One answer's place in the grammar and its way to the end: only tokens that keep to them stay in the choice.
 
     `closing` is of this state where `is_current` is set, else of one before. `reach` bounds from above how many tokens
     it takes to the end: those of the closing, and one opening more for every token since. `wanted` is the text of the
@@ -184,6 +143,30 @@ class _Row:
         self.reach = len(self.closing.tokens) if self.closing else 0
         self.closings: dict[int, Closing] = {}  # after each of the tokens that may come next, as far as worked out
         self.wanted, self.closed_early = b"", False
+
+    @property
+    def closed(self) -> bool:
+        """The budget or a bound took it to an end that the model, by its likeliest token, did not want."""
+        return self.closed_early or bool(self.wanted)  # where another last token was wanted, it was the end
+
+    @classmethod
+    def change_all(cls, rows: Sequence[JsonRow], scores: torch.Tensor) -> torch.Tensor:
+        """The scores [rows, columns], in place, of answers under grammars of one tokenizer."""
+        grammar = rows[0].grammar
+        if scores.shape[1] != grammar.columns:
+            raise ValueError(f"scores have {scores.shape[1]} columns, the grammar was made for {grammar.columns}")
+        bitmask = torch.empty(len(rows), (grammar.tokens.vocab_size + 31) // 32, dtype=torch.int32)
+        open_rows = [(row.matcher, place) for place, row in enumerate(rows) if not row.matcher.is_stopped()]
+        if open_rows:
+            llguidance.torch.fill_next_token_bitmask_par(_executor(torch.get_num_threads()), open_rows, bitmask)
+        for row, bits, own in zip(rows, bitmask, scores, strict=True):
+            row.narrow(bits, own)
+        _add_bias(scores, bitmask)
+        return scores
+
+    def change(self, scores: torch.Tensor) -> torch.Tensor:
+        """See `change_all`."""
+        return self.change_all([self], scores[None])[0]
 
     def consume(self, token: int) -> None:
         """Go on by the token that was chosen."""
@@ -208,13 +191,12 @@ class _Row:
         self.reach = len(self.closing.tokens) if self.is_current and self.closing else self.reach + self.grammar.opening
         self.closings = {}
 
-    def fill(self, bitmask: torch.Tensor, scores: torch.Tensor) -> None:
-        """Write the tokens that may come next, of `scores` [columns], as bits [columns / 32, rounded up]."""
+    def narrow(self, bitmask: torch.Tensor, scores: torch.Tensor) -> None:
+        """Of what the grammar lets through next, as bits [columns / 32, rounded up], leave what leads to an end."""
         self.wanted = b""
         if self.matcher.is_stopped():
             _set_only(bitmask, [self.grammar.eos])
             return
-        self.matcher.unsafe_compute_mask_ptr(bitmask.data_ptr(), bitmask.numel() * 4)
         if repetition := self.scanner.repetition:
             unlike = bitmask & self.grammar.not_starting[repetition]
             if unlike.any():
@@ -336,3 +318,25 @@ def _bias(bitmask: torch.Tensor, device: torch.device, out: torch.Tensor | None 
     else:
         torch.index_select(table, 0, octets.to(device, torch.int32), out=out)
     return out.view(len(bitmask), -1)
+
+
+def _add_bias(scores: torch.Tensor, bitmask: torch.Tensor) -> None:
+    """Add to scores [rows, columns] what the bits say."""
+    columns = scores.shape[1]
+    if scores.device.type != "cpu":
+        scores.add_(_bias(bitmask, scores.device)[:, :columns])
+        return
+    out = _scratch(bitmask.shape[1] * 4)  # one row's, again and again: fresh memory costs more than the work
+    for bits, own in zip(bitmask, scores, strict=True):
+        own.add_(_bias(bits[None], scores.device, out)[0, :columns])
+
+
+@functools.lru_cache(maxsize=2)
+def _scratch(octets: int) -> torch.Tensor:
+    return torch.empty(octets, 8)
+
+
+@functools.cache
+def _executor(threads: int) -> LLExecutor:
+    """Works out the masks of several rows at a time."""
+    return LLExecutor(threads)

@@ -22,10 +22,10 @@ from common.serving.view import View
 from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessor
     from transformers.generation.streamers import BaseStreamer
 
     from common.generation.result import Generation
+    from common.generation.steering import Steering
     from common.tasks.codegen.writer import CodeAnswer, CodeWriter
     from common.tasks.idp.extractor import Extraction
     from common.tasks.ranking.classifier import Classifier
@@ -185,14 +185,14 @@ class Chat:
             view.tokenizer,
             prompts,
             Decoding(budget, self.temperature, self.top_p, self.samples, self.seed, self.thinking),
-            processors=self._processors(view, budget),
+            steering=self._steering(view, budget),
             stop=(lambda number, text: any(stop in text for stop in self.stop)) if self.stop else None,
             streamer=_streamer(view, prompts[0], self.schema is not None) if payloads[0].stream else None,
             max_batch_tokens=view.host.settings.max_batch_tokens,
         )
         return [ChatAnswer(choices, len(prompt)) for choices, prompt in zip(generations, prompts, strict=True)]
 
-    def _processors(self, view: View, budget: int) -> Callable[[list[int]], list[LogitsProcessor]] | None:
+    def _steering(self, view: View, budget: int) -> Callable[[int], Steering] | None:
         if self.schema is None:
             return None
         from common.generation import json_schema
@@ -208,7 +208,7 @@ class Chat:
         grammar = view.keep(("grammar", self.schema), make)
         if grammar.shortest is not None and grammar.shortest > budget:
             raise UserError(f"the shortest JSON of this schema has {grammar.shortest} tokens; raise max_tokens")
-        return grammar.processors(budget)
+        return grammar.rows(budget)
 
     def cut(self, text: str) -> str:
         """The text up to the first `stop` in it."""

@@ -14,8 +14,8 @@ from common.models.source import ModelSource
 
 def test_every_row_is_timed_in_passes_on_answers_of_one_length(folders, monkeypatch):
     model, tokenizer = models.load_for_inference(ModelSource(folders["student"]))
-    masked = latency.NeverEnd(tokenizer, model.generation_config)(torch.empty(1, 0), torch.zeros(1, len(tokenizer)))
-    assert set(torch.isinf(masked[0]).nonzero()[:, 0].tolist()) == set(tokenizers.stop_ids(tokenizer))
+    masked = latency.NeverEnd(tokenizer, model.generation_config).change(torch.zeros(len(tokenizer)))
+    assert set(torch.isinf(masked).nonzero()[:, 0].tolist()) == set(tokenizers.stop_ids(tokenizer))
     lengths, calls, generate = [], [], generation.generate
 
     def watched(*args, **kwargs):

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.logits import Only
-from transformers import LogitsProcessor
 
 from common.cli import UserError
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
+from common.generation.steering import Steering
 from common.models import loading as models
 from common.models import tokenizers
 from common.models.source import ModelSource
@@ -41,7 +41,7 @@ def greedy_by_hand(model, prompt: list[int], steps: int, ends: set[int]) -> tupl
 
 
 def test_greedy_equals_one_forward_pass_per_token(model, tokenizer, prompts):
-    answers = generation.generate(model, tokenizer, prompts, Decoding(6))
+    answers = generation.generate(model, tokenizer, prompts, Decoding(6), logprobs=True)
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         tokens, logprobs = greedy_by_hand(model, prompt, 6, tokenizers.stop_ids(tokenizer))
         assert answer.tokens == tokens
@@ -65,21 +65,21 @@ def test_sampling_follows_the_distribution(model, tokenizer, prompts):
         logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
     two = logits.topk(2).indices.tolist()
 
-    class Two(LogitsProcessor):
-        def __call__(self, input_ids, scores):
+    class Two(Steering):
+        def change(self, scores):
             masked = torch.full_like(scores, float("-inf"))
-            masked[:, two] = scores.new_tensor([0.0, 1.0])
+            masked[two] = scores.new_tensor([0.0, 1.0])
             return masked
 
     (answers,) = generation.generate(
-        model, tokenizer, [prompt], Decoding(1, temperature=0.5, num_samples=600), processors=lambda rows: [Two()]
+        model, tokenizer, [prompt], Decoding(1, temperature=0.5, num_samples=600), steering=lambda number: Two()
     )
     first = [(answer.tokens or [None])[0] for answer in answers]
     expected = torch.tensor([0.0, 2.0]).softmax(0)[1].item()
     assert first.count(two[1]) / 600 == pytest.approx(expected, abs=0.05)
     (nucleus,) = generation.generate(
         model, tokenizer, [prompt], Decoding(1, temperature=0.5, top_p=0.5, num_samples=50),
-        processors=lambda rows: [Two()],
+        steering=lambda number: Two(),
     )  # fmt: skip
     assert {(answer.tokens or [None])[0] for answer in nucleus} == {two[1]}
 
@@ -89,10 +89,10 @@ def test_ends_at_eos_or_at_the_budget(model, tokenizer, prompts):
     for end in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         wanted = [[*word, end], word * 9, word * 9]
 
-        def processors(rows, wanted=wanted):
-            return [Only([wanted[row] for row in rows])]
+        def steering(number, wanted=wanted):
+            return Only(wanted[number])
 
-        answers = generation.generate(model, tokenizer, prompts, Decoding(5), processors=processors)
+        answers = generation.generate(model, tokenizer, prompts, Decoding(5), steering=steering, logprobs=True)
         assert answers[0][0].tokens == word and answers[0][0].finished
         assert answers[0][0].text == "Good"
         assert [len(answer.tokens) for (answer,) in answers[1:]] == [5, 5]
@@ -105,7 +105,7 @@ def test_stop_ends_one_row_alone(model, tokenizer, prompts):
     wanted = [[a, b, a, a, a, a], [a] * 6, [a] * 6]
     answers = generation.generate(
         model, tokenizer, prompts, Decoding(6), stop=lambda number, text: number == 0 and text.endswith("b"),
-        processors=lambda rows: [Only([wanted[row] for row in rows])],
+        steering=lambda number: Only(wanted[number]),
     )  # fmt: skip
     assert answers[0][0].tokens[:2] == [a, b] and len(answers[0][0].tokens) == 2 and answers[0][0].finished
     assert len(answers[1][0].tokens) == 6 and not answers[1][0].finished

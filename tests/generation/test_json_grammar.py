@@ -13,7 +13,7 @@ from common.generation import json_schema
 from common.generation.decoding import Decoding
 from common.generation.generate import generate
 from common.generation.json_closing import Scanner, find_closing
-from common.generation.json_grammar import Bounds, JsonGrammar, hints_of, processors_of
+from common.generation.json_grammar import Bounds, JsonGrammar, JsonRow, hints_of
 from common.models import tokenizers
 
 CASES = SHARED / "data" / "jsonschema" / "cases.jsonl"
@@ -78,7 +78,7 @@ def sample(model, tokenizer, grammar: JsonGrammar, budget: int, prompts: int = 2
     """Answers of unlike prompts and lengths, from the sharpest temperature at which all sorts of tokens come up."""
     encoded = [tokenizers.encode_prompt(tokenizer, CORPUS[i][: 20 + 9 * i]) for i in range(prompts)]
     decoding = Decoding(budget, temperature=1.0, num_samples=samples, seed=budget)
-    answers = generate(model, tokenizer, encoded, decoding, processors=grammar.processors(budget), **kwargs)
+    answers = generate(model, tokenizer, encoded, decoding, steering=grammar.rows(budget), **kwargs)
     return [answer for row in answers for answer in row]
 
 
@@ -121,7 +121,7 @@ def test_each_prompt_can_have_a_grammar_of_its_own(tokenizer, model):
             tokenizer,
             encoded,
             Decoding(20),
-            processors=processors_of(grammars, 20),
+            steering=lambda number: JsonRow(grammars[number], 20),
             max_batch_tokens=max_batch_tokens,
         )
         assert [answer.text for (answer,) in answers] == ['"one"', '"two"', '"three"']
@@ -166,52 +166,60 @@ def test_answers_do_not_depend_on_the_batch(tokenizer, model):
 def test_what_runs_on_is_closed(tokenizer, model, schema, loved, text):
     """A model that always writes the characters it loves, the first of them most, comes to an end all the same."""
     grammar = grammar_of(schema, tokenizer, model, string=5, items=3, number=4)
-    (processor,) = grammar.processors(200)([0])
-    scores = torch.zeros(1, model.config.vocab_size)
+    row, ids = JsonRow(grammar, 200), []
+    scores = torch.zeros(model.config.vocab_size)
     for rank, character in enumerate(reversed(loved), start=1):
-        scores[0, tokenizer.convert_tokens_to_ids(character)] = rank
-    ids = torch.ones(1, 1, dtype=torch.long)
-    for _ in range(50):
-        best = processor(ids, scores.clone()).argmax()
-        ids = torch.cat([ids, best[None, None]], dim=1)
-        if best == tokenizer.eos_token_id:
-            break
-    assert tokenizer.decode(ids[0, 1:], skip_special_tokens=True) == text
-    assert processor.closed_rows() == ([] if "maxLength" in schema else [0])  # there the schema itself ends it
+        scores[tokenizer.convert_tokens_to_ids(character)] = rank
+    while len(ids) < 50 and tokenizer.eos_token_id not in ids:
+        ids.append(int(row.change(scores.clone()).argmax()))
+        row.consume(ids[-1])
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert row.closed == ("maxLength" not in schema)  # there the schema itself ends it
 
 
 def test_the_mask_is_the_grammar(tokenizer, model):
     """Exactly the tokens that go on to a prefix of a document keep their scores."""
     schema = {"enum": ["Good", "Go", "Bad"]}
     grammar = grammar_of(schema, tokenizer, model)
-    (processor,) = grammar.processors(50)([0])
-    text, ids = "", torch.ones(1, 1, dtype=torch.long)
+    row, text = JsonRow(grammar, 50), ""
     documents = ['"Good"', '"Go"', '"Bad"']
     for token in tokenizer.encode('"Good"', add_special_tokens=False):
-        scores = torch.randn(1, model.config.vocab_size)
-        masked = processor(ids, scores.clone())[0]
+        scores = torch.randn(model.config.vocab_size)
+        masked = row.change(scores.clone())
         kept = {place for place, score in enumerate(masked.tolist()) if score > float("-inf")}
         words = {place: tokenizer.decode([place]) for place in range(len(tokenizer))}
         fits = {place for place, word in words.items() if any(d.startswith(text + word) for d in documents)}
         assert kept == fits - set(tokenizer.all_special_ids)
-        assert all(masked[place] == scores[0, place] for place in kept)
+        assert all(masked[place] == scores[place] for place in kept)
         text += words[token]
-        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    masked = processor(ids, torch.zeros(1, model.config.vocab_size))[0]
+        row.consume(token)
+    masked = row.change(torch.zeros(model.config.vocab_size))
     assert (masked > float("-inf")).nonzero().flatten().tolist() == [tokenizer.eos_token_id]
 
 
-def test_beams_and_reuse_are_refused(tokenizer, model):
-    (processor,) = grammar_of(INVOICE, tokenizer, model).processors(50)([0, 1])
-    prompt = tokenizers.encode_prompt(tokenizer, "x")
-    with pytest.raises(ValueError, match="use num_beams=1 and a new processor"):
-        model.generate(
-            torch.tensor([prompt] * 2), num_beams=3, max_new_tokens=20, do_sample=False, logits_processor=[processor]
-        )
+def test_the_masks_of_several_rows_are_those_of_each(tokenizer, model):
+    """Under unlike grammars, at unlike places, one of them at its end."""
     columns = model.config.vocab_size
-    processor(torch.tensor([prompt, prompt]), torch.zeros(2, columns))
-    with pytest.raises(ValueError, match="num_beams=1"):
-        processor(torch.tensor([[*prompt[::-1], 1], [*prompt, 1]]), torch.zeros(2, columns))
+    schemas = [INVOICE, {"enum": ["Good", "Go"]}, {"const": "x"}, {"type": "integer"}]
+    begun = ['{"number":"', '"Go', '"x"', "1"]
+    rows = []
+    for schema, text in zip(schemas, begun, strict=True):
+        rows.append(JsonRow(grammar_of(schema, tokenizer, model), 60))
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            rows[-1].change(torch.zeros(columns))
+            rows[-1].consume(token)
+    rows[2].change(torch.zeros(columns))
+    rows[2].consume(tokenizer.eos_token_id)
+    scores = torch.randn(len(rows), columns)
+    alone = [row.change(own.clone()) for row, own in zip(rows, scores, strict=True)]
+    assert torch.equal(JsonRow.change_all(rows, scores.clone()), torch.stack(alone))
+    assert len({tuple((masked > float("-inf")).tolist()) for masked in alone}) == len(rows)
+
+
+def test_scores_of_another_width_are_refused(tokenizer, model):
+    row = JsonRow(grammar_of(INVOICE, tokenizer, model), 50)
+    with pytest.raises(ValueError, match=r"scores have 7 columns, the grammar was made for"):
+        row.change(torch.zeros(7))
 
 
 def test_a_slow_tokenizer_is_refused(tokenizer, model):

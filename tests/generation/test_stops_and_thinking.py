@@ -51,7 +51,7 @@ def test_answers_end_at_every_stop_token(model, tokenizer, prompts, monkeypatch)
             tokenizer,
             prompts[:1],
             Decoding(5),
-            processors=lambda rows, end=end: [Only([[word, end, word]])],
+            steering=lambda number, end=end: Only([word, end, word]),
         )
         stops = end == turn or isinstance(declared, list)
         assert (len(answer.tokens), answer.finished) == ((1, True) if stops else (5, False))
@@ -97,7 +97,7 @@ def test_thinking_is_no_part_of_the_answer(model, tokenizer, prompts, monkeypatc
         tokenizer,
         prompts[:1],
         Decoding(20),
-        processors=lambda rows: [Only([[*ids, tokenizer.eos_token_id]])],
+        steering=lambda number: Only([*ids, tokenizer.eos_token_id]),
     )
     assert answer.text == "Bad</think>Good"
 
@@ -116,23 +116,26 @@ def test_a_model_thinks_before_a_text_that_a_grammar_holds(thought, budget, thin
     model, tokenizer = thinker
     good = tokenizer.encode("Good", add_special_tokens=False)
     prompt = tokenizers.encode_prompt(tokenizer, "Age: 31", thinking=True)
-    asked, generate = [], model.generate
-
-    def watched(input_ids, **kwargs):
-        asked.append(tokenizer.decode(input_ids[0]))
-        return generate(input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(model, "generate", watched)
+    asked = []
     end = [tokenizer.eos_token_id]
     thoughts = tokenizer.encode(thought, add_special_tokens=False)
     closing = len(tokenizer.encode("\n</think>\n\n", add_special_tokens=False))
     says(monkeypatch, model, [*thoughts[: budget - closing], *good, *end])
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def watched(input_ids, **kwargs):
+        if input_ids.shape[1] > 1:  # a prompt
+            asked.append(tokenizer.decode(input_ids[0]))
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watched)
     ((answer,),) = generation.generate(
         model,
         tokenizer,
         [prompt],
         Decoding(budget, thinking=True),
-        processors=lambda rows: [Only([[*good, *end]])],
+        steering=lambda number: Only([*good, *end]),
     )
     assert (answer.text, answer.tokens, answer.finished) == ("Good", good, True)
     assert len(asked) == 2 and asked[1].startswith(asked[0])
@@ -142,7 +145,7 @@ def test_a_model_thinks_before_a_text_that_a_grammar_holds(thought, budget, thin
 
 def test_no_thinking_before_a_grammar_where_the_template_knows_none(model, tokenizer, prompts):
     with pytest.raises(UserError, match="knows no thinking"):
-        generation.generate(model, tokenizer, prompts, Decoding(4, thinking=True), processors=lambda rows: [])
+        generation.generate(model, tokenizer, prompts, Decoding(4, thinking=True), steering=lambda number: None)
 
 
 def test_thinking_that_the_prompt_has_opened_is_no_answer_when_the_budget_ends_it(thinker, monkeypatch):

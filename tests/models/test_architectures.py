@@ -75,7 +75,7 @@ def test_generation_is_one_forward_pass_a_token(loaded):
     """In a batch of unlike lengths, beyond the window of those that slide one, as without a cache."""
     model, tokenizer = loaded
     prompts = [tokenizers.encode_prompt(tokenizer, text) for text in ("Age: 31", CORPUS[3])]
-    answers = generation.generate(model, tokenizer, prompts, Decoding(8))
+    answers = generation.generate(model, tokenizer, prompts, Decoding(8), logprobs=True)
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         ids = list(prompt)
         for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
@@ -90,7 +90,7 @@ def test_constrained_json(loaded):
     schema = json_schema.preflight(SCHEMA)
     grammar = JsonGrammar(schema.grammar_schema, tokenizer, model.config.get_text_config().vocab_size)
     prompts = [tokenizers.encode_prompt(tokenizer, text) for text in ("Age: 31", CORPUS[3])]
-    answers = generation.generate(model, tokenizer, prompts, Decoding(40), processors=grammar.processors(40))
+    answers = generation.generate(model, tokenizer, prompts, Decoding(40), steering=grammar.rows(40))
     for (answer,) in answers:
         assert json_schema.errors(json.loads(answer.text), SCHEMA) == []
 

@@ -265,7 +265,7 @@ def test_tokens_beyond_the_embedding_are_text(beyond, base, rows, tmp_path):
     prompts = [tokenizers.encode_prompt(tokenizer, text * times) for times in (1, 5)]
     assert len(generation.generate(model, tokenizer, prompts, Decoding(4))) == 2
     grammar = JsonGrammar({"type": "array", "items": {"type": "string"}, "maxItems": 2}, tokenizer, embedding)
-    for (answer,) in generation.generate(model, tokenizer, prompts, Decoding(9), processors=grammar.processors(9)):
+    for (answer,) in generation.generate(model, tokenizer, prompts, Decoding(9), steering=grammar.rows(9)):
         assert isinstance(json.loads(answer.text), list)
     (tmp_path / "merged").mkdir()
     merge.merge(str(tmp_path / "run"), beyond, tmp_path / "merged", **MERGE)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from transformers import LogitsProcessor
+
+from common.generation.steering import Steering
 
 
-class Only(LogitsProcessor):
-    """Allows, step by step, one token of each row's list."""
+class Only(Steering):
+    """Allows, step by step, one token of a list."""
 
-    def __init__(self, wanted: list[list[int]]) -> None:
+    def __init__(self, wanted: list[int]) -> None:
         self.wanted, self.step = wanted, 0
 
-    def __call__(self, input_ids, scores):
+    def change(self, scores):
         masked = torch.full_like(scores, float("-inf"))
-        for row, tokens in enumerate(self.wanted):
-            masked[row, tokens[min(self.step, len(tokens) - 1)]] = 0
+        masked[self.wanted[min(self.step, len(self.wanted) - 1)]] = 0
         self.step += 1
         return masked

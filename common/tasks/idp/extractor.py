@@ -234,7 +234,7 @@ class Extractor:
         self,
         pieces: Sequence[tuple[str, bool]],
         between: Callable[[], None],
-        on_end: Callable[[int], None] | None = None,
+        on_end: Callable[[int], None] = lambda number: None,
     ) -> list[list[Generation]]:
         """The tries at each (piece, whether it is a part of a document); the last one counts."""
         asked = [(self.encode(piece, part), self.grammar_for(piece, between, part)) for piece, part in pieces]
@@ -244,22 +244,24 @@ class Extractor:
         return tries
 
     def _write(
-        self, asked: Sequence[Asked], budget: int, on_end: Callable[[int], None] | None = None
+        self, asked: Sequence[Asked], budget: int, on_end: Callable[[int], None] = lambda number: None
     ) -> list[Generation]:
-        from common.generation.generate import generate
-        from common.generation.json_grammar import processors_of
+        from common.generation.generate import generate_each
+        from common.generation.json_grammar import JsonRow
 
-        prompts, grammars = [prompt for prompt, _ in asked], [grammar for _, grammar in asked]
-        answers = generate(
+        answers = {}
+        for number, _, answer in generate_each(
             self.model,
             self.tokenizer,
-            prompts,
+            [ids for ids, _ in asked],
             Decoding(budget, thinking=self.settings.thinking),
-            processors=processors_of(grammars, budget) if self.grammar else None,
+            steering=(lambda number: JsonRow(asked[number][1], budget)) if self.grammar else None,
+            logprobs=True,
             max_batch_tokens=self.max_batch_tokens,
-            on_end=on_end,
-        )
-        return [answer for (answer,) in answers]
+        ):
+            answers[number] = answer
+            on_end(number)
+        return [answers[number] for number in range(len(asked))]
 
     def _try_again(self, asked: Sequence[Asked], tries: Sequence[list[Generation]]) -> None:
         """Add to the answers that were cut a second try with twice the budget, or what the context leaves of it."""

@@ -97,31 +97,3 @@ def test_an_interrupted_file_keeps_every_batch_but_one(interrupt, argv, tmp_path
     infer_idp.main([*argv, *files])
     assert first + [text for batch in batches for text in batch] == [row["document"] for row in ROWS]
     assert len(read_rows(out)) == len(ROWS)
-
-
-def test_the_bar_moves_before_the_batch_is_done(loaded):
-    """A row that ends early is told of while the others are still being written."""
-    from support.logits import Only
-
-    from common.generation.decoding import Decoding
-    from common.generation.generate import generate
-
-    tokenizer = loaded.tokenizer
-    a, end = tokenizer.encode("a", add_special_tokens=False)[0], tokenizer.eos_token_id
-    wanted, seen = [[a, end], [a] * 9 + [end], [a]], []
-
-    class Watched(Only):
-        def __call__(self, input_ids, scores):
-            seen.append(self.step)
-            return super().__call__(input_ids, scores)
-
-    told = []
-    generate(
-        loaded.model,
-        tokenizer,
-        [[a, a], [a, a], [a, a]],
-        Decoding(12),
-        processors=lambda rows: [Watched([wanted[row] for row in rows])],
-        on_end=lambda number: told.append((number, len(seen))),
-    )
-    assert told == [(0, 2), (1, 10), (2, 12)]

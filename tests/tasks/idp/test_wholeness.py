@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from support.inputs import read_rows, write_rows
-from transformers import LogitsProcessor
 
 import infer_idp
 from common import cli
 from common.generation import generate as generation
 from common.generation import json_schema
+from common.generation.steering import Steering
 from common.models import loading
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.idp.answer_form import AnswerForm
@@ -70,35 +70,44 @@ def test_what_ran_on(value, document, names):
     assert ran_on(value, document) == names
 
 
-class Prefers(LogitsProcessor):
-    """Gives every row the tokens of one text, step by step, as the likeliest, and then the end."""
+class Prefers(Steering):
+    """Makes the tokens of one text, step by step, the likeliest, and then the end, before `held` has its say."""
 
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens, self.step = tokens, 0
+    def __init__(self, tokens: list[int], held: Steering | None) -> None:
+        self.tokens, self.step, self.held = tokens, 0, held
 
-    def __call__(self, input_ids, scores):
+    @property
+    def closed(self) -> bool:
+        return self.held is not None and self.held.closed
+
+    def change(self, scores):
         liked = torch.zeros_like(scores)
-        liked[:, self.tokens[min(self.step, len(self.tokens) - 1)]] = 9
+        liked[self.tokens[min(self.step, len(self.tokens) - 1)]] = 9
         self.step += 1
-        return liked
+        return self.held.change(liked) if self.held else liked
+
+    def consume(self, token):
+        if self.held:
+            self.held.consume(token)
 
 
 @pytest.fixture
 def write(monkeypatch, tokenizer):
     """Makes any model write a text, as far as the grammar and the budget let it."""
-    original, budgets = generation.generate, []
+    original, budgets = generation.generate_each, []
 
     def dictate(text: str) -> list[int]:
         tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
-        def generate(model, tokenizer, prompts, decoding, processors=None, **kwargs):
+        def generate(model, tokenizer, prompts, decoding, steering=None, **kwargs):
             budgets.extend([decoding.max_new_tokens] * len(prompts))
-            held = processors or (lambda rows: [])
-            return original(
-                model, tokenizer, prompts, decoding, processors=lambda rows: [Prefers(tokens), *held(rows)], **kwargs
-            )
 
-        monkeypatch.setattr(generation, "generate", generate)
+            def preferring(number: int) -> Prefers:
+                return Prefers(tokens, steering(number) if steering else None)
+
+            return original(model, tokenizer, prompts, decoding, steering=preferring, **kwargs)
+
+        monkeypatch.setattr(generation, "generate_each", generate)
         return tokens
 
     dictate.budgets = budgets

@@ -1,0 +1,61 @@
+"""What an answer's scores go through before its next token is chosen: masks of a grammar, and draws of a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+
+
+class Steering(ABC):
+    """Changes the scores of one answer, from its first token to its last.
+
+    Attributes:
+        closed: it has brought the text to an end that the model, by its likeliest token, did not want.
+    """
+
+    closed: bool = False
+
+    @abstractmethod
+    def change(self, scores: torch.Tensor) -> torch.Tensor:
+        """The scores [columns] of the next token as they are to be; may work in place."""
+
+    def consume(self, token: int) -> None:  # noqa: B027 (many need not know)
+        """The token that was chosen, also the one that ends the answer."""
+
+    @classmethod
+    def change_all(cls, rows: Sequence[Self], scores: torch.Tensor) -> torch.Tensor:
+        """`change` of answers that are written together; scores [rows, columns]."""
+        return torch.stack([row.change(own) for row, own in zip(rows, scores, strict=True)])
+
+
+def sample_stream(seed: int, number: int, prompt: Sequence[int]) -> torch.Generator:
+    """The random numbers of one sample: they follow from the prompt, the sample's number and the seed alone."""
+    digest = hashlib.sha256(repr((seed, number, list(prompt))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def draw(
+    scores: torch.Tensor, streams: Sequence[torch.Generator], temperature: float, top_p: float = 1.0
+) -> torch.Tensor:
+    """A token [rows] from each row's distribution, by the Gumbel-max trick.
+
+    The argmax of log-probabilities plus Gumbel noise is a sample of the distribution.
+
+    Args:
+        scores: [rows, columns], float32.
+        streams: one of each row's own.
+        top_p: see `Decoding`.
+    """
+    logits = scores / temperature
+    if top_p < 1:
+        ordered, indices = logits.sort(dim=1, descending=True)
+        probabilities = ordered.softmax(dim=1)
+        beyond = probabilities.cumsum(dim=1) - probabilities >= top_p  # the best token always stays
+        logits = logits.masked_fill(beyond.scatter(1, indices, beyond), float("-inf"))
+    noise = torch.stack([torch.rand(scores.shape[1], generator=stream) for stream in streams])
+    gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20, max=1 - 1e-7)))
+    return (logits + gumbel.to(logits.device)).argmax(dim=1)
