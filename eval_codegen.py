@@ -10,9 +10,10 @@
 Code runs in the sandbox only, and only with --confirm_run_unsafe_code: definitions, imports and constants, without the
 calls and tests that an answer has at its top level (--keep_main keeps them). Prints tables and, last, one JSON line;
 --report_dir adds metrics.json, plots and report.html, and keeps answers and verdicts in answers.jsonl, so that a run
-that was interrupted goes on. --plan_then_code judges plan-then-code beside direct answers, paired. Problems that share
-their group with training rows are counted. --check_tests judges the tests instead of models: reference solutions must
-pass, solutions that do nothing or return a constant must fail.
+that was interrupted goes on. --plan_then_code judges plan-then-code beside direct answers, paired; --max_tries what
+`infer_codegen.py --test` brings: answers that fail the first test of their problem are asked for again, and judged on
+all of them. Problems that share their group with training rows are counted. --check_tests judges the tests instead of
+models: reference solutions must pass, solutions that do nothing or return a constant must fail.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_problems", type=cli.positive_int, help="judge a draw of this many problems")
     parser.add_argument("--k", default="1", help="the k of pass@k, e.g. 1,5; at most --num_samples")
     parser.add_argument("--plan_then_code", action="store_true", help="also judge code written after a plan, paired")
+    parser.add_argument(
+        "--max_tries",
+        type=cli.positive_int,
+        default=1,
+        help="above 1: also judge code that is asked for again while it fails its problem's first test, paired",
+    )
     parser.add_argument("--check_tests", action="store_true", help="judge the problems' tests, not models")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
@@ -61,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = "all" if args.check_tests else args.split
     selection = evaluate.Selection(args.data, split, args.max_problems, args.seed, args.skip_bad_rows)
     problems = evaluate.choose_problems(selection)
+    if args.max_tries > 1 and (alone := sum(len(problem.tests) == 1 for problem in problems)):
+        raise cli.UserError(
+            f"{alone} of {len(problems)} problems have one test alone, by which answers are judged as well; "
+            "--max_tries needs problems with a second test"
+        )
     cli.log(f"sandbox: {sandbox.level(args.allow_no_sandbox)}")
     if args.check_tests:
         return print_test_check(args.data, len(problems), evaluate.check_tests(problems, args.allow_no_sandbox))
@@ -74,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = evaluate.WriterSettings(
             source_of(args, model_dir), args.prompt_style, args.max_batch_tokens, args.auto_fit
         )
-        entry, direct = evaluation.measure(settings, args.plan_then_code)
+        entry, direct = evaluation.measure(settings, args.plan_then_code, args.max_tries)
         contamination = run_record.contamination(model_dir, evaluation.groups)
         entries.append({"model_dir": model_dir, "contamination": contamination} | entry)
         judged.append(direct)
@@ -125,6 +137,8 @@ def check_flags(args: argparse.Namespace) -> tuple[list[int], Decoding]:
         raise cli.UserError(f"--k {args.k} is not a list of numbers above 0, e.g. 1,5") from error
     if ks[-1] > args.num_samples:
         raise cli.UserError(f"--k {ks[-1]} needs at least as many samples; pass --num_samples {ks[-1]}")
+    if args.max_tries > 1 and args.num_samples > 1:
+        raise cli.UserError("--max_tries goes with one answer to a problem; leave out --num_samples")
     return ks, codegen_flags.decoding(args)
 
 

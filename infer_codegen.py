@@ -129,9 +129,13 @@ def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) 
 
 def write_tried(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) -> int | None:
     """Print the first code for --prompt that passes --test, or the last that does not."""
+    from common.sandbox.grading import Tests
     from common.tasks.codegen import repair
 
-    trials = repair.write_until_passing(writer, args.prompt, decoding, args.test, args.max_tries, args.allow_no_sandbox)
+    tests = [Tests(tuple(args.test))]
+    (trials,) = repair.write_until_passing(
+        writer, [args.prompt], decoding, tests, args.max_tries, allow_unsafe=args.allow_no_sandbox
+    )
     for number, trial in enumerate(trials, start=1):
         outcome = "passes" if trial.verdict.passed else f"fails ({repair.described(trial.verdict)})"
         cli.log(f"try {number} of {args.max_tries} {outcome}")

@@ -15,7 +15,7 @@ All evaluators' results have these keys in common (those marked ? may be left ou
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -30,14 +30,17 @@ def model_names(result: Result) -> list[str]:
     return [model.get("name") or name for model, name in zip(result["models"], short, strict=True)]
 
 
-def named_differences(result: Result, key: str, words: str) -> list[tuple[str, dict]]:
-    """(what is compared, the differences): within each model, under `key` and put in `words`, then between models."""
+def named_differences(result: Result, within: Mapping[str, str]) -> list[tuple[str, dict]]:
+    """(what is compared, the differences): within each model, by key and in words, then between models."""
     names = model_names(result)
     short = {model["model_dir"]: name for model, name in zip(result["models"], names, strict=True)}
-    within = [
-        (f"{name}: {words}", model[key]) for name, model in zip(names, result["models"], strict=True) if key in model
+    of_models = [
+        (f"{name}: {words}", model[key])
+        for key, words in within.items()
+        for name, model in zip(names, result["models"], strict=True)
+        if key in model
     ]
-    return within + [
+    return of_models + [
         (f"{short[difference['a']]} - {short[difference['b']]}", difference) for difference in result["differences"]
     ]
 
@@ -66,19 +69,19 @@ def json_line(
     *,
     omit: Collection[str] = (),
     omit_of_models: Collection[str] = (),
-    nested: str | None = None,
+    nested: Collection[str] = (),
 ) -> str:
     """The result on one line of JSON, without what is only for reading.
 
     Args:
         omit: keys of the result that are left out.
         omit_of_models: keys of each model that are left out,
-        nested: and of further figures under this key of a model.
+        nested: and of further figures under these keys of a model.
     """
 
     def short(model: dict) -> dict:
         return {
-            key: short(value) if key == nested and value else value
+            key: short(value) if key in nested and value else value
             for key, value in model.items()
             if key not in omit_of_models
         }

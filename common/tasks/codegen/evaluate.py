@@ -17,15 +17,16 @@ from common.models.source import ModelSource
 from common.sandbox import box as sandbox
 from common.sandbox import grading
 from common.tasks.codegen import answer as code_answer
-from common.tasks.codegen import metrics, mutation, source
+from common.tasks.codegen import metrics, mutation, repair, source
 from common.tasks.codegen import rows as code_rows
 from common.tasks.codegen.metrics import JudgedSample, Samples
 from common.tasks.codegen.prompt import SHOWN_PLAN_REQUEST
 from common.tasks.codegen.rows import CodeProblem
-from common.tasks.codegen.writer import CodeWriter, check_lengths, is_trained
+from common.tasks.codegen.writer import CodeAnswer, CodeWriter, check_lengths, is_trained
 
 WINDOW = 128  # programs whose verdicts are kept together
-DIRECT, PLAN_THEN_CODE = "direct", "plan_then_code"  # how code is asked for
+DIRECT, PLAN_THEN_CODE, TRIED = "direct", "plan_then_code", "tried"  # how code is asked for
+TOGETHER = 32  # answers that are tried together
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,24 @@ class Evaluation:
         return [problem.group for problem in self.problems]
 
     def measure(
-        self, settings: WriterSettings, plan_then_code: bool = False
+        self, settings: WriterSettings, plan_then_code: bool = False, tries: int = 1
     ) -> tuple[dict[str, Any], list[list[JudgedSample]]]:
         """(figures of one model, its judged direct answers [problem][sample], which `difference` compares).
 
         Args:
             plan_then_code: also judge code that is written after a plan, paired with direct answers.
+            tries: if above 1, also judge code that is asked for again where it fails the first test of its problem.
         """
-        direct = self.judge(settings, DIRECT)
+        direct = self.judge(self.write_answers(settings, DIRECT))
         entry = self.figures(direct)
         if plan_then_code:
-            planned = self.judge(settings, PLAN_THEN_CODE)
-            entry["plan_then_code"] = self.figures(planned)
+            planned = self.judge(self.write_answers(settings, PLAN_THEN_CODE))
+            entry[PLAN_THEN_CODE] = self.figures(planned)
             entry["plan_difference"] = self.difference(planned, direct)
+        if tries > 1:
+            tried = self.judge(self.try_again(settings, tries))
+            entry[TRIED] = self.figures(tried)
+            entry["tried_difference"] = self.difference(tried, direct)
         return entry, direct
 
     def figures(self, judged: Samples) -> dict[str, Any]:
@@ -142,9 +148,8 @@ class Evaluation:
         """pass@k of a minus that of b, paired, with intervals."""
         return metrics.difference(a, b, self.ks, self.groups, self.seed)
 
-    def judge(self, settings: WriterSettings, mode: str) -> list[list[JudgedSample]]:
-        """The samples of one model in one mode, judged, [problem][sample]."""
-        answers = self.write_answers(settings, mode)
+    def judge(self, answers: Sequence[Sequence[dict]]) -> list[list[JudgedSample]]:
+        """The answers of one model in one mode, [problem][sample], judged."""
         pairs = [(problem, answer) for problem, row in zip(self.problems, answers, strict=True) for answer in row]
         self.run_tests([(problem, self.program(answer["code"])) for problem, answer in pairs])
         lints = iter(metrics.lints([answer["code"] for _, answer in pairs]))
@@ -182,6 +187,33 @@ class Evaluation:
                     progress.update()
         return [self.store[key] for key in keys]
 
+    def try_again(self, settings: WriterSettings, tries: int) -> list[list[dict]]:
+        """The direct answers, each asked for again while it fails the first test of its problem, `tries` in all."""
+        parts = ["answer", settings.identity(), TRIED, tries, self.decoding.as_dict()]
+        keys = [content_key(*parts, problem.prompt, asdict(problem.graded_by())) for problem in self.problems]
+        first = self.write_answers(settings, DIRECT)
+        missing = [index for index, key in enumerate(keys) if key not in self.store]
+        if missing:
+            writer = settings.load()
+            with progress_bar(len(missing), f"{settings.source.model_dir}, {TRIED}") as progress:
+                for start in range(0, len(missing), TOGETHER):
+                    window = missing[start : start + TOGETHER]
+                    trials = repair.write_until_passing(
+                        writer,
+                        [self.problems[index].prompt for index in window],
+                        self.decoding,
+                        [first_test(self.problems[index]) for index in window],
+                        tries,
+                        first=[CodeAnswer(**first[index][0]) for index in window],
+                        allow_unsafe=self.allow_unsafe,
+                    )
+                    self.store.add(
+                        (keys[index], [asdict(of_task[-1].answer)])
+                        for index, of_task in zip(window, trials, strict=True)
+                    )
+                    progress.update(len(window))
+        return [self.store[key] for key in keys]
+
     def run_tests(self, codes: Sequence[tuple[CodeProblem, str]]) -> None:
         """Put the verdict on every program into the store; the same program is run once only."""
         missing = {verdict_key(problem, code): (code, problem.graded_by()) for problem, code in codes}
@@ -216,6 +248,11 @@ class Evaluation:
     def grade(self, pairs: Sequence[tuple[str, grading.Tests]], progress=None) -> list[grading.Verdict]:
         """Verdicts of the sandbox."""
         return _grade(pairs, self.allow_unsafe, progress)
+
+
+def first_test(problem: CodeProblem) -> grading.Tests:
+    """The test that a user would give with the task: the problem's first."""
+    return replace(problem.graded_by(), asserts=problem.tests[:1])
 
 
 def verdict_key(problem: CodeProblem, code: str) -> str:

@@ -75,8 +75,9 @@ def code_prompt(task: str, plan: str, request: str = CODE_REQUEST) -> str:
 
 
 def with_tests(task: str, tests: Sequence[str]) -> str:
-    """A task with the tests that its code has to pass, as MBPP's are shown. A function stub stays one."""
-    return task if is_stub(task) or not tests else task + SHOWN_TEST + "\n".join(tests)
+    """A task with the tests that its code has to pass, as MBPP's are shown, once each. A function stub stays one."""
+    missing = [test for test in tests if test not in task]
+    return task if is_stub(task) or not missing else task + SHOWN_TEST + "\n".join(missing)
 
 
 def repair_prompt(task: str, code: str, error: str) -> str:

@@ -23,31 +23,52 @@ class Trial:
 
 
 def write_until_passing(
-    writer: CodeWriter, task: str, decoding: Decoding, tests: Sequence[str], tries: int, allow_unsafe: bool = False
-) -> list[Trial]:
-    """The tries at a task, of which the last one passes its tests, or is number `tries`.
+    writer: CodeWriter,
+    tasks: Sequence[str],
+    decoding: Decoding,
+    tests: Sequence[grading.Tests],
+    tries: int,
+    *,
+    first: Sequence[CodeAnswer] | None = None,
+    allow_unsafe: bool = False,
+) -> list[list[Trial]]:
+    """The tries at each task, of which the last one passes its tests, or is number `tries`.
 
     Args:
         decoding: of one answer; each further try has the next seed.
-        tests: assert statements, which the model is shown.
+        tests: of each task, which the model is shown.
+        first: the first tries, where they are there already.
         allow_unsafe: where no sandbox works, run code without one.
     """
-    judged_by = grading.Tests(tuple(tests))
-    asked = with_tests(task, tests)
-    trials: list[Trial] = []
+    trials: list[list[Trial]] = [[] for _ in tasks]
+    waiting = list(range(len(tasks)))
     for number in range(tries):
-        how = replace(decoding, num_samples=1, seed=decoding.seed + number)
-        if trials and not writer.style.chat:
-            how = replace(how, temperature=how.temperature or TEMPERATURE)
-        elif trials:
-            last = trials[-1]
-            asked = repair_prompt(with_tests(task, tests), last.answer.code, described(last.verdict))
-        ((answer,),) = writer.write([asked], how)
-        verdict = grading.grade(source.without_usage(answer.code), judged_by, allow_unsafe=allow_unsafe)
-        trials.append(Trial(answer, verdict))
-        if verdict.passed:
+        if number == 0 and first is not None:
+            answers = list(first)
+        else:
+            asked = [_request(writer, tasks[index], tests[index], trials[index]) for index in waiting]
+            how = replace(decoding, num_samples=1, seed=decoding.seed + number)
+            if number and not writer.style.chat:
+                how = replace(how, temperature=how.temperature or TEMPERATURE)
+            answers = [answer for (answer,) in writer.write(asked, how)]
+        pairs = [
+            (source.without_usage(answer.code), tests[index]) for index, answer in zip(waiting, answers, strict=True)
+        ]
+        verdicts = grading.grade_many(pairs, allow_unsafe=allow_unsafe)
+        for index, answer, verdict in zip(waiting, answers, verdicts, strict=True):
+            trials[index].append(Trial(answer, verdict))
+        waiting = [index for index in waiting if not trials[index][-1].verdict.passed]
+        if not waiting:
             break
     return trials
+
+
+def _request(writer: CodeWriter, task: str, tests: grading.Tests, trials: Sequence[Trial]) -> str:
+    """What the model is asked: the task with its tests, and after a failed try what went wrong."""
+    asked = with_tests(task, tests.asserts)
+    if not trials or not writer.style.chat:
+        return asked
+    return repair_prompt(asked, trials[-1].answer.code, described(trials[-1].verdict))
 
 
 def described(verdict: grading.Verdict) -> str:

@@ -5,6 +5,8 @@ what `metrics.evaluate` returns for direct answers, plus:
 
     failures            what `metrics.commonest_failures` returns
     plan_then_code?     the same figures of code written after a plan; plan_difference?: plan-then-code minus direct
+    tried?              the same figures of code that was asked for again where it failed the first test of its problem;
+                        tried_difference?: tried minus direct
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ RATES = (
     ("test_pass_rate", "tests passed", "share of all tests that pass, of right and wrong answers together"),
 )
 OTHER_COLOURS = tuple(colour for colour in plots.COLOURS if colour != plots.RIGHT)
-MODES = (("direct", "direct"), ("plan_then_code", "plan-then-code"))
+MODES = (("direct", "direct"), ("plan_then_code", "plan-then-code"), ("tried", "tried"))
 
 
 def json_line(result: Result) -> str:
     """The result on one line, without the examples of failures."""
-    return results.json_line(result, omit_of_models=["failures"], nested="plan_then_code")
+    return results.json_line(result, omit_of_models=["failures"], nested=["plan_then_code", "tried"])
 
 
 def format_tables(result: Result) -> str:
@@ -60,7 +62,8 @@ def format_tables(result: Result) -> str:
 
 
 def _differences(result: Result) -> list[tuple[str, dict]]:
-    return results.named_differences(result, "plan_difference", "plan-then-code - direct")
+    within = {"plan_difference": "plan-then-code - direct", "tried_difference": "tried - direct"}
+    return results.named_differences(result, within)
 
 
 def _passes(result: Result) -> dict[str, str]:

@@ -56,7 +56,7 @@ HEADINGS = {key: heading for key, heading, _ in METRICS}
 
 def json_line(result: Result) -> str:
     """The result on one line, without the examples of errors."""
-    return results.json_line(result, omit_of_models=["errors", "curves"], nested="unconstrained")
+    return results.json_line(result, omit_of_models=["errors", "curves"], nested=["unconstrained"])
 
 
 def format_tables(result: Result) -> str:
@@ -122,7 +122,7 @@ def _confidence_rows(
 
 
 def _differences(result: Result) -> list[tuple[str, dict]]:
-    return results.named_differences(result, "constraint_difference", "constrained - unconstrained")
+    return results.named_differences(result, {"constraint_difference": "constrained - unconstrained"})
 
 
 def _grounded(result: Result, names: Sequence[str]) -> list[tuple[str, dict]]:

@@ -54,7 +54,7 @@ METRICS = (
 
 def json_line(result: Result) -> str:
     """The result on one line, without what only plots and paired drift need."""
-    return results.json_line(result, omit=["rows"], omit_of_models=["curves", "predictions"], nested="uncalibrated")
+    return results.json_line(result, omit=["rows"], omit_of_models=["curves", "predictions"], nested=["uncalibrated"])
 
 
 def write_report(report_dir: str | Path, result: Result) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.code_problems import HELD_OUT, TRAIN, Scripted, problem, right, wrong
@@ -77,6 +78,43 @@ def test_plan_then_code_is_judged_beside_direct_answers(evaluate, tiny_base, mon
     assert (model["pass_at_1"]["value"], model["plan_then_code"]["pass_at_1"]["value"]) == (0, 1)
     assert model["plan_difference"]["pass_at_1"] == {"value": 1, "low": 1, "high": 1}
     assert "plan_then_code" not in evaluate(tiny_base)["models"][0]
+
+
+def test_tries_are_judged_beside_direct_answers(evaluate, tiny_base, tmp_path, monkeypatch):
+    """An answer that fails its problem's first test is asked for again; one that fails another test is not."""
+    a, b, c, d = HELD_OUT
+    task = {number: problem(number)["prompt"] for number in HELD_OUT}
+    passes_the_first = f"def plus{c}(n):\n    return {c + 1} if n == 1 else 0"
+    direct = {task[a]: right(a), task[b]: wrong(b), task[c]: passes_the_first, task[d]: wrong(d)}
+    asked = []
+
+    class Mender(Scripted):
+        def write(self, tasks, decoding, plans=None, **more):
+            asked.extend(tasks)
+            return [[CodeAnswer(direct.get(text) or self.again(text), "", True, 9)] for text in tasks]
+
+        def again(self, text: str) -> str:
+            assert "This code for it is wrong" in text and "assertion" in text
+            return right(b) if task[b] in text else wrong(d)
+
+    writer = Mender({})
+    writer.style = SimpleNamespace(chat=True)
+    monkeypatch.setattr(CodeWriter, "load", classmethod(lambda cls, *source, **how: writer))
+    report = ["--report_dir", str(tmp_path / "report")]
+    model = evaluate(tiny_base, "--max_tries", "3", *report)["models"][0]
+    assert (model["pass_at_1"]["value"], model["tried"]["pass_at_1"]["value"]) == (1 / 4, 2 / 4)
+    assert model["tried_difference"]["pass_at_1"]["value"] == 1 / 4
+    assert len(asked) == 4 + 2 + 1 and problem(b)["tests"][0] in asked[4]
+    assert "tried - direct" in (tmp_path / "report/report.html").read_text()
+    assert evaluate(tiny_base, "--max_tries", "3", *report)["models"][0]["tried"] == model["tried"] and len(asked) == 7
+
+
+def test_tries_need_a_test_to_keep_back(evaluate, tiny_base, val):
+    Path(val).write_text(json.dumps({**problem(HELD_OUT[0]), "tests": problem(HELD_OUT[0])["tests"][:1]}) + "\n")
+    with pytest.raises(cli.UserError, match="1 of 1 problems have one test alone"):
+        evaluate(tiny_base, "--max_tries", "2")
+    with pytest.raises(cli.UserError, match="--max_tries goes with one answer"):
+        evaluate(tiny_base, "--max_tries", "2", "--num_samples", "2")
 
 
 def test_a_second_run_goes_on(evaluate, scripted, tiny_base, tmp_path, monkeypatch):
