@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from common import cli
 from common.distillation import flags, trainers
 from common.distillation import rows as distill_rows
+from common.export import model_card
 from common.models.flags import parse_args
 from common.tasks import recognition
 from common.tasks.ranking.loading import load_task
@@ -63,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from common.distillation import on_policy
 
             on_policy.train(settings, record, objective, rows, held_out)
-            return
-        trainer, settings = trainers.build(settings, record, objective, task, rows, held_out)
-        run.train_and_save(trainer, settings, record)
+        else:
+            trainer, settings = trainers.build(settings, record, objective, task, rows, held_out)
+            run.train_and_save(trainer, settings, record)
+    model_card.refresh([settings.save_dir])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli
+from common.export import model_card
 from common.models.flags import parse_args
 from common.tasks import recognition
 from common.training import dpo, flags
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = flags.dpo_settings(parse_args(build_parser(), argv))
     dpo.train(settings, argv, recognition.record_of)
+    model_card.refresh([settings.save_dir])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from common import cli, run_record
 from common.data import resumable
+from common.export import model_card
 from common.files import sha256_file
 from common.generation.decoding import Decoding
 from common.models import loading as models
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report.format_tables(result))
     if args.report_dir:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
+        model_card.refresh(args.model_dir)
     print(report.json_line(result))
 
 

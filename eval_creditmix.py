@@ -23,6 +23,7 @@ from pathlib import Path
 from common import cli, run_record
 from common.data import splits
 from common.data.resumable import AnswerStore
+from common.export import model_card
 from common.files import read_json, sha256_file
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         goal = Goal(args.optimize, costs, args.abstain_below, args.target_precision, args.guarantee or GUARANTEE)
         for source in sources:
             evaluate.fit_calibration(source, task, settings, dev, args.fit_calibration, goal)
+        model_card.refresh(args.model_dir)
         if not args.data:
             return None
     draw = evaluate.Draw(args.split, args.val_per_class, args.val_frac, args.seed)
@@ -153,6 +155,7 @@ def publish(args: argparse.Namespace, result: dict) -> int | None:
     print(report.format_table(result))
     if args.report_dir:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
+        model_card.refresh(args.model_dir)
     print(report.json_line(result))
     if args.fail_on_drift and result["drift"]["drifted"]:
         cli.log(f"quality dropped significantly against {args.baseline}")

@@ -24,6 +24,7 @@ from common import cli, run_record
 from common.comparison import measure
 from common.comparison.measure import Measurement
 from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT, Selection
+from common.export import model_card
 from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report.format_tables(result))
     if args.report_dir:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
+        model_card.refresh(model["model_dir"] for model in result["models"])
     print(report.json_line(result))
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from common import cli, run_record
 from common.data.resumable import AnswerStore
+from common.export import model_card
 from common.files import sha256_file
 from common.generation import json_schema
 from common.models import adapters
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
             extractor = Extractor(loaded, schema, preflight, settings, form_of(model_dir, args.typed_fields))
             evaluate.fit_calibration(model_dir, dev, args.fit_calibration, extractor)
+        model_card.refresh(args.model_dir)
         if not args.data:
             return
     selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows)
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report.format_tables(result))
     if args.report_dir:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
+        model_card.refresh(args.model_dir)
     print(report.json_line(result))
 
 

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--keep_lm_head", action="store_true", help="int8: leave the head in floating point")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="put a proven export there; a new one is private")
     proof = parser.add_argument_group("proof")
     proof.add_argument("--task", metavar="FILE.yaml", help="the label set; default: that of the run, else CreditMix")
     proof.add_argument("--proof_data", help="rows to compare on; default: data/TASK_dev.jsonl")
@@ -79,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(data).is_file():
         raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
 
-    from common.export import parity, pipeline
+    from common.export import model_card, parity, pipeline, publish
 
     pipeline.check_runtime(args.format, args.model_dir)
+    if args.push_to_hub:
+        publish.check(args.push_to_hub)
     proof_rows = parity.read_proof_rows(data, task, args.model_dir, args.proof_rows)
     base = pipeline.base_folder(args.model_dir, args.base, args.format)
     settings = pipeline.ExportSettings(
@@ -107,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(folder / pipeline.RECORD, record | run_record.provenance("export_model.py", argv))
         target = save_dir if passed else save_dir.with_name(f"{save_dir.name}.rejected")
         pipeline.put_in_place(folder, target)
+    model_card.write(target)
     print_table(record)
     print(json.dumps({"export": args.format, "save_dir": str(target), **summary(record)}))
     if not passed:
@@ -114,7 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: {metric['name']} has fallen by {-metric['difference']['value']:.4f}, more than --max_metric_drop "
             f"{args.max_metric_drop:g}; the files are kept apart in {target}"
         )
-    return cli.DONE if passed else cli.FAILED
+        return cli.FAILED
+    if args.push_to_hub:
+        publish.push(target, args.push_to_hub)
+    return cli.DONE
 
 
 def default_rows(task: LabelTask, model_dir: str) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from common import cli
 from common.data import rows as records
+from common.export import model_card
 from common.models.flags import parse_args
 from common.tasks import recognition
 from common.training import completion, flags
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = flags.sft_settings(parse_args(build_parser(), argv))
     completion.train(settings, records.SFT_KEYS, argv, recognition.record_of)
+    model_card.refresh([settings.save_dir])
 
 
 if __name__ == "__main__":

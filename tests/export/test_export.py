@@ -151,7 +151,7 @@ def test_proof_rows_that_cannot_be(run, dev, tmp_path):
         run, bad, tmp_path
     )
     empty = write_rows(tmp_path / "empty.jsonl", [])
-    assert "a row of a proof has" in refused(run, empty, tmp_path)
+    assert "is empty; give a file with rows" in refused(run, empty, tmp_path)
 
 
 # A pretrained model that nobody here made.
