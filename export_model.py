@@ -21,7 +21,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common import cli, run_record
 from common.data import task_record
@@ -68,7 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     proof.add_argument("--task", metavar="FILE.yaml", help="the label set; default: that of the run, else CreditMix")
     proof.add_argument("--proof_data", help="rows to compare on; default: data/TASK_dev.jsonl")
     proof.add_argument("--proof_rows", type=cli.positive_int, help="so many of them, evenly spaced; default: all")
-    proof.add_argument("--max_metric_drop", type=float, default=0.01, help="more than this and the export is rejected")
+    proof.add_argument(
+        "--max_metric_drop",
+        type=float,
+        default=0.01,
+        help="a larger fall is rejected; of text rows the share by which a token's likelihood falls",
+    )
     return parser
 
 
@@ -80,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(data).is_file():
         raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
 
-    from common.export import model_card, parity, pipeline, publish
+    from common.export import model_card, parity, pipeline, proof_table, publish
 
     pipeline.check_runtime(args.format, args.model_dir)
     if args.push_to_hub:
@@ -111,11 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = save_dir if passed else save_dir.with_name(f"{save_dir.name}.rejected")
         pipeline.put_in_place(folder, target)
     model_card.write(target)
-    print_table(record)
-    print(json.dumps({"export": args.format, "save_dir": str(target), **summary(record)}))
+    print(proof_table.table(record))
+    print(json.dumps({"export": args.format, "save_dir": str(target), **proof_table.summary(record)}))
     if not passed:
         cli.log(
-            f"error: {metric['name']} has fallen by {-metric['difference']['value']:.4f}, more than --max_metric_drop "
+            f"error: {metric['name']} has fallen by {-metric['difference']['value']:.4f}"
+            f"{' of itself' if 'perplexity' in record['proof'] else ''}, more than --max_metric_drop "
             f"{args.max_metric_drop:g}; the files are kept apart in {target}"
         )
         return cli.FAILED
@@ -164,33 +169,6 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if save_dir.resolve() == Path(args.model_dir).resolve():
         raise cli.UserError("--save_dir would replace --model_dir; choose another folder")
-
-
-def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """What the last line says of an export."""
-    proof = record["proof"]
-    kept = {key: record[key] for key in ("merged_into", "dtype", "runtime", "passed", "max_metric_drop")}
-    return kept | {key: proof[key] for key in ("rows", "metric", "logits", "generated", "speed")}
-
-
-def print_table(record: dict[str, Any]) -> None:
-    """The proof for reading: the run beside its export."""
-    proof, metric = record["proof"], record["proof"]["metric"]
-    columns = proof["speed"]
-    print(f"{'':24}" + "".join(f"{name:>16}" for name in columns))
-    values = {name: f"{metric[name]['value']:.4f}" for name in ("reference", "export")}
-    print(f"{metric['name']:24}" + "".join(f"{values.get(name, ''):>16}" for name in columns))
-    for key, title in (("bytes", "bytes"), ("seconds_to_load", "seconds to load"), ("tokens_per_s", "tokens/s")):
-        print(f"{title:24}" + "".join(f"{speed[key]:>16,}" for speed in columns.values()))
-    if columns["export"]["rows_per_s"]:
-        print(f"{'rows/s':24}" + "".join(f"{speed['rows_per_s']:>16,}" for speed in columns.values()))
-    change = metric["difference"]
-    print(f"difference {change['value']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f})")
-    if "label_agreement" in proof:
-        print(f"labels that agree {proof['label_agreement']['value']:.2%} of {proof['rows']:,} rows")
-    logits, generated = proof["logits"], proof["generated"]
-    print(f"logits differ by at most {logits['max_difference']:.3g}, mean KL {logits['mean_kl']:.3g} nats")
-    print(f"greedy texts that are equal {generated['equal']} of {generated['prompts']}")
 
 
 if __name__ == "__main__":

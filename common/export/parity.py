@@ -7,6 +7,7 @@ greedy text, and size, loading time and speed.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ LOGIT_ROWS = 32  # whose logits are compared,
 LOGIT_POSITIONS = 16  # at this many of their last positions: with a vocabulary of 150,000 that is 300 MB
 GENERATED_PROMPTS, GENERATED_TOKENS = 20, 32
 TIMED_PROMPTS, TIMED_TOKENS = 3, 64
+SHOWN_CHANGES = 20  # answers that are other than before
 TEXT_KEYS = records.SFT_KEYS
 
 
@@ -127,7 +129,8 @@ class RuntimeResult:
     Attributes:
         seconds_to_load, bytes: of the model's files.
         logits: [positions, vocabulary].
-        answers: greedy token ids, for the first prompts.
+        answers: greedy token ids, for the first prompts,
+        texts: and as text.
         tokens_per_s: of greedy text, one prompt at a time.
         scores: of label rows.
         rows_per_s: of label rows, in batches.
@@ -138,6 +141,7 @@ class RuntimeResult:
     bytes: int
     logits: np.ndarray
     answers: list[list[int]]
+    texts: list[str]
     tokens_per_s: float
     scores: Scores | None = None
     rows_per_s: float | None = None
@@ -181,7 +185,8 @@ def measure(
     for prompt in prompts[:TIMED_PROMPTS]:
         runtime.generate([prompt], TIMED_TOKENS, ())
     tokens_per_s = len(prompts[:TIMED_PROMPTS]) * TIMED_TOKENS / (time.perf_counter() - started)
-    measured = RuntimeResult(seconds_to_load, size, np.concatenate(kept), answers, tokens_per_s)
+    texts = [tokenizers.decode(tokenizer, answer) for answer in answers]
+    measured = RuntimeResult(seconds_to_load, size, np.concatenate(kept), answers, texts, tokens_per_s)
     if proof_rows.task is None:
         measured.nll = np.array(nll)
         return measured
@@ -197,9 +202,11 @@ def measure(
 def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRows) -> dict[str, Any]:
     """What has changed from `reference` to `export`, for export.json.
 
-    "metric" is macro-F1 of label rows; of text rows the inverse perplexity, exp(-NLL per token), which like macro-F1 is
-    between 0 and 1. Its "difference" is export minus reference with a paired bootstrap interval. KL is that of the
-    export's next-token distribution from the reference's, in nats.
+    "metric" is macro-F1 of label rows; of text rows the inverse perplexity, exp(-NLL per token), the likelihood of a
+    token. Its "difference" is that of the export from the reference, with a paired bootstrap interval: of macro-F1 one
+    minus the other; of likelihoods the share by which they change, which means the same whatever the perplexity.
+    "changed" are answers that are other than before. KL is that of the export's next-token distribution from the
+    reference's, in nats.
     """
     divergences, winners = [], []
     for pair in zip(reference.logits, export.logits, strict=True):
@@ -227,7 +234,28 @@ def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRo
         proof |= _compare_labels(reference.scores, export.scores, proof_rows)
     else:
         proof |= _compare_nll(reference.nll, export.nll)
+    proof["changed"] = (_changed_labels if proof_rows.task else _changed_texts)(reference, export, proof_rows)
     return proof | {"speed": {"reference": reference.speed(), "export": export.speed()}}
+
+
+def _changed_labels(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRows) -> list[dict[str, Any]]:
+    labels = proof_rows.task.labels
+    pairs = zip(reference.scores.predictions, export.scores.predictions, strict=True)
+    return _changed((labels[before], labels[after]) for before, after in pairs)
+
+
+def _changed_texts(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRows) -> list[dict[str, Any]]:
+    return _changed(zip(reference.texts, export.texts, strict=True))
+
+
+def _changed(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The first rows of the proof whose answer has changed: {"row" from 1, "before", "after"}."""
+    changed = [
+        {"row": number, "before": before, "after": after}
+        for number, (before, after) in enumerate(pairs, start=1)
+        if before != after
+    ]
+    return changed[:SHOWN_CHANGES]
 
 
 def _shared(reference: RuntimeResult, export: RuntimeResult) -> float:
@@ -254,7 +282,6 @@ def _compare_labels(reference: Scores, export: Scores, proof_rows: ProofRows) ->
 def _compare_nll(reference: np.ndarray, export: np.ndarray) -> dict[str, Any]:
     nlls = [bootstrap.ratio_interval(sums) for sums in (reference, export)]
     change = bootstrap.ratio_interval(np.concatenate([export, reference], axis=1))
-    inverse = np.exp(-nlls[0]["value"])
     ends = {"value": "value", "low": "high", "high": "low"}  # more NLL is less probability
     return {
         "perplexity": {
@@ -265,6 +292,6 @@ def _compare_nll(reference: np.ndarray, export: np.ndarray) -> dict[str, Any]:
             "name": "inverse_perplexity",
             "reference": {key: float(np.exp(-nlls[0][of])) for key, of in ends.items()},
             "export": {key: float(np.exp(-nlls[1][of])) for key, of in ends.items()},
-            "difference": {key: float(inverse * np.expm1(-change[of])) for key, of in ends.items()},
+            "difference": {key: float(np.expm1(-change[of])) for key, of in ends.items()},
         },
     }

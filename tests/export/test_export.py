@@ -41,7 +41,13 @@ def test_a_loss_is_refused_and_kept_apart(run, dev, tmp_path, monkeypatch, capsy
     assert cli.run(export_model.main, argv) == cli.FAILED
     said = capsys.readouterr()
     assert "macro_f1 has fallen by" in said.err and "more than --max_metric_drop 0.01" in said.err
-    assert json.loads(said.out.splitlines()[-1])["passed"] is False
+    result = json.loads(said.out.splitlines()[-1])
+    assert result["passed"] is False and result["changed"]
+    first = result["changed"][0]
+    assert (
+        first["before"] != first["after"]
+        and f'row {first["row"]}: "{first["before"]}" -> "{first["after"]}"' in said.out
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["out.rejected"]
     assert json.loads((tmp_path / "out.rejected" / export.RECORD).read_text())["passed"] is False
 

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.exports
 
 
 def measured(logits: list, answers: list, **more) -> RuntimeResult:
-    return RuntimeResult(1.0, 10, np.array(logits, dtype=np.float32), answers, 5.0, **more)
+    texts = [" ".join(map(str, answer)) for answer in answers]
+    return RuntimeResult(1.0, 10, np.array(logits, dtype=np.float32), answers, texts, 5.0, **more)
 
 
 def test_a_proof_by_hand(tmp_path):
@@ -43,9 +44,20 @@ def test_a_proof_by_hand(tmp_path):
     assert proof["generated"] == {"prompts": 2, "equal": 1, "tokens_before_they_part": 0.5}
     assert proof["perplexity"]["reference"]["value"] == pytest.approx(np.e, abs=1e-5)
     assert proof["metric"]["export"]["value"] == pytest.approx(np.exp(-1.1), abs=1e-5)
-    assert proof["metric"]["difference"]["value"] == pytest.approx(np.exp(-1.1) - np.exp(-1.0), abs=1e-5)
+    assert proof["metric"]["difference"]["value"] == pytest.approx(np.exp(-1.1) / np.exp(-1.0) - 1, abs=1e-5)
+    assert proof["changed"] == [{"row": 1, "before": "1 2 3", "after": "1 9 3"}]
     same = parity.compare(one, one, proof_rows)["metric"]["difference"]
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize("nll", [0.01, 1.0, 9.0])  # perplexities of 1.01, 2.7 and 8,100
+def test_a_token_that_is_less_likely_shows_at_any_perplexity(tmp_path, nll):
+    path = write_rows(tmp_path / "rows.jsonl", [{"input": "a", "output": "b"}] * 2)
+    proof_rows = parity.read_proof_rows(path, CREDITMIX, str(tmp_path), None)
+    before = measured([[0.0, 0.0]], [[1]], nll=np.array([[10 * nll, 10]] * 2))
+    after = measured([[0.0, 0.0]], [[1]], nll=np.array([[10 * (nll + 0.05), 10]] * 2))
+    difference = parity.compare(before, after, proof_rows)["metric"]["difference"]
+    assert difference["value"] == pytest.approx(np.exp(-0.05) - 1, abs=1e-5)
 
 
 def test_text_rows(run, tmp_path, torch_model):

@@ -1,0 +1,49 @@
+"""The proof of an export for reading, and in short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+MAX_SHOWN = 60  # characters of an answer that has changed
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """What the last line says of an export."""
+    proof = record["proof"]
+    kept = {key: record[key] for key in ("merged_into", "dtype", "runtime", "passed", "max_metric_drop")}
+    return kept | {key: proof[key] for key in ("rows", "metric", "logits", "generated", "changed", "speed")}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The proof for reading: the run beside its export, and what has changed."""
+    proof, metric = record["proof"], record["proof"]["metric"]
+    columns = proof["speed"]
+
+    def line(title: str, cells: Iterable[str]) -> str:
+        return f"{title:24}" + "".join(f"{cell:>16}" for cell in cells)
+
+    values = {name: f"{metric[name]['value']:.4f}" for name in ("reference", "export")}
+    lines = [line("", columns), line(metric["name"], (values.get(name, "") for name in columns))]
+    titles = {
+        "bytes": "bytes",
+        "seconds_to_load": "seconds to load",
+        "tokens_per_s": "tokens/s",
+        "rows_per_s": "rows/s",
+    }
+    for key, title in titles.items():
+        if columns["export"][key]:
+            lines.append(line(title, (f"{speed[key]:,}" for speed in columns.values())))
+    change, logits, generated = metric["difference"], proof["logits"], proof["generated"]
+    of_itself = " of itself" if "perplexity" in proof else ""
+    interval = f"(95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
+    lines.append(f"difference {change['value']:+.4f}{of_itself} {interval}")
+    if "label_agreement" in proof:
+        lines.append(f"labels that agree {proof['label_agreement']['value']:.2%} of {proof['rows']:,} rows")
+    lines.append(f"logits differ by at most {logits['max_difference']:.3g}, mean KL {logits['mean_kl']:.3g} nats")
+    lines.append(f"greedy texts that are equal {generated['equal']} of {generated['prompts']}")
+    for changed in proof["changed"]:
+        before, after = (json.dumps(changed[key], ensure_ascii=False)[:MAX_SHOWN] for key in ("before", "after"))
+        lines.append(f"row {changed['row']}: {before} -> {after}")
+    return "\n".join(lines)
