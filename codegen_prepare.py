@@ -7,7 +7,8 @@
 Reads MBPP, HumanEval or own rows {"prompt", "solution", "tests"}, as JSON or JSONL, also gzipped, or makes families of
 small functions. Writes into --outdir: codegen_sft.jsonl and codegen_kd.jsonl (of each training problem the code, the
 plan, and the code of the plan), codegen_dpo.jsonl (rejected: the solution with one change that its tests fail),
-codegen_dev.jsonl and codegen_val.jsonl (other problems, with tests) and codegen_manifest.json (counts, checksums).
+codegen_train.jsonl (the training problems with their tests, for teacher_generate.py), codegen_dev.jsonl and
+codegen_val.jsonl (other problems, with tests) and codegen_manifest.json (counts, checksums).
 Solutions that fail their own tests are left out and named. The given solutions and their mutants run in the sandbox
 and only there; code that a model wrote is not run here, so no consent is asked.
 """
@@ -32,7 +33,7 @@ from common.tasks.codegen import rows as code_problems
 from common.tasks.codegen import synthesis as code_synthesis
 from common.tasks.codegen.rows import CodeProblem
 
-OUTPUT_FILES = [f"codegen_{what}" for what in ("sft.jsonl", "kd.jsonl", "dpo.jsonl", "dev.jsonl", "val.jsonl")]
+OUTPUT_FILES = [f"codegen_{what}.jsonl" for what in ("sft", "kd", "dpo", "train", "dev", "val")]
 ROUNDS = 8  # mutants of a problem that are run at most, until one fails
 
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             OUTPUT_FILES,
             (
                 jsonl_text(rows)
-                for rows in (sft, kd, dpo, *([p.row() for p in parts[part]] for part in ("dev", "validation")))
+                for rows in (sft, kd, dpo, *([problem.row() for problem in parts[part]] for part in splits.PARTS))
             ),
             strict=True,
         )

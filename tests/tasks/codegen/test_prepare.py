@@ -78,6 +78,7 @@ def test_synthesized_problems_become_rows(tmp_path):
     assert manifest["synthetic"] and sum(parts.values()) == 12
     assert len(read_rows(tmp_path / "codegen_sft.jsonl")) == 3 * parts["train"]
     assert len(read_rows(tmp_path / "codegen_dpo.jsonl")) == 2 * parts["train"]
+    assert len(read_rows(tmp_path / "codegen_train.jsonl")) == parts["train"]
 
 
 def test_texts_are_told_by_their_keywords():
