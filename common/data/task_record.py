@@ -182,6 +182,11 @@ def text_of(record: Record) -> str:
     return json.dumps(record, sort_keys=True, ensure_ascii=False)
 
 
+def of_text(text: str) -> Record:
+    """The record that a text tells. Raises ValueError, RecursionError for any other text."""
+    return _checked(parse_json(text))
+
+
 def _checked(record: Any) -> Record:
     """The record, with the keys that every one has. Raises ValueError for anything else."""
     if not isinstance(record, dict) or record.get("kind") not in KINDS or not isinstance(record.get("name"), str):

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
+from common.data import task_record
 from common.export.gguf_quants import Mixture, quantize
 from common.export.gguf_vocabulary import add_tokenizer
 from common.export.merge import Checkpoint
+from common.models.gguf_file import TASK_KEY
 
 if TYPE_CHECKING:
     import gguf
@@ -45,6 +47,7 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     stops: Sequence[int],
     importance: Mapping[str, np.ndarray] | None = None,
+    task: task_record.Record | None = None,
 ) -> None:
     """Write the plain model in `merged` as one GGUF file.
 
@@ -52,6 +55,7 @@ def write(
         quant: one of `gguf_quants.QUANTS`.
         stops: every token that ends an answer, EOS first.
         importance: of the columns of weights, by transformers' names (see `gguf_quants.quantize`).
+        task: what the model was trained for, which the file then tells wherever it goes.
 
     Raises:
         UserError: a tokenizer that llama.cpp has no equal of, or a weight that the architecture does not have there.
@@ -64,6 +68,8 @@ def write(
     checkpoint = Checkpoint(merged)
     writer = gguf.GGUFWriter(path, architecture_of(config), use_temp_file=True)  # or all weights are in memory at once
     _add_shape(writer, config, quant)
+    if task:
+        writer.add_string(TASK_KEY, task_record.text_of(task))
     add_tokenizer(writer, config, tokenizer, stops)
     names = tensor_names(config)
     targets = {}

@@ -186,6 +186,7 @@ class Export:
     def __init__(self, settings: ExportSettings, proof_rows: ProofRows) -> None:
         self.settings, self.proof_rows = settings, proof_rows
         self.is_adapter = adapters.is_adapter(settings.model_dir)
+        self.task = task_record.read(settings.model_dir)
         self.from_nf4 = settings.four_bit and self.is_adapter
         merging.empty_model(settings.base, settings.trust_remote_code)  # imports what loading would else be timed with
         log(f"measuring {settings.model_dir} on {len(proof_rows.prompts):,} rows of {proof_rows.path}")
@@ -229,11 +230,10 @@ class Export:
         for file in [*sorted(source.glob(f"{CALIBRATION}*.json")), source / run_record.GROUPS_FILE]:
             if file.is_file():
                 shutil.copy(file, folder / file.name)
-        task = task_record.read(source)
-        if task:
-            task_record.write(folder, task)
+        if self.task:
+            task_record.write(folder, self.task)
         files = {"files": describe_files(folder)}
-        return folder, {"format": settings.format, "origin": self.origin, task_record.KEY: task, **facts, **files}
+        return folder, {"format": settings.format, "origin": self.origin, task_record.KEY: self.task, **facts, **files}
 
     def _measure(self, load: Callable[[], Runtime], files: Collection[Path]) -> RuntimeResult:
         """`files`: of the model, or folders of them."""
@@ -334,7 +334,7 @@ class Export:
         folder = stage / "gguf"
         folder.mkdir()
         file = folder / gguf_writer.file_name(quant)
-        gguf_writer.write(merged, file, quant, self.tokenizer, self.stops, self._importance(merged))
+        gguf_writer.write(merged, file, quant, self.tokenizer, self.stops, self._importance(merged), self.task)
         self._write_modelfile(folder, file.name)
         proof = self._prove_in_llama_cpp([file])
         return folder, facts | {

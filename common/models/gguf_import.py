@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, log, reason
+from common.data import task_record
 from common.files import sha256_file, write_json
-from common.models.gguf_file import GgufFile, empty_model, read_config, size_of_weights, write_weights
+from common.models.gguf_file import TASK_KEY, GgufFile, empty_model, read_config, size_of_weights, write_weights
 from common.models.gguf_tokenizer import end_ids, read_tokenizer
 
 try:
@@ -196,11 +197,22 @@ def _make(file: GgufFile, folder: Path, source: dict[str, str]) -> None:
     partial.mkdir()
     try:
         write_model(file, partial)
+        _write_task(file, partial)
         write_json(partial / ORIGIN, source)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_task(file: GgufFile, folder: Path) -> None:
+    """What a model was trained for, where the GGUF is an export of this toolkit and tells."""
+    text = file.get(TASK_KEY)
+    if text is not None:
+        try:
+            task_record.write(folder, task_record.of_text(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            log(f"{file.path}: its {TASK_KEY} cannot be read and is left out ({reason(error)})")
 
 
 def write_model(file: GgufFile, folder: Path) -> None:

@@ -20,16 +20,18 @@ from tokenizers import models as bpe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.cli import UserError
+from common.data import task_record
 from common.export import gguf_lora, gguf_quants, gguf_writer, parity
 from common.export.gguf_quants import Mixture, quantize
 from common.export.gguf_vocabulary import pre_tokenizer_name
 from common.export.importance import importance_of
 from common.export.modelfile import modelfile
-from common.models import llama_cpp, tokenizers
+from common.models import gguf_import, llama_cpp, tokenizers
 from common.models import loading as models
 from common.models.gguf_runtime import GgufModel
 from common.models.source import ModelSource
 from common.models.torch_runtime import TorchRuntime
+from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.torch_ranker import TorchRanker
 
@@ -89,6 +91,17 @@ def test_every_stop_token_survives(tmp_path, tokenizer, dev):
     model = GgufModel(tmp_path / "gguf" / "model-Q8_0.gguf", 64)
     assert {tokenizer.eos_token_id, other} <= model.ends()
     model.close()
+
+
+def test_a_file_alone_tells_its_task(tmp_path, base, dev, monkeypatch):
+    """What a run was trained for goes into the GGUF, and comes out where the file is a model again."""
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setenv("GGUF_CACHE", str(tmp_path / "cache"))
+    run = Path(make_run(tmp_path / "run", base, seed=1))
+    task_record.write(run, CREDITMIX.record())
+    export_run(str(run), "gguf", tmp_path / "gguf", dev, "--max_metric_drop", "1")
+    alone = shutil.copy(tmp_path / "gguf" / "model-Q8_0.gguf", tmp_path / "alone.gguf")
+    assert task_record.read(gguf_import.model_folder(str(alone))) == CREDITMIX.record()
 
 
 # Kinds of tensors.

@@ -18,8 +18,10 @@ import export_model
 import sft_train
 from common import cli
 from common.cli import UserError
+from common.data import task_record
 from common.jobs.checks import Reach
 from common.models import flags, gguf_import, loading, tokenizers
+from common.models.gguf_file import TASK_KEY
 from common.models.gguf_import import model_folder
 from common.serving.settings import ServerSettings
 from common.vram import model_shape
@@ -191,6 +193,13 @@ def test_servers(file, monkeypatch, tmp_path):
     short.unlink()
     with pytest.raises(Problem, match="there is no model"):
         Reach([tmp_path]).model("student", str(file))
+
+
+@pytest.mark.parametrize("text", ["{", '{"kind": "none"}', "[" * 5000])
+def test_a_task_that_cannot_be_read_is_left_out(tmp_path, capsys, text):
+    path = write(build("llama"), "llama", tmp_path / "told.gguf", keys={TASK_KEY: text})
+    assert task_record.read(model_folder(str(path))) is None
+    assert f"its {TASK_KEY} cannot be read and is left out" in capsys.readouterr().err
 
 
 @pytest.mark.processes
