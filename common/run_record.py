@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from common.data import splits
+from common.data import splits, task_record
 from common.files import atomic_write, sha256_file, write_json
 from common.models import adapters
 
@@ -170,8 +170,8 @@ def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | Non
     """{"rows", "of"}: rows whose group the run was trained on; None where a run keeps no record of that."""
     trained = read_groups(model_dir)
     if trained is None:
-        if adapters.is_adapter(model_dir) or (Path(model_dir) / FILE).is_file():
-            return None
+        if adapters.is_adapter(model_dir) or any(Path(model_dir, file).is_file() for file in (FILE, task_record.FILE)):
+            return None  # trained, as also a GGUF that tells its task has been
         trained = set()  # a base model was trained on no labelled row of ours
     seen, of = splits.overlap(groups, trained)
     return {"rows": seen, "of": of}

@@ -112,3 +112,7 @@ def test_contamination_is_counted_where_it_can_be(tmp_path, folders):
     run_record.write_groups(run, {"b"})
     assert metrics.contamination(str(run), groups, ROWS, "abc") == {"rows": 2, "of": 3}
     assert metrics.contamination(folders["base"], groups, TEXT, "abc") == {"rows": 0, "of": 3}
+    told = tmp_path / "of a GGUF"  # whose metadata say what it was trained for, and not on which rows
+    told.mkdir()
+    (told / "task.json").write_text('{"kind": "rows", "name": "rows"}')
+    assert run_record.contamination(str(told), groups) is None
