@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import edlib
+
+from common.tasks.idp import dates
 
 MOST_PLACES = 2000  # of one value: "1" stands everywhere
 SHORTEST_NEAR = 5  # characters that a value must have to be found with edits; fewer say too little
@@ -20,7 +23,8 @@ class Match:
 
     Attributes:
         start, end: its characters, text[start:end].
-        how: "exact", "folded" (white space and case aside), "read" (a number that is written in another way) or "near".
+        how: "exact", "folded" (white space and case aside), "read" (a number or a date that is written in another way)
+            or "near".
         edits: characters that differ, of a near one.
     """
 
@@ -55,10 +59,12 @@ class Haystack:
 
     def _otherwise(self, value: str, needle: str) -> list[Match]:
         """Places of a value that does not stand there as it is. Of figures no digit may differ: it is another value."""
-        if 2 * sum(character.isalpha() for character in needle) > len(needle):
-            return self._near(needle)
         if NUMERAL.fullmatch(value):
             return [match for number in readings(value) for match in self.find_number(number)]
+        if date := dates.whole(value):
+            return self._find_date(date)
+        if 2 * sum(character.isalpha() for character in needle) > len(needle):
+            return self._near(needle)
         parts = re.findall(r"\w+", value)
         if len("".join(parts)) < SHORTEST_NEAR:
             return []
@@ -72,6 +78,15 @@ class Haystack:
             for found in NUMERAL.finditer(self.text)
             if any(abs(each - abs(value)) < 1e-9 * max(1.0, abs(value)) for each in readings(found[0]))
         ][:MOST_PLACES]
+
+    def _find_date(self, wanted: dates.FoundDate) -> list[Match]:
+        """Every place of a date, whichever way it is written; where day and month could change places, either way."""
+        found = [each for each in self._dates if set(each.readings) & set(wanted.readings)]
+        return [Match(each.start, each.end, "read") for each in found][:MOST_PLACES]
+
+    @cached_property
+    def _dates(self) -> list[dates.FoundDate]:
+        return dates.find(self.text)
 
     def _match(self, start: int, length: int, how: str, edits: int = 0) -> Match:
         return Match(self._offsets[start], self._offsets[start + length - 1] + 1, how, edits)

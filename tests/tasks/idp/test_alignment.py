@@ -40,6 +40,24 @@ def test_numbers(value, found):
     assert [TEXT[match.start : match.end] for match in Haystack(TEXT).find_number(value)] == found
 
 
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("2018-04-02", ["02 APR 2018"]),
+        ("2 April 2018", ["02 APR 2018"]),
+        ("2018-09-05", ["05/09/2018"]),  # day and month could change places
+        ("2018-05-09", ["05/09/2018"]),
+        ("2018-05-10", []),
+        ("2018-04-03", []),
+    ],
+)
+def test_dates(value, found):
+    text = "Date 02 APR 2018\nDue 05/09/2018"
+    matches = Haystack(text).find(value)
+    assert [text[match.start : match.end] for match in matches] == found
+    assert {match.how for match in matches} <= {"read"}
+
+
 def test_edits_are_the_fewest_that_there_are():
     match, *others = Haystack("xx Trading Ltd yy Tradin Ltd").find("Trading Lcd")
     assert (match.start, match.end, match.edits, others) == (3, 14, 1, [])
