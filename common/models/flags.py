@@ -44,6 +44,20 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
 
 
+def add_thinking_flag(parser: argparse._ActionsContainer, what: str) -> None:
+    """--thinking, of what models that reason write (`thinks`).
+
+    Args:
+        what: becomes of the thinking, after "on: ".
+    """
+    parser.add_argument("--thinking", choices=("on", "off"), default="off", help=f"on: {what}")
+
+
+def thinks(args: argparse.Namespace) -> bool:
+    """What the flag of `add_thinking_flag` says."""
+    return args.thinking == "on"
+
+
 def source_of(args: argparse.Namespace, model_dir: str) -> ModelSource:
     """The model in `model_dir`, loaded as the flags of `add_model_flags` say."""
     return ModelSource(model_dir, args.base, args.load_in_4bit, args.dtype, args.trust_remote_code)

@@ -13,7 +13,7 @@ from common.cli import UserError
 from common.generation import json_schema
 from common.generation.decoding import Decoding
 from common.models import loading as models
-from common.models.flags import add_model_flags, source_of
+from common.models.flags import add_model_flags, add_thinking_flag, source_of, thinks
 from common.sandbox import box as sandbox
 from common.tasks.idp.flags import add_form_flag
 from common.tasks.ranking.loading import task_for
@@ -47,11 +47,8 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     )
     decoding.add_argument("--top_p", type=float, default=1.0, help="probability that sampling stays within")
     decoding.add_argument("--seed", type=int, default=0)
-    decoding.add_argument(
-        "--thinking",
-        choices=("on", "off"),
-        default="off",
-        help="on: let a local --teacher that reasons think first; its answer is read from behind the thinking",
+    add_thinking_flag(
+        decoding, "let a local --teacher that reasons think first; its answer is read from behind the thinking"
     )
     running = parser.add_argument_group("running code (--task codegen)")
     running.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run the tests, in the sandbox")
@@ -151,7 +148,7 @@ def _check_teacher(args: argparse.Namespace) -> None:
         given = [name for name in ENDPOINT_ONLY if getattr(args, name) is not None]
         if given:
             raise UserError(f"--{given[0]} goes with --endpoint; leave it out, or give --endpoint for --teacher")
-        if args.thinking == "on" and args.probabilities:
+        if thinks(args) and args.probabilities:
             raise UserError("--thinking on is for answers that are written; leave it out with --probabilities")
         models.check_model_dir(args.teacher, args.base)
     else:
@@ -160,7 +157,7 @@ def _check_teacher(args: argparse.Namespace) -> None:
 
 def _check_endpoint(args: argparse.Namespace) -> None:
     """Refuse an address or a body that cannot be; reads --extra_body."""
-    if args.thinking == "on":
+    if thinks(args):
         raise UserError(
             "--thinking on goes with a local --teacher; an endpoint is told by --extra_body, such as "
             '\'{"chat_template_kwargs": {"enable_thinking": true}}\''
@@ -223,8 +220,7 @@ def teacher_of(args: argparse.Namespace, task: TeacherTask) -> Teacher:
     Raises:
         UserError: it cannot be had.
     """
-    thinking = args.thinking == "on"
-    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed, thinking=thinking)
+    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed, thinking=thinks(args))
     if args.endpoint:
         endpoint = EndpointSettings(
             args.endpoint,

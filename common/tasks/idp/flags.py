@@ -9,7 +9,7 @@ from common import cli
 from common.cli import UserError
 from common.data import task_record
 from common.generation import json_schema
-from common.models.flags import add_model_flags
+from common.models.flags import add_model_flags, add_thinking_flag, thinks
 from common.tasks.idp.answer_form import TYPED_FIELDS
 from common.tasks.idp.extractor import ExtractionSettings
 from common.tasks.idp.prompt import INSTRUCTION
@@ -38,12 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="retry",
         help="an answer that --max_new_tokens has cut: once more with twice of it, or only flag it (default: retry)",
     )
-    parser.add_argument(
-        "--thinking",
-        choices=("on", "off"),
-        default="off",
-        help="on: let a reasoning model think before its answer, within --max_new_tokens of its own",
-    )
+    add_thinking_flag(parser, "let a reasoning model think before its answer, within --max_new_tokens of its own")
     add_form_flag(parser)
     parser.add_argument(
         "--dates",
@@ -89,7 +84,7 @@ def extraction_settings(args: argparse.Namespace) -> ExtractionSettings:
         args.max_len,
         args.long,
         args.on_cut,
-        args.thinking == "on",
+        thinks(args),
         ReadingSettings(args.dates, args.utc_offset),
     )
 
