@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl
+MOST_MEMORY = 8 << 30  # bytes of address space of a helper, of which libraries and their threads take some hundred MiB
 
 
 class OutOfTime(Exception):
@@ -44,6 +47,20 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def answer_lines(parent: int, answer: Callable[[bytes], Any]) -> None:
+    """Answer each line of standard input by one of JSON on standard output, within `MOST_MEMORY`.
+
+    Ends with its input, or with the process `parent`; whoever asks can end it where an answer takes too long.
+    """
+    die_with_parent(parent)
+    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limits here
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    for line in sys.stdin.buffer:
+        print(json.dumps(answer(line)), flush=True)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,16 @@ def test_common_neither_imports_nor_executes_a_script():
         assert "spec_from_file_location" not in path.read_text(), f"{path} runs a file by its path"
 
 
+def test_what_was_asked_for_travels_as_settings():
+    """Only scripts, `cli` and the modules of flags have functions that take a Namespace."""
+    for path in MODULES:
+        if path.name in ("cli.py", "flags.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arg) and node.annotation is not None:
+                assert "Namespace" not in ast.unparse(node.annotation), f"{path}, line {node.lineno}"
+
+
 def test_every_room_says_what_it_is():
     for folder in {path.parent for path in MODULES}:
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), f"{folder}/__init__.py says nothing"

@@ -8,41 +8,27 @@ standard output: {"error": a sentence or null}. Ends with its input, or with the
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Sequence
 
 from common import processes
 from common.cli import UserError
 from common.generation import json_schema
 
-MEMORY = 8 << 30  # bytes of address space, of which libraries and their threads take some hundred MiB
 
-
-def main(argv: Sequence[str]) -> None:
-    processes.die_with_parent(int(argv[0]))
-    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limits here
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    for line in sys.stdin.buffer:
-        print(json.dumps({"error": check(line)}), flush=True)
-
-
-def check(line: bytes) -> str | None:
+def check(line: bytes) -> dict[str, str | None]:
     """Why a schema is refused, in one sentence; None where it can be followed."""
     try:
         request = json.loads(line)
         json_schema.preflight(request["schema"], request.get("best_effort", False))
     except UserError as error:
-        return str(error)
+        return {"error": str(error)}
     except RecursionError:
-        return "the schema is nested too deeply; make it simpler"
+        return {"error": "the schema is nested too deeply; make it simpler"}
     except MemoryError:
-        return "the schema takes too much memory to check; make it smaller or simpler"
-    return None
+        return {"error": "the schema takes too much memory to check; make it smaller or simpler"}
+    return {"error": None}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    processes.answer_lines(int(sys.argv[1]), check)

@@ -191,7 +191,12 @@ def log_lines(content: bytes) -> list[str]:
 
 
 def plain_files(folder: Path) -> Iterator[Path]:
-    """The regular files beneath a folder, in the order of their names; links are neither followed nor named."""
+    """The regular files beneath a folder, in the order of their names; links are neither followed nor named.
+
+    Nor is the folder itself where it is one.
+    """
+    if folder.is_symlink():
+        return
     for parent, folders, names in os.walk(folder, followlinks=False):
         folders.sort()
         for name in sorted(names):

@@ -9,6 +9,8 @@ from common.cli import UserError
 from common.data import task_record
 from common.serving.run_registry import Version
 from common.tasks.ranking import loading
+from common.tasks.ranking.calibration import Calibration
+from common.tasks.ranking.classifier import CALIBRATION
 from common.tasks.ranking.task import LabelTask
 
 
@@ -34,6 +36,20 @@ def task_of(version: Version, default: LabelTask) -> LabelTask:
     if fault := loading.mismatch(default, json.loads(version.task)):
         raise OtherTask(f"the run {version.name} {fault}; send its requests to its own route")
     return default
+
+
+def calibration_fault(version: Version, default: LabelTask) -> str | None:
+    """Why the calibration that a run's folder keeps cannot be used; None where it can, or there is none; blocking."""
+    try:
+        task = task_of(version, default)
+        path = task.kept_file(version.model_dir, CALIBRATION)
+        if path.is_file():
+            Calibration.load(path, task.labels)
+    except OtherTask:
+        return None
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def check(version: Version, kind: str, instruction: str | None, asked: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -18,19 +18,25 @@ from common.cli import UserError
 from common.data import task_record
 from common.generation import json_schema
 from common.serving import label_tasks
+from common.serving.helpers import Ended
+from common.serving.model_process import QueueFull
 from common.serving.openai_routes import add_chat
 from common.serving.run_registry import Version
 from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
 from common.tasks.codegen.answer import compile_error
-from common.tasks.idp import documents, evidence
+from common.tasks.idp import documents
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp.readers import OFFSET, ReadingSettings
 from common.tasks.ranking.task import warned
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
 
+if TYPE_CHECKING:
+    from common.tasks.idp.extractor import Extraction
+
+Item = TypeVar("Item")
 PAGE = Path(__file__).with_name("page.html")
 MAX_FEATURES, MAX_TEXT = 20_000, 1_000_000  # characters
 MAX_ROWS = 1024  # of a batch
@@ -176,6 +182,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         watch.cancel()
         await server.models.close()
         await server.schema_checks.close()
+        await server.evidence.close()
         if server.audit:
             server.audit.close()
 
@@ -247,10 +254,28 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
             "notes": extraction.notes,
         }
         if body.evidence:
-            document = await asyncio.to_thread(documents.of_row, body.model_dump(include={"document", "lines"}))
-            found = None if error else await asyncio.to_thread(evidence.shown, document, extraction.as_written)
-            answer |= {"evidence": found, "document": document.text}
+            answer |= await find_evidence(server, body, extraction)
         return JSONResponse(answer)
+
+
+async def find_evidence(server: Server, body: ExtractRequest, extraction: Extraction) -> dict[str, Any]:
+    """Where the fields stand, and the text that it counts in; a note where that takes too long.
+
+    Raises:
+        Problem: 503, too many wait for theirs.
+    """
+    text = await asyncio.to_thread(documents.clean, body.document)
+    answer = {"evidence": None, "document": text}
+    if extraction.error:
+        return answer
+    try:
+        asked = body.model_dump(include={"document", "lines"}) | {"value": extraction.as_written}
+        return answer | await server.evidence.ask(asked)
+    except QueueFull:
+        raise Problem(503, "too many requests wait for their evidence; try again", retry_after=1) from None
+    except (TimeoutError, Ended):
+        late = "where the fields stand could not be found in time; send a shorter document, or ask for fewer fields"
+        return answer | {"notes": [*extraction.notes, late]}
 
 
 def _add_code(app: FastAPI, server: Server) -> None:
@@ -298,16 +323,24 @@ def _add_classification(app: FastAPI, server: Server) -> None:
         version = await server.find(run)
         tokens = sum(map(estimate, texts))
         task = await server.label_task(version, task_name)
-        prompts = server.encode(version, [task.prompt(task.clean(text)) for text in texts])
+        prompts = server.encode(version, [task.prompt(task.clean(text)) async for text in in_turns(texts)])
         answers = await server.answer(request, version, Classify(task.text), prompts, rows=len(texts), tokens=tokens)
-        answers = [warned(task, text, answer) for text, answer in zip(texts, answers, strict=True)]
+        answers = [warned(task, *row) async for row in in_turns(zip(texts, answers, strict=True))]
         metrics = server.metrics
-        for text, answer in zip(texts, answers, strict=True):
+        async for text, answer in in_turns(zip(texts, answers, strict=True)):
             metrics.child(metrics.margin, version.name).observe(answer["top2_margin"])
             metrics.child(metrics.predictions, version.name, answer["prediction"] or "none").inc()
             facts = {key: value for key, value in answer.items() if key != "model_name"}
             server.record(request, version, Classify.name, started, text, **facts)
         return answers
+
+
+async def in_turns(items: Iterable[Item]) -> AsyncIterator[Item]:
+    """The items; between two of them other requests have their turn."""
+    for number, item in enumerate(items):
+        if number:
+            await asyncio.sleep(0)
+        yield item
 
 
 def check_task(version: Version, kind: str, instruction: str | None, asked: str) -> None:

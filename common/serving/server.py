@@ -15,6 +15,7 @@ from common.cli import UserError, log
 from common.data import task_record
 from common.serving import label_tasks
 from common.serving.audit_log import AuditLog
+from common.serving.helpers import Helpers
 from common.serving.messages import Loaded, Unusable
 from common.serving.metrics import ServingMetrics
 from common.serving.model_process import Gone, ModelProcess, Models, Pending, QueueFull
@@ -44,6 +45,8 @@ class Server:
         self.web_metrics = WebMetrics()
         self.models = Models(settings.max_bases, self._start)
         self.schema_checks = SchemaChecks()
+        nothing = {"document": "", "lines": [], "value": None}
+        self.evidence = Helpers("common.tasks.idp.evidence_worker", nothing)
         self.metrics = ServingMetrics(
             self.web_metrics.registry, self.models.all, lambda: self.audit.failures if self.audit else 0
         )
@@ -229,6 +232,7 @@ class Server:
                 newest = self.registry.find(name)
                 for version in self.registry.versions(name):
                     about = describe(version) | {"loaded": version in loaded, "current": version == newest}
+                    about["error"] = about["error"] or label_tasks.calibration_fault(version, self.settings.host.task)
                     if about["current"] or about["loaded"]:
                         entries.append(about)
             except (UserError, OSError, ValueError, RecursionError) as error:

@@ -49,7 +49,7 @@ def can_go_on(save_dir: str) -> bool:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a file of tensors has the length that it says it has; True for any other file."""
+    """Whether a file of tensors has the length that it says it has, and one of JSON its end; True for others."""
     if file.suffix == ".safetensors":
         with open(file, "rb") as handle:
             head = handle.read(8)
@@ -59,7 +59,12 @@ def is_whole(file: Path) -> bool:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, OverflowError):
                 return False
             return len(head) == 8 and handle.tell() + max(ends, default=0) == file.stat().st_size
-    return file.suffix not in (".pt", ".bin") or zipfile.is_zipfile(file)
+    if file.suffix == ".json":
+        try:
+            return isinstance(json.loads(file.read_bytes()), dict)
+        except (ValueError, RecursionError):
+            return False
+    return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)
 
 
 def is_sharded(checkpoint: str) -> bool:

@@ -21,10 +21,11 @@ except ModuleNotFoundError:  # native Windows
 FREE = frozenset({
     *("save_dir", "config", "resume", "overwrite", "with_changes", "report_to", "logging_steps", "save_steps"),
     "save_minutes",
-    *("student", "teacher", "data", "eval_data", "skip_bad_rows", "trust_remote_code", "teacher_cache"),
+    *("student", "data", "eval_data", "skip_bad_rows", "trust_remote_code", "teacher_cache"),
     "ignore_collapse",
     *("auto_fit", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
 })  # fmt: skip
+IF_GIVEN = ("teacher",)  # what a cache has from it may be enough to go on; another one is a change
 ELSEWHERE = ("path",)  # of a data file's description: where it lies
 
 
@@ -38,7 +39,14 @@ def differences(before: Mapping[str, Any], settings: Mapping[str, Any], data: Ma
     settings, data = json.loads(json.dumps(settings)), json.loads(json.dumps(data))  # tuples are lists there
     known = before.get("settings")
     known = known if isinstance(known, dict) else {}
-    changed = [name for name in settings if name in known and name not in FREE and settings[name] != known[name]]
+    changed = [
+        name
+        for name in settings
+        if name in known
+        and name not in FREE
+        and settings[name] != known[name]
+        and not (name in IF_GIVEN and None in (settings[name], known[name]))
+    ]
     words = [f"--{name} {known[name]}, now {settings[name]}" for name in changed]
     described = before.get("data") or {}
     if isinstance(described, dict):

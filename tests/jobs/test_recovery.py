@@ -163,7 +163,7 @@ def test_a_damaged_folder_harms_nobody(tmp_path, content, capfd):
 
 def secret_of(tmp_path: Path) -> Path:
     secret = tmp_path / "secret"
-    secret.mkdir()
+    secret.mkdir(parents=True)
     for name in ("log.txt", "progress.jsonl", "run.json"):
         (secret / name).write_text(
             json.dumps({"step": 1, "max_steps": 2, "time": 1.0, "loss": 42.0, "s": "secret"}) + "\n"
@@ -201,6 +201,17 @@ def test_a_failed_job_with_a_link_for_a_log_is_not_resumed_into_it(tmp_path):
         status = served.until(job_id)
         assert (status["state"], "cannot start" in status["error"]["reason"]) == ("failed", True)
     assert "stand-in" not in (secret / "log.txt").read_text()
+
+
+def test_a_link_for_all_artifacts_lists_none(tmp_path):
+    """As a job can leave one to the worker that lists them at its end."""
+    folder = JobFolder(tmp_path / "job")
+    folder.path.mkdir()
+    folder.artifacts.symlink_to(secret_of(tmp_path))
+    assert folder.list_artifacts() == []
+    folder.artifacts.unlink()
+    secret_of(tmp_path / "job" / "own").rename(folder.artifacts)
+    assert [entry["path"] for entry in folder.list_artifacts()] == ["log.txt", "progress.jsonl", "run.json"]
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 from support.processes import wait_for
 from support.served import serve
 
-from common.serving import schema_checks
+from common.serving import helpers
+from common.serving.helpers import Helpers
 from common.serving.model_process import QueueFull
 from common.serving.schema_checks import SchemaChecks
 
@@ -39,6 +40,12 @@ def log(tmp_path):
 @pytest.fixture
 def command(log) -> list[str]:
     return [sys.executable, "-c", STAND_IN, str(log)]
+
+
+def checks_by(command: list[str], seconds: float = 5.0) -> SchemaChecks:
+    by = Helpers("unused", {"schema": True})
+    by.command, by.seconds = command, seconds
+    return SchemaChecks(by)
 
 
 def checked(checks: SchemaChecks, *schemas: object) -> list:
@@ -70,7 +77,7 @@ def test_real_schemas():
 
 
 def test_one_that_takes_too_long_is_refused_and_its_process_ended(command, log):
-    faults = checked(SchemaChecks(command, seconds=0.5), "sleep", "b", True, "b")
+    faults = checked(checks_by(command, 0.5), "sleep", "b", True, "b")
     assert faults[0] == "the schema takes longer than 0.5 s to check; make it smaller or simpler"
     assert faults[1:] == ["refused b", None, "refused b"]
     (pid,) = map(int, log.read_text().split())
@@ -78,12 +85,12 @@ def test_one_that_takes_too_long_is_refused_and_its_process_ended(command, log):
 
 
 def test_a_process_that_ends_is_replaced(command):
-    assert checked(SchemaChecks(command), "die", "b") == [
+    assert checked(checks_by(command), "die", "b") == [
         "the schema ends the process that checks it; simplify it", "refused b"]  # fmt: skip
 
 
 def test_answers_are_remembered(command, log):
-    checks = SchemaChecks(command, seconds=0.2)
+    checks = checks_by(command, 0.2)
     started = time.monotonic()
 
     async def twice() -> list:
@@ -99,16 +106,16 @@ def test_answers_are_remembered(command, log):
 
 
 def test_no_more_than_some_wait(command, monkeypatch):
-    monkeypatch.setattr(schema_checks, "MAX_WAITING", 3)
-    faults = checked(SchemaChecks(command), *"abcd")
+    monkeypatch.setattr(helpers, "MAX_WAITING", 3)
+    faults = checked(checks_by(command), *"abcd")
     assert faults[:3] == ["refused a", "refused b", "refused c"]
     assert isinstance(faults[3], QueueFull)
 
 
 def test_the_server_answers_others_while_a_schema_is_checked(runs, command, log, monkeypatch):
     with ThreadPoolExecutor(2) as pool, serve(runs) as served:
-        served.server.schema_checks.command = command
-        monkeypatch.setattr(served.server.schema_checks, "seconds", 1.0)
+        served.server.schema_checks.helpers.command = command
+        monkeypatch.setattr(served.server.schema_checks.helpers, "seconds", 1.0)
         body = {"document": "a", "run": "sft"}
         assert "refused" in served.refused(422, "/infer/idp", body | {"schema": {"type": "object"}})
         wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"title": "sleep"}}}
@@ -120,3 +127,26 @@ def test_the_server_answers_others_while_a_schema_is_checked(runs, command, log,
         assert not late.done()
         assert "to check; make it smaller or simpler" in late.result()
         assert "to check; make it smaller or simpler" in also.result()
+
+
+def test_evidence_that_takes_too_long_is_done_without(runs, log, monkeypatch):
+    """Others are answered meanwhile, and the next request has its own."""
+    sleeper = f"open({str(log)!r}, 'w'); import time; time.sleep(600)"
+    schema = {"const": "a"}
+    body = {"document": "a b", "schema": schema, "run": "sft", "evidence": True}
+    with ThreadPoolExecutor(1) as pool, serve(runs) as served:
+        real = served.server.evidence.command
+        served.server.evidence.command = [
+            sys.executable, "-c", f"print(input() and '{{}}', flush=True); input(); {sleeper}"]  # fmt: skip
+        monkeypatch.setattr(served.server.evidence, "seconds", 0.5)
+        late = pool.submit(served.post, "/infer/idp", body)
+        wait_for(log.exists, 60)
+        assert served.ask("GET", "/healthz")[0] == 200
+        answer = late.result()
+        assert (answer["fields"], answer["evidence"], answer["document"]) == ("a", None, "a b")
+        assert "could not be found in time" in answer["notes"][0]
+        served.server.evidence.command = real
+        monkeypatch.setattr(served.server.evidence, "seconds", 60.0)
+        answer = served.post("/infer/idp", body)
+        assert answer["evidence"][""]["found"]
+        assert answer["notes"] == []

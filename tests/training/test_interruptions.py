@@ -83,7 +83,7 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, spawn, tmp_path):
 
 @pytest.mark.parametrize("damage", [
     "no trainer_state.json", "half a trainer_state.json", "no optimizer.pt", "half a optimizer.pt",
-    "half a adapter_model.safetensors",
+    "half a adapter_model.safetensors", "half a rng_state.pth", "half a adapter_config.json",
 ])  # fmt: skip
 def test_a_checkpoint_cut_short_is_passed_over(damage, unbroken, tmp_path, capsys):
     main, base, data = unbroken.task("sft")

@@ -91,6 +91,14 @@ def test_other_settings_are_refused_by_name(base, run, rows, flags, named):
     assert named in str(raised.value)
 
 
+def test_another_teacher_is_named_and_one_may_be_left_out():
+    before = {"settings": {"teacher": "large", "teacher_cache": None}}
+    asked = {"teacher": "larger", "teacher_cache": "elsewhere"}
+    assert resumption.differences(before, asked, {}) == ["--teacher large, now larger"]
+    assert resumption.differences(before, asked | {"teacher": None}, {}) == []
+    assert resumption.differences(before, asked | {"teacher": "large"}, {}) == []
+
+
 def test_how_a_step_is_cut_and_reported_may_change(base, run, rows):
     more = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_steps", 7)
     train(sft_train.main, base, rows["sft"], run, *SHORT, *more, "--resume")

@@ -112,12 +112,24 @@ class Haystack:
             return []
         other = next(chr(code) for code in range(256) if chr(code) not in alphabet)
         haystack = "".join(character if character in alphabet else other for character in self._folded)
-        found = edlib.align(needle, haystack, mode="HW", task="locations", k=allowed)
-        if found["editDistance"] < 0:
+        found = edlib.align(needle, haystack, mode="HW", task="distance", k=allowed)
+        edits = found["editDistance"]
+        if edits < 0:
             return []
-        places = [(start, end) for start, end in found["locations"] if start is not None and end >= start]
-        matches = [self._match(start, end - start + 1, "near", found["editDistance"]) for start, end in places]
-        return _apart(matches[:MOST_PLACES])
+        ends = [end for _, end in found["locations"] if end >= 0][:MOST_PLACES]
+        starts = (_start(needle, haystack, end, edits) for end in ends)
+        return _apart([self._match(start, end - start + 1, "near", edits)
+                       for start, end in zip(starts, ends, strict=True) if end >= start])  # fmt: skip
+
+
+def _start(needle: str, haystack: str, end: int, edits: int) -> int:
+    """Where a place begins that ends with haystack[end]: the aligner's own answer, which it works out for every place.
+
+    There can be as many as the haystack has characters, and then that takes hours.
+    """
+    reach = haystack[max(0, end + 1 - len(needle) - edits) : end + 1]
+    back = edlib.align(needle[::-1], reach[::-1], mode="SHW", task="distance", k=edits)
+    return end - back["locations"][-1][1]
 
 
 def fold(text: str) -> str:

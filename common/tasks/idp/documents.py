@@ -129,7 +129,7 @@ def clean(text: str) -> str:
     """Text without control characters and half characters, with plain line ends and no blank space at line ends."""
     text = re.sub(r"\r\n?|[\f\v\x85\u2028\u2029]", "\n", text)
     text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufeff]", "", text)
-    return re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE).strip("\n")
+    return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
 
 
 def group_of(text: str) -> str:

@@ -355,7 +355,14 @@ class Extractor:
             if error := read_json(answer, schema)[1]:
                 return None, f"piece {number}: {error}"
             tree = confidences.scored(answer, self.tokenizer, self.calibrate)
-            parts.append(long_documents.placed(tree, Haystack(piece)))
+            try:
+                with time_limit(READING_SECONDS):
+                    parts.append(long_documents.placed(tree, Haystack(piece)))
+            except OutOfTime:
+                return (
+                    None,
+                    f"piece {number}: to find its values takes longer than {READING_SECONDS:g} s; ask for fewer",
+                )
         return long_documents.merge(parts), None
 
     def _read_typed(self, written: Any, document: str) -> tuple[Any, str | None, tuple[str, ...]]:

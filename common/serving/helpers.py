@@ -1,0 +1,115 @@
+"""Processes that do for the server what can take for ever, and are ended when it does.
+
+Nothing of a client's schema or document that takes more than one pass is worked on in the server's own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from typing import Any
+
+from common import processes
+from common.serving.model_process import QueueFull
+
+SECONDS = 5.0  # that a request may take
+START_SECONDS = 60.0  # that a process may take to start and answer for the first time
+WORKERS = 2
+MAX_WAITING = 16  # requests; beyond, further ones are refused
+MOST_BYTES = 256 << 20  # of one answer
+
+
+class Ended(Exception):
+    """The process ended before it answered."""
+
+
+class Helpers:
+    """At most `WORKERS` processes of one kind, for the event loop's thread alone.
+
+    Args:
+        module: whose process answers lines (see `processes.answer_lines`).
+        greeting: a request that it answers at once; its imports take a while, which are not the first client's.
+
+    Attributes:
+        command, seconds: of the process, and that it may take for one request.
+    """
+
+    def __init__(self, module: str, greeting: Any) -> None:
+        self.command, self.seconds = processes.module_command(module, str(os.getpid())), SECONDS
+        self.greeting = greeting
+        self._idle: list[asyncio.subprocess.Process] = []
+        self._free = asyncio.Semaphore(WORKERS)
+        self._asked: set[asyncio.Task] = set()
+
+    async def ask(self, request: Any) -> Any:
+        """What a process answers.
+
+        Raises:
+            QueueFull: too many requests wait.
+            TimeoutError: it took longer than `seconds`, and was ended.
+            Ended: it ended.
+        """
+        if len(self._asked) >= MAX_WAITING:
+            raise QueueFull
+        task = asyncio.create_task(self._ask(_line(request)))
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+        return await task
+
+    async def _ask(self, line: bytes) -> Any:
+        async with self._free:
+            worker = self._idle.pop() if self._idle else None
+            new = worker is None
+            if worker is None:
+                worker = await self._start()
+            answer = b""
+            try:
+                if new:
+                    await asyncio.wait_for(_answer(worker, _line(self.greeting)), START_SECONDS)
+                answer = await asyncio.wait_for(_answer(worker, line), self.seconds)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            finally:
+                if answer:
+                    self._idle.append(worker)
+                else:
+                    await _end(worker)
+            if not answer:
+                raise Ended
+            return json.loads(answer)
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self.command,
+            env=processes.module_environment(),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal reaches the server alone
+            limit=MOST_BYTES,
+        )
+
+    async def close(self) -> None:
+        """End the processes; requests that are under way fail."""
+        for task in list(self._asked):
+            task.cancel()
+        await asyncio.gather(*self._asked, return_exceptions=True)
+        while self._idle:
+            await _end(self._idle.pop())
+
+
+def _line(request: Any) -> bytes:
+    return json.dumps(request).encode() + b"\n"
+
+
+async def _answer(worker: asyncio.subprocess.Process, line: bytes) -> bytes:
+    worker.stdin.write(line)
+    await worker.stdin.drain()
+    return await worker.stdout.readline()
+
+
+async def _end(worker: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        worker.kill()
+    await worker.wait()
