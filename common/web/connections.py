@@ -15,11 +15,11 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEAD_SECONDS = 10.0  # that a client has for the line and the headers of a request
-MAX_INCOMPLETE = 100  # connections of one client that have not brought a request yet
+MAX_INCOMPLETE = 100  # connections of one client that have not brought a whole request yet
 
 
 class PatientProtocol(AutoHTTPProtocol):
-    """uvicorn's protocol with a time limit for the head of a request, and a bound of connections that wait for one."""
+    """uvicorn's protocol with a time limit for the head of a request, and a bound of connections without a whole one."""
 
     incomplete: dict[tuple[int, str], dict[PatientProtocol, None]] = {}  # noqa: RUF012 (by event loop and address)
 
@@ -32,6 +32,8 @@ class PatientProtocol(AutoHTTPProtocol):
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._wait_for_head()  # of the first request, or of the next one
+        elif self.cycle.more_body:
+            self._stop_timer()  # it counts on, among those that are incomplete
         else:
             self._stop_waiting()
 
@@ -48,11 +50,13 @@ class PatientProtocol(AutoHTTPProtocol):
         if len(waiting) > MAX_INCOMPLETE:
             next(iter(waiting))._drop()
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _stop_waiting(self) -> None:
-        if self._timer is None:
-            return
-        self._timer.cancel()
-        self._timer = None
+        self._stop_timer()
         waiting = self.incomplete.get(self._client_key(), {})
         waiting.pop(self, None)
         if not waiting:

@@ -89,6 +89,19 @@ def test_half_a_body_is_refused(client, monkeypatch):
     assert b"the body did not arrive within 0.4 s; send it faster, or send less" in answer
 
 
+def test_half_bodies_of_one_client_are_bounded(client, monkeypatch):
+    monkeypatch.setattr(connections, "MAX_INCOMPLETE", 5)
+    half = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\na"
+    oldest, *others = [connect(client, half) for _ in range(6)]
+    wait_for(lambda: is_closed(oldest), 20)
+    assert not any(map(is_closed, others))
+    for connection in others:
+        connection.setblocking(True)
+        connection.sendall(b"bc")
+        assert b"200 OK" in connection.recv(4000)  # its body may come in another piece
+    assert connections.PatientProtocol.incomplete == {}
+
+
 def test_requests_in_time_are_answered(client, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
     connection = connect(client)

@@ -181,7 +181,7 @@ def cached_prior(
             entry = json.loads(kept.read_text())
             if entry["key"] == key:
                 return np.array([entry["prior"][label] for label in task.labels], dtype=np.float32)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             log(f"{kept} is unreadable ({error}); computing the prior again")
     prior = ranker.prior(num_null_prompts)
     if Path(folder).is_dir():
