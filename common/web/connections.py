@@ -19,7 +19,7 @@ MAX_INCOMPLETE = 100  # connections of one client that have not brought a whole 
 
 
 class PatientProtocol(AutoHTTPProtocol):
-    """uvicorn's protocol with a time limit for the head of a request, and a bound of connections without a whole one."""
+    """uvicorn's protocol with a time limit for the head of a request, and a bound of connections without a request."""
 
     incomplete: dict[tuple[int, str], dict[PatientProtocol, None]] = {}  # noqa: RUF012 (by event loop and address)
 
