@@ -40,9 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="labelled rows: a JSON list, JSONL, CSV (.gz is fine) or Parquet")
     parser.add_argument("--features", choices=("six", "all"), default="six", help="columns to read from a raw CSV")
     parser.add_argument("--split", choices=("validation", "dev", "all"), default="validation")
-    draw = parser.add_mutually_exclusive_group()
-    draw.add_argument("--val_per_class", type=cli.positive_int, help="rows of each class; default: all of the rarest")
-    draw.add_argument("--val_frac", type=cli.fraction, help="this share of the split's rows of the rarest class")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--val_per_class", type=cli.positive_int, help="rows of each class; default: all of the rarest")
+    amount.add_argument("--val_frac", type=cli.fraction, help="this share of the split's rows of the rarest class")
     parser.add_argument("--seed", type=int, default=0, help="of the balanced draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
     parser.add_argument(

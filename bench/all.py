@@ -234,7 +234,7 @@ def run(words: Sequence[str]) -> tuple[int, str, str]:
 
 def shown(words: Sequence[str], work: Path) -> str:
     """A command as another machine would run it: no path of this one."""
-    told, flag = ["python"], ""
+    command, flag = ["python"], ""
     for word in words[1:]:
         flag = word if word.startswith("--") else flag
         path = Path(word)
@@ -243,8 +243,8 @@ def shown(words: Sequence[str], work: Path) -> str:
         elif path.is_absolute():
             inside = path.is_relative_to(ROOT)
             word = str(path.relative_to(ROOT)) if inside else flag.removeprefix("--").upper()
-        told.append(word)
-    return shlex.join(told)
+        command.append(word)
+    return shlex.join(command)
 
 
 def machine() -> dict[str, Any]:
@@ -323,12 +323,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         if failed(record):
             lines.append((name, "failed", record["last_line"], *[""] * 4))
             continue
-        told = name, BENCHES[name].what  # in its first line alone
+        names = name, BENCHES[name].what  # in its first line alone
         for figure in figures(name, record["result"]):
             ratio = f"{figure.of_ours:.2f}"
             cells = (figure.contestant, figure.speed(), f"{figure.unit}/s", ratio, figure.limit())
-            lines.append((told[0], *cells, told[1]))
-            told = "", ""
+            lines.append((names[0], *cells, names[1]))
+            names = "", ""
     widths = [max(len(line[column]) for line in lines if line[1] != "failed") for column in range(7)]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)

@@ -352,8 +352,8 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
     from common.tasks.ranking.torch_ranker import TorchRanker
 
     student.eval()
-    draw = random.Random(0)
-    texts = ["".join(draw.choices("0123456789", k=TEXT_DIGITS)) for _ in range(2 * plan.batch_tokens // TEXT_DIGITS)]
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("0123456789", k=TEXT_DIGITS)) for _ in range(2 * plan.batch_tokens // TEXT_DIGITS)]
 
     def rank() -> float:
         ranker = TorchRanker(student, tokenizer, CREDITMIX, plan.batch_tokens)
@@ -368,7 +368,7 @@ def asked(name: str, plan: Inference, student: Any, tokenizer: Any) -> Callable[
     def write() -> float:
         grammar = JsonGrammar(SCHEMA, tokenizer, plan.model.vocabulary)
         count = plan.batch_tokens // (PROMPT_TOKENS + NEW_TOKENS)
-        prompts = [draw.choices(range(10, len(tokenizer)), k=PROMPT_TOKENS) for _ in range(count)]
+        prompts = [rng.choices(range(10, len(tokenizer)), k=PROMPT_TOKENS) for _ in range(count)]
         started = time.perf_counter()
         answers = generate(
             student,

@@ -236,9 +236,9 @@ def label_curve(scene: Scene, name: str) -> Curve:
 
 def made_up_words() -> Iterator[str]:
     """Distinct words of three syllables."""
-    draw, seen = random.Random(0), set()
+    rng, seen = random.Random(0), set()
     while True:
-        word = "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3))
+        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
         if word not in seen:
             seen.add(word)
             yield word
@@ -257,8 +257,8 @@ def of_one_stem(tokenizer: Any) -> Iterator[str]:
 
 def digits(count: int) -> list[str]:
     """Three labels of so many digits, which most tokenizers read one by one; they differ from the first one on."""
-    draw = random.Random(count)
-    return [first + "".join(draw.choices("0123456789", k=count - 1)) for first in "123"]
+    rng = random.Random(count)
+    return [first + "".join(rng.choices("0123456789", k=count - 1)) for first in "123"]
 
 
 def document_curve(scene: Scene, name: str) -> Curve:

@@ -72,9 +72,9 @@ def balanced(
         raise UserError(
             f"{what} has {counts} rows, so {per_class:,} per class is more than there is; ask for at most {rarest:,}"
         )
-    draw = random.Random(seed)
-    chosen = [row for members in classes.values() for row in draw.sample(members, per_class or rarest)]
-    draw.shuffle(chosen)
+    rng = random.Random(seed)
+    chosen = [row for members in classes.values() for row in rng.sample(members, per_class or rarest)]
+    rng.shuffle(chosen)
     return chosen
 
 

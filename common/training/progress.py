@@ -131,9 +131,9 @@ def timed_save_callback(minutes: float, clock: Callable[[], float] = time.monoto
         def on_step_end(self, args, state, control, **kwargs):
             due = clock() - self.saved_at >= 60 * minutes
             if torch.distributed.is_initialized():
-                told = torch.tensor(int(due), device=args.device)
-                torch.distributed.broadcast(told, src=0)
-                due = bool(told)
+                decision = torch.tensor(int(due), device=args.device)
+                torch.distributed.broadcast(decision, src=0)
+                due = bool(decision)
             if due:
                 control.should_save = True
 

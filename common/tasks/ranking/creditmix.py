@@ -413,33 +413,33 @@ def synthesize(n: int, seed: int) -> list[dict]:
     """
     if n > MAX_SYNTHETIC_ROWS:
         raise UserError(f"--synthesize {n} is more than {MAX_SYNTHETIC_ROWS:,} rows; ask for fewer")
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     shares = [share for share, *_ in _SYNTHETIC.values()]
     rows: list[dict] = []
     debts: set[float] = set()
     while len(rows) < n:
-        label = draw.choices(list(_SYNTHETIC), shares)[0]
+        label = rng.choices(list(_SYNTHETIC), shares)[0]
         _, (lowest, commonest, highest), median, mean_age, thrift = _SYNTHETIC[label]
-        debt = round(draw.triangular(lowest, highest, commonest), 2)
+        debt = round(rng.triangular(lowest, highest, commonest), 2)
         if debt in debts:
             continue
         debts.add(debt)
-        income = round(min(180_000, max(7_000, median * draw.lognormvariate(0, 0.55))), 2)
-        age = round(min(60, max(16, draw.gauss(mean_age, 9))))
-        occupation = draw.choice(_OCCUPATIONS)
-        for _month in range(draw.choice((2, 3, 3, 4))):
-            spent = "Low" if draw.random() < thrift else "High"
+        income = round(min(180_000, max(7_000, median * rng.lognormvariate(0, 0.55))), 2)
+        age = round(min(60, max(16, rng.gauss(mean_age, 9))))
+        occupation = rng.choice(_OCCUPATIONS)
+        for _month in range(rng.choice((2, 3, 3, 4))):
+            spent = "Low" if rng.random() < thrift else "High"
             pairs = {
                 "Age": f"{age:.1f}",
                 "Occupation": occupation,
-                "Annual Income": f"{income}{_dirt(draw, 0.07)}",
-                "Outstanding Debt": f"{debt}{_dirt(draw, 0.02)}",
-                "Credit Utilization Ratio": str(min(50.0, max(20.0, draw.gauss(32.3, 5)))),
-                "Payment Behaviour": f"{spent}_spent_{draw.choice(('Small', 'Medium', 'Large'))}_value_payments",
+                "Annual Income": f"{income}{_dirt(rng, 0.07)}",
+                "Outstanding Debt": f"{debt}{_dirt(rng, 0.02)}",
+                "Credit Utilization Ratio": str(min(50.0, max(20.0, rng.gauss(32.3, 5)))),
+                "Payment Behaviour": f"{spent}_spent_{rng.choice(('Small', 'Medium', 'Large'))}_value_payments",
             }
             rows.append({"question": join_features(pairs.items()), "answer": label, "synthetic": True})
     return rows[:n]
 
 
-def _dirt(draw: random.Random, share: float) -> str:
-    return "_" if draw.random() < share else ""
+def _dirt(rng: random.Random, share: float) -> str:
+    return "_" if rng.random() < share else ""

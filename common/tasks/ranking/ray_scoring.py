@@ -255,10 +255,10 @@ def score_all(blocks: list[Block], workers: int | None, scoring: FileScoring, pl
         **share,
     )
     with tqdm(unit=" rows", total=sum(block["good"] for block in blocks)) as progress:
-        for told in done.iter_rows():
-            if told["error"]:
-                raise UserError(told["error"])
-            progress.update(told["rows"])
+        for block in done.iter_rows():
+            if block["error"]:
+                raise UserError(block["error"])
+            progress.update(block["rows"])
 
 
 def share_of(workers: int, units: int) -> float:
