@@ -21,7 +21,7 @@ MAX_WAITING = 16  # requests; beyond, further ones are refused
 MOST_BYTES = 256 << 20  # of one answer
 
 
-class Ended(Exception):
+class HelperEnded(Exception):
     """The process ended before it answered."""
 
 
@@ -49,7 +49,7 @@ class Helpers:
         Raises:
             QueueFull: too many requests wait.
             TimeoutError: it took longer than `seconds`, and was ended.
-            Ended: it ended.
+            HelperEnded: it ended without an answer.
         """
         if len(self._asked) >= MAX_WAITING:
             raise QueueFull
@@ -77,7 +77,7 @@ class Helpers:
                 else:
                     await _end(worker)
             if not answer:
-                raise Ended
+                raise HelperEnded
             return json.loads(answer)
 
     async def _start(self) -> asyncio.subprocess.Process:

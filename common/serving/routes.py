@@ -18,7 +18,7 @@ from common.cli import UserError
 from common.data import task_record
 from common.generation import json_schema
 from common.serving import label_tasks
-from common.serving.helpers import Ended
+from common.serving.helpers import HelperEnded
 from common.serving.model_process import QueueFull
 from common.serving.openai_routes import add_chat
 from common.serving.run_registry import Version
@@ -273,7 +273,7 @@ async def find_evidence(server: Server, body: ExtractRequest, extraction: Extrac
         return answer | await server.evidence.ask(asked)
     except QueueFull:
         raise Problem(503, "too many requests wait for their evidence; try again", retry_after=1) from None
-    except (TimeoutError, Ended):
+    except (TimeoutError, HelperEnded):
         late = "where the fields stand could not be found in time; send a shorter document, or ask for fewer fields"
         return answer | {"notes": [*extraction.notes, late]}
 

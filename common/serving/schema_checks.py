@@ -8,7 +8,7 @@ import json
 from collections import OrderedDict
 from typing import Any
 
-from common.serving.helpers import Ended, Helpers
+from common.serving.helpers import HelperEnded, Helpers
 
 REMEMBERED = 1024  # schemas whose answer is known
 
@@ -40,7 +40,7 @@ class SchemaChecks:
             fault = (await self.helpers.ask({"schema": schema}))["error"]
         except TimeoutError:
             fault = f"the schema takes longer than {self.helpers.seconds:g} s to check; make it smaller or simpler"
-        except Ended:
+        except HelperEnded:
             fault = "the schema ends the process that checks it; simplify it"
         finally:
             del self._checking[key]
