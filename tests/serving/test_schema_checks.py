@@ -148,5 +148,5 @@ def test_evidence_that_takes_too_long_is_done_without(runs, log, monkeypatch):
         served.server.evidence.command = real
         monkeypatch.setattr(served.server.evidence, "seconds", 60.0)
         answer = served.post("/infer/idp", body)
-        assert answer["evidence"][""]["found"]
+        assert answer["evidence"]["$"]["found"]
         assert answer["notes"] == []
