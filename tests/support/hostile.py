@@ -80,6 +80,7 @@ TEXTS = [
     "é\u0301",
     "9" * 400,
     "x" * 20_001,
+    f"a{' ' * 19_000}a",
 ]
 VALUES = [None, True, 0, -1, 1.5, 10**400, 1e308, float("nan"), float("inf"), [], [[]], {}, {"features": "a"}, *TEXTS]
 PATHS = ["/infer/sft", "/infer/base", "/infer/sft/batch", "/infer/idp", "/infer/codegen", "/v1/chat/completions"]
@@ -94,7 +95,7 @@ def hostile_body(rng: random.Random) -> bytes:
         return rng.randbytes(rng.randrange(200))
     names = ["features", "document", "schema", "prompt", "run", "max_new_tokens", "plan_then_code", "model",
              "messages", "temperature", "top_p", "n", "stop", "seed", "stream", "response_format", "max_tokens",
-             "tools"]  # fmt: skip
+             "tools", "evidence", "lines"]  # fmt: skip
     body = {name: rng.choice(VALUES) for name in rng.sample(names, rng.randrange(1, 6))}
     if kind > 3:  # near enough to be taken
         text = rng.choice(TEXTS) + rng.choice(ROWS)
