@@ -163,6 +163,8 @@ def _preflight(schema: Schema, best_effort: bool) -> Preflight:
         raise UserError(
             f"not a valid draft 2020-12 schema: {pointer(error.absolute_path)}: {_short(error.message)}"
         ) from error
+    except OverflowError as error:  # of the regular expressions' own compiler
+        raise UserError(f"the schema has a pattern that cannot be read ({error}); simplify it") from error
     root = {} if schema is True else {"enum": []} if schema is False else copy.deepcopy(schema)
     schemas = nodes(root, checked=True)
     if len(schemas) > MAX_NODES or most_expansions(schemas, MAX_EXPANSIONS) > MAX_EXPANSIONS:

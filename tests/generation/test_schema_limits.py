@@ -20,6 +20,10 @@ TOO_MUCH = {
     "all branches": ({f"p{n}": {"oneOf": [TEXT] * 400} for n in range(8)}, "3,200 branches; 3,000 are the most"),
     "pattern": ({"x": {"pattern": "a" * 1001}}, "a pattern of 1,001 characters; 1,000 are the most"),
     "name pattern": ({"x": {"patternProperties": {"b" * 2000: TEXT}}}, "a pattern of 2,000 characters"),
+    "repetition": (
+        {"x": {"pattern": "a{999999999999}"}},
+        "a pattern that cannot be read (the repetition number is too",
+    ),
     "patterns": ({f"p{n}": {"pattern": f"a{n}"} for n in range(301)}, "301 patterns; 300 are the most"),
     "values": ({"x": {"enum": list(range(10_001))}}, "10,001 values under enum; 10,000 are the most"),
     "length": ({"x": {"minLength": 10**7}}, "minLength 10000000; 1,000,000 are the most"),
