@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common import run_record
+from common.files import sha256_file
 from common.models import loading
 from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH
 from common.models.source import ModelSource
@@ -133,8 +134,9 @@ class TrainSettings:
         }
 
     def described_data(self, rows: int) -> dict[str, Any]:
-        """Provenance of the training data, of which so many rows are used."""
-        return run_record.describe_data(self.data, rows)
+        """Provenance of the training data, of which so many rows are used, and of those that choose the best epoch."""
+        held_out = {"eval_sha256": sha256_file(self.eval_data)} if self.eval_data else {}
+        return run_record.describe_data(self.data, rows) | held_out
 
     def as_dict(self) -> dict[str, Any]:
         """{flag: value}, for run.json."""

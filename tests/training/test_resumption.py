@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from support.training import train
 import sft_train
 from common import run_record
 from common.cli import UserError
+from common.training import flags as training_flags
 from common.training import resumption
 from common.training.checkpoints import newest_checkpoint
 
@@ -50,6 +52,16 @@ def test_other_data_is_refused(base, run, other_rows):
         train(sft_train.main, base, other_rows, run, *SHORT, "--resume")
     assert run_record.read_groups(run) == groups
     assert run_record.read(run)["state"] == "running"
+
+
+def test_other_rows_to_choose_the_best_epoch_by_are_refused(base, rows, other_rows, tmp_path):
+    flags = ["--student", base, "--save_dir", str(tmp_path), "--data", rows["sft"], "--eval_data", rows["sft"]]
+    settings = training_flags.sft_settings(sft_train.build_parser().parse_args(flags))
+    before = {"data": settings.described_data(24)}
+    assert resumption.differences(before, {}, settings.described_data(24)) == []
+    other = replace(settings, eval_data=other_rows).described_data(24)
+    assert resumption.differences(before, {}, other) == ["other training data (eval_sha256)"]
+    assert resumption.differences({"data": {"path": "a", "rows": 24}}, {}, other) == []  # from before it was kept
 
 
 def test_weights_can_be_read_by_whom_the_umask_lets(begun):
