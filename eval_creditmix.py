@@ -5,13 +5,16 @@
     python eval_creditmix.py --model_dir models/tiny_student runs/creditmix_sft runs/creditmix_dpo \\
         --data data/creditmix_dataset.json --report_dir runs/report
     python eval_creditmix.py --model_dir runs/creditmix_sft --fit_calibration data/creditmix_dev.jsonl
+    python eval_creditmix.py --model_dir runs/creditmix_sft --data data/creditmix_val.jsonl --report_dir runs/report \\
+        --cascade https://api.openai.com/v1 --cascade_model gpt-4o --cascade_price 0.0004
 
 Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots and report.html, and keeps scores in
 answers.jsonl, so that a run that was interrupted goes on. The split is by customer (with --task by its group key), the
 same that creditmix_prepare.py made, and rows whose customer was trained on are counted. --controls
 data/creditmix_sft.jsonl puts classic classifiers, trained on the same rows, beside the models: TF-IDF with logistic
 regression, and gradient boosting. With --fit_calibration, a per-class bias and a temperature are fitted on dev rows
-into runs/<name>/calibration.json (calibration.TASK.json of another label set).
+into runs/<name>/calibration.json (calibration.TASK.json of another label set). --cascade asks a teacher about all rows
+and shows what handing the least sure ones on to it brings and costs.
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ from common.files import read_json, sha256_file
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
+from common.tasks.ranking.loading import check as check_task
 from common.tasks.ranking.loading import task_for
 from common.tasks.ranking.task import LabelTask
+from common.teachers.cascade.flags import add_judged_flags, judged_cascade
 
 DRIFTED = 3  # exit code of --fail_on_drift
 
@@ -58,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     decision.add_argument(
         "--guarantee", type=cli.fraction, help="the probability with which --target_precision holds (default: 0.95)"
     )
+    add_judged_flags(parser)
     drift = parser.add_argument_group("drift")
     drift.add_argument("--baseline", metavar="metrics.json", help="a stored result to compare this one with")
     drift.add_argument("--fail_on_drift", action="store_true", help=f"exit {DRIFTED} on a significant drop")
@@ -110,7 +116,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **run_record.provenance("eval_creditmix.py", argv),
     }
     store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
-    entries, differences = evaluate.evaluate_models(sources, task, settings, rows, args.seed, args.controls, store)
+    cascade = judged_cascade(args)
+    if cascade and cascade.local_teacher and cascade.local_teacher not in args.model_dir:
+        sources.append(source_of(args, cascade.local_teacher))
+    entries, differences, scores = evaluate.evaluate_models(
+        sources, task, settings, rows, args.seed, args.controls, store
+    )
+    if cascade:
+        from common.teachers.cascade.evaluation import judged
+
+        named = {entry["model_dir"]: score for entry, score in zip(entries, scores, strict=True)}
+        truth = result["rows"]
+        result["cascade"] = judged(cascade, args.model_dir, task, rows, named, truth["y"], truth["groups"], args.seed)
     contamination = run_record.worst_contamination([entry["contamination"] for entry in entries])
     result |= {"contamination": contamination, "models": entries, "differences": differences}
     return publish(args, result)
@@ -129,8 +146,11 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
         raise cli.UserError("--guarantee goes with --target_precision")
     if args.fail_on_drift and not args.baseline:
         raise cli.UserError("--fail_on_drift needs --baseline with a stored metrics.json")
-    if (args.baseline or args.report_dir or args.controls) and not args.data:
-        raise cli.UserError("--baseline, --controls and --report_dir need --data with the rows to judge on")
+    if (args.baseline or args.report_dir or args.controls or args.cascade) and not args.data:
+        raise cli.UserError("--baseline, --controls, --cascade and --report_dir need --data with the rows to judge on")
+    if (cascade := judged_cascade(args)) and cascade.local_teacher:
+        models.check_model_dir(cascade.local_teacher)
+        check_task(task, cascade.local_teacher)
     # what is read later is read once now: a mistake is found before an hour of scoring, not after it
     cli.parse_label_bias(args.label_bias, task.labels)
     if args.baseline:

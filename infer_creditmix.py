@@ -7,6 +7,8 @@
     python infer_creditmix.py --model_dir runs/creditmix_sft --input rows.jsonl --output answers.jsonl
     python infer_creditmix.py --model_dir runs/ticket_sft --input tickets.csv --output answers.parquet
     python infer_creditmix.py --model_dir runs/creditmix_sft --engine ray --input 'rows/*.parquet' --output answers
+    python infer_creditmix.py --model_dir runs/creditmix_sft --input rows.jsonl --output answers.jsonl \\
+        --cascade https://api.openai.com/v1 --cascade_model gpt-4o --cascade_per_hour 500
     python infer_creditmix.py --model_dir runs/ticket_sft --task recipes/ticket_severity.yaml \\
         --features "Mail. Users affected: 3, Hours open: 2, mails arrive an hour late"
 
@@ -14,7 +16,9 @@ Rows of --input (JSONL, a JSON list, CSV or Parquet) have the features under "fe
 the task's text field. Answers keep their order; an interrupted run goes on where it stopped. Each answer has
 model_name, prediction, scores, raw_scores, prior, probabilities and top2_margin; --output NAME.csv or NAME.parquet has
 a column for each, and for every label one such as scores.Good. With --engine ray, --input is also a folder, a pattern
-or an address such as s3://bucket/rows, --output is a folder of part files in JSONL, and each answer has an id too.
+or an address such as s3://bucket/rows, --output is a folder of part files in JSONL, and each answer has an id too. With
+--cascade, rows that the model abstains from, or that are less sure than --cascade_below, are answered by a teacher;
+"answered_by" says who did.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
 from common.tasks.ranking.loading import task_for
+from common.teachers.cascade.flags import add_cascade_flags, cascade_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers", type=cli.positive_int, help="models at work under --engine ray; default: one per GPU, else machine"
     )
     add_scoring_flags(parser)
+    add_cascade_flags(parser)
     return parser
 
 
@@ -62,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError("--strict_input is for one machine; leave it out with --engine ray: answers have a warning")
     if args.engine == "local" and args.workers:
         raise cli.UserError("--workers goes with --engine ray; add it, or leave --workers out")
+    if args.engine == "ray" and args.cascade:
+        raise cli.UserError("--cascade is for one machine; leave it out with --engine ray")
     records.check_output(args.output, args.input, tables.FORMATS if args.engine == "local" else ("jsonl",))
     models.check_model_dir(args.model_dir, args.base)
     task = task_for(args.task, args.model_dir)
@@ -69,18 +77,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.strict_input and args.features is not None and (fault := task.warning(task.clean(args.features))):
         raise cli.UserError(f"--features: {fault}, or leave --strict_input out")
 
+    cascade = cascade_settings(args)
+
     # after the checks, so that a mistyped flag answers before numpy and scipy are imported
     from common.tasks.ranking import file_scoring
     from common.tasks.ranking.classifier import Classifier
 
+    hand_on = None
+    if cascade:
+        from common.teachers.cascade.labels import label_cascade
+
+        hand_on = label_cascade(cascade, task, args.model_dir, settings.calibration)
     if args.input is None:
-        classifier = Classifier.load(source, task, settings)
+        classifier, texts = Classifier.load(source, task, settings), [task.clean(args.features)]
         calibration = classifier.calibration(settings.calibration, label_bias=settings.label_bias)
-        (answer,) = classifier.answers([task.clean(args.features)], calibration)
+        answers = classifier.answers(texts, calibration)
+        (answer,) = hand_on(texts, answers) if hand_on else answers
         print(json.dumps(answer, indent=2, ensure_ascii=False))
         return
+    handed_on = [cascade.name, cascade.below] if cascade else None
     scoring = file_scoring.FileScoring(
-        source, task, settings, args.input, args.output, args.skip_bad_rows, args.strict_input
+        source, task, settings, args.input, args.output, args.skip_bad_rows, args.strict_input, handed_on
     )
     if args.engine == "ray":
         from common.tasks.ranking import ray_scoring
@@ -88,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ray_scoring.score(scoring, args.workers)
         return
     file_scoring.check_input(args.input, task, args.skip_bad_rows, args.strict_input)
-    file_scoring.classify_file(scoring, Classifier.load(source, task, settings))
+    file_scoring.classify_file(scoring, Classifier.load(source, task, settings), hand_on)
 
 
 if __name__ == "__main__":

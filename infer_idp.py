@@ -6,12 +6,16 @@
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --document_file invoice.pdf
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input docs.jsonl --output out.jsonl
     python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input invoices --output out.jsonl
+    python infer_idp.py --model_dir runs/sft_idp --schema data/idp_schema.json --input invoices --output out.jsonl \\
+        --cascade https://api.openai.com/v1 --cascade_model gpt-4o --accept_above 0.9
 
 Prints the JSON object alone, or under "fields" beside what --confidence, --written and --evidence add. Rows of --input
 have their text under "document", or it is a folder of documents; each answer has "fields", the row's "id" or the file's
 name, "notes" on values that are not sure, and "error" and "text" where there is no valid answer. An answer that the
 token budget ended, or in which a value ran on, has "cut": true. Answers keep their order; an interrupted run goes on
-where it stopped. Exit code 1: a document got no valid answer; 4: all did, but one is cut.
+where it stopped. With --cascade a teacher is asked about documents without a whole, valid answer, and about those that
+--accept_above does not accept or that are less sure than --cascade_below; "answered_by" says who answered.
+Exit code 1: a document got no valid answer; 4: all did, but one is cut.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import cli
 from common.data import rows as records
@@ -35,7 +40,11 @@ from common.tasks.idp import flags as idp_flags
 from common.tasks.idp.answer_form import form_of
 from common.tasks.idp.answers import Shown, write_split
 from common.tasks.idp.extractor import Extractor
+from common.teachers.cascade.flags import add_cascade_flags, cascade_settings
 from common.vram import preflight as vram
+
+if TYPE_CHECKING:
+    from common.teachers.cascade.documents import DocumentCascade
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_constraint", action="store_true", help="let the model write freely, for comparison")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     idp_flags.add_flags(parser)
+    add_cascade_flags(parser)
     return parser
 
 
@@ -91,14 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     threshold = calibrations.acceptance(calibration, args.accept_above, args.model_dir)
     shown = Shown(args.confidence, args.written, threshold, args.evidence)
 
+    handing = cascade_settings(args)
+
+    from common.teachers.cascade.documents import (  # half of the teachers' room, which --help can spare
+        answers,
+        document_cascade,
+    )
+
     source = source_of(args, args.model_dir)
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
     settings = idp_flags.extraction_settings(args)
     form = form_of(args.model_dir, args.typed_fields)
     extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, form, calibration)
+    cascade = document_cascade(handing, extractor, args.model_dir, threshold) if handing else None
     if document is None:
-        return extract_rows(args, rows, extractor, shown)
-    extraction = extractor.extract([document.text], shown.needs_confidence)[0]
+        return extract_rows(args, rows, extractor, shown, cascade)
+    ((extraction, answer),) = answers(extractor, shown, cascade, [document])
     if extraction.pieces > 1:
         cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
     if extraction.cut:
@@ -108,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return cli.FAILED
     for note in extraction.notes:
         cli.log(note)
-    answer = shown.answer(extraction, document) if shown.more_than_fields else extraction.value
+    answer = answer if shown.more_than_fields or cascade else extraction.value
     print(json.dumps(answer, indent=2, ensure_ascii=False))
     return cli.CUT if extraction.cut else None
 
@@ -122,20 +140,21 @@ def read_input(args: argparse.Namespace) -> list[dict]:
     return records.check_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.lines_fault)
 
 
-def extract_rows(args: argparse.Namespace, rows: list[dict], extractor: Extractor, shown: Shown) -> int | None:
+def extract_rows(
+    args: argparse.Namespace, rows: list[dict], extractor: Extractor, shown: Shown, cascade: DocumentCascade | None
+) -> int | None:
     """Write an answer to each row; says how many documents were long, and how many got no valid answer."""
     from tqdm import tqdm
 
     from common.data.resumable import content_key, write_answers
+    from common.teachers.cascade.documents import answers
 
     bar = tqdm(unit=" documents", total=len(rows))
 
     def answer(rows: list[dict]) -> list[dict]:
-        texts = [row["document"] for row in rows]
-        extractions = extractor.extract(texts, shown.needs_confidence, on_read=bar.update)
+        found = answers(extractor, shown, cascade, [documents.of_row(row) for row in rows], bar.update)
         named = ({"id": row["id"]} if "id" in row else {} for row in rows)
-        answers = (shown.answer(each, documents.of_row(row)) for row, each in zip(rows, extractions, strict=True))
-        return [name | each for name, each in zip(named, answers, strict=True)]
+        return [name | each for name, (_, each) in zip(named, found, strict=True)]
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]

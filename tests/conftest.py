@@ -100,6 +100,20 @@ def spawn():
         child.join()
 
 
+@pytest.fixture
+def stub(monkeypatch):
+    """A chat API that misbehaves on demand."""
+    from support.teacher import Stub
+
+    from common.teachers import chat_endpoint
+
+    monkeypatch.setattr(chat_endpoint, "FIRST_WAIT", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    running = Stub()
+    yield running
+    running.close()
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")

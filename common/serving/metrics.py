@@ -38,6 +38,12 @@ class ServingMetrics:
             "top2_margin", "Best minus second-best score, in nats.", ("adapter",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
         )
         self.predictions = Counter("predictions", "Predictions per class.", ("adapter", "label"), registry=registry)
+        self.cascade = Counter(
+            "cascade_rows",
+            "Rows handed on to the teacher, by what came of it.",
+            ("adapter", "outcome"),
+            registry=registry,
+        )
         self.loading = {
             kind: Gauge(name, text, ("name",), registry=registry)
             for kind, name, text in (

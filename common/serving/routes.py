@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -69,6 +70,10 @@ class ClassifyAnswer(BaseModel):
     prior: dict[str, float]
     probabilities: dict[str, float]
     top2_margin: float
+    leaning: str | None = Field(None, description="There where it abstains: the label that it would have given")
+    answered_by: str | None = Field(None, description="With a cascade: the model that gave the label, or the teacher")
+    unsure: bool | None = Field(None, description="True where the teacher was to answer, and did not")
+    cascade: str | None = Field(None, description="Why it did not")
     warning: str | None = Field(None, description="There where the text is not of the task: the answer says little")
 
 
@@ -113,6 +118,9 @@ class ExtractAnswer(BaseModel):
     cut: bool = Field(description="The token budget ended the answer, also at the second try, or a value in it ran on")
     written: dict[str, Any] | None = Field(description="Each field as the model copied it, by its path")
     notes: list[str] = Field(description="What is not sure about dates, times and numbers")
+    answered_by: str | None = Field(None, description="With a cascade: the run, or the teacher")
+    unsure: bool | None = Field(None, description="True where the teacher was to answer, and did not")
+    cascade: str | None = Field(None, description="Why it did not")
     evidence: dict[str, Any] | None = Field(None, description="As `infer_idp.py --evidence` gives it, where asked for")
     document: str | None = Field(None, description="The text in which the evidence counts characters")
 
@@ -183,6 +191,8 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         await server.models.close()
         await server.schema_checks.close()
         await server.evidence.close()
+        if server.cascade:
+            server.cascade.close()
         if server.audit:
             server.audit.close()
 
@@ -239,7 +249,11 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
         await server.check_schema(schema, "schema")
         reading = ReadingSettings(body.dates, body.utc_offset)
         work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut, body.thinking, reading, body.typed_fields)
-        extraction = await server.answer(request, version, work, body.document, tokens=estimate(body.document))
+        work = replace(work, confidence=bool(server.cascade and server.cascade.below))
+        extraction, who = await server.answer(request, version, work, body.document, tokens=estimate(body.document)), {}
+        if server.cascade:
+            answered = await server.cascade.extraction(request, version, work, body.document, extraction)
+            extraction, who = answered.extraction, answered.facts
         error = extraction.error
         facts = {"valid": error is None, "cut": extraction.cut is not None, "tokens": extraction.tokens}
         server.record(request, version, work.name, started, body.document, **facts)
@@ -252,7 +266,7 @@ def _add_extraction(app: FastAPI, server: Server) -> None:
             "cut": extraction.cut is not None,
             "written": None if error else extraction.written_leaves,
             "notes": extraction.notes,
-        }
+        } | who
         if body.evidence:
             answer |= await find_evidence(server, body, extraction)
         return JSONResponse(answer)
@@ -326,6 +340,8 @@ def _add_classification(app: FastAPI, server: Server) -> None:
         prompts = server.encode(version, [task.prompt(task.clean(text)) async for text in in_turns(texts)])
         answers = await server.answer(request, version, Classify(task.text), prompts, rows=len(texts), tokens=tokens)
         answers = [warned(task, *row) async for row in in_turns(zip(texts, answers, strict=True))]
+        if server.cascade:
+            answers = await server.cascade.answers(request, version, task, texts, answers)
         metrics = server.metrics
         async for text, answer in in_turns(zip(texts, answers, strict=True)):
             metrics.child(metrics.margin, version.name).observe(answer["top2_margin"])

@@ -15,6 +15,7 @@ from common.cli import UserError, log
 from common.data import task_record
 from common.serving import label_tasks
 from common.serving.audit_log import AuditLog
+from common.serving.cascade import ServedCascade
 from common.serving.helpers import Helpers
 from common.serving.messages import Loaded, Unusable
 from common.serving.metrics import ServingMetrics
@@ -50,6 +51,7 @@ class Server:
         self.metrics = ServingMetrics(
             self.web_metrics.registry, self.models.all, lambda: self.audit.failures if self.audit else 0
         )
+        self.cascade = ServedCascade(settings.cascade, self) if settings.cascade else None
         self._preloading: list[Pending] = []
         self._ready = False
         self.waiting: dict[Pending, tuple[Request, float]] = {}  # until when

@@ -8,6 +8,7 @@ from common.cli import UserError
 from common.models import gguf_import
 from common.serving.messages import HostSettings
 from common.tasks.ranking.loading import load_task
+from common.teachers.cascade.settings import TIMEOUT, CascadeSettings, RunTeacher, endpoint
 from common.web.app import Environment
 
 
@@ -27,6 +28,7 @@ class ServerSettings:
         audit_inputs: write the texts of requests, too.
         audit_max_bytes: size at which the audit log is rotated.
         preload: load the base and the named runs at the start.
+        cascade: who is asked where a run is not sure of a label; None: nobody.
         allowed_hosts: names by which the server may be asked for without a key, beside localhost and addresses.
     """
 
@@ -43,6 +45,7 @@ class ServerSettings:
     audit_max_bytes: int
     preload: bool
     allowed_hosts: tuple[str, ...] = ()
+    cascade: CascadeSettings | None = None
 
     @classmethod
     def from_environment(cls) -> ServerSettings:
@@ -77,4 +80,29 @@ class ServerSettings:
             audit_max_bytes=env.whole("AUDIT_MAX_BYTES", 64 << 20),
             preload=env.switch("PRELOAD"),
             allowed_hosts=env.names("ALLOWED_HOSTS"),
+            cascade=cascade_settings(env),
         )
+
+
+def cascade_settings(env: Environment) -> CascadeSettings | None:
+    """The cascade; None where there is no teacher. Raises UserError for a value that cannot be."""
+    url, run = env.text("CASCADE_ENDPOINT"), env.text("CASCADE_RUN")
+    if not (url or run):
+        given = [name for name in ("CASCADE_MODEL", "CASCADE_BELOW", "CASCADE_PER_HOUR") if env.text(name)]
+        if given or env.switch("CASCADE_KEEP"):
+            name = given[0] if given else "CASCADE_KEEP"
+            raise UserError(f"{name} goes with CASCADE_ENDPOINT or CASCADE_RUN; set one of them, or unset {name}")
+        return None
+    if url and run:
+        raise UserError("CASCADE_ENDPOINT and CASCADE_RUN are two teachers; set one of them")
+    timeout = env.number("CASCADE_TIMEOUT", TIMEOUT, least=0.001)
+    below = env.number("CASCADE_BELOW", 0.0) or None
+    if below and below >= 1:
+        raise UserError(f"CASCADE_BELOW={below:g} is no probability below 1; set it to one or unset it")
+    return CascadeSettings(
+        endpoint(url, env.text("CASCADE_MODEL"), timeout) if url else RunTeacher(run or ""),
+        below,
+        env.whole("CASCADE_PER_HOUR", 1) if env.text("CASCADE_PER_HOUR") else None,
+        timeout,
+        env.switch("CASCADE_KEEP"),
+    )

@@ -86,12 +86,14 @@ class Extract:
     thinking: bool = False
     reading: ReadingSettings = AS_SHOWN
     typed_fields: str | None = None  # None: as the model was trained
+    confidence: bool = False  # of each field, calibrated where the run has a calibration for the schema
     name: ClassVar[str] = "idp"
     urgent: ClassVar[bool] = False
 
     def run(self, view: View, payloads: Sequence[str]) -> list[Extraction]:
         from common.generation import json_schema
         from common.tasks.idp.answer_form import form_of
+        from common.tasks.idp.calibration import Calibration
         from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
         def make() -> Extractor:
@@ -101,9 +103,10 @@ class Extract:
                 self.max_new_tokens, on_cut=self.on_cut, thinking=self.thinking, reading=self.reading
             )
             form = form_of(view.version.model_dir, self.typed_fields)
-            return Extractor(loaded, schema, json_schema.preflight(schema), settings, form)
+            fitted = Calibration.load(view.version.model_dir, schema) if self.confidence else None
+            return Extractor(loaded, schema, json_schema.preflight(schema), settings, form, fitted)
 
-        return view.keep(self, make).extract(payloads, between=view.host.between_steps)
+        return view.keep(self, make).extract(payloads, self.confidence, between=view.host.between_steps)
 
 
 @dataclass(frozen=True)

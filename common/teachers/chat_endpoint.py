@@ -174,12 +174,6 @@ class ChatEndpoint:
 
     def _no_logprobs(self) -> UserError:
         return UserError(
-            f"the endpoint gives no top_logprobs for '{self.settings.model}'; leave --probabilities out, or use "
-            "one that does, or a local --teacher"
-        )
-
-    def _no_logprobs(self) -> UserError:
-        return UserError(
             f"the endpoint gives no top_logprobs for '{self.settings.model}'; leave --probabilities out, or use one "
             "that does, or a local --teacher"
         )

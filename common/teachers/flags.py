@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from common import cli
 from common.cli import UserError
@@ -19,7 +18,7 @@ from common.tasks.idp.flags import add_form_flag
 from common.tasks.ranking.loading import task_for
 from common.teachers import build
 from common.teachers.interview import Teacher
-from common.teachers.settings import EndpointSettings, LocalSettings
+from common.teachers.settings import EndpointSettings, LocalSettings, address_fault
 from common.teachers.tasks import Code, Documents, Labels, TeacherTask
 
 SAMPLES, TEMPERATURE = 4, 0.8  # of each row with --preferences
@@ -164,15 +163,8 @@ def _check_endpoint(args: argparse.Namespace) -> None:
         )
     if not args.model:
         raise UserError("--endpoint needs --model with the model's name there")
-    try:
-        parts = urlsplit(args.endpoint)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # no such port
-        good = False
-    if not good:
-        raise UserError(f"--endpoint {args.endpoint} is no address such as http://localhost:8001/v1")
-    if "@" in parts.netloc or parts.query:
-        raise UserError("--endpoint must not hold a key, which would be kept in the record; put it in the environment")
+    if fault := address_fault(args.endpoint):
+        raise UserError(f"--endpoint {fault}")
     try:
         args.extra_body = json.loads(args.extra_body or "{}")
     except ValueError as error:

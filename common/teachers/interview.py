@@ -70,9 +70,12 @@ class Teacher(Protocol):
 
 
 class Interview:
-    """A teacher whose answers are kept in a JSONL file, {"key", "value"} a line, under a hash of what decides them."""
+    """A teacher whose answers are kept in a JSONL file, {"key", "value"} a line, under a hash of what decides them.
 
-    def __init__(self, teacher: Teacher, path: str) -> None:
+    Without a path they are kept in memory.
+    """
+
+    def __init__(self, teacher: Teacher, path: str | None) -> None:
         """Raises UserError where `path` is a file of another kind."""
         self.teacher, self.store = teacher, AnswerStore(path)
         self.keys: set[str] = set()  # of the answers that this run used

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from common.models.source import ModelSource
+
+
+def address_fault(url: str) -> str | None:
+    """Why a text is no address of an endpoint, to stand behind its name; None where it may be one."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no such port
+        good = False
+    if not good:
+        return f"{url} is no address such as http://localhost:8001/v1"
+    if "@" in parts.netloc or parts.query:
+        return "must not hold a key, which would be kept in the record; put it in the environment"
+    return None
 
 
 @dataclass(frozen=True)

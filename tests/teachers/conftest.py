@@ -1,21 +1,9 @@
-"""A chat API that misbehaves on demand, and a run's files."""
+"""The files of a run of teacher_generate.py."""
 
 from __future__ import annotations
 
 import pytest
 from support.inputs import write_rows
-from support.teacher import Stub
-
-from common.teachers import chat_endpoint
-
-
-@pytest.fixture
-def stub(monkeypatch):
-    monkeypatch.setattr(chat_endpoint, "FIRST_WAIT", 0.01)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    running = Stub()
-    yield running
-    running.close()
 
 
 @pytest.fixture

@@ -134,10 +134,12 @@ class Classifier:
         def named(vector: Sequence[float]) -> dict[str, float]:
             return {label: round(float(value), DIGITS) for label, value in zip(self.task.labels, vector, strict=True)}
 
+        chosen = [self.task.labels[label] for label in result.predictions]
         return [
             {
                 "model_name": self.model_dir,
-                "prediction": self.task.labels[result.predictions[row]] if result.answered[row] else None,
+                "prediction": chosen[row] if result.answered[row] else None,
+                **({} if result.answered[row] else {"leaning": chosen[row]}),
                 "scores": named(result.scores[row]),
                 "raw_scores": named(raw[row]),
                 "prior": named(calibration.prior),

@@ -127,8 +127,9 @@ def evaluate_models(
     seed: int = 0,
     controls_file: str | None = None,
     store: AnswerStore | None = None,
-) -> tuple[list[dict], list[dict]]:
-    """One entry per model, and the paired differences of every later model to the earlier ones (see `report`).
+) -> tuple[list[dict], list[dict], list[Scores]]:
+    """One entry per model, the paired differences of every later model to the earlier ones (see `report`), and the
+    calibrated scores of each.
 
     Args:
         seed: of the bootstrap and of the controls.
@@ -155,7 +156,7 @@ def evaluate_models(
         for later in range(len(scores))
         for earlier in range(later)
     ]
-    return entries, differences
+    return entries, differences, scores
 
 
 def evaluate_model(

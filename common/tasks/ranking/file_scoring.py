@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,9 @@ from common.tasks.ranking.task import LabelTask
 
 WINDOW = 4096  # rows in memory at a time
 ANSWER_TEXTS = ("model_name", "prediction")  # of an answer; a label may look like a date
+HANDED_ON_TEXTS = ("answered_by", "cascade")  # of one that may have been handed on
+HANDED_ON = 256  # rows at a time where some are handed on, since those are paid for
+HandOn = Callable[[list[str], list[dict]], list[dict]]
 NEAR = 0.05  # nats: more than bfloat16 makes of a score in another batch
 
 
@@ -38,6 +41,7 @@ class FileScoring:
         output: a JSONL, CSV or Parquet file, by its ending; for `ray_scoring` a folder.
         skip_bad_rows: list rows without a text, and go on; else the first one is an error.
         strict: rows whose text is not of the task (see `LabelTask.warning`) are bad ones, too.
+        handed_on: what decides which rows are handed on, and to whom, as JSON; None where none are.
     """
 
     source: ModelSource
@@ -47,6 +51,7 @@ class FileScoring:
     output: str
     skip_bad_rows: bool = False
     strict: bool = False
+    handed_on: Any = None
 
     def decided_by(self) -> dict[str, Any]:
         """All that decides the answers but the rows themselves, as JSON."""
@@ -66,6 +71,8 @@ class FileScoring:
         }
         if self.strict:  # left out without it, so that files of before go on
             facts["strict"] = True
+        if self.handed_on is not None:
+            facts["handed_on"] = self.handed_on
         return json.loads(json.dumps(facts))
 
 
@@ -107,8 +114,12 @@ def good_texts(path: str, task: LabelTask, bad: list[dict], strict: bool = False
             yield task.text_of(row)
 
 
-def classify_file(scoring: FileScoring, classifier: Classifier) -> None:
-    """Write an answer for each good row, in order, and the bad ones into OUTPUT.rejects.jsonl."""
+def classify_file(scoring: FileScoring, classifier: Classifier, hand_on: HandOn | None = None) -> None:
+    """Write an answer for each good row, in order, and the bad ones into OUTPUT.rejects.jsonl.
+
+    Args:
+        hand_on: makes of texts and their answers what is written; None: the answers as they are.
+    """
     settings, task = scoring.settings, scoring.task
     # "batch" estimates from the first window, also where the answers of that window are there already
     first = (
@@ -120,23 +131,25 @@ def classify_file(scoring: FileScoring, classifier: Classifier) -> None:
     calibration = classifier.calibration(settings.calibration, first_raw, settings.label_bias)
 
     def answers(window: list[str]) -> list[dict]:
-        return classifier.answers(window, calibration, first_raw if window == first else None)
+        found = classifier.answers(window, calibration, first_raw if window == first else None)
+        return hand_on(window, found) if hand_on else found
 
     def takes_over(count: int, last: dict) -> bool:
         """Whether the last of `count` answers is what is answered to that row now."""
         text = next(islice(good_texts(scoring.input, task, [], scoring.strict), count - 1, None), None)
         return text is not None and same_answer(last, classifier.answers([text], calibration)[0])
 
+    texts = (*ANSWER_TEXTS, *HANDED_ON_TEXTS) if hand_on else ANSWER_TEXTS
     bad: list[dict] = []
     decided_by = [scoring.decided_by(), sha256_file(scoring.input)]
     for _ in write_answers(
         scoring.output,
         good_texts(scoring.input, task, bad, scoring.strict),
         answers,
-        window=WINDOW,
+        window=HANDED_ON if hand_on else WINDOW,
         decided_by=decided_by,
-        takes_over=takes_over,
-        put_in_place=lambda answers, output: tables.put_in_place(answers, output, ANSWER_TEXTS),
+        takes_over=None if hand_on else takes_over,
+        put_in_place=lambda answers, output: tables.put_in_place(answers, output, texts),
     ):
         pass
     rejects = Path(scoring.output + ".rejects.jsonl")

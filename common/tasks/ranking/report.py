@@ -26,6 +26,7 @@ The result is a plain dict, and everything here is made from it alone, so a repo
     }, ...]
     differences?    [{"a": model_dir, "b": model_dir, **`metrics.compare`}]: a minus b
     drift?          what `drift.drift` returns
+    cascade?        what `cascade_curve.measured` returns
     command?        the command line; versions?: {package: version}; created?: date and time
 """
 
@@ -40,7 +41,7 @@ from typing import Any
 from common.evaluation import report_page as page
 from common.evaluation import results, tables
 from common.evaluation.results import Result
-from common.tasks.ranking import plots
+from common.tasks.ranking import cascade_curve, plots
 
 # key, heading, True where more is better, what it means
 METRICS = (
@@ -74,11 +75,19 @@ def images_of(result: Result) -> dict[str, bytes]:
         "f1_per_class.png": plots.f1_bars(models, names, labels),
         "risk_coverage.png": plots.risk_coverage(models, names),
     }
+    if cascade := result.get("cascade"):
+        images["cascade.png"] = cascade_curve.plot(cascade, _handing_on(result))
     for model, stem in zip(models, _stems(result), strict=True):
         images[f"confusion_{stem}.png"] = plots.confusion_matrix(model, labels)
         images[f"reliability_{stem}.png"] = plots.reliability_diagram(model)
         images[f"margins_{stem}.png"] = plots.margin_histogram(model)
     return images
+
+
+def _handing_on(result: Result) -> list[str]:
+    """The names of the models from which rows are handed on."""
+    names = dict(zip((model["model_dir"] for model in result["models"]), results.model_names(result), strict=True))
+    return [names[model["model_dir"]] for model in result["cascade"]["models"]]
 
 
 def _stems(result: Result) -> list[str]:
@@ -169,6 +178,8 @@ def format_table(result: Result) -> str:
             for d in result["differences"]
         ]  # fmt: skip
         blocks.append(tables.columns(["paired difference", "accuracy", "macro-F1"], rows))
+    if cascade := result.get("cascade"):
+        blocks.append(cascade_curve.text(cascade, _handing_on(result)))
     for name, model in zip(names, models, strict=True):
         blocks += _per_class_tables(name, model, result["labels"])
     return "\n\n".join(blocks)
@@ -202,6 +213,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
         _classes_section(result, images),
         _calibration_section(result, names),
         _abstention_section(result, names, images),
+        _cascade_section(result, images),
         _drift_section(result),
         _models_section(result, names, images),
         page.provenance_section(result),
@@ -367,6 +379,11 @@ def _abstention_section(result: Result, names: Sequence[str], images: dict[str, 
         + (" The dot is the threshold in use; all other figures on this page judge every row." if rows else ""),
         body,
     )
+
+
+def _cascade_section(result: Result, images: dict[str, bytes]) -> str:
+    cascade = result.get("cascade")
+    return cascade_curve.section(cascade, _handing_on(result), images["cascade.png"]) if cascade else ""
 
 
 def _threshold(model: dict) -> str:
