@@ -204,7 +204,7 @@ FILES = (
     ("`codegen_prepare.py`, `eval_codegen.py`", "JSONL or a JSON list: MBPP, HumanEval, own rows"),
     ("`teacher_generate.py`", ROWS),
     ("`infer_idp.py`, `infer_codegen.py`", "JSONL"),
-    ("`infer_creditmix.py --engine ray`", "JSONL or Parquet: files, folders, patterns, `s3://` and the like"),
+    ("`infer_creditmix.py --engine ray`", "JSONL, CSV or Parquet: files, folders, patterns, `s3://` and the like"),
     ("`infer_idp.py --document_file`", "PDF, image or text; `--input` takes JSONL or a folder of such files"),
     ("`eval_distill.py`", "SQuAD's JSON, JSONL, text (`.txt`), or a label task's rows"),
 )

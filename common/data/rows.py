@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +63,44 @@ def iter_rows(path: str | Path) -> tuple[str, Iterator[tuple[int, Any]], list[st
 
 
 def _csv_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line number, row) of a CSV file; the first is the list of its columns' names.
+    """`csv_rows` of a file, with the errors of a user's file."""
+    with open_text(path, newline="") as handle:
+        try:
+            for number, row in csv_rows(handle):
+                if isinstance(row, list):
+                    check_columns(path, row)
+                yield number, row
+        except csv.Error as error:
+            raise UserError(f"{path}, {error}; mend the file") from error
+
+
+def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """(line number, row) of CSV; the first is the list of its columns' names, and empty lines are passed over.
 
     Cells are separated by what the header has most of: commas, semicolons (as Excel writes in much of Europe) or tabs.
+
+    Raises:
+        csv.Error: it is not CSV, by line.
     """
-    with open_text(path, newline="") as handle:
-        separator = max(",;\t", key=handle.readline().count)
-        handle.seek(0)
-        reader = csv.reader(handle, delimiter=separator, strict=True)
-        try:
-            header = [name.strip() for name in next(reader)]
-            if repeated := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
-                raise UserError(f"{path}, line 1: the column '{repeated[0][:60]}' is given twice; rename one of them")
-            yield reader.line_num, header
-            for cells in reader:
-                if len(cells) == len(header):
-                    yield reader.line_num, dict(zip(header, cells, strict=True))
-                elif cells:
-                    fault = ValueError(f"{len(cells)} cells where the header has {len(header)}")
-                    yield reader.line_num, fault
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); mend the file") from error
+    lines = iter(lines)
+    first = next(lines, "")
+    reader = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        yield reader.line_num, header
+        for cells in reader:
+            if len(cells) == len(header):
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+            elif cells:
+                yield reader.line_num, ValueError(f"{len(cells)} cells where the header has {len(header)}")
+    except csv.Error as error:
+        raise csv.Error(f"line {reader.line_num}: not CSV ({error})") from error
+
+
+def check_columns(path: str | Path, header: Sequence[str]) -> None:
+    """Refuse a table with two columns of one name."""
+    if repeated := [name for name in dict.fromkeys(header) if name and list(header).count(name) > 1]:
+        raise UserError(f"{path}, line 1: the column '{repeated[0][:60]}' is given twice; rename one of them")
 
 
 def row_fault(row: Any, keys: Sequence[str]) -> str | None:

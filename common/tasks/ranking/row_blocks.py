@@ -1,7 +1,8 @@
-"""Rows of many JSONL or Parquet files, here or in a store such as S3, in blocks that workers read on their own."""
+"""Rows of many JSONL, CSV or Parquet files, here or in a store such as S3, in blocks that workers read themselves."""
 
 from __future__ import annotations
 
+import csv
 import fnmatch
 import glob
 import io
@@ -9,10 +10,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, reason
+from common.data.rows import check_columns, csv_rows
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ Block = dict[str, Any]  # a stretch of a file: "file", its "name" for the rows' 
 
 BLOCK_BYTES = 1 << 20  # of JSONL
 BLOCK_ROWS = 4096  # of Parquet
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # that are taken from a folder
+CSV = (".csv", ".csv.gz")
+SUFFIXES = (".jsonl", ".jsonl.gz", *CSV, ".parquet")  # that are taken from a folder
 BLANK = object()  # in place of a row, where a line is blank
 
 
@@ -64,7 +67,7 @@ def find_files(where: str) -> tuple[FileSystem, str, list[FileInfo]]:
     files = sorted((info for info in files if info.type == FileType.File and matches(info)), key=lambda info: info.path)
     if not files:
         raise UserError(
-            f"--input {where} matches no file; give a JSONL or Parquet file, a folder of them, or a pattern in quotes"
+            f"--input {where} matches no file; give JSONL, CSV or Parquet, a folder of them, or a pattern in quotes"
         )
     return system, path, files
 
@@ -87,22 +90,20 @@ def file_system(where: str) -> tuple[FileSystem, str]:
 
 
 def cut(system: FileSystem, root: str, files: list[FileInfo], task: LabelTask) -> list[Block]:
-    """The blocks of the files: ranges of bytes of a JSONL file, of rows of a Parquet file.
+    """The blocks of the files: ranges of bytes of a JSONL file, of rows of a Parquet file, whole CSV files.
 
     Raises:
-        UserError: a file is CSV, or a Parquet file is damaged or has no column with a text.
+        UserError: a Parquet or CSV file is damaged or has no column with a text.
     """
     from pyarrow import ArrowException, parquet
 
     blocks = []
     for file in files:
-        if file.path.endswith((".csv", ".csv.gz", ".tsv")):
-            raise UserError(
-                f"{file.path}: --engine ray reads JSONL and Parquet; write it as one, or leave --engine out"
-            )
         bounds = [*range(0, file.size, BLOCK_BYTES), file.size]
-        if file.path.endswith(".gz"):  # cannot be entered in the middle
+        if file.path.endswith((".gz", *CSV)):  # cannot be entered in the middle
             bounds = [0, 1 << 62]
+        if file.path.endswith(CSV):
+            _check_columns(file.path, _csv_columns(system, file.path), task)
         if file.path.endswith(".parquet"):
             try:
                 with system.open_input_file(file.path) as handle:
@@ -111,10 +112,7 @@ def cut(system: FileSystem, root: str, files: list[FileInfo], task: LabelTask) -
                     groups = [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
             except ArrowException as error:
                 raise UserError(f"{file.path} is not Parquet ({error}); write it again, or rename it") from error
-            if not _text_columns(columns, task):
-                raise UserError(
-                    f"{file.path} has no column '{task.text_field}', only {', '.join(columns)}; rename one of them"
-                )
+            _check_columns(file.path, columns, task)
             bounds, end = [0], 0
             for group in groups:
                 bounds += [*range(end + BLOCK_ROWS, end + group, BLOCK_ROWS), end + group]
@@ -124,6 +122,21 @@ def cut(system: FileSystem, root: str, files: list[FileInfo], task: LabelTask) -
             if start < stop:
                 blocks.append({"file": file.path, "name": name, "start": start, "stop": stop})
     return blocks
+
+
+def _check_columns(path: str, columns: list[str], task: LabelTask) -> None:
+    """Refuse a table without a text, or with two columns of one name."""
+    check_columns(path, columns)
+    if not _text_columns(columns, task):
+        raise UserError(f"{path} has no column '{task.text_field}', only {', '.join(columns)}; rename one of them")
+
+
+def _csv_columns(system: FileSystem, path: str) -> list[str]:
+    try:
+        with _text(system, path) as handle:
+            return next(csv_rows(handle))[1]
+    except (csv.Error, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not CSV ({reason(error)}); write it again, or rename it") from error
 
 
 def _text_columns(columns: list[str], task: LabelTask) -> list[str]:
@@ -141,6 +154,9 @@ def rows_of(system: FileSystem, block: Block, task: LabelTask) -> Iterator[tuple
 def _rows(system: FileSystem, block: Block, task: LabelTask) -> Iterator[Any]:
     if block["file"].endswith(".parquet"):
         yield from _parquet_rows(system, block, task)
+        return
+    if block["file"].endswith(CSV):
+        yield from _csv_rows(system, block["file"])
         return
     for line in _lines(system, block):
         try:
@@ -163,6 +179,21 @@ def _lines(system: FileSystem, block: Block) -> Iterator[bytes]:
         while position < stop and (line := handle.readline()):
             position += len(line)
             yield line
+
+
+def _text(system: FileSystem, path: str) -> io.TextIOWrapper:
+    """A file as text; pyarrow unpacks what is named .gz."""
+    return io.TextIOWrapper(io.BufferedReader(system.open_input_stream(path)), encoding="utf-8-sig", newline="")
+
+
+def _csv_rows(system: FileSystem, path: str) -> Iterator[Any]:
+    """A row where its last line is, BLANK for every other line, as for those of JSONL."""
+    before = 0
+    with _text(system, path) as handle:
+        for number, row in csv_rows(handle):
+            yield from repeat(BLANK, number - before - 1)
+            yield BLANK if isinstance(row, list) else row
+            before = number
 
 
 def _parquet_rows(system: FileSystem, block: Block, task: LabelTask) -> Iterator[dict]:
@@ -203,6 +234,6 @@ def inspect(block: Block, system: FileSystem, task: LabelTask) -> Block:
                 if found["bad"] == 1:
                     found["fault"] = str(row) if isinstance(row, ValueError) else f"no text under '{task.text_field}'"
                     found["fault_at"] = place
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
         found["broken"] = reason(error)
     return block | found

@@ -22,6 +22,7 @@ from support.processes import wait_for
 import infer_creditmix
 from common import cli
 from common.cli import UserError
+from common.data import rows as records
 from common.tasks.ranking import ray_scoring, row_blocks
 from common.tasks.ranking.creditmix import CREDITMIX
 
@@ -87,6 +88,28 @@ def test_every_parquet_row_is_in_one_block(group, size, tmp_path, monkeypatch):
     monkeypatch.setattr(row_blocks, "BLOCK_ROWS", size)
     found = cut_and_read(write_parquet(tmp_path / "rows.parquet", questions, group))
     assert found == [("rows.parquet", i + 1, {"question": questions[i]}) for i in range(23)]
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_every_row_of_a_csv_file_has_the_number_of_its_line(separator, tmp_path):
+    lines = [f"group{separator}question", f'1{separator}"two', 'lines"', "", "3", f"4{separator}Age: 4"]
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    found = cut_and_read(path)
+    assert [number for _, number, _ in found] == [number for number, _ in records.numbered_rows(path)[1]] == [3, 5, 6]
+    assert found[0][2] == {"group": "1", "question": "two\r\nlines"} and found[2][2]["question"] == "Age: 4"
+    assert str(found[1][2]) == "1 cells where the header has 2"
+    packed = tmp_path / "rows.csv.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [repr(each[1:]) for each in cut_and_read(packed)] == [repr(each[1:]) for each in found]
+    path.write_text('question\n"Age: 3"4\n')
+    system, root, files = row_blocks.find_files(str(path))
+    (block,) = row_blocks.cut(system, root, files, CREDITMIX)
+    assert "line 2: not CSV" in row_blocks.inspect(block, system, CREDITMIX)["broken"]
+    for header, sentence in (("text", "has no column 'question', only text"), ("question,question", "is given twice")):
+        path.write_text(f"{header}\n")
+        with pytest.raises(UserError, match=sentence):
+            cut_and_read(path)
 
 
 def test_files_of_a_folder_and_a_pattern(tmp_path, monkeypatch):
@@ -315,7 +338,7 @@ def test_usage_errors(tiny_base, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     output = tmp_path / "answers"
-    nothing = f"--input {tmp_path}/.* matches no file; give a JSONL or Parquet file, a folder of them, or a pattern"
+    nothing = f"--input {tmp_path}/.* matches no file; give JSONL, CSV or Parquet, a folder of them, or a pattern"
     for argv, sentence in (
         (command(tiny_base, tmp_path / "none.jsonl", output), nothing),
         (command(tiny_base, tmp_path / "*.json", output), nothing),
