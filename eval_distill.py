@@ -11,7 +11,8 @@
 match), running text (.txt; perplexity), or with --task the rows of a label task (accuracy and macro-F1 of the
 calibrated classifier). All models see the same held-out rows, chosen by a hash of their group (article, customer); a
 text file is taken whole. Prints tables and, last, one JSON line; --report_dir adds results.txt, metrics.json, plots
-and report.html. Models are loaded one after another, each in a process of its own.
+and report.html, and keeps answers in answers.jsonl, so that a run that was interrupted goes on. Models are loaded one
+after another, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from common import cli, run_record
 from common.comparison import measure
@@ -54,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, the examples and a balanced draw")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
-    parser.add_argument("--report_dir", help="write results.txt, metrics.json, plots and report.html here")
+    parser.add_argument("--report_dir", help="write results.txt, metrics.json, plots, report.html, answers.jsonl here")
     return parser
 
 
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 task,
                 args.calibration,
                 args.auto_fit,
+                str(Path(args.report_dir, "answers.jsonl")) if args.report_dir else None,
             )
         )
         for role, model_dir in model_dirs.items()

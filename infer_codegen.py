@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from common import cli
 from common.data import rows as records
@@ -30,7 +30,6 @@ from common.tasks.codegen import flags as codegen_flags
 from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter, check_lengths
 
-WINDOW = 8  # tasks at a time, whose answers are kept together
 NOT_DECIDING = (  # flags that do not decide the answers to --input; thinking does, with the rest of the decoding
     *("output", "max_batch_tokens", "thinking"),
     *("test", "max_tries", "confirm_run_unsafe_code", "allow_no_sandbox"),
@@ -166,7 +165,7 @@ def report_errors(answers: Sequence[CodeAnswer]) -> int | None:
 
 def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding, tasks: Sequence[str]) -> int | None:
     """Answer --input into --output."""
-    from common.data.resumable import write_answers
+    from common.data.resumable import write_each
 
     def answer_row(task: str, answers: Sequence[CodeAnswer]) -> dict:
         rows = [
@@ -175,14 +174,13 @@ def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding,
         ]
         return {"model_name": args.model_dir, "prompt": task, "answers": rows}
 
-    def answer(window: list[str]) -> list[dict]:
-        plans = writer.plan(window, decoding) if args.plan_then_code else None
-        answers = writer.write(window, decoding, plans)
-        return [answer_row(task, of_task) for task, of_task in zip(window, answers, strict=True)]
+    def answer(tasks: list[str]) -> Iterator[tuple[int, dict]]:
+        for number, of_task in writer.write_each(tasks, decoding, args.plan_then_code):
+            yield number, answer_row(tasks[number], of_task)
 
     settings = {key: value for key, value in vars(args).items() if key not in NOT_DECIDING} | decoding.as_dict()
     decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]
-    rows = write_answers(args.output, tasks, answer, window=WINDOW, decided_by=decided_by)
+    rows = write_each(args.output, tasks, answer, decided_by=decided_by, what="tasks")
     answers = [one for row in rows for one in row["answers"]]
     broken, cut = sum(one["error"] is not None for one in answers), sum(one.get("cut", False) for one in answers)
     if broken:

@@ -23,8 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     cascade = document_cascade(handing, extractor, args.model_dir, threshold) if handing else None
     if document is None:
         return extract_rows(args, rows, extractor, shown, cascade)
-    ((extraction, answer),) = answers(extractor, shown, cascade, [document])
+    ((_, extraction, answer),) = answers(extractor, shown, cascade, [document])
     if extraction.pieces > 1:
         cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
     if extraction.cut:
@@ -144,25 +143,19 @@ def extract_rows(
     args: argparse.Namespace, rows: list[dict], extractor: Extractor, shown: Shown, cascade: DocumentCascade | None
 ) -> int | None:
     """Write an answer to each row; says how many documents were long, and how many got no valid answer."""
-    from tqdm import tqdm
-
-    from common.data.resumable import content_key, write_answers
+    from common.data.resumable import content_key, write_each
     from common.teachers.cascade.documents import answers
 
-    bar = tqdm(unit=" documents", total=len(rows))
-
-    def answer(rows: list[dict]) -> list[dict]:
-        found = answers(extractor, shown, cascade, [documents.of_row(row) for row in rows], bar.update)
-        named = ({"id": row["id"]} if "id" in row else {} for row in rows)
-        return [name | each for name, (_, each) in zip(named, found, strict=True)]
+    def answer(rows: list[dict]) -> Iterator[tuple[int, dict]]:
+        for number, _, found in answers(extractor, shown, cascade, [documents.of_row(row) for row in rows]):
+            named = {"id": rows[number]["id"]} if "id" in rows[number] else {}
+            yield number, named | found
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]
     decided_by = [settings, content_key(rows), extractor.schema, *model]
     counts = Counter()
-    windows = partial(extractor.windows, text_of=lambda row: row["document"])
-    written = write_answers(args.output, rows, answer, window=windows, decided_by=decided_by, bar=bar)
-    for row in written:
+    for row in write_each(args.output, rows, answer, decided_by=decided_by, what="documents"):
         counts.update({"documents"} | ({"pieces", "error", "cut", "notes"} & row.keys()))
     if shown.accept_from is not None:
         accepted, others = write_split(args.output)

@@ -7,16 +7,19 @@ reset, and because transformers changes torch's process-wide defaults while it l
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from common import run_record
 from common.cli import UserError, log
 from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT
+from common.data.resumable import AnswerStore, content_key
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.batching import context_of
@@ -27,7 +30,8 @@ from common.vram import preflight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WINDOW = 64  # rows at a time between two steps of the progress bar
+KEPT = 32  # rows whose likelihoods are kept together
+KEPT_LABELS = 512  # the same of their labels' scores
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Measurement:
         max_batch_tokens: tokens in one forward pass.
         task, calibration: of LABELS.
         auto_fit: where memory is short, take smaller batches or 4 bits, and say so.
+        kept: a file that answers are kept in, as they come; what is there is not made again. None: nothing is kept.
     """
 
     source: ModelSource
@@ -55,6 +60,12 @@ class Measurement:
     task: LabelTask | None = None
     calibration: str | None = None
     auto_fit: bool = False
+    kept: str | None = None
+
+    def identity(self) -> list[Any]:
+        """What tells a model's answers to a row from those of another one, or to another question, as JSON."""
+        record = self.task and self.task.record()
+        return [*adapters.identity(self.source), self.kind, self.max_len, self.max_new_tokens, record]
 
 
 def measure_in_own_process(measurement: Measurement) -> dict[str, Any]:
@@ -82,8 +93,21 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         "model_dir"; "facts": parameters, bytes on disk and in memory, peak memory, device (see `size_facts`);
         "seconds" and "speed": see `latency.time_rows` and `latency.summary`; "cut": prompts that were shortened; and of
         every row: "answers" (texts; of LABELS the labels), "nll", "tokens" and "bytes" of the output (ROWS) or of the
-        text (TEXT). Of LABELS also "calibration", its method.
+        text (TEXT). Of LABELS also "calibration", its method. Where all of that has been kept, it is what was kept.
     """
+    store = AnswerStore(measurement.kept)
+    if measurement.kind == LABELS:  # their scores are kept; the calibration that follows may have changed
+        return _measure(measurement, store)
+    asked = [list(measurement.rows), measurement.speed_rows, measurement.max_batch_tokens]
+    key = content_key("measured", measurement.identity(), asked)
+    if key in store:
+        log(f"{measurement.source.model_dir}: measured before")
+    else:
+        store.add([(key, _measure(measurement, store))])
+    return store[key]
+
+
+def _measure(measurement: Measurement, store: AnswerStore) -> dict[str, Any]:
     import peft  # noqa: F401 (what imports take belongs to the process, not to the model)
     import torch
     import transformers  # noqa: F401
@@ -98,7 +122,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         )
         model, tokenizer = loaded.model, loaded.tokenizer
         measurement = replace(measurement, max_batch_tokens=loaded.max_batch_tokens)
-        measured = MeasuredModel(measurement, model, tokenizer)
+        measured = MeasuredModel(measurement, model, tokenizer, store)
         timed = range(min(measurement.speed_rows, len(rows)))
         log(f"{model_dir}: timing {len(timed)} rows")
         prompts = [measured.prompt(row, latency.NEW_TOKENS) for row in timed]
@@ -125,10 +149,16 @@ def measure(measurement: Measurement) -> dict[str, Any]:
 
 
 class MeasuredModel:
-    """A loaded model and the rows it is to answer."""
+    """A loaded model and the rows it is to answer; what it answers goes into `store`."""
 
-    def __init__(self, measurement: Measurement, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.measurement, self.model, self.tokenizer = measurement, model, tokenizer
+    def __init__(
+        self,
+        measurement: Measurement,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: AnswerStore,
+    ) -> None:
+        self.measurement, self.model, self.tokenizer, self.store = measurement, model, tokenizer, store
         self.limit = min(measurement.max_len, context_of(model.config))
         self.classifier = None
         if measurement.kind == LABELS:
@@ -166,21 +196,21 @@ class MeasuredModel:
         """Answers one row, as the task is used; None for TEXT, which has no answer."""
         if self.measurement.kind == LABELS:
             return lambda row: self.classifier.raw_scores([self.measurement.rows[row]["text"]])
-        return None if self.measurement.kind == TEXT else lambda row: self.generate([row])
+        return None if self.measurement.kind == TEXT else lambda row: list(self.generate([row]))
 
-    def generate(self, rows: Sequence[int]) -> list[str]:
-        """Greedy answers to some rows."""
+    def generate(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """(place in `rows`, the greedy answer to that row) of each, as it ends."""
         from common.generation import generate as generation
         from common.generation.decoding import Decoding
 
-        answers = generation.generate(
+        for place, _, answer in generation.generate_each(
             self.model,
             self.tokenizer,
             [self.prompt(row, self.measurement.max_new_tokens) for row in rows],
             Decoding(self.measurement.max_new_tokens),
             max_batch_tokens=self.measurement.max_batch_tokens,
-        )
-        return [samples[0].text.strip() for samples in answers]
+        ):
+            yield place, answer.text.strip()
 
     def outcomes(self) -> dict[str, Any]:
         """What the model makes of all rows (see `measure`)."""
@@ -191,7 +221,11 @@ class MeasuredModel:
         return answers if kind == SQUAD else answers | self._likelihoods()
 
     def _labels(self) -> dict[str, Any]:
-        raw = self.classifier.raw_scores([row["text"] for row in self.measurement.rows])
+        texts = [row["text"] for row in self.measurement.rows]
+        scored = self.store.windows(
+            texts, KEPT_LABELS, self.measurement.identity(), lambda some: self.classifier.raw_scores(some).tolist()
+        )
+        raw = np.array([row for window, _ in scored for row in window], dtype=np.float32)
         calibration = self.classifier.calibration(self.measurement.calibration, raw)
         calibrated = calibration.apply(raw)
         labels = [self.measurement.task.labels[label] for label in calibrated.predictions]
@@ -200,22 +234,37 @@ class MeasuredModel:
     def _answers(self) -> list[str]:
         from tqdm import tqdm
 
-        answers: list[str] = []
-        with tqdm(total=len(self.measurement.rows), unit=" rows") as progress:
-            for start in range(0, len(self.measurement.rows), WINDOW):
-                answers += self.generate(range(start, min(start + WINDOW, len(self.measurement.rows))))
-                progress.update(len(answers) - progress.n)
-        return answers
+        rows, identity = self.measurement.rows, self.measurement.identity()
+        keys = [content_key("answer", identity, row["input"]) for row in rows]
+        missing = [row for row, key in enumerate(keys) if key not in self.store]
+        with tqdm(total=len(rows), initial=len(rows) - len(missing), unit=" rows") as progress:
+            for place, answer in self.generate(missing):
+                self.store.add([(keys[missing[place]], answer)])
+                progress.update()
+        return [self.store[key] for key in keys]
 
     def _likelihoods(self) -> dict[str, Any]:
         """ "nll" in nats, "tokens" and "bytes" of each row's output or text."""
+        from tqdm import tqdm
+
+        found: dict[str, list] = {"nll": [], "tokens": [], "bytes": []}
+        rows, identity = list(self.measurement.rows), self.measurement.identity()
+        with tqdm(total=len(rows), unit=" rows") as progress:
+            for window, _ in self.store.windows(rows, KEPT, ["likelihoods", identity], self._likelihoods_of):
+                for name, values in window.items():
+                    found[name] += values
+                progress.update(len(found["nll"]) - progress.n)
+        return found
+
+    def _likelihoods_of(self, some: Sequence[dict]) -> dict[str, list]:
+        """The same of some rows."""
         from common.comparison import perplexity
         from common.training import batches
 
         if self.measurement.kind == TEXT:
-            rows = [tokenizers.windows(self.tokenizer, row["text"], self.limit) for row in self.measurement.rows]
+            rows = [tokenizers.windows(self.tokenizer, row["text"], self.limit) for row in some]
         else:
-            pairs = [(row["input"], row["output"]) for row in self.measurement.rows]
+            pairs = [(row["input"], row["output"]) for row in some]
             encoded = batches.encode_rows(
                 self.tokenizer, self.measurement.source.model_dir, pairs, self.limit, whole=False
             )

@@ -65,13 +65,12 @@ def negative_log_likelihood(
         max_batch_tokens: bounds rows x longest of a batch; one row always goes.
     """
     import torch
-    from tqdm import tqdm
 
     from common.training import batches
 
     budget = min(max_batch_tokens, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     sums = np.zeros(len(rows))
-    with torch.inference_mode(), tqdm(total=len(rows), unit=" rows") as progress:
+    with torch.inference_mode():
         for batch_rows in by_token_budget([len(row.input_ids) for row in rows], budget):
             batch = batches.collate([rows[row] for row in batch_rows], pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -87,5 +86,4 @@ def negative_log_likelihood(
                 sums[row] = torch.nn.functional.cross_entropy(
                     logits[index].float(), targets[index, columns], ignore_index=batches.IGNORE, reduction="sum"
                 )
-            progress.update(len(batch_rows))
     return sums

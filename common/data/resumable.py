@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from common.cli import UserError, log
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from common.files import write_jsonl
 
 Row = TypeVar("Row")
 
@@ -25,10 +23,9 @@ def write_answers(
     rows: Iterable[Row],
     answer: Callable[[list[Row]], list[dict]],
     *,
-    window: int | Callable[[Iterator[Row]], Iterator[list[Row]]],
+    window: int,
     decided_by: Any,
     takes_over: Callable[[int, dict], bool] | None = None,
-    bar: tqdm | None = None,
     put_in_place: Callable[[Path, str], None] = os.replace,
 ) -> Iterator[dict]:
     """Write `answer` of every row to `output`, one JSON object a line, and yield each, also those of an earlier run.
@@ -37,47 +34,88 @@ def write_answers(
     interrupted run are kept only if the same inputs and settings made them.
 
     Args:
-        window: rows that are answered at a time, as a number, or a function that takes rows together; so many are lost
-            in an interruption, at most.
+        window: rows that are answered at a time; so many are lost in an interruption, at most.
         decided_by: all that decides the answers, as JSON.
         takes_over: says of an interrupted OUTPUT.partial, a name without a key, whether its answers stand: called with
             their number and the last one. None: there are no such files.
-        bar: the progress bar, where the caller moves it, too, while a window is being answered; None: one of its own.
         put_in_place: makes the whole file of answers `output`.
     """
-    from tqdm import tqdm as new_bar
+    from tqdm import tqdm
 
-    key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:12]
-    partial, unkeyed = Path(f"{output}.{key}.partial"), Path(f"{output}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    stale = set(partial.parent.glob(glob.escape(Path(output).name) + ".*.partial")) - {partial}
+    partial, stale = _partial_file(output, decided_by)
+    unkeyed = Path(f"{output}.partial")
     if takes_over and unkeyed.is_file():
         count, last = whole_lines(unkeyed)
         if count and not partial.exists() and takes_over(count, _parsed(last)):
             unkeyed.rename(partial)
         else:
             stale.add(unkeyed)
-    for path in stale:
-        log(f"{path} holds answers of another model, input or settings; starting again")
-        path.unlink()
+    _drop(stale)
     done = whole_lines(partial)[0]
     if done:
         log(f"going on after {done:,} answers of {output}")
         with partial.open(encoding="utf-8") as handle:
             yield from map(json.loads, handle)
     rest = islice(rows, done, None)
-    bar = new_bar(unit=" rows", total=len(rows) if isinstance(rows, Sized) else None) if bar is None else bar
-    with partial.open("a", encoding="utf-8") as handle, bar:
-        bar.initial = bar.n = done
-        bar.refresh()
-        for some in windows(rest, window) if isinstance(window, int) else window(rest):
+    total = len(rows) if isinstance(rows, Sized) else None
+    with partial.open("a", encoding="utf-8") as handle, tqdm(unit=" rows", total=total, initial=done) as bar:
+        for some in windows(rest, window):
             answers = answer(some)
             handle.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in answers)
             handle.flush()
-            done += len(some)
-            bar.update(done - bar.n)
+            bar.update(len(some))
             yield from answers
     put_in_place(partial, output)
+
+
+def write_each(
+    output: str,
+    rows: Sequence[Row],
+    answer: Callable[[list[Row]], Iterable[tuple[int, dict]]],
+    *,
+    decided_by: Any,
+    what: str = "rows",
+) -> list[dict]:
+    """The answers to all rows, also written to `output`, one JSON object a line, in the order of the rows.
+
+    Each is kept in OUTPUT.<key>.partial as it comes, so that an interruption loses only what was under way; the key is
+    as in `write_answers`.
+
+    Args:
+        answer: called with the rows that have no answer yet; gives the number of one of them, from 0, and its answer,
+            in any order.
+        what: the rows are called in the progress bar.
+    """
+    from tqdm import tqdm
+
+    partial, stale = _partial_file(output, ["each", decided_by])
+    _drop(stale)
+    store = AnswerStore(partial)
+    missing = [number for number in range(len(rows)) if str(number) not in store]
+    if done := len(rows) - len(missing):
+        log(f"going on after {done:,} answers of {output}")
+    with tqdm(total=len(rows), initial=done, unit=f" {what}") as bar:
+        for number, found in answer([rows[number] for number in missing]) if missing else ():
+            store.add([(str(missing[number]), found)])
+            bar.update()
+    answers = [store[str(number)] for number in range(len(rows))]
+    write_jsonl(output, answers)
+    partial.unlink(missing_ok=True)
+    return answers
+
+
+def _partial_file(output: str, decided_by: Any) -> tuple[Path, set[Path]]:
+    """(where the answers of an unfinished run are kept, the same of runs with other inputs or settings)."""
+    key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:12]
+    partial = Path(f"{output}.{key}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    return partial, set(partial.parent.glob(glob.escape(Path(output).name) + ".*.partial")) - {partial}
+
+
+def _drop(stale: Iterable[Path]) -> None:
+    for path in stale:
+        log(f"{path} holds answers of another model, input or settings; starting again")
+        path.unlink()
 
 
 def windows(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from common.cli import UserError, log
 from common.data import resumable
 from common.distillation.settings import DistillSettings
@@ -22,7 +20,6 @@ from common.training.batches import encode_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KEPT = 128  # answers that are written before they are kept; at most so many are lost in an interruption
 FILE = "answers.jsonl"
 
 
@@ -165,7 +162,7 @@ def write(
 ) -> None:
     """Load the student and write its answers to `asked`, (row, prompt), into a file."""
     from common.generation.decoding import Decoding
-    from common.generation.generate import generate
+    from common.generation.generate import generate_each
 
     decoding = Decoding(
         max_new_tokens=settings.max_new_tokens,
@@ -175,8 +172,9 @@ def write(
     )
     model, tokenizer = loading.load_for_inference(source)
 
-    def answer(some: list[tuple[int, list[int]]]) -> list[dict]:
-        written = generate(
+    def answer(some: list[tuple[int, list[int]]]) -> Iterator[tuple[int, dict]]:
+        samples: list[dict[int, dict]] = [{} for _ in some]
+        for number, sample, written in generate_each(
             model,
             tokenizer,
             [ids for _, ids in some],
@@ -184,23 +182,15 @@ def write(
             whole=True,
             logprobs=True,
             max_batch_tokens=settings.max_batch_tokens,
-        )
-        return [
-            {
-                "row": row,
-                "samples": [
-                    {"text": s.text, "tokens": s.tokens, "logprob": sum(s.logprobs), "finished": s.finished}
-                    for s in samples
-                ],
-            }
-            for (row, _), samples in zip(some, written, strict=True)
-        ]
+        ):
+            kept = {"text": written.text, "tokens": written.tokens}
+            samples[number][sample] = kept | {"logprob": sum(written.logprobs), "finished": written.finished}
+            if len(samples[number]) == decoding.num_samples:
+                in_order = [samples[number][each] for each in range(decoding.num_samples)]
+                yield number, {"row": some[number][0], "samples": in_order}
 
     decided_by = [adapters.adapter_hash(source.model_dir), decoding.as_dict(), asked]
-    bar = tqdm(total=len(asked), unit=" prompts", desc="student")
-    window = max(1, KEPT // settings.num_samples)
-    for _ in resumable.write_answers(str(path), asked, answer, window=window, decided_by=decided_by, bar=bar):
-        pass
+    resumable.write_each(str(path), asked, answer, decided_by=decided_by, what="prompts of the student")
 
 
 def kept_answers(path: Path) -> Iterator[Answer]:

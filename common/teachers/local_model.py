@@ -1,21 +1,19 @@
-"""A teacher that runs here: a model's answers to chats, in batches."""
+"""A teacher that runs here: a model's answers to chats, written together and kept one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
-from common.generation import generate as generation
 from common.generation.decoding import Decoding
+from common.generation.generate import TextBatch
 from common.models import tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
 from common.teachers.interview import Answer, NoAnswer, Question
 
 DECIDING = ("max_new_tokens", "temperature", "top_p", "seed", "thinking")  # of a decoding, for an answer
-WINDOW = 64  # answers that are made, and then kept, together
 
 
 class LocalTeacher:
@@ -43,18 +41,8 @@ class LocalTeacher:
             else:
                 reason = f"its {len(prompt)} tokens do not fit the {room} that the teacher has for them"
                 keep(index, NoAnswer(reason, lasting=True))
-        for sample, group in groupby(sorted(fitting), key=lambda fitted: fitted[0]):
-            numbered = [(index, prompt) for _, index, prompt in group]
-            for start in range(0, len(numbered), WINDOW):
-                self._answer(sample, numbered[start : start + WINDOW], keep)
-
-    def _answer(self, sample: int, numbered: list[tuple[int, list[int]]], keep: Callable) -> None:
-        answers = generation.generate(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            [prompt for _, prompt in numbered],
-            replace(self.decoding, seed=self.decoding.seed + sample),
-            max_batch_tokens=self.loaded.max_batch_tokens,
-        )
-        for (index, prompt), (answer,) in zip(numbered, answers, strict=True):
-            keep(index, Answer(answer.text, answer.finished, len(prompt), len(answer.tokens)))
+        batch = TextBatch(self.loaded.model, self.loaded.tokenizer, self.loaded.max_batch_tokens)
+        for sample, index, prompt in sorted(fitting, key=lambda fitted: -len(fitted[2])):
+            batch.ask((index, len(prompt)), prompt, replace(self.decoding, seed=self.decoding.seed + sample))
+        for (index, length), _, answer in batch.run():
+            keep(index, Answer(answer.text, answer.finished, length, len(answer.tokens)))

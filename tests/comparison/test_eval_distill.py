@@ -71,7 +71,8 @@ def test_squad_from_file_to_report(evaluate, folders, here, tmp_path):
         assert model["model_dir"] == folders[role] and model["speed_rows"] == 2
         assert 0 < model["latency_s"]["p50"] <= model["latency_s"]["p95"]
     assert {file.name for file in report.iterdir()} == {
-        *("results.txt", "metrics.json", "report.html", "trade_off.png", "relative_costs.png", "quality.png")
+        *("results.txt", "metrics.json", "report.html", "trade_off.png", "relative_costs.png", "quality.png"),
+        "answers.jsonl",
     }
     stored = json.loads((report / "metrics.json").read_text())
     assert {key: stored[key] for key in result} == result
@@ -117,6 +118,41 @@ def test_rows_get_perplexity_and_exact_match(evaluate, folders, here, rows):
     teacher = entries(result)["teacher"]
     assert teacher["perplexity"]["value"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
     assert teacher["groups"] == len(set(GROUPS)) and 0 <= teacher["exact_match"]["value"] <= 1
+
+
+def test_an_interrupted_comparison_goes_on(evaluate, here, rows, tmp_path, monkeypatch):
+    """A model that was measured is not loaded again, and of the next one only what is missing is asked."""
+    argv = ["--data", rows["sft"], "--split", "all", "--max_new_tokens", "3"]
+    whole = evaluate(*argv)
+    count, unbroken = whole["n"], entries(whole)
+    asked, loads = [], []
+    generate, load = measure.MeasuredModel.generate, measure.preflight.load_within_memory
+
+    def generating(self, numbers):
+        if len(numbers) > 1:  # one alone is timed
+            asked.append(len(numbers))
+        for number, answer in enumerate(generate(self, numbers)):
+            if number == 2 and len(asked) == 2:
+                raise KeyboardInterrupt
+            yield answer
+
+    def loading(source, *args, **how):
+        loads.append(source.model_dir)
+        return load(source, *args, **how)
+
+    monkeypatch.setattr(measure.MeasuredModel, "generate", generating)
+    monkeypatch.setattr(measure.preflight, "load_within_memory", loading)
+    kept = [*argv, "--report_dir", str(tmp_path / "report")]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*kept)
+    resumed = entries(evaluate(*kept))
+    assert asked == [count, count, count - 2, count]
+    assert len(loads) == 4 and loads[1] == loads[2]  # the teacher, the base twice, the student
+    for role, model in resumed.items():
+        for name in ("exact_match", "perplexity", "parameters"):
+            assert model[name] == unbroken[role][name]
+    evaluate(*kept)
+    assert len(loads) == 4 and len(asked) == 4
 
 
 def test_a_copy_of_the_teacher_retains_all_of_it(evaluate, folders, here, rows, tmp_path):

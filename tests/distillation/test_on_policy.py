@@ -15,6 +15,7 @@ from support.inputs import GROUPS, PROMPTS, read_rows, write_rows
 from support.models import distance, run_json
 
 from common.cli import UserError
+from common.data import resumable
 from common.distillation import fill_cache, student_answers
 from common.models import loading
 from common.training import run
@@ -118,10 +119,7 @@ def test_resumed_equals_unbroken(phase, number, unbroken, base, tmp_path, monkey
         monkeypatch.setattr(holder, name, wrapped)
 
     if phase == "writing":
-        monkeypatch.setattr(student_answers, "KEPT", 4)  # two prompts at a time
-        from common.generation import generate as generation
-
-        breaking(generation, "generate", 2 * number)
+        breaking(resumable.AnswerStore, "add", 4 * number - 2)  # of four prompts a round
     elif phase == "reading":
         monkeypatch.setattr(fill_cache, "SHARD_TOKENS", 1)  # each batch is kept
         breaking(fill_cache.TeacherCache, "add", number)
@@ -134,8 +132,6 @@ def test_resumed_equals_unbroken(phase, number, unbroken, base, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         distill(base, tmp_path / "run", *more)
     monkeypatch.undo()
-    if phase == "writing":
-        monkeypatch.setattr(student_answers, "KEPT", 4)
     distill(base, tmp_path / "run", *more, "--resume")
     assert distance(tmp_path / "run", run_folder) < 1e-5
     told, whole = rounds_of(tmp_path / "run"), rounds_of(run_folder)

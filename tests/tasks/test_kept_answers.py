@@ -10,7 +10,6 @@ from support.inputs import write_rows
 import eval_creditmix
 import eval_idp
 from common.data.resumable import AnswerStore
-from common.tasks.idp import evaluate as idp_evaluate
 from common.tasks.idp.extractor import Extractor
 from common.tasks.ranking import evaluate as ranking_evaluate
 from common.tasks.ranking.classifier import Classifier
@@ -75,6 +74,25 @@ def interrupted(main, argv, owner, method: str, monkeypatch) -> list[int]:
     return sizes
 
 
+def interrupted_after(answers: int, main, argv, owner, method: str, monkeypatch) -> list[int]:
+    """How many items were asked for in each call: `main` is interrupted behind so many answers, and run again."""
+    real, sizes = getattr(owner, method), []
+
+    def counting(self, items, *args, **more):
+        sizes.append(len(items))
+        for number, answer in enumerate(real(self, items, *args, **more)):
+            if number == answers and len(sizes) == 1:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(owner, method, counting)
+    with pytest.raises(KeyboardInterrupt):
+        main(argv)
+    main(argv)
+    monkeypatch.setattr(owner, method, real)
+    return sizes
+
+
 def test_an_evaluation_of_labels_goes_on(tiny_base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ranking_evaluate, "KEPT", 4)
     rows = [{"question": f"Age: {20 + i}, Outstanding Debt: {i}.5", "answer": LABELS[i % 3]} for i in range(12)]
@@ -87,7 +105,6 @@ def test_an_evaluation_of_labels_goes_on(tiny_base, tmp_path, capsys, monkeypatc
 
 
 def test_an_evaluation_of_fields_goes_on(tiny_base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(idp_evaluate, "WINDOW", 2)
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     rows = [{"document": f"Bill {i}, paid", "fields": {"paid": True}} for i in range(4)]
     argv = ["--model_dir", tiny_base, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--split", "all",
@@ -95,5 +112,6 @@ def test_an_evaluation_of_fields_goes_on(tiny_base, tmp_path, capsys, monkeypatc
     eval_idp.main(argv)
     unbroken = result(capsys)
     kept = [*argv, "--report_dir", str(tmp_path / "report")]
-    assert interrupted(eval_idp.main, kept, Extractor, "extract", monkeypatch) == [2, 2, 2]
+    asked = interrupted_after(2, eval_idp.main, kept, Extractor, "extract_each", monkeypatch)
+    assert asked == [4, 2]
     assert result(capsys) == unbroken

@@ -24,10 +24,7 @@ from common.teachers.local_model import LocalTeacher
 
 def test_a_local_teacher(base, files, monkeypatch):
     """Its raw answers are the model's own, in one batch or several; a second run loads nothing from it again."""
-    from common.teachers import local_model as teacher_local
-
     rows = [{"input": text[: 60 + 9 * index]} for index, text in enumerate(CORPUS[:5])] + [{"input": "x" * 4000}]
-    monkeypatch.setattr(teacher_local, "WINDOW", 2)
     argv = ["--teacher", base, *files(rows), "--max_new_tokens", "6", "--max_tries", "1"]
     assert teacher_generate.main(argv) is None
     model, tokenizer = models.load_for_inference(ModelSource(base))
@@ -40,7 +37,7 @@ def test_a_local_teacher(base, files, monkeypatch):
         assert (value["text"], value["finished"]) == (answer.text, answer.finished)
         assert (value["prompt_tokens"], value["completion_tokens"]) == (len(prompt), len(answer.tokens))
     assert re.search(r"its \d+ tokens do not fit the \d+ that the teacher has", rejects_of(files)[-1]["reason"])
-    monkeypatch.setattr(generation, "generate", None)
+    monkeypatch.setattr(generation.TextBatch, "ask", None)
     assert teacher_generate.main(argv) is None
     assert run_of(files)["requests"]["asked_now"] == 0
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from common import run_record
-from common.cli import UserError, log
+from common.cli import UserError
 from common.data import task_record
 from common.generation.decoding import Decoding
 from common.models import adapters
 from common.models import loading as models
-from common.models.batching import by_token_budget, context_of
+from common.models.batching import context_of
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.codegen import answer
-from common.tasks.codegen.prompt import PLAN_AGAIN_REQUEST, names_asked_for, plan_prompt
+from common.tasks.codegen.code_batch import CodeBatch
+from common.tasks.codegen.prompt import names_asked_for
 from common.tasks.codegen.style import COMPLETION, UNTRAINED, Style, trained_style
 from common.vram import preflight as vram
 
@@ -78,26 +79,10 @@ class CodeWriter:
 
     def plan(self, tasks: Sequence[str], decoding: Decoding) -> list[list[str]]:
         """`decoding.num_samples` plans for each task, [task][sample]; "" where the model writes none, asked twice."""
-
-        def ends(number: int, text: str) -> bool:
-            return self.style.plan_ends(text)
-
-        generations = self._generate([self.style.plan(task) for task in tasks], decoding, stop=ends)
-        plans = [[self.style.read_plan(generation.text) for generation in row] for row in generations]
-        empty = [(index, sample) for index, row in enumerate(plans) for sample, plan in enumerate(row) if not plan]
-        if empty and self.style.chat:
-            log(f"{len(empty)} of {sum(map(len, plans))} plans came back empty; asking for them once more")
-            for sample in sorted({sample for _, sample in empty}):
-                rows = [index for index, other in empty if other == sample]
-                prompts = [plan_prompt(tasks[index], PLAN_AGAIN_REQUEST) for index in rows]
-                again = self._generate(
-                    prompts, replace(decoding, num_samples=1, seed=decoding.seed + sample), stop=ends
-                )
-                for index, (generation,) in zip(rows, again, strict=True):
-                    plans[index][sample] = self.style.read_plan(generation.text)
-            if still := sum(not plan for row in plans for plan in row):
-                log(f"{still} plans stayed empty; their code is written without one")
-        return plans
+        work = CodeBatch(self, tasks, decoding)
+        for index in range(len(tasks)):
+            work.ask_plan(index)
+        return _in_order(work.run(), len(tasks))
 
     def write(
         self,
@@ -116,29 +101,33 @@ class CodeWriter:
         Raises:
             UserError: a prompt does not fit the model's context.
         """
+        work = CodeBatch(self, tasks, decoding, streamer)
+        for index in range(len(tasks)):
+            if plans is None:
+                work.ask_code(index)
+            for sample, plan in enumerate(plans[index] if plans else ()):
+                work.ask_code(index, sample, plan)
+        return _in_order(work.run(), len(tasks))
 
-        def stop(number: int, text: str) -> bool:
-            return self.style.ends(tasks[number], text)
+    def write_each(
+        self, tasks: Sequence[str], decoding: Decoding, plan_first: bool = False
+    ) -> Iterator[tuple[int, list[CodeAnswer]]]:
+        """(index of a task, its answers) of each task, as they have been written; the longest tasks are begun first.
 
-        if plans is None:
-            prompts = [self.style.direct(task) for task in tasks]
-            generations = self._generate(prompts, decoding, stop=stop, streamer=streamer)
-            return [
-                [self._answer(task, "", generation) for generation in row]
-                for task, row in zip(tasks, generations, strict=True)
-            ]
-        answers: list[list[CodeAnswer]] = [[] for _ in tasks]
-        for sample in range(decoding.num_samples):  # each with a seed of its own: equal plans may lead to other code
-            of_sample = [row[sample] for row in plans]
-            prompts = [
-                self.style.code(task, plan) if plan else self.style.direct(task)
-                for task, plan in zip(tasks, of_sample, strict=True)
-            ]
-            one = replace(decoding, num_samples=1, seed=decoding.seed + sample)
-            generations = self._generate(prompts, one, stop=stop, streamer=streamer)
-            for task, plan, (generation,), row in zip(tasks, of_sample, generations, answers, strict=True):
-                row.append(self._answer(task, plan, generation))
-        return answers
+        Args:
+            plan_first: write plans, and the code after them.
+        """
+        work = CodeBatch(self, tasks, decoding)
+        for index in sorted(range(len(tasks)), key=lambda index: -len(tasks[index])):
+            (work.ask_plan if plan_first else work.ask_code)(index)
+        answers: list[dict[int, CodeAnswer]] = [{} for _ in tasks]
+        for index, sample, found in work.run():
+            if isinstance(found, str):
+                work.ask_code(index, sample, found, first=True)
+                continue
+            answers[index][sample] = found
+            if len(answers[index]) == decoding.num_samples:
+                yield index, [answers[index][number] for number in range(decoding.num_samples)]
 
     def streamer(self, task: str, out: TextIO, *, thinking: bool = False) -> BaseStreamer | None:
         """Writes the code of one answer to `out` line by line; None for a model whose code is known at its end only.
@@ -154,50 +143,26 @@ class CodeWriter:
         opened = chat_template.THINK * chat_template.opens_thinking(self.tokenizer, prompt)
         return _code_streamer(self.tokenizer, task, out, opened)
 
-    def write_each(
-        self, tasks: Sequence[str], decoding: Decoding, plan_first: bool = False
-    ) -> Iterator[tuple[int, list[CodeAnswer]]]:
-        """(index of a task, its answers) as they are written: a batch at a time, the longest tasks first.
-
-        Args:
-            plan_first: write plans, and the code after them.
-        """
-        lengths = [len(self._encode(self.style.direct(task), decoding)) for task in tasks]
-        budget = max(1, self.max_batch_tokens // decoding.num_samples)
-        for batch in by_token_budget(lengths, budget, added=decoding.max_new_tokens):
-            of_batch = [tasks[index] for index in batch]
-            plans = self.plan(of_batch, decoding) if plan_first else None
-            yield from zip(batch, self.write(of_batch, decoding, plans), strict=True)
-
-    def _encode(self, text: str, decoding: Decoding) -> list[int]:
+    def encode(self, text: str, thinking: bool = False) -> list[int]:
+        """The token ids of a prompt."""
         from common.models import tokenizers
 
         if self.style.chat:
-            return tokenizers.encode_prompt(self.tokenizer, text, thinking=decoding.thinking)
+            return tokenizers.encode_prompt(self.tokenizer, text, thinking=thinking)
         return self.tokenizer.encode(text, split_special_tokens=True)
 
-    def _generate(
-        self,
-        texts: Sequence[str],
-        decoding: Decoding,
-        stop: Callable[[int, str], bool],
-        streamer: BaseStreamer | None = None,
-    ) -> list[list[Generation]]:
-        from common.generation import generate as generation
-
-        return generation.generate(
-            self.model,
-            self.tokenizer,
-            [self._encode(text, decoding) for text in texts],
-            decoding,
-            stop=None if decoding.thinking else stop,  # a draft within the thinking ends nothing
-            streamer=streamer,
-            max_batch_tokens=self.max_batch_tokens,
-        )
-
-    def _answer(self, task: str, plan: str, generation: Generation) -> CodeAnswer:
+    def read(self, task: str, plan: str, generation: Generation) -> CodeAnswer:
+        """What a model has written for a task, after a plan or ""."""
         code, cut = self.style.read(task, generation.text, generation.finished)
         return CodeAnswer(code, plan, generation.finished, len(generation.tokens), cut)
+
+
+def _in_order(found: Iterator[tuple[int, int, Any]], tasks: int) -> list[list[Any]]:
+    """[task][sample] of what comes in any order."""
+    of_tasks: list[dict[int, Any]] = [{} for _ in range(tasks)]
+    for index, sample, value in found:
+        of_tasks[index][sample] = value
+    return [[of_task[sample] for sample in sorted(of_task)] for of_task in of_tasks]
 
 
 def check_lengths(source: ModelSource, tasks: Sequence[str], max_new_tokens: int) -> None:

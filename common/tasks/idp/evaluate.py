@@ -22,8 +22,6 @@ from common.tasks.idp import rows as idp_rows
 from common.tasks.idp.answer_form import AnswerForm
 from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
-WINDOW = 8  # documents whose answers are kept together: about a batch of receipts
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -143,22 +141,8 @@ class Evaluation:
         return entry, judged[first]
 
     def extract(self, extractor: Extractor, identity: Any) -> tuple[list[Extraction], float]:
-        """(an extraction per row, the seconds that they took), with a progress bar; each window is kept as it comes."""
-        from tqdm import tqdm
-
-        def work(documents: list[str]) -> list[dict[str, Any]]:
-            found = extractor.extract(documents, confidence=True, on_read=progress.update)
-            return [asdict(extraction) for extraction in found]
-
-        extractions: list[Extraction] = []
-        seconds = 0.0
-        documents = [row["document"] for row in self.rows]
-        with tqdm(total=len(documents), unit=" documents") as progress:
-            for answers, took in self.store.windows(documents, WINDOW, identity, work):
-                extractions += [Extraction(**answer | {"notes": tuple(answer["notes"])}) for answer in answers]
-                seconds += took
-                progress.update(len(extractions) - progress.n)
-        return extractions, seconds
+        """(an extraction per row, the seconds that they took), with a progress bar; each is kept as it comes."""
+        return extract_into(self.store, extractor, [row["document"] for row in self.rows], identity)
 
 
 def check_unseen(model_dir: str, rows: Sequence[dict], data: str) -> None:
@@ -181,7 +165,7 @@ def fit_calibration(model_dir: str, rows: Sequence[dict], data: str, extractor: 
     Raises:
         UserError: none of the documents' fields was answered.
     """
-    extractions, _ = extract_timed(extractor, [row["document"] for row in rows])
+    extractions, _ = extract_into(AnswerStore(None), extractor, [row["document"] for row in rows], None)
     answered = list(zip(rows, extractions, strict=True))
     pairs = [pair for row, extraction in answered for pair in confidence_metrics.fields_of(row["fields"], extraction)]
     fitted = calibrations.fit([sure for sure, _ in pairs], [right for _, right in pairs])
@@ -214,14 +198,27 @@ def fit_calibration(model_dir: str, rows: Sequence[dict], data: str, extractor: 
     return fitted
 
 
-def extract_timed(extractor: Extractor, texts: Sequence[str]) -> tuple[list[Extraction], float]:
-    """(an extraction per text, seconds), with a progress bar."""
+def extract_into(
+    store: AnswerStore, extractor: Extractor, texts: Sequence[str], identity: Any
+) -> tuple[list[Extraction], float]:
+    """(an extraction per text, the seconds that they took), with a progress bar; each is kept as it comes.
+
+    Args:
+        store: extractions that are there are not made again.
+        identity: all else that decides them, as JSON.
+    """
     from tqdm import tqdm
 
-    started = time.perf_counter()
-    extractions: list[Extraction] = []
-    with tqdm(total=len(texts), unit=" documents") as progress:
-        for start in range(0, len(texts), WINDOW):
-            extractions += extractor.extract(texts[start : start + WINDOW], confidence=True)
-            progress.update(len(extractions) - progress.n)
-    return extractions, time.perf_counter() - started
+    keys = [content_key("extraction", identity, text) for text in texts]
+    wanted = dict(zip(keys, texts, strict=True))
+    missing = [key for key in wanted if key not in store]
+    with tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit=" documents") as bar:
+        started = time.perf_counter()
+        for number, extraction in extractor.extract_each([wanted[key] for key in missing], confidence=True):
+            now = time.perf_counter()
+            store.add([(missing[number], {"answer": asdict(extraction), "seconds": now - started})])
+            started = now
+            bar.update()
+    answers = [store[key]["answer"] for key in keys]
+    extractions = [Extraction(**answer | {"notes": tuple(answer["notes"])}) for answer in answers]
+    return extractions, sum(store[key]["seconds"] for key in wanted)

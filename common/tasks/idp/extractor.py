@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.generation import json_schema
@@ -26,13 +24,12 @@ from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 from common.tasks.idp.written_values import TypedFields
 
 if TYPE_CHECKING:
-    from common.generation.json_grammar import JsonGrammar
+    from common.generation.generate import TextBatch
+    from common.generation.json_grammar import JsonGrammar, JsonRow
     from common.generation.result import Generation
     from common.tasks.idp.calibration import Calibration
 
 
-Row = TypeVar("Row")
-Asked = tuple[list[int], "JsonGrammar | None"]  # a prompt, and what holds its answer
 READING_SECONDS = 10.0  # that the typed fields of one answer may take, the whole document searched for its ways
 SMALLEST_PIECE = 32  # tokens that there must be for the document
 
@@ -93,6 +90,49 @@ class Extraction:
     def written_leaves(self) -> dict[str, Any]:
         """Each leaf as the model wrote it, by its path."""
         return {path_name(path): leaf for path, leaf in leaves(self.as_written)}
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A document while it is read.
+
+    Attributes:
+        left: answers that are still to come.
+        tries: at each piece; the last one counts.
+        earlier: the same of when the pieces were first asked, where they were asked twice.
+        merged, error: of the answers to several pieces.
+    """
+
+    number: int
+    text: str
+    pieces: list[str]
+    left: int = 0
+    tries: list[list[Generation]] = field(default_factory=list)
+    earlier: list[list[Generation]] = field(default_factory=list)
+    merged: Any = None
+    error: str | None = None
+
+    @property
+    def answers(self) -> list[Generation]:
+        """The last try at each piece."""
+        return [of_piece[-1] for of_piece in self.tries]
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """What a piece of a document is asked; `grammar` makes what holds the answer, `scored`: with log-probabilities."""
+
+    reading: _Reading
+    place: int
+    prompt: list[int]
+    grammar: Callable[[], JsonGrammar]
+    scored: bool
+
+
+def _hold(question: _Question, budget: int) -> JsonRow:
+    from common.generation.json_grammar import JsonRow
+
+    return JsonRow(question.grammar(), budget)
 
 
 class Extractor:
@@ -163,55 +203,47 @@ class Extractor:
             return []
         return long_documents.pieces(document, fits)
 
-    def windows(self, rows: Iterable[Row], text_of: Callable[[Row], str]) -> Iterator[list[Row]]:
-        """The rows one after another, in lists whose documents are read in one batch.
-
-        Args:
-            text_of: the document of a row.
-        """
-        added = self.limit - self.room
-        window: list[Row] = []
-        longest = 0
-        for row in rows:
-            length = len(self.encode(documents.clean(text_of(row))))
-            if window and (len(window) + 1) * (max(longest, length) + added) > self.max_batch_tokens:
-                yield window
-                window, longest = [], 0
-            window.append(row)
-            longest = max(longest, length)
-        if window:
-            yield window
-
     def extract(
-        self,
-        texts: Sequence[str],
-        confidence: bool = False,
-        between: Callable[[], None] = lambda: None,
-        on_read: Callable[[], None] = lambda: None,
+        self, texts: Sequence[str], confidence: bool = False, between: Callable[[], None] = lambda: None
     ) -> list[Extraction]:
-        """One extraction per document; with `confidence`, each leaf's.
+        """One extraction per document, in their order; see `extract_each`."""
+        found = dict(self.extract_each(texts, confidence, between))
+        return [found[number] for number in range(len(texts))]
+
+    def extract_each(
+        self, texts: Sequence[str], confidence: bool = False, between: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, Extraction]]:
+        """(number of a document, its extraction) of each document, as it has been read.
 
         Args:
-            on_read: called for each document when the model has come to the end of it, for the first time, while others
-                are still being read.
+            confidence: with each leaf's.
             between: called again and again while long documents are cut and their answers are merged, which takes
                 seconds for a million characters; what it raises ends the work.
         """
-        pieces = [self.pieces(documents.clean(text), between) for text in texts]
-        left = list(map(len, pieces))  # of each document
-        document_of = [number for number, of_document in enumerate(pieces) for _ in of_document]
+        from common.generation.generate import TextBatch
 
-        def on_end(number: int) -> None:
-            left[document_of[number]] -= 1
-            if not left[document_of[number]]:
-                on_read()
-
-        flat = [(piece, len(each) > 1) for each in pieces for piece in each]
-        tries = iter(self._answer(flat, between, on_end))
-        return [
-            self._read(each, list(islice(tries, len(each))), text, confidence, between)
-            for text, each in zip(texts, pieces, strict=True)
+        batch = TextBatch(self.model, self.tokenizer, self.max_batch_tokens)
+        readings = [
+            _Reading(number, text, self.pieces(documents.clean(text), between)) for number, text in enumerate(texts)
         ]
+        for reading in sorted(readings, key=lambda reading: -max(map(len, reading.pieces), default=0)):
+            if reading.pieces:
+                self._ask(batch, reading, confidence, between)
+            else:
+                yield reading.number, self._refused(reading.text)
+        for question, _, answer in batch.run():
+            reading = question.reading
+            reading.tries[question.place].append(answer)
+            budget = self._longer_budget(question, answer)
+            if budget:
+                self._put(batch, question, budget, first=True)
+                continue
+            reading.left -= 1
+            if not reading.left:
+                if len(reading.pieces) > 1 and self._lacks(reading, between):
+                    self._ask(batch, reading, confidence, between)
+                else:
+                    yield reading.number, self._read(reading, confidence, between)
 
     def grammar_for(
         self, piece: str, between: Callable[[], None] = lambda: None, part: bool = False
@@ -230,87 +262,66 @@ class Extractor:
 
         return JsonGrammar(schema, self.tokenizer, self.columns, spaced=self.form.spaced)
 
-    def _answer(
-        self,
-        pieces: Sequence[tuple[str, bool]],
-        between: Callable[[], None],
-        on_end: Callable[[int], None] = lambda number: None,
-    ) -> list[list[Generation]]:
-        """The tries at each (piece, whether it is a part of a document); the last one counts."""
-        asked = [(self.encode(piece, part), self.grammar_for(piece, between, part)) for piece, part in pieces]
-        tries = [[answer] for answer in self._write(asked, self.settings.max_new_tokens, on_end)]
-        if self.settings.on_cut == "retry":
-            self._try_again(asked, tries)
-        return tries
+    def _ask(self, batch: TextBatch, reading: _Reading, confidence: bool, between: Callable[[], None]) -> None:
+        """Ask for the answers to the pieces of a document; a second time for what none of them has given."""
+        again = bool(reading.tries)
+        part = len(reading.pieces) > 1 and not again
+        reading.left = len(reading.pieces)
+        reading.earlier, reading.tries = reading.tries, [[] for _ in reading.pieces]
+        for place, piece in enumerate(reading.pieces):
+            grammar = cache(partial(self.grammar_for, piece, between, part))  # made when its answer begins
+            scored = confidence or len(reading.pieces) > 1
+            question = _Question(reading, place, self.encode(piece, part), grammar, scored)
+            self._put(batch, question, self.settings.max_new_tokens, first=again)
 
-    def _write(
-        self, asked: Sequence[Asked], budget: int, on_end: Callable[[int], None] = lambda number: None
-    ) -> list[Generation]:
-        from common.generation.generate import generate_each
-        from common.generation.json_grammar import JsonRow
-
-        answers = {}
-        for number, _, answer in generate_each(
-            self.model,
-            self.tokenizer,
-            [ids for ids, _ in asked],
+    def _put(self, batch: TextBatch, question: _Question, budget: int, *, first: bool) -> None:
+        batch.ask(
+            question,
+            question.prompt,
             Decoding(budget, thinking=self.settings.thinking),
-            steering=(lambda number: JsonRow(asked[number][1], budget)) if self.grammar else None,
-            logprobs=True,
-            max_batch_tokens=self.max_batch_tokens,
-        ):
-            answers[number] = answer
-            on_end(number)
-        return [answers[number] for number in range(len(asked))]
+            steering=partial(_hold, question, budget) if self.grammar else None,
+            logprobs=question.scored,
+            first=first,
+        )
 
-    def _try_again(self, asked: Sequence[Asked], tries: Sequence[list[Generation]]) -> None:
-        """Add to the answers that were cut a second try with twice the budget, or what the context leaves of it."""
-        budgets: dict[int, list[int]] = defaultdict(list)
-        for number, (answer,) in enumerate(tries):
-            if answer.cut:
-                left = (self.limit - len(asked[number][0])) // (1 + self.settings.thinking)
-                budget = min(2 * self.settings.max_new_tokens, left)
-                if budget > self.settings.max_new_tokens:
-                    budgets[budget].append(number)
-        for budget, numbers in budgets.items():
-            for number, answer in zip(numbers, self._write([asked[n] for n in numbers], budget), strict=True):
-                tries[number].append(answer)
+    def _longer_budget(self, question: _Question, answer: Generation) -> int | None:
+        """What an answer that was cut is tried again with: twice the budget, or what the context leaves of it."""
+        if self.settings.on_cut != "retry" or not answer.cut or len(question.reading.tries[question.place]) > 1:
+            return None
+        left = (self.limit - len(question.prompt)) // (1 + self.settings.thinking)
+        budget = min(2 * self.settings.max_new_tokens, left)
+        return budget if budget > self.settings.max_new_tokens else None
 
-    def _read(
-        self,
-        pieces: list[str],
-        tries: list[list[Generation]],
-        text: str,
-        confidence: bool,
-        between: Callable[[], None],
-    ) -> Extraction:
-        if not pieces:
-            return Extraction(
-                None,
-                f"the document ({len(text):,} characters) does not fit the {self.room:,} tokens that there are for "
-                "the prompt; pass --long split, or raise --max_len where the model allows it",
-                "",
-                pieces=0,
-            )
-        if len(pieces) > 1:
-            value, error, scores = self._merged(pieces, tries, between)
+    def _refused(self, text: str) -> Extraction:
+        return Extraction(
+            None,
+            f"the document ({len(text):,} characters) does not fit the {self.room:,} tokens that there are for "
+            "the prompt; pass --long split, or raise --max_len where the model allows it",
+            "",
+            pieces=0,
+        )
+
+    def _read(self, reading: _Reading, confidence: bool, between: Callable[[], None]) -> Extraction:
+        if len(reading.pieces) > 1:
+            value, error, scores = self._merged(reading)
         else:
-            value, error, scores = self._value(tries[0][-1], confidence)
-        running = wholeness.ran_on(value, text)
+            value, error, scores = self._value(reading.answers[0], confidence)
+        running = wholeness.ran_on(value, reading.text)
+        tries = [*reading.earlier, *reading.tries]
         answers = [of_piece[-1] for of_piece in tries]
         cut = running or any(answer.cut for answer in answers)
         budget = max(len(of_piece) for of_piece in tries) * self.settings.max_new_tokens
         written, notes = None, ()
         if self.typed and error is None:
             written = value
-            value, error, notes = self._read_typed(written, text)
+            value, error, notes = self._read_typed(written, reading.text)
         return Extraction(
             value,
             error,
             "\n".join(answer.text for answer in answers),
             scores if confidence else {},
             sum(len(answer.tokens) for of_piece in tries for answer in of_piece),
-            len(pieces),
+            len(reading.pieces),
             wholeness.message(budget, running) if cut else None,
             written,
             notes,
@@ -324,25 +335,25 @@ class Extractor:
         tree = confidences.scored(answer, self.tokenizer, self.calibrate) if scored else {}
         return value, error, confidences.confidences(tree)
 
-    def _merged(
-        self, pieces: list[str], tries: list[list[Generation]], between: Callable[[], None]
-    ) -> tuple[Any, str | None, dict[str, float]]:
-        """(value, why it is no valid answer or None, confidences) of the answers to the pieces of a document.
+    def _lacks(self, reading: _Reading, between: Callable[[], None]) -> bool:
+        """Whether the answers to the pieces leave out what is required, so that it is to be asked for once more.
 
-        Fields that are required and that no piece has given are asked for once more, and then have to be given; `tries`
-        grows by these answers.
+        Merges them into `reading.merged`, or puts why they cannot be into `reading.error`.
         """
-        merged, error = self._merge(pieces, [of_piece[-1] for of_piece in tries], between)
-        if error is None and json_schema.errors(confidences.plain(merged), self.asked):
-            again = self._answer([(piece, False) for piece in pieces], between)
-            tries += again
-            others, error = self._merge(pieces, [of_piece[-1] for of_piece in again], between)
-            merged = long_documents.fill(merged, others)
-        if error:
-            return None, error, {}
-        value = confidences.plain(merged)
+        merged, reading.error = self._merge(reading.pieces, reading.answers, between)
+        again = bool(reading.earlier)
+        reading.merged = long_documents.fill(reading.merged, merged) if again and merged else merged
+        if again or reading.error:
+            return False
+        return bool(json_schema.errors(confidences.plain(merged), self.asked))
+
+    def _merged(self, reading: _Reading) -> tuple[Any, str | None, dict[str, float]]:
+        """(value, why it is no valid answer or None, confidences) of the answers to the pieces of a document."""
+        if reading.error:
+            return None, reading.error, {}
+        value = confidences.plain(reading.merged)
         faults = [] if self.typed else json_schema.errors(value, self.schema)
-        return value, next(iter(faults), None), confidences.confidences(merged)
+        return value, next(iter(faults), None), confidences.confidences(reading.merged)
 
     def _merge(
         self, pieces: list[str], answers: list[Generation], between: Callable[[], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from common.teachers.cascade import kept_rows
 from common.teachers.cascade.handing import Cascade, Reply, cascade_of
 from common.teachers.cascade.settings import CascadeSettings
 from common.teachers.tasks import Documents, Item
+
+ASKED_TOGETHER = 16  # unsure documents that a teacher is asked about at a time
 
 
 @dataclass(frozen=True)
@@ -119,26 +121,37 @@ def document_cascade(
 
 
 def answers(
-    extractor: Extractor,
-    shown: Shown,
-    cascade: DocumentCascade | None,
-    read: Sequence[documents.Document],
-    on_read: Callable[[], None] = lambda: None,
-) -> list[tuple[Extraction, dict[str, Any]]]:
-    """Each document's extraction and what is shown of it, the unsure ones after a teacher was asked.
+    extractor: Extractor, shown: Shown, cascade: DocumentCascade | None, read: Sequence[documents.Document]
+) -> Iterator[tuple[int, Extraction, dict[str, Any]]]:
+    """(number of a document, its extraction, what is shown of it) of each, as it is there.
 
-    Args:
-        on_read: see `Extractor.extract`.
+    The unsure ones come after a teacher was asked, which is asked for several together.
     """
     texts = [document.text for document in read]
     confidence = shown.needs_confidence or (cascade is not None and cascade.below is not None)
-    extractions = extractor.extract(texts, confidence, on_read=on_read)
-    if cascade is None:
-        return [(each, shown.answer(each, document)) for each, document in zip(extractions, read, strict=True)]
-    found = []
-    for answered, document in zip(cascade.answers(texts, extractions), read, strict=True):
-        answer = shown.answer(answered.extraction, document) | answered.facts
+    unsure: list[tuple[int, Extraction]] = []
+    for number, extraction in extractor.extract_each(texts, confidence):
+        if cascade is None:
+            yield number, extraction, shown.answer(extraction, read[number])
+        elif is_unsure(extraction, cascade.below):
+            unsure.append((number, extraction))
+            if len(unsure) == ASKED_TOGETHER:
+                yield from _asked(cascade, shown, read, unsure)
+                unsure = []
+        else:
+            (answered,) = cascade.joined([texts[number]], [extraction], {})
+            yield number, extraction, shown.answer(extraction, read[number]) | answered.facts
+    if cascade is not None and unsure:
+        yield from _asked(cascade, shown, read, unsure)
+
+
+def _asked(
+    cascade: DocumentCascade, shown: Shown, read: Sequence[documents.Document], unsure: list[tuple[int, Extraction]]
+) -> Iterator[tuple[int, Extraction, dict[str, Any]]]:
+    """What becomes of unsure extractions, (number of the document, extraction)."""
+    found = cascade.answers([read[number].text for number, _ in unsure], [extraction for _, extraction in unsure])
+    for (number, _), answered in zip(unsure, found, strict=True):
+        answer = shown.answer(answered.extraction, read[number]) | answered.facts
         if answered.by_teacher and "accepted" in answer:
             answer["accepted"] = False  # nobody has shown how often a teacher is right
-        found.append((answered.extraction, answer))
-    return found
+        yield number, answered.extraction, answer

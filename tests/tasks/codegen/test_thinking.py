@@ -29,13 +29,13 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_code_is_asked_for_at_once_unless_thinking_is_on(name, folders, monkeypatch):
-    asked, generate = [], generation.generate
+    asked, ask = [], generation.TextBatch.ask
 
-    def watched(model, tokenizer, prompts, *args, **kwargs):
-        asked.append(tokenizer.decode(prompts[0]))
-        return generate(model, tokenizer, prompts, *args, **kwargs)
+    def watched(self, key, prompt, *args, **kwargs):
+        asked.append(self.tokenizer.decode(prompt))
+        return ask(self, key, prompt, *args, **kwargs)
 
-    monkeypatch.setattr(generation, "generate", watched)
+    monkeypatch.setattr(generation.TextBatch, "ask", watched)
     argv = ["--model_dir", folders[name], "--prompt", "Set x.", "--max_new_tokens", "2", "--prompt_style", "chat"]
     for flags in ([], ["--thinking", "on"]):
         infer_codegen.main([*argv, *flags])

@@ -68,6 +68,7 @@ def test_answers_do_not_depend_on_other_tasks(base):
     assert writer.write(tasks, decoding) != together
     assert sorted(writer.write_each(tasks, decoding, plan_first=True)) == list(enumerate(together))
     writer.max_batch_tokens = 1
+    assert sorted(writer.write_each(tasks, decoding, plan_first=True)) == list(enumerate(together))
     lengths = [len(tasks[index]) for index, _ in writer.write_each(tasks, decoding)]
     assert lengths == sorted(lengths, reverse=True)
 
@@ -126,24 +127,34 @@ def test_what_many_prompts_end_with_is_on_record():
 
 def test_an_empty_plan_is_asked_for_again_and_then_done_without(base, capsys, monkeypatch):
     """Here all first plans are empty, and one of the second ones."""
+    asked: list[str] = []
+
+    class Scripted(generation.TextBatch):
+        def ask(self, key, prompt, decoding, **how):
+            asked.append(self.tokenizer.decode(prompt))
+            self.waiting = [*getattr(self, "waiting", ()), (key, asked[-1], decoding)]
+
+        def run(self):
+            while self.waiting:
+                key, text, decoding = self.waiting.pop(0)
+                plans = {"Add": "1. Add.\n2. Return.", "Sort": "```python\nsort()\n```"}
+                plan = next(plan for task, plan in plans.items() if task in text)
+                written = plan if "solve" in text else "<PLAN>\n</PLAN>"
+                for sample in range(decoding.num_samples):
+                    yield key, sample, Generation(written, [1], [], True)
+
+    monkeypatch.setattr(generation, "TextBatch", Scripted)
     writer = writer_of(base)
-    asked = []
-
-    def generate(model, tokenizer, prompts, decoding, **more):
-        texts = [tokenizer.decode(ids) for ids in prompts]
-        asked.append(texts)
-        plans = {"Add": "1. Add.\n2. Return.", "Sort": "```python\nsort()\n```"}
-        written = [next(plan for task, plan in plans.items() if task in text) if "solve" in text
-                   else "<PLAN>\n</PLAN>" for text in texts]  # fmt: skip
-        return [[Generation(text, [1], [0.0], True)] * decoding.num_samples for text in written]
-
-    monkeypatch.setattr(generation, "generate", generate)
     tasks = ["Add a and b.", "Sort them."]
-    plans = writer.plan(tasks, Decoding(9, num_samples=2, temperature=1.0))
+    decoding = Decoding(9, num_samples=2, temperature=1.0)
+    plans = writer.plan(tasks, decoding)
     assert plans == [["1. Add.\n2. Return."] * 2, [""] * 2]
     told = capsys.readouterr().err
-    assert "4 of 4 plans came back empty; asking for them once more" in told
-    assert "2 plans stayed empty; their code is written without one" in told
-    writer.write(tasks, Decoding(9), plans)
-    with_plan, without = asked[-1]
+    assert "4 of 4 plans came back empty and were asked for once more; 2 stayed empty" in told
+    writer.write(tasks, decoding, plans)
+    *_, with_plan, _, without, _ = asked
     assert "1. Add." in with_plan and "PLAN" not in without
+    del asked[:]
+    assert dict(writer.write_each(tasks, decoding, plan_first=True)) == dict(
+        enumerate(writer.write(tasks, decoding, plans))
+    )

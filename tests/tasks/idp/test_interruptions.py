@@ -1,4 +1,4 @@
-"""Documents are read batch by batch: a bar that moves, and what an interruption leaves."""
+"""Each document is kept as it has been read, and shown by the bar; an interruption leaves all but those under way."""
 
 from __future__ import annotations
 
@@ -13,15 +13,7 @@ from common.models import loading
 from common.models.source import LoadedModel, ModelSource
 from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
-pytestmark = pytest.mark.processes
-
-ROWS = [
-    {
-        "document": f"Shop {number}\n" + "Cable 2.50\n" * (number % 4),
-        "fields": {"company": f"Shop {number}", "total": 2.5},
-    }
-    for number in range(9)
-]
+ROWS = [{"document": f"Shop {number}\n" + "Cable 2.50\n" * (number % 4), "id": f"d{number}"} for number in range(9)]
 SCHEMA = {
     "type": "object",
     "properties": {"company": {"type": "string"}, "total": {"type": "number"}},
@@ -33,67 +25,58 @@ BUDGET, BATCH = 40, 1200
 
 @pytest.fixture(scope="module")
 def loaded(tiny_base):
-    return LoadedModel(*loading.load_for_inference(ModelSource(tiny_base)), BATCH)
+    return LoadedModel(*loading.load_for_inference(ModelSource(tiny_base, dtype="float32")), BATCH)
 
 
 @pytest.fixture
 def argv(tiny_base, tmp_path) -> list[str]:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
-    flags = ["--max_new_tokens", str(BUDGET), "--max_batch_tokens", str(BATCH), "--on_cut", "flag"]
-    return ["--model_dir", tiny_base, "--schema", str(tmp_path / "schema.json"), *flags]
+    documents = write_rows(tmp_path / "in.jsonl", ROWS)
+    flags = ["--max_new_tokens", str(BUDGET), "--max_batch_tokens", str(BATCH), "--dtype", "float32"]
+    files = ["--input", documents, "--output", str(tmp_path / "out")]
+    return ["--model_dir", tiny_base, "--schema", str(tmp_path / "schema.json"), *flags, *files]
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Interrupts the reading of the batch with a number, from 0, or of none; gives the batches that were read."""
-    batches: list[list[str]] = []
-    original, state = Extractor.extract, {"at": None}
-
-    def extract(self, texts, *args, **kwargs):
-        if len(batches) == state["at"]:
-            state["at"] = None
-            raise KeyboardInterrupt
-        batches.append(list(texts))
-        return original(self, texts, *args, **kwargs)
-
-    monkeypatch.setattr(Extractor, "extract", extract)
-
-    def at(number: int | None) -> list[list[str]]:
-        batches.clear()
-        state["at"] = number
-        return batches
-
-    return at
+def test_documents_are_read_together_as_alone(loaded):
+    """In a batch that has room for some of them, also those that are cut and tried again, or too long and in pieces."""
+    long = "\n\n".join(f"Item {number}: {number}.50 in all" for number in range(60))
+    texts = [row["document"] for row in ROWS] + [long]
+    extractor = Extractor(loaded, SCHEMA, json_schema.preflight(SCHEMA), ExtractionSettings(BUDGET, max_len=500))
+    found = list(extractor.extract_each(texts, confidence=True))
+    order = [number for number, _ in found]
+    assert sorted(order) == list(range(len(texts))) != order  # as they end
+    together = dict(found)
+    assert together[len(texts) - 1].pieces > 1
+    for number, text in enumerate(texts):
+        (alone,) = extractor.extract([text], confidence=True)
+        assert together[number].confidence == pytest.approx(alone.confidence, abs=1e-4)
+        for name in ("value", "error", "text", "tokens", "pieces", "cut", "notes"):
+            assert getattr(together[number], name) == getattr(alone, name), name
 
 
-def test_a_window_is_a_batch(loaded):
-    extractor = Extractor(loaded, SCHEMA, json_schema.preflight(SCHEMA), ExtractionSettings(BUDGET))
-    texts = [row["document"] for row in ROWS]
-    windows = list(extractor.windows(texts, str))
-    assert [text for window in windows for text in window] == texts
-    assert len(windows) > 2
-    sizes = [len(window) * (max(len(extractor.encode(text)) for text in window) + BUDGET) for window in windows]
-    assert max(sizes) <= BATCH
-    read = []
-    answers = extractor.extract(texts, on_read=lambda: read.append(len(read)))
-    assert len(read) == len(answers) == len(texts)
-    assert list(extractor.windows([], str)) == []
+def test_an_interrupted_file_keeps_every_document_that_was_read(argv, tmp_path, monkeypatch, capsys):
+    infer_idp.main(argv)
+    unbroken = read_rows(tmp_path / "out")
+    assert [row["id"] for row in unbroken] == [row["id"] for row in ROWS]
+    (tmp_path / "out").unlink()
+    asked, original = [], Extractor.extract_each
 
+    def extract_each(self, texts, *args, **kwargs):
+        asked.append(list(texts))
+        for number, found in enumerate(original(self, texts, *args, **kwargs)):
+            if number == 5 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield found
 
-def test_an_interrupted_file_keeps_every_batch_but_one(interrupt, argv, tmp_path):
-    documents, out = (
-        write_rows(tmp_path / "in.jsonl", [{"document": row["document"]} for row in ROWS]),
-        tmp_path / "out",
-    )
-    files = ["--input", documents, "--output", str(out)]
-    batches = interrupt(2)
+    monkeypatch.setattr(Extractor, "extract_each", extract_each)
     with pytest.raises(KeyboardInterrupt):
-        infer_idp.main([*argv, *files])
-    first = [text for batch in batches for text in batch]
-    assert len(first) >= 2
-    partial = next(tmp_path.glob("out.*.partial"))
-    assert len(read_rows(partial)) == len(first)
-    batches = interrupt(None)
-    infer_idp.main([*argv, *files])
-    assert first + [text for batch in batches for text in batch] == [row["document"] for row in ROWS]
-    assert len(read_rows(out)) == len(ROWS)
+        infer_idp.main(argv)
+    assert not (tmp_path / "out").exists()
+    with next(tmp_path.glob("out.*.partial")).open("a") as handle:
+        handle.write('{"key": "')  # as a kill within a line leaves it
+    capsys.readouterr()
+    infer_idp.main(argv)
+    assert [len(texts) for texts in asked] == [9, 4]
+    assert read_rows(tmp_path / "out") == unbroken
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+    assert "going on after 5 answers" in capsys.readouterr().err
