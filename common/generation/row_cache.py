@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Layers whose rows can be told apart in a cache. Of others, as chunks that are counted from a batch's first column or
 # an index of keys, rows that begin at unlike columns cannot share one.
 JOINABLE = {"full_attention", "sliding_attention", "conv", "linear_attention", "hybrid", "hybrid_sliding"}
-ROOM = 64  # columns that are made at a time
+ROOM = 16  # columns that are made at a time
 
 
 def joinable(config: PreTrainedConfig) -> bool:
@@ -43,7 +43,10 @@ def empty_cache(config: PreTrainedConfig) -> Cache:
 
 
 def join(caches: Sequence[Cache]) -> Cache:
-    """One cache, the first, with the rows of all, in order; the others stay as they are."""
+    """One cache, the first, with the rows of all, in order; the others are used up, layer by layer.
+
+    So that no more than one layer is there twice. A cache can be among them several times.
+    """
     for first, *others in zip(*(cache.layers for cache in caches), strict=True):
         if isinstance(first, DynamicLayer):
             _join_columns(first, others)
@@ -53,6 +56,9 @@ def join(caches: Sequence[Cache]) -> Cache:
                 for index, state in of_rows[0].items():
                     if state is not None:
                         of_rows[0][index] = torch.cat([each[index] for each in of_rows])
+        for layer in others:
+            if isinstance(layer, DynamicLayer) and layer is not first:
+                layer.keys = layer.values = None
     return caches[0]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.inputs import write_rows
+from support.inputs import read_rows, write_rows
 
 import eval_creditmix
 import eval_idp
-from common.data.resumable import AnswerStore
+from common.data.resumable import AnswerStore, write_each
 from common.tasks.idp.extractor import Extractor
 from common.tasks.ranking import evaluate as ranking_evaluate
 from common.tasks.ranking.classifier import Classifier
@@ -43,6 +43,48 @@ def test_windows_are_answered_once(tmp_path):
     assert asked == [[0, 1], [2, 3], [4], [4]]
     assert answers("b") == [0, 2, 4, 6, 8]
     assert asked[-3:] == [[0, 1], [2, 3], [4]]
+
+
+def test_answers_are_kept_in_any_order_and_written_in_that_of_the_rows(tmp_path):
+    output, asked = str(tmp_path / "out.jsonl"), []
+
+    def answer(rows: list[str]):
+        asked.append(rows)
+        for number in reversed(range(len(rows))):
+            if rows[number] == "b" and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield number, {"of": rows[number]}
+
+    def written(decided_by: str) -> list[dict]:
+        return write_each(output, ["a", "b", "c", "d", "b"], answer, decided_by=decided_by)
+
+    with pytest.raises(KeyboardInterrupt):
+        written("x")
+    (tmp_path / "out.jsonl.0123456789ab.partial").write_text('{"key": "0", "value": {}}\n')
+    with pytest.raises(KeyboardInterrupt):  # of other settings: nothing of before is taken
+        asked.clear()
+        written("y")
+    assert [path.name for path in tmp_path.iterdir() if "0123" in path.name] == []
+    assert written("y") == read_rows(tmp_path / "out.jsonl") == [{"of": row} for row in "abcdb"]
+    assert asked == [list("abcdb"), list("abcdb")]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_of_an_interrupted_file_only_what_is_missing_is_asked(tmp_path):
+    output, asked = str(tmp_path / "out.jsonl"), []
+
+    def answer(rows: list[int]):
+        asked.append(rows)
+        for number in (3, 0, 2, 1)[: 2 if len(asked) == 1 else 4]:
+            if number < len(rows):
+                yield number, {"n": rows[number]}
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_each(output, [10, 11, 12, 13], answer, decided_by="x")
+    assert write_each(output, [10, 11, 12, 13], answer, decided_by="x") == [{"n": n} for n in (10, 11, 12, 13)]
+    assert asked == [[10, 11, 12, 13], [11, 12]]
 
 
 def result(capsys) -> dict:

@@ -167,6 +167,9 @@ def test_code_that_is_cut_off_is_said(tiny_base, monkeypatch, capsys, tmp_path):
         def write(self, tasks, decoding, plans=None, streamer=None):
             return [[CodeAnswer("def f():\n    x = 1", "", False, 12, cut=True)] for _ in tasks]
 
+        def write_each(self, tasks, decoding, plan_first=False):
+            return enumerate(self.write(tasks, decoding))
+
     monkeypatch.setattr(CodeWriter, "load", classmethod(lambda cls, *source, **how: Writer()))
     code, _, err = infer(capsys, "--model_dir", tiny_base, "--prompt", "Write f().")
     assert code == cli.FAILED and "the code is cut off after 12 tokens; raise --max_new_tokens" in err
