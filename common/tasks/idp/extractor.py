@@ -192,7 +192,7 @@ class Extractor:
         """A clean document as pieces whose prompts fit; none where it is to be refused instead.
 
         Args:
-            between: see `extract`.
+            between: see `extract_each`.
         """
 
         def fits(piece: str) -> bool:
@@ -243,7 +243,7 @@ class Extractor:
                 if len(reading.pieces) > 1 and self._lacks(reading, between):
                     self._ask(batch, reading, confidence, between)
                 else:
-                    yield reading.number, self._read(reading, confidence, between)
+                    yield reading.number, self._read(reading, confidence)
 
     def grammar_for(
         self, piece: str, between: Callable[[], None] = lambda: None, part: bool = False
@@ -301,7 +301,7 @@ class Extractor:
             pieces=0,
         )
 
-    def _read(self, reading: _Reading, confidence: bool, between: Callable[[], None]) -> Extraction:
+    def _read(self, reading: _Reading, confidence: bool) -> Extraction:
         if len(reading.pieces) > 1:
             value, error, scores = self._merged(reading)
         else:
@@ -342,7 +342,7 @@ class Extractor:
         """
         merged, reading.error = self._merge(reading.pieces, reading.answers, between)
         again = bool(reading.earlier)
-        reading.merged = long_documents.fill(reading.merged, merged) if again and merged else merged
+        reading.merged = long_documents.fill(reading.merged, merged) if again and not reading.error else merged
         if again or reading.error:
             return False
         return bool(json_schema.errors(confidences.plain(merged), self.asked))
