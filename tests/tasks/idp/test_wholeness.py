@@ -94,20 +94,20 @@ class Prefers(Steering):
 @pytest.fixture
 def write(monkeypatch, tokenizer):
     """Makes any model write a text, as far as the grammar and the budget let it."""
-    original, budgets = generation.generate_each, []
+    original, budgets = generation.TextBatch.ask, []
 
     def dictate(text: str) -> list[int]:
         tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
-        def generate(model, tokenizer, prompts, decoding, steering=None, **kwargs):
-            budgets.extend([decoding.max_new_tokens] * len(prompts))
+        def ask(batch, key, prompt, decoding, *, steering=None, **how):
+            budgets.append(decoding.max_new_tokens)
 
-            def preferring(number: int) -> Prefers:
-                return Prefers(tokens, steering(number) if steering else None)
+            def preferring() -> Prefers:
+                return Prefers(tokens, steering() if steering else None)
 
-            return original(model, tokenizer, prompts, decoding, steering=preferring, **kwargs)
+            original(batch, key, prompt, decoding, steering=preferring, **how)
 
-        monkeypatch.setattr(generation, "generate_each", generate)
+        monkeypatch.setattr(generation.TextBatch, "ask", ask)
         return tokens
 
     dictate.budgets = budgets
