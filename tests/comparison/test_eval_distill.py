@@ -146,7 +146,8 @@ def test_an_interrupted_comparison_goes_on(evaluate, here, rows, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         evaluate(*kept)
     resumed = entries(evaluate(*kept))
-    assert asked == [count, count, count - 2, count]
+    assert [asked[0], asked[1], asked[3]] == [count] * 3
+    assert count - 4 <= asked[2] <= count - 2  # some inputs are there twice
     assert len(loads) == 4 and loads[1] == loads[2]  # the teacher, the base twice, the student
     for role, model in resumed.items():
         for name in ("exact_match", "perplexity", "parameters"):
