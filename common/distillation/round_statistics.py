@@ -11,6 +11,7 @@ from common.distillation.student_answers import Answer
 from common.files import atomic_write
 
 NGRAM = 4  # tokens
+LEAST_HEIGHT = 0.05  # of a plot's axis, so that next to nothing looks like it
 # What no healthy student does, chosen by judgement: see `collapse`.
 MOST_EMPTY, MOST_REPEATED, MOST_CUT = 0.5, 0.5, 0.5
 LENGTH_LOST, ENTROPY_LOST, ENTROPY_GAINED = 4, 10, 3  # times less, or more, than in the first round
@@ -135,12 +136,15 @@ def plot(rounds: Sequence[RoundStatistics]) -> bytes:
     ]
     figure = plots.new_figure(5.6, 7.4)
     for axes, (ylabel, lines) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        heights = [0.0]
         for place, (name, words) in enumerate(lines.items()):
             known = [(each.round, getattr(each, name)) for each in rounds if getattr(each, name) is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), marker="o", color=plots.COLOURS[place], label=words)
+                heights += [height for _, height in known]
         axes.set_xticks([each.round for each in rounds])
-        axes.set_ylim(bottom=0)
+        low, high = min(heights), max(max(heights), LEAST_HEIGHT)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))  # an estimate of a KL can be below 0
         if axes.lines:
             axes.legend(frameon=False, labelcolor=plots.INK, fontsize=9)
         plots.tidy(axes, "round", ylabel)
