@@ -148,7 +148,8 @@ def answers(
 def _asked(
     cascade: DocumentCascade, shown: Shown, read: Sequence[documents.Document], unsure: list[tuple[int, Extraction]]
 ) -> Iterator[tuple[int, Extraction, dict[str, Any]]]:
-    """What becomes of unsure extractions, (number of the document, extraction)."""
+    """What becomes of unsure extractions, (number of the document, extraction), in the documents' order."""
+    unsure = sorted(unsure, key=lambda each: each[0])
     found = cascade.answers([read[number].text for number, _ in unsure], [extraction for _, extraction in unsure])
     for (number, _), answered in zip(unsure, found, strict=True):
         answer = shown.answer(answered.extraction, read[number]) | answered.facts
