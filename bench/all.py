@@ -192,11 +192,11 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[list[str]]]
     if not args.teacher:
         making = ["tiny_student.py", "--size", "medium", "--steps", "1", "--prompts", sft, "--save_dir", teacher]
         made["distill_cache"] = [making]
-    found = {}
+    by_bench = {}
     for name, bench in BENCHES.items():
         own = [f"bench/{name}.py", *flags[name], *bench.sizes[args.quick].split()]
-        found[name] = [[sys.executable, str(ROOT / script), *rest] for script, *rest in [*made.get(name, []), own]]
-    return found
+        by_bench[name] = [[sys.executable, str(ROOT / script), *rest] for script, *rest in [*made.get(name, []), own]]
+    return by_bench
 
 
 def measure(name: str, steps: Sequence[Sequence[str]], work: Path) -> dict[str, Any]:
@@ -255,13 +255,13 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what decides a result, and of the peers that are installed beside it."""
-    found = run_record.versions()
+    installed = run_record.versions()
     for name in PEERS:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 class Figure(NamedTuple):
@@ -285,13 +285,13 @@ class Figure(NamedTuple):
 
 def entries(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """{unit: {contestant: entry}} of a bench's rows, which have one unit, or several with an entry each."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    grouped: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         several = {key: value for key, value in row.items() if isinstance(value, dict)}
         unit = next((key.removesuffix("_per_s") for key in row if key.endswith("_per_s")), "")
         for key, entry in (several or {unit: row}).items():
-            found.setdefault(key, {})[row["name"]] = entry
-    return found
+            grouped.setdefault(key, {})[row["name"]] = entry
+    return grouped
 
 
 def figures(name: str, result: dict[str, Any]) -> Iterator[Figure]:

@@ -73,16 +73,16 @@ def compare(args: argparse.Namespace, rows: list[dict], folder: Path) -> None:
     }
     for name in ("cache_top64", "cache_all"):
         run(args, contestants[name], folder, steps=1)
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
 
     def turn(name: str) -> float:
-        speed, found[name] = run(args, contestants[name], folder, args.steps)
+        speed, results[name] = run(args, contestants[name], folder, args.steps)
         return speed
 
     names = {name: (lambda name=name: turn(name)) for name in contestants}
     table = take_turns(names, args.rounds, "steps")
     for name, entry in table.items():
-        entry |= found[name]
+        entry |= results[name]
     print_table(table, "steps")
     speed = {name: entry["steps_per_s"] for name, entry in table.items()}
     ratios = {

@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables["card"] = [row_of(name, plan) for name, plan in plans(shape, args.lengths, room, cuda=True)]
     for name, rows in tables.items():
         print_rows({"miniature": "a miniature on this CPU", "card": "Qwen2.5-3B on the card"}[name], rows)
-    found = {name: [{**vars(row), "ratio": row.ratio} for row in rows] for name, rows in tables.items()}
+    report = {name: [{**vars(row), "ratio": row.ratio} for row in rows] for name, rows in tables.items()}
     runtime = driver_bytes() if cuda else None
-    print(json.dumps({"bench": "gpu_8gb", "settings": settings, "runtime_bytes": runtime, **found}))
+    print(json.dumps({"bench": "gpu_8gb", "settings": settings, "runtime_bytes": runtime, **report}))
 
 
 def cap(room: int) -> None:

@@ -115,8 +115,8 @@ def vllm(settings: dict[str, Any]) -> Turn:
             raise RuntimeError("the prefix cache cannot be emptied")
         started = time.perf_counter()
         outputs = engine.generate(requests, asked * len(settings["prompts"]), use_tqdm=False)
-        found = iter([output.outputs[0].logprobs[0] for output in outputs])
-        logprobs = [[_of(next(found), node["next"]) for node in nodes] for _ in settings["prompts"]]
+        logprob_of_next = iter([output.outputs[0].logprobs[0] for output in outputs])
+        logprobs = [[_of(next(logprob_of_next), node["next"]) for node in nodes] for _ in settings["prompts"]]
         return {"seconds": time.perf_counter() - started, "logprobs": logprobs}
 
     return turn

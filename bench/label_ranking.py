@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if decide := decision_pipeline(model, tokenizer, few):
         contestants["decision"] = (len(few), decide)
     scores = ranker.raw_scores(texts)
-    exact, found = naive_scores(model, tokenizer, CREDITMIX, few), scores[: len(few)]
+    exact, ranked = naive_scores(model, tokenizer, CREDITMIX, few), scores[: len(few)]
 
     def timed(count: int, run: Callable[[], object]) -> Callable[[], float]:
         def turn() -> float:
@@ -126,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "of_limit": round(medians["ours"] / medians["limit"], 3),
     }
     agreement = {
-        "max_difference": float(np.abs(exact - found).max()),
-        "same_winner": float((exact.argmax(1) == found.argmax(1)).mean()),
+        "max_difference": float(np.abs(exact - ranked).max()),
+        "same_winner": float((exact.argmax(1) == ranked.argmax(1)).mean()),
     }
     settings = {**vars(args), "parameters": model.num_parameters()}
     rows = [{"name": name, **entry} for name, entry in table.items()]
@@ -267,16 +267,16 @@ def tree_scores(tree: LabelTree, nodes: Sequence[dict], logprobs: Sequence) -> n
     """Raw scores [rows, labels] of log-probabilities [row][node][next token]."""
     import numpy as np
 
-    found = {
-        (number, token): np.array([row[number][place] for row in logprobs])
+    logprobs_of = {
+        (number, token): np.array([row[number][index] for row in logprobs])
         for number, node in enumerate(nodes)
-        for place, token in enumerate(node["next"])
+        for index, token in enumerate(node["next"])
     }
     aggregate = np.max if CREDITMIX.aggregate == "max" else np.mean
     scores = []
     for words in tree.forms:
         of_words = [
-            np.max([np.mean([found[pair] for pair in form], axis=0) for form in forms], axis=0) for forms in words
+            np.max([np.mean([logprobs_of[pair] for pair in form], axis=0) for form in forms], axis=0) for forms in words
         ]
         scores.append(aggregate(of_words, axis=0))
     return np.stack(scores, axis=1)

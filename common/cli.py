@@ -323,8 +323,8 @@ def _write_failure(error: Exception) -> OSError | None:
     """The failed write behind an exception: an OSError, or what safetensors, tokenizers and torch.save make of one."""
     if isinstance(error, OSError):
         number = error.errno
-    elif found := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's
-        number = int(found[1])
+    elif match := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's
+        number = int(match[1])
     elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         number = errno.ENOSPC  # torch.save does not say why
     else:

@@ -90,8 +90,8 @@ WORDS = {"enforced": "enforced", "checked": "checked", "unsupported": "refused"}
 
 def treatment(keyword: str, schema: dict[str, Any]) -> tuple[str, str]:
     """("enforced", "checked" or "refused", the reason that the preflight gives) of a keyword in a schema."""
-    found = json_schema.preflight(schema, best_effort=True).keywords
-    one = next(each for each in found if each.path.endswith(f"/{keyword}"))
+    keywords = json_schema.preflight(schema, best_effort=True).keywords
+    one = next(entry for entry in keywords if entry.path.endswith(f"/{keyword}"))
     return WORDS[one.treatment], one.reason
 
 
@@ -211,14 +211,14 @@ FILES = (
 
 
 def _date(form: str) -> str:
-    found = field_metrics.date(form)
-    if found is None:
+    parsed = field_metrics.date(form)
+    if parsed is None:
         return "no date"
-    if found[0] == "day or month":
-        return f"{found[1]}, day and month not told apart"
-    return "-".join(f"{part:02}" for part in found)
+    if parsed[0] == "day or month":
+        return f"{parsed[1]}, day and month not told apart"
+    return "-".join(f"{part:02}" for part in parsed)
 
 
 def _amount(form: str) -> str:
-    found = field_metrics.amount(form)
-    return "no amount" if found is None else f"{found:.10g}"
+    parsed = field_metrics.amount(form)
+    return "no amount" if parsed is None else f"{parsed:.10g}"

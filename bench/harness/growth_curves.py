@@ -94,7 +94,7 @@ class Series:
             matrix = np.vander(xs, powers, increasing=True) / ys[:, None]
             lines.append(np.linalg.lstsq(matrix, np.ones(len(ys)), rcond=None)[0])
         line = np.median(lines, axis=0)
-        marginals = [float(each[1]) for each in lines]
+        marginals = [float(resampled[1]) for resampled in lines]
         xs, ys = self.held(self.medians)
         exponent = statistics.median(exponents)
         fitted = self.along(xs, line, exponent)
@@ -159,17 +159,17 @@ class Curve:
             **self.facts,
             "series": [
                 {
-                    "what": each.what,
-                    "unit": each.unit,
+                    "what": series.what,
+                    "unit": series.unit,
                     "points": [
                         {"x": x, "median": statistics.median(values), "min": min(values), "max": max(values)}
-                        for x, values in each.points.items()
+                        for x, values in series.points.items()
                     ],
-                    "fit": vars(each.fit()),
-                    "expected": vars(each.expected),
-                    "disagrees": each.disagreement() or None,
+                    "fit": vars(series.fit()),
+                    "expected": vars(series.expected),
+                    "disagrees": series.disagreement() or None,
                 }
-                for each in self.series
+                for series in self.series
             ],
         }
 
@@ -177,7 +177,7 @@ class Curve:
 def amount(value: float, unit: str) -> str:
     """Three digits and a unit of a fitting size: 0.0123 s is 12.3 ms."""
     scales = SCALES.get(unit, ((1, unit),))
-    scale, name = next((each for each in scales if abs(value) >= each[0]), scales[-1])
+    scale, name = next((candidate for candidate in scales if abs(value) >= candidate[0]), scales[-1])
     scaled = value / scale
     if abs(scaled) < 0.01:
         return "0"
@@ -195,27 +195,27 @@ def markdown(curves: Sequence[Curve]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for curve in curves:
-        for each in curve.series:
-            fit, expected = each.fit(), each.expected
-            held, _ = each.held(each.medians)
-            low, high = (amount(value, each.unit) for value in fit.marginals)
+        for series in curve.series:
+            fit, expected = series.fit(), series.expected
+            held, _ = series.held(series.medians)
+            low, high = (amount(value, series.unit) for value in fit.marginals)
             line = (
-                f"{amount(fit.marginal, each.unit)} {curve.one} ({low} to {high})",
-                amount(fit.fixed, each.unit),
+                f"{amount(fit.marginal, series.unit)} {curve.one} ({low} to {high})",
+                amount(fit.fixed, series.unit),
                 f"{fit.miss:.0%}",
             )
             if expected.form == "sublinear":  # no line is fitted
                 line = ("", "", line[2])
             elif expected.form == "saturating":
-                line = (f"levels off at {amount(1 / fit.marginal, each.unit)}", "", line[2])
+                line = (f"levels off at {amount(1 / fit.marginal, series.unit)}", "", line[2])
             cells = (
                 f"{curve.against}, {ranged(held)}",
-                each.what,
+                series.what,
                 f"x^{fit.exponent:.2f} ({fit.exponents[0]:.2f} to {fit.exponents[1]:.2f})",
                 line[0] + (f"; square part {fit.square:.0%} of the largest" if expected.form == "quadratic" else ""),
                 *line[1:],
                 f"{expected.form}: {expected.because}",
-                f"**no**: {found}" if (found := each.disagreement()) else "yes",
+                f"**no**: {disagreement}" if (disagreement := series.disagreement()) else "yes",
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -252,7 +252,7 @@ def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
         title += f" {'+' if fit.fixed >= 0 else '−'} {amount(abs(fit.fixed), series.unit)}"
         title += f";  square part {fit.square:.0%}" if series.expected.form == "quadratic" else ""
     axes.plot(along, fitted, color=plots.INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
-    values = [value for some in series.points.values() for value in some]
+    values = [value for measured in series.points.values() for value in measured]
     wide = max(values) > 8 * min(values)
     if wide or series.expected.form in ("constant", "sublinear", "saturating"):  # else a line is to look like one
         axes.set_xscale("log")

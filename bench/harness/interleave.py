@@ -24,22 +24,22 @@ def every_round(
         warm_up: a round before the others that does not count.
         peers: contestants that are left out, with a notice, when they fail; another's failure ends the bench.
     """
-    found: dict[Name, list[float]] = {name: [] for name in contestants}
+    measured: dict[Name, list[float]] = {name: [] for name in contestants}
     for turn in range(0 if warm_up else 1, rounds + 1):
-        for name in list(found):
+        for name in list(measured):
             try:
                 value = contestants[name]()
             except Exception as error:
                 if name not in peers:
                     raise
                 leave_out(name, error)
-                del found[name]
+                del measured[name]
                 continue
             label = f"round {turn} of {rounds}" if turn else "warm-up"
             cli.log(f"{label}: {name} {say(value)}")
             if turn:
-                found[name].append(value)
-    return found
+                measured[name].append(value)
+    return measured
 
 
 def take_turns(

@@ -23,14 +23,16 @@ def held_bytes(*owners: Any) -> int:
     tensors: list[torch.Tensor] = []
     for owner in owners:
         if isinstance(owner, torch.optim.Optimizer):
-            tensors += [each for state in owner.state.values() for each in state.values() if torch.is_tensor(each)]
+            tensors += [
+                tensor for state in owner.state.values() for tensor in state.values() if torch.is_tensor(tensor)
+            ]
             continue
         tensors += owner.buffers()
         for parameter in owner.parameters():
-            tensors += [each for each in (parameter.data, parameter.grad) if each is not None]
+            tensors += [tensor for tensor in (parameter.data, parameter.grad) if tensor is not None]
             if (state := getattr(parameter, "quant_state", None)) is not None:
                 tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def tracked_peak(run: Callable[[], Any]) -> int:

@@ -32,10 +32,10 @@ def group_hash(group: str) -> str:
 
 def part_of(group: str) -> str:
     """ "train", "dev" or "validation" for a group hash of `group_hash`: the hash read as a number in [0, 1)."""
-    place = int(group, 16) / 16**16
-    if place < VALIDATION_SHARE:
+    position = int(group, 16) / 16**16
+    if position < VALIDATION_SHARE:
         return "validation"
-    return "dev" if place < VALIDATION_SHARE + DEV_SHARE else "train"
+    return "dev" if position < VALIDATION_SHARE + DEV_SHARE else "train"
 
 
 def by_class(rows: Iterable[Row], label: Callable[[Row], str], labels: Sequence[str]) -> dict[str, list[Row]]:

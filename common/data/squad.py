@@ -57,11 +57,11 @@ def rows(path: str | Path, split: str = "all", skip_bad_rows: bool = False) -> l
     Raises:
         UserError: not SQuAD's JSON, a question without text or answer, or no question in the split.
     """
-    found = records.check_rows(path, _questions(path), ("id", "input", "output"), skip_bad_rows, "question")
-    chosen = [row for row in found if split in ("all", splits.part_of(row["group"]))]
+    questions = records.check_rows(path, _questions(path), ("id", "input", "output"), skip_bad_rows, "question")
+    chosen = [row for row in questions if split in ("all", splits.part_of(row["group"]))]
     if not chosen:
         raise UserError(
-            f"{path} has no article of the {split} part among its {len({row['group'] for row in found}):,}; "
+            f"{path} has no article of the {split} part among its {len({row['group'] for row in questions}):,}; "
             "give a larger file, or one that is all unseen with --split all"
         )
     return chosen
@@ -121,6 +121,6 @@ def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence
 
 
 def _word_f1(prediction: str, answer: str) -> float:
-    found, gold = Counter(prediction.split()), Counter(answer.split())
-    shared = (found & gold).total()
-    return 2 * shared / (found.total() + gold.total()) if shared else 0.0
+    predicted, gold = Counter(prediction.split()), Counter(answer.split())
+    shared = (predicted & gold).total()
+    return 2 * shared / (predicted.total() + gold.total()) if shared else 0.0

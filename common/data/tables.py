@@ -98,9 +98,9 @@ def _json_value(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, dict):
-        return {str(name): _json_value(each) for name, each in value.items()}
+        return {str(name): _json_value(member) for name, member in value.items()}
     if isinstance(value, list):
-        return [_json_value(each) for each in value]
+        return [_json_value(item) for item in value]
     return value.decode() if isinstance(value, bytes) else str(value)  # dates, times, decimals: as they are written
 
 

@@ -69,9 +69,9 @@ def beginnings(prompts: Iterable[str]) -> list[str]:
     One in fifty has to share it, and at least two: rows of several tasks have several.
     """
     prompts = list(prompts)
-    found = Counter(first for first, blank, _ in (text.partition("\n\n") for text in prompts) if blank)
+    counts = Counter(first for first, blank, _ in (text.partition("\n\n") for text in prompts) if blank)
     least = max(2, len(prompts) / 50)
-    return [first for first, count in found.most_common() if count >= least]
+    return [first for first, count in counts.most_common() if count >= least]
 
 
 def prompt_endings(prompts: Iterable[str]) -> list[str]:

@@ -77,9 +77,9 @@ def guaranteed_threshold(confidence: np.ndarray, right: np.ndarray, target: floa
     holds = bound >= target
     reached = -1
     for least in np.geomspace(needed, len(right), STARTS, endpoint=False):
-        place = int(np.argmax(count >= least))
-        while place < len(holds) and holds[place]:
-            reached, place = max(reached, place), place + 1
+        index = int(np.argmax(count >= least))
+        while index < len(holds) and holds[index]:
+            reached, index = max(reached, index), index + 1
     if reached < 0:
         raise UserError(
             f"no threshold has a precision of {target:g} with a guarantee of {guarantee:g} on these dev rows: at best "

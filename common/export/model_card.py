@@ -146,8 +146,8 @@ def licence(base: str | None) -> str | None:
     if not path.is_file():
         known = None if Path(base).exists() or base.count("/") > 1 else try_to_load_from_cache(base, FILE)
         path = Path(known) if isinstance(known, str) else path
-    found = (metadata_load(path) or {}).get("license") if path.is_file() else None
-    return found if isinstance(found, str) else None
+    declared = (metadata_load(path) or {}).get("license") if path.is_file() else None
+    return declared if isinstance(declared, str) else None
 
 
 def _metadata(folder: Path, base: str | None, run: dict, task: dict | None, export: dict) -> str:
@@ -234,8 +234,8 @@ def _training_section(run: dict) -> str:
 
 
 def _figures_section(folder: Path, export: dict) -> str:
-    places = [folder / "metrics.json", folder / "report" / "metrics.json"]
-    report = next((content for place in places if (content := _json(place))), None)
+    paths = [folder / "metrics.json", folder / "report" / "metrics.json"]
+    report = next((content for path in paths if (content := _json(path))), None)
     name = folder.resolve().name
     models = report.get("models", []) if report else []
     model = next((model for model in models if Path(model["model_dir"]).resolve().name == name), None)
@@ -294,7 +294,7 @@ def _use_section(folder: Path, base: str | None, task: dict | None, export: dict
         code = 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")'
         blocks.append(("ONNX Runtime", "python", code))
     if form in ("gguf", "gguf_lora"):
-        (file,) = [each for each in export["files"] if each.endswith(".gguf")]
+        (file,) = [file_name for file_name in export["files"] if file_name.endswith(".gguf")]
         model = f"-m {file}" if form == "gguf" else f"-m base-{export['base_quant']}.gguf --lora {file}"
         blocks.append(("llama.cpp", "bash", f"llama-server {model}"))
         blocks.append(("Ollama", "bash", f"ollama create {name.lower()} -f Modelfile\nollama run {name.lower()}"))

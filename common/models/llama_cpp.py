@@ -82,15 +82,15 @@ def library() -> ctypes.CDLL:
         ) from error
     wrong = UserError("this xllamacpp has another interface; pip install -r requirements/export.txt")
     try:
-        found = ctypes.CDLL(next(map(str, Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+        loaded = ctypes.CDLL(next(map(str, Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
         for name, (result, arguments) in FUNCTIONS.items():
-            function = getattr(found, name)
+            function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError, StopIteration) as error:
         raise wrong from error
     # n_ctx, n_batch, n_ubatch and n_seq_max, as llama.h has their defaults
-    if list(found.llama_context_default_params().words[:4]) != [512, 2048, 512, 1]:
+    if list(loaded.llama_context_default_params().words[:4]) != [512, 2048, 512, 1]:
         raise wrong
-    found.llama_log_set(QUIET, None)
-    found.llama_backend_init()
-    return found
+    loaded.llama_log_set(QUIET, None)
+    loaded.llama_backend_init()
+    return loaded

@@ -56,9 +56,9 @@ class OnnxModel:
             )
         except Exception as error:  # ONNX Runtime's own have no common class
             raise UserError(f"{folder} cannot be read ({reason(error)}); export it again") from error
-        cache = [each for each in self._session.get_inputs() if each.name.startswith("past_key_values.")]
-        self._cache_names = [each.name for each in cache]
-        self._cache_shapes = [each.shape for each in cache]
+        cache = [argument for argument in self._session.get_inputs() if argument.name.startswith("past_key_values.")]
+        self._cache_names = [argument.name for argument in cache]
+        self._cache_shapes = [argument.shape for argument in cache]
         self.dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}[cache[0].type]
 
     def forward(

@@ -42,9 +42,9 @@ def record_of(
         return task_record.of_prompts(task_record.SQUAD, "squad", prompts, **facts)
     if {PLAN_REQUEST, CODE_REQUEST} & set(endings):
         return task_record.of_prompts(task_record.CODEGEN, "codegen", prompts)
-    found = task_record.of_prompts(task_record.ROWS, "rows", prompts)
+    record = task_record.of_prompts(task_record.ROWS, "rows", prompts)
     started_from = task_record.read(init_adapter) if init_adapter else None
-    return started_from if started_from and not found["beginnings"] else found
+    return started_from if started_from and not record["beginnings"] else record
 
 
 def _named(named: str, data: str | None, prompts: Sequence[str]) -> task_record.Record:

@@ -254,7 +254,7 @@ class Documents:
         """F1 of the fields against gold: 1 where all agree."""
         both = [json.loads(item.gold), json.loads(answer)]
         if (document := self._document_as_written(item.prompt)) is not None:
-            both = [self.typed.read(each, document).value for each in both]
+            both = [self.typed.read(fields, document).value for fields in both]
         compared = field_metrics.compare(*both)
         agree, predicted, true = field_metrics.counts([compared], lambda leaf: leaf.exact)[0]
         return float(2 * agree / (predicted + true)) if predicted + true else 1.0

@@ -37,7 +37,7 @@ def tokens(prompts: Sequence[str]) -> list[str]:
 def frame_of(prompts: Sequence[str]) -> str:
     """The lines that all prompts start with."""
     first, last = min(prompts), max(prompts)  # in alphabetical order: what they share, all share
-    shared = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    shared = next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[: first.rfind("\n", 0, shared) + 1]
 
 
@@ -100,9 +100,9 @@ def place_heads(model: Qwen2ForCausalLM, seed: int) -> None:
         short, following = directions(width, own), directions(groups * size, own)
         for group in range(groups):
             keys = slice(group * size, (group + 1) * size)
-            back, place = divmod(group, groups // 2)
-            part = short[place * size : (place + 1) * size]
-            room = slice(own + back * width + place * size, own + back * width + place * size + len(part))
+            back, index = divmod(group, groups // 2)
+            part = short[index * size : (index + 1) * size]
+            room = slice(own + back * width + index * size, own + back * width + index * size + len(part))
             first.v_proj.weight[keys, :own] = part
             first.k_proj.bias[keys] = SHARPNESS * torch.cat([torch.ones_like(turn), torch.zeros_like(turn)])
             mix = [MATCH / width**0.5 * torch.randn(size, width, generator=generator) * slow for _ in range(2)]

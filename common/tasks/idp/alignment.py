@@ -42,8 +42,8 @@ class Haystack:
         folded, self._offsets = [], []
         for index, character in enumerate(text):
             if not character.isspace():
-                for each in character.casefold():
-                    folded.append(each)
+                for letter in character.casefold():
+                    folded.append(letter)
                     self._offsets.append(index)
         self._folded = "".join(folded)
 
@@ -68,21 +68,21 @@ class Haystack:
         parts = re.findall(r"\w+", value)
         if len("".join(parts)) < SHORTEST_NEAR:
             return []
-        found = re.finditer(r"[^\w\n]{1,3}".join(map(re.escape, parts)), self.text, re.IGNORECASE)
-        return self._whole([Match(each.start(), each.end(), "near") for each in found][:MOST_PLACES])
+        matches = re.finditer(r"[^\w\n]{1,3}".join(map(re.escape, parts)), self.text, re.IGNORECASE)
+        return self._whole([Match(match.start(), match.end(), "near") for match in matches][:MOST_PLACES])
 
     def find_number(self, value: float) -> list[Match]:
         """Every place of a number, whichever way its decimals and thousands are written."""
         return [
-            Match(found.start(), found.end(), "read")
-            for found in NUMERAL.finditer(self.text)
-            if any(abs(each - abs(value)) < 1e-9 * max(1.0, abs(value)) for each in readings(found[0]))
+            Match(match.start(), match.end(), "read")
+            for match in NUMERAL.finditer(self.text)
+            if any(abs(reading - abs(value)) < 1e-9 * max(1.0, abs(value)) for reading in readings(match[0]))
         ][:MOST_PLACES]
 
     def _find_date(self, wanted: dates.FoundDate) -> list[Match]:
         """Every place of a date, whichever way it is written; where day and month could change places, either way."""
-        found = [each for each in self._dates if set(each.readings) & set(wanted.readings)]
-        return [Match(each.start, each.end, "read") for each in found][:MOST_PLACES]
+        alike = [date for date in self._dates if set(date.readings) & set(wanted.readings)]
+        return [Match(date.start, date.end, "read") for date in alike][:MOST_PLACES]
 
     @cached_property
     def _dates(self) -> list[dates.FoundDate]:
@@ -112,11 +112,11 @@ class Haystack:
             return []
         other = next(chr(code) for code in range(256) if chr(code) not in alphabet)
         haystack = "".join(character if character in alphabet else other for character in self._folded)
-        found = edlib.align(needle, haystack, mode="HW", task="distance", k=allowed)
-        edits = found["editDistance"]
+        alignment = edlib.align(needle, haystack, mode="HW", task="distance", k=allowed)
+        edits = alignment["editDistance"]
         if edits < 0:
             return []
-        ends = [end for _, end in found["locations"] if end >= 0][:MOST_PLACES]
+        ends = [end for _, end in alignment["locations"] if end >= 0][:MOST_PLACES]
         starts = (_start(needle, haystack, end, edits) for end in ends)
         return _apart([self._match(start, end - start + 1, "near", edits)
                        for start, end in zip(starts, ends, strict=True) if end >= start])  # fmt: skip
@@ -140,12 +140,12 @@ def fold(text: str) -> str:
 def readings(numeral: str) -> set[float]:
     """What a numeral may mean: "1.234" is 1234 where the point groups thousands, and 1.234 where it is a decimal's."""
     parts = re.split(r"[ \u00a0\u202f'’.,]", numeral)
-    found = set()
+    meanings = set()
     if all(len(part) == 3 for part in parts[1:]):
-        found.add(float("".join(parts)))
+        meanings.add(float("".join(parts)))
     if len(parts) > 1 and numeral[-len(parts[-1]) - 1] in ".,":
-        found.add(float(f"{''.join(parts[:-1])}.{parts[-1]}"))
-    return found
+        meanings.add(float(f"{''.join(parts[:-1])}.{parts[-1]}"))
+    return meanings
 
 
 def _occurrences(text: str, part: str) -> Iterator[int]:
@@ -162,7 +162,7 @@ def _apart(matches: list[Match]) -> list[Match]:
     kept: list[Match] = []
     for match in sorted(matches, key=lambda match: (match.start, match.end)):
         if kept and match.start < kept[-1].end:
-            kept[-1] = min(kept[-1], match, key=lambda each: each.end - each.start)
+            kept[-1] = min(kept[-1], match, key=lambda candidate: candidate.end - candidate.start)
         else:
             kept.append(match)
     return kept

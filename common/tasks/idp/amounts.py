@@ -63,26 +63,26 @@ def find(text: str, spaces: bool = True) -> list[FoundAmount]:
     """
     plain = plain_digits(dates.masked(text))
     form = _forms()[0 if spaces else 1]
-    found, start = [], 0
+    amounts, start = [], 0
     while match := form.search(plain, start):
         amount = _read(match)
         start = match.end() if amount else match.start() + 1
         if amount:
-            found.append(amount)
-    return found
+            amounts.append(amount)
+    return amounts
 
 
 def only(text: str) -> FoundAmount | None:
     """The one number that a text has, whatever words stand around it; None where there is none or are several."""
-    found = find(text)
-    return found[0] if len({amount.readings for amount in found}) == 1 else None
+    amounts = find(text)
+    return amounts[0] if len({amount.readings for amount in amounts}) == 1 else None
 
 
 def whole(text: str) -> FoundAmount | None:
     """A text that is a number with its sign and currency, and nothing else."""
     text = text.strip()
-    found = find(text)
-    return found[0] if len(found) == 1 and (found[0].start, found[0].end) == (0, len(text)) else None
+    amounts = find(text)
+    return amounts[0] if len(amounts) == 1 and (amounts[0].start, amounts[0].end) == (0, len(text)) else None
 
 
 def _read(match: re.Match) -> FoundAmount | None:

@@ -88,12 +88,12 @@ class Calibration:
             if content.pop("version") != FORMAT_VERSION:
                 raise ValueError("another version")
             content["documents"] = tuple((float(sure), bool(right)) for sure, right in content["documents"])
-            found = cls(**content)
-            facts = found.fitted_on
+            calibration = cls(**content)
+            facts = calibration.fitted_on
             fits = facts["model_sha256"] == adapters.adapter_hash(model_dir) and facts["schema"] == content_key(schema)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a calibration file of this version ({error}); {REMEDY}") from error
-        return found if fits else None
+        return calibration if fits else None
 
 
 def acceptance(calibration: Calibration | None, precision: float | None, model_dir: str) -> float | None:

@@ -22,12 +22,12 @@ class Scored:
 
     Attributes:
         confidence: between 0 and 1.
-        found: whether it stands in the text that was read.
+        in_text: whether it stands in the text that was read.
     """
 
     value: Any
     confidence: float
-    found: bool = True
+    in_text: bool = True
 
 
 def scored(answer: Generation, tokenizer: PreTrainedTokenizerBase, calibrate: Callable[[float], float]) -> Any:

@@ -24,9 +24,9 @@ def fields_of(fields: dict, extraction: Extraction) -> list[Field]:
     if extraction.error:
         return []
     return [
-        (extraction.confidence[leaf.place], leaf.exact)
+        (extraction.confidence[leaf.answer_path], leaf.exact)
         for leaf in compare(fields, extraction.value)
-        if leaf.found is not MISSING and leaf.place in extraction.confidence
+        if leaf.predicted is not MISSING and leaf.answer_path in extraction.confidence
     ]
 
 

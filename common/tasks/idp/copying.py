@@ -19,12 +19,12 @@ class Copyist:
     """Finds the characters for typed fields.
 
     Attributes:
-        found, missed: typed fields whose characters are in their document, and those that had to be written anew.
+        copied, missed: typed fields whose characters are in their document, and those that had to be written anew.
     """
 
     def __init__(self, typed: TypedFields) -> None:
         self.typed = typed
-        self.found = self.missed = 0
+        self.copied = self.missed = 0
 
     def written(self, fields: Any, document: str) -> Any:
         """Fields with the document's characters for each typed one; reading them gives the fields again."""
@@ -44,7 +44,7 @@ class Copyist:
         else:
             texts = Counter(_texts_of(value, kind, conventions))
             written = max(texts, key=texts.__getitem__, default=None)
-        self.found += written is not None
+        self.copied += written is not None
         self.missed += written is None
         return _anew(value, kind, conventions) if written is None else written
 
@@ -55,9 +55,9 @@ def _texts_of(value: Any, kind: str, conventions: Conventions) -> Iterator[str]:
     Where day and month could change places, either may be meant: the value tells which.
     """
     for text in copies(kind, conventions):
-        if kind.startswith("date") and (found := dates.only(text, conventions.language)):
-            days = {reading.isoformat() for reading in found.readings}
-            rest = "" if kind == "date" else read("time", text[found.end :], conventions).value
+        if kind.startswith("date") and (date := dates.only(text, conventions.language)):
+            days = {reading.isoformat() for reading in date.readings}
+            rest = "" if kind == "date" else read("time", text[date.end :], conventions).value
             if value in {day + (rest and f"T{rest}") for day in days if rest is not None}:
                 yield text
         elif read(kind, text, conventions).value == value:

@@ -96,21 +96,21 @@ def find(text: str, language: str | None = None) -> list[FoundDate]:
             start = match.end() if date else match.start() + 1
             if date:
                 candidates.append((len(match["y"]) < 4, date))
-    found: list[FoundDate] = []
+    dates: list[FoundDate] = []
     taken = bytearray(len(text))
     # In "12 Jan 31, 2022" the year is the one with four digits.
     for _, date in sorted(candidates, key=lambda candidate: (candidate[0], candidate[1].start)):
         if not any(taken[date.start : date.end]):
             taken[date.start : date.end] = b"\1" * (date.end - date.start)
-            found.append(date)
-    return sorted(found, key=lambda date: date.start)
+            dates.append(date)
+    return sorted(dates, key=lambda date: date.start)
 
 
 def whole(text: str) -> FoundDate | None:
     """A text that is a date and nothing else."""
     text = text.strip()
-    found = only(text)
-    return found if found and (found.start, found.end) == (0, len(text.rstrip("."))) else None
+    date = only(text)
+    return date if date and (date.start, date.end) == (0, len(text.rstrip("."))) else None
 
 
 def only(text: str, language: str | None = None) -> FoundDate | None:
@@ -119,8 +119,8 @@ def only(text: str, language: str | None = None) -> FoundDate | None:
     for form in _ALONE:
         if (match := form.fullmatch(whole)) and (date := _read(match, language)):
             return date
-    found = find(text, language)
-    return found[0] if len({date.readings for date in found}) == 1 else None
+    dates = find(text, language)
+    return dates[0] if len({date.readings for date in dates}) == 1 else None
 
 
 def _read(match: re.Match, language: str | None) -> FoundDate | None:
@@ -174,8 +174,8 @@ def find_times(text: str) -> list[FoundTime]:
 
 def only_time(text: str) -> FoundTime | None:
     """The one time that a text without dates has; None where there is none or are several."""
-    found = find_times(text)
-    return found[0] if len({(time.clock, time.offset) for time in found}) == 1 else None
+    times = find_times(text)
+    return times[0] if len({(time.clock, time.offset) for time in times}) == 1 else None
 
 
 def _time(match: re.Match) -> FoundTime | None:

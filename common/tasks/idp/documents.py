@@ -44,8 +44,8 @@ class Document:
 
 def to_row(document: Document) -> dict[str, Any]:
     """A document as what `of_row` reads."""
-    lines = [{"text": document.text[each.start : each.end], "box": list(each.box)}
-             | ({"page": each.page} if each.page > 1 else {}) for each in document.segments]  # fmt: skip
+    lines = [{"text": document.text[segment.start : segment.end], "box": list(segment.box)}
+             | ({"page": segment.page} if segment.page > 1 else {}) for segment in document.segments]  # fmt: skip
     return {"document": document.text} | ({"lines": lines} if lines else {})
 
 

@@ -43,12 +43,12 @@ class Evidence:
     boxes: tuple[tuple[int, Box], ...] = ()
 
     @property
-    def found(self) -> bool:
+    def located(self) -> bool:
         return self.start is not None
 
     def to_json(self) -> dict[str, Any]:
         """{"found", "start", "end", "text", "match"[, "boxes": [{"page", "box"}]]}, or {"found": false}."""
-        if not self.found:
+        if not self.located:
             return {"found": False}
         facts = {"found": True, "start": self.start, "end": self.end, "text": self.text, "match": self.how}
         boxes = [{"page": page, "box": [round(edge, 2) for edge in box]} for page, box in self.boxes]
@@ -147,14 +147,17 @@ class _Chooser:
             before = words_of(self.text[max(self.starts[line], match.start - LABEL_REACH) : match.start])
             weights = [(word, 1 / (1 + 0.1 * distance)) for distance, word in enumerate(reversed(before))]
             weights += [(word, 0.5) for word in self._above(line, match)]
-            best = [max((alike(each, word) * weight for word, weight in weights), default=0.0) for each in wanted]
+            best = [
+                max((alike(wanted_word, word) * weight for word, weight in weights), default=0.0)
+                for wanted_word in wanted
+            ]
             self.labels[key] = sum(best) / len(best) if best else 0.0
         return self.labels[key]
 
     def _above(self, line: int, match: Match) -> list[str]:
         """Words in the same columns of the lines above."""
         column = match.start - self.starts[line]
-        found = []
+        words = []
         for above in range(max(0, line - LINES_ABOVE), line):
             start, end = self.starts[above], self.starts[above + 1] - 1
             first = min(end, start + column)
@@ -163,8 +166,8 @@ class _Chooser:
                 first -= 1
             while last < end and not self.text[last].isspace():
                 last += 1
-            found += words_of(self.text[first:last])
-        return found
+            words += words_of(self.text[first:last])
+        return words
 
 
 def _item(path: Path) -> Path:

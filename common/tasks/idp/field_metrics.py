@@ -25,27 +25,27 @@ LEAST_LIKENESS = 0.5  # of two texts that are taken for the same with a few char
 
 @dataclass(frozen=True)
 class Leaf:
-    """One field as it should be and as it was found; MISSING (None) where a side has none.
+    """One field as it should be and as it was predicted; MISSING (None) where a side has none.
 
     Attributes:
         field: its name without the numbers of list items, e.g. "line_items[].qty".
-        place: where `found` stands in the answer, with the numbers of list items; None where it is MISSING.
+        answer_path: where `predicted` stands in the answer, with the numbers of list items; None where it is MISSING.
         line: the list item that it is of, after items were paired, e.g. "line_items[0]"; None outside lists.
     """
 
     field: str
     gold: Any
-    found: Any
-    place: str | None = None
+    predicted: Any
+    answer_path: str | None = None
     line: str | None = None
 
     @property
     def exact(self) -> bool:
-        return self.gold is not MISSING and same(self.gold, self.found)
+        return self.gold is not MISSING and same(self.gold, self.predicted)
 
     @property
     def normalised(self) -> bool:
-        return self.gold is not MISSING and self.found is not MISSING and same_normalised(self.gold, self.found)
+        return self.gold is not MISSING and self.predicted is not MISSING and same_normalised(self.gold, self.predicted)
 
     @property
     def similarity(self) -> float:
@@ -56,10 +56,10 @@ class Leaf:
         """
         if self.normalised:
             return 1.0
-        if not isinstance(self.gold, str) or not isinstance(self.found, str):
+        if not isinstance(self.gold, str) or not isinstance(self.predicted, str):
             return 0.0
-        gold, found = (" ".join(text.casefold().split()) for text in (self.gold, self.found))
-        likeness = 1 - edlib.align(gold, found, task="distance")["editDistance"] / max(len(gold), len(found), 1)
+        gold, predicted = (" ".join(text.casefold().split()) for text in (self.gold, self.predicted))
+        likeness = 1 - edlib.align(gold, predicted, task="distance")["editDistance"] / max(len(gold), len(predicted), 1)
         return likeness if likeness >= LEAST_LIKENESS else 0.0
 
 
@@ -81,60 +81,65 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
-def compare(gold: Any, found: Any, path: Path = (), place: Path = ()) -> list[Leaf]:
+def compare(gold: Any, predicted: Any, path: Path = (), answer_path: Path = ()) -> list[Leaf]:
     """Every leaf of both values, paired where both have one at the same place.
 
     Args:
         path: of the field.
         place: of `found` in its answer; differs from `path` in the numbers of list items.
     """
-    if isinstance(gold, dict) and isinstance(found, dict):
-        keys = [*gold, *(key for key in found if key not in gold)]
-        return [leaf for key in keys for leaf in compare(gold.get(key), found.get(key), (*path, key), (*place, key))]
-    if isinstance(gold, list) and isinstance(found, list):
-        pairs = _pair_items(gold, found)
+    if isinstance(gold, dict) and isinstance(predicted, dict):
+        keys = [*gold, *(key for key in predicted if key not in gold)]
+        return [
+            leaf
+            for key in keys
+            for leaf in compare(gold.get(key), predicted.get(key), (*path, key), (*answer_path, key))
+        ]
+    if isinstance(gold, list) and isinstance(predicted, list):
+        pairs = _pair_items(gold, predicted)
         return [
             leaf
             for index, (one, other, number) in enumerate(pairs)
-            for leaf in compare(one, other, (*path, index), (*place, number))
+            for leaf in compare(one, other, (*path, index), (*answer_path, number))
         ]
-    if isinstance(gold, dict | list) or isinstance(found, dict | list):
-        places = (at for at, _ in leaves(found, place))
+    if isinstance(gold, dict | list) or isinstance(predicted, dict | list):
+        answer_paths = (at for at, _ in leaves(predicted, answer_path))
         return [_leaf(at, leaf, MISSING, at) for at, leaf in leaves(gold, path)] + [
-            _leaf(at, MISSING, leaf, there) for (at, leaf), there in zip(leaves(found, path), places, strict=True)
+            _leaf(at, MISSING, leaf, there)
+            for (at, leaf), there in zip(leaves(predicted, path), answer_paths, strict=True)
         ]
-    gold, found = (MISSING if value == "" else value for value in (gold, found))
-    if gold is found is MISSING:
+    gold, predicted = (MISSING if value == "" else value for value in (gold, predicted))
+    if gold is predicted is MISSING:
         return []
-    return [_leaf(path, gold, found, place)]
+    return [_leaf(path, gold, predicted, answer_path)]
 
 
-def _leaf(path: Path, gold: Any, found: Any, place: Path) -> Leaf:
+def _leaf(path: Path, gold: Any, predicted: Any, answer_path: Path) -> Leaf:
     items = [end for end, part in enumerate(path, start=1) if isinstance(part, int)]
     line = path_name(path[: items[-1]]) if items else None
-    return Leaf(path_name(path, False), gold, found, None if found is MISSING else path_name(place), line)
+    return Leaf(path_name(path, False), gold, predicted, None if predicted is MISSING else path_name(answer_path), line)
 
 
-def _pair_items(gold: list, found: list) -> list[tuple[Any, Any, int]]:
+def _pair_items(gold: list, predicted: list) -> list[tuple[Any, Any, int]]:
     """Items paired for the most agreeing leaves (an assignment problem), the others with None.
 
     With each pair comes the place of its second item in `found`, 0 where there is none.
     """
-    if gold == found:
-        return list(zip(gold, found, range(len(found)), strict=True))
+    if gold == predicted:
+        return list(zip(gold, predicted, range(len(predicted)), strict=True))
     from scipy.optimize import linear_sum_assignment  # half a second, which commands that never compare lists save
 
-    agreeing = np.array([[sum(leaf.normalised for leaf in compare(g, f)) for f in found] for g in gold], ndmin=2)
-    nearness = -1e-6 * np.abs(np.subtract.outer(np.arange(len(gold)), np.arange(len(found))))
-    rows, columns = linear_sum_assignment((agreeing.reshape(len(gold), len(found)) + nearness), maximize=True)
-    pairs = [(gold[g], found[f], int(f)) for g, f in zip(rows, columns, strict=True)]
+    agreeing = np.array([[sum(leaf.normalised for leaf in compare(g, p)) for p in predicted] for g in gold], ndmin=2)
+    nearness = -1e-6 * np.abs(np.subtract.outer(np.arange(len(gold)), np.arange(len(predicted))))
+    rows, columns = linear_sum_assignment((agreeing.reshape(len(gold), len(predicted)) + nearness), maximize=True)
+    pairs = [(gold[g], predicted[p], int(p)) for g, p in zip(rows, columns, strict=True)]
     pairs += [(item, None, 0) for index, item in enumerate(gold) if index not in rows]
-    return pairs + [(None, item, index) for index, item in enumerate(found) if index not in columns]
+    return pairs + [(None, item, index) for index, item in enumerate(predicted) if index not in columns]
 
 
-def same(gold: Any, found: Any) -> bool:
+def same(gold: Any, predicted: Any) -> bool:
     """Equality of JSON leaves: 44.5 is 44.50, but 1 is neither true nor "1"."""
-    return type_of(gold) == type_of(found) and gold == found
+    return type_of(gold) == type_of(predicted) and gold == predicted
 
 
 def type_of(leaf: Any) -> str:
@@ -144,18 +149,20 @@ def type_of(leaf: Any) -> str:
     return {int: "number", float: "number", str: "string"}.get(type(leaf), "null")
 
 
-def same_normalised(gold: Any, found: Any) -> bool:
+def same_normalised(gold: Any, predicted: Any) -> bool:
     """Equality of what two leaves mean: white space does not count, nor how a date or an amount is written."""
-    if same(gold, found):
+    if same(gold, predicted):
         return True
-    if isinstance(gold, bool) or isinstance(found, bool):
+    if isinstance(gold, bool) or isinstance(predicted, bool):
         return False
     if isinstance(gold, int | float) or (isinstance(gold, str) and re.search(r"\d[.,]\d\d\b", gold)):
-        amounts = amount(gold), amount(found)
+        amounts = amount(gold), amount(predicted)
         if None not in amounts:
             return abs(amounts[0] - amounts[1]) < 1e-9 * max(1.0, abs(amounts[0]))
-    gold, found = str(gold), str(found)
-    return "".join(gold.split()) == "".join(found.split()) or (date(gold) is not None and date(gold) == date(found))
+    gold, predicted = str(gold), str(predicted)
+    return "".join(gold.split()) == "".join(predicted.split()) or (
+        date(gold) is not None and date(gold) == date(predicted)
+    )
 
 
 def amount(leaf: Any) -> float | None:
@@ -165,8 +172,8 @@ def amount(leaf: Any) -> float | None:
     """
     if not isinstance(leaf, str):
         return float(leaf)
-    found = amounts.whole(leaf)
-    return None if found is None else float(found.readings[-1 if found.grouping == "," else 0])
+    parsed = amounts.whole(leaf)
+    return None if parsed is None else float(parsed.readings[-1 if parsed.grouping == "," else 0])
 
 
 def date(text: str) -> tuple | None:
@@ -174,11 +181,11 @@ def date(text: str) -> tuple | None:
 
     Where day and month cannot be told apart (09/01/2019), they stand in the order of the text, marked as such.
     """
-    found = dates.whole(text)
-    if found is None:
+    parsed = dates.whole(text)
+    if parsed is None:
         return None
-    day = found.readings[0]
-    if len(found.readings) > 1:
+    day = parsed.readings[0]
+    if len(parsed.readings) > 1:
         return ("day or month", day.year, day.day, day.month)
     return day.year, day.month, day.day
 
@@ -193,7 +200,7 @@ def counts(rows: Sequence[Sequence[Leaf]], agreement: Callable[[Leaf], float]) -
         [
             [
                 sum(map(agreement, row)),
-                sum(leaf.found is not MISSING for leaf in row),
+                sum(leaf.predicted is not MISSING for leaf in row),
                 sum(leaf.gold is not MISSING for leaf in row),
             ]
             for row in rows
@@ -205,7 +212,7 @@ def counts(rows: Sequence[Sequence[Leaf]], agreement: Callable[[Leaf], float]) -
 def line_counts(rows: Sequence[Sequence[Leaf]], agreement: Callable[[Leaf], float]) -> dict[str, np.ndarray]:
     """`counts` of the items of each list, by its name, e.g. "line_items[]": an item agrees where all its leaves do."""
     names = dict.fromkeys(list_name(leaf.line) for row in rows for leaf in row if leaf.line)
-    found = {name: np.zeros((len(rows), 3)) for name in names}
+    by_list = {name: np.zeros((len(rows), 3)) for name in names}
     for number, row in enumerate(rows):
         lines: dict[str, list[Leaf]] = {}
         for leaf in row:
@@ -213,8 +220,8 @@ def line_counts(rows: Sequence[Sequence[Leaf]], agreement: Callable[[Leaf], floa
                 lines.setdefault(leaf.line, []).append(leaf)
         for line, members in lines.items():
             sides = [any(getattr(leaf, side) is not MISSING for leaf in members) for side in ("found", "gold")]
-            found[list_name(line)][number] += [all(map(agreement, members)), *sides]
-    return found
+            by_list[list_name(line)][number] += [all(map(agreement, members)), *sides]
+    return by_list
 
 
 def list_name(line: str) -> str:

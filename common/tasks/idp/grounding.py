@@ -56,31 +56,35 @@ def measure(
     for row, value in zip(rows, values, strict=True):
         document = of_row(row)
         judged.append(judge(document, row["fields"], locate(document, value)) if document.segments else [])
-    fields = dict.fromkeys(each.field for row in judged for each in row)
+    fields = dict.fromkeys(grounded.field for row in judged for grounded in row)
     return {
         name: ratio_interval(
-            np.array([_f1_parts([each for each in row if name in ("all", each.field)]) for row in judged]), groups, seed
+            np.array([_f1_parts([grounded for grounded in row if name in ("all", grounded.field)]) for row in judged]),
+            groups,
+            seed,
         )
         for name in ("all", *fields)
     }
 
 
 def _f1_parts(judged: Sequence[Grounded]) -> tuple[int, int]:
-    return 2 * sum(each.right for each in judged), sum(each.given + each.true for each in judged)
+    return 2 * sum(grounded.right for grounded in judged), sum(grounded.given + grounded.true for grounded in judged)
 
 
-def judge(document: Document, gold: Any, found: dict[str, Evidence]) -> list[Grounded]:
+def judge(document: Document, gold: Any, evidence: dict[str, Evidence]) -> list[Grounded]:
     """The boxes of every field of a true answer or of a given one; fields are of the same path."""
     golds = {path_name(path): true_boxes(document, leaf, path_name(path, False)) for path, leaf in leaves(gold)}
     return [
-        _grounded(re.sub(r"\[\d+\]", "[]", name), golds.get(name, []), found[name].boxes if name in found else ())
-        for name in dict.fromkeys([*golds, *found])
+        _grounded(re.sub(r"\[\d+\]", "[]", name), golds.get(name, []), evidence[name].boxes if name in evidence else ())
+        for name in dict.fromkeys([*golds, *evidence])
     ]
 
 
 def _grounded(field: str, alternatives: Sequence[tuple[PlacedBox, ...]], given: Sequence[PlacedBox]) -> Grounded:
     judged = [Grounded(field, overlapping(true, given), len(given), len(true)) for true in alternatives or [()]]
-    return max(judged, key=lambda each: (2 * each.right / max(1, each.given + each.true), -each.true))
+    return max(
+        judged, key=lambda grounded: (2 * grounded.right / max(1, grounded.given + grounded.true), -grounded.true)
+    )
 
 
 def overlapping(true: Sequence[PlacedBox], given: Sequence[PlacedBox]) -> int:
@@ -114,12 +118,14 @@ def true_boxes(document: Document, value: Any, field: str) -> list[tuple[PlacedB
         runs = _best_runs(text, str(value))
     if isinstance(value, int | float) or re.fullmatch(r"\D{0,3}[\d.,]+", value):
         runs = [run for run in runs if _row_names(text, run[0], field)] or runs
-    found = (boxes_of(document, *run) for run in runs)
-    return list(dict.fromkeys(boxes for boxes in found if boxes))
+    alternatives = (boxes_of(document, *run) for run in runs)
+    return list(dict.fromkeys(boxes for boxes in alternatives if boxes))
 
 
 def _means(word: str, value: float) -> bool:
-    return word[0].isdigit() and any(abs(each - abs(value)) < 1e-9 * max(1, abs(value)) for each in readings(word))
+    return word[0].isdigit() and any(
+        abs(reading - abs(value)) < 1e-9 * max(1, abs(value)) for reading in readings(word)
+    )
 
 
 def _best_runs(text: str, value: str) -> list[tuple[int, int]]:
@@ -132,10 +138,10 @@ def _best_runs(text: str, value: str) -> list[tuple[int, int]]:
         if word not in wanted:
             continue
         left, hits = wanted.copy(), 0
-        for count, (each, _, end) in enumerate(words[first : first + 2 * size], start=1):
-            if left[each] <= 0:
+        for count, (following, _, end) in enumerate(words[first : first + 2 * size], start=1):
+            if left[following] <= 0:
                 continue
-            left[each] -= 1
+            left[following] -= 1
             hits += 1
             agreement = 2 * hits / (size + count)
             if agreement > best:

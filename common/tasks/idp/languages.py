@@ -63,9 +63,9 @@ def months(word: str, language: str | None = None) -> set[int]:
     """
     folded = fold(word)
     for table in _months():
-        if found := table.get(folded):
-            own = {month for code, month in found.items() if code.partition("_")[0] == language}
-            return own or set(found.values())
+        if month_by_language := table.get(folded):
+            own = {month for code, month in month_by_language.items() if code.partition("_")[0] == language}
+            return own or set(month_by_language.values())
     return set()
 
 
@@ -104,8 +104,8 @@ def day_first(language: str | None, text: str) -> bool | None:
         except ValueError:  # CLDR's UnknownLocaleError is one
             return None
     orders = [order for sign, order in _english_orders().items() if _has_sign(text, sign)]
-    found = set().union(*orders)
-    return found.pop() if len(found) == 1 else None
+    distinct = set().union(*orders)
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 def has_dollars_alone(text: str) -> bool:

@@ -63,7 +63,7 @@ def lines_of(words: Sequence[Word]) -> list[list[Word]]:
     for word in sorted(words, key=lambda word: word.middle):
         if lines:
             reach = SAME_LINE * min(word.height, lines[-1][0].height)
-            if word.middle - median(each.middle for each in lines[-1]) < reach:
+            if word.middle - median(member.middle for member in lines[-1]) < reach:
                 lines[-1].append(word)
                 continue
         lines.append([word])

@@ -69,7 +69,7 @@ def merge(parts: Sequence[Any]) -> Any:
 
 def _likelihood(part: Any) -> tuple[bool, float]:
     leaves = list(_leaves(part))
-    return all(leaf.found for leaf in leaves), min((leaf.confidence for leaf in leaves), default=0.0)
+    return all(leaf.in_text for leaf in leaves), min((leaf.confidence for leaf in leaves), default=0.0)
 
 
 def _leaves(part: Any) -> Iterator[Scored]:
@@ -86,7 +86,7 @@ def placed(part: Any, haystack: Haystack) -> Any:
         return {key: placed(member, haystack) for key, member in part.items()}
     if isinstance(part, list):
         return [placed(item, haystack) for item in part]
-    return replace(part, found=part.value in (None, "") or stands(haystack, part.value))
+    return replace(part, in_text=part.value in (None, "") or stands(haystack, part.value))
 
 
 def fill(known: Any, other: Any) -> Any:

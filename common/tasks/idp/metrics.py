@@ -114,28 +114,28 @@ def differences(
 
 def commonest_errors(rows: Sequence[dict], judged: Sequence[JudgedDocument]) -> list[dict[str, Any]]:
     """Kinds of error by field, the commonest first: {"field", "kind", "count", "examples": [{id, gold, found}]}."""
-    found: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    errors: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for number, (row, answer) in enumerate(zip(rows, judged, strict=True), start=1):
         name = str(row.get("id", f"document {number}"))
         if not answer.valid_json:
-            found["(answer)", "not JSON"].append({"id": name, "gold": None, "found": answer.text[:200]})
+            errors["(answer)", "not JSON"].append({"id": name, "gold": None, "found": answer.text[:200]})
             continue
         truths = [leaf.gold for leaf in answer.leaves if leaf.gold is not MISSING]
         for leaf in answer.leaves:
             if not leaf.exact:
-                found[leaf.field, _kind(leaf, truths)].append({"id": name, "gold": leaf.gold, "found": leaf.found})
-    commonest = Counter({key: len(each) for key, each in found.items()}).most_common(KINDS_OF_ERROR)
+                errors[leaf.field, _kind(leaf, truths)].append({"id": name, "gold": leaf.gold, "found": leaf.predicted})
+    commonest = Counter({key: len(examples) for key, examples in errors.items()}).most_common(KINDS_OF_ERROR)
     return [
-        {"field": field, "kind": kind, "count": count, "examples": found[field, kind][:EXAMPLES]}
+        {"field": field, "kind": kind, "count": count, "examples": errors[field, kind][:EXAMPLES]}
         for (field, kind), count in commonest
     ]
 
 
 def _kind(leaf: Leaf, truths: Sequence[Any]) -> str:
-    if leaf.found is MISSING:
+    if leaf.predicted is MISSING:
         return "missing"
     if leaf.gold is MISSING:
         return "not asked for"
     if leaf.normalised:
         return "written in another way"
-    return "another field's value" if any(same(truth, leaf.found) for truth in truths) else "wrong value"
+    return "another field's value" if any(same(truth, leaf.predicted) for truth in truths) else "wrong value"

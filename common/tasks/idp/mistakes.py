@@ -61,8 +61,8 @@ def from_elsewhere(answer: Answer, rng: random.Random) -> Any:
     """A date, a number or a line that stands at another place of the document."""
 
     def other(leaf: Any) -> Any:
-        found = [value for value in _candidates(leaf, answer.document) if not same(value, leaf)]
-        return rng.choice(found) if found else leaf
+        alternatives = [value for value in _candidates(leaf, answer.document) if not same(value, leaf)]
+        return rng.choice(alternatives) if alternatives else leaf
 
     return _change_one(answer.fields, rng, other)
 
@@ -106,16 +106,16 @@ def _candidates(leaf: Any, document: str) -> Iterable[Any]:
     """Values in a document that could be taken for a leaf: those of its kind."""
     if isinstance(leaf, bool) or leaf is None:
         return []
-    found = amounts.find(document)
+    numbers = amounts.find(document)
     if isinstance(leaf, int | float):
         whole = isinstance(leaf, int)
-        return [int(each.readings[0]) if whole else float(each.readings[0]) for each in found]
+        return [int(number.readings[0]) if whole else float(number.readings[0]) for number in numbers]
     if date := dates.whole(leaf):
         iso = leaf == date.readings[0].isoformat()  # as a grammar holds it, not as the document has it
         others = dates.find(document)
-        return [each.readings[0].isoformat() if iso else document[each.start : each.end] for each in others]
+        return [other.readings[0].isoformat() if iso else document[other.start : other.end] for other in others]
     if amounts.whole(leaf):
-        return [document[slice(*each.bare)] for each in found]
+        return [document[slice(*number.bare)] for number in numbers]
     return [line.strip() for line in document.splitlines() if line.strip()]
 
 

@@ -45,12 +45,12 @@ def recognise(image: Image, scale: float = 1.0) -> list[Word]:
     """
     import numpy as np
 
-    found = engine()(np.asarray(image.convert("RGB"))[:, :, ::-1])  # it takes blue, green, red
-    if found.boxes is None:
+    result = engine()(np.asarray(image.convert("RGB"))[:, :, ::-1])  # it takes blue, green, red
+    if result.boxes is None:
         return []
-    edges = ((*corners.min(0), *corners.max(0)) for corners in found.boxes)
-    boxes = (tuple(float(edge) / scale for edge in each) for each in edges)
-    return [Word(text, box) for text, box in zip(found.txts, boxes, strict=True)]
+    edges = ((*corners.min(0), *corners.max(0)) for corners in result.boxes)
+    boxes = (tuple(float(edge) / scale for edge in sides) for sides in edges)
+    return [Word(text, box) for text, box in zip(result.txts, boxes, strict=True)]
 
 
 @cache

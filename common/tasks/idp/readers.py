@@ -87,24 +87,26 @@ def read(kind: str, text: str, conventions: Conventions) -> Reading:
 
 
 def _number(text: str, conventions: Conventions) -> Reading:
-    found = amounts.only(text)
-    if found is None:
+    amount = amounts.only(text)
+    if amount is None:
         return Reading(None, "is no number")
-    value, note = found.readings[0], None
-    if found.grouping:
+    value, note = amount.readings[0], None
+    if amount.grouping:
         mark = conventions.decimal_mark
         # Without any other: 1,234 is a thousand and more, 1.234 is one and more.
-        decimal = found.grouping == mark if mark else found.grouping == "."
-        value = found.readings[0 if decimal else 1]
-        note = None if mark else f"could also be {found.readings[1 if decimal else 0]}"
+        decimal = amount.grouping == mark if mark else amount.grouping == "."
+        value = amount.readings[0 if decimal else 1]
+        note = None if mark else f"could also be {amount.readings[1 if decimal else 0]}"
     return Reading(_plain(value), note)
 
 
 def _integer(text: str, conventions: Conventions) -> Reading:
-    found = _number(text, conventions)
-    if found.value is None:
-        return found
-    return Reading(int(found.value), found.note) if found.value == int(found.value) else Reading(None, "is no integer")
+    number = _number(text, conventions)
+    if number.value is None:
+        return number
+    return (
+        Reading(int(number.value), number.note) if number.value == int(number.value) else Reading(None, "is no integer")
+    )
 
 
 def _plain(value: Decimal) -> int | float:
@@ -118,12 +120,12 @@ def _date(text: str, conventions: Conventions) -> Reading:
 
 
 def _read_date(text: str, conventions: Conventions) -> tuple[datetime.date | None, str | None]:
-    found = dates.only(text) or dates.only(text, conventions.language)
-    if found is None:
+    date = dates.only(text) or dates.only(text, conventions.language)
+    if date is None:
         return None, "is no date"
-    if len(found.readings) == 1:
-        return found.readings[0], None
-    by_day, by_month = found.readings
+    if len(date.readings) == 1:
+        return date.readings[0], None
+    by_day, by_month = date.readings
     if conventions.first:
         return (by_day if conventions.first == "day" else by_month), None
     first, others = ("month", by_day) if languages.has_dollars_alone(conventions.document) else ("day", by_month)
@@ -135,30 +137,30 @@ def _read_date(text: str, conventions: Conventions) -> tuple[datetime.date | Non
 
 
 def _time(text: str, conventions: Conventions) -> Reading:
-    found = dates.only_time(text)
-    if found is None:
+    time = dates.only_time(text)
+    if time is None:
         return Reading(None, "is no time")
-    return Reading(found.clock + _offset(found, conventions), _offset_note(found, conventions))
+    return Reading(time.clock + _offset(time, conventions), _offset_note(time, conventions))
 
 
 def _date_time(text: str, conventions: Conventions) -> Reading:
     day, note = _read_date(text, conventions)
     if day is None:
         return Reading(None, note)
-    found = dates.only_time(dates.masked(text).replace("\nT", "\n"))
-    if found is None:
+    time = dates.only_time(dates.masked(text).replace("\nT", "\n"))
+    if time is None:
         return Reading(None, "has no time of the day")
-    notes = [part for part in (note, _offset_note(found, conventions)) if part]
-    return Reading(f"{day.isoformat()}T{found.clock}{_offset(found, conventions)}", "; ".join(notes) or None)
+    notes = [part for part in (note, _offset_note(time, conventions)) if part]
+    return Reading(f"{day.isoformat()}T{time.clock}{_offset(time, conventions)}", "; ".join(notes) or None)
 
 
-def _offset(found: dates.FoundTime, conventions: Conventions) -> str:
-    return found.offset or conventions.settings.utc_offset
+def _offset(time: dates.FoundTime, conventions: Conventions) -> str:
+    return time.offset or conventions.settings.utc_offset
 
 
-def _offset_note(found: dates.FoundTime, conventions: Conventions) -> str | None:
+def _offset_note(time: dates.FoundTime, conventions: Conventions) -> str | None:
     offset = conventions.settings.utc_offset
-    return None if found.offset else f"has no time zone and is taken as of {offset}; --utc_offset decides it"
+    return None if time.offset else f"has no time zone and is taken as of {offset}; --utc_offset decides it"
 
 
 READERS: dict[str, Callable[[str, Conventions], Reading]] = {

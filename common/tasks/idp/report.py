@@ -79,7 +79,7 @@ def format_tables(result: Result) -> str:
         blocks.append(tables.columns(["paired difference", *(HEADINGS[key] for key in COMPARED)], rows))
     if grounded := _grounded(result, names):
         head = ["grounding F1", *grounded[0][1]]
-        blocks.append(tables.columns(head, [[name, *map(text, each.values())] for name, each in grounded]))
+        blocks.append(tables.columns(head, [[name, *map(text, by_field.values())] for name, by_field in grounded]))
     for name, model in zip(names, models, strict=True):
         rows = [
             [field, *(text(figures[key]) for key in FIELD_FIGURES),
@@ -130,11 +130,14 @@ def _grounded(result: Result, names: Sequence[str]) -> list[tuple[str, dict]]:
     if "grounding_f1_of_gold" not in result:
         return []
     gold = result["grounding_f1_of_gold"]
-    found = [(f"{name}, {decoding}", figures["grounding_f1"])
+    answers = [(f"{name}, {decoding}", figures["grounding_f1"])
              for name, model in zip(names, result["models"], strict=True)
              for decoding, figures in _decodings(model)]  # fmt: skip
     blank = {"value": 0.0, "low": 0.0, "high": 0.0}
-    return [("true values", gold), *((name, {key: each.get(key, blank) for key in gold}) for name, each in found)]
+    return [
+        ("true values", gold),
+        *((name, {key: by_field.get(key, blank) for key in gold}) for name, by_field in answers),
+    ]
 
 
 def _decodings(model: dict) -> list[tuple[str, dict]]:
@@ -236,7 +239,7 @@ def _grounding_section(result: Result, names: Sequence[str]) -> list[str]:
     grounded = _grounded(result, names)
     if not grounded:
         return []
-    rows = [[escape(name), *(page.value(figures) for figures in each.values())] for name, each in grounded]
+    rows = [[escape(name), *(page.value(figures) for figures in by_field.values())] for name, by_field in grounded]
     return [
         page.section(
             "Where the values stand",
@@ -273,7 +276,7 @@ def _model_section(model: dict, name: str) -> str:
 
 
 def _example(example: dict[str, Any]) -> str:
-    gold, found = ("" if value is None else json.dumps(value, ensure_ascii=False)
+    gold, predicted = ("" if value is None else json.dumps(value, ensure_ascii=False)
                    for value in (example["gold"], example["found"]))  # fmt: skip
     where = f'<span class="ci inline">{escape(example["id"])}</span>'
-    return f"<code>{escape(gold)}</code> → <code>{escape(found)}</code> {where}"
+    return f"<code>{escape(gold)}</code> → <code>{escape(predicted)}</code> {where}"

@@ -44,7 +44,7 @@ class TrainingRows:
             if (wrong := self._wrong(fields, document, rng)) is not None:
                 dpo.append({"prompt": asked, "chosen": answer, "rejected": wrong, **group})
         if copyist:
-            self.counts = {"fields": copyist.found + copyist.missed, "not_in_document": copyist.missed}
+            self.counts = {"fields": copyist.copied + copyist.missed, "not_in_document": copyist.missed}
         return sft, kd, dpo
 
     def text(self, fields: dict) -> str:
@@ -56,4 +56,4 @@ class TrainingRows:
         if not self.typed:
             return mistakes.rejected(answer, self.asked, rng)
         # What can no longer be read means something else, too.
-        return mistakes.rejected(answer, self.asked, rng, lambda each: self.typed.read(each, document).value)
+        return mistakes.rejected(answer, self.asked, rng, lambda value: self.typed.read(value, document).value)

@@ -29,8 +29,8 @@ def ran_on(value: Any, document: str) -> list[str]:
     """
     known = _letters(document)
     texts = ((path, str(leaf)) for path, leaf in leaves(value) if not isinstance(leaf, bool))
-    found = [path_name(path) for path, text in texts if _repeats(text) and _letters(text) not in known]
-    return found + [path_name(path) for path, items in _lists(value) if _outnumber(items, known)]
+    repeating = [path_name(path) for path, text in texts if _repeats(text) and _letters(text) not in known]
+    return repeating + [path_name(path) for path, items in _lists(value) if _outnumber(items, known)]
 
 
 def message(budget: int, fields: Sequence[str]) -> str:
@@ -55,7 +55,7 @@ def _repeats(text: str) -> bool:
 
 def _lists(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], list]]:
     members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    inner = [found for key, member in members for found in _lists(member, (*path, key))]
+    inner = [below for key, member in members for below in _lists(member, (*path, key))]
     return [(path, value), *inner] if isinstance(value, list) else inner
 
 

@@ -174,7 +174,7 @@ def _ambiguous(everything: list[Node]) -> set[int]:
     held: set[int] = set()
     for node in everything:
         for key in ("anyOf", "oneOf"):
-            branches = [found for branch in node.schema.get(key, ()) if (found := members(branch))]
+            branches = [branch_members for branch in node.schema.get(key, ()) if (branch_members := members(branch))]
             if len(branches) > 1:
                 held |= {id(member) for branch in branches for member in branch}
     return held
@@ -219,15 +219,15 @@ class _Reader:
         kind = next((part[MARK] for part in applied if MARK in part), None)
         if kind is None or not isinstance(written, str):
             return written
-        found = read_choice(written, kind) if isinstance(kind, dict) else read(kind, written, self.conventions)
-        return self._settle(written, found, schemas, path_name(path), required)
+        reading = read_choice(written, kind) if isinstance(kind, dict) else read(kind, written, self.conventions)
+        return self._settle(written, reading, schemas, path_name(path), required)
 
-    def _settle(self, written: str, found: Reading, schemas: list[Any], name: str, required: bool) -> Any:
+    def _settle(self, written: str, reading: Reading, schemas: list[Any], name: str, required: bool) -> Any:
         """The value that was read; else null, nothing or the text, whichever is allowed first."""
-        sentence = f"{name}: '{written}' {found.note}"
-        if found.value is not None:
-            self.notes += [sentence] if found.note else []
-            return found.value
+        sentence = f"{name}: '{written}' {reading.note}"
+        if reading.value is not None:
+            self.notes += [sentence] if reading.note else []
+            return reading.value
         empty = written.strip().lower() in NOTHING
         if all(self.places.fits(None, schema) for schema in schemas):
             self.notes += [] if empty else [f"{sentence}, and is null"]

@@ -41,7 +41,7 @@ def test_an_item_that_was_missed_costs_its_own_leaves_only():
     agreeing, of_found, of_gold = counts([compare(INVOICE, found)], EXACT)[0]
     assert (agreeing, of_found, of_gold) == (5, 5, 7)
     lines = [leaf for leaf in compare(INVOICE, found) if leaf.field.startswith("lines") and not leaf.exact]
-    assert [(leaf.field, leaf.gold, leaf.found) for leaf in lines] == [
+    assert [(leaf.field, leaf.gold, leaf.predicted) for leaf in lines] == [
         ("lines[].item", "Cable", None),
         ("lines[].qty", 2, None),
     ]

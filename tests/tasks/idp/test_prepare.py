@@ -116,7 +116,7 @@ def test_a_mistake_of_each_kind(mistake):
     for each in wrong:
         assert each != fields
         if mistake is mistakes.from_elsewhere:
-            (leaf,) = [leaf.found for leaf in compare_in_place(fields, each)]
+            (leaf,) = [leaf.predicted for leaf in compare_in_place(fields, each)]
             assert leaf in document
         elif mistake is mistakes.swapped_lines:
             assert each["total"] == fields["total"]

@@ -314,7 +314,7 @@ def test_fields_are_copied_as_the_document_has_them():
         "lines": [{"price": "3,00"}, {"price": "1.234,00"}, {"price": "5,00-"}],
     }  # fmt: skip
     assert TYPED.read(written, DOCUMENT).value == fields
-    assert (copyist.found, copyist.missed) == (7, 0)
+    assert (copyist.copied, copyist.missed) == (7, 0)
 
 
 def test_what_the_document_lacks_is_written_so_that_it_reads_the_same():
@@ -323,7 +323,7 @@ def test_what_the_document_lacks_is_written_so_that_it_reads_the_same():
     written = copyist.written(fields, DOCUMENT)
     assert written == {"date": "2019-05-01", "total": "-1.2340", "pages": "7", "currency": "USD"}
     assert TYPED.read(written, DOCUMENT).value == fields
-    assert (copyist.found, copyist.missed) == (0, 4)
+    assert (copyist.copied, copyist.missed) == (0, 4)
 
 
 def test_an_ambiguous_date_is_copied_by_the_value_that_is_known():
