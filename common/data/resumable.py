@@ -120,8 +120,8 @@ def _drop(stale: Iterable[Path]) -> None:
 
 def windows(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
     """The rows in lists of so many; the last may have fewer."""
-    while batch := list(islice(rows, size)):
-        yield batch
+    while some := list(islice(rows, size)):
+        yield some
 
 
 def whole_lines(path: Path) -> tuple[int, bytes]:

@@ -70,7 +70,7 @@ class Rounds:
 
     def steps_before(self, number: int) -> int:
         """Optimizer steps of the rounds before one."""
-        return sum((run_record.read(self.folder(each)) or {})["steps"] for each in range(1, number))
+        return sum((run_record.read(self.folder(earlier)) or {})["steps"] for earlier in range(1, number))
 
     def student_before(self, number: int) -> str:
         """The model that enters a round."""
@@ -108,7 +108,7 @@ def train(
     done: list[RoundStatistics] = []
     for number in range(1, settings.rounds + 1):
         done.append(one_round(rounds, number, done))
-        record.write(rounds=[asdict(each) for each in done])
+        record.write(rounds=[asdict(statistics) for statistics in done])
         round_statistics.write(settings.save_dir, done)
     close(rounds, done)
 
@@ -261,9 +261,9 @@ def close(rounds: Rounds, done: Sequence[RoundStatistics]) -> None:
         shutil.copytree(last, copied, ignore=shutil.ignore_patterns(*OWN_FILES))
         checkpoints.put_files(copied, folder)
     history = [
-        entry | {"step": entry["step"] + rounds.steps_before(each.round)}
-        for each in done
-        for entry in progress.read_loss_curve(rounds.folder(each.round))
+        entry | {"step": entry["step"] + rounds.steps_before(statistics.round)}
+        for statistics in done
+        for entry in progress.read_loss_curve(rounds.folder(statistics.round))
     ]
     progress.write_loss_curve(str(folder), history)
     losses = [entry["loss"] for entry in history if "loss" in entry]

@@ -119,7 +119,7 @@ def write(folder: str, rounds: Sequence[RoundStatistics]) -> None:
     with atomic_write(Path(folder) / "rounds.csv") as handle:
         lines = csv.DictWriter(handle, names, lineterminator="\n")
         lines.writeheader()
-        lines.writerows(asdict(each) for each in rounds)
+        lines.writerows(asdict(statistics) for statistics in rounds)
     with atomic_write(Path(folder) / "rounds.png", "wb") as handle:
         handle.write(plot(rounds))
 
@@ -137,12 +137,16 @@ def plot(rounds: Sequence[RoundStatistics]) -> bytes:
     figure = plots.new_figure(5.6, 7.4)
     for axes, (ylabel, lines) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         heights = [0.0]
-        for place, (name, words) in enumerate(lines.items()):
-            known = [(each.round, getattr(each, name)) for each in rounds if getattr(each, name) is not None]
+        for index, (name, words) in enumerate(lines.items()):
+            known = [
+                (statistics.round, getattr(statistics, name))
+                for statistics in rounds
+                if getattr(statistics, name) is not None
+            ]
             if known:
-                axes.plot(*zip(*known, strict=True), marker="o", color=plots.COLOURS[place], label=words)
+                axes.plot(*zip(*known, strict=True), marker="o", color=plots.COLOURS[index], label=words)
                 heights += [height for _, height in known]
-        axes.set_xticks([each.round for each in rounds])
+        axes.set_xticks([statistics.round for statistics in rounds])
         low, high = min(heights), max(max(heights), LEAST_HEIGHT)
         axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))  # an estimate of a KL can be below 0
         if axes.lines:

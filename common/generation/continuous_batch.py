@@ -181,8 +181,8 @@ class ContinuousBatch:
         if len(kept) == len(self._rows):
             return
         if kept:
-            places = [place for place, row in enumerate(self._rows) if row in kept]
-            row_cache.keep(self._cache, places, max(row.length for row in kept) - 1)
+            indices = [index for index, row in enumerate(self._rows) if row in kept]
+            row_cache.keep(self._cache, indices, max(row.length for row in kept) - 1)
         else:
             self._cache = None
         self._rows = kept
@@ -201,12 +201,12 @@ class ContinuousBatch:
                 read[row.ids] = self._read(row.ids)
         caches = [read[row.ids][0] for row in entering]
         ended = self._choose(entering, torch.cat([read[row.ids][1] for row in entering]))
-        going_on = [place for place, row in enumerate(entering) if row not in ended]
+        going_on = [index for index, row in enumerate(entering) if row not in ended]
         if going_on:
-            of_rows = [caches[place] for place in going_on]
+            of_rows = [caches[index] for index in going_on]
             joined = [self._cache, *of_rows] if self._rows else of_rows
             self._cache = row_cache.join(joined) if len(joined) > 1 else joined[0]
-            self._rows += [entering[place] for place in going_on]
+            self._rows += [entering[index] for index in going_on]
         return self._answers(ended)
 
     def _has_room(self, entering: list[_Row]) -> bool:
@@ -249,14 +249,14 @@ class ContinuousBatch:
     def _choose(self, rows: list[_Row], logits: torch.Tensor) -> dict[_Row, bool]:
         """Take each row's next token; those that it ends, with whether they ended by themselves."""
         scores = logits.to(torch.float32, copy=True)
-        scored = [place for place, row in enumerate(rows) if row.wanted.logprobs]
+        scored = [index for index, row in enumerate(rows) if row.wanted.logprobs]
         own = logits[scored].float()  # of the model, before anything changes them
         chosen = _chosen(rows, _steered(rows, scores))
-        found = own.gather(1, chosen[scored][:, None])[:, 0] - own.logsumexp(dim=1)
-        logprobs = dict(zip(scored, found.tolist(), strict=True))
+        values = own.gather(1, chosen[scored][:, None])[:, 0] - own.logsumexp(dim=1)
+        logprobs = dict(zip(scored, values.tolist(), strict=True))
         ended = {}
-        for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            row.take(token, logprobs.get(place))
+        for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            row.take(token, logprobs.get(index))
             if row.wanted.streamer:
                 row.wanted.streamer.put(torch.tensor([token]))
             by_itself = token in self.ends or row.stopped()
@@ -288,12 +288,12 @@ def _steered(rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
     """The scores [rows, columns] as each row's steering changes them, those of a kind together."""
     kinds = {type(row.steering) for row in rows if row.steering}
     for kind in kinds:
-        places = [place for place, row in enumerate(rows) if type(row.steering) is kind]
-        steerings = [rows[place].steering for place in places]
-        if len(places) == len(rows):
+        indices = [index for index, row in enumerate(rows) if type(row.steering) is kind]
+        steerings = [rows[index].steering for index in indices]
+        if len(indices) == len(rows):
             scores = kind.change_all(steerings, scores)
         else:
-            scores[places] = kind.change_all(steerings, scores[places])
+            scores[indices] = kind.change_all(steerings, scores[indices])
     return scores
 
 
@@ -302,10 +302,10 @@ def _chosen(rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
     chosen = scores.argmax(dim=1)
     kinds = {(row.wanted.drawn.temperature, row.wanted.drawn.top_p) for row in rows if row.wanted.drawn}
     for kind in kinds:
-        places = [
-            place
-            for place, row in enumerate(rows)
+        indices = [
+            index
+            for index, row in enumerate(rows)
             if row.wanted.drawn and (row.wanted.drawn.temperature, row.wanted.drawn.top_p) == kind
         ]
-        chosen[places] = draw(scores[places], [rows[place].stream for place in places], *kind)
+        chosen[indices] = draw(scores[indices], [rows[index].stream for index in indices], *kind)
     return chosen

@@ -156,7 +156,7 @@ class JsonRow(Steering):
         if scores.shape[1] != grammar.columns:
             raise ValueError(f"scores have {scores.shape[1]} columns, the grammar was made for {grammar.columns}")
         bitmask = torch.empty(len(rows), (grammar.tokens.vocab_size + 31) // 32, dtype=torch.int32)
-        open_rows = [(row.matcher, place) for place, row in enumerate(rows) if not row.matcher.is_stopped()]
+        open_rows = [(row.matcher, index) for index, row in enumerate(rows) if not row.matcher.is_stopped()]
         if open_rows:
             llguidance.torch.fill_next_token_bitmask_par(_executor(torch.get_num_threads()), open_rows, bitmask)
         for row, bits, own in zip(rows, bitmask, scores, strict=True):

@@ -221,8 +221,8 @@ def fit_vector_scaling(
     bias -= bias.mean()
     calibration = Calibration(tuple(labels), "fitted", tuple(prior_vector), tuple(bias), temperature)
 
-    def likelihood(some: Calibration) -> float:
-        return float(-(weights * log_probabilities(some.apply(raw).probabilities)[np.arange(rows), y]).sum())
+    def likelihood(calibration: Calibration) -> float:
+        return float(-(weights * log_probabilities(calibration.apply(raw).probabilities)[np.arange(rows), y]).sum())
 
     before = Calibration(tuple(labels), "prior", tuple(prior_vector))
     counts = np.bincount(y, minlength=classes)

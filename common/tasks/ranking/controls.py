@@ -41,7 +41,7 @@ def controls(
     if len(set(train_y)) < 2:
         raise UserError("controls need training rows of at least two labels; give a file with more of them")
     answers = {TFIDF: _tfidf(train_texts, train_y, texts)}
-    tables = [[dict(split_features(text)) for text in some] for some in (train_texts, texts)]
+    tables = [[dict(split_features(text)) for text in part] for part in (train_texts, texts)]
     if all(sum(len(row) > 1 for row in table) >= LISTED * len(table) for table in tables):
         answers[BOOSTING] = _boosting(*tables, np.asarray(train_y), groups or range(len(train_y)), seed)
     seen = np.unique(np.asarray(train_y))

@@ -183,10 +183,10 @@ def clean_value(key: str, text: str, tally: Counter[str] | None = None) -> str:
 
 def _ungrouped(text: str) -> str | None:
     """A number with thousands separators or a decimal comma, as a plain one; None for any other text."""
-    found = GROUPED.fullmatch(text) or DOTTED.fullmatch(text)
-    if not found:
+    match = GROUPED.fullmatch(text) or DOTTED.fullmatch(text)
+    if not match:
         return None
-    whole, *decimals = [part for part in found.groups() if part]
+    whole, *decimals = [part for part in match.groups() if part]
     return ".".join([re.sub(r"[^\d-]", "", whole), *decimals])
 
 

@@ -93,11 +93,11 @@ def _same_rows(baseline: dict, now: dict) -> np.ndarray | None:
     """For each row of `now` its place in `baseline`; None unless both hold the same ids, once each, and labels."""
     if not (baseline.get("rows") and now.get("rows")):
         return None
-    place = {row: i for i, row in enumerate(baseline["rows"]["ids"])}
+    index_of = {row: i for i, row in enumerate(baseline["rows"]["ids"])}
     ids = now["rows"]["ids"]
-    if len(place) != len(baseline["rows"]["ids"]) or len(set(ids)) != len(ids) or place.keys() != set(ids):
+    if len(index_of) != len(baseline["rows"]["ids"]) or len(set(ids)) != len(ids) or index_of.keys() != set(ids):
         return None
-    order = np.array([place[row] for row in ids])
+    order = np.array([index_of[row] for row in ids])
     return order if np.array_equal(np.asarray(baseline["rows"]["y"])[order], now["rows"]["y"]) else None
 
 

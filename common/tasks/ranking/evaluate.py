@@ -171,7 +171,7 @@ def evaluate_model(
     classifier = Classifier.load(source, task, settings)
     texts = [row[task.text_field] for row in rows]
     scored = (store or AnswerStore(None)).windows(
-        texts, KEPT, [*adapters.identity(source), task.record()], lambda some: classifier.raw_scores(some).tolist()
+        texts, KEPT, [*adapters.identity(source), task.record()], lambda batch: classifier.raw_scores(batch).tolist()
     )
     windows, times = zip(*scored, strict=True)
     raw, seconds = np.array([row for window in windows for row in window], dtype=np.float32), sum(times)

@@ -104,7 +104,7 @@ def guess(path: str) -> Guess:
             f"{', '.join(column.name for column in columns)}; describe the task as recipes/ticket_severity.yaml does"
         )
     group = next((column.name for column in columns if column != label and GROUP.fullmatch(column.name)), None)
-    rest = [each for each in columns if each != label and len(each.counts) > 1 and not each.is_identity]
+    rest = [column for column in columns if column != label and len(column.counts) > 1 and not column.is_identity]
     free = [column for column in rest if column.words >= FREE_TEXT]
     texts = tuple(column.name for column in free or rest)
     if not texts:
@@ -152,32 +152,32 @@ def _notes(label: Column, able: Sequence[Column], others: Sequence[str], group: 
     return notes
 
 
-def to_yaml(found: Guess, path: str) -> str:
+def to_yaml(guessed: Guess, path: str) -> str:
     """The text of a task's YAML file, with notes as comments.
 
     Args:
         path: of the rows, for the task's name.
     """
-    labels = [value for value, _ in found.label.counts.most_common()]
-    what = found.label.name.replace("_", " ").strip()
-    several = len(found.texts) > 1
+    labels = [value for value, _ in guessed.label.counts.most_common()]
+    what = guessed.label.name.replace("_", " ").strip()
+    several = len(guessed.texts) > 1
     settings: dict[str, Any] = {
-        "name": NAME.sub("_", f"{Path(path).name.partition('.')[0]}_{found.label.name}").strip("_"),
+        "name": NAME.sub("_", f"{Path(path).name.partition('.')[0]}_{guessed.label.name}").strip("_"),
         "labels": labels,
         "instruction": f"Choose the {what} of this text: {', '.join(labels[:-1])} or {labels[-1]}. "
         f"Return only the {what}.",
     }
     if several:
-        settings |= {"text_field": "text" if "text" not in found.texts else "whole_text"}
-        settings |= {"text_columns": list(found.texts)}
+        settings |= {"text_field": "text" if "text" not in guessed.texts else "whole_text"}
+        settings |= {"text_columns": list(guessed.texts)}
     else:
-        settings |= {"text_field": found.texts[0]}
-    settings |= {"label_field": found.label.name}
-    if found.group:
-        settings |= {"group_key": found.group}
+        settings |= {"text_field": guessed.texts[0]}
+    settings |= {"label_field": guessed.label.name}
+    if guessed.group:
+        settings |= {"group_key": guessed.group}
     comments = [
         f"# Guessed from {Path(path).name}: look at every line before training on it (docs/add-a-label-set.md).",
         "# Put the labels into the order that tables are to have, the instruction into your own words.",
-        *(f"# {note}" for note in found.notes),
+        *(f"# {note}" for note in guessed.notes),
     ]
     return "\n".join(comments) + "\n" + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110)

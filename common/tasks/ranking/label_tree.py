@@ -65,13 +65,13 @@ class LabelTree:
     def branches(self) -> list[list[int]]:
         """The inner nodes from the root's children down to each that has no inner child, in the order of `tokens`."""
         leaves = [node for node in range(1, len(self.parents)) if node not in self.parents]
-        found = []
+        branches = []
         for node in leaves:
             branch = [node]
             while self.parents[branch[0]] > 0:
                 branch.insert(0, self.parents[branch[0]])
-            found.append(branch)
-        return found
+            branches.append(branch)
+        return branches
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> list[list[list[list[int]]]]:

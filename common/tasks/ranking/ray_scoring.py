@@ -130,18 +130,18 @@ def inspect_all(source: FileSystem, blocks: list[Block], scoring: FileScoring) -
     from ray.data import from_items
 
     task = scoring.task
-    found = from_items(blocks, override_num_blocks=len(blocks)).map(row_blocks.inspect, fn_args=(source, task))
+    inspected = from_items(blocks, override_num_blocks=len(blocks)).map(row_blocks.inspect, fn_args=(source, task))
     first: dict[str, int] = {}
     parts = []
-    for block in sorted(found.iter_rows(), key=lambda block: (block["file"], block["start"])):
+    for block in sorted(inspected.iter_rows(), key=lambda block: (block["file"], block["start"])):
         broken, fault, fault_at = (block.pop(key) for key in ("broken", "fault", "fault_at"))
         block["first"] = first.setdefault(block["file"], 1)
         first[block["file"]] += block["rows"]
         if broken:
             raise UserError(f"{block['file']} cannot be read ({broken}); copy or download it again")
         if fault and not scoring.skip_bad_rows:
-            place = f"{block['file']}, row {block['first'] + fault_at}"
-            raise UserError(f"{place}: {fault}; mend the row, or pass --skip_bad_rows")
+            position = f"{block['file']}, row {block['first'] + fault_at}"
+            raise UserError(f"{position}: {fault}; mend the row, or pass --skip_bad_rows")
         if block["rows"]:
             parts.append(block | {"part": len(parts)})
     if not any(block["good"] for block in parts):
@@ -274,8 +274,8 @@ def check_all(target: FileSystem, folder: str, blocks: list[Block]) -> None:
     """
     from ray.data import from_items
 
-    found = from_items(blocks, override_num_blocks=len(blocks)).map(check, fn_args=(target, folder))
-    wrong = {_part(each) for each in found.iter_rows() if not each["right"]}
+    checked = from_items(blocks, override_num_blocks=len(blocks)).map(check, fn_args=(target, folder))
+    wrong = {_part(row) for row in checked.iter_rows() if not row["right"]}
     for name in wrong & _names(target, folder):
         target.delete_file(f"{folder}/{name}")
     if wrong:

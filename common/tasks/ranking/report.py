@@ -114,13 +114,13 @@ def _verdict(interval: dict[str, float], more: bool) -> int:
 
 def _worst_confusion(model: dict, labels: Sequence[str]) -> tuple[str, str, float] | None:
     """(true label, the wrong label it is most often given, share of its rows); None without a mistake."""
-    found = None
+    worst = None
     for i, row in enumerate(model["confusion_matrix"]):
         for j, count in enumerate(row):
             share = count / max(1, sum(row))
-            if i != j and count and (found is None or share > found[2]):
-                found = (labels[i], labels[j], share)
-    return found
+            if i != j and count and (worst is None or share > worst[2]):
+                worst = (labels[i], labels[j], share)
+    return worst
 
 
 # Terminal.
@@ -228,8 +228,8 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
 
 
 def _headline(result: Result, names: Sequence[str]) -> str:
-    place = min(_best(result, "accuracy", True))
-    model, name = result["models"][place], f"<em>{escape(names[place])}</em>"
+    index = min(_best(result, "accuracy", True))
+    model, name = result["models"][index], f"<em>{escape(names[index])}</em>"
     rows = f"{result['n']:,} {'' if result['split'] == 'all' else escape(str(result['split'])) + ' '}rows"
     right = page.percent(model["accuracy"]["value"])
     if len(names) == 1:
@@ -244,8 +244,8 @@ def _headline(result: Result, names: Sequence[str]) -> str:
 
 def _lead(result: Result) -> str:
     names, models = results.model_names(result), result["models"]
-    place = min(_best(result, "accuracy", True))
-    best, labels = models[place], result["labels"]
+    index = min(_best(result, "accuracy", True))
+    best, labels = models[index], result["labels"]
     supports = [best["per_class"][label]["support"] for label in labels]
     listed = ", ".join(map(escape, labels[:6])) + (f" and {len(labels) - 6} more" if len(labels) > 6 else "")
     short = {model["model_dir"]: name for model, name in zip(models, names, strict=True)}

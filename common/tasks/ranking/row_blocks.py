@@ -107,9 +107,9 @@ def cut(system: FileSystem, root: str, files: list[FileInfo], task: LabelTask) -
         if file.path.endswith(".parquet"):
             try:
                 with system.open_input_file(file.path) as handle:
-                    found = parquet.ParquetFile(handle)
-                    columns = found.schema_arrow.names
-                    groups = [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
+                    parquet_file = parquet.ParquetFile(handle)
+                    columns = parquet_file.schema_arrow.names
+                    groups = [parquet_file.metadata.row_group(i).num_rows for i in range(parquet_file.num_row_groups)]
             except ArrowException as error:
                 raise UserError(f"{file.path} is not Parquet ({error}); write it again, or rename it") from error
             _check_columns(file.path, columns, task)
@@ -223,17 +223,17 @@ def inspect(block: Block, system: FileSystem, task: LabelTask) -> Block:
     """
     from pyarrow import ArrowException
 
-    found = {"rows": 0, "good": 0, "bad": 0, "broken": "", "fault": "", "fault_at": 0}
+    result = {"rows": 0, "good": 0, "bad": 0, "broken": "", "fault": "", "fault_at": 0}
     try:
-        for place, row in enumerate(_rows(system, block, task)):
-            found["rows"] += 1
+        for index, row in enumerate(_rows(system, block, task)):
+            result["rows"] += 1
             if task.text_of(row) is not None:
-                found["good"] += 1
+                result["good"] += 1
             elif row is not BLANK:
-                found["bad"] += 1
-                if found["bad"] == 1:
-                    found["fault"] = str(row) if isinstance(row, ValueError) else f"no text under '{task.text_field}'"
-                    found["fault_at"] = place
+                result["bad"] += 1
+                if result["bad"] == 1:
+                    result["fault"] = str(row) if isinstance(row, ValueError) else f"no text under '{task.text_field}'"
+                    result["fault_at"] = index
     except (ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
-        found["broken"] = reason(error)
-    return block | found
+        result["broken"] = reason(error)
+    return block | result
