@@ -56,36 +56,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
-    if len(set(args.model_dir)) < len(args.model_dir):
-        raise cli.UserError("--model_dir names the same model twice; name each once")
-    if not args.data and not args.fit_calibration:
-        raise cli.UserError("give --data with the documents to judge on, or --fit_calibration with dev ones, or both")
-    if args.report_dir and not args.data:
-        raise cli.UserError("--report_dir needs --data with the documents to judge on")
-    for model_dir in args.model_dir:
-        models.check_model_dir(model_dir, args.base)
-        if args.fit_calibration and not Path(model_dir).is_dir():
-            raise cli.UserError(f"--fit_calibration writes into the model's folder, and {model_dir} is not one")
+    _check_flags(args)
     schema = idp_flags.schema_of(args.schema, *args.model_dir)
     preflight = json_schema.preflight(schema, args.best_effort or args.decoding == "unconstrained")
 
     from common.tasks.idp import evaluate, metrics, report
-    from common.tasks.idp import rows as idp_rows
     from common.tasks.idp.answer_form import form_of
-    from common.tasks.idp.extractor import Extractor
 
-    settings = idp_flags.extraction_settings(args)
     if args.fit_calibration:
-        dev = idp_rows.read(args.fit_calibration, schema, args.skip_bad_rows)
-        for model_dir in args.model_dir:
-            evaluate.check_unseen(model_dir, dev, args.fit_calibration)
-        for model_dir in args.model_dir:
-            loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
-            extractor = Extractor(loaded, schema, preflight, settings, form_of(model_dir, args.typed_fields))
-            evaluate.fit_calibration(model_dir, dev, args.fit_calibration, extractor)
-        model_card.refresh(args.model_dir)
+        _fit_calibration(args, schema, preflight)
         if not args.data:
             return
+    settings = idp_flags.extraction_settings(args)
     selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows)
     rows = evaluate.choose_rows(selection, schema)
     decodings = ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,)
@@ -123,6 +105,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
         model_card.refresh(args.model_dir)
     print(report.json_line(result))
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError where the flags do not go together."""
+    if len(set(args.model_dir)) < len(args.model_dir):
+        raise cli.UserError("--model_dir names the same model twice; name each once")
+    if not args.data and not args.fit_calibration:
+        raise cli.UserError("give --data with the documents to judge on, or --fit_calibration with dev ones, or both")
+    if args.report_dir and not args.data:
+        raise cli.UserError("--report_dir needs --data with the documents to judge on")
+    for model_dir in args.model_dir:
+        models.check_model_dir(model_dir, args.base)
+        if args.fit_calibration and not Path(model_dir).is_dir():
+            raise cli.UserError(f"--fit_calibration writes into the model's folder, and {model_dir} is not one")
+
+
+def _fit_calibration(args: argparse.Namespace, schema: json_schema.Schema, preflight: json_schema.Preflight) -> None:
+    """Fit the confidences of every model on the dev documents. Raises UserError: a model was trained on them."""
+    from common.tasks.idp import evaluate
+    from common.tasks.idp import rows as idp_rows
+    from common.tasks.idp.answer_form import form_of
+    from common.tasks.idp.extractor import Extractor
+
+    settings = idp_flags.extraction_settings(args)
+    dev = idp_rows.read(args.fit_calibration, schema, args.skip_bad_rows)
+    for model_dir in args.model_dir:
+        evaluate.check_unseen(model_dir, dev, args.fit_calibration)
+    for model_dir in args.model_dir:
+        loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
+        extractor = Extractor(loaded, schema, preflight, settings, form_of(model_dir, args.typed_fields))
+        evaluate.fit_calibration(model_dir, dev, args.fit_calibration, extractor)
+    model_card.refresh(args.model_dir)
 
 
 if __name__ == "__main__":

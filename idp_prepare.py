@@ -56,20 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.src and not args.schema:
         raise UserError("--src needs --schema with the JSON Schema of its fields")
     records.check_outdir(outdir, args.src, OUTPUT_FILES)
-    texts: dict[str, str] = {}
-    if args.schema:
-        schema = json_schema.load(args.schema)
-        json_schema.preflight(schema, best_effort=True)  # stops at a schema that no fields can satisfy
-    else:
-        schema = idp_synthesis.SCHEMA
-        texts[SCHEMA_FILE] = json_text(schema)
-        _keep_other_schema(outdir / SCHEMA_FILE, schema)
-    if args.src:
-        name = Path(args.src).name
-        rows = idp_rows.read(args.src, schema, args.skip_bad_rows)
-    else:
-        name = f"--synthesize {args.synthesize} --seed {args.seed}"
-        rows = _synthetic_rows(args, schema)
+    schema = _schema_of(args, outdir)
+    texts = {} if args.schema else {SCHEMA_FILE: json_text(schema)}
+    name = Path(args.src).name if args.src else f"--synthesize {args.synthesize} --seed {args.seed}"
+    rows = idp_rows.read(args.src, schema, args.skip_bad_rows) if args.src else _synthetic_rows(args, schema)
 
     parts: dict[str, list[dict]] = {part: [] for part in splits.PARTS}
     for row in rows:
@@ -114,6 +104,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_together(outdir, texts | {"idp_manifest.json": json_text(manifest)})
     _print_summary(manifest, outdir)
+
+
+def _schema_of(args: argparse.Namespace, outdir: Path) -> json_schema.Schema:
+    """--schema's, else that of the invoices that are made up."""
+    if not args.schema:
+        _keep_other_schema(outdir / SCHEMA_FILE, idp_synthesis.SCHEMA)
+        return idp_synthesis.SCHEMA
+    schema = json_schema.load(args.schema)
+    json_schema.preflight(schema, best_effort=True)  # stops at a schema that no fields can satisfy
+    return schema
 
 
 def _synthetic_rows(args: argparse.Namespace, schema: json_schema.Schema) -> list[dict]:

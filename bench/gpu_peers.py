@@ -58,21 +58,7 @@ def unsloth(settings: dict[str, Any]) -> Turn:
     def turn() -> dict[str, Any]:
         trainer = SFTTrainer(
             model=model,
-            args=SFTConfig(
-                output_dir=settings["save_dir"],
-                per_device_train_batch_size=settings["batch"],
-                max_steps=settings["steps"],
-                learning_rate=settings["learning_rate"],
-                lr_scheduler_type="cosine",
-                warmup_steps=0.03,
-                max_length=settings["max_len"],
-                bf16=cuda,
-                use_cpu=not cuda,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=settings["seed"],
-            ),
+            args=SFTConfig(**_sft_settings(settings, cuda)),
             train_dataset=Dataset.from_list(settings["rows"]),
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             processing_class=tokenizer,
@@ -83,6 +69,25 @@ def unsloth(settings: dict[str, Any]) -> Turn:
         return {"seconds": marks[-1] - marks[settings["warm_up"] - 1]}
 
     return turn
+
+
+def _sft_settings(settings: dict[str, Any], cuda: bool) -> dict[str, Any]:
+    """What TRL's SFTConfig is given."""
+    return {
+        "output_dir": settings["save_dir"],
+        "per_device_train_batch_size": settings["batch"],
+        "max_steps": settings["steps"],
+        "learning_rate": settings["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "max_length": settings["max_len"],
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": settings["seed"],
+    }
 
 
 def vllm(settings: dict[str, Any]) -> Turn:

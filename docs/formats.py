@@ -111,15 +111,26 @@ def _example(schema: dict[str, Any]) -> str:
 
 def text(note: str) -> str:
     """The page."""
-    rows = [(keyword, *treatment(keyword, schema)) for keyword, schema in EXAMPLES.items()]
-    kinds = {kind: [keyword for keyword, found, _ in rows if found == kind] for kind in WORDS.values()}
-    known = known_formats()
     lines = [
         "# Formats",
         "",
         note,
         "What of a JSON Schema is kept to, how dates and amounts are read, and which files the scripts take.",
         "",
+        *_schema_section(),
+        "",
+        *_values_section(),
+        "",
+        *_files_section(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _schema_section() -> list[str]:
+    rows = [(keyword, *treatment(keyword, schema)) for keyword, schema in EXAMPLES.items()]
+    kinds = {kind: [keyword for keyword, treated, _ in rows if treated == kind] for kind in WORDS.values()}
+    exceptions = [(keyword, case, schema, *treatment(keyword, schema)) for keyword, case, schema in EXCEPTIONS]
+    return [
         "## JSON Schema",
         "",
         "The dialect is draft 2020-12, with formats. A keyword is",
@@ -140,27 +151,30 @@ def text(note: str) -> str:
         "",
         "| keyword | case | example | |",
         "| --- | --- | --- | --- |",
-    ]
-    for keyword, case, schema in EXCEPTIONS:
-        found, reason = treatment(keyword, schema)
-        lines.append(f"| `{keyword}` | {case} | {_example(schema)} | {found}: {reason} |")
-    lines += [
+        *(
+            f"| `{keyword}` | {case} | {_example(schema)} | {treated}: {reason} |"
+            for keyword, case, schema, treated, reason in exceptions
+        ),
         "",
         "Refused, and what to write instead:",
         "",
         "| keyword | |",
         "| --- | --- |",
-        *(f"| `{keyword}` | {reason} |" for keyword, found, reason in rows if found == "refused"),
+        *(f"| `{keyword}` | {reason} |" for keyword, treated, reason in rows if treated == "refused"),
         "",
         "| format | |",
         "| --- | --- |",
-        *(f"| `{name}` | {kind} |" for name, kind in known.items()),
+        *(f"| `{name}` | {kind} |" for name, kind in known_formats().items()),
         "| any other | refused: give a `pattern` instead |",
         "",
         f"A schema may have {json_schema.MAX_BYTES // 1024} KiB, {json_schema.MAX_DEPTH} levels,",
         f"{json_schema.MAX_NODES:,} schemas, and {json_schema.MAX_PROPERTIES:,} entries in one object.",
         "One that nothing can satisfy is refused, with the place of the contradiction.",
-        "",
+    ]
+
+
+def _values_section() -> list[str]:
+    return [
         "## Dates and amounts",
         "",
         "Typed fields are copied as the document has them and read ([IDP](idp.md#dates-times-and-numbers)). Normalised",
@@ -176,7 +190,11 @@ def text(note: str) -> str:
         "",
         "Two digits of a year mean 20xx, from 69 on 19xx. Where day and month cannot be told apart, two dates agree",
         "only in the same order.",
-        "",
+    ]
+
+
+def _files_section() -> list[str]:
+    return [
         "## Files",
         "",
         "All text is UTF-8, a byte-order mark is dropped, and a gzip or Parquet file is known by its bytes, whatever",
@@ -191,7 +209,6 @@ def text(note: str) -> str:
         "`answers.parquet`, in which each entry of an object has a column (`scores.Good`), and `creditmix_prepare.py",
         "--format csv|parquet|jsonl` for the rows that the trainers take.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 ROWS = "JSONL, a JSON list, CSV or Parquet"

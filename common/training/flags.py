@@ -22,6 +22,12 @@ def add_flags(
     parser: argparse.ArgumentParser, defaults: type[TrainSettings] = TrainSettings, *, data_required: bool = True
 ) -> None:
     """The flags that every trainer has; names are Hugging Face's where it has one, others' are accepted."""
+    _add_run_flags(parser, defaults, data_required)
+    _add_optimisation_flags(parser, defaults)
+    _add_adapter_flags(parser, defaults)
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, defaults: type[TrainSettings], data_required: bool) -> None:
     run = parser.add_argument_group("run")
     names = ("--student", "--student_model", "--student_model_name")
     run.add_argument(*names, required=True, help="base model: a folder or a Hub id")
@@ -45,6 +51,9 @@ def add_flags(
         "--max_len", type=cli.positive_int, default=defaults.max_len, help="tokens a row, prompt and completion"
     )
     run.add_argument("--report_to", default=defaults.report_to, help="none, tensorboard, wandb, ... (as transformers)")
+
+
+def _add_optimisation_flags(parser: argparse.ArgumentParser, defaults: type[TrainSettings]) -> None:
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--epochs", type=float, default=defaults.epochs)
     steps.add_argument("--max_steps", type=int, default=defaults.max_steps, help="optimizer steps; -1 = use --epochs")
@@ -79,6 +88,9 @@ def add_flags(
     )
     steps.add_argument("--logging_steps", type=cli.positive_int, default=defaults.logging_steps)
     steps.add_argument("--seed", type=int, default=defaults.seed)
+
+
+def _add_adapter_flags(parser: argparse.ArgumentParser, defaults: type[TrainSettings]) -> None:
     adapter = parser.add_argument_group("adapter and precision")
     adapter.add_argument(
         "--lora_r", type=cli.whole_number, default=defaults.lora_r, help="rank; 0 trains all weights, without LoRA"

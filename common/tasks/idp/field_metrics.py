@@ -219,7 +219,7 @@ def line_counts(rows: Sequence[Sequence[Leaf]], agreement: Callable[[Leaf], floa
             if leaf.line:
                 lines.setdefault(leaf.line, []).append(leaf)
         for line, members in lines.items():
-            sides = [any(getattr(leaf, side) is not MISSING for leaf in members) for side in ("found", "gold")]
+            sides = [any(getattr(leaf, side) is not MISSING for leaf in members) for side in ("predicted", "gold")]
             by_list[list_name(line)][number] += [all(map(agreement, members)), *sides]
     return by_list
 

@@ -202,22 +202,10 @@ def fit_vector_scaling(
     centred = raw - raw.mean(axis=1, keepdims=True)  # softmax ignores what all labels share
     scale = max(float(centred.std()), 1e-6)  # so that the same step and the same sd suit sharp and flat models
     centred /= scale
-    targets = np.eye(classes)[y]
     start = np.concatenate([[scale], -prior_vector + prior_vector.mean()])
-
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        """Mean weighted negative log-likelihood plus the Gaussian's pull, and the gradient."""
-        slope, offsets = parameters[0], parameters[1:]
-        log_p = log_softmax(slope * centred + offsets, axis=1)
-        residual = (np.exp(log_p) - targets) * weights[:, None]
-        pull = (parameters - start) / (PRIOR_SD**2 * rows)
-        value = -(weights * log_p[np.arange(rows), y]).sum() + 0.5 * float(pull @ (parameters - start))
-        return value, np.concatenate([[(residual * centred).sum()], residual.sum(axis=0)]) + pull
-
-    bounds = [(min(MIN_SCALE, scale), None)] + [(None, None)] * classes
-    fit = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12, "maxiter": 1000})
-    temperature = scale / float(fit.x[0])
-    bias = fit.x[1:] * temperature + prior_vector  # from the softmax argument to score units
+    slope, *offsets = _most_likely(centred, y, weights, start)
+    temperature = scale / float(slope)
+    bias = np.array(offsets) * temperature + prior_vector  # from the softmax argument to score units
     bias -= bias.mean()
     calibration = Calibration(tuple(labels), "fitted", tuple(prior_vector), tuple(bias), temperature)
 
@@ -235,6 +223,30 @@ def fit_vector_scaling(
         "nll_after": round(likelihood(calibration), 6),
     }
     return replace(calibration, fitted_on=provenance)
+
+
+def _most_likely(scores: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The slope (1/T, first) and offsets of the labels that explain `y` best, with the Gaussian centred on `start`.
+
+    Args:
+        scores: [n, K], of mean 0 in each row and of one scale.
+        weights: [n], which sum to 1.
+    """
+    rows, classes = scores.shape
+    targets = np.eye(classes)[y]
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        """Mean weighted negative log-likelihood plus the Gaussian's pull, and the gradient."""
+        slope, offsets = parameters[0], parameters[1:]
+        log_p = log_softmax(slope * scores + offsets, axis=1)
+        residual = (np.exp(log_p) - targets) * weights[:, None]
+        pull = (parameters - start) / (PRIOR_SD**2 * rows)
+        value = -(weights * log_p[np.arange(rows), y]).sum() + 0.5 * float(pull @ (parameters - start))
+        return value, np.concatenate([[(residual * scores).sum()], residual.sum(axis=0)]) + pull
+
+    bounds = [(min(MIN_SCALE, float(start[0])), None)] + [(None, None)] * classes
+    options = {"ftol": 1e-12, "maxiter": 1000}
+    return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
 
 
 def batch_calibration(raw: np.ndarray, labels: Sequence[str]) -> Calibration:

@@ -68,8 +68,7 @@ def evaluate(
         UserError: no rows.
     """
     y = np.asarray(y, dtype=np.int64)
-    probabilities, predictions, margins = scores.probabilities, scores.predictions, scores.top2_margin
-    rows, classes = probabilities.shape
+    rows, classes = scores.probabilities.shape
     if not rows:
         raise UserError("there is no row to evaluate; give a file with rows")
     features = _row_features(scores, y, costs)
@@ -87,23 +86,36 @@ def evaluate(
     samples["ece"] = np.maximum(_centred(samples["ece"], values["ece"][0]), 0.0)
     for name, value in values.items():
         result[name] = interval(value[0], samples[name])
-    support = np.bincount(y, minlength=classes)
-    result["per_class"] = {
+    result["per_class"] = _per_class(per_class, samples, y, labels)
+    pairs = np.bincount(y * classes + scores.predictions, minlength=classes * classes)
+    result["confusion_matrix"] = pairs.reshape(classes, classes).tolist()
+    result["curves"] = _curves(scores, y)
+    return result
+
+
+def _per_class(
+    values: dict[str, np.ndarray], samples: dict[str, np.ndarray], y: np.ndarray, labels: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """{label: its metrics with intervals, and its rows} of values [1, K] and bootstrap samples [replicates, K]."""
+    support = np.bincount(y, minlength=len(labels))
+    return {
         label: {
-            **{name: interval(value[0, k], samples[name][:, k]) for name, value in per_class.items()},
+            **{name: interval(value[0, k], samples[name][:, k]) for name, value in values.items()},
             "support": int(support[k]),
         }
         for k, label in enumerate(labels)
     }
-    pairs = np.bincount(y * classes + predictions, minlength=classes * classes)
-    result["confusion_matrix"] = pairs.reshape(classes, classes).tolist()
-    confidence = probabilities[np.arange(rows), predictions]
-    result["curves"] = {
+
+
+def _curves(scores: Scores, y: np.ndarray) -> dict[str, Any]:
+    """What the plots show: reliability bins, margin histogram and risk-coverage points."""
+    probabilities, predictions = scores.probabilities, scores.predictions
+    correct = predictions == y
+    return {
         "reliability": reliability_bins(probabilities.max(axis=1), probabilities.argmax(axis=1) == y),
-        "margins": margin_histogram(margins, predictions == y),
-        "risk_coverage": risk_coverage(confidence, predictions == y),
+        "margins": margin_histogram(scores.top2_margin, correct),
+        "risk_coverage": risk_coverage(probabilities[np.arange(len(y)), predictions], correct),
     }
-    return result
 
 
 def compare(
