@@ -29,7 +29,7 @@ from common.tasks.idp import flags as idp_flags
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp import rows as idp_rows
 from common.tasks.idp import synthesis as idp_synthesis
-from common.tasks.idp.training_rows import TrainingRows
+from common.tasks.idp.training_rows import TrainingRowBuilder
 
 SCHEMA_FILE = "idp_schema.json"
 OUTPUT_FILES = [f"idp_{what}.jsonl" for what in ("sft", "kd", "dpo", "dev", "val")]
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts[splits.part_of(row["group"])].append(row)
     if not parts["train"] or not parts["validation"]:
         raise UserError(f"{name} has {len(rows)} documents, too few for a held-out part; give more of them")
-    training = TrainingRows(schema, args.typed_fields, args.seed)
+    training = TrainingRowBuilder(schema, args.typed_fields, args.seed)
     sft, kd, dpo = training.of(parts["train"])
     for file, members in zip(OUTPUT_FILES, (sft, kd, dpo, parts["dev"], parts["validation"]), strict=True):
         texts[file] = jsonl_text(members)

@@ -305,7 +305,7 @@ def trained(name: str, plan: Training, student: Any, tokenizer: Any, steps: int)
                 lora_dropout=plan.lora_dropout,
             )
             if name == "dpo":
-                pairs = [dpo.Pair(row[:cut], row[cut:], row[cut:-1]) for row in ids]
+                pairs = [dpo.EncodedPair(row[:cut], row[cut:], row[cut:-1]) for row in ids]
                 trainer = dpo.build_trainer(settings, student, tokenizer, pairs)
             else:
                 data = completion_rows([Encoded(row, cut) for row in ids], tokenizer, student)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pair:
+class EncodedPair:
     """Token ids of a prompt and of two answers to it, of which the chosen one is the better."""
 
     prompt_ids: list[int]
@@ -89,7 +89,7 @@ def read_pairs(path: str, skip_bad_rows: bool) -> list[dict]:
 
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, path: str, rows: Sequence[dict], max_len: int, *, whole: bool
-) -> list[Pair]:
+) -> list[EncodedPair]:
     """The rows that fit `max_len`; see `encode_rows`.
 
     Raises:
@@ -106,7 +106,7 @@ def encode_pairs(
         # Both answers must follow the same prompt: take the one that was cut more.
         shorter = min(chosen, rejected, key=lambda row: row.prompt_length)
         pairs.append(
-            Pair(
+            EncodedPair(
                 shorter.input_ids[: shorter.prompt_length],
                 chosen.input_ids[chosen.prompt_length :],
                 rejected.input_ids[rejected.prompt_length :],
@@ -121,8 +121,8 @@ def build_trainer(
     settings: DpoSettings,
     student: Any,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
-    eval_pairs: Sequence[Pair] = (),
+    pairs: Sequence[EncodedPair],
+    eval_pairs: Sequence[EncodedPair] = (),
 ) -> Trainer:
     """TRL's DPOTrainer on pairs that are encoded already, with reference log-probabilities computed once."""
     import torch
@@ -217,7 +217,7 @@ def score_trees(model: PreTrainedModel) -> None:
 
 
 def try_pairs(
-    settings: DpoSettings, student: Any, longest: Pair, size: int, tokenizer: PreTrainedTokenizerBase
+    settings: DpoSettings, student: Any, longest: EncodedPair, size: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """A step on `size` copies of a pair, as `try_step`."""
     from common.training.losses import completion_loss

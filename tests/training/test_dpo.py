@@ -92,7 +92,7 @@ def test_the_reference_stays_and_the_policy_moves(untrained, unbroken):
     assert sum(moved) / len(moved) > 0.5
 
 
-def gap(model, row: dpo.Pair) -> float:
+def gap(model, row: dpo.EncodedPair) -> float:
     chosen, rejected = (log_prob(model, row.prompt_ids, getattr(row, f"{side}_ids")) for side in ("chosen", "rejected"))
     return chosen - rejected
 

@@ -35,7 +35,7 @@ STARTS_CODE = re.compile(r"(?:async )?def |class |import \w|from \w[\w.]* import
 
 
 @dataclass(frozen=True)
-class Code:
+class ExtractedCode:
     """Code in an answer.
 
     Attributes:
@@ -91,19 +91,19 @@ def code_of(text: str, names: Sequence[str] = ()) -> str:
     return find_code(text, names).text
 
 
-def find_code(text: str, names: Sequence[str] = ()) -> Code:
+def find_code(text: str, names: Sequence[str] = ()) -> ExtractedCode:
     """As `code_of`, with whether the code is closed."""
     text = PLAN.sub("", after_thinking(text))
-    tagged = [Code(match[1] or match[3] or "", bool(match[2] or match[4])) for match in CODE.finditer(text)]
+    tagged = [ExtractedCode(match[1] or match[3] or "", bool(match[2] or match[4])) for match in CODE.finditer(text)]
     if tagged:
         tag = max(tagged, key=lambda tag: _rank(tag.text, names))
         fenced = _fenced_code(tag.text, names)
-        return Code(fenced.text if fenced else _tidy(tag.text), tag.closed or bool(fenced and fenced.closed))
+        return ExtractedCode(fenced.text if fenced else _tidy(tag.text), tag.closed or bool(fenced and fenced.closed))
     fenced = _fenced_code(text, names)
     if fenced:
         return fenced
     text = _tidy(text)
-    return Code(text if compile_error(text) is None else _bare_code(text), False)
+    return ExtractedCode(text if compile_error(text) is None else _bare_code(text), False)
 
 
 def answer_ends(text: str, names: Sequence[str] = ()) -> bool:
@@ -212,7 +212,7 @@ def _dedented(content: Sequence[str], lead: str) -> str:
     return code if compile_error(code) is None else _tidy(textwrap.dedent("\n".join(content)))
 
 
-def _fenced_code(text: str, names: Sequence[str]) -> Code | None:
+def _fenced_code(text: str, names: Sequence[str]) -> ExtractedCode | None:
     """The fence that is the answer, with what it needs of others; None where no fence is."""
     prose, blocks = _split_fences(text)
     blocks = [Block(block.language, _without_prompts(block.code), block.closed) for block in blocks]
@@ -222,7 +222,7 @@ def _fenced_code(text: str, names: Sequence[str]) -> Code | None:
     if main is None:
         bare = _bare_code(_tidy(prose[0]))
         if source.defined_names(bare):  # the fence around it was only closed, not opened
-            return Code(bare, bool(blocks))
+            return ExtractedCode(bare, bool(blocks))
         said = [block for block in python if block.language and compile_error(block.code) is None]
         main = next(iter([*said, *(block for block in python if compile_error(block.code) is None), *python]), None)
     if main is None:
@@ -230,7 +230,7 @@ def _fenced_code(text: str, names: Sequence[str]) -> Code | None:
     others = [block for block in python if block is not main]
     code = source.with_missing(main.code, [block.code for block in others])
     of_closed = source.with_missing(main.code, [block.code for block in others if block.closed])
-    return Code(code, main.closed and code == of_closed)
+    return ExtractedCode(code, main.closed and code == of_closed)
 
 
 def _best(blocks: Sequence[Block], names: Sequence[str]) -> Block | None:

@@ -11,8 +11,8 @@ from common.tasks.idp.copying import Copyist
 from common.tasks.idp.written_values import TypedFields
 
 
-class TrainingRows:
-    """Makes them for one schema.
+class TrainingRowBuilder:
+    """Makes the training rows of one schema.
 
     Args:
         typed_fields: "written" or "held"; see `answer_form.AnswerForm`.

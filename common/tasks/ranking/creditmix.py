@@ -85,7 +85,7 @@ CREDITMIX = CreditMix(
 )
 
 
-class Column(NamedTuple):
+class FeatureColumn(NamedTuple):
     """A column of the raw CSV and its name and rules in a features line."""
 
     source: str
@@ -104,33 +104,33 @@ class Column(NamedTuple):
 # plausible customer; beyond them lie slips of the source: thousands of cards, -100 loans, a balance of -3e26, an
 # investment of exactly __10000__.
 COLUMNS = (
-    Column("Age", "Age", 14, 100),
-    Column("Occupation", "Occupation", words=True),
-    Column("Annual_Income", "Annual Income", 0, 1_000_000),
-    Column("Outstanding_Debt", DEBT_KEY),
-    Column("Credit_Utilization_Ratio", "Credit Utilization Ratio", monthly=True),
-    Column("Payment_Behaviour", "Payment Behaviour", monthly=True, words=True),
-    Column("Monthly_Inhand_Salary", "Salary", 0, 100_000, 0),
-    Column("Num_Bank_Accounts", "Accounts", 0, 20),
-    Column("Num_Credit_Card", "Cards", 0, 20),
-    Column("Interest_Rate", "Interest", 0, 100),
-    Column("Num_of_Loan", "Loans", 0, 20),
-    Column("Delay_from_due_date", "Days Late", -365, 365),
-    Column("Num_of_Delayed_Payment", "Late Payments", 0, 50),
-    Column("Changed_Credit_Limit", "Limit Change", -100, 100, 1),
-    Column("Num_Credit_Inquiries", "Inquiries", 0, 20),
-    Column("Credit_History_Age", "History Months", 0, 1200),
-    Column("Payment_of_Min_Amount", "Pays Minimum", words=True),
-    Column("Total_EMI_per_month", "EMI", 0, 2_500, 0),
-    Column("Amount_invested_monthly", "Invested", 0, 5_000, 0, monthly=True),
-    Column("Monthly_Balance", "Balance", -10_000_000, 10_000_000, 0, monthly=True),
+    FeatureColumn("Age", "Age", 14, 100),
+    FeatureColumn("Occupation", "Occupation", words=True),
+    FeatureColumn("Annual_Income", "Annual Income", 0, 1_000_000),
+    FeatureColumn("Outstanding_Debt", DEBT_KEY),
+    FeatureColumn("Credit_Utilization_Ratio", "Credit Utilization Ratio", monthly=True),
+    FeatureColumn("Payment_Behaviour", "Payment Behaviour", monthly=True, words=True),
+    FeatureColumn("Monthly_Inhand_Salary", "Salary", 0, 100_000, 0),
+    FeatureColumn("Num_Bank_Accounts", "Accounts", 0, 20),
+    FeatureColumn("Num_Credit_Card", "Cards", 0, 20),
+    FeatureColumn("Interest_Rate", "Interest", 0, 100),
+    FeatureColumn("Num_of_Loan", "Loans", 0, 20),
+    FeatureColumn("Delay_from_due_date", "Days Late", -365, 365),
+    FeatureColumn("Num_of_Delayed_Payment", "Late Payments", 0, 50),
+    FeatureColumn("Changed_Credit_Limit", "Limit Change", -100, 100, 1),
+    FeatureColumn("Num_Credit_Inquiries", "Inquiries", 0, 20),
+    FeatureColumn("Credit_History_Age", "History Months", 0, 1200),
+    FeatureColumn("Payment_of_Min_Amount", "Pays Minimum", words=True),
+    FeatureColumn("Total_EMI_per_month", "EMI", 0, 2_500, 0),
+    FeatureColumn("Amount_invested_monthly", "Invested", 0, 5_000, 0, monthly=True),
+    FeatureColumn("Monthly_Balance", "Balance", -10_000_000, 10_000_000, 0, monthly=True),
 )
 SIX = COLUMNS[:6]
 FEATURES = {"six": SIX, "all": COLUMNS}
 SIX_KEYS = frozenset(column.key for column in SIX)
 RULES = {column.key: column for column in COLUMNS}
 NUMERIC = frozenset(column.key for column in COLUMNS if not column.words)
-ANY_COLUMN = Column("", "")  # the rules of a key that the CSV does not have
+ANY_COLUMN = FeatureColumn("", "")  # the rules of a key that the CSV does not have
 
 PLACEHOLDERS = frozenset({"", "na", "n/a", "nan", "null", "nm", "!@9#%8", "#f%$d@*&8"})
 NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -200,7 +200,7 @@ def amount_fault(pairs: Iterable[tuple[str, str]]) -> str | None:
     return None
 
 
-def _impossible(column: Column) -> str:
+def _impossible(column: FeatureColumn) -> str:
     return f"impossible (below {column.low:,.0f} or above {column.high:,.0f}) to N/A"
 
 
@@ -351,7 +351,7 @@ def _history_months(text: str) -> str:
 
 
 def _fill_from_customer(
-    table: list[dict[str, str]], customers: Sequence[str], columns: Sequence[Column], tally: Counter[str]
+    table: list[dict[str, str]], customers: Sequence[str], columns: Sequence[FeatureColumn], tally: Counter[str]
 ) -> None:
     """Fill N/A with the commonest value of the same customer's rows (the earliest of equals); uses no labels."""
     rows_of: dict[str, list[dict[str, str]]] = defaultdict(list)

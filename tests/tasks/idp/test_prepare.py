@@ -24,7 +24,7 @@ from common.tasks.idp import rows as idp_rows
 from common.tasks.idp import synthesis as idp_synthesis
 from common.tasks.idp.field_metrics import Leaf, leaves
 from common.tasks.idp.prompt import user_turn
-from common.tasks.idp.training_rows import TrainingRows
+from common.tasks.idp.training_rows import TrainingRowBuilder
 from common.tasks.idp.written_values import TypedFields
 
 
@@ -133,7 +133,7 @@ def compare_in_place(fields: dict, wrong: dict) -> list[Leaf]:
 @pytest.mark.parametrize("typed_fields", ["written", "held"])
 def test_rejected_answers_satisfy_the_schema_and_mean_something_else(typed_fields):
     rows = [row | {"group": "0"} for row in idp_synthesis.synthesize(60, seed=1)]
-    training = TrainingRows(idp_synthesis.SCHEMA, typed_fields, seed=0)
+    training = TrainingRowBuilder(idp_synthesis.SCHEMA, typed_fields, seed=0)
     _, _, dpo = training.of(rows)
     assert len(dpo) == len(rows)
     for row in dpo:
