@@ -47,16 +47,16 @@ class ServedCascade:
     ) -> list[LabelAnswer]:
         """The answers of a run, the unsure ones after the teacher was asked, within the time-out."""
         labels = LabelCascade(self.cascade, task, version.model_dir)
-        places = [] if self._is_teacher(version) else labels.unsure(answers)
+        unsure = [] if self._is_teacher(version) else labels.unsure(answers)
         replies: list[Reply] = []
-        if places and isinstance(self.teacher, RunTeacher):
-            replies = await self._of_run(request, self.teacher.run, task, [texts[place] for place in places])
-        elif places:
-            replies = await self.cascade.replies_in_time(labels.teacher_task, labels.items(texts, places))
+        if unsure and isinstance(self.teacher, RunTeacher):
+            replies = await self._of_run(request, self.teacher.run, task, [texts[index] for index in unsure])
+        elif unsure:
+            replies = await self.cascade.replies_in_time(labels.teacher_task, labels.items(texts, unsure))
         self._count(version, replies)
         if not self.cascade.settings.keep:
-            return labels.joined(texts, answers, places, replies)
-        return await asyncio.to_thread(labels.joined, texts, answers, places, replies)
+            return labels.joined(texts, answers, unsure, replies)
+        return await asyncio.to_thread(labels.joined, texts, answers, unsure, replies)
 
     async def extraction(
         self, request: Request, version: Version, work: Extract, text: str, extraction: Extraction
@@ -98,9 +98,9 @@ class ServedCascade:
         answers = await self._in_time(self._ask_run(request, run, task, texts[:granted]))
         if isinstance(answers, Reply):
             return [answers] * granted + replies[granted:]
-        for place, answer in enumerate(answers or []):
+        for index, answer in enumerate(answers or []):
             label = answer["prediction"]
-            replies[place] = Reply(label, None if label else "the teacher is not sure, either")
+            replies[index] = Reply(label, None if label else "the teacher is not sure, either")
         return replies
 
     async def _document_of_run(
@@ -116,12 +116,12 @@ class ServedCascade:
             label_tasks.check(version, task_record.IDP, idp_prompt.INSTRUCTION, "extracting fields from documents")
             return await self.server.answer(request, version, replace(work, typed_fields=None), text)
 
-        found = await self._in_time(ask())
-        if found is None or isinstance(found, Reply):
-            return found or reply
-        if found.error or found.cut:
+        extraction = await self._in_time(ask())
+        if extraction is None or isinstance(extraction, Reply):
+            return extraction or reply
+        if extraction.error or extraction.cut:
             return Reply(reason="the teacher has no whole, valid answer, either")
-        return await asyncio.to_thread(read, task, item, Answer(found.text))
+        return await asyncio.to_thread(read, task, item, Answer(extraction.text))
 
     async def _in_time(self, asked: Coroutine[Any, Any, Any]) -> Any:
         """What a run answers; None where it is late, a Reply that says why where it cannot be asked."""

@@ -71,24 +71,24 @@ class DocumentCascade:
 
     def answers(self, texts: Sequence[str], extractions: Sequence[Extraction]) -> list[Answered]:
         """The student's extractions of `texts`, the unsure ones after the teacher was asked."""
-        places = [place for place, each in enumerate(extractions) if is_unsure(each, self.below)]
-        items = self.items([texts[place] for place in places])
-        return self.joined(texts, extractions, dict(zip(places, self.cascade.ask(self.task, items), strict=True)))
+        unsure = [index for index, extraction in enumerate(extractions) if is_unsure(extraction, self.below)]
+        items = self.items([texts[index] for index in unsure])
+        return self.joined(texts, extractions, dict(zip(unsure, self.cascade.ask(self.task, items), strict=True)))
 
     def joined(
         self, texts: Sequence[str], extractions: Sequence[Extraction], replies: dict[int, Reply]
     ) -> list[Answered]:
-        """The extractions with the teacher's replies to those at their places; what is to be kept is kept."""
-        answered = [Answered(each, {"answered_by": self.model_dir}) for each in extractions]
+        """The extractions with the teacher's replies to those at their indices; what is to be kept is kept."""
+        answered = [Answered(extraction, {"answered_by": self.model_dir}) for extraction in extractions]
         rows = []
-        for place, reply in replies.items():
+        for index, reply in replies.items():
             if reply.answer is None:
-                facts = answered[place].facts | {"unsure": True, "cascade": reply.reason}
-                answered[place] = replace(answered[place], facts=facts)
+                facts = answered[index].facts | {"unsure": True, "cascade": reply.reason}
+                answered[index] = replace(answered[index], facts=facts)
                 continue
-            text = documents.clean(texts[place])
-            found = self._extraction(reply.answer, text)
-            answered[place] = Answered(found, {"answered_by": self.cascade.name}, by_teacher=True)
+            text = documents.clean(texts[index])
+            extraction = self._extraction(reply.answer, text)
+            answered[index] = Answered(extraction, {"answered_by": self.cascade.name}, by_teacher=True)
             if self.cascade.settings.keep:
                 (item,) = self.items([text])
                 group = documents.group_of(text)

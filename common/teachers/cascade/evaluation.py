@@ -65,16 +65,16 @@ def endpoint_predictions(
     interview = Interview(build.endpoint_teacher(settings, Decoding(ANSWER_TOKENS), None), kept)
     prompts = [task.prompt(text) for text in texts]
     questions = [Question(row, [{"role": "user", "content": prompt}]) for row, prompt in enumerate(prompts, start=1)]
-    labels, found, tokens = Labels(task), np.full(len(texts), NO_ANSWER), []
+    labels, predictions, tokens = Labels(task), np.full(len(texts), NO_ANSWER), []
     for row, (prompt, answer) in enumerate(zip(prompts, interview.ask(questions), strict=True)):
         if not isinstance(answer, Answer):
             continue
         parsed = understand(labels, prompt, answer.text, answer.finished, reasons=False)
         if parsed.fault is None:
-            found[row] = task.labels.index(parsed.answer)
+            predictions[row] = task.labels.index(parsed.answer)
         if answer.prompt_tokens is not None and answer.completion_tokens is not None:
             tokens.append((answer.prompt_tokens, answer.completion_tokens))
     if not tokens:
-        return found, None
+        return predictions, None
     prompt, completion = np.mean(tokens, axis=0).round(1)
-    return found, {"prompt": float(prompt), "completion": float(completion)}
+    return predictions, {"prompt": float(prompt), "completion": float(completion)}

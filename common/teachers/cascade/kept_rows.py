@@ -46,7 +46,7 @@ def scrubbed(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= LEAST_SECRET and SECRET_NAME.search(name):
             text = text.replace(value, REMOVED)
-    return NAMED.sub(lambda found: found[1] + REMOVED, KEYS.sub(REMOVED, text))
+    return NAMED.sub(lambda match: match[1] + REMOVED, KEYS.sub(REMOVED, text))
 
 
 def row(prompt: str, answer: str, teacher: str, group: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def append(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     try:
         with _lock, open(folder / FILE, "a", encoding="utf-8", opener=private) as handle:
-            handle.write("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows))
+            handle.write("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows))
     except OSError as error:
         log(f"cascade: {folder / FILE} cannot be written ({error.strerror}); {len(rows)} answers are not kept")
 

@@ -63,39 +63,39 @@ class LabelCascade:
 
     def answers(self, texts: Sequence[str], answers: Sequence[LabelAnswer]) -> list[LabelAnswer]:
         """The student's answers to `texts`, the unsure ones after the teacher was asked (see `joined`)."""
-        places = self.unsure(answers)
-        replies = self.cascade.ask(self.teacher_task, self.items(texts, places))
-        return self.joined(texts, answers, places, replies)
+        indices = self.unsure(answers)
+        replies = self.cascade.ask(self.teacher_task, self.items(texts, indices))
+        return self.joined(texts, answers, indices, replies)
 
     def unsure(self, answers: Sequence[LabelAnswer]) -> list[int]:
-        """The places of answers that are handed on."""
+        """The indices of answers that are handed on."""
         below = self.cascade.settings.below
-        return [place for place, answer in enumerate(answers) if is_unsure(answer, below)]
+        return [index for index, answer in enumerate(answers) if is_unsure(answer, below)]
 
-    def items(self, texts: Sequence[str], places: Sequence[int]) -> list[Item]:
-        """What a teacher is asked about the texts at `places`."""
-        return [Item(place, self.task.prompt(texts[place]), None) for place in places]
+    def items(self, texts: Sequence[str], indices: Sequence[int]) -> list[Item]:
+        """What a teacher is asked about the texts at `indices`."""
+        return [Item(index, self.task.prompt(texts[index]), None) for index in indices]
 
     def joined(
-        self, texts: Sequence[str], answers: Sequence[LabelAnswer], places: Sequence[int], replies: Sequence[Reply]
+        self, texts: Sequence[str], answers: Sequence[LabelAnswer], indices: Sequence[int], replies: Sequence[Reply]
     ) -> list[LabelAnswer]:
-        """The answers with the teacher's replies to those at `places`; what is to be kept is kept.
+        """The answers with the teacher's replies to those at `indices`; what is to be kept is kept.
 
         Each says who answered ("answered_by"). One that the teacher did not answer keeps the label to which the student
         leans, with "unsure": true, and the reason under "cascade".
         """
         joined = [answer | {"answered_by": answer["model_name"]} for answer in answers]
         rows = []
-        for place, reply in zip(places, replies, strict=True):
-            answer = joined[place]
+        for index, reply in zip(indices, replies, strict=True):
+            answer = joined[index]
             leaning = answer.pop("leaning", None) or answer["prediction"]
             if reply.answer is None:
-                joined[place] = answer | {"prediction": leaning, "unsure": True, "cascade": reply.reason}
+                joined[index] = answer | {"prediction": leaning, "unsure": True, "cascade": reply.reason}
                 continue
-            joined[place] = answer | {"prediction": reply.answer, "answered_by": self.cascade.name}
+            joined[index] = answer | {"prediction": reply.answer, "answered_by": self.cascade.name}
             if self.cascade.settings.keep:
-                group = self.task.group_of({self.task.text_field: texts[place]})
-                rows.append(kept_rows.row(self.task.prompt(texts[place]), reply.answer, self.cascade.name, group))
+                group = self.task.group_of({self.task.text_field: texts[index]})
+                rows.append(kept_rows.row(self.task.prompt(texts[index]), reply.answer, self.cascade.name, group))
         if rows:
             kept_rows.append(self.folder, rows)
         return joined

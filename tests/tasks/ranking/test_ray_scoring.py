@@ -201,6 +201,62 @@ def read(*paths: Path) -> list[dict]:
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
+def run_until_driver_is_killed(argv, address, token, output):
+    """The manifest and the parts that a driver leaves which was killed while it scored."""
+    sizes = "from common.tasks.ranking import row_blocks; row_blocks.BLOCK_ROWS, row_blocks.BLOCK_BYTES = 10, 1100"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", f"{sizes}; import infer_creditmix, sys; infer_creditmix.main(sys.argv[1:])", *argv],
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    wait_for(lambda: len(list(output.glob("part-*.jsonl"))) >= 5 or driver.poll() is not None, 300)
+    driver.kill()
+    message = driver.communicate()[1].decode()
+    assert driver.returncode == -signal.SIGKILL, message
+    wait_for(lambda: not scorers(token))
+    manifest = json.loads((output / "manifest.json").read_text())
+    early = {path: path.stat().st_mtime_ns for path in output.glob("part-*.jsonl")}
+    assert manifest["state"] == "running"
+    assert 5 <= len(early) < len(manifest["parts"])
+    return manifest, early
+
+
+def run_while_worker_is_killed(argv, token, output, early, parts):
+    """Go on after `early` parts; one of the two scorers is killed before all `parts` are there."""
+    killed = []
+
+    def kill() -> None:
+        wait_for(lambda: len(scorers(token)) == 2, 300)  # both found a place
+        killed.append(scorers(token))
+        wait_for(lambda: len(list(output.glob("part-*.jsonl"))) > early, 300)
+        os.kill(killed[0][0], signal.SIGKILL)
+        killed.append(len(list(output.glob("part-*.jsonl"))))
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    infer_creditmix.main(argv)
+    killer.join()
+    pids, written = killed
+    assert len(pids) == 2
+    assert written < parts  # it was in mid-run
+
+
+def check_as_on_one_machine(answers, questions, model_dir, tmp_path):
+    """The answers are those of the local engine, to rounding, with their ids."""
+    alone = write_rows(tmp_path / "alone.jsonl", [{"features": text} for text in questions])
+    local = ["--model_dir", model_dir, "--input", alone, "--output", str(tmp_path / "local.jsonl")]
+    infer_creditmix.main([*local, "--label_bias", "Bad=0.5"])
+    expected = read(tmp_path / "local.jsonl")
+    assert len({answer["raw_scores"]["Good"] for answer in expected}) > 800  # so that the order is tested
+    for one, other in zip(answers, expected, strict=True):
+        assert list(one) == ["id", *other]
+        assert one["model_name"] == other["model_name"]
+        for key in ("scores", "raw_scores", "prior", "probabilities"):
+            assert one[key] == pytest.approx(other[key], abs=1e-4)
+        assert one["top2_margin"] == pytest.approx(other["top2_margin"], abs=1e-4)
+
+
 @needs_ray
 def test_driver_and_worker_killed(cluster, tiny_base, tmp_path, monkeypatch, capsys):
     """Two scorers on two CPUs, JSONL and Parquet with bad rows; kill -9 of the driver, then of a worker."""
@@ -214,43 +270,11 @@ def test_driver_and_worker_killed(cluster, tiny_base, tmp_path, monkeypatch, cap
     (rows / "b.jsonl").write_text("\n".join(jsonl))
     output = tmp_path / "answers"
     argv = command(tiny_base, rows, output, "--skip_bad_rows", "--workers", "2", "--label_bias", "Bad=0.5")
-
-    sizes = "from common.tasks.ranking import row_blocks; row_blocks.BLOCK_ROWS, row_blocks.BLOCK_BYTES = 10, 1100"
-    driver = subprocess.Popen(
-        [sys.executable, "-c", f"{sizes}; import infer_creditmix, sys; infer_creditmix.main(sys.argv[1:])", *argv],
-        env=os.environ | {"RAY_ADDRESS": address},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    wait_for(lambda: len(list(output.glob("part-*.jsonl"))) >= 5 or driver.poll() is not None, 300)
-    driver.kill()
-    told = driver.communicate()[1].decode()
-    assert driver.returncode == -signal.SIGKILL, told
-    wait_for(lambda: not scorers(token))
-    manifest = json.loads((output / "manifest.json").read_text())
-    early = {path: path.stat().st_mtime_ns for path in output.glob("part-*.jsonl")}
-    assert manifest["state"] == "running"
-    assert 5 <= len(early) < len(manifest["parts"])
-
-    killed = []
-
-    def kill() -> None:
-        wait_for(lambda: len(scorers(token)) == 2, 300)  # both found a place
-        killed.append(scorers(token))
-        wait_for(lambda: len(list(output.glob("part-*.jsonl"))) > len(early), 300)
-        os.kill(killed[0][0], signal.SIGKILL)
-        killed.append(len(list(output.glob("part-*.jsonl"))))
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    infer_creditmix.main(argv)
-    killer.join()
-    pids, parts = killed
-    assert len(pids) == 2
-    assert parts < len(manifest["parts"])  # it was in mid-run
-    told = capsys.readouterr().err
-    assert f"going on after {len(early)} of {len(manifest['parts'])} parts in {output}" in told
-    assert f"3 bad rows of {rows} skipped; they are in {output}/rejects-*.jsonl" in told
+    manifest, early = run_until_driver_is_killed(argv, address, token, output)
+    run_while_worker_is_killed(argv, token, output, len(early), len(manifest["parts"]))
+    message = capsys.readouterr().err
+    assert f"going on after {len(early)} of {len(manifest['parts'])} parts in {output}" in message
+    assert f"3 bad rows of {rows} skipped; they are in {output}/rejects-*.jsonl" in message
     assert {path: path.stat().st_mtime_ns for path in early} == early
 
     names = [f"part-{i:05d}.jsonl" for i in range(len(manifest["parts"]))]
@@ -259,26 +283,16 @@ def test_driver_and_worker_killed(cluster, tiny_base, tmp_path, monkeypatch, cap
         ["manifest.json", *names, *(r.name for r in rejects)]
     )
     assert json.loads((output / "manifest.json").read_text())["state"] == "done"
-    found = read(*(output / name for name in names))
+    answers = read(*(output / name for name in names))
     ids = [f"a.parquet:{i}" for i in range(1, 402) if i != 300]
     ids += [f"b.jsonl:{i}" for i in range(1, 504) if i not in (101, 102, 103)]
-    assert [answer["id"] for answer in found] == ids
+    assert [answer["id"] for answer in answers] == ids
     bad = sorted(read(*rejects), key=lambda reject: reject["id"])
     assert [reject["id"] for reject in bad] == ["a.parquet:300", "b.jsonl:101", "b.jsonl:103"]
     assert [reject["row"] for reject in bad][::2] == [{"question": None}, {"features": ""}]
     assert bad[1]["line"] == 101 and bad[1]["row"].startswith("not JSON")
 
-    alone = write_rows(tmp_path / "alone.jsonl", [{"features": text} for text in questions])
-    local = ["--model_dir", tiny_base, "--input", alone, "--output", str(tmp_path / "local.jsonl")]
-    infer_creditmix.main([*local, "--label_bias", "Bad=0.5"])
-    expected = read(tmp_path / "local.jsonl")
-    assert len({answer["raw_scores"]["Good"] for answer in expected}) > 800  # so that the order is tested
-    for one, other in zip(found, expected, strict=True):
-        assert list(one) == ["id", *other]
-        assert one["model_name"] == other["model_name"]
-        for key in ("scores", "raw_scores", "prior", "probabilities"):
-            assert one[key] == pytest.approx(other[key], abs=1e-4)
-        assert one["top2_margin"] == pytest.approx(other["top2_margin"], abs=1e-4)
+    check_as_on_one_machine(answers, questions, tiny_base, tmp_path)
 
     monkeypatch.setattr(ray_scoring, "score_all", None)
     infer_creditmix.main(argv)  # nothing is left to do
