@@ -25,7 +25,7 @@ from pathlib import Path
 from common import cli, run_record
 from common.comparison import measure
 from common.comparison.measure import Measurement
-from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT, Selection
+from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT, RowSelection
 from common.export import model_card
 from common.files import sha256_file
 from common.models import adapters
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     model_dirs = check_flags(args)
     task = task_for(args.task, *model_dirs.values()) if args.task else None
-    selection = Selection(args.data, task, args.split, args.sample, args.seed, args.skip_bad_rows)
+    selection = RowSelection(args.data, task, args.split, args.sample, args.seed, args.skip_bad_rows)
     kind = selection.kind
     rows, available = selection.read()
 

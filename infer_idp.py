@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if not document.text.strip():
             raise cli.UserError("--document is empty; give the text of a document")
 
-    calibration = None if args.no_constraint else calibrations.Calibration.load(args.model_dir, schema)
+    calibration = None if args.no_constraint else calibrations.ConfidenceCalibration.load(args.model_dir, schema)
     threshold = calibrations.acceptance(calibration, args.accept_above, args.model_dir)
     shown = Shown(args.confidence, args.written, threshold, args.evidence)
 
@@ -147,9 +147,9 @@ def extract_rows(
     from common.teachers.cascade.documents import answers
 
     def answer(rows: list[dict]) -> Iterator[tuple[int, dict]]:
-        for number, _, found in answers(extractor, shown, cascade, [documents.of_row(row) for row in rows]):
+        for number, _, shown_answer in answers(extractor, shown, cascade, [documents.of_row(row) for row in rows]):
             named = {"id": rows[number]["id"]} if "id" in rows[number] else {}
-            yield number, named | found
+            yield number, named | shown_answer
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]

@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "max_new_tokens": args.max_new_tokens,
         "max_batch_tokens": args.max_batch_tokens,
     }
-    found: dict[str, list[dict[str, Any]]] = {}
+    runs_of: dict[str, list[dict[str, Any]]] = {}
 
     def contestant(name: str, root: str | Path, **changes: Any):
         def run() -> float:
             measured = written_by(root, settings | changes)
-            found.setdefault(name, []).append(measured)
+            runs_of.setdefault(name, []).append(measured)
             return measured["cpu_seconds"]
 
         return run
@@ -70,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.one_by_one:
         contestants["one by one"] = contestant("one by one", ROOT, max_batch_tokens=1)
     every_round(contestants, args.rounds, lambda seconds: f"{seconds:.1f} CPU seconds")
-    rows = [figures(name, runs) for name, runs in found.items()]
+    rows = [figures(name, runs) for name, runs in runs_of.items()]
     for row in rows:
         print(
             f"{row['name']:10} {row['seconds']:>8.1f} s {row['cpu_seconds']:>8.1f} CPU s {row['steps']:>6} steps of "
             f"{row['rows_per_step']:.1f} rows, {row['prompt_passes']} passes over prompts, {row['tokens']} tokens"
         )
-    ours, texts = rows[0], found["ours"][0]["texts"]
+    ours, texts = rows[0], runs_of["ours"][0]["texts"]
     ratios = {
         row["name"]: {name: round(row[name] / ours[name], 2) for name in ("seconds", "cpu_seconds", "steps")}
-        | {"same_answers": sum(a == b for a, b in zip(texts, found[row["name"]][0]["texts"], strict=True))}
+        | {"same_answers": sum(a == b for a, b in zip(texts, runs_of[row["name"]][0]["texts"], strict=True))}
         for row in rows[1:]
     }
     about = {"machine": run_record.machine(), "commit": run_record.git_commit(), "settings": vars(args)}

@@ -47,7 +47,7 @@ def write(settings: dict[str, Any]) -> dict[str, Any]:
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     wall, cpu = time.perf_counter(), time.process_time()
-    written = [found for (found,) in answers(len(prompts), settings["max_new_tokens"])]
+    written = [answered for (answered,) in answers(len(prompts), settings["max_new_tokens"])]
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     steps = [rows for rows, columns in shapes if columns == 1]
     return {
@@ -56,8 +56,8 @@ def write(settings: dict[str, Any]) -> dict[str, Any]:
         "steps": len(steps),
         "rows": sum(steps),
         "prompt_passes": len(shapes) - len(steps),
-        "tokens": sum(len(found.tokens) for found in written),
-        "texts": [found.text for found in written],
+        "tokens": sum(len(answered.tokens) for answered in written),
+        "texts": [answered.text for answered in written],
     }
 
 

@@ -199,18 +199,18 @@ class MeasuredModel:
         return None if self.measurement.kind == TEXT else lambda row: list(self.generate([row]))
 
     def generate(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """(place in `rows`, the greedy answer to that row) of each, as it ends."""
+        """(index in `rows`, the greedy answer to that row) of each, as it ends."""
         from common.generation import generate as generation
         from common.generation.decoding import Decoding
 
-        for place, _, answer in generation.generate_each(
+        for index, _, answer in generation.generate_each(
             self.model,
             self.tokenizer,
             [self.prompt(row, self.measurement.max_new_tokens) for row in rows],
             Decoding(self.measurement.max_new_tokens),
             max_batch_tokens=self.measurement.max_batch_tokens,
         ):
-            yield place, answer.text.strip()
+            yield index, answer.text.strip()
 
     def outcomes(self) -> dict[str, Any]:
         """What the model makes of all rows (see `measure`)."""
@@ -223,7 +223,7 @@ class MeasuredModel:
     def _labels(self) -> dict[str, Any]:
         texts = [row["text"] for row in self.measurement.rows]
         scored = self.store.windows(
-            texts, KEPT_LABELS, self.measurement.identity(), lambda some: self.classifier.raw_scores(some).tolist()
+            texts, KEPT_LABELS, self.measurement.identity(), lambda batch: self.classifier.raw_scores(batch).tolist()
         )
         raw = np.array([row for window, _ in scored for row in window], dtype=np.float32)
         calibration = self.classifier.calibration(self.measurement.calibration, raw)
@@ -238,8 +238,8 @@ class MeasuredModel:
         keys = [content_key("answer", identity, row["input"]) for row in rows]
         missing = [row for row, key in enumerate(keys) if key not in self.store]
         with tqdm(total=len(rows), initial=len(rows) - len(missing), unit=" rows") as progress:
-            for place, answer in self.generate(missing):
-                self.store.add([(keys[missing[place]], answer)])
+            for index, answer in self.generate(missing):
+                self.store.add([(keys[missing[index]], answer)])
                 progress.update()
         return [self.store[key] for key in keys]
 
@@ -247,24 +247,24 @@ class MeasuredModel:
         """ "nll" in nats, "tokens" and "bytes" of each row's output or text."""
         from tqdm import tqdm
 
-        found: dict[str, list] = {"nll": [], "tokens": [], "bytes": []}
+        likelihoods: dict[str, list] = {"nll": [], "tokens": [], "bytes": []}
         rows, identity = list(self.measurement.rows), self.measurement.identity()
         with tqdm(total=len(rows), unit=" rows") as progress:
             for window, _ in self.store.windows(rows, KEPT, ["likelihoods", identity], self._likelihoods_of):
                 for name, values in window.items():
-                    found[name] += values
-                progress.update(len(found["nll"]) - progress.n)
-        return found
+                    likelihoods[name] += values
+                progress.update(len(likelihoods["nll"]) - progress.n)
+        return likelihoods
 
-    def _likelihoods_of(self, some: Sequence[dict]) -> dict[str, list]:
+    def _likelihoods_of(self, batch: Sequence[dict]) -> dict[str, list]:
         """The same of some rows."""
         from common.comparison import perplexity
         from common.training import batches
 
         if self.measurement.kind == TEXT:
-            rows = [tokenizers.windows(self.tokenizer, row["text"], self.limit) for row in some]
+            rows = [tokenizers.windows(self.tokenizer, row["text"], self.limit) for row in batch]
         else:
-            pairs = [(row["input"], row["output"]) for row in some]
+            pairs = [(row["input"], row["output"]) for row in batch]
             encoded = batches.encode_rows(
                 self.tokenizer, self.measurement.source.model_dir, pairs, self.limit, whole=False
             )

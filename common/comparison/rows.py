@@ -17,7 +17,7 @@ LABELS, SQUAD, ROWS, TEXT = "labels", "squad", "rows", "text"  # kinds of data
 
 
 @dataclass(frozen=True)
-class Selection:
+class RowSelection:
     """Which rows of a file are compared on.
 
     Attributes:

@@ -59,11 +59,11 @@ def write_answers(
     rest = islice(rows, done, None)
     total = len(rows) if isinstance(rows, Sized) else None
     with partial.open("a", encoding="utf-8") as handle, tqdm(unit=" rows", total=total, initial=done) as bar:
-        for some in windows(rest, window):
-            answers = answer(some)
-            handle.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in answers)
+        for batch in windows(rest, window):
+            answers = answer(batch)
+            handle.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in answers)
             handle.flush()
-            bar.update(len(some))
+            bar.update(len(batch))
             yield from answers
     put_in_place(partial, output)
 
@@ -95,8 +95,8 @@ def write_each(
     if done := len(rows) - len(missing):
         log(f"going on after {done:,} answers of {output}")
     with tqdm(total=len(rows), initial=done, unit=f" {what}") as bar:
-        for number, found in answer([rows[number] for number in missing]) if missing else ():
-            store.add([(str(missing[number]), found)])
+        for number, item in answer([rows[number] for number in missing]) if missing else ():
+            store.add([(str(missing[number]), item)])
             bar.update()
     answers = [store[str(number)] for number in range(len(rows))]
     write_jsonl(output, answers)
@@ -120,8 +120,8 @@ def _drop(stale: Iterable[Path]) -> None:
 
 def windows(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
     """The rows in lists of so many; the last may have fewer."""
-    while some := list(islice(rows, size)):
-        yield some
+    while batch := list(islice(rows, size)):
+        yield batch
 
 
 def whole_lines(path: Path) -> tuple[int, bytes]:

@@ -22,7 +22,7 @@ from common.distillation import fill_cache, round_statistics, student_answers, t
 from common.distillation import rows as distill_rows
 from common.distillation.round_statistics import RoundStatistics
 from common.distillation.settings import DistillSettings
-from common.distillation.student_answers import Answer, Prompts, Round
+from common.distillation.student_answers import Prompts, Round, StudentAnswer
 from common.distillation.teacher_cache import TeacherCache, unpack
 from common.files import read_json, write_json
 from common.models import tokenizers
@@ -202,7 +202,7 @@ def stop_if_collapsed(settings: DistillSettings, first: RoundStatistics, now: Ro
     )
 
 
-def kl_to_teacher(answers: Sequence[Answer], encoded: Sequence[Encoded], cache: TeacherCache) -> float | None:
+def kl_to_teacher(answers: Sequence[StudentAnswer], encoded: Sequence[Encoded], cache: TeacherCache) -> float | None:
     """KL(student || teacher) in nats a token, estimated from what the student drew: the mean of log p - log q.
 
     An answer with a token that the teacher's vocabulary lacks is left out. What the student gives to ids that only pad

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from common.distillation.student_answers import Answer
+from common.distillation.student_answers import StudentAnswer
 from common.files import atomic_write
 
 NGRAM = 4  # tokens
@@ -69,7 +69,7 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def of_answers(number: int, answers: Sequence[Answer], own_rows: int) -> RoundStatistics:
+def of_answers(number: int, answers: Sequence[StudentAnswer], own_rows: int) -> RoundStatistics:
     """What can be told of answers by themselves."""
     count, prompts = len(answers), len({answer.row for answer in answers})
     if not answers:

@@ -24,7 +24,7 @@ FILE = "answers.jsonl"
 
 
 @dataclass(frozen=True)
-class Answer:
+class StudentAnswer:
     """One that the student has written.
 
     Attributes:
@@ -110,13 +110,13 @@ class Round:
         start = (number - 1) * size
         orders: dict[int, list[int]] = {}
 
-        def drawn(place: int) -> int:
-            lap, index = divmod(place, rows)
+        def drawn(position: int) -> int:
+            lap, index = divmod(position, rows)
             if lap not in orders:
                 orders[lap] = random.Random(f"{settings.seed} {lap}").sample(range(rows), rows)
             return orders[lap][index]
 
-        taken = sorted({drawn(place) for place in range(start, start + size)})
+        taken = sorted({drawn(position) for position in range(start, start + size)})
         count = round(settings.lmbda * len(taken))
         asked = random.Random(f"{settings.seed} round {number}").sample(taken, count)
         return cls(number, taken, frozenset(asked))
@@ -129,7 +129,7 @@ def written_answers(
     part: Round,
     student: str,
     folder: Path,
-) -> list[Answer]:
+) -> list[StudentAnswer]:
     """The answers of a round. The student is loaded only if some are missing, and is gone afterwards.
 
     Args:
@@ -172,12 +172,12 @@ def write(
     )
     model, tokenizer = loading.load_for_inference(source)
 
-    def answer(some: list[tuple[int, list[int]]]) -> Iterator[tuple[int, dict]]:
-        samples: list[dict[int, dict]] = [{} for _ in some]
+    def answer(batch: list[tuple[int, list[int]]]) -> Iterator[tuple[int, dict]]:
+        samples: list[dict[int, dict]] = [{} for _ in batch]
         for number, sample, written in generate_each(
             model,
             tokenizer,
-            [ids for _, ids in some],
+            [ids for _, ids in batch],
             decoding,
             whole=True,
             logprobs=True,
@@ -186,24 +186,24 @@ def write(
             kept = {"text": written.text, "tokens": written.tokens}
             samples[number][sample] = kept | {"logprob": sum(written.logprobs), "finished": written.finished}
             if len(samples[number]) == decoding.num_samples:
-                in_order = [samples[number][each] for each in range(decoding.num_samples)]
-                yield number, {"row": some[number][0], "samples": in_order}
+                in_order = [samples[number][index] for index in range(decoding.num_samples)]
+                yield number, {"row": batch[number][0], "samples": in_order}
 
     decided_by = [adapters.adapter_hash(source.model_dir), decoding.as_dict(), asked]
     resumable.write_each(str(path), asked, answer, decided_by=decided_by, what="prompts of the student")
 
 
-def kept_answers(path: Path) -> Iterator[Answer]:
+def kept_answers(path: Path) -> Iterator[StudentAnswer]:
     """The answers in a file; none where there is no file."""
     from common.data.rows import iter_jsonl
 
     for _, line in iter_jsonl(path) if path.is_file() else ():
         for sample in line["samples"]:
-            yield Answer(line["row"], **sample)
+            yield StudentAnswer(line["row"], **sample)
 
 
 def training_rows(
-    part: Round, prompts: Prompts, answers: Sequence[Answer], end: int
+    part: Round, prompts: Prompts, answers: Sequence[StudentAnswer], end: int
 ) -> tuple[list[Encoded], list[Encoded]]:
     """(all rows of a round in the order of the data, those of the student's answers in the order of `answers`).
 

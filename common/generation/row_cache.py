@@ -55,7 +55,7 @@ def join(caches: Sequence[Cache]) -> Cache:
                 of_rows = [getattr(layer, states) for layer in (first, *others)]
                 for index, state in of_rows[0].items():
                     if state is not None:
-                        of_rows[0][index] = torch.cat([each[index] for each in of_rows])
+                        of_rows[0][index] = torch.cat([tensors[index] for tensors in of_rows])
         for layer in others:
             if isinstance(layer, DynamicLayer) and layer is not first:
                 layer.keys = layer.values = None
@@ -69,7 +69,7 @@ def _join_columns(first: DynamicLayer, others: Sequence[DynamicLayer]) -> None:
     width = max(layer.keys.shape[-2] for layer in layers)
 
     def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([functional.pad(each, (0, 0, width - each.shape[-2], 0)) for each in tensors])
+        return torch.cat([functional.pad(tensor, (0, 0, width - tensor.shape[-2], 0)) for tensor in tensors])
 
     _replace(first, joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]))
     if isinstance(first, DynamicSlidingWindowLayer):
@@ -85,7 +85,7 @@ def keep(cache: Cache, rows: Sequence[int], columns: int) -> None:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length, kept = columns, min(columns, layer.sliding_window - 1)
             start = layer.keys.shape[-2] - kept
-            _replace(layer, *(each[:, :, start:].index_select(0, index) for each in (layer.keys, layer.values)))
+            _replace(layer, *(tensor[:, :, start:].index_select(0, index) for tensor in (layer.keys, layer.values)))
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for states in (layer.conv_states, layer.recurrent_states):
                 for number, state in states.items():
@@ -111,7 +111,7 @@ class _GrowingLayer(DynamicLayer):
         length = held + key_states.shape[-2]
         if self.buffers is None or length > self.buffers[0].shape[-2]:
             more = length - held + ROOM
-            self.buffers = tuple(functional.pad(each, (0, 0, 0, more)) for each in (self.keys, self.values))
+            self.buffers = tuple(functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.keys, self.values))
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, held:length] = states
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)

@@ -93,7 +93,7 @@ class Extract:
     def run(self, view: View, payloads: Sequence[str]) -> list[Extraction]:
         from common.generation import json_schema
         from common.tasks.idp.answer_form import form_of
-        from common.tasks.idp.calibration import Calibration
+        from common.tasks.idp.calibration import ConfidenceCalibration
         from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
         def make() -> Extractor:
@@ -103,7 +103,7 @@ class Extract:
                 self.max_new_tokens, on_cut=self.on_cut, thinking=self.thinking, reading=self.reading
             )
             form = form_of(view.version.model_dir, self.typed_fields)
-            fitted = Calibration.load(view.version.model_dir, schema) if self.confidence else None
+            fitted = ConfidenceCalibration.load(view.version.model_dir, schema) if self.confidence else None
             return Extractor(loaded, schema, json_schema.preflight(schema), settings, form, fitted)
 
         return view.keep(self, make).extract(payloads, self.confidence, between=view.host.between_steps)

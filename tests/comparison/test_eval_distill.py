@@ -19,7 +19,7 @@ import eval_distill
 from common.cli import UserError
 from common.comparison import measure, perplexity
 from common.comparison import report as report_module
-from common.comparison.rows import Selection
+from common.comparison.rows import RowSelection
 from common.data import rows as records
 from common.models import loading as models
 from common.models import tokenizers
@@ -189,7 +189,7 @@ def test_a_sample_is_the_same_whatever_the_order(tmp_path):
     drawn = []
     for order in (content, content[::-1]):
         data = write_rows(tmp_path / "r.jsonl", order)
-        rows, available = Selection(data, split="all", sample=5).read()
+        rows, available = RowSelection(data, split="all", sample=5).read()
         assert available == 24
         drawn.append(sorted(row["input"] for row in rows))
     assert drawn[0] == drawn[1] and len(drawn[0]) == 5

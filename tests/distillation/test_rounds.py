@@ -12,7 +12,7 @@ from common.distillation import fill_cache, round_statistics, student_answers, t
 from common.distillation.fill_cache import Targets
 from common.distillation.round_statistics import RoundStatistics
 from common.distillation.settings import DistillSettings
-from common.distillation.student_answers import Answer, Prompts, Round
+from common.distillation.student_answers import Prompts, Round, StudentAnswer
 from common.distillation.teacher_cache import TeacherCache, pack, record_type
 from common.models.tokenizers import Encoded
 from common.training import prefix_tree
@@ -38,7 +38,11 @@ def test_answers_become_rows(tokenizer):
     rows = [{"input": text, "output": "Good"} for text in ("one", "two", "three")]
     prompts = Prompts.of(replace(SETTINGS, lmbda=0.5), tokenizer, rows)
     part = Round(1, [0, 1, 2], frozenset({0, 2}))
-    answers = [Answer(0, [5, 6], -1.0, True, ""), Answer(0, [7], -1.0, False, ""), Answer(2, [], 0.0, True, "")]
+    answers = [
+        StudentAnswer(0, [5, 6], -1.0, True, ""),
+        StudentAnswer(0, [7], -1.0, False, ""),
+        StudentAnswer(2, [], 0.0, True, ""),
+    ]
     encoded, of_answers = student_answers.training_rows(part, prompts, answers, end=9)
     first, own, third = (prompts.prompts[0], prompts.rows[1], prompts.prompts[2])
     assert [row.input_ids for row in encoded] == [[*first, 5, 6, 9], [*first, 7], own.input_ids, [*third, 9]]
@@ -95,7 +99,11 @@ def test_repetition():
 
 
 def test_figures_of_answers():
-    answers = [Answer(0, [1, 2, 3], -3.0, True, ""), Answer(0, [4], -0.5, False, ""), Answer(3, [], 0.0, True, "")]
+    answers = [
+        StudentAnswer(0, [1, 2, 3], -3.0, True, ""),
+        StudentAnswer(0, [4], -0.5, False, ""),
+        StudentAnswer(3, [], 0.0, True, ""),
+    ]
     told = round_statistics.of_answers(2, answers, own_rows=5)
     assert (told.round, told.prompts, told.answers, told.own_rows) == (2, 2, 3, 5)
     assert (told.tokens, told.cut, told.empty) == pytest.approx((4 / 3, 1 / 3, 1 / 3))

@@ -121,11 +121,11 @@ class CodeWriter:
         for index in sorted(range(len(tasks)), key=lambda index: -len(tasks[index])):
             (work.ask_plan if plan_first else work.ask_code)(index)
         answers: list[dict[int, CodeAnswer]] = [{} for _ in tasks]
-        for index, sample, found in work.run():
-            if isinstance(found, str):
-                work.ask_code(index, sample, found, first=True)
+        for index, sample, written in work.run():
+            if isinstance(written, str):
+                work.ask_code(index, sample, written, first=True)
                 continue
-            answers[index][sample] = found
+            answers[index][sample] = written
             if len(answers[index]) == decoding.num_samples:
                 yield index, [answers[index][number] for number in range(decoding.num_samples)]
 
@@ -157,10 +157,10 @@ class CodeWriter:
         return CodeAnswer(code, plan, generation.finished, len(generation.tokens), cut)
 
 
-def _in_order(found: Iterator[tuple[int, int, Any]], tasks: int) -> list[list[Any]]:
+def _in_order(values: Iterator[tuple[int, int, Any]], tasks: int) -> list[list[Any]]:
     """[task][sample] of what comes in any order."""
     of_tasks: list[dict[int, Any]] = [{} for _ in range(tasks)]
-    for index, sample, value in found:
+    for index, sample, value in values:
         of_tasks[index][sample] = value
     return [[of_task[sample] for sample in sorted(of_task)] for of_task in of_tasks]
 

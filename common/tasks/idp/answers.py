@@ -24,7 +24,7 @@ class Shown:
     Attributes:
         confidence: with the confidence of each field.
         written: with what the model copied for each field.
-        accept_from: an answer of this confidence needs no review (see `Calibration.threshold`); None: nothing is said.
+        accept_from: an answer of this confidence needs no review (see `calibration.acceptance`); None: nothing is said.
         evidence: with where each field stands in the document.
     """
 

@@ -1,8 +1,9 @@
 """From a product of token probabilities to how often such a field is right, and which documents need no review.
 
-    calibration = fit(confidences, right)              # of the fields of dev documents
-    calibration.apply(0.83)                            # -> the share of such fields that is right
-    Calibration.load(model_dir, schema).threshold(0.9) # documents at or above it: nine of ten are right, or more
+    calibration = fit(confidences, right)  # of the fields of dev documents
+    calibration.apply(0.83)  # -> the share of such fields that is right
+    calibration = ConfidenceCalibration.load(model_dir, schema)
+    calibration.threshold(0.9)  # documents at or above it: nine of ten are right, or more
 
 Everything here is fitted on dev documents, never on those that a result is reported for.
 """
@@ -32,7 +33,7 @@ REMEDY = "fit it again with eval_idp.py --fit_calibration DEV.jsonl"
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ConfidenceCalibration:
     """Log-odds of a field's being right: `slope` times those of its product of probabilities, plus `intercept`.
 
     Attributes:
@@ -74,7 +75,7 @@ class Calibration:
         return path
 
     @classmethod
-    def load(cls, model_dir: str | Path, schema: Schema) -> Calibration | None:
+    def load(cls, model_dir: str | Path, schema: Schema) -> ConfidenceCalibration | None:
         """What was fitted for this model and this schema; None where nothing was, or for others.
 
         Raises:
@@ -96,11 +97,11 @@ class Calibration:
         return calibration if fits else None
 
 
-def acceptance(calibration: Calibration | None, precision: float | None, model_dir: str) -> float | None:
+def acceptance(calibration: ConfidenceCalibration | None, precision: float | None, model_dir: str) -> float | None:
     """The confidence from which answers need no review; None where no precision is asked for.
 
     Raises:
-        UserError: there is no calibration for the model and the schema; see also `Calibration.threshold`.
+        UserError: there is no calibration for the model and the schema; see also `ConfidenceCalibration.threshold`.
     """
     if precision is None:
         return None
@@ -117,7 +118,7 @@ def document_confidence(confidences: Mapping[str, float]) -> float:
     return math.prod(confidences.values())
 
 
-def fit(confidences: Sequence[float], right: Sequence[bool]) -> Calibration:
+def fit(confidences: Sequence[float], right: Sequence[bool]) -> ConfidenceCalibration:
     """Platt scaling on log-odds (Platt 1999), with his targets, so that a separable or one-sided sample stays finite.
 
     A negative slope, as where confidence says nothing, becomes 0: every field then has the same confidence.
@@ -143,4 +144,4 @@ def fit(confidences: Sequence[float], right: Sequence[bool]) -> Calibration:
     slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope < 0:
         slope, intercept = 0.0, float(logit(targets.mean()))
-    return Calibration(slope, intercept)
+    return ConfidenceCalibration(slope, intercept)

@@ -11,7 +11,7 @@ from common.evaluation import plots
 from common.evaluation.bootstrap import REPLICATES, interval, mean_interval, unit_of_rows
 from common.evaluation.reliability import Curve, auroc, expected_calibration_error, reliability_bins
 from common.evaluation.reliability import diagram as draw
-from common.tasks.idp.calibration import Calibration
+from common.tasks.idp.calibration import ConfidenceCalibration
 from common.tasks.idp.extractor import Extraction
 from common.tasks.idp.field_metrics import MISSING, compare
 
@@ -31,7 +31,10 @@ def fields_of(fields: dict, extraction: Extraction) -> list[Field]:
 
 
 def figures(
-    documents: Sequence[Sequence[Field]], groups: Sequence[str], calibration: Calibration | None, seed: int = 0
+    documents: Sequence[Sequence[Field]],
+    groups: Sequence[str],
+    calibration: ConfidenceCalibration | None,
+    seed: int = 0,
 ) -> dict[str, Any] | None:
     """What confidences are worth over the fields of documents; None where no field was answered.
 
@@ -62,7 +65,9 @@ def figures(
     return result
 
 
-def curves(documents: Sequence[Sequence[Field]], calibration: Calibration | None) -> dict[str, dict[str, list]]:
+def curves(
+    documents: Sequence[Sequence[Field]], calibration: ConfidenceCalibration | None
+) -> dict[str, dict[str, list]]:
     """`reliability_bins` of the fields of documents, and "before" calibration where there was one, for the diagram."""
     raw, right = (np.array([field[part] for fields in documents for field in fields]) for part in (0, 1))
     if not len(raw):
@@ -83,7 +88,7 @@ def diagram(model: dict[str, Any]) -> bytes:
     return draw(drawn, "confidence of a field", "fields")
 
 
-def _calibrated(raw: np.ndarray, calibration: Calibration | None) -> np.ndarray:
+def _calibrated(raw: np.ndarray, calibration: ConfidenceCalibration | None) -> np.ndarray:
     return np.array([calibration.apply(value) for value in raw]) if calibration else raw
 
 

@@ -102,7 +102,7 @@ class Evaluation:
             form: in which it is asked.
             identity: what tells its answers from those of another model (`adapters.identity`).
         """
-        calibration = calibrations.Calibration.load(name, self.schema)
+        calibration = calibrations.ConfidenceCalibration.load(name, self.schema)
         groups = [row["group"] for row in self.rows]
         figures: dict[str, dict] = {}
         judged: dict[str, list[metrics.JudgedDocument]] = {}
@@ -155,7 +155,9 @@ def check_unseen(model_dir: str, rows: Sequence[dict], data: str) -> None:
         )
 
 
-def fit_calibration(model_dir: str, rows: Sequence[dict], data: str, extractor: Extractor) -> calibrations.Calibration:
+def fit_calibration(
+    model_dir: str, rows: Sequence[dict], data: str, extractor: Extractor
+) -> calibrations.ConfidenceCalibration:
     """Fit a calibration on dev documents, and keep it in the model's folder.
 
     Args:

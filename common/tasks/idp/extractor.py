@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from common.generation.generate import TextBatch
     from common.generation.json_grammar import JsonGrammar, JsonRow
     from common.generation.result import Generation
-    from common.tasks.idp.calibration import Calibration
+    from common.tasks.idp.calibration import ConfidenceCalibration
 
 
 READING_SECONDS = 10.0  # that the typed fields of one answer may take, the whole document searched for its ways
@@ -123,7 +123,7 @@ class _Question:
     """What a piece of a document is asked; `grammar` makes what holds the answer, `scored`: with log-probabilities."""
 
     reading: _Reading
-    place: int
+    index: int
     prompt: list[int]
     grammar: Callable[[], JsonGrammar]
     scored: bool
@@ -154,7 +154,7 @@ class Extractor:
         preflight: json_schema.Preflight | None,
         settings: ExtractionSettings,
         form: AnswerForm = UNTRAINED,
-        calibration: Calibration | None = None,
+        calibration: ConfidenceCalibration | None = None,
     ) -> None:
         self.calibration = asdict(calibration) if calibration else None
         self.calibrate = calibration.apply if calibration else float
@@ -207,8 +207,8 @@ class Extractor:
         self, texts: Sequence[str], confidence: bool = False, between: Callable[[], None] = lambda: None
     ) -> list[Extraction]:
         """One extraction per document, in their order; see `extract_each`."""
-        found = dict(self.extract_each(texts, confidence, between))
-        return [found[number] for number in range(len(texts))]
+        extractions = dict(self.extract_each(texts, confidence, between))
+        return [extractions[number] for number in range(len(texts))]
 
     def extract_each(
         self, texts: Sequence[str], confidence: bool = False, between: Callable[[], None] = lambda: None
@@ -233,7 +233,7 @@ class Extractor:
                 yield reading.number, self._refused(reading.text)
         for question, _, answer in batch.run():
             reading = question.reading
-            reading.tries[question.place].append(answer)
+            reading.tries[question.index].append(answer)
             budget = self._longer_budget(question, answer)
             if budget:
                 self._put(batch, question, budget, first=True)
@@ -268,10 +268,10 @@ class Extractor:
         part = len(reading.pieces) > 1 and not again
         reading.left = len(reading.pieces)
         reading.earlier, reading.tries = reading.tries, [[] for _ in reading.pieces]
-        for place, piece in enumerate(reading.pieces):
+        for number, piece in enumerate(reading.pieces):
             grammar = cache(partial(self.grammar_for, piece, between, part))  # made when its answer begins
             scored = confidence or len(reading.pieces) > 1
-            question = _Question(reading, place, self.encode(piece, part), grammar, scored)
+            question = _Question(reading, number, self.encode(piece, part), grammar, scored)
             self._put(batch, question, self.settings.max_new_tokens, first=again)
 
     def _put(self, batch: TextBatch, question: _Question, budget: int, *, first: bool) -> None:
@@ -286,7 +286,7 @@ class Extractor:
 
     def _longer_budget(self, question: _Question, answer: Generation) -> int | None:
         """What an answer that was cut is tried again with: twice the budget, or what the context leaves of it."""
-        if self.settings.on_cut != "retry" or not answer.cut or len(question.reading.tries[question.place]) > 1:
+        if self.settings.on_cut != "retry" or not answer.cut or len(question.reading.tries[question.index]) > 1:
             return None
         left = (self.limit - len(question.prompt)) // (1 + self.settings.thinking)
         budget = min(2 * self.settings.max_new_tokens, left)

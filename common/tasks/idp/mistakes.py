@@ -21,7 +21,7 @@ TRIES = 4  # of each kind, before another one is taken
 
 
 @dataclass(frozen=True)
-class Answer:
+class RightAnswer:
     """A right answer.
 
     Attributes:
@@ -33,11 +33,11 @@ class Answer:
     document: str
 
 
-Mistake = Callable[[Answer, random.Random], Any]
+Mistake = Callable[[RightAnswer, random.Random], Any]
 
 
 def rejected(
-    answer: Answer,
+    answer: RightAnswer,
     schema: json_schema.Schema,
     rng: random.Random,
     meaning: Callable[[Any], Any] = lambda fields: fields,
@@ -57,7 +57,7 @@ def rejected(
     return None
 
 
-def from_elsewhere(answer: Answer, rng: random.Random) -> Any:
+def from_elsewhere(answer: RightAnswer, rng: random.Random) -> Any:
     """A date, a number or a line that stands at another place of the document."""
 
     def other(leaf: Any) -> Any:
@@ -67,19 +67,19 @@ def from_elsewhere(answer: Answer, rng: random.Random) -> Any:
     return _change_one(answer.fields, rng, other)
 
 
-def wrong_value(answer: Answer, rng: random.Random) -> Any:
+def wrong_value(answer: RightAnswer, rng: random.Random) -> Any:
     """A value that the document does not have: another digit, a word less, another truth."""
     return _change_one(answer.fields, rng, lambda leaf: _other_value(leaf, rng))
 
 
-def swapped_fields(answer: Answer, rng: random.Random) -> Any:
+def swapped_fields(answer: RightAnswer, rng: random.Random) -> Any:
     """The values of two fields of one type exchanged."""
     if not isinstance(answer.fields, dict):
         return None
     return _swap(answer.fields, [(key,) for key in answer.fields], rng)
 
 
-def swapped_lines(answer: Answer, rng: random.Random) -> Any:
+def swapped_lines(answer: RightAnswer, rng: random.Random) -> Any:
     """One column of two lines of a list exchanged."""
     columns: dict[tuple, list[Path]] = {}
     for path, _ in leaves(answer.fields):
@@ -89,7 +89,7 @@ def swapped_lines(answer: Answer, rng: random.Random) -> Any:
     return _swap(answer.fields, rng.choice(several), rng) if several else None
 
 
-def missing_part(answer: Answer, rng: random.Random) -> Any:
+def missing_part(answer: RightAnswer, rng: random.Random) -> Any:
     """A field or a line left out."""
     paths = list(dict.fromkeys(path[:end] for path, _ in leaves(answer.fields) for end in range(1, len(path) + 1)))
     if not paths:

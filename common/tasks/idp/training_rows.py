@@ -52,7 +52,7 @@ class TrainingRowBuilder:
         return json_writer.dumps(fields, self.asked)
 
     def _wrong(self, fields: dict, document: str, rng: random.Random) -> str | None:
-        answer = mistakes.Answer(fields, document)
+        answer = mistakes.RightAnswer(fields, document)
         if not self.typed:
             return mistakes.rejected(answer, self.asked, rng)
         # What can no longer be read means something else, too.

@@ -129,8 +129,8 @@ def plot(cascade: dict[str, Any], names: Sequence[str]) -> bytes:
     """Accuracy of the whole against the share that is handed on, with 95 % bands; the dot is the threshold in use."""
     figure = plots.new_figure(3.6, plots.WIDE)
     axes = figure.subplots()
-    for place, (model, name) in enumerate(zip(cascade["models"], names, strict=True)):
-        colour = plots.COLOURS[place % len(plots.COLOURS)]
+    for index, (model, name) in enumerate(zip(cascade["models"], names, strict=True)):
+        colour = plots.COLOURS[index % len(plots.COLOURS)]
         shares = [point["share"] for point in model["curve"]]
         low, middle, high = ([p["accuracy"][key] for p in model["curve"]] for key in ("low", "value", "high"))
         axes.fill_between(shares, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -131,8 +131,8 @@ def classify_file(scoring: FileScoring, classifier: Classifier, hand_on: HandOn 
     calibration = classifier.calibration(settings.calibration, first_raw, settings.label_bias)
 
     def answers(window: list[str]) -> list[dict]:
-        found = classifier.answers(window, calibration, first_raw if window == first else None)
-        return hand_on(window, found) if hand_on else found
+        own = classifier.answers(window, calibration, first_raw if window == first else None)
+        return hand_on(window, own) if hand_on else own
 
     def takes_over(count: int, last: dict) -> bool:
         """Whether the last of `count` answers is what is answered to that row now."""

@@ -149,9 +149,9 @@ def _asked(
     cascade: DocumentCascade, shown: Shown, read: Sequence[documents.Document], unsure: list[tuple[int, Extraction]]
 ) -> Iterator[tuple[int, Extraction, dict[str, Any]]]:
     """What becomes of unsure extractions, (number of the document, extraction), in the documents' order."""
-    unsure = sorted(unsure, key=lambda each: each[0])
-    found = cascade.answers([read[number].text for number, _ in unsure], [extraction for _, extraction in unsure])
-    for (number, _), answered in zip(unsure, found, strict=True):
+    unsure = sorted(unsure, key=lambda pair: pair[0])
+    results = cascade.answers([read[number].text for number, _ in unsure], [extraction for _, extraction in unsure])
+    for (number, _), answered in zip(unsure, results, strict=True):
         answer = shown.answer(answered.extraction, read[number]) | answered.facts
         if answered.by_teacher and "accepted" in answer:
             answer["accepted"] = False  # nobody has shown how often a teacher is right

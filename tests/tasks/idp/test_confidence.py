@@ -17,7 +17,7 @@ from common.cli import UserError
 from common.evaluation.reliability import auroc, expected_calibration_error, reliability_bins
 from common.generation.result import Generation
 from common.tasks.idp import calibration, confidence, confidence_metrics
-from common.tasks.idp.calibration import Calibration
+from common.tasks.idp.calibration import ConfidenceCalibration
 from common.tasks.idp.extractor import Extraction, Extractor
 
 
@@ -58,7 +58,7 @@ def drawn(seed: int, fields: int, slope: float, intercept: float) -> tuple[np.nd
     """Probabilities, and whether fields are right as often as the calibration with these numbers says."""
     rng = np.random.default_rng(seed)
     sure = rng.uniform(0.001, 0.999, fields)
-    truth = Calibration(slope, intercept)
+    truth = ConfidenceCalibration(slope, intercept)
     return sure, rng.uniform(size=fields) < [truth.apply(value) for value in sure]
 
 
@@ -99,16 +99,16 @@ def test_area_and_bins_are_their_definitions():
 def test_a_threshold_takes_documents_as_long_as_they_are_shown_to_be_right():
     right = [True] * 40 + [False] * 10
     documents = tuple((0.99 - number / 100, value) for number, value in enumerate(right))
-    found = Calibration(documents=documents).threshold(0.9)
+    found = ConfidenceCalibration(documents=documents).threshold(0.9)
     assert documents[40][0] < found <= documents[35][0]
-    tied = Calibration(documents=tuple((0.5, value) for value in right))
+    tied = ConfidenceCalibration(documents=tuple((0.5, value) for value in right))
     with pytest.raises(UserError, match=r"--accept_above 0.9: .*at best 0\.\d+ can be shown"):
         tied.threshold(0.9)  # none of them without all of them
     with pytest.raises(UserError, match=r"needs at least 36 .* there are 20 .* ask for 0\.83 at most"):
-        Calibration(documents=documents[:20]).threshold(0.9)
-    Calibration(documents=documents[:20]).threshold(0.83)
+        ConfidenceCalibration(documents=documents[:20]).threshold(0.9)
+    ConfidenceCalibration(documents=documents[:20]).threshold(0.83)
     with pytest.raises(UserError, match="no dev document got a whole answer"):
-        Calibration().threshold(0.9)
+        ConfidenceCalibration().threshold(0.9)
 
 
 def test_what_is_accepted_is_as_precise_as_was_asked_for():
@@ -118,7 +118,9 @@ def test_what_is_accepted_is_as_precise_as_was_asked_for():
         sure = rng.uniform(size=300)
         right = rng.uniform(size=300) < 0.6 + 0.4 * sure
         try:
-            least = Calibration(documents=tuple(zip(sure.tolist(), right.tolist(), strict=True))).threshold(0.85)
+            least = ConfidenceCalibration(documents=tuple(zip(sure.tolist(), right.tolist(), strict=True))).threshold(
+                0.85
+            )
         except UserError:
             continue
         accepted += 1
@@ -213,19 +215,19 @@ def test_a_calibration_is_of_one_model_and_one_schema(tiny_base, schema_file, tm
 
     run, schema = tmp_path / "run", json.loads(Path(schema_file).read_text())
     shutil.copytree(tiny_base, run)
-    assert Calibration.load(run, schema) is None
+    assert ConfidenceCalibration.load(run, schema) is None
     from common.data.resumable import content_key
     from common.models import adapters
 
     facts = {"model_sha256": adapters.adapter_hash(str(run)), "schema": content_key(schema)}
-    Calibration(2.0, 0.1, ((0.9, True),), facts).save(run)
-    assert Calibration.load(run, schema) == Calibration(2.0, 0.1, ((0.9, True),), facts)
-    assert Calibration.load(run, {"type": "object"}) is None
-    Calibration(fitted_on=facts | {"model_sha256": "another"}).save(run)
-    assert Calibration.load(run, schema) is None
+    ConfidenceCalibration(2.0, 0.1, ((0.9, True),), facts).save(run)
+    assert ConfidenceCalibration.load(run, schema) == ConfidenceCalibration(2.0, 0.1, ((0.9, True),), facts)
+    assert ConfidenceCalibration.load(run, {"type": "object"}) is None
+    ConfidenceCalibration(fitted_on=facts | {"model_sha256": "another"}).save(run)
+    assert ConfidenceCalibration.load(run, schema) is None
     (run / calibration.FILE).write_text('{"version": 1}')
     with pytest.raises(UserError, match="is not a calibration file of this version"):
-        Calibration.load(run, schema)
+        ConfidenceCalibration.load(run, schema)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_mistake_of_each_kind(mistake):
     lines = [{"item": "Cable", "price": "3.00"}, {"item": "Lamp", "price": "7.50"}]
     fields = {"total": "13.50", "date": "01/02/2020", "lines": lines}
     before, rng = copy.deepcopy(fields), random.Random(0)
-    wrong = [mistake(mistakes.Answer(fields, document), rng) for _ in range(20)]
+    wrong = [mistake(mistakes.RightAnswer(fields, document), rng) for _ in range(20)]
     wrong = [each for each in wrong if each is not None]
     assert fields == before
     assert wrong
@@ -147,10 +147,10 @@ def test_rejected_answers_satisfy_the_schema_and_mean_something_else(typed_field
 
 def test_where_no_mistake_is_possible_there_is_no_rejected_answer():
     rng = random.Random(0)
-    assert mistakes.rejected(mistakes.Answer({}, "x"), True, rng) is None
+    assert mistakes.rejected(mistakes.RightAnswer({}, "x"), True, rng) is None
     fixed = {"properties": {"a": {"const": True}}, "required": ["a"]}
-    assert mistakes.rejected(mistakes.Answer({"a": True}, "x"), fixed, rng) is None
-    assert mistakes.rejected(mistakes.Answer({"a": True}, "x"), {"required": ["a"]}, rng) == '{"a":false}'
+    assert mistakes.rejected(mistakes.RightAnswer({"a": True}, "x"), fixed, rng) is None
+    assert mistakes.rejected(mistakes.RightAnswer({"a": True}, "x"), {"required": ["a"]}, rng) == '{"a":false}'
 
 
 def test_documents_alike_stay_together():
