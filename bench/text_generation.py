@@ -106,8 +106,8 @@ def figures(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = runs[0]
     return {
         "name": name,
-        "seconds": round(median(run["seconds"] for run in runs), 1),
-        "cpu_seconds": round(median(run["cpu_seconds"] for run in runs), 1),
+        "seconds": round(median(run["seconds"] for run in runs), 3),
+        "cpu_seconds": round(median(run["cpu_seconds"] for run in runs), 3),
         "tokens": first["tokens"],
         "steps": first["steps"],
         "rows_per_step": round(first["rows"] / max(1, first["steps"]), 1),

@@ -56,7 +56,7 @@ def refresh(folders: Iterable[str | Path]) -> None:
         if (folder / run_record.FILE).is_file() or (folder / EXPORT_FILE).is_file():
             try:
                 write(folder)
-            except (cli.UserError, OSError) as error:
+            except (cli.UserError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
                 cli.log(f"{folder} gets no model card: {error}")
 
 
@@ -204,7 +204,10 @@ def _data_section(run: dict) -> str:
     files = data if isinstance(data, list) else [data] if data else []
     if not files:
         return ""
-    rows = [[f"`{_name(one['path'])}`", f"{one['rows']:,}", f"`{one['sha256']}`"] for one in files]
+    rows = [
+        [f"`{_name(one['path'])}`", f"{one['rows']:,}", f"`{one['sha256']}`" if "sha256" in one else ""]
+        for one in files  # a data set of the Hub has no hash
+    ]
     return "## Training data\n\n" + _table(["file", "rows", "SHA-256"], rows)
 
 

@@ -14,6 +14,7 @@ from common.cli import UserError
 from common.comparison import measure
 from common.comparison.measure import MeasuredModel, Measurement
 from common.comparison.rows import ROWS
+from common.data.resumable import AnswerStore
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
@@ -39,12 +40,13 @@ def test_prompts_are_cut_to_leave_room_for_the_answer(folders):
     rows = [{"input": PROMPTS[3], "output": "Good"}]
     length = len(tokenizers.encode_prompt(tokenizer, PROMPTS[3]))
     measurement = Measurement(ModelSource(folders["student"], load_in_4bit="off"), ROWS, rows, 1, length + 4, 4, 8192)
-    whole = MeasuredModel(measurement, model, tokenizer)
+    store = AnswerStore(None)
+    whole = MeasuredModel(measurement, model, tokenizer, store)
     assert (whole.cut(), len(whole.prompt(0, 4))) == (0, length)
-    shorter = MeasuredModel(replace(measurement, max_len=length), model, tokenizer)
+    shorter = MeasuredModel(replace(measurement, max_len=length), model, tokenizer, store)
     assert shorter.cut() == 1 and len(shorter.prompt(0, 4)) <= length - 4
     with pytest.raises(UserError, match="leave no room for a prompt and 4 new ones"):
-        MeasuredModel(replace(measurement, max_len=6), model, tokenizer).prompt(0, 4)
+        MeasuredModel(replace(measurement, max_len=6), model, tokenizer, store).prompt(0, 4)
 
 
 @pytest.mark.processes

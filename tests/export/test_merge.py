@@ -19,6 +19,7 @@ from support.served import make_run
 
 from common.cli import UserError
 from common.export import merge as merging
+from common.export import model_card
 from common.export import pipeline as export
 from common.files import sha256_file
 from common.models import adapters, tokenizers
@@ -103,7 +104,10 @@ def test_merged_needs_no_peft(run, dev, tmp_path, torch_model, capsys):
     for name, file in record["files"].items():
         path = tmp_path / "merged" / name
         assert (file["bytes"], file["sha256"]) == (path.stat().st_size, sha256_file(path))
-    assert set(record["files"]) == {path.name for path in (tmp_path / "merged").iterdir()} - {export.RECORD}
+    assert set(record["files"]) == {path.name for path in (tmp_path / "merged").iterdir()} - {
+        export.RECORD,
+        model_card.FILE,
+    }
     last = capsys.readouterr().out.splitlines()[-1]
     assert json.loads(last)["metric"] == proof["metric"]
 

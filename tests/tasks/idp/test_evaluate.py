@@ -93,7 +93,8 @@ def test_where_the_values_stand_is_judged(capsys, monkeypatch, tiny_base, schema
     lines = [{"text": text, "box": [0, 10 * y, 9, 10 * y + 9]} for y, text in enumerate(texts)]
     row = {"document": "\n".join(texts), "fields": {"company": "ACME", "total": 12.5}, "lines": lines}
     value = {"company": "Paid", "total": 12.5}
-    monkeypatch.setattr(Extractor, "extract", lambda self, texts, **_: [Extraction(value, None, "")] * len(texts))
+    answers = [Extraction(value, None, "")]
+    monkeypatch.setattr(Extractor, "extract_each", lambda self, texts, *_, **__: enumerate(answers * len(texts)))
     report = tmp_path / "report"
     data = write_rows(tmp_path / "rows.jsonl", [row])
     line, out = evaluate(capsys, *argv, "--data", data, "--report_dir", str(report))
@@ -109,10 +110,11 @@ def test_where_the_values_stand_is_judged(capsys, monkeypatch, tiny_base, schema
 def test_perfect_answers_are_found_perfect(capsys, monkeypatch, tiny_base, schema_file, dataset):
     truth = {documents.clean(row["document"]): row["fields"] for row in read_rows(Path(dataset))}
 
-    def extract(self, texts, confidence=False, **kwargs):
-        return [Extraction(truth[text], None, json.dumps(truth[text]), tokens=9) for text in texts]
+    def extract_each(self, texts, *_, **__):
+        for number, text in enumerate(texts):
+            yield number, Extraction(truth[text], None, json.dumps(truth[text]), tokens=9)
 
-    monkeypatch.setattr(Extractor, "extract", extract)
+    monkeypatch.setattr(Extractor, "extract_each", extract_each)
     argv = ["--model_dir", tiny_base, "--schema", schema_file, "--data", dataset, "--split", "all"]
     line, _ = evaluate(capsys, *argv)
     for key in ("valid_json_rate", "schema_valid_rate", "field_f1", "field_precision", "exact_match"):

@@ -67,7 +67,8 @@ def test_the_object_stands_alone_and_confidence_beside_it(capsys, tiny_base, sch
 
 def test_evidence_stands_beside_the_fields(capsys, monkeypatch, tiny_base, schema_file, tmp_path):
     fields = ROW["fields"]
-    monkeypatch.setattr(Extractor, "extract", lambda self, texts, *_, **__: [Extraction(fields, None, "")] * len(texts))
+    answers = [Extraction(fields, None, "")]
+    monkeypatch.setattr(Extractor, "extract_each", lambda self, texts, *_, **__: enumerate(answers * len(texts)))
     _, out, _ = infer(capsys, tiny_base, schema_file, "--document", ROW["document"], "--evidence")
     assert json.loads(out) == {
         "fields": fields,
