@@ -50,10 +50,10 @@ HEADERS = (
     "{date}\n{vendor}\nInvoice # {number}",
     "Invoice #{number} dated {date} from {vendor}.",
 )
-ITEMS = (
+ITEMS = (  # a layout's part follows from its text as it stands here, names in braces included: another name, other rows
     "{description} x{qty} @ {price} = {amount}",
     "{qty} x {description} {price} {amount}",
-    "{index}) {description} | {qty} | {price} | {amount}",
+    "{place}) {description} | {qty} | {price} | {amount}",
     "{description}, {qty} pcs at {price}: {amount}",
 )
 TOTALS = ("Total: {money}", "TOTAL DUE {money}", "Amount payable: {money}", "Grand total {money}")
@@ -148,7 +148,7 @@ def _invoice(rng: random.Random, held_out: bool) -> dict:
             lines.append(f"Due: {due.strftime(date_style)}")
         for index, item in enumerate(items, start=1):
             money = {"price": f"{item['unit_price']:.2f}", "amount": f"{item['amount']:.2f}"}
-            lines.append(item_line.format(index=index, description=item["description"], qty=item["qty"], **money))
+            lines.append(item_line.format(place=index, description=item["description"], qty=item["qty"], **money))
         if tax:
             lines += [f"Subtotal {total / 100:.2f}", f"Tax {tax / 100:.2f}"]
         lines.append(total_line.format(money=rng.choice(MONEY).format(**facts)))
