@@ -20,7 +20,7 @@ from common.models import adapters, gguf_import
 from common.models.gguf_file import GgufFile
 
 FILE = "README.md"
-EXPORT_FILE = "export.json"  # `export.pipeline.RECORD`
+EXPORT_FILE = "export.json"
 MARK = "<!-- distill-slm: written from run.json; edits are lost unless this line goes -->"
 FOREIGN = "[More Information Needed]"  # in what PEFT writes of itself
 METHODS = {
@@ -91,11 +91,12 @@ def card(folder: str | Path) -> str:
         raise cli.UserError(f"{folder} has neither {run_record.FILE} nor {EXPORT_FILE}; give a run or an export")
     task = task_record.read(folder)
     base = origin.get("base") or run.get("base_model") or origin.get("model_dir")
+    rights = licence(base)
     sections = [
-        _metadata(folder, base, run, task, export),
+        _metadata(folder, base, rights, run, task, export),
         MARK,
         f"# {folder.resolve().name}",
-        _summary(folder, base, run, task, export),
+        _summary(folder, base, rights, run, task, export),
         _task_section(task),
         _data_section(run),
         _training_section(run),
@@ -150,7 +151,7 @@ def licence(base: str | None) -> str | None:
     return declared if isinstance(declared, str) else None
 
 
-def _metadata(folder: Path, base: str | None, run: dict, task: dict | None, export: dict) -> str:
+def _metadata(folder: Path, base: str | None, rights: str | None, run: dict, task: dict | None, export: dict) -> str:
     from huggingface_hub import ModelCardData
 
     form = export.get("format")
@@ -159,7 +160,7 @@ def _metadata(folder: Path, base: str | None, run: dict, task: dict | None, expo
     is_hub_id = base and _name(base) == base and "/" in base
     data = ModelCardData(
         base_model=base if is_hub_id else None,
-        license=licence(base),
+        license=rights,
         library_name=libraries.get(form, "onnx" if form in ("onnx", "int8") else "gguf"),
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(filter(None, tags))),
@@ -167,12 +168,11 @@ def _metadata(folder: Path, base: str | None, run: dict, task: dict | None, expo
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _summary(folder: Path, base: str | None, run: dict, task: dict | None, export: dict) -> str:
+def _summary(folder: Path, base: str | None, rights: str | None, run: dict, task: dict | None, export: dict) -> str:
     form = export.get("format")
     what = WHAT.get(form, "LoRA adapter" if adapters.is_adapter(str(folder)) else "All weights")
     method = METHODS.get(run.get("method"), run.get("method"))
     trained = f", trained by {method}" if method else ""
-    unproven = "" if not export or export.get("proof") else " Unproven: nobody has compared it with the run."
     made_of = run.get("gguf", {}).get("student")
     of_file = f" (made of `{_name(made_of['path'])}`, SHA-256 `{made_of['sha256']}`)" if made_of else ""
     purpose = {
@@ -181,9 +181,8 @@ def _summary(folder: Path, base: str | None, run: dict, task: dict | None, expor
         task_record.IDP: " It turns a document into JSON that is valid by a schema.",
         task_record.CODEGEN: " It writes Python code.",
     }.get(task and task["kind"], "")
-    said = licence(base)
-    rights = f"The base's licence is `{said}`." if said else "The base's files name no licence."
-    return f"{what} of `{_name(base)}`{of_file}{trained}, by distill-slm.{purpose} {rights}{unproven}"
+    said = f"The base's licence is `{rights}`." if rights else "The base's files name no licence."
+    return f"{what} of `{_name(base)}`{of_file}{trained}, by distill-slm.{purpose} {said}"
 
 
 def _task_section(task: dict | None) -> str:
@@ -299,10 +298,9 @@ def _use_section(folder: Path, base: str | None, task: dict | None, export: dict
     if form in ("gguf", "gguf_lora"):
         (file,) = [file_name for file_name in export["files"] if file_name.endswith(".gguf")]
         model = f"-m {file}" if form == "gguf" else f"-m base-{export['base_quant']}.gguf --lora {file}"
-        blocks.append(("llama.cpp", "bash", f"llama-server {model}"))
+        title = "llama.cpp" if form == "gguf" else f"llama.cpp, on `{_name(base)}` as GGUF"
+        blocks.append((title, "bash", f"llama-server {model}"))
         blocks.append(("Ollama", "bash", f"ollama create {name.lower()} -f Modelfile\nollama run {name.lower()}"))
-        if form == "gguf_lora":
-            blocks[0] = (f"llama.cpp, on `{_name(base)}` as GGUF", *blocks[0][1:])
     return "## Use\n\n" + "\n\n".join(f"{title}:\n\n```{kind}\n{code}\n```" for title, kind, code in blocks)
 
 

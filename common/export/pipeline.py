@@ -22,6 +22,7 @@ from common.cli import UserError, log
 from common.data import task_record
 from common.export import merge as merging
 from common.export import parity
+from common.export.model_card import EXPORT_FILE
 from common.export.parity import ProofRows, RuntimeResult
 from common.files import atomic_write, read_json, sha256_file
 from common.models import adapters, gguf_import
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from common.models.gguf_runtime import GgufModel
 
-RECORD = "export.json"
+RECORD = EXPORT_FILE
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROOM = 1.1  # what is asked of the disk, for what is written
 WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".data", ".gguf")

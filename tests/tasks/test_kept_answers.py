@@ -108,12 +108,17 @@ def interrupted(main, argv, owner, method: str, monkeypatch) -> list[int]:
             raise KeyboardInterrupt
         return real(self, items, *args, **more)
 
-    monkeypatch.setattr(owner, method, counting)
-    with pytest.raises(KeyboardInterrupt):
-        main(argv)
-    main(argv)
-    monkeypatch.setattr(owner, method, real)
+    run_twice(main, argv, owner, method, counting, monkeypatch)
     return sizes
+
+
+def run_twice(main, argv, owner, method: str, counting, monkeypatch) -> None:
+    """Run `main` with `counting` for a method, which interrupts it, and again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, counting)
+        with pytest.raises(KeyboardInterrupt):
+            main(argv)
+        main(argv)
 
 
 def interrupted_after(answers: int, main, argv, owner, method: str, monkeypatch) -> list[int]:
@@ -127,11 +132,7 @@ def interrupted_after(answers: int, main, argv, owner, method: str, monkeypatch)
                 raise KeyboardInterrupt
             yield answer
 
-    monkeypatch.setattr(owner, method, counting)
-    with pytest.raises(KeyboardInterrupt):
-        main(argv)
-    main(argv)
-    monkeypatch.setattr(owner, method, real)
+    run_twice(main, argv, owner, method, counting, monkeypatch)
     return sizes
 
 

@@ -127,14 +127,15 @@ class Evaluation:
             plan_then_code: also judge code that is written after a plan, paired with direct answers.
             tries: if above 1, also judge code that is asked for again where it fails the first test of its problem.
         """
-        direct = self.judge(self.write_answers(settings, DIRECT))
+        answers = self.write_answers(settings, DIRECT)
+        direct = self.judge(answers)
         entry = self.figures(direct)
         if plan_then_code:
             planned = self.judge(self.write_answers(settings, PLAN_THEN_CODE))
             entry[PLAN_THEN_CODE] = self.figures(planned)
             entry["plan_difference"] = self.difference(planned, direct)
         if tries > 1:
-            tried = self.judge(self.try_again(settings, tries))
+            tried = self.judge(self.try_again(settings, answers, tries))
             entry[TRIED] = self.figures(tried)
             entry["tried_difference"] = self.difference(tried, direct)
         return entry, direct
@@ -187,11 +188,10 @@ class Evaluation:
                     progress.update()
         return [self.store[key] for key in keys]
 
-    def try_again(self, settings: WriterSettings, tries: int) -> list[list[dict]]:
-        """The direct answers, each asked for again while it fails the first test of its problem, `tries` in all."""
+    def try_again(self, settings: WriterSettings, first: Sequence[Sequence[dict]], tries: int) -> list[list[dict]]:
+        """The first answers, each asked for again while it fails the first test of its problem, `tries` in all."""
         parts = ["answer", settings.identity(), TRIED, tries, self.decoding.as_dict()]
         keys = [content_key(*parts, problem.prompt, asdict(problem.graded_by())) for problem in self.problems]
-        first = self.write_answers(settings, DIRECT)
         missing = [index for index, key in enumerate(keys) if key not in self.store]
         if missing:
             writer = settings.load()
