@@ -112,10 +112,17 @@ def row_fault(row: Any, keys: Sequence[str]) -> str | None:
     for key in keys:
         if key not in row:
             return f"key '{key}' is missing"
-        if not isinstance(row[key], str) or not row[key].strip():
-            return f"'{key}' must be a non-empty string"
-        if not _encodable(row[key]):
-            return f"'{key}' holds half a character (a lone \\ud800-\\udfff escape)"
+        if fault := text_fault(row[key], key):
+            return fault
+    return None
+
+
+def text_fault(value: Any, key: str) -> str | None:
+    """Why a value is no text that can be learnt from; None when it is."""
+    if not isinstance(value, str) or not value.strip():
+        return f"'{key}' must be a non-empty string"
+    if not _encodable(value):
+        return f"'{key}' holds half a character (a lone \\ud800-\\udfff escape)"
     return None
 
 
