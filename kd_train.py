@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli
-from common.data import rows as records
+from common.data import shapes
 from common.export import model_card
 from common.models.flags import parse_args
 from common.tasks import recognition
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = flags.kd_settings(parse_args(build_parser(), argv))
-    completion.train(settings, records.KD_KEYS, argv, recognition.record_of)
+    completion.train(settings, shapes.KD, argv, recognition.record_of)
     model_card.refresh([settings.save_dir])
 
 

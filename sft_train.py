@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Supervised fine-tuning: a QLoRA adapter from rows {"input", "output"}, loss on the output alone.
+"""Supervised fine-tuning: a QLoRA adapter from inputs and outputs, or from chats, with the loss on answers alone.
 
     python sft_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_sft.jsonl \\
         --save_dir runs/creditmix_sft --epochs 5
@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli
-from common.data import rows as records
+from common.data import shapes
 from common.export import model_card
 from common.models.flags import parse_args
 from common.tasks import recognition
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = flags.sft_settings(parse_args(build_parser(), argv))
-    completion.train(settings, records.SFT_KEYS, argv, recognition.record_of)
+    completion.train(settings, shapes.SFT, argv, recognition.record_of)
     model_card.refresh([settings.save_dir])
 
 

@@ -1,4 +1,4 @@
-"""The text of docs/formats.md: what becomes of each keyword and format of a JSON Schema, and how values are read.
+"""The text of docs/formats.md: what becomes of each keyword of a JSON Schema, how values are read, which rows train.
 
 Nothing here is asserted by hand: every keyword is put to the preflight on a small schema, and every date and amount to
 the functions that compare fields.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from common.data import shapes
 from common.generation import json_schema, string_formats
 from common.tasks.idp import field_metrics
 
@@ -115,11 +116,14 @@ def text(note: str) -> str:
         "# Formats",
         "",
         note,
-        "What of a JSON Schema is kept to, how dates and amounts are read, and which files the scripts take.",
+        "What of a JSON Schema is kept to, how dates and amounts are read, which rows the trainers take, and which",
+        "files the scripts.",
         "",
         *_schema_section(),
         "",
         *_values_section(),
+        "",
+        *_rows_section(),
         "",
         *_files_section(),
     ]
@@ -193,6 +197,34 @@ def _values_section() -> list[str]:
     ]
 
 
+def _rows_section() -> list[str]:
+    return [
+        "## Training rows",
+        "",
+        "Rows are known by their keys, not by the file's name, one by one: a file may mix those that a trainer takes.",
+        "",
+        "| rows | for example | trainers |",
+        "| --- | --- | --- |",
+        *(f"| {shape.name} | `{_cell(shape.example)}` | {_trainers(shape)} |" for shape in shapes.SHAPES),
+        "",
+        "- **Chats.** Turns are the system's (or developer's), the user's and the assistant's; a content is a text, or",
+        "  parts with a text. Loss is on every answer of the assistant and the token that ends its turn, but for those",
+        '  with `"weight": 0`; what follows the last one is not read. `system` beside ShareGPT and Alpaca rows is a',
+        "  system turn. Tools, images and other roles are bad rows, each named by file and line.",
+        "- **Alpaca.** `input` follows `instruction` after a blank line, where there is one.",
+        "- **Prompts and completions, preferences.** Each is a text or turns; of turns, a completion's are learnt. A",
+        "  prompt may also stand in the turns of both answers. One answer is compared with one.",
+        "- **A teacher's answers.** Where rows have `teacher_output`, `kd_train.py` and `distill_train.py` learn that,",
+        "  else the answer that the rows have.",
+        "- Keys that are not read are named in one warning. A file of rows for another trainer is refused by its name;",
+        "  so are unpaired preferences (`prompt`, `completion` and a `label` that is true or false).",
+    ]
+
+
+def _trainers(shape: shapes.Shape) -> str:
+    return ", ".join(f"`{trainer}`" for trainer, kinds in shapes.TAKES.items() if shape.kind in kinds)
+
+
 def _files_section() -> list[str]:
     return [
         "## Files",
@@ -213,9 +245,9 @@ def _files_section() -> list[str]:
 
 ROWS = "JSONL, a JSON list, CSV or Parquet"
 FILES = (
-    ("`sft_train.py`, `kd_train.py`, `dpo_train.py`", ROWS),
-    ("`distill_train.py`", f"{ROWS}; SQuAD's JSON; text (`.txt`); `--dataset`: the Hub, or a folder"),
-    ("`distill_train.py --labels`", "JSONL, a JSON list or Parquet"),
+    ("`sft_train.py`, `kd_train.py`, `dpo_train.py`", f"{ROWS} of [training rows](#training-rows)"),
+    ("`distill_train.py`", "the same; SQuAD's JSON; text (`.txt`); `--dataset`: the Hub, or a folder"),
+    ("`distill_train.py --labels`", "JSONL, a JSON list or Parquet; CSV of gold labels"),
     ("`creditmix_prepare.py`, `infer_creditmix.py`, `eval_creditmix.py`", ROWS),
     ("`idp_prepare.py`, `eval_idp.py`", "JSONL or a JSON list; a folder of PDF or text files with JSON beside them"),
     ("`codegen_prepare.py`, `eval_codegen.py`", "JSONL or a JSON list: MBPP, HumanEval, own rows"),

@@ -203,7 +203,7 @@ SHAPES = (  # a row is of the first that fits
         records.KD_KEYS,
         _texts(*records.KD_KEYS),
         '{"input": "Hi", "teacher_output": "Hello"}',
-        ("output",),
+        ("output", "probabilities"),
     ),
     Shape("chats", COMPLETION, ("messages",), _conversation("messages"), f'{{"messages": {CHAT}}}', ("system",)),
     Shape(
@@ -242,7 +242,7 @@ SHAPES = (  # a row is of the first that fits
         ("input", "probabilities"),
         _as_it_is,
         '{"input": "Hi", "probabilities": {"Good": 0.9, "Bad": 0.1}}',
-        ("output",),
+        ("output", "teacher_output"),
     ),
     Shape("prompts", PROMPT, ("input",), _texts("input"), '{"input": "Hi"}'),
     Shape("prompts", PROMPT, ("prompt",), _asked, '{"prompt": "Hi"}'),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from common.data import rows as records
 from common.data import shapes, squad
 from common.data.shapes import DISTILL, PROMPT, SFT, SHAPES, TAKER, TAKES, TEXT, Row, Shape, shape_of
 
-KEPT = {"group", "id", "teacher", "reason"}  # keys of the rows that the toolkit itself writes
+KEPT = {"group", "id"}
+OWN = {*KEPT, "teacher", "reason", "uncovered_mass"}  # in rows that the toolkit itself writes
 EMPTY = (None, "", [], {})
 SHOWN = 20  # faults, or keys, in a report
 
@@ -71,7 +72,7 @@ def _converted(row: Any, shape: Shape, unread: Counter[str]) -> Row:
     if missing := next((key for key in shape.keys if key not in row), None):
         raise ValueError(f"key '{missing}' is missing")
     converted = shape.read(row)
-    known = {*shape.keys, *shape.optional, *KEPT}
+    known = {*shape.keys, *shape.optional, *OWN}
     unread.update(key for key, value in row.items() if key not in known and value not in EMPTY)
     return {key: row[key] for key in KEPT & row.keys()} | converted
 
@@ -93,19 +94,37 @@ def inspect(path: str | Path, trainer: str) -> Inspection:
     return inspection
 
 
-def read(path: str | Path, trainer: str, skip_bad_rows: bool = False) -> list[Row]:
+def read(
+    path: str | Path,
+    trainer: str,
+    skip_bad_rows: bool = False,
+    fault_of: Callable[[Row], str | None] = lambda row: None,
+) -> list[Row]:
     """The rows of a file as trainers read them (see above); keys that are not read are named in one warning.
 
     Args:
         trainer: one of `TAKES`.
         skip_bad_rows: go on without bad rows, which are named and counted.
+        fault_of: a further check of a row: why it is bad, or None.
 
     Raises:
         UserError: as `inspect`; the first bad row, by file and line; no good row at all.
     """
     unit, numbered, _ = records.numbered_rows(path)
+    return read_numbered(path, numbered, trainer, skip_bad_rows, unit, fault_of)
+
+
+def read_numbered(
+    path: str | Path,
+    numbered: Sequence[tuple[int, Any]],
+    trainer: str,
+    skip_bad_rows: bool = False,
+    unit: str = "line",
+    fault_of: Callable[[Row], str | None] = lambda row: None,
+) -> list[Row]:
+    """`read`, of rows that are there already; `path` and `unit` are for the sentences."""
     inspection = Inspection(file_shape(path, numbered, trainer), unit)
-    good = records.check_rows(path, inspection.read(numbered, trainer), (), skip_bad_rows, unit)
+    good = records.check_rows(path, inspection.read(numbered, trainer), (), skip_bad_rows, unit, fault_of)
     if inspection.warning:
         log(f"{path}: {inspection.warning}")
     return good

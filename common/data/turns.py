@@ -79,6 +79,11 @@ def prompt_of(turns: Sequence[Turn]) -> str | list[Turn]:
     return turns[0]["content"] if [turn["role"] for turn in turns] == [USER] else list(turns)
 
 
+def last_text(prompt: str | Sequence[Turn]) -> str:
+    """What a prompt asks last, without what came before it."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def completion_of(turns: Sequence[Turn]) -> tuple[str | list[Turn], str]:
     """(prompt, answer): what comes before the last answer that is learnt, and that answer.
 

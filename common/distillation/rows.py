@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError, log, reason
 from common.data import rows as records
-from common.data import squad
+from common.data import shapes, squad, training_files
 from common.distillation.settings import DistillSettings
 from common.files import read_text
 from common.models import tokenizers
@@ -54,8 +54,7 @@ def read(path: str, part: str, skip_bad_rows: bool = False, *, answered: bool = 
     """Rows {"input", "output"} or {"text"} of a file.
 
     Args:
-        path: SQuAD's JSON, a text file (`.txt`, one row), or JSONL, a JSON list or CSV with "input" and "output" or
-            "teacher_output".
+        path: SQuAD's JSON, a text file (`.txt`, one row), or rows of any shape that `training_files` knows.
         part: of SQuAD's articles, "train" or "dev".
         answered: False where "input" alone is enough.
 
@@ -69,13 +68,7 @@ def read(path: str, part: str, skip_bad_rows: bool = False, *, answered: bool = 
         return [{"text": text}]
     if squad.is_squad(path):
         return squad.rows(path, part, skip_bad_rows)
-    unit, numbered, _ = records.numbered_rows(path)
-    first = next((row for _, row in numbered if isinstance(row, dict)), {})
-    if not answered:
-        return records.check_rows(path, numbered, ("input",), skip_bad_rows, unit)
-    keys = records.KD_KEYS if "teacher_output" in first else records.SFT_KEYS
-    rows = records.check_rows(path, numbered, keys, skip_bad_rows, unit)
-    return [{**row, "output": row[keys[1]]} for row in rows]
+    return training_files.read(path, shapes.DISTILL if answered else shapes.ON_POLICY, skip_bad_rows)
 
 
 def read_dataset(
@@ -93,9 +86,9 @@ def read_dataset(
             f"--dataset {name} cannot be read ({reason(error)}); check --subset and --split, or give a file with --data"
         ) from error
     columns = set(dataset.column_names)
-    if columns.issuperset(records.SFT_KEYS):
-        rows = ((number, decoded(row)) for number, row in enumerate(dataset, start=1))
-        return records.check_rows(name, rows, records.SFT_KEYS, skip_bad_rows, "row")
+    if shapes.shape_of(dict.fromkeys(columns, True), (shapes.TEACHER, shapes.COMPLETION)):
+        rows = [(number, decoded(row)) for number, row in enumerate(dataset, start=1)]
+        return training_files.read_numbered(name, rows, shapes.DISTILL, skip_bad_rows, "row")
     if text_column not in columns:
         raise UserError(
             f"--dataset {name} has the columns {', '.join(sorted(columns))}; name that of the text by --text_column"
@@ -126,6 +119,8 @@ def read_labelled(path: str, task: LabelTask, skip_bad_rows: bool = False) -> li
     """
 
     def fault(row: dict) -> str | None:
+        if text := records.row_fault(row, ("input",)):
+            return text
         given = row.get(PROBABILITIES)
         if given is None:
             if not row.get("output"):
@@ -140,8 +135,7 @@ def read_labelled(path: str, task: LabelTask, skip_bad_rows: bool = False) -> li
             return f"'{row['output']}' is none of the labels {', '.join(task.labels)}"
         return None
 
-    unit, numbered, _ = records.numbered_rows(path)
-    rows = records.check_rows(path, numbered, ("input",), skip_bad_rows, unit, fault)
+    rows = training_files.read(path, shapes.LABELS, skip_bad_rows, fault)
     both = [row for row in rows if row.get(PROBABILITIES) and row.get("output")]
     if both:
         right = sum(max(row[PROBABILITIES], key=row[PROBABILITIES].get) == row["output"] for row in both)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import UserError, log
 from common.data import resumable
 from common.distillation.settings import DistillSettings
-from common.models import adapters, loading, tokenizers
+from common.models import adapters, chats, loading
 from common.models.source import ModelSource
 from common.models.tokenizers import Encoded
 from common.training.batches import encode_rows
@@ -64,11 +64,11 @@ class Prompts:
         prompts: list[list[int] | None] = []
         room, cut = settings.max_len - settings.max_new_tokens, 0
         for row in rows if settings.lmbda > 0 else []:
-            ids: list[int] | None = tokenizers.encode_prompt(tokenizer, row["input"])
+            ids: list[int] | None = chats.encode_prompt(tokenizer, row["input"])
             if len(ids) > room:
-                whole = settings.idp_mode
                 fits = (tokenizer, row["input"], settings.max_new_tokens, settings.max_len)
-                ids, cut = None if whole else tokenizers.truncate_prompt(*fits), cut + 1
+                shorter = None if settings.idp_mode else chats.shortened(*fits)
+                ids, cut = chats.encode_prompt(tokenizer, shorter) if shorter else None, cut + 1
             prompts.append(ids)
         if cut:
             done = "left out" if settings.idp_mode else "cut"

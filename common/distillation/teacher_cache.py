@@ -39,8 +39,9 @@ def check_vocabulary(vocabulary: int) -> None:
 
 
 def row_key(row: Encoded) -> bytes:
-    """32 hex digits of a row's token ids and of where its completion starts."""
-    return hashlib.sha256(np.array([row.prompt_length, *row.input_ids], "<u4").tobytes()).hexdigest()[:32].encode()
+    """32 hex digits of a row's token ids and of which of them are learnt."""
+    told = [row.prompt_length, *row.input_ids, *(place for span in row.read_only for place in span)]
+    return hashlib.sha256(np.array(told, "<u4").tobytes()).hexdigest()[:32].encode()
 
 
 def record_type(k: int, *, logprobs: bool = True, hidden: tuple[int, int] = (0, 0)) -> np.dtype:
@@ -173,5 +174,6 @@ class TeacherCache:
 
 
 def completion_tokens(row: Encoded) -> int:
-    """Tokens that a model predicts in this row: those of its completion (a row's first token is never predicted)."""
-    return len(row.input_ids) - max(1, row.prompt_length)
+    """Tokens that a model learns to predict in this row (a row's first token is never predicted)."""
+    read_only = sum(end - start for start, end in row.read_only)
+    return len(row.input_ids) - max(1, row.prompt_length) - read_only

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from common import cli
 from common.data import rows as records
+from common.data import shapes, training_files, turns
 from common.distillation import rows as distill_rows
 from common.files import write_jsonl
 
@@ -48,12 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read(path: str) -> list[dict]:
-    """Rows of a file of any of the trainers; of preferences, the chosen answer."""
-    rows = () if path.endswith(".txt") else records.iter_rows(path)[1]
-    if "chosen" in next((row for _, row in rows if isinstance(row, dict)), {}):
-        rows = records.read_rows(path, records.DPO_KEYS, skip_bad_rows=True)
-        return [{"input": row["prompt"], "output": row["chosen"]} for row in rows]
-    return distill_rows.read(path, "train", skip_bad_rows=True)
+    """Rows of a file of any of the trainers; of preferences, the chosen answer, of a chat, its last question."""
+    numbered = () if path.endswith(".txt") else records.iter_rows(path)[1]
+    first = next((row for _, row in numbered if isinstance(row, dict)), None)
+    if shapes.shape_of(first, (shapes.PREFERENCE,)):
+        pairs = training_files.read(path, shapes.DPO, skip_bad_rows=True)
+        rows = [{"input": row["prompt"], "output": row["chosen"]} for row in pairs]
+    else:
+        rows = distill_rows.read(path, "train", skip_bad_rows=True)
+    return [row if "text" in row else row | {"input": turns.last_text(row["input"])} for row in rows]
 
 
 def as_pairs(rows: Iterable[dict]) -> Iterator[dict[str, str]]:

@@ -7,6 +7,7 @@ by reading them.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -43,6 +44,46 @@ def render(
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next, **switches)
     except (ValueError, TypeError, TemplateError) as error:
         raise refusal(error) from error
+
+
+def contents_in(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], numbers: Sequence[int], **how: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the chat template writes it, and where in it the contents of some of its messages stand.
+
+    What the template writes around them is seen by rendering the same conversation with marks in their place; a content
+    may itself be changed, as one whose thinking, or the white space around it, is left out.
+
+    Args:
+        numbers: of the messages, in order.
+        how: see `render`.
+
+    Returns:
+        The text, and for each number (start, end) in characters.
+
+    Raises:
+        UserError: the template passes over one of them, or writes other things around it than around a mark.
+    """
+    marks = {number: f"{MARKS[0]}{number}{MARKS[1]}" for number in numbers}
+    marked = [
+        {**message, "content": marks[number]} if number in marks else message for number, message in enumerate(messages)
+    ]
+    whole, rest, frames = render(tokenizer, messages, **how), render(tokenizer, marked, **how), []
+    known = all(rest.count(mark) == 1 for mark in marks.values())
+    for mark in marks.values():
+        frame, _, rest = rest.partition(mark)
+        frames.append(frame)
+    spans, end = [], 0
+    for number, (before, after) in zip(numbers, pairwise([*frames, rest]), strict=True):
+        start, last, content = end + len(before), number == numbers[-1], messages[number]["content"]
+        known = known and whole.startswith(before, end)
+        ends = [start + len(text) for text in (content, content.strip()) if whole.startswith(text + after, start)]
+        end = ends[0] if ends else whole.rfind(after) if last else whole.find(after, start)
+        if not known or end < start or (last and whole[end:] != after):
+            raise UserError("the chat template does not tell where the answers of a chat stand; give one answer a row")
+        stripped = 0 if ends else len(whole[start:end]) - len(whole[start:end].lstrip())
+        spans.append((start + stripped, end))
+    return whole, spans
 
 
 def thinks(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,29 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training row: `input_ids` is the prompt (its first `prompt_length` tokens) and then the completion."""
+    """One training row: `input_ids` is the prompt (its first `prompt_length` tokens) and then the completion.
+
+    Attributes:
+        read_only: spans (start, end) of the completion from which nothing is learnt: in a chat of several answers the
+            turns between them.
+    """
 
     input_ids: list[int]
     prompt_length: int
+    read_only: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of_learnt(cls, input_ids: list[int], learnt: Sequence[int]) -> Encoded:
+        """A row of which the tokens at these positions, in order, are learnt, and its last one is the last of them."""
+        gaps = ((before + 1, after) for before, after in pairwise(learnt) if after > before + 1)
+        return cls(input_ids, learnt[0], tuple(gaps))
+
+    @property
+    def learnt(self) -> list[int]:
+        """Positions of the tokens that are learnt; the first of a row is, though no model predicts it."""
+        starts = [self.prompt_length, *(end for _, end in self.read_only)]
+        ends = [*(start for start, _ in self.read_only), len(self.input_ids)]
+        return [position for start, end in zip(starts, ends, strict=True) for position in range(start, end)]
 
 
 def align(
@@ -338,11 +358,17 @@ def truncate_prompt(
     around it stay whole.
     """
     room = max_len - completion_length
-    fits, too_long = 0, len(prompt) + 1  # characters, by bisection: some have several tokens, most share one
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if len(encode_prompt(tokenizer, prompt[:middle])) <= room:
-            fits = middle
+    beginning = longest_beginning(prompt, lambda text: len(encode_prompt(tokenizer, text)) <= room)
+    return encode_prompt(tokenizer, beginning) if beginning else None
+
+
+def longest_beginning(text: str, fits: Callable[[str], bool]) -> str | None:
+    """As much of the text from its start as fits; None where that would be nothing, or white space."""
+    known, too_long = 0, len(text) + 1  # characters, by bisection: some have several tokens, most share one
+    while too_long - known > 1:
+        middle = (known + too_long) // 2
+        if fits(text[:middle]):
+            known = middle
         else:
             too_long = middle
-    return encode_prompt(tokenizer, prompt[:fits]) if prompt[:fits].strip() else None
+    return text[:known] if text[:known].strip() else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, log
-from common.models import tokenizers
+from common.models import chats, tokenizers
 
 if TYPE_CHECKING:
     import torch
@@ -19,27 +19,32 @@ IGNORE = -100
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     path: str,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[chats.Prompt, str]],
     max_len: int,
     whole: bool,
 ) -> list[tokenizers.Encoded | None]:
     """Token ids of (prompt, completion) pairs within `max_len`.
 
-    A row that is too long loses prompt text, never completion. With `whole` (structured output), and where the
-    completion alone does not fit, the row becomes None and is listed: half a JSON teaches half a JSON.
+    A row that is too long loses prompt text (see `chats.shortened`), never completion. With `whole` (structured
+    output), and where the completion alone does not fit, the row becomes None and is listed: half a JSON teaches half a
+    JSON.
 
     Raises:
-        UserError: no row fits.
+        UserError: no row fits, or the chat template cannot write one.
     """
     encoded: list[tokenizers.Encoded | None] = []
     cut, left_out = 0, []
     for number, (prompt, completion) in enumerate(pairs, start=1):
-        row = tokenizers.encode_pair(tokenizer, prompt, completion)
+        try:
+            row = chats.encode(tokenizer, prompt, completion)
+        except UserError as error:
+            raise UserError(f"{path}, row {number}: {error}") from error
         if len(row.input_ids) > max_len:
-            answer = row.input_ids[row.prompt_length :]
-            shorter = None if whole else tokenizers.truncate_prompt(tokenizer, prompt, len(answer), max_len)
-            row = None if shorter is None else tokenizers.Encoded(shorter + answer, len(shorter))
-            if row is None:
+            answer = len(tokenizers.encode_completion(tokenizer, completion))
+            shorter = None if whole else chats.shortened(tokenizer, prompt, answer, max_len)
+            row = None if shorter is None else chats.encode(tokenizer, shorter, completion)
+            if row is None or len(row.input_ids) > max_len:
+                row = None
                 left_out.append(number)
             else:
                 cut += 1
@@ -55,7 +60,7 @@ def encode_rows(
 
 
 def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `attention_mask`, `labels` [rows, longest]; labels are IGNORE outside completions."""
+    """Right-padded `input_ids`, `attention_mask`, `labels` [rows, longest]; labels are IGNORE where none is learnt."""
     import torch
 
     longest = max(len(row.input_ids) for row in batch)
@@ -66,7 +71,7 @@ def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch
         ids = torch.tensor(row.input_ids)
         input_ids[index, : len(ids)] = ids
         attention_mask[index, : len(ids)] = 1
-        labels[index, row.prompt_length : len(ids)] = ids[row.prompt_length :]
+        labels[index, row.learnt] = ids[row.learnt]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.data import rows as records
+from common.data import training_files
 from common.models import tokenizers
 from common.models.tokenizers import Encoded
 from common.training import run
@@ -18,24 +18,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def train(
-    settings: TrainSettings, keys: tuple[str, str], argv: Sequence[str] | None, task_of: run.TaskOf | None = None
-) -> None:
+def train(settings: TrainSettings, trainer: str, argv: Sequence[str] | None, task_of: run.TaskOf | None = None) -> None:
     """A whole run: rows -> batches -> adapter in the run folder.
 
     Args:
-        keys: of the prompt and of the completion in a row.
+        trainer: whose rows they are (`training_files.read`).
         argv: the command's words, for the record; None: those of this process.
         task_of: see `run.start`.
     """
-    rows = records.read_rows(settings.data, keys, settings.skip_bad_rows)
-    held_out = records.read_rows(settings.eval_data, keys, settings.skip_bad_rows) if settings.eval_data else []
+    rows = training_files.read(settings.data, trainer, settings.skip_bad_rows)
+    held_out = training_files.read(settings.eval_data, trainer, settings.skip_bad_rows) if settings.eval_data else []
     record = run.start(settings, rows, argv, task_of)
     with run.recorded_failure(record):
         tokenizer = tokenizers.load_tokenizer(settings.student, trust_remote_code=settings.trust_remote_code)
 
         def encode(settings: TrainSettings, path: str, rows: Sequence[dict]) -> list[Encoded]:
-            pairs = [(row[keys[0]], row[keys[1]]) for row in rows]
+            pairs = [(row["input"], row["output"]) for row in rows]
             encoded = encode_rows(tokenizer, path, pairs, settings.max_len, whole=settings.idp_mode)
             return [row for row in encoded if row]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import distributed as launch
 from common.cli import UserError
-from common.data import rows as records
+from common.data import shapes, training_files
 from common.models import tokenizers
 from common.models.batching import REFERENCE_TOKENS
 from common.training import checkpoints, run
@@ -59,8 +59,10 @@ def train(settings: DpoSettings, argv: Sequence[str] | None, task_of: run.TaskOf
         argv: the command's words, for the record; None: those of this process.
         task_of: see `run.start`.
     """
-    rows = read_pairs(settings.data, settings.skip_bad_rows)
-    held_out = read_pairs(settings.eval_data, settings.skip_bad_rows) if settings.eval_data else []
+    rows = training_files.read(settings.data, shapes.DPO, settings.skip_bad_rows)
+    held_out = []
+    if settings.eval_data:
+        held_out = training_files.read(settings.eval_data, shapes.DPO, settings.skip_bad_rows)
     record = run.start(settings, rows, argv, task_of)
     with run.recorded_failure(record):
         tokenizer = tokenizers.load_tokenizer(settings.student, trust_remote_code=settings.trust_remote_code)
@@ -75,16 +77,6 @@ def train(settings: DpoSettings, argv: Sequence[str] | None, task_of: run.TaskOf
         if held_out:
             eval_pairs = encode_pairs(tokenizer, fitted.eval_data, held_out, fitted.max_len, whole=fitted.idp_mode)
         run.train_and_save(build_trainer(fitted, student, tokenizer, pairs, eval_pairs), fitted, record)
-
-
-def read_pairs(path: str, skip_bad_rows: bool) -> list[dict]:
-    """Rows {"prompt", "chosen", "rejected"}; a pair whose two answers are the same teaches nothing and is bad input."""
-
-    def fault(row: dict) -> str | None:
-        return "the chosen and the rejected answer are the same" if row["chosen"] == row["rejected"] else None
-
-    unit, numbered, _ = records.numbered_rows(path)
-    return records.check_rows(path, numbered, records.DPO_KEYS, skip_bad_rows, unit, fault)
 
 
 def encode_pairs(

@@ -96,7 +96,7 @@ class PrefixTree:
         ids: token ids, in the order of the sequence.
         positions: of each token in its row.
         groups: the sequence cut into siblings.
-        sources: where in the sequence each completion token is predicted from, row by row.
+        sources: where in the sequence each token that is learnt is predicted from, row by row.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -144,7 +144,9 @@ class PrefixTree:
                 self._grow(bucket, end, (*ancestors, span), sources)
                 continue
             ((number, row),) = bucket
-            for index in range(max(1, row.prompt_length), len(row.input_ids)):  # the token before predicts it
+            for index in row.learnt:
+                if index == 0:  # no token before it could predict it
+                    continue
                 sources[number].append(span[0] + index - 1 - start if index > start else ancestors[-1][1] - 1)
 
 

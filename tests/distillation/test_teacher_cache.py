@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,7 @@ def test_rows_are_found_by_their_content(tmp_path):
         assert np.array_equal(found["ids"], outcomes(ROWS[seed], seed=seed)["ids"])
     assert cache.get(Encoded(ROWS[0].input_ids, 3)) is None  # another place where the completion starts
     assert cache.missing([*ROWS, ROWS[0]]) == []
+    assert cache.get(replace(ROWS[0], read_only=((5, 6),))) is None  # another part of it is learnt
     new = Encoded([1, 2, 3], 1)
     assert cache.missing([new, ROWS[1], new]) == [new]
     assert isinstance(cache.get(ROWS[0]).base, np.memmap)

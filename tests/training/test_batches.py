@@ -25,6 +25,8 @@ def test_collate_pads_right_and_masks_prompts():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7], [-100, 9, -100]]
+    several = batches.collate([Encoded([5, 6, 7, 8, 9, 10], 2, ((3, 4), (4, 5)))], pad_id=3)  # answers of a chat
+    assert several["labels"].tolist() == [[-100, -100, 7, -100, -100, 10]]
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 100, 3000])

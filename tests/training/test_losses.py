@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from common.models import chats
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.models.tokenizers import Encoded
@@ -192,6 +193,22 @@ def test_completion_loss_is_the_full_models(model, batch):
     columns = {t - 1 for row in batch["labels"].tolist() for t, label in enumerate(row) if label != batches.IGNORE}
     assert output.logits.shape == (3, len(columns), model.config.vocab_size)
     assert len(columns) < batch["labels"].shape[1] - 1
+
+
+def test_a_chats_loss_is_that_of_its_answers_one_by_one(model, tokenizer):
+    texts = ("Age: 23?", "Good", "And 24?", "Bad", "Age: 5")
+    chat = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    whole = chats.encode(tokenizer, chat, "Standard")
+    answers = ((1, "Good"), (3, "Bad"), (5, "Standard"))
+    single = [chats.encode(tokenizer, nothing_learnt(chat[:number]), text) for number, text in answers]
+    assert sum(len(row.learnt) for row in single) == len(whole.learnt)
+    total = losses.completion_loss(model, batches.collate([whole], 0), 1)[0].item()
+    parts = [losses.completion_loss(model, batches.collate([row], 0), 1)[0].item() for row in single]
+    assert total == pytest.approx(sum(parts), rel=1e-5)
+
+
+def nothing_learnt(chat):
+    return [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in chat]
 
 
 def test_completion_loss_of_parts_adds_up(model, batch):

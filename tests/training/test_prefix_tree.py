@@ -58,6 +58,11 @@ def mixes() -> dict[str, list[Encoded]]:
         "nothing in common": [row(ids(rng, 12 + 9 * i), 2 + i) for i in range(4)],
         "the same row twice": [Encoded(prompts[1] + [5, 6, 7], len(prompts[1]))] * 2,
         "a single row": [row(prompts[2], 6)],
+        "chats with several answers": [
+            Encoded(prompts[0] + ids(rng, 20), len(prompts[0]), ((37, 41), (45, 46))),
+            Encoded(prompts[0] + ids(rng, 9), len(prompts[0]), ((36, 40),)),
+            row(prompts[0], 4),
+        ],
         "running text": [Encoded(ids(rng, 40), 0), Encoded(ids(rng, 33), 0)],
     }
 
@@ -125,7 +130,7 @@ def test_very_long_rows_make_no_tree(monkeypatch):
 def test_every_prediction_of_the_rows_is_in_the_tree_once(mix):
     rows = MIXES[mix]
     tree = PrefixTree.of(rows)
-    predictions = [(row, index) for row in rows for index in range(max(1, row.prompt_length), len(row.input_ids))]
+    predictions = [(row, index) for row in rows for index in row.learnt if index]
     for source, (row, index) in zip(tree.sources, predictions, strict=True):  # of the token before each
         assert (tree.ids[source], tree.positions[source]) == (row.input_ids[index - 1], index - 1)
     assert len(tree.ids) == len(tree.positions) == sum(sum(group.lengths) for group in tree.groups)
