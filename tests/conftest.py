@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from support.processes import fork_server, run_child
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are fastest so, and runs are comparable bit by bit
+LOOKED_AFTER: set[str] = set()  # modules that were there at the last `gc.freeze`
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -25,6 +28,17 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if not {"spawn", "browser"}.isdisjoint(item.fixturenames):
             item.add_marker("processes")
+
+
+def pytest_runtest_setup(item) -> None:
+    """What imports leave, millions of objects that stay, is looked through by no collection of garbage from then on.
+
+    Each training collects three times, which takes a second where the libraries are in memory.
+    """
+    if len(sys.modules) > len(LOOKED_AFTER) + 100:
+        LOOKED_AFTER.update(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -167,8 +167,10 @@ def test_importance_is_the_mean_square_of_a_layers_inputs(tiny_base, tokenizer):
 
 
 @pytest.mark.parametrize("quant", gguf_quants.QUANTS)
-def test_gguf_in_llama_cpp(quant, run, dev, tmp_path):
+def test_gguf_in_llama_cpp(quant, run, dev, tmp_path, monkeypatch):
     pytest.importorskip("xllamacpp")
+    if quant == "F16":
+        monkeypatch.undo()  # a whole proof
     record = export_run(run, "gguf", tmp_path / "gguf", dev, "--quant", quant, "--max_metric_drop", "1")
     assert {"Modelfile", "tokenizer.json", f"model-{quant}.gguf"} <= set(record["files"])
     proof = record["proof"]
@@ -254,9 +256,10 @@ def test_families_in_llama_cpp(family, tokenizer, tmp_path):
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the pretrained model is not there")
 @pytest.mark.parametrize("quant", ["F16", "Q8_0"])
-def test_a_pretrained_model(quant, tmp_path):
-    """Of weights that nobody here made, and of the other architecture and kind of tokenizer."""
+def test_a_pretrained_model(quant, tmp_path, monkeypatch):
+    """Of weights that nobody here made, and of the other architecture and kind of tokenizer; by a whole proof."""
     pytest.importorskip("xllamacpp")
+    monkeypatch.undo()
     proof = export_run(str(STORIES), "gguf", tmp_path / "gguf", stories(tmp_path), "--quant", quant)["proof"]
     assert proof["prompts_tokenized_alike"] == "3 of 3"
     assert proof["logits"]["mean_kl"] < (1e-4 if quant == "F16" else 0.05)

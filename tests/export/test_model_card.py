@@ -16,6 +16,8 @@ import eval_creditmix
 import sft_train
 from common.cli import UserError
 from common.export import model_card
+from common.export.pipeline import RECORD
+from common.files import read_json
 
 FIGURE = {"value": 0.664, "low": 0.65, "high": 0.678}
 METRICS = {
@@ -146,16 +148,17 @@ def test_training_and_evaluating_write_it(tmp_path, base, rows, dev):
         ("gguf_lora", ["LoRA adapter as GGUF of", "--lora adapter.gguf", "ollama create out"]),
     ],
 )
-def test_an_export_tells_its_proof_and_its_use(run, dev, tmp_path, form, said):
+def test_an_export_tells_its_proof_and_its_use(run, dev, tmp_path, form, said, request):
     if form.startswith("gguf"):
         pytest.importorskip("xllamacpp")
-    record = export_run(run, form, tmp_path / "out", dev)
-    text = (tmp_path / "out" / "README.md").read_text()
+    out = request.getfixturevalue("onnx") if form == "onnx" else tmp_path / "out"
+    record = read_json(out / RECORD) if form == "onnx" else export_run(run, form, out, dev)
+    text = (out / "README.md").read_text()
     figure = record["proof"]["metric"]["export"]["value"]
     for each in ["# out", f"| macro_f1 of the export | {figure:.4f} |", "## Use", *said]:
         assert each in text, each
     assert all(f"`{about['sha256']}`" in text for about in record["files"].values())
-    assert str(tmp_path) not in text and metadata_load(tmp_path / "out" / "README.md")["pipeline_tag"]
+    assert str(out.parent) not in text and metadata_load(out / "README.md")["pipeline_tag"]
 
 
 def test_rows_are_a_table_whatever_they_hold(risk, tmp_path):
