@@ -16,7 +16,7 @@ from support.models import distance, run_json
 
 from common.cli import UserError
 from common.data import resumable
-from common.distillation import fill_cache, student_answers
+from common.distillation import fill_cache, on_policy, student_answers
 from common.models import loading
 from common.training import run
 from common.vram import preflight
@@ -100,44 +100,48 @@ def test_each_round_goes_on_from_the_one_before(unbroken):
     assert rows[0].isdisjoint(rows[1])  # together they go through the data once
 
 
-@pytest.mark.parametrize("phase", ["writing", "reading", "training", "between"])
-@pytest.mark.parametrize("number", [1, 2])
-def test_resumed_equals_unbroken(phase, number, unbroken, base, tmp_path, monkeypatch):
-    """Killed within each phase of each round, or when a round's student is saved but the round is not closed."""
+def break_at(monkeypatch, holder, name: str, call: int) -> None:
+    """The run is killed in this call of `holder.name`."""
+    real, calls = getattr(holder, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(holder, name, wrapped)
+
+
+PHASES = {  # where each is broken off: an answer is kept, a batch is kept, the student is loaded, its training is done
+    "writing": (resumable.AnswerStore, "add", 2),
+    "reading": (fill_cache.TeacherCache, "add", 2),
+    "training": (loading, "load_base", 2),  # after the teacher, which has not read everything
+    "between": (on_policy, "write_json", 1),
+}
+
+
+def test_resumed_equals_unbroken(unbroken, base, tmp_path, monkeypatch):
+    """Killed within each phase of each round, and when a round's student is saved but the round is not closed."""
     run_folder, more = unbroken
-    calls = {"count": 0}
-
-    def breaking(holder, name: str, after: int):
-        real = getattr(holder, name)
-
-        def wrapped(*args, **kwargs):
-            calls["count"] += 1
-            if calls["count"] == after:
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(holder, name, wrapped)
-
-    if phase == "writing":
-        breaking(resumable.AnswerStore, "add", 4 * number - 2)  # of four prompts a round
-    elif phase == "reading":
-        monkeypatch.setattr(fill_cache, "SHARD_TOKENS", 1)  # each batch is kept
-        breaking(fill_cache.TeacherCache, "add", number)
-    elif phase == "training":
-        breaking(loading, "load_base", 3 * number)  # of student, teacher, student
-    else:
-        from common.distillation import on_policy
-
-        breaking(on_policy, "write_json", number)
-    with pytest.raises(KeyboardInterrupt):
-        distill(base, tmp_path / "run", *more)
-    monkeypatch.undo()
-    distill(base, tmp_path / "run", *more, "--resume")
-    assert distance(tmp_path / "run", run_folder) < 1e-5
-    told, whole = rounds_of(tmp_path / "run"), rounds_of(run_folder)
+    run, resume = tmp_path / "run", []
+    for number in (1, 2):
+        for phase, place in PHASES.items():
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(fill_cache, "SHARD_TOKENS", 1)  # each batch is kept
+                break_at(patch, *place)
+                distill(base, run, *more, *resume)
+            resume = ["--resume"]
+            folder = run / "rounds" / f"{number:02d}"
+            assert (folder / "answers.jsonl").is_file() == (phase != "writing"), (phase, number)
+            assert (folder / "run.json").is_file() == (phase in ("training", "between")), (phase, number)
+            assert not (folder / on_policy.STATISTICS).exists()
+    distill(base, run, *more, *resume)
+    assert distance(run, run_folder) < 1e-5
+    told, whole = rounds_of(run), rounds_of(run_folder)
     for name in ("answers", "tokens", "cut", "repetition"):
         assert [line[name] for line in told] == [line[name] for line in whole]
-    assert loss_column(tmp_path / "run") == pytest.approx(loss_column(run_folder), abs=1e-5)
+    assert loss_column(run) == pytest.approx(loss_column(run_folder), abs=1e-5)
 
 
 def test_a_checkpoint_within_a_round_is_gone_on_from(unbroken, base, tmp_path, monkeypatch):

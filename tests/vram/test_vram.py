@@ -140,6 +140,9 @@ def test_training_peak_in_4_bits_under_autocast(checkpointing, dropout, monkeypa
 
     from common.training import losses
 
+    if checkpointing and dropout and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("on a CPU without bfloat16 in hardware a product of such matrices takes scratch in float32")
+
     class Torch:
         is_autocast_enabled = staticmethod(lambda: True)  # PEFT asks for CUDA's
         __getattr__ = staticmethod(torch.__getattribute__)
@@ -224,7 +227,7 @@ def test_many_labels_take_no_more_than_is_predicted(labels, tokenizer):
     plan = Inference(
         shapes.from_config(settings), batch_tokens=2048, generates=False, adapters=0, **CPU | {"four_bit": False}
     )
-    texts = [f"{row:03}" + "12345678" * 4 for row in range(60)]
+    texts = [f"{row:03}" + "12345678" * 4 for row in range(32)]
     peak = memory.held_bytes(model) + memory.tracked_peak(lambda: ranker.raw_scores(texts))
     assert predict(replace(plan, width=4)).tensors >= 0.97 * peak
 
