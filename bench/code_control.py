@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=cli.positive_int, default=512)
     parser.add_argument("--slots", type=cli.positive_int, default=8, help="answers that llama.cpp writes at a time")
     parser.add_argument("--threads", type=cli.positive_int, default=2, help="of llama.cpp")
+    parser.add_argument("--max_batch_tokens", type=cli.positive_int, default=MAX_BATCH_TOKENS, help="of this toolkit")
     parser.add_argument("--report_dir", required=True, help="answers.jsonl goes here")
     parser.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run it, in the sandbox")
     return parser
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = AnswerStore(Path(args.report_dir, "answers.jsonl"))
     evaluation = evaluate.Evaluation(problems, Decoding(args.max_new_tokens), [1], store)
     folder = gguf_import.model_folder(args.gguf)
-    ours = evaluate.WriterSettings(ModelSource(folder), "auto", MAX_BATCH_TOKENS)
+    ours = evaluate.WriterSettings(ModelSource(folder), "auto", args.max_batch_tokens)
 
     started = time.perf_counter()
     judged = {"llama.cpp": evaluation.judge(control_answers(args, folder, problems, store))}

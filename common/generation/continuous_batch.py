@@ -13,7 +13,6 @@ products can tell company from solitude.
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,19 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.generation import row_cache
 from common.generation.growing_text import GrowingText
 from common.generation.result import Generation
+from common.generation.rows import rows_of
 from common.generation.steering import Steering, draw, sample_stream
 from common.models.batching import MAX_BATCH_TOKENS
 from common.models.tokenizers import decode, stop_ids
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cache_utils import Cache
     from transformers.generation.streamers import BaseStreamer
 
-MOST_ROWS = 64  # beyond about so many a step takes longer by as much as it does more
+    from common.models.gguf_text import PackedModel
+
 EXPECTED_TOKENS = 128  # of an answer, until some have ended
 
 
@@ -101,6 +101,11 @@ class _Row:
         """Of prompt and answer, in tokens."""
         return len(self.wanted.prompt) + len(self.tokens)
 
+    @property
+    def longest(self) -> int:
+        """What `length` may become."""
+        return len(self.wanted.prompt) + self.wanted.max_new_tokens
+
     def take(self, token: int, logprob: float | None) -> None:
         """Go on by a token."""
         self.tokens.append(token)
@@ -128,19 +133,17 @@ class ContinuousBatch:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel | PackedModel,
         tokenizer: PreTrainedTokenizerBase,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
-        self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
-        self.most_rows = MOST_ROWS if row_cache.joinable(model.config) else 1
+        self.tokenizer, self.max_batch_tokens = tokenizer, max_batch_tokens
+        self._in_model = rows_of(model)
         self.ends = set(stop_ids(tokenizer, model.generation_config))
         self.steps = self.prompts_read = 0
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
-        self._cache: Cache | None = None  # of the rows, without the last token of each
         self._ended = self._ended_tokens = 0
-        self._inputs = _inputs_of(model)
 
     def add(self, wanted: Wanted, *, first: bool = False) -> None:
         """Have an answer written.
@@ -166,7 +169,7 @@ class ContinuousBatch:
     def _fits(self, rows: Sequence[_Row], more: int = 0) -> bool:
         """Whether rows that become longer by `more` tokens are within the budget."""
         columns = max(row.length for row in rows) + more
-        return len(rows) == 1 or (len(rows) <= self.most_rows and len(rows) * columns <= self.max_batch_tokens)
+        return len(rows) == 1 or (len(rows) <= self._in_model.most and len(rows) * columns <= self.max_batch_tokens)
 
     def _set_aside(self) -> None:
         """Take out those that have written least, until the others fit; they are the next to enter."""
@@ -180,37 +183,40 @@ class ContinuousBatch:
     def _keep(self, kept: list[_Row]) -> None:
         if len(kept) == len(self._rows):
             return
-        if kept:
-            indices = [index for index, row in enumerate(self._rows) if row in kept]
-            row_cache.keep(self._cache, indices, max(row.length for row in kept) - 1)
-        else:
-            self._cache = None
+        indices = [index for index, row in enumerate(self._rows) if row in kept]
+        self._in_model.keep(indices, max((row.length for row in kept), default=1) - 1)
         self._rows = kept
 
     @torch.inference_mode()
     def _enter(self) -> list[tuple[Wanted, Generation]]:
         """Read the prompts of as many as there is room for; those that end with their first token."""
+        if self._waiting and not self._rows:
+            self._in_model.make_room([row.longest for row in self._waiting], self.max_batch_tokens)
         entering: list[_Row] = []
         while self._waiting and self._has_room(entering):
             entering.append(self._waiting.popleft())
         if not entering:
             return []
-        read: dict[tuple[int, ...], tuple[Cache, torch.Tensor]] = {}  # once for several samples of a prompt
+        read: dict[tuple[int, ...], tuple[Any, torch.Tensor]] = {}  # once for several samples of a prompt
         for row in entering:
             if row.ids not in read:
-                read[row.ids] = self._read(row.ids)
-        caches = [read[row.ids][0] for row in entering]
+                read[row.ids] = self._in_model.read(row.ids)
+                self.prompts_read += 1
+        states = [read[row.ids][0] for row in entering]
         ended = self._choose(entering, torch.cat([read[row.ids][1] for row in entering]))
-        going_on = [index for index, row in enumerate(entering) if row not in ended]
-        if going_on:
-            of_rows = [caches[index] for index in going_on]
-            joined = [self._cache, *of_rows] if self._rows else of_rows
-            self._cache = row_cache.join(joined) if len(joined) > 1 else joined[0]
-            self._rows += [entering[index] for index in going_on]
+        joining = [state for row, state in zip(entering, states, strict=True) if row not in ended]
+        for state, _ in read.values():
+            if state not in joining:
+                self._in_model.drop(state)
+        if joining:
+            self._in_model.join(joining)
+            self._rows += [row for row in entering if row not in ended]
         return self._answers(ended)
 
     def _has_room(self, entering: list[_Row]) -> bool:
         """The next one that waits fits in, too, and all are likely to have room for what they have still to write."""
+        if not self._in_model.admits(self._waiting[0].longest):
+            return False
         together = [*self._rows, *entering, self._waiting[0]]
         least = min(row.wanted.max_new_tokens for row in together)
         expected = self._ended_tokens // self._ended if self._ended else EXPECTED_TOKENS
@@ -218,33 +224,15 @@ class ContinuousBatch:
 
     # Forward passes, and what comes of them.
 
-    def _read(self, ids: Sequence[int]) -> tuple[Cache, torch.Tensor]:
-        """(a cache of a text, the logits [1, columns] of what follows it)."""
-        self.prompts_read += 1
-        cache = row_cache.empty_cache(self.model.config)
-        tokens = torch.tensor([ids], device=self.model.device)
-        positions = torch.arange(len(ids), device=self.model.device)[None]
-        return cache, self._forward(tokens, positions, torch.ones_like(tokens), cache)
-
     @torch.inference_mode()
     def _step(self) -> list[tuple[Wanted, Generation]]:
         """A token more of each row; the answers that end with it."""
         self.steps += 1
-        device = self.model.device
-        lengths = torch.tensor([row.length for row in self._rows], device=device)
-        columns = torch.arange(int(lengths.max()), device=device)
-        mask = (columns >= len(columns) - lengths[:, None]).long()
-        tokens = torch.tensor([[row.tokens[-1]] for row in self._rows], device=device)
-        logits = self._forward(tokens, lengths[:, None] - 1, mask, self._cache)
+        tokens, lengths = [row.tokens[-1] for row in self._rows], [row.length for row in self._rows]
+        logits = self._in_model.step(tokens, lengths)
         ended = self._choose(self._rows, logits)
         self._keep([row for row in self._rows if row not in ended])
         return self._answers(ended)
-
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Logits [rows, columns] at the last of some tokens [rows, tokens]; `cache` grows by them."""
-        inputs = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": cache, "cache_params": cache}
-        inputs = {name: value for name, value in inputs.items() if name in self._inputs}
-        return self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
 
     def _choose(self, rows: list[_Row], logits: torch.Tensor) -> dict[_Row, bool]:
         """Take each row's next token; those that it ends, with whether they ended by themselves."""
@@ -276,12 +264,6 @@ class ContinuousBatch:
             text = row.wanted.text_of(decode(self.tokenizer, tokens))
             answers.append((row.wanted, Generation(text, tokens, row.logprobs[: len(tokens)], finished, cut)))
         return answers
-
-
-def _inputs_of(model: PreTrainedModel) -> set[str]:
-    """The names of what a model's forward pass takes."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own passes on what it gets
-    return set(inspect.signature(inner.forward).parameters)
 
 
 def _steered(rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, reason
-from common.models.source import ModelSource, looks_local
+from common.models import gguf_import
+from common.models.source import LLAMA_CPP, TORCH, ModelSource, looks_local
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -275,7 +276,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def identity(source: ModelSource) -> list[Any]:
     """What tells the answers of a model from those of another one, as JSON."""
-    return [adapter_hash(source.model_dir), source.base, source.load_in_4bit, source.dtype]
+    engine = [source.engine] if source.engine != TORCH else []
+    return [weights_hash(source), source.base, source.load_in_4bit, source.dtype, *engine]
+
+
+def weights_hash(source: ModelSource) -> str:
+    """SHA-256 of a GGUF that is run as it is; of other models see `adapter_hash`."""
+    if source.engine == LLAMA_CPP:
+        return gguf_import.origin(source.model_dir)["sha256"]
+    return adapter_hash(source.model_dir)
 
 
 def adapter_hash(folder: str | Path) -> str:

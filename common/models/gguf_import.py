@@ -37,6 +37,7 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 # owner/name:Q4_K_M, and what people copy from `ollama run`
 ON_HUB = re.compile(r"(?:(?:https://)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+):([\w.-]+)")
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+PACKED = "-packed"  # ends the name of a folder without weights
 ROOM = 1.05  # what is asked of the disk, for what is written
 
 
@@ -70,8 +71,11 @@ def local_gguf(name: str) -> Path | None:
     return None
 
 
-def model_folder(name: str) -> str:
+def model_folder(name: str, *, weights: bool = True) -> str:
     """The model folder of a name: of a GGUF the one made of it, now if not before; any other name is its own.
+
+    Args:
+        weights: False: a folder will do that has all but the weights, for an engine that reads those in the GGUF.
 
     Raises:
         UserError: the GGUF cannot be had or read, or the disk is too small.
@@ -81,12 +85,15 @@ def model_folder(name: str) -> str:
     if path is None:
         return name
     sha256 = sha256_of(path)
-    folder = cache_folder() / f"{path.stem}-{sha256[:16]}"
+    folder = cache_folder() / (f"{path.stem}-{sha256[:16]}" + ("" if weights else PACKED))
+    source = {"path": name if hub and weights else os.path.abspath(path), "sha256": sha256}
     if not (folder / ORIGIN).is_file():
         file = GgufFile(path)
         with _turn(folder):
             if not (folder / ORIGIN).is_file():
-                _make(file, folder, {"path": name if hub else os.path.abspath(path), "sha256": sha256})
+                _make(file, folder, source, weights)
+    if not weights and origin(folder) != source:  # the file has moved
+        write_json(folder / ORIGIN, source)
     return str(folder)
 
 
@@ -183,10 +190,11 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make(file: GgufFile, folder: Path, source: dict[str, str]) -> None:
+def _make(file: GgufFile, folder: Path, source: dict[str, str], weights: bool) -> None:
     """Build the model folder of a GGUF in a hidden one beside it, and rename that."""
-    size, free = size_of_weights(file), shutil.disk_usage(folder.parent).free
-    log(f"{file.path} is a GGUF: it is de-quantised once, into {folder} ({size / 1e9:.2f} GB, {file.dtype})")
+    size, free = size_of_weights(file) if weights else 0, shutil.disk_usage(folder.parent).free
+    if weights:
+        log(f"{file.path} is a GGUF: it is de-quantised once, into {folder} ({size / 1e9:.2f} GB, {file.dtype})")
     if free < ROOM * size:
         raise UserError(
             f"{folder} needs {ROOM * size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
@@ -196,7 +204,7 @@ def _make(file: GgufFile, folder: Path, source: dict[str, str]) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
     partial.mkdir()
     try:
-        write_model(file, partial)
+        write_model(file, partial, weights=weights)
         _write_task(file, partial)
         write_json(partial / ORIGIN, source)
         shutil.rmtree(folder, ignore_errors=True)
@@ -215,12 +223,17 @@ def _write_task(file: GgufFile, folder: Path) -> None:
             log(f"{file.path}: its {TASK_KEY} cannot be read and is left out ({reason(error)})")
 
 
-def write_model(file: GgufFile, folder: Path) -> None:
-    """Write a GGUF's weights, config, generation config and tokenizer into a folder, as transformers has them."""
+def write_model(file: GgufFile, folder: Path, *, weights: bool = True) -> None:
+    """Write a GGUF's weights, config, generation config and tokenizer into a folder, as transformers has them.
+
+    Args:
+        weights: False: leave them out.
+    """
     from transformers import GenerationConfig
 
     config, tokenizer, ends = read_config(file), read_tokenizer(file), end_ids(file)
-    write_weights(file, config, folder)
+    if weights:
+        write_weights(file, config, folder)
     config.architectures = [type(empty_model(config)).__name__]
     ids: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
     ids |= {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}

@@ -16,8 +16,13 @@ CONTEXT_STEP = 256  # llama.cpp's contexts are multiples of it
 AT_ONCE = 512  # tokens that go through a layer together
 
 
+def threads() -> int:
+    """Threads of llama.cpp; `OMP_NUM_THREADS` bounds them as it does torch's."""
+    return int(os.environ.get("OMP_NUM_THREADS") or 0) or os.cpu_count()
+
+
 class GgufModel:
-    """A GGUF file in llama.cpp, on the CPU; `OMP_NUM_THREADS` bounds its threads as it does torch's.
+    """A GGUF file in llama.cpp, on the CPU.
 
     Args:
         path: the file.
@@ -44,8 +49,7 @@ class GgufModel:
         self._context = self._lib.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise UserError(f"llama.cpp has no room for {context} tokens of {path}; give shorter rows")
-        threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or os.cpu_count()
-        self._lib.llama_set_n_threads(self._context, threads, threads)
+        self._lib.llama_set_n_threads(self._context, threads(), threads())
         self._batch = self._lib.llama_batch_init(cells, 0, 1)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.name, self.context = str(path), context

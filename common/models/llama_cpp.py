@@ -58,6 +58,7 @@ FUNCTIONS = {
     "llama_get_logits": (POINTER(c_float), (c_void_p,)),
     "llama_get_memory": (c_void_p, (c_void_p,)),
     "llama_memory_seq_rm": (c_bool, (c_void_p, c_int32, c_int32, c_int32)),
+    "llama_memory_seq_cp": (None, (c_void_p, c_int32, c_int32, c_int32, c_int32)),
     "llama_adapter_lora_init": (c_void_p, (c_void_p, c_char_p)),
     "llama_set_adapters_lora": (c_int32, (c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float))),
     "ggml_quantize_chunk": (

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from common.models.gguf_text import PackedModel
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGE = 50_000_000  # parameters of the layers, about; from here on a CPU takes what is fastest for a model
 
@@ -213,9 +215,16 @@ def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     Raises:
         UserError: the tokenizer is not the model's.
     """
-    from common.models.tokenizers import fit_to_embedding, token_ids
+    from common.models.tokenizers import fit_to_embedding
 
     fit_to_embedding(tokenizer, model.get_input_embeddings().weight.shape[0])
+    align_configs(model, tokenizer)
+
+
+def align_configs(model: PreTrainedModel | PackedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The part of `align_model` that concerns a model's configs."""
+    from common.models.tokenizers import token_ids
+
     config, generation_config = model.config.get_text_config(), model.generation_config
     derived = generation_config is None or generation_config._from_model_config
     declared = [] if derived else token_ids(generation_config.eos_token_id)
@@ -256,6 +265,24 @@ def load_for_inference(source: ModelSource) -> tuple[PreTrainedModel | PeftModel
     if adapters.is_adapter(model_dir):
         model = adapters.load_adapter(model, model_dir)
     return model.eval(), tokenizer
+
+
+def load_packed(source: ModelSource) -> tuple[PackedModel, PreTrainedTokenizerBase]:
+    """The GGUF that a model folder was made of, as it is, in llama.cpp; and its aligned tokenizer.
+
+    Raises:
+        UserError: llama.cpp is not installed or cannot read the file; the file has gone.
+    """
+    from transformers import GenerationConfig
+
+    from common.models.gguf_text import PackedModel
+    from common.models.tokenizers import load_tokenizer
+
+    made_of = gguf_import.origin(source.model_dir)
+    tokenizer, config = load_tokenizer(source.model_dir), load_config(source.model_dir)
+    model = PackedModel(made_of["path"], config, GenerationConfig.from_pretrained(source.model_dir))
+    align_configs(model, tokenizer)
+    return model, tokenizer
 
 
 def quiet_libraries() -> None:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from common.models.gguf_text import PackedModel
+
+TORCH, LLAMA_CPP = ENGINES = ("torch", "llama_cpp")
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -21,6 +25,7 @@ class ModelSource:
         load_in_4bit: "on", "off", or "auto" for on where there is a CUDA device: NF4 with bfloat16 compute.
         dtype: "float32", "bfloat16", "float16", or "auto" for the fastest that the device has.
         trust_remote_code: run code that comes with the model.
+        engine: one of `ENGINES`: "llama_cpp" runs the GGUF that `model_dir` was made of as it is, packed, on the CPU.
     """
 
     model_dir: str
@@ -28,6 +33,7 @@ class ModelSource:
     load_in_4bit: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    engine: str = TORCH
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class LoadedModel:
         max_batch_tokens: tokens in one forward pass, within what the memory allows.
     """
 
-    model: PreTrainedModel | PeftModel
+    model: PreTrainedModel | PeftModel | PackedModel
     tokenizer: PreTrainedTokenizerBase
     max_batch_tokens: int
 

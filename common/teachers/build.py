@@ -68,7 +68,7 @@ def local_teacher(settings: LocalSettings, decoding: Decoding, ranked: LabelTask
     source = settings.source
     loaded = preflight.load_within_memory(source, settings.max_batch_tokens, auto_fit=settings.auto_fit)
     precision = [str(loaded.model.dtype), models.use_4bit(source.load_in_4bit)]
-    identity = [adapters.adapter_hash(source.model_dir), *precision]
+    identity = [adapters.weights_hash(source), *precision]
     if ranked:
         from common.tasks.ranking.classifier import Classifier
         from common.teachers.label_probabilities import RankingTeacher

@@ -12,7 +12,7 @@ from common import distributed as launch
 from common.cli import UserError, log
 from common.models import loading as models
 from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS
-from common.models.source import LoadedModel, ModelSource
+from common.models.source import LLAMA_CPP, LoadedModel, ModelSource
 from common.vram import model_shape as shapes
 from common.vram.formulas import BFLOAT16, CUDA_CONTEXT, GB, Inference, Plan, Training, predict
 
@@ -171,6 +171,8 @@ def load_within_memory(source: ModelSource, max_batch_tokens: int, *, auto_fit: 
     Raises:
         UserError: see there and `fit_inference`.
     """
+    if source.engine == LLAMA_CPP:  # which maps the file, and needs little beyond it
+        return LoadedModel(*models.load_packed(source), max_batch_tokens)
     source, max_batch_tokens = fit_inference(source, max_batch_tokens, auto_fit=auto_fit)
     return LoadedModel(*models.load_for_inference(source), max_batch_tokens)
 

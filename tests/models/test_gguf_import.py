@@ -91,7 +91,7 @@ def test_a_killed_conversion_leaves_nothing(file, cache, monkeypatch):
     (partial / "model-00001-of-00009.safetensors").write_text("")
     whole = gguf_import.write_model
 
-    def interrupted(made, folder):
+    def interrupted(made, folder, **_):
         whole(made, folder)
         raise KeyboardInterrupt
 
@@ -107,7 +107,7 @@ def test_a_killed_conversion_leaves_nothing(file, cache, monkeypatch):
 def test_two_at_a_time_take_turns(file, monkeypatch):
     whole, made, entered = gguf_import.write_model, [], threading.Event()
 
-    def slow(read, folder):
+    def slow(read, folder, **_):
         entered.set()
         made.append(folder)
         whole(read, folder)

@@ -7,7 +7,7 @@ import argparse
 from common import cli
 from common.data import task_record
 from common.generation.decoding import Decoding
-from common.models.flags import add_model_flags, add_thinking_flag, source_of, thinks
+from common.models.flags import add_engine_flag, add_model_flags, add_thinking_flag, source_of, thinks
 from common.tasks.codegen.writer import PROMPT_STYLES, CodeWriter
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # of several samples a task (Chen et al. 2021, arXiv:2107.03374)
@@ -31,6 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="auto: completion for a plain base model, which was not trained on turns; chat for all others",
     )
     add_model_flags(parser)
+    add_engine_flag(parser)
 
 
 def decoding(args: argparse.Namespace) -> Decoding:
