@@ -29,7 +29,7 @@ from common.data.resumable import AnswerStore
 from common.export import model_card
 from common.files import read_json, sha256_file
 from common.models import loading as models
-from common.models.flags import parse_args, source_of
+from common.models.flags import add_engine_flag, parse_args, source_of
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
 from common.tasks.ranking.loading import check as check_task
 from common.tasks.ranking.loading import task_for
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     drift.add_argument("--baseline", metavar="metrics.json", help="a stored result to compare this one with")
     drift.add_argument("--fail_on_drift", action="store_true", help=f"exit {DRIFTED} on a significant drop")
     add_scoring_flags(parser)
+    add_engine_flag(parser)
     return parser
 
 

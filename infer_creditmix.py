@@ -32,6 +32,7 @@ from common.data import rows as records
 from common.data import tables
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
+from common.models.source import LLAMA_CPP
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
 from common.tasks.ranking.loading import task_for
 from common.teachers.cascade.flags import add_cascade_flags, cascade_settings
@@ -47,7 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--strict_input", action="store_true", help="refuse a text that is not of the task, instead of a warning"
     )
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: many files, many machines")
+    parser.add_argument(
+        "--engine",
+        choices=("local", LLAMA_CPP, "ray"),
+        default="local",
+        help=f"{LLAMA_CPP}: a GGUF as it is, packed, on the CPU; ray: many files, many machines",
+    )
     parser.add_argument(
         "--workers", type=cli.positive_int, help="models at work under --engine ray; default: one per GPU, else machine"
     )

@@ -44,12 +44,12 @@ def _folder(name: str, packed: bool) -> str:
 
 
 def add_engine_flag(parser: argparse._ActionsContainer) -> None:
-    """--engine, of what writes text."""
+    """--engine, of what a model is asked with."""
     parser.add_argument(
         "--engine",
         choices=ENGINES,
         default=TORCH,
-        help="what writes: torch; or llama.cpp, which runs a GGUF as it is, packed, on the CPU (several times faster)",
+        help="what runs the model: torch; or llama.cpp, which takes a GGUF as it is, on the CPU (default: torch)",
     )
 
 
@@ -84,5 +84,5 @@ def thinks(args: argparse.Namespace) -> bool:
 
 def source_of(args: argparse.Namespace, model_dir: str) -> ModelSource:
     """The model in `model_dir`, loaded as the flags of `add_model_flags` say."""
-    engine = getattr(args, "engine", TORCH)
+    engine = LLAMA_CPP if getattr(args, "engine", None) == LLAMA_CPP else TORCH  # some scripts have others beside
     return ModelSource(model_dir, args.base, args.load_in_4bit, args.dtype, args.trust_remote_code, engine)

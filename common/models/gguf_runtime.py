@@ -6,11 +6,16 @@ import ctypes
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.cli import UserError
-from common.models import llama_cpp
+from common.models import gguf_import, llama_cpp
+from common.models.batching import context_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONTEXT_STEP = 256  # llama.cpp's contexts are multiples of it
 AT_ONCE = 512  # tokens that go through a layer together
@@ -19,6 +24,22 @@ AT_ONCE = 512  # tokens that go through a layer together
 def threads() -> int:
     """Threads of llama.cpp; `OMP_NUM_THREADS` bounds them as it does torch's."""
     return int(os.environ.get("OMP_NUM_THREADS") or 0) or os.cpu_count()
+
+
+def load(folder: str, most_tokens: int) -> tuple[GgufModel, PreTrainedTokenizerBase]:
+    """The GGUF that a model folder was made of (`gguf_import.model_folder`), as it is, and its tokenizer.
+
+    Args:
+        most_tokens: of a row, at most; and at most the model's context.
+
+    Raises:
+        UserError: see `GgufModel`.
+    """
+    from common.models.loading import load_config
+    from common.models.tokenizers import load_tokenizer
+
+    context = min(context_of(load_config(folder)), most_tokens)
+    return GgufModel(gguf_import.origin(folder)["path"], context), load_tokenizer(folder)
 
 
 class GgufModel:

@@ -11,6 +11,7 @@ from support.gguf_files import build, write
 from support.inputs import CORPUS, write_rows
 
 import infer_codegen
+import infer_creditmix
 import infer_idp
 import teacher_generate
 from common import cli
@@ -176,8 +177,27 @@ def test_what_it_cannot_run_is_said(file, more, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_labels_are_not_ranked_with_it(file, tmp_path, capsys):
+def test_a_teachers_labels_are_not_ranked_with_it(file, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{"input": "Age: 3", "output": "Good"}])
-    argv = ["--teacher", file, "--engine", "llama_cpp", "--data", rows, "--out", str(tmp_path / "out"), "--probabilities"]
+    argv = [
+        "--teacher",
+        file,
+        "--engine",
+        "llama_cpp",
+        "--data",
+        rows,
+        "--out",
+        str(tmp_path / "out"),
+        "--probabilities",
+    ]
     assert cli.run(teacher_generate.main, argv) == 2
     assert "--probabilities ranks labels in torch; leave --engine llama_cpp out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["qwen2", "llama"], indirect=True)
+def test_labels_are_ranked_as_torch_ranks_them(file, capsys):
+    scores = []
+    for more in (["--engine", "llama_cpp"], ["--dtype", "float32"]):
+        infer_creditmix.main(["--model_dir", file, "--features", "Age: 23.0, Occupation: Scientist", *more])
+        scores.append(json.loads(capsys.readouterr().out)["raw_scores"])
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)

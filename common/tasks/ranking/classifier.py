@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError
-from common.models import adapters, onnx_runtime
+from common.models import adapters, gguf_runtime, onnx_runtime
 from common.models.loading import load_for_inference
-from common.models.source import LoadedModel, ModelSource
+from common.models.source import LLAMA_CPP, LoadedModel, ModelSource
 from common.tasks.ranking.calibration import Calibration, batch_calibration
 from common.tasks.ranking.ranker import Ranker, cached_prior
 from common.tasks.ranking.rankers import ranker_of
@@ -40,7 +40,7 @@ class Classifier:
 
     @classmethod
     def load(cls, source: ModelSource, task: LabelTask, settings: ScoringSettings = DEFAULT) -> Classifier:
-        """The classifier on a model that is loaded for it: adapter on its base, plain model or ONNX export.
+        """The classifier on a model that is loaded for it: adapter on its base, plain model, ONNX export or GGUF.
 
         Raises:
             UserError: more null prompts than the task has, settings that an export does not take, memory that is too
@@ -56,13 +56,16 @@ class Classifier:
             if source.base or source.load_in_4bit == "on" or source.dtype != "auto":
                 raise UserError(f"{source.model_dir} is an ONNX export; leave --base, --load_in_4bit and --dtype out")
             model, tokenizer = onnx_runtime.load(source.model_dir)
+        elif source.engine == LLAMA_CPP:
+            model, tokenizer = gguf_runtime.load(source.model_dir, max_batch_tokens)
         else:
             source, max_batch_tokens = fit_inference(
                 source, max_batch_tokens, auto_fit=settings.auto_fit, generates=False
             )
             model, tokenizer = load_for_inference(source)
         loaded = LoadedModel(model, tokenizer, max_batch_tokens)
-        return cls.on(loaded, source.model_dir, task, num_null_prompts=settings.num_null_prompts)
+        model_hash = adapters.weights_hash(source)
+        return cls.on(loaded, source.model_dir, task, num_null_prompts=settings.num_null_prompts, model_hash=model_hash)
 
     @classmethod
     def on(
