@@ -295,3 +295,17 @@ def test_a_tokenizer_of_another_model(base, tokenizer, tmp_path):
     model.save_pretrained(folder)
     with pytest.raises(UserError, match="but the model's embedding has 256 rows; give the model the tokenizer"):
         models.load_for_inference(ModelSource(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": True}, True),
+    ],
+)
+def test_bfloat16_is_for_cpus_that_have_it_in_hardware(capabilities, expected, monkeypatch):
+    """Not wherever oneDNN runs it: with AVX512 alone it takes three times as long as float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert models.has_bfloat16() is expected
