@@ -7,7 +7,7 @@ greedy text, and size, loading time and speed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,14 @@ from common.cli import UserError
 from common.data import rows as records
 from common.data import task_record
 from common.evaluation import bootstrap
+from common.export import text_metric
+from common.export.proof_table import LIKELIHOOD
+from common.export.text_metric import TextMetric
 from common.files import sha256_file
 from common.models import tokenizers
 from common.models.torch_runtime import Runtime
+from common.tasks.codegen import prompt as code_prompt
+from common.tasks.codegen import rows as code_rows
 from common.tasks.ranking import loading, metrics
 from common.tasks.ranking.calibration import Calibration, Scores
 from common.tasks.ranking.classifier import CALIBRATION
@@ -50,6 +55,7 @@ class ProofRows:
         texts: of label rows, as the ranker takes them.
         groups: of label rows.
         calibration: that the model decides with; None: the prior of each runtime's own.
+        text_metric: what answers in text are worth; None: their likelihood alone is judged.
     """
 
     path: str
@@ -59,6 +65,7 @@ class ProofRows:
     texts: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     calibration: Calibration | None = None
+    text_metric: TextMetric | None = None
 
     @property
     def y(self) -> np.ndarray:
@@ -66,22 +73,31 @@ class ProofRows:
         return np.array([self.task.labels.index(output) for output in self.outputs])
 
 
-def read_proof_rows(path: str, task: LabelTask, model_dir: str, most: int | None) -> ProofRows:
-    """Rows with a text and a label of `task`, or rows with "input" and "output".
+def read_proof_rows(
+    path: str, task: LabelTask, model_dir: str, most: int | None, *, runs_code: bool = False
+) -> ProofRows:
+    """Rows with a text and a label of `task`, rows with "input" and "output", or a coder's problems with their tests.
 
     Args:
         model_dir: the model, which may have a fitted calibration, and may say what it was trained for.
         most: rows to use, evenly spaced in the file; None: all.
+        runs_code: code that a model wrote may be run, in the sandbox.
 
     Raises:
-        UserError: missing or bad rows, by file and line, or rows of another task than the model was trained for.
+        UserError: missing or bad rows, by file and line, or rows of another task than the model was trained for;
+            problems where no code may be run.
     """
     unit, numbered, _ = records.iter_rows(path)
     number, first = next(numbered, (1, None))
+    kind = (task_record.read(model_dir) or {}).get("kind")
     if records.row_fault(first, TEXT_KEYS) is None:
         rows = _spaced(records.read_rows(path, TEXT_KEYS), most)
         task_record.check_prompts(model_dir, (row["input"] for row in rows), path)
-        return ProofRows(path, [row["input"] for row in rows], [row["output"] for row in rows])
+        outputs = [row["output"] for row in rows]
+        metric = text_metric.of_outputs(kind, outputs)
+        return ProofRows(path, [row["input"] for row in rows], outputs, text_metric=metric)
+    if kind == task_record.CODEGEN:
+        return _read_problems(path, most, runs_code)
     if records.row_fault(first, (task.text_field, task.label_field)) is not None:
         raise UserError(
             f"{path}, {unit} {number}: a row of a proof has {task.text_field} and {task.label_field}, or input and "
@@ -100,6 +116,18 @@ def read_proof_rows(path: str, task: LabelTask, model_dir: str, most: int | None
         [row["group"] for row in rows],
         Calibration.load(fitted, task.labels) if fitted.is_file() else None,
     )
+
+
+def _read_problems(path: str, most: int | None, runs_code: bool) -> ProofRows:
+    problems = _spaced(code_rows.read(path), most)
+    if not runs_code:
+        raise UserError(
+            f"{path} holds problems with tests, and the proof runs what the model writes for them, in a sandbox; pass "
+            "--confirm_run_unsafe_code, or give rows of input and output"
+        )
+    prompts = [code_prompt.direct_prompt(problem.prompt) for problem in problems]
+    outputs = [code_prompt.code_answer(problem.solution) for problem in problems]
+    return ProofRows(path, prompts, outputs, text_metric=text_metric.of_problems(problems))
 
 
 def _spaced(rows: list[dict], most: int | None) -> list[dict]:
@@ -134,6 +162,7 @@ class RuntimeResult:
         tokens_per_s: of greedy text, one prompt at a time.
         scores: of label rows.
         rows_per_s: of label rows, in batches.
+        metric_parts: of text rows with a metric, [rows, 2] (see `TextMetric`).
         nll: of text rows: the negative log-likelihood of each output in nats, and its tokens, [rows, 2].
     """
 
@@ -146,6 +175,7 @@ class RuntimeResult:
     scores: Scores | None = None
     rows_per_s: float | None = None
     nll: np.ndarray | None = None
+    metric_parts: np.ndarray | None = None
 
     def speed(self) -> dict[str, Any]:
         """Size, loading time and speed, for export.json."""
@@ -179,8 +209,10 @@ def measure(
             at_output = logits[row.prompt_length - 1 :]
             likelihoods = at_output[np.arange(len(right)), right] - logsumexp(at_output, axis=1)
             nll.append((-likelihoods.sum(), len(right)))
-    prompts = [row.input_ids[: row.prompt_length] for row in encoded[:GENERATED_PROMPTS]]
-    answers = [runtime.generate([prompt], GENERATED_TOKENS, ends)[0] for prompt in prompts]
+    prompts = [row.input_ids[: row.prompt_length] for row in encoded]
+    metric = proof_rows.text_metric
+    asked, budget = (len(prompts), _whole_answer(encoded)) if metric else (GENERATED_PROMPTS, GENERATED_TOKENS)
+    answers = [runtime.generate([prompt], budget, ends)[0] for prompt in prompts[:asked]]
     started = time.perf_counter()
     for prompt in prompts[:TIMED_PROMPTS]:
         runtime.generate([prompt], TIMED_TOKENS, ())
@@ -189,6 +221,7 @@ def measure(
     measured = RuntimeResult(seconds_to_load, size, np.concatenate(kept), answers, texts, tokens_per_s)
     if proof_rows.task is None:
         measured.nll = np.array(nll)
+        measured.metric_parts = metric.parts(texts) if metric else None
         return measured
     ranker = ranker_of(getattr(runtime, "model", runtime), tokenizer, proof_rows.task)
     calibration = proof_rows.calibration or Calibration(proof_rows.task.labels, "prior", tuple(ranker.prior()))
@@ -199,12 +232,18 @@ def measure(
     return measured
 
 
+def _whole_answer(encoded: Sequence[tokenizers.Encoded]) -> int:
+    """Tokens that an answer may have: a quarter more than the longest right one."""
+    return max(len(row.input_ids) - row.prompt_length for row in encoded) * 5 // 4 + 8
+
+
 def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRows) -> dict[str, Any]:
     """What has changed from `reference` to `export`, for export.json.
 
-    "metric" is macro-F1 of label rows; of text rows the inverse perplexity, exp(-NLL per token), the likelihood of a
-    token. Its "difference" is that of the export from the reference, with a paired bootstrap interval: of macro-F1 one
-    minus the other; of likelihoods the share by which they change, which means the same whatever the perplexity.
+    "metric" is macro-F1 of label rows; of text rows that of the task, field F1, F1 of words or pass@1, and where there
+    is none the inverse perplexity, exp(-NLL per token), the likelihood of a token. Its "difference" is that of the
+    export from the reference, with a paired bootstrap interval: one minus the other; of likelihoods the share by which
+    they change, which means the same whatever the perplexity.
     "changed" are answers that are other than before. KL is that of the export's next-token distribution from the
     reference's, in nats.
     """
@@ -234,6 +273,8 @@ def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRo
         proof |= _compare_labels(reference.scores, export.scores, proof_rows)
     else:
         proof |= _compare_nll(reference.nll, export.nll)
+    if proof_rows.text_metric:
+        proof |= {"likelihood": proof["metric"], "metric": _compare_texts(reference, export, proof_rows.text_metric)}
     proof["changed"] = (_changed_labels if proof_rows.task else _changed_texts)(reference, export, proof_rows)
     return proof | {"speed": {"reference": reference.speed(), "export": export.speed()}}
 
@@ -279,6 +320,16 @@ def _compare_labels(reference: Scores, export: Scores, proof_rows: ProofRows) ->
     }
 
 
+def _compare_texts(reference: RuntimeResult, export: RuntimeResult, metric: TextMetric) -> dict[str, Any]:
+    one, other = reference.metric_parts, export.metric_parts
+    return {
+        "name": metric.name,
+        "reference": bootstrap.ratio_interval(one),
+        "export": bootstrap.ratio_interval(other),
+        "difference": bootstrap.ratio_interval(np.concatenate([other, one], axis=1)),
+    }
+
+
 def _compare_nll(reference: np.ndarray, export: np.ndarray) -> dict[str, Any]:
     nlls = [bootstrap.ratio_interval(sums) for sums in (reference, export)]
     change = bootstrap.ratio_interval(np.concatenate([export, reference], axis=1))
@@ -289,7 +340,7 @@ def _compare_nll(reference: np.ndarray, export: np.ndarray) -> dict[str, Any]:
             for name, nll in zip(("reference", "export"), nlls, strict=True)
         },
         "metric": {
-            "name": "inverse_perplexity",
+            "name": LIKELIHOOD,
             "reference": {key: float(np.exp(-nlls[0][of])) for key, of in ends.items()},
             "export": {key: float(np.exp(-nlls[1][of])) for key, of in ends.items()},
             "difference": {key: float(np.expm1(-change[of])) for key, of in ends.items()},

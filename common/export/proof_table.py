@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+LIKELIHOOD = "inverse_perplexity"  # the metric of text rows whose task has none
 MAX_SHOWN = 60  # characters of an answer that has changed
 
 
@@ -36,7 +37,7 @@ def table(record: dict[str, Any]) -> str:
         if columns["export"][key]:
             lines.append(line(title, (f"{speed[key]:,}" for speed in columns.values())))
     change, logits, generated = metric["difference"], proof["logits"], proof["generated"]
-    of_itself = " of itself" if "perplexity" in proof else ""
+    of_itself = " of itself" if metric["name"] == LIKELIHOOD else ""
     interval = f"(95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
     lines.append(f"difference {change['value']:+.4f}{of_itself} {interval}")
     if "label_agreement" in proof:

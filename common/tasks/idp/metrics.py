@@ -74,8 +74,8 @@ def evaluate(judged: Sequence[JudgedDocument], groups: Sequence[str], seed: int 
     exact, normalised = (line_counts(rows, agreement) for agreement in (EXACT, NORMALISED))
     result["lines"] = {
         name: {
-            "f1": ratio_interval(_f1_parts(exact[name]), groups, seed),
-            "f1_normalised": ratio_interval(_f1_parts(normalised[name]), groups, seed),
+            "f1": ratio_interval(f1_parts(exact[name]), groups, seed),
+            "f1_normalised": ratio_interval(f1_parts(normalised[name]), groups, seed),
             "support": int(exact[name][:, 2].sum()),
         }
         for name in exact
@@ -88,14 +88,14 @@ def _scores(rows: Sequence[Sequence[Leaf]], groups: Sequence[str], seed: int) ->
     return {
         "precision": ratio_interval(exact[:, [0, 1]], groups, seed),
         "recall": ratio_interval(exact[:, [0, 2]], groups, seed),
-        "f1": ratio_interval(_f1_parts(exact), groups, seed),
-        "f1_normalised": ratio_interval(_f1_parts(normalised), groups, seed),
-        "f1_anls": ratio_interval(_f1_parts(alike), groups, seed),
+        "f1": ratio_interval(f1_parts(exact), groups, seed),
+        "f1_normalised": ratio_interval(f1_parts(normalised), groups, seed),
+        "f1_anls": ratio_interval(f1_parts(alike), groups, seed),
         "support": int(exact[:, 2].sum()),
     }
 
 
-def _f1_parts(counted: np.ndarray) -> np.ndarray:
+def f1_parts(counted: np.ndarray) -> np.ndarray:
     """[rows, 2]: numerator and denominator of F1 from `field_metrics.counts`."""
     return np.stack([2 * counted[:, 0], counted[:, 1] + counted[:, 2]], axis=1)
 
@@ -104,7 +104,7 @@ def differences(
     a: Sequence[JudgedDocument], b: Sequence[JudgedDocument], groups: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
     """a minus b in field_f1, exact_match and schema_valid_rate on the same documents: paired."""
-    parts = [_f1_parts(counts([row.leaves for row in rows], EXACT)) for rows in (a, b)]
+    parts = [f1_parts(counts([row.leaves for row in rows], EXACT)) for rows in (a, b)]
     result = {"field_f1": ratio_interval(np.concatenate(parts, axis=1), groups, seed)}
     for name in ("exact_match", "schema_valid_rate"):
         gains = [float(one.rate(name)) - float(other.rate(name)) for one, other in zip(a, b, strict=True)]
