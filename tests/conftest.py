@@ -19,7 +19,9 @@ from support.processes import fork_server, run_child
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are fastest so, and runs are comparable bit by bit
-LOOKED_AFTER: set[str] = set()  # modules that were there at the last `gc.freeze`
+MODULES_FROZEN = [0]  # how many there were at the last `gc.freeze`
+
+gc.disable()  # until the tests are collected, which leaves what stays
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -30,13 +32,17 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker("processes")
 
 
+def pytest_collection_finish(session) -> None:
+    gc.enable()
+
+
 def pytest_runtest_setup(item) -> None:
     """What imports leave, millions of objects that stay, is looked through by no collection of garbage from then on.
 
     Each training collects three times, which takes a second where the libraries are in memory.
     """
-    if len(sys.modules) > len(LOOKED_AFTER) + 100:
-        LOOKED_AFTER.update(sys.modules)
+    if len(sys.modules) > MODULES_FROZEN[0] + 100:
+        MODULES_FROZEN[0] = len(sys.modules)
         gc.collect()
         gc.freeze()
 

@@ -16,8 +16,11 @@ from support.inputs import PROMPTS, ROOT, write_rows
 from support.models import build_base, distance, run_json
 from support.processes import join
 
+import distill_train
 import dpo_train
+import kd_train
 import sft_train
+from common import cli
 from common import distributed as launch
 from common.cli import UserError
 from common.models import adapters
@@ -48,18 +51,14 @@ def plain(monkeypatch):
 # Fewer processes than asked for.
 
 
-@pytest.mark.parametrize("script", ["sft_train.py", "kd_train.py", "dpo_train.py", "distill_train.py"])
-def test_a_launch_that_runs_one_process_of_two_is_refused(script, base, rows, tmp_path):
-    """By accelerate itself, each trainer: it starts one, without a word, and the trainer loads nothing."""
-    kind = {"kd_train.py": "kd", "dpo_train.py": "dpo"}.get(script, "sft")
-    more = ("--ce", 1) if script == "distill_train.py" else ()
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", script]
-    told = subprocess.run(
-        [*command, *flags(base, rows[kind], tmp_path / "run", *more)], cwd=ROOT, capture_output=True, text=True
-    )
+def test_a_launch_that_runs_one_process_of_two_is_refused(base, rows, tmp_path):
+    """By accelerate itself: it starts one, without a word, and the trainer loads nothing."""
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "sft_train.py"]
+    argv = [sys.executable, *command, *flags(base, rows["sft"], tmp_path / "run")]
+    told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert told.returncode != 0
     assert "error: accelerate launch was asked for 2 processes and runs one" in told.stderr
-    assert f"start 2 with: torchrun --standalone --nproc_per_node 2 {script} ..." in told.stderr
+    assert "start 2 with: torchrun --standalone --nproc_per_node 2 sft_train.py ..." in told.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -125,6 +124,22 @@ def test_what_is_refused_and_what_is_not(environment, parent, words, monkeypatch
     else:
         with pytest.raises(UserError, match=words):
             launch.check()
+
+
+@pytest.mark.parametrize("script", [sft_train, kd_train, dpo_train, distill_train], ids=lambda script: script.__name__)
+def test_each_trainer_refuses_such_a_launch(script, base, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(launch.LAUNCHED, "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(launch, "parents_command", lambda: TWO)
+    monkeypatch.setattr(models, "load_base", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+    kind = {kd_train: "kd", dpo_train: "dpo"}.get(script, "sft")
+    more = ("--ce", 1) if script is distill_train else ()
+    assert cli.run(script.main, flags(base, rows[kind], tmp_path / "run", *more)) == cli.BAD_INPUT
+    told = capsys.readouterr().err
+    assert "error: accelerate launch was asked for 2 processes and runs one" in told
+    assert f"start 2 with: torchrun --standalone --nproc_per_node 2 {script.__name__}.py ..." in told
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

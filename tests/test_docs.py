@@ -237,11 +237,13 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_the_site_builds_without_a_warning(site):
     for page in ROOT.glob("docs/*.md"):
         assert (site / f"{page.stem}.html").is_file()
 
 
+@pytest.mark.processes
 def test_the_site_loads_nothing_from_elsewhere(site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 
@@ -13,10 +14,16 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 MODULES = sorted(ROOT.glob("common/**/*.py"))
 
 
+@functools.cache
+def tree_of(path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imported(path) -> set[str]:
     """Top-level names of the modules that a file imports, anywhere in it."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -48,11 +55,11 @@ def test_what_was_asked_for_travels_as_settings():
     for path in MODULES:
         if path.name in ("cli.py", "flags.py"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.arg) and node.annotation is not None:
                 assert "Namespace" not in ast.unparse(node.annotation), f"{path}, line {node.lineno}"
 
 
 def test_every_room_says_what_it_is():
     for folder in {path.parent for path in MODULES}:
-        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), f"{folder}/__init__.py says nothing"
+        assert ast.get_docstring(tree_of(folder / "__init__.py")), f"{folder}/__init__.py says nothing"

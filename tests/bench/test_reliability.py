@@ -11,7 +11,7 @@ pytestmark = pytest.mark.processes
 
 
 def test_small_rounds_find_nothing(capsys):
-    sizes = ["--schemas", "5", "--bodies", "20", "--minutes", "0.1", "--only", "schemas", "bodies", "soak"]
+    sizes = ["--schemas", "5", "--bodies", "20", "--minutes", "0.03", "--only", "schemas", "bodies", "soak"]
     assert reliability.main(sizes) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["name"] for row in result["rows"]] == ["hostile schemas", "hostile bodies", "soak"]

@@ -29,4 +29,4 @@ def test_contestants_write_the_same_in_fewer_steps_together(tiny_base, tmp_path,
     assert alone["rows_per_step"] == 1 and ours["steps"] < alone["steps"]
     assert all(ratio["same_answers"] == 5 for ratio in result["ratios"].values())
     with pytest.raises(UserError, match="cannot be measured"):
-        text_generation.main([*ask, "--baseline", str(tmp_path)])
+        text_generation.written_by(tmp_path, {})

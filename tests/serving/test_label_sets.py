@@ -17,6 +17,8 @@ from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.loading import load_task
 
+pytestmark = pytest.mark.processes
+
 TICKETS = load_task(str(ROOT / "recipes" / "ticket_severity.yaml"))
 TEXT = "Mail. Users affected: 3, Hours open: 2, mails arrive an hour late, no workaround"
 TICKET, CREDIT = {"features": TEXT}, {"features": ROWS[0]}

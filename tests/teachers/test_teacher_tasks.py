@@ -171,6 +171,7 @@ def test_code(prompt, text, answer, fault):
     assert (parsed.fault or "").startswith(fault or "") and bool(parsed.fault) == bool(fault)
 
 
+@pytest.mark.processes
 def test_code_that_fails_its_tests_is_asked_for_again(tmp_path, stub, files):
     try:
         sandbox.level()

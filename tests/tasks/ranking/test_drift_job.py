@@ -56,7 +56,7 @@ def test_the_job_as_printed(base, tmp_path, tools, monkeypatch):
     shutil.copytree(base, home / "models" / "tiny_student")
     run = make_run(home / "runs" / "creditmix_sft", base, seed=1)
     (run / "checkpoint-3").mkdir()
-    rows = creditmix.synthesize(600, seed=3)
+    rows = creditmix.synthesize(150, seed=3)
     baseline = write_rows(tmp_path / "rows.jsonl", rows)
     monkeypatch.chdir(home)
     argv = ["--data", baseline, "--split", "all", "--report_dir", "runs/creditmix_sft/baseline"]

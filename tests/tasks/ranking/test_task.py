@@ -192,6 +192,7 @@ def test_fewer_null_prompts_are_another_prior(tiny_base, capsys):
     assert "--num_null_prompts 9 is more than the 4 null inputs of ticket_severity" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_two_processes_that_write_one_prior_do_no_harm(tmp_path):
     """What `cached_prior` writes with: a reader sees the one or the other, never half of either."""
     code = (

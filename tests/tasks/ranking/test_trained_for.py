@@ -134,6 +134,7 @@ def test_a_proof_takes_rows_of_the_runs_own_task(run, tmp_path, monkeypatch):
         export_model.main([*export, "--task", "creditmix", "--proof_data", credit])
 
 
+@pytest.mark.processes
 def test_a_training_and_its_export_carry_the_task(tiny_base, tmp_path, capsys):
     rows = [{"input": TICKETS.prompt(f"{TEXT} {i}"), "output": TICKETS.labels[i % 4]} for i in range(8)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
