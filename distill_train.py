@@ -32,7 +32,7 @@ import argparse
 from collections.abc import Sequence
 
 from common import cli
-from common.distillation import flags, trainers
+from common.distillation import dry_run, flags, trainers
 from common.distillation import rows as distill_rows
 from common.export import model_card
 from common.models.flags import parse_args
@@ -47,9 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     settings = flags.settings_of(parse_args(build_parser(), argv))
     task = load_task(settings.task)
+    if settings.dry_run:
+        return dry_run.show(settings, task)
     rows, held_out = distill_rows.read_both(settings, task)
     task_of = (lambda *_: task.record()) if settings.labels else recognition.record_of
     record = run.start(settings, rows, argv, task_of)
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer, settings = trainers.build(settings, record, objective, task, rows, held_out)
             run.train_and_save(trainer, settings, record)
     model_card.refresh([settings.save_dir])
+    return None
 
 
 if __name__ == "__main__":

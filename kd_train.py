@@ -18,7 +18,7 @@ from common.data import shapes
 from common.export import model_card
 from common.models.flags import parse_args
 from common.tasks import recognition
-from common.training import completion, flags
+from common.training import completion, dry_run, flags
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,10 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     settings = flags.kd_settings(parse_args(build_parser(), argv))
+    if settings.dry_run:
+        return dry_run.show(settings, shapes.KD)
     completion.train(settings, shapes.KD, argv, recognition.record_of)
     model_card.refresh([settings.save_dir])
+    return None
 
 
 if __name__ == "__main__":

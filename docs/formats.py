@@ -218,6 +218,9 @@ def _rows_section() -> list[str]:
         "  else the answer that the rows have.",
         "- Keys that are not read are named in one warning. A file of rows for another trainer is refused by its name;",
         "  so are unpaired preferences (`prompt`, `completion` and a `label` that is true or false).",
+        "",
+        "What a file becomes under a model's template, and what it takes to train on it, shows `--dry_run`",
+        "([training](training.md#before-you-train)).",
     ]
 
 

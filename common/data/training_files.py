@@ -44,7 +44,7 @@ class Inspection:
         if not self.unread:
             return None
         keys = (
-            f"{key[:40]!r}" + (f" of {count:,} rows" if count < self.good else "")
+            f"{key[:40]!r}" + (f" ({count:,} of {self.good:,} rows)" if count < self.good else "")
             for key, count in self.unread.most_common(SHOWN)
         )
         return f"keys that are not read: {', '.join(keys)}"
@@ -114,6 +114,14 @@ def read(
     return read_numbered(path, numbered, trainer, skip_bad_rows, unit, fault_of)
 
 
+def read_all(path: str | Path, trainer: str) -> tuple[Inspection, list[Row]]:
+    """What a file holds for a trainer, and its good rows. Raises UserError as `inspect`."""
+    unit, numbered, _ = records.numbered_rows(path)
+    inspection = Inspection(file_shape(path, numbered, trainer), unit)
+    rows = inspection.read(numbered, trainer)
+    return inspection, [row for _, row in rows if not isinstance(row, ValueError)]
+
+
 def read_numbered(
     path: str | Path,
     numbered: Sequence[tuple[int, Any]],
@@ -128,6 +136,16 @@ def read_numbered(
     if inspection.warning:
         log(f"{path}: {inspection.warning}")
     return good
+
+
+def as_question(row: Any) -> Any:
+    """A row of a question and its answer as {"input", "output"}, whatever its shape; any other row as it is."""
+    shape = shape_of(row, (shapes.COMPLETION,))
+    try:
+        converted = shape.read(row) if shape else {}
+    except ValueError:  # what is wrong with it is said where it is needed
+        return row
+    return row | converted if isinstance(converted.get("input"), str) else row
 
 
 def file_shape(path: str | Path, numbered: Iterable[tuple[int, Any]], trainer: str) -> Shape:

@@ -106,7 +106,7 @@ def settings_of(args: argparse.Namespace) -> DistillSettings:
         UserError: what cannot work together, before anything is read.
     """
     given = vars(args) | resolve_weights(args)
-    if args.on_policy and not args.teacher_cache:
+    if args.on_policy and not args.teacher_cache and not args.dry_run:
         given["teacher_cache"] = str(Path(args.save_dir, CACHES))
     return checked(DistillSettings(**given))
 

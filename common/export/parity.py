@@ -16,7 +16,7 @@ from scipy.special import log_softmax, logsumexp
 
 from common.cli import UserError
 from common.data import rows as records
-from common.data import task_record
+from common.data import shapes, task_record, training_files, turns
 from common.evaluation import bootstrap
 from common.export import text_metric
 from common.export.proof_table import LIKELIHOOD
@@ -40,7 +40,6 @@ LOGIT_POSITIONS = 16  # at this many of their last positions: with a vocabulary 
 GENERATED_PROMPTS, GENERATED_TOKENS = 20, 32
 TIMED_PROMPTS, TIMED_TOKENS = 3, 64
 SHOWN_CHANGES = 20  # answers that are other than before
-TEXT_KEYS = records.SFT_KEYS
 
 
 @dataclass
@@ -76,7 +75,9 @@ class ProofRows:
 def read_proof_rows(
     path: str, task: LabelTask, model_dir: str, most: int | None, *, runs_code: bool = False
 ) -> ProofRows:
-    """Rows with a text and a label of `task`, rows with "input" and "output", or a coder's problems with their tests.
+    """Rows with a text and a label of `task`, training rows with an answer, or a coder's problems with their tests.
+
+    Of a chat the last question is compared.
 
     Args:
         model_dir: the model, which may have a fitted calibration, and may say what it was trained for.
@@ -90,12 +91,11 @@ def read_proof_rows(
     unit, numbered, _ = records.iter_rows(path)
     number, first = next(numbered, (1, None))
     kind = (task_record.read(model_dir) or {}).get("kind")
-    if records.row_fault(first, TEXT_KEYS) is None:
-        rows = _spaced(records.read_rows(path, TEXT_KEYS), most)
-        task_record.check_prompts(model_dir, (row["input"] for row in rows), path)
-        outputs = [row["output"] for row in rows]
-        metric = text_metric.of_outputs(kind, outputs)
-        return ProofRows(path, [row["input"] for row in rows], outputs, text_metric=metric)
+    if shapes.shape_of(first, (shapes.COMPLETION,)):
+        rows = _spaced(training_files.read(path, shapes.SFT), most)
+        prompts, outputs = [turns.last_text(row["input"]) for row in rows], [row["output"] for row in rows]
+        task_record.check_prompts(model_dir, prompts, path)
+        return ProofRows(path, prompts, outputs, text_metric=text_metric.of_outputs(kind, outputs))
     if kind == task_record.CODEGEN:
         return _read_problems(path, most, runs_code)
     if records.row_fault(first, (task.text_field, task.label_field)) is not None:

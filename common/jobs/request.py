@@ -63,6 +63,7 @@ OF_THE_SERVER = (
     "resume",
     "with_changes",
     "overwrite",
+    "dry_run",
     "config",
     "trust_remote_code",
     "report_to",

@@ -24,17 +24,18 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     packed = getattr(args, "engine", TORCH) == LLAMA_CPP
     if packed and (args.base or args.load_in_4bit == "on" or args.dtype != "auto"):
         raise UserError(f"--engine {LLAMA_CPP} runs a GGUF as it is; leave --base, --load_in_4bit and --dtype out")
+    weights = not getattr(args, "dry_run", False)
     for flag in MODEL_FLAGS:
         value = getattr(args, flag, None)
         if isinstance(value, list):
-            setattr(args, flag, [_folder(name, packed) for name in value])
+            setattr(args, flag, [_folder(name, packed, weights) for name in value])
         elif value:
-            setattr(args, flag, _folder(value, packed))
+            setattr(args, flag, _folder(value, packed, weights))
     return args
 
 
-def _folder(name: str, packed: bool) -> str:
-    folder = gguf_import.model_folder(name, weights=not packed)
+def _folder(name: str, packed: bool, weights: bool) -> str:
+    folder = gguf_import.model_folder(name, weights=weights and not packed)
     if packed and gguf_import.origin(folder) is None:
         raise UserError(
             f"--engine {LLAMA_CPP} runs GGUF files, and {name} is none; make one with export_model.py --format gguf "

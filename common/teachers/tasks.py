@@ -15,7 +15,7 @@ from typing import Any
 
 from common.cli import UserError
 from common.data import rows as records
-from common.data import splits
+from common.data import splits, training_files
 from common.generation import json_schema, json_writer
 from common.generation.result import final_answer
 from common.sandbox import grading
@@ -79,7 +79,8 @@ def read_items(path: str, task: TeacherTask, skip_bad_rows: bool = False) -> lis
             task.problem_item(number, problem)
             for number, problem in enumerate(code_problems.read(path, skip_bad_rows), start=1)
         ]
-    unit, numbered, _ = records.numbered_rows(path)
+    unit, given, _ = records.numbered_rows(path)
+    numbered = [(number, training_files.as_question(row)) for number, row in given]
     numbers = {id(row): number for number, row in numbered}
     good = records.check_rows(path, numbered, (), skip_bad_rows, unit, task.fault)
     return [task.item(numbers[id(row)], row) for row in good]

@@ -36,18 +36,12 @@ def encode_rows(
     cut, left_out = 0, []
     for number, (prompt, completion) in enumerate(pairs, start=1):
         try:
-            row = chats.encode(tokenizer, prompt, completion)
+            row, shortened = fit_row(tokenizer, prompt, completion, max_len, whole)
         except UserError as error:
             raise UserError(f"{path}, row {number}: {error}") from error
-        if len(row.input_ids) > max_len:
-            answer = len(tokenizers.encode_completion(tokenizer, completion))
-            shorter = None if whole else chats.shortened(tokenizer, prompt, answer, max_len)
-            row = None if shorter is None else chats.encode(tokenizer, shorter, completion)
-            if row is None or len(row.input_ids) > max_len:
-                row = None
-                left_out.append(number)
-            else:
-                cut += 1
+        cut += shortened
+        if row is None:
+            left_out.append(number)
         encoded.append(row)
     if cut:
         log(f"{path}: {cut} of {len(pairs)} prompts cut to fit --max_len {max_len}")
@@ -57,6 +51,19 @@ def encode_rows(
     if len(left_out) == len(pairs):
         raise UserError(f"{path}: no row fits --max_len {max_len}; raise it")
     return encoded
+
+
+def fit_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: chats.Prompt, completion: str, max_len: int, whole: bool
+) -> tuple[tokenizers.Encoded | None, bool]:
+    """Token ids of a row within `max_len`, and whether its prompt was cut; None of one left out (see `encode_rows`)."""
+    row = chats.encode(tokenizer, prompt, completion)
+    if len(row.input_ids) <= max_len:
+        return row, False
+    answer = len(tokenizers.encode_completion(tokenizer, completion))
+    shorter = None if whole else chats.shortened(tokenizer, prompt, answer, max_len)
+    row = chats.encode(tokenizer, shorter, completion) if shorter else None
+    return (row, True) if row and len(row.input_ids) <= max_len else (None, False)
 
 
 def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch.Tensor]:

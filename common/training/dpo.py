@@ -69,6 +69,8 @@ def train(settings: DpoSettings, argv: Sequence[str] | None, task_of: run.TaskOf
         settings = limit_length(settings)
         pairs = encode_pairs(tokenizer, settings.data, rows, settings.max_len, whole=settings.idp_mode)
         longest, answer = max(map(len, pairs)), max(pair.answer_length for pair in pairs)
+        if record:
+            record.write(tokens=sum(map(len, pairs)))
         fitted = run.within_memory(settings, record, longest, answer)
         if fitted.max_len != settings.max_len:
             pairs = encode_pairs(tokenizer, fitted.data, rows, fitted.max_len, whole=fitted.idp_mode)

@@ -18,6 +18,19 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 
+class DryRun(argparse.Action):
+    """A switch under which neither a base nor a run folder is needed."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=False, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            if action.dest in ("student", "save_dir"):
+                action.required = False
+
+
 def add_flags(
     parser: argparse.ArgumentParser, defaults: type[TrainSettings] = TrainSettings, *, data_required: bool = True
 ) -> None:
@@ -42,6 +55,11 @@ def _add_run_flags(parser: argparse.ArgumentParser, defaults: type[TrainSettings
     run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --save_dir")
     run.add_argument(
         "--with_changes", action="store_true", help="with --resume: go on though data, base or settings have changed"
+    )
+    run.add_argument(
+        "--dry_run",
+        action=DryRun,
+        help="show rows as the model would see them, what is learnt, memory, steps and time; loads no weights",
     )
     run.add_argument("--overwrite", action="store_true", help="replace a run that --save_dir already holds")
     run.add_argument("--init_adapter", metavar="DIR", help="start from this adapter instead of a fresh one")
@@ -153,11 +171,15 @@ def checked(settings: Settings) -> Settings:
     if settings.with_changes and not settings.resume:
         raise UserError("--with_changes goes with --resume")
     quantization_aware.check(settings.quantization_aware, settings.lora_r)
+    if settings.dry_run and not settings.student:
+        return settings
     loading.check_model_dir(settings.student)
     if adapters.is_adapter(settings.student):
         raise UserError(f"--student {settings.student} is an adapter; give its base, and this folder as --init_adapter")
     if settings.init_adapter and not adapters.is_adapter(settings.init_adapter):
         raise UserError(f"--init_adapter {settings.init_adapter} holds no adapter; give a run folder")
+    if settings.dry_run:
+        return settings
     save_dir, run = settings.save_dir, run_record.read(settings.save_dir)
     if run and not settings.overwrite and not settings.resume:
         if run.get("state") == "done":

@@ -22,7 +22,7 @@ FREE = frozenset({
     *("save_dir", "config", "resume", "overwrite", "with_changes", "report_to", "logging_steps", "save_steps"),
     "save_minutes",
     *("student", "data", "eval_data", "skip_bad_rows", "trust_remote_code", "teacher_cache"),
-    "ignore_collapse",
+    *("ignore_collapse", "dry_run"),
     *("auto_fit", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
 })  # fmt: skip
 IF_GIVEN = ("teacher",)  # what a cache has from it may be enough to go on; another one is a change

@@ -168,7 +168,10 @@ def fitting_rows(
         encode: the rows under the settings' max_len.
     """
     rows = encode(settings)
-    longest = max(len(row.input_ids) for row in rows)
+    lengths = [len(row.input_ids) for row in rows]
+    longest = max(lengths)
+    if record:
+        record.write(tokens=sum(lengths))
     completion = max(len(row.input_ids) - row.prompt_length for row in rows)
     fitted = within_memory(settings, record, longest, completion)
     return fitted, rows if fitted.max_len == settings.max_len else encode(fitted)

@@ -32,6 +32,7 @@ class TrainSettings:
     task: str | None = None  # label set of the rows: a YAML file, or "creditmix"; None: as they show
     config: str | None = None  # YAML file that some of these settings come from
     resume: bool = False  # go on from the newest complete checkpoint
+    dry_run: bool = False  # show what would be trained on, and load no weights; student and save_dir may be None then
     overwrite: bool = False  # replace the run that save_dir holds
     with_changes: bool = False  # with resume: go on though data, base or settings have changed
     init_adapter: str | None = None  # run folder of the adapter to start from; None: a fresh one
@@ -128,7 +129,7 @@ class TrainSettings:
             flags["gradient_accumulation_steps"] = lambda plan: accumulation * -(-batch // plan.batch)
         return flags | {
             "gradient_checkpointing": lambda plan: "on" if plan.checkpointing else "off",
-            "teacher_cache": lambda plan: None if plan.teacher else str(Path(self.save_dir, "teacher_cache")),
+            "teacher_cache": lambda plan: None if plan.teacher else str(Path(self.save_dir or "runs", "teacher_cache")),
             "max_len": lambda plan: plan.max_len,
             "load_in_4bit": lambda plan: "on" if plan.four_bit else "off",
         }

@@ -117,7 +117,7 @@ def test_keys_that_are_not_read_are_named_once(tmp_path, capsys):
     rows = [BASIC | {"id": 1, "context": "x"}, BASIC | {"context": "y", "tools": [1]}, BASIC | {"tools": []}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     training_files.read(path, SFT)
-    warning = "keys that are not read: 'context' of 2 rows, 'tools' of 1 rows"
+    warning = "keys that are not read: 'context' (2 of 3 rows), 'tools' (1 of 3 rows)"
     assert capsys.readouterr().err == f"{path}: {warning}\n"
     assert training_files.inspect(path, SFT).warning == warning
 
@@ -207,6 +207,13 @@ def test_a_file_of_another_shape_is_refused_by_what_takes_it(trainer, row, sente
         with pytest.raises(UserError) as error:
             ask(path, trainer)
         assert sentence in str(error.value) and str(error.value).startswith(path)
+
+
+def test_one_question_stands_as_it_was_asked():
+    """What asks a teacher, or compares exports, takes texts."""
+    assert training_files.as_question({"messages": [HI, HELLO], "id": 1})["input"] == "Hi"
+    for row in ({"messages": [BRIEF, HI, HELLO]}, {"messages": [HI]}, {"input": "Hi"}, {"document": "x"}, ValueError()):
+        assert training_files.as_question(row) == row
 
 
 def test_files_without_rows_are_refused(tmp_path):

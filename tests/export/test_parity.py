@@ -50,6 +50,13 @@ def test_a_proof_by_hand(tmp_path):
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
+def test_of_a_chat_its_last_question_is_compared(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": "d"}]}, {"instruction": "e", "output": "f"}]
+    proof_rows = parity.read_proof_rows(write_rows(tmp_path / "rows.jsonl", rows), CREDITMIX, str(tmp_path), None)
+    assert (proof_rows.prompts, proof_rows.outputs) == (["c", "e"], ["d", "f"])
+
+
 @pytest.mark.parametrize("nll", [0.01, 1.0, 9.0])  # perplexities of 1.01, 2.7 and 8,100
 def test_a_token_that_is_less_likely_shows_at_any_perplexity(tmp_path, nll):
     path = write_rows(tmp_path / "rows.jsonl", [{"input": "a", "output": "b"}] * 2)

@@ -106,6 +106,10 @@ def test_proof_rows(tmp_path):
     (tmp_path / "dpo.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     job_proof.main(["--data", str(tmp_path / "dpo.jsonl"), "--output", str(tmp_path / "out.jsonl")])
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {"input": "p", "output": "c"}
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    job_proof.main(["--data", str(tmp_path / "chat.jsonl"), "--output", str(tmp_path / "out.jsonl")])
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"input": "user", "output": "assistant"}
     (tmp_path / "text.txt").write_text("too short")
     with pytest.raises(UserError, match="fewer than 64 words"):
         job_proof.main(["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out.jsonl")])

@@ -32,6 +32,13 @@ def test_labels(text, label):
     assert parsed.answer == label and (parsed.fault is None) == (label is not None)
 
 
+def test_a_question_may_have_any_shape(tmp_path):
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Good"}]
+    rows = [{"input": "Which?", "output": "Good"}, {"messages": turns}, {"prompt": "Which?", "completion": "Good"}]
+    items = read_items(write_rows(tmp_path / "rows.jsonl", rows), Labels(CREDITMIX))
+    assert [(item.number, item.prompt, item.gold) for item in items] == [(n, "Which?", "Good") for n in (1, 2, 3)]
+
+
 def test_a_text_that_is_cut_off_in_its_thinking():
     assert "breaks off" in understand(Labels(CREDITMIX), "?", "<think>Good", False, False).fault
 
