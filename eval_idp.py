@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries, judged = [], []
     for model_dir in args.model_dir:
         source, form = source_of(args, model_dir), form_of(model_dir, args.typed_fields)
-        loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
+        loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit, text_only=True)
         entry, answers = evaluation.measure(model_dir, loaded, form, adapters.identity(source))
         entries.append({"model_dir": model_dir, "contamination": run_record.contamination(model_dir, groups)} | entry)
         judged.append(answers)

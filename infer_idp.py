@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
 
     source = source_of(args, args.model_dir)
-    loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit)
+    loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit, text_only=True)
     settings = idp_flags.extraction_settings(args)
     form = form_of(args.model_dir, args.typed_fields)
     extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, form, calibration)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.generation import row_cache
+from common.models import packed_weights
 from common.models.gguf_text import PackedModel
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class TorchRows(Rows):
         tokens = torch.tensor([ids], device=self.model.device)
         positions = torch.arange(len(ids), device=self.model.device)[None]
         return cache, self._forward(tokens, positions, torch.ones_like(tokens), cache)
+
+    def make_room(self, lengths: Sequence[int], budget: int) -> None:
+        """See `Rows`."""
+        packed_weights.pack_for(self.model, len(lengths))
 
     def join(self, states: Sequence[Cache]) -> None:
         """See `Rows`."""

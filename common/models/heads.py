@@ -41,6 +41,8 @@ def exact_logits(model: PreTrainedModel | PeftModel, tokens: Sequence[int]) -> I
     then. Of all others only the sum is asked for, in which the steps average out. A head that is no plain linear layer
     (one that has an adapter) keeps its own precision.
     """
+    from common.models.packed_weights import PackedLinear
+
     head = model.get_output_embeddings()
     ids = torch.tensor(sorted(set(tokens)))
 
@@ -48,7 +50,7 @@ def exact_logits(model: PreTrainedModel | PeftModel, tokens: Sequence[int]) -> I
         if logits.dtype == torch.float32:
             return logits
         logits = logits.float()
-        if type(module) is torch.nn.Linear:
+        if type(module) in (torch.nn.Linear, PackedLinear):
             from accelerate.utils import align_module_device
 
             with align_module_device(module):  # fetches a weight that is offloaded

@@ -66,7 +66,9 @@ def local_teacher(settings: LocalSettings, decoding: Decoding, ranked: LabelTask
     from common.vram import preflight
 
     source = settings.source
-    loaded = preflight.load_within_memory(source, settings.max_batch_tokens, auto_fit=settings.auto_fit)
+    loaded = preflight.load_within_memory(
+        source, settings.max_batch_tokens, auto_fit=settings.auto_fit, text_only=ranked is None
+    )
     precision = [str(loaded.model.dtype), models.use_4bit(source.load_in_4bit)]
     identity = [adapters.weights_hash(source), *precision]
     if ranked:

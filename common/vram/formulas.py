@@ -143,6 +143,7 @@ class Inference:
     width: int = BFLOAT16  # bytes of a weight that is not in 4 bits, and of what passes through
     cuda: bool = True
     offload: bool = False  # layers wait in CPU memory or on the disk
+    packs: bool = False  # its weights, for a CPU (`common.models.packed_weights`), which leaves the head there twice
 
 
 Plan = Training | Inference
@@ -361,6 +362,8 @@ def predict_inference(plan: Inference) -> Prediction:
     if plan.offload:  # what does not fit waits elsewhere: at the least the embeddings and one layer are there
         one_layer = replace(shape, layers=1)
         weights = weight_bytes(one_layer, four_bit=plan.four_bit, width=width)
+    if plan.packs:
+        weights += shape.vocabulary * shape.hidden * width
     return _prediction(
         {
             "weights": weights,

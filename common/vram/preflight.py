@@ -61,12 +61,13 @@ def is_wsl() -> bool:
 
 
 def inference_plan(
-    source: ModelSource, *, max_batch_tokens: int = MAX_BATCH_TOKENS, generates: bool = True
+    source: ModelSource, *, max_batch_tokens: int = MAX_BATCH_TOKENS, generates: bool = True, text_only: bool = False
 ) -> Inference:
     """What the settings of inference, evaluation or serving mean for memory.
 
     Args:
         generates: False where only labels are ranked.
+        text_only: see `load_within_memory`.
 
     Raises:
         UnknownShape: the model's memory cannot be predicted.
@@ -88,6 +89,7 @@ def inference_plan(
         width=width,
         cuda=cuda,
         offload=bool(os.environ.get("OFFLOAD_FOLDER")),
+        packs=text_only and not (cuda or four_bit) and models.is_large(models.load_config(base.model_dir)),
     )
 
 
@@ -147,7 +149,7 @@ def changed_flags(plan: Plan, fitted: Plan, flags: Flags) -> dict[str, Any]:
 
 
 def fit_inference(
-    source: ModelSource, max_batch_tokens: int, *, auto_fit: bool, generates: bool = True
+    source: ModelSource, max_batch_tokens: int, *, auto_fit: bool, generates: bool = True, text_only: bool = False
 ) -> tuple[ModelSource, int]:
     """The source and the batch tokens of an inference that fits the memory: those given, or, with `auto_fit`, milder.
 
@@ -155,26 +157,39 @@ def fit_inference(
 
     Args:
         generates: False where only labels are ranked.
+        text_only: see `load_within_memory`.
 
     Raises:
         UserError: too little memory is free, and `auto_fit` is off; the message names what would fit.
     """
-    plan = if_known(lambda: inference_plan(source, max_batch_tokens=max_batch_tokens, generates=generates))
+    plan = if_known(
+        lambda: inference_plan(source, max_batch_tokens=max_batch_tokens, generates=generates, text_only=text_only)
+    )
     changes = preflight(plan, INFERENCE, auto_fit=auto_fit) if plan else {}
     fitted = replace(source, load_in_4bit=changes.get("load_in_4bit", source.load_in_4bit))
     return fitted, changes.get("max_batch_tokens", max_batch_tokens)
 
 
-def load_within_memory(source: ModelSource, max_batch_tokens: int, *, auto_fit: bool) -> LoadedModel:
+def load_within_memory(
+    source: ModelSource, max_batch_tokens: int, *, auto_fit: bool, text_only: bool = False
+) -> LoadedModel:
     """`models.load_for_inference`, once it is known to fit the memory (see `fit_inference`).
+
+    Args:
+        text_only: nothing but texts will be asked of it, so that its weights may be packed (`packed_weights`).
 
     Raises:
         UserError: see there and `fit_inference`.
     """
     if source.engine == LLAMA_CPP:  # which maps the file, and needs little beyond it
         return LoadedModel(*models.load_packed(source), max_batch_tokens)
-    source, max_batch_tokens = fit_inference(source, max_batch_tokens, auto_fit=auto_fit)
-    return LoadedModel(*models.load_for_inference(source), max_batch_tokens)
+    source, max_batch_tokens = fit_inference(source, max_batch_tokens, auto_fit=auto_fit, text_only=text_only)
+    model, tokenizer = models.load_for_inference(source)
+    if text_only:
+        from common.models import packed_weights
+
+        packed_weights.allow(model)
+    return LoadedModel(model, tokenizer, max_batch_tokens)
 
 
 def before_serving(

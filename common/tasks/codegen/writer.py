@@ -70,7 +70,7 @@ class CodeWriter:
             prompt_style: one of `PROMPT_STYLES`; "auto" is completion for a plain base model, chat for all others.
             auto_fit: where memory is short, take settings that fit.
         """
-        loaded = vram.load_within_memory(source, max_batch_tokens, auto_fit=auto_fit)
+        loaded = vram.load_within_memory(source, max_batch_tokens, auto_fit=auto_fit, text_only=True)
         style, eos = style_of(source.model_dir, loaded.tokenizer, prompt_style, source.trust_remote_code)
         if eos is not None:
             loaded.tokenizer.eos_token = eos
