@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.cli import UserError
@@ -44,9 +44,16 @@ class Reach:
     Args:
         roots: folders under which local paths are allowed.
         own: the service's own folder, of which only what trainings have left is in reach.
+        uploaded: where a file that was sent to the service is, by its id.
     """
 
-    def __init__(self, roots: Sequence[Path], own: Path | None = None) -> None:
+    def __init__(
+        self,
+        roots: Sequence[Path],
+        own: Path | None = None,
+        uploaded: Callable[[str], Path | None] = lambda name: None,
+    ) -> None:
+        self.uploaded = uploaded
         self.roots = [os.path.realpath(root) for root in roots]
         self.own = os.path.realpath(own) if own else None
         self._known: dict[tuple[str, str], float] = {}
@@ -89,7 +96,9 @@ class Reach:
         return self.local(name) or self._on_hub("dataset", field, name)
 
     def file(self, field: str, name: str) -> str:
-        """The place of a file. Raises Problem 422."""
+        """The place of a file, which may be given by its id. Raises Problem 422."""
+        if (sent := self.uploaded(name)) is not None:
+            return str(sent)
         path = self.local(name)
         if path is None or not os.path.isfile(path):
             raise Problem(422, f"{field}: there is no file {name!r} under the allowed folders", field)

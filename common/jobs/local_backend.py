@@ -19,11 +19,12 @@ from pathlib import Path
 
 from common.jobs.backend import GONE, Device, Ended
 from common.jobs.folder import WORKER, JobFolder
-from common.jobs.store import CANCELLED, FAILED, RUNNING, Job
+from common.jobs.store import CANCELLED, FAILED, RUNNING, TO_PAUSE, Job
 from common.jobs.worker import BUSY, STOPPED, failure
 
 ROOT = Path(__file__).parents[2]
 GRACE = 5.0  # seconds a training gets to save a checkpoint when it is cancelled
+PAUSE_GRACE = 120.0  # and when it is paused, which must not lose a step
 MARK = "DISTILL_JOB"  # the environment variable with a job's id
 SECRETS = ("API_KEY",)  # of the server's environment, not for its workers
 
@@ -87,7 +88,8 @@ class LocalBackend:
         return Ended(FAILED, {"reason": reason, "exit_code": child and child.returncode, "log": tail})
 
     def stop(self, job: Job) -> None:
-        """Ask the worker to stop, and after GRACE seconds kill all that the job has started; to be called again."""
+        """Ask the worker to stop, and after some seconds kill all that the job has started; to be called again."""
+        grace = PAUSE_GRACE if job.cancel == TO_PAUSE else GRACE
         child = self._children.get(job.id)
         leader = child.pid if child else JobFolder(self.jobs_dir / job.id).read(WORKER).get("pid")
         with contextlib.suppress(ProcessLookupError):
@@ -95,7 +97,7 @@ class LocalBackend:
                 self._stopping[job.id] = time.monotonic()
                 if leader:
                     os.kill(leader, signal.SIGTERM)
-            elif time.monotonic() - self._stopping[job.id] > GRACE:
+            elif time.monotonic() - self._stopping[job.id] > grace:
                 kill_marked(job.id)
                 if leader:  # its number is not given to others while the group has a member
                     os.killpg(leader, signal.SIGKILL)

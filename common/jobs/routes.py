@@ -17,7 +17,7 @@ from fastapi import APIRouter, Body, FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 
-from common.jobs import artifacts, progress
+from common.jobs import artifacts, file_routes, progress
 from common.jobs.checks import import_libraries
 from common.jobs.service import JobServiceSettings, Service
 from common.web import app as web
@@ -41,7 +41,7 @@ SENTENCES = {
     409: "The job's state does not allow it; the message says why",
     503: "Too many jobs wait, or the disk is full; try again after `Retry-After` seconds",
 }
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 # What goes out.
 
@@ -70,6 +70,7 @@ class JobStatus(BaseModel):
     method: Literal["distill", "sft", "kd", "dpo"]
     state: State
     cancelling: bool = Field(description="Asked to stop, but not stopped yet")
+    pausing: bool = Field(description="Asked to pause, but not stopped yet")
     ahead: int | None = Field(description="Of one that waits: how many come before it")
     attempt: int = Field(description="How often it was started; not counted: going on after a restart of the server")
     created: str
@@ -162,6 +163,7 @@ def create_app(settings: JobServiceSettings | None = None) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         api_key=settings.api_key,
         open_paths=web.open_paths(prefix),
+        streamed_paths=frozenset(prefix + path for path in file_routes.UPLOADS),
         hosts=settings.allowed_hosts,
     )
     web.add_about(app, service.metrics, PAGE, prefix)
@@ -175,6 +177,7 @@ def create_app(settings: JobServiceSettings | None = None) -> FastAPI:
     router = APIRouter(prefix=prefix)
     add_jobs(router, service)
     add_results(router, service)
+    file_routes.add_files(router, service)
     app.include_router(router)
     return app
 
@@ -193,7 +196,7 @@ def end_streams_on_signals(closing: threading.Event) -> None:
 
 
 def add_jobs(router: APIRouter, service: Service) -> None:
-    """Submit, look, cancel, resume, delete. Plain functions, which FastAPI runs in threads."""
+    """Submit, look, cancel, pause, resume, delete. Plain functions, which FastAPI runs in threads."""
     prefix = service.settings.api_prefix
     content = {"application/json": {"schema": service.planner.schema(), "example": EXAMPLE}}
 
@@ -235,9 +238,14 @@ def add_jobs(router: APIRouter, service: Service) -> None:
         """Stop a job: it gets a few seconds to save a checkpoint, then all that it started is killed."""
         return JSONResponse(service.describe(service.cancel(job_id)))
 
+    @router.post("/pause/{job_id}", response_model=JobStatus, responses=responses(404, 409))
+    def pause(job_id: str) -> Response:
+        """Stop a job with a checkpoint, for up to two minutes; it is kept until it is resumed or cancelled."""
+        return JSONResponse(service.describe(service.pause(job_id)))
+
     @router.post("/resume/{job_id}", response_model=JobStatus, responses=responses(404, 409))
     def resume(job_id: str) -> Response:
-        """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
+        """Queue a paused, failed or cancelled job again; it goes on from its last checkpoint."""
         return JSONResponse(service.describe(service.resume(job_id)))
 
     @router.delete("/jobs/{job_id}", status_code=204, responses=responses(404, 409))

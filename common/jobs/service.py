@@ -15,6 +15,7 @@ from common.cli import UserError
 from common.jobs import local_backend, progress
 from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
+from common.jobs.files import FILE_ID, FileStore, StoredFile
 from common.jobs.folder import JOB_ID, WORKER, JobFolder, check_system
 from common.jobs.recovery import adopt_folders, keep_row
 from common.jobs.request import Planner
@@ -23,9 +24,11 @@ from common.jobs.store import (
     CANCELLED,
     ENDED,
     FAILED,
+    PAUSED,
     QUEUED,
     RUNNING,
     STATES,
+    TO_PAUSE,
     Job,
     KeyTaken,
     Store,
@@ -57,6 +60,8 @@ class JobServiceSettings:
     warm_up: bool = True  # import what the checks need before the first request needs it
     scripts: Path = ROOT
     allowed_hosts: tuple[str, ...] = ()
+    max_file_bytes: int = 512 << 20
+    files_quota: int = 20 << 30
 
     @classmethod
     def from_environment(cls) -> JobServiceSettings:
@@ -83,6 +88,8 @@ class JobServiceSettings:
             api_key=env.text("API_KEY"),
             max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 18),
             allowed_hosts=env.names("ALLOWED_HOSTS"),
+            max_file_bytes=env.whole("MAX_FILE_BYTES", cls.max_file_bytes),
+            files_quota=env.whole("FILES_QUOTA", cls.files_quota),
         )
 
 
@@ -97,10 +104,13 @@ class Service:
         try:
             self.store: Store = open_store(settings.data_dir, lambda job: keep_row(self.folder(job), job))
             self.jobs_dir.mkdir(exist_ok=True)
+            self.files = FileStore(settings.data_dir, settings.max_file_bytes, settings.files_quota)
+            self.files.clean()
             adopt_folders(self.store, self.jobs_dir)
         except OSError as error:
             raise UserError(f"DATA_DIR={settings.data_dir}: {error.strerror}; choose another folder") from error
-        self.reach = Reach(settings.allowed_roots, own=settings.data_dir)
+        self.reach = Reach(settings.allowed_roots, own=settings.data_dir, uploaded=self.uploaded)
+        self._files_in_use = threading.Lock()  # held while a job is taken, which may need one, and while one is deleted
         self.vocabularies = Vocabularies()
         self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
         backend, at_once = self.make_backend()
@@ -140,6 +150,27 @@ class Service:
             raise Problem(404, "there is no such job", "job_id")
         return job
 
+    def file(self, name: str) -> StoredFile:
+        """A file that was sent. Raises Problem 404."""
+        file = self.files.find(name)
+        if file is None:
+            raise Problem(404, "there is no such file", "file_id")
+        return file
+
+    def uploaded(self, name: str) -> Path | None:
+        """Where a file that was sent is; None where there is none of this id."""
+        file = self.files.find(name)
+        return None if file is None else self.files.path(file)
+
+    def delete_file(self, name: str) -> None:
+        """Raises Problem 404, or 409 where a job that has not ended needs it."""
+        with self._files_in_use:
+            path = str(self.files.path(self.file(name)))
+            for job in self.store.unended():
+                if any(path in word for command in job.commands for word in command["argv"]):
+                    raise Problem(409, f"the job {job.id}, which is {job.state}, needs the file; cancel it first")
+            self.files.delete(name)
+
     def submit(self, payload: dict[str, Any], key: str | None) -> Job:
         """Check a request and put its job into the queue.
 
@@ -156,7 +187,11 @@ class Service:
             check_memory(plan.settings, self.runner.backend.device)
             if self.store.counts()[QUEUED] >= self.settings.max_queue:
                 raise Problem(503, f"{self.settings.max_queue} jobs wait already; try again later", retry_after=60)
-            job = self.store.submit(plan.method, payload, plan.commands, job_id, key)
+            with self._files_in_use:
+                for field, value in payload.items():
+                    if isinstance(value, str) and FILE_ID.fullmatch(value) and not self.files.find(value):
+                        raise Problem(422, f"{field}: there is no such file any more", field)
+                job = self.store.submit(plan.method, payload, plan.commands, job_id, key)
         except KeyTaken:
             raise Problem(422, "Idempotency-Key: it was used for another request", "Idempotency-Key") from None
         except OSError as error:
@@ -173,11 +208,23 @@ class Service:
         self.runner.wake()
         return job
 
+    def pause(self, job_id: str) -> Job:
+        """Raises Problem 404, or 409 for one that has ended or is about to be cancelled."""
+        job = self.get(job_id)
+        if job.state in ENDED:
+            raise Problem(409, f"the job has {job.state} already" if job.state != CANCELLED else "the job is cancelled")
+        job = self.store.pause(job_id) or job
+        if job.cancel and job.cancel != TO_PAUSE:
+            raise Problem(409, "the job is being cancelled; resume it once it is")
+        self.runner.wake()
+        return job
+
     def resume(self, job_id: str) -> Job:
-        """Raises Problem 404, or 409 for one that has neither failed nor been cancelled."""
+        """Raises Problem 404, or 409 for one that is neither paused nor failed nor cancelled."""
         job = self.get(job_id)
         if not self.store.resume(job_id):
-            raise Problem(409, f"the job is {job.state}; one that failed or was cancelled can be resumed")
+            state = "being paused; wait until it is" if job.cancel == TO_PAUSE else job.state
+            raise Problem(409, f"the job is {state}; one that is paused, failed or was cancelled can be resumed")
         self.runner.wake()
         return self.get(job_id)
 
@@ -194,7 +241,8 @@ class Service:
             "job_id": job.id,
             "method": job.method,
             "state": job.state,
-            "cancelling": job.cancel,
+            "cancelling": bool(job.cancel) and job.cancel != TO_PAUSE,
+            "pausing": job.cancel == TO_PAUSE,
             "ahead": self.store.ahead_of(job) if waiting else None,
             "attempt": job.attempt,
             "created": stamp(job.created),
@@ -203,7 +251,7 @@ class Service:
             "command": self._command(job),
             **progress.status(self.folder(job), job.state in ENDED),
             "error": job.error,
-            "resumable": job.state in (FAILED, CANCELLED),
+            "resumable": job.state in (PAUSED, FAILED, CANCELLED),
             "request": job.request,
         }
 

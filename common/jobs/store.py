@@ -1,8 +1,8 @@
 """The jobs that a service knows, in SQLite: what was asked for, in which state it is, how it ended.
 
-A job is queued, running, succeeded, failed or cancelled. `handed` says that it was given to the backend and not yet
-taken back; only one that is queued and not handed can be claimed. The process that runs jobs is the only one that
-claims and finishes; any process may submit, cancel, resume and read.
+A job is queued, running, paused, succeeded, failed or cancelled. `handed` says that it was given to the backend and
+not yet taken back; only one that is queued and not handed can be claimed. The process that runs jobs is the only one
+that claims and finishes; any process may submit, cancel, pause, resume and read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Any
 
 from common.cli import log
 
-QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
+QUEUED, RUNNING, PAUSED, SUCCEEDED, FAILED, CANCELLED = STATES
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
+TO_CANCEL, TO_PAUSE = 1, 2  # what a job that is handed was asked for
 WAIT = 10  # seconds for the write lock
 RESERVE = 1 << 20  # bytes kept back on the disk, so that a full one still takes what makes room
 SCHEMA = """
@@ -40,7 +42,7 @@ CREATE TABLE IF NOT EXISTS job (
     handed INTEGER NOT NULL DEFAULT 0,
     attempt INTEGER NOT NULL DEFAULT 0,
     slot INTEGER,                              -- which of the cards, while it is handed
-    cancel INTEGER NOT NULL DEFAULT 0,
+    cancel INTEGER NOT NULL DEFAULT 0,         -- TO_CANCEL or TO_PAUSE, while it is handed
     created REAL NOT NULL,
     started REAL,
     ended REAL,
@@ -67,7 +69,7 @@ class Job:
     handed: bool
     attempt: int
     slot: int | None
-    cancel: bool
+    cancel: int
     created: float
     started: float | None
     ended: float | None
@@ -83,7 +85,7 @@ def _job(row: sqlite3.Row) -> Job:
     values = dict(row)
     for name in JSON_COLUMNS:
         values[name] = None if values[name] is None else json.loads(values[name])
-    return Job(**values | {"handed": bool(values["handed"]), "cancel": bool(values["cancel"])})
+    return Job(**values | {"handed": bool(values["handed"])})
 
 
 class KeyTaken(Exception):
@@ -226,26 +228,45 @@ class Store:
         return {state: counts.get(state, 0) for state in STATES}
 
     def cancel(self, job_id: str) -> Job | None:
-        """A job that waits is cancelled; one that is handed gets a mark, for the runner. Others stay as they are."""
+        """A job that waits or is paused is cancelled; one that is handed gets a mark, for the runner.
+
+        Others stay as they are.
+        """
 
         def change() -> Job | None:
             with self._transaction() as connection:
                 connection.execute(
-                    "UPDATE job SET state = 'cancelled', ended = ? WHERE id = ? AND state = 'queued' AND handed = 0",
+                    "UPDATE job SET state = 'cancelled', ended = ? "
+                    "WHERE id = ? AND state IN ('queued', 'paused') AND handed = 0",
                     (time.time(), job_id),
                 )
-                connection.execute("UPDATE job SET cancel = 1 WHERE id = ? AND handed = 1", (job_id,))
+                connection.execute("UPDATE job SET cancel = ? WHERE id = ? AND handed = 1", (TO_CANCEL, job_id))
+                return self._kept(job_id)
+
+        return self._even_when_full(change)
+
+    def pause(self, job_id: str) -> Job | None:
+        """A job that waits is paused; one that is handed gets a mark, for the runner, unless it is to be cancelled."""
+
+        def change() -> Job | None:
+            with self._transaction() as connection:
+                connection.execute(
+                    "UPDATE job SET state = 'paused' WHERE id = ? AND state = 'queued' AND handed = 0", (job_id,)
+                )
+                connection.execute(
+                    "UPDATE job SET cancel = ? WHERE id = ? AND handed = 1 AND cancel = 0", (TO_PAUSE, job_id)
+                )
                 return self._kept(job_id)
 
         return self._even_when_full(change)
 
     def resume(self, job_id: str) -> bool:
-        """Put a failed or cancelled job at the end of the queue again; False where it is neither."""
+        """Put a paused, failed or cancelled job at the end of the queue again; False where it is none of these."""
         with self._transaction() as connection:
             changed = connection.execute(
                 "UPDATE job SET state = 'queued', cancel = 0, started = NULL, ended = NULL, error = NULL, "
                 "artifacts = '[]', place = (SELECT max(place) + 1 FROM job) "
-                "WHERE id = ? AND state IN ('failed', 'cancelled')",
+                "WHERE id = ? AND state IN ('paused', 'failed', 'cancelled')",
                 (job_id,),
             )
             self._kept(job_id)
@@ -296,17 +317,22 @@ class Store:
     def finish(
         self, job: Job, state: str, error: dict[str, Any] | None, artifacts: Sequence[dict[str, Any]], size: int
     ) -> None:
-        """Take a job back from the backend; `size` is the bytes of its folder."""
+        """Take a job back from the backend; `size` is the bytes of its folder.
+
+        One that was stopped to be paused is paused.
+        """
         columns = (
             state, time.time(), None if error is None else json.dumps(error), json.dumps(artifacts), size, job.id,
-            job.attempt,
+            job.attempt, state == CANCELLED, TO_PAUSE,
         )  # fmt: skip
 
         def change() -> None:
             with self._transaction() as connection:
                 connection.execute(
-                    "UPDATE job SET state = ?, handed = 0, slot = NULL, cancel = 0, ended = ?, error = ?, "
-                    "artifacts = ?, bytes = ? WHERE id = ? AND handed = 1 AND attempt = ?",
+                    "UPDATE job SET state = CASE WHEN ?8 AND cancel = ?9 THEN 'paused' ELSE ?1 END, "
+                    "ended = CASE WHEN ?8 AND cancel = ?9 THEN NULL ELSE ?2 END, "
+                    "handed = 0, slot = NULL, cancel = 0, error = ?3, artifacts = ?4, bytes = ?5 "
+                    "WHERE id = ?6 AND handed = 1 AND attempt = ?7",
                     columns,
                 )
                 self._kept(job.id)
@@ -317,6 +343,10 @@ class Store:
         """(id, when, bytes) of every ended job, the oldest first."""
         sql = "SELECT id, ended, bytes FROM job WHERE state IN ('succeeded', 'failed', 'cancelled') ORDER BY ended"
         return [tuple(row) for row in self._rows(sql)]
+
+    def unended(self) -> list[Job]:
+        """The jobs that wait, run or are paused."""
+        return [_job(row) for row in self._rows("SELECT * FROM job WHERE state IN ('queued', 'running', 'paused')")]
 
     def ids(self) -> set[str]:
         return {row["id"] for row in self._rows("SELECT id FROM job")}

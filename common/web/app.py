@@ -187,12 +187,13 @@ class Guard:
     """ASGI layer: gives the request its id, asks for the API key, bounds the body, turns an exception into a 500.
 
     The body is read here, within its limit, before the application runs: an exception from within `receive` would be
-    taken for a broken body there.
+    taken for a broken body there. A large one is for `common.web.multipart` to read.
 
     Args:
         api_key: None lets everybody in who asks for a name in `hosts`, or for an address: a page elsewhere, to whose
             own name an attacker has given this machine's address, may not speak for its reader.
         open_paths: paths that need no key.
+        streamed_paths: paths whose POST reads its body itself, within bounds of its own.
         hosts: names by which the server may be asked for; "*" for any.
     """
 
@@ -204,9 +205,11 @@ class Guard:
         max_body_bytes: int,
         api_key: str | None,
         open_paths: frozenset[str],
+        streamed_paths: frozenset[str] = frozenset(),
         hosts: Sequence[str] = (),
     ) -> None:
         self.app, self.metrics, self.max_body_bytes, self.open_paths = app, metrics, max_body_bytes, open_paths
+        self.streamed_paths = streamed_paths
         self.api_key = api_key.encode() if api_key else None
         self.hosts = {"localhost", *hosts}
         self.first_part, self.numbers = secrets.token_hex(4).encode(), itertools.count(1)  # of the ids given here
@@ -240,6 +243,8 @@ class Guard:
                     "without an API_KEY this server answers to localhost and addresses; set ALLOWED_HOSTS or API_KEY"
                 )
                 await refuse(403, unnamed)
+            elif scope["method"] == "POST" and scope["path"] in self.streamed_paths:
+                await self.app(scope, receive, send_with_id)
             elif (body := await self._read_in_time(headers, receive)) is TOO_SLOW:
                 late = f"the body did not arrive within {BODY_SECONDS:g} s; send it faster, or send less"
                 await refuse(408, late, headers={"Connection": "close"})

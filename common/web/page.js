@@ -11,10 +11,11 @@ function element(tag, attributes = {}, ...children) {
 // The response to a request with the key of this page; throws what the server says is wrong.
 async function send(path, {body, method = body ? "POST" : "GET", headers = {}, signal} = {}) {
   if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
-  if (body) headers["Content-Type"] = "application/json";
+  const isForm = body instanceof FormData;  // whose boundary the browser names
+  if (body && !isForm) headers["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, {method, headers, signal, body: body && JSON.stringify(body)});
+    response = await fetch(path, {method, headers, signal, body: body && !isForm ? JSON.stringify(body) : body});
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server cannot be reached.");

@@ -57,6 +57,30 @@ def test_cancelling(served, monkeypatch):
     assert steps == [*range(1, len(steps) + 1)]  # none left out, none twice
 
 
+def test_pausing(served):
+    running, waiting = served.submit("slow", max_steps=400), served.submit()
+    assert served.ask("POST", f"/pause/{waiting}")[1]["state"] == "paused"
+    wait_for(lambda: (served.artifacts(running) / "steps.txt").exists())
+    status = served.ask("POST", f"/pause/{running}")[1]
+    assert status["pausing"] and not status["cancelling"]
+    assert "being paused" in served.refused(409, f"/resume/{running}", None)
+    status = served.until(running, "paused")
+    assert (status["pausing"], status["ended"], status["resumable"]) == (False, None, True)
+    assert "stopped at" in (served.artifacts(running).parent / "log.txt").read_text()
+    assert served.ask("POST", f"/pause/{running}")[0] == 200  # twice is no error
+    assert "cancel it first" in served.refused(409, f"/jobs/{running}", None, "DELETE")
+    assert waiting not in [job_id for job_id, _, _ in served.service.store.ended()]  # retention leaves it alone
+    served.ask("POST", f"/resume/{running}")
+    assert served.until(running, "running")["attempt"] == 2
+    wait_for(lambda: served.status(running)["progress"]["step"] > status["progress"]["step"])
+    steps = list(map(int, (served.artifacts(running) / "steps.txt").read_text().split()))
+    assert steps == [*range(1, len(steps) + 1)]  # none left out, none twice
+    for job_id in (running, waiting):
+        served.ask("POST", f"/cancel/{job_id}")
+        assert served.until(job_id)["state"] == "cancelled"
+    assert "the job is cancelled" in served.refused(409, f"/pause/{running}", None)
+
+
 def test_deleting(served):
     job_id = served.submit()
     served.until(job_id)

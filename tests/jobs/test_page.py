@@ -36,7 +36,7 @@ def page(browser, served):
 def fill(page, served, how: str, steps: int) -> None:
     page.get_by_label("Method").select_option("sft")
     page.get_by_label("Student").fill(str(served.data / "student"))
-    page.get_by_label("Data file").fill(str(served.data / f"{how}.jsonl"))
+    page.get_by_label("Data file", exact=True).fill(str(served.data / f"{how}.jsonl"))
     page.get_by_label("Steps").fill(str(steps))
 
 
@@ -91,6 +91,19 @@ def test_cancel_and_resume(page, served):
     assert page.locator("#about .tag").inner_text() == "cancelled"
 
 
+def test_a_file_is_sent_and_trained_on(page, served):
+    fill(page, served, "quick", 3)
+    rows = (served.data / "quick.jsonl").read_bytes()
+    page.get_by_label("Send a data file").set_input_files({"name": "bad.jsonl", "mimeType": "", "buffer": rows + b"{"})
+    page.locator("#sent").get_by_text("bad.jsonl, line 2: not JSON").wait_for()
+    page.get_by_label("Send a data file").set_input_files({"name": "rows.jsonl", "mimeType": "", "buffer": rows})
+    page.locator("#sent").get_by_text("rows.jsonl: 1 rows, kept as file-").wait_for()
+    assert re.fullmatch(r"file-[0-9a-f]{16}", page.get_by_label("Data file", exact=True).input_value())
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("heading", name="Files").wait_for(timeout=30_000)
+    assert page.locator("#about .tag").inner_text() == "succeeded"
+
+
 def test_errors_stand_where_they_belong(page, served):
     fill(page, served, "quick", -5)
     page.get_by_role("button", name="Submit").click()
@@ -105,7 +118,7 @@ def test_errors_stand_where_they_belong(page, served):
     page.get_by_text("The further settings are not JSON").wait_for()
     page.get_by_label("Further settings", exact=True).fill('{"seed": 3}')
     page.get_by_label("Steps").fill("3")
-    page.get_by_label("Data file").fill(str(served.data / "failing.jsonl"))
+    page.get_by_label("Data file", exact=True).fill(str(served.data / "failing.jsonl"))
     page.get_by_role("button", name="Submit").click()
     page.locator("#about").get_by_text("the stand-in was told to fail").wait_for()
     page.get_by_text("Request", exact=True).click()

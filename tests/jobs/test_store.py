@@ -9,7 +9,7 @@ import pytest
 
 from common.jobs import progress
 from common.jobs.folder import JobFolder
-from common.jobs.store import KeyTaken, open_store
+from common.jobs.store import TO_CANCEL, KeyTaken, open_store
 
 
 def test_a_key_with_another_request_is_refused_by_the_store(tmp_path):
@@ -34,6 +34,24 @@ def test_claims_are_in_the_order_of_submission_also_after_a_resume(tmp_path):
     stale = first  # of the attempt before: it must not end this one
     store.finish(stale, "succeeded", None, [], 5)
     assert store.find("0").state == "running"
+
+
+def test_a_job_is_paused_where_it_was_stopped_for_that_and_cancelled_where_both_were_asked(tmp_path):
+    store = open_store(tmp_path)
+    for number in range(3):
+        store.submit("sft", {}, [], str(number), None)
+    jobs = [store.claim(number, "running") for number in range(3)]
+    for job in jobs:
+        store.pause(job.id)
+    store.cancel("1")
+    assert store.pause("1").cancel == TO_CANCEL  # that stays
+    for job, state in zip(jobs, ("cancelled", "cancelled", "succeeded"), strict=True):
+        store.finish(job, state, None, [], 5)
+    assert [store.find(job.id).state for job in jobs] == ["paused", "cancelled", "succeeded"]
+    assert store.find("0").ended is None
+    assert not store.delete("0")
+    assert store.resume("0")
+    assert store.claim(0, "running").attempt == 2
 
 
 def test_many_threads_never_share_a_claim(tmp_path):

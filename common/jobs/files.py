@@ -1,0 +1,238 @@
+"""Files that people send: streamed to the disk, checked row by row, kept under an id with their SHA-256.
+
+DATA_DIR/files/file-<id>/ holds `content` (with the ending that its kind has) and `file.json`. A file is received in a
+folder of another name, which is renamed once it is whole, so a kill leaves no half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from common.cli import UserError
+from common.data import rows as records
+from common.files import write_json
+from common.web.app import Problem
+
+FOLDER, RECORD, CONTENT = "files", "file.json", "content"
+INCOMING, GONE = ".incoming-", ".deleted-"
+STALE = 86_400.0  # seconds after which a folder that was being received belongs to nobody
+FILE_ID = re.compile(r"file-[0-9a-f]{16}")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+FINE_TUNE, RESULTS = "fine-tune", "fine-tune-results"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What is known of a file.
+
+    Attributes:
+        name: of the content in the file's folder.
+        rows: that it has; None of one that has none.
+        created, expires: seconds since 1970; None: it is kept until it is deleted.
+    """
+
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    sha256: str
+    created: float
+    name: str
+    rows: int | None = None
+    expires: float | None = None
+
+
+def file_id(of: str) -> str:
+    """The id of a file that belongs to a job (16 hex digits)."""
+    return f"file-{of}"
+
+
+class FileStore:
+    """The files under `DATA_DIR/files`; every method blocks.
+
+    Args:
+        max_bytes: of one file.
+        quota: bytes of all files together.
+    """
+
+    def __init__(self, data_dir: Path, max_bytes: int, quota: int) -> None:
+        self.root, self.max_bytes, self.quota = data_dir / FOLDER, max_bytes, quota
+        self._lock = threading.Lock()
+        self._known: dict[str, StoredFile] = {}  # a file never changes
+        self._arriving: dict[Incoming, int] = {}
+
+    def clean(self) -> None:
+        """Make the folder, and delete what an earlier server was receiving when it was killed."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for folder in self.root.iterdir():
+            stale = folder.name.startswith(INCOMING) and time.time() - folder.stat().st_mtime > STALE
+            if stale or folder.name.startswith(GONE):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def files(self) -> list[StoredFile]:
+        """All files, the oldest first."""
+        try:
+            ids = [name for name in os.listdir(self.root) if FILE_ID.fullmatch(name)]
+        except FileNotFoundError:
+            return []
+        stored = [file for name in ids if (file := self.find(name))]
+        return sorted(stored, key=lambda file: (file.created, file.id))
+
+    def find(self, name: str) -> StoredFile | None:
+        """A file by its id; None where there is none, or its time has passed."""
+        if not FILE_ID.fullmatch(name) or not (self.root / name).is_dir():
+            self._known.pop(name, None)
+            return None
+        if name not in self._known:
+            try:
+                self._known[name] = StoredFile(**json.loads((self.root / name / RECORD).read_text()))
+            except (OSError, ValueError, TypeError):
+                return None
+        file = self._known[name]
+        if file.expires is not None and time.time() > file.expires:
+            self.delete(name)
+            return None
+        return file
+
+    def path(self, file: StoredFile) -> Path:
+        return self.root / file.id / file.name
+
+    def delete(self, name: str) -> None:
+        """Forget a file at once, and delete it."""
+        aside = self.root / f"{GONE}{secrets.token_hex(4)}"
+        try:
+            (self.root / name).rename(aside)
+        except FileNotFoundError:
+            return
+        self._known.pop(name, None)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def receive(self) -> Incoming:
+        """A file that begins to arrive. Raises OSError."""
+        return Incoming(self)
+
+    def make_room(self, incoming: Incoming, size: int) -> None:
+        """That so many bytes of a file may arrive. Raises Problem 413."""
+        if size > self.max_bytes:
+            raise Problem(413, f"file: it has more than {self.max_bytes:,} bytes; send it in several files", "file")
+        with self._lock:
+            if incoming not in self._arriving:
+                self._arriving[incoming] = 0
+            before = self._arriving[incoming]
+            if size <= before:
+                return
+            step = min(max(size, before + (16 << 20)), self.max_bytes)  # ahead, so that the files are seldom counted
+            used = sum(file.bytes for file in self.files()) + sum(self._arriving.values()) - before
+            if used + size > self.quota:
+                message = f"file: the files here have {used:,} of {self.quota:,} bytes; delete some of them"
+                raise Problem(413, message, "file")
+            self._arriving[incoming] = min(step, self.quota - used)
+
+    def forget(self, incoming: Incoming) -> None:
+        with self._lock:
+            self._arriving.pop(incoming, None)
+
+
+class Incoming:
+    """A file that arrives: `write` its bytes, then `keep` it; `close` in any case."""
+
+    def __init__(self, store: FileStore) -> None:
+        self.store = store
+        self.folder = store.root / f"{INCOMING}{secrets.token_hex(8)}"
+        self.folder.mkdir(parents=True)
+        self.path = self.folder / CONTENT
+        self.size, self._hash = 0, hashlib.sha256()
+        self._handle: IO[bytes] = open(self.path, "wb")  # noqa: SIM115 (closed in `close`)
+
+    def write(self, data: bytes) -> None:
+        """Raises Problem 413 beyond the limits, OSError on a full disk."""
+        self.store.make_room(self, self.size + len(data))
+        self._handle.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def keep(self, filename: str, purpose: str, expires: float | None = None, own_id: str | None = None) -> StoredFile:
+        """Check the file and give it its id.
+
+        Raises:
+            Problem: 422 that names the line.
+            OSError: the disk is full.
+        """
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        shown = shown_name(filename)
+        suffix = Path(shown.removesuffix(".gz")).suffix.lower()
+        name = CONTENT + (suffix if suffix in SUFFIXES else ".jsonl")
+        self.path = self.path.rename(self.folder / name)
+        file = StoredFile(
+            own_id or f"file-{secrets.token_hex(8)}",
+            shown,
+            purpose,
+            self.size,
+            self._hash.hexdigest(),
+            time.time(),
+            name,
+            count_rows(self.path, shown) if purpose == FINE_TUNE else None,
+            expires,
+        )
+        write_json(self.folder / RECORD, asdict(file))
+        try:
+            self.folder.rename(self.store.root / file.id)
+        except OSError:
+            if own_id is None or self.store.find(own_id) is None:
+                raise  # else: a job that was killed in this moment has left it before
+        return file
+
+    def close(self) -> None:
+        self._handle.close()
+        self.store.forget(self)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def shown_name(filename: str) -> str:
+    """A client's name for a file as it may be shown: the last part of a path, printable and not endless."""
+    last = re.split(r"[/\\]", filename)[-1]
+    return "".join(char for char in last if char.isprintable())[-200:] or "rows.jsonl"
+
+
+def count_rows(path: Path, filename: str) -> int:
+    """How many rows a training file has, each of which is looked at. Raises Problem 422 that names the line."""
+    try:
+        unit, numbered, _ = records.iter_rows(path)
+        count = 0
+        for number, row in numbered:
+            if fault := records.row_fault(row, ()):
+                raise UserError(f"{path}, {unit} {number}: {fault}; mend the row")
+            count += 1
+        if not count:
+            raise UserError(f"{path} has no rows; give a file with rows")
+    except UserError as error:
+        raise Problem(422, f"file: {str(error).replace(str(path), filename)}", "file") from error
+    return count
+
+
+def as_object(file: StoredFile) -> dict[str, Any]:
+    """A file as OpenAI shows it, with its SHA-256 and the number of its rows."""
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": int(file.created),
+        "expires_at": None if file.expires is None else int(file.expires),
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+        "sha256": file.sha256,
+        "rows": file.rows,
+    }

@@ -1,0 +1,142 @@
+"""Files that people send: whole or not at all, checked row by row, within limits, and only to be had by their id."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from fastapi.testclient import TestClient
+from openai import NotFoundError, OpenAI, UnprocessableEntityError
+from support.jobs_served import make_place, settings, sha256
+
+from common.jobs.routes import create_app
+from common.web import multipart
+
+ROWS = b'{"input": "a", "output": "b"}\n{"input": "c", "output": "d"}\n'
+
+
+@pytest.fixture
+def place(tmp_path):
+    return make_place(tmp_path)
+
+
+def client_of(place, **changes) -> TestClient:
+    """A client of the application in this process; no job is run."""
+    return TestClient(create_app(settings(place, **changes)), base_url="http://localhost")
+
+
+def send(client: TestClient, content: bytes, name: str = "rows.jsonl", path: str = "/v1/files", **fields):
+    return client.post(path, files={"file": (name, content)}, data={"purpose": "fine-tune", **fields})
+
+
+def test_a_file_with_openais_client(place):
+    client = OpenAI(base_url="http://localhost/v1", api_key="none", http_client=client_of(place), max_retries=0)
+    sent = client.files.create(file=("../x/rows.jsonl", ROWS), purpose="fine-tune")
+    assert (sent.object, sent.bytes, sent.filename, sent.status) == ("file", len(ROWS), "rows.jsonl", "processed")
+    assert (sent.sha256, sent.rows) == (sha256(ROWS), 2)
+    assert client.files.retrieve(sent.id) == sent
+    assert client.files.content(sent.id).read() == ROWS
+    others = [client.files.create(file=ROWS, purpose="fine-tune") for _ in range(2)]
+    assert [file.id for file in client.files.list(limit=1)] == [others[1].id, others[0].id, sent.id]  # three pages
+    assert client.files.list(order="asc").data[0].id == sent.id
+    assert client.files.list(purpose="fine-tune-results").data == []
+    assert client.files.delete(sent.id).deleted
+    for ask in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(NotFoundError, match="there is no such file"):
+            ask(sent.id)
+    expiring = client.files.create(
+        file=ROWS, purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert expiring.expires_at - expiring.created_at == 3600
+    with pytest.raises(UnprocessableEntityError, match="purpose: must be fine-tune"):
+        client.files.create(file=ROWS, purpose="batch")
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (ROWS + b"{\n", "file: rows.jsonl, line 3: not JSON (Expecting property name"),
+        (ROWS + b'["a"]\n', "file: rows.jsonl, line 3: a JSON object is needed, not list"),
+        (b"", "file: rows.jsonl is empty"),
+        (ROWS + b"\xff\n", "file: rows.jsonl is not UTF-8 text"),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_is_kept(place, content, fault):
+    client = client_of(place)
+    answer = send(client, content)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["message"].startswith(fault)
+    assert answer.json()["error"]["param"] == "file"
+    assert os.listdir(place / "files") == []
+
+
+def test_a_plain_upload_is_data_of_a_job(place):
+    client = client_of(place)
+    sent = client.post("/files", files={"file": ("rows.csv", b"input,output\na,b\n")}).json()
+    assert (sent["purpose"], sent["rows"]) == ("fine-tune", 1)
+    job = client.post("/distill", json={"method": "sft", "student": str(place / "student"), "data": sent["id"]})
+    assert job.status_code == 202
+    stored = client.app.state.service.find(job.json()["job_id"])
+    assert f"--data={place}/files/{sent['id']}/content.csv" in stored.commands[0]["argv"]
+    assert stored.request["data"] == sent["id"]
+    refused = client.delete(f"/v1/files/{sent['id']}")
+    assert (refused.status_code, "needs the file; cancel it first" in refused.text) == (409, True)
+    client.post(f"/cancel/{stored.id}")
+    assert client.delete(f"/v1/files/{sent['id']}").status_code == 200
+    gone = client.post("/distill", json={"method": "sft", "student": str(place / "student"), "data": sent["id"]})
+    assert gone.status_code == 422
+
+
+def test_limits(place):
+    client = client_of(place, max_file_bytes=100_000, files_quota=150_000)
+    big = ROWS * 1500  # 90,000 bytes
+    assert send(client, big).status_code == 200
+    answer = send(client, ROWS * 2000)
+    assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+    assert "more than 100,000 bytes" in answer.text
+    assert "have 90,000 of 150,000 bytes; delete some" in send(client, big).text
+    assert send(client, ROWS).status_code == 200
+    assert len(os.listdir(place / "files")) == 2
+    fields = {"x": "y" * (multipart.MAX_FIELDS + 1)}
+    assert "the fields beside the file" in send(client, ROWS, **fields).text
+    ordinary = client.post("/distill", content=b"x" * (1 << 19), headers={"Content-Type": "application/json"})
+    assert ordinary.status_code == 413  # other bodies keep their bound
+
+
+def test_a_form_that_is_none(place):
+    client = client_of(place)
+    assert "send a form" in client.post("/v1/files", content=ROWS).text
+    assert "has no file of this name" in client.post("/v1/files", files={"data": ("rows.jsonl", ROWS)}).text
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert client.post("/v1/files", content=b"garbage", headers=headers).status_code == 400
+    half = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + ROWS
+    answer = client.post("/v1/files", content=half, headers=headers)
+    assert (answer.status_code, "the form has no end" in answer.text) == (400, True)
+    two = [("file", ("a.jsonl", ROWS)), ("file", ("b.jsonl", ROWS))]
+    assert "one file in a request" in client.post("/v1/files", files=two).text
+    assert "expires_after" in send(client, ROWS, **{"expires_after[seconds]": "5"}).text
+    assert os.listdir(place / "files") == []
+
+
+def test_a_page_of_another_site_sends_none(place):
+    client = client_of(place)
+    sent = client.post("/files", files={"file": ROWS}, headers={"Origin": "http://elsewhere.example"})
+    assert sent.status_code == 403
+    assert client.post("/files", files={"file": ROWS}, headers={"Origin": "http://localhost"}).status_code == 200
+    assert client_of(place, api_key="k").post("/files", files={"file": ROWS}).status_code == 401
+
+
+def test_what_a_killed_server_was_receiving_goes(place):
+    store = client_of(place).app.state.service.files
+    incoming = store.receive()
+    incoming.write(b"half")
+    assert store.files() == []
+    os.utime(incoming.folder, (0, 0))
+    client = client_of(place)  # the next server
+    assert os.listdir(place / "files") == []
+    for name in ("..", "file-" + "0" * 16, "jobs.db", "%2e%2e"):
+        assert client.get(f"/v1/files/{name}").status_code == 404
+    sent = send(client, ROWS).json()
+    (place / "files" / sent["id"] / "file.json").write_text(json.dumps({"id": 5}))
+    assert client_of(place).get(f"/v1/files/{sent['id']}").status_code == 404  # damaged, and no crash
