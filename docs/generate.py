@@ -20,7 +20,7 @@ SCRIPTS = (  # in the order in which a user meets them
     "sft_train", "kd_train", "dpo_train", "distill_train",
     "infer_creditmix", "infer_idp", "infer_codegen",
     "eval_creditmix", "eval_idp", "eval_codegen", "eval_distill",
-    "export_model", "serve_creditmix", "serve_distill",
+    "export_model", "serve_creditmix", "serve_distill", "serve_all",
 )  # fmt: skip
 MODULES = {"python -m common.vram": "common.vram.__main__"}
 NOTE = "<!-- Written by `python -m docs.generate`; edit the code that it is read off instead. -->\n"

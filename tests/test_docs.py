@@ -179,7 +179,7 @@ def test_requests_reach_a_route(routes):
         url = next(word for word in words if word.startswith(("localhost:8000", "http://localhost:8000")))
         path = "/" + url.partition("8000/")[2]
         body = words[words.index("-d") + 1] if "-d" in words else None
-        method = words[words.index("-X") + 1] if "-X" in words else "POST" if body else "GET"
+        method = words[words.index("-X") + 1] if "-X" in words else "POST" if body or "-F" in words else "GET"
         known = {one for paths in routes for one, methods in paths.items() if method.lower() in methods}
         assert any(re.fullmatch(re.sub(r"\{\w+(:path)?\}", ".+", one), path) for one in known), (page, method, path)
         if body:

@@ -59,7 +59,12 @@ def passages(path: str) -> list[dict]:
 def negative_log_likelihood(
     model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, max_batch_tokens: int
 ) -> np.ndarray:
-    """Of each row's completion [rows], summed over its tokens, in nats.
+    """Of each row's completion [rows], summed over its tokens, in nats. Arguments as of `completion_sums`."""
+    return completion_sums(model, rows, pad_id, max_batch_tokens)[:, 0]
+
+
+def completion_sums(model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, max_batch_tokens: int) -> np.ndarray:
+    """Of each row's completion [rows, 3]: negative log-likelihood in nats, tokens, tokens that were the likeliest.
 
     Args:
         max_batch_tokens: bounds rows x longest of a batch; one row always goes.
@@ -69,7 +74,7 @@ def negative_log_likelihood(
     from common.training import batches
 
     budget = min(max_batch_tokens, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    sums = np.zeros(len(rows))
+    sums = np.zeros((len(rows), 3))
     with torch.inference_mode():
         for batch_rows in by_token_budget([len(row.input_ids) for row in rows], budget):
             batch = batches.collate([rows[row] for row in batch_rows], pad_id)
@@ -83,7 +88,9 @@ def negative_log_likelihood(
                 logits_to_keep=columns,
             ).logits
             for index, row in enumerate(batch_rows):  # one at a time: float32 is twice as large
-                sums[row] = torch.nn.functional.cross_entropy(
-                    logits[index].float(), targets[index, columns], ignore_index=batches.IGNORE, reduction="sum"
-                )
+                scored, wanted = logits[index].float(), targets[index, columns]
+                loss = torch.nn.functional.cross_entropy(scored, wanted, ignore_index=batches.IGNORE, reduction="sum")
+                learnt = wanted != batches.IGNORE
+                right = (scored.argmax(dim=-1) == wanted) & learnt
+                sums[row] = float(loss), int(learnt.sum()), int(right.sum())
     return sums

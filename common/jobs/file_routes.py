@@ -44,7 +44,7 @@ class FileObject(BaseModel):
     filename: str
     purpose: str
     status: str
-    status_details: str | None
+    status_details: str | None = Field(description="Keys of its rows that are not read")
     sha256: str
     rows: int | None = Field(description="None of a file of results")
 
@@ -92,6 +92,7 @@ def add_files(router: APIRouter, service: Service) -> None:
     async def upload(request: Request) -> Response:
         """Send a file of rows, as a form. It is streamed to the disk, and every row of it is checked."""
         refuse_other_sites(request)
+        await asyncio.to_thread(service.delete_expired_files)
         incoming = await asyncio.to_thread(store.receive)
         try:
             form = await multipart.receive(request, "file", incoming.write)

@@ -6,6 +6,7 @@ folder of another name, which is renamed once it is whole, so a kill leaves no h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,12 +15,16 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from common.cli import UserError
 from common.data import rows as records
+from common.data import training_files
+from common.data.shapes import TAKES, shape_of
 from common.files import write_json
 from common.web.app import Problem
 
@@ -28,6 +33,8 @@ INCOMING, GONE = ".incoming-", ".deleted-"
 STALE = 86_400.0  # seconds after which a folder that was being received belongs to nobody
 FILE_ID = re.compile(r"file-[0-9a-f]{16}")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+MOST_OF_A_LIST = 64 << 20  # bytes
+LOOKED_AT = 100  # rows, by the first of which that has a known shape the others are judged
 FINE_TUNE, RESULTS = "fine-tune", "fine-tune-results"
 
 
@@ -38,6 +45,8 @@ class StoredFile:
     Attributes:
         name: of the content in the file's folder.
         rows: that it has; None of one that has none.
+        trainer: script that takes its rows; None of one that has none.
+        warning: what its rows have that is not read, in a sentence.
         created, expires: seconds since 1970; None: it is kept until it is deleted.
     """
 
@@ -49,6 +58,8 @@ class StoredFile:
     created: float
     name: str
     rows: int | None = None
+    trainer: str | None = None
+    warning: str | None = None
     expires: float | None = None
 
 
@@ -81,15 +92,25 @@ class FileStore:
 
     def files(self) -> list[StoredFile]:
         """All files, the oldest first."""
-        try:
-            ids = [name for name in os.listdir(self.root) if FILE_ID.fullmatch(name)]
-        except FileNotFoundError:
-            return []
-        stored = [file for name in ids if (file := self.find(name))]
+        stored = [file for name in self._ids() if (file := self.find(name))]
         return sorted(stored, key=lambda file: (file.created, file.id))
 
     def find(self, name: str) -> StoredFile | None:
         """A file by its id; None where there is none, or its time has passed."""
+        file = self._read(name)
+        return None if file is None or has_expired(file) else file
+
+    def expired(self) -> list[StoredFile]:
+        """The files whose time has passed, which are still on the disk."""
+        return [file for name in self._ids() if (file := self._read(name)) and has_expired(file)]
+
+    def _ids(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.root) if FILE_ID.fullmatch(name)]
+        except FileNotFoundError:
+            return []
+
+    def _read(self, name: str) -> StoredFile | None:
         if not FILE_ID.fullmatch(name) or not (self.root / name).is_dir():
             self._known.pop(name, None)
             return None
@@ -98,11 +119,7 @@ class FileStore:
                 self._known[name] = StoredFile(**json.loads((self.root / name / RECORD).read_text()))
             except (OSError, ValueError, TypeError):
                 return None
-        file = self._known[name]
-        if file.expires is not None and time.time() > file.expires:
-            self.delete(name)
-            return None
-        return file
+        return self._known[name]
 
     def path(self, file: StoredFile) -> Path:
         return self.root / file.id / file.name
@@ -118,8 +135,9 @@ class FileStore:
         shutil.rmtree(aside, ignore_errors=True)
 
     def receive(self) -> Incoming:
-        """A file that begins to arrive. Raises OSError."""
-        return Incoming(self)
+        """A file that begins to arrive. Raises Problem 503 on a full disk."""
+        with full_disk():
+            return Incoming(self)
 
     def make_room(self, incoming: Incoming, size: int) -> None:
         """That so many bytes of a file may arrive. Raises Problem 413."""
@@ -155,9 +173,10 @@ class Incoming:
         self._handle: IO[bytes] = open(self.path, "wb")  # noqa: SIM115 (closed in `close`)
 
     def write(self, data: bytes) -> None:
-        """Raises Problem 413 beyond the limits, OSError on a full disk."""
+        """Raises Problem 413 beyond the limits, 503 on a full disk."""
         self.store.make_room(self, self.size + len(data))
-        self._handle.write(data)
+        with full_disk():
+            self._handle.write(data)
         self._hash.update(data)
         self.size += len(data)
 
@@ -165,25 +184,29 @@ class Incoming:
         """Check the file and give it its id.
 
         Raises:
-            Problem: 422 that names the line.
-            OSError: the disk is full.
+            Problem: 422 that names the line, 503 on a full disk.
         """
+        with full_disk():
+            return self._keep(filename, purpose, expires, own_id)
+
+    def _keep(self, filename: str, purpose: str, expires: float | None, own_id: str | None) -> StoredFile:
         self._handle.flush()
         os.fsync(self._handle.fileno())
         shown = shown_name(filename)
         suffix = Path(shown.removesuffix(".gz")).suffix.lower()
         name = CONTENT + (suffix if suffix in SUFFIXES else ".jsonl")
         self.path = self.path.rename(self.folder / name)
+        facts = checked_rows(self.path, shown) if purpose == FINE_TUNE else {}
         file = StoredFile(
-            own_id or f"file-{secrets.token_hex(8)}",
-            shown,
-            purpose,
-            self.size,
-            self._hash.hexdigest(),
-            time.time(),
-            name,
-            count_rows(self.path, shown) if purpose == FINE_TUNE else None,
-            expires,
+            id=own_id or f"file-{secrets.token_hex(8)}",
+            filename=shown,
+            purpose=purpose,
+            bytes=self.size,
+            sha256=self._hash.hexdigest(),
+            created=time.time(),
+            name=name,
+            expires=expires,
+            **facts,
         )
         write_json(self.folder / RECORD, asdict(file))
         try:
@@ -199,26 +222,50 @@ class Incoming:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def has_expired(file: StoredFile) -> bool:
+    """Whether a file's time has passed."""
+    return file.expires is not None and time.time() > file.expires
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Turn an OSError into a Problem 503."""
+    try:
+        yield
+    except OSError as error:
+        raise Problem(503, f"the file cannot be kept ({error.strerror}); try again", retry_after=60) from error
+
+
 def shown_name(filename: str) -> str:
     """A client's name for a file as it may be shown: the last part of a path, printable and not endless."""
     last = re.split(r"[/\\]", filename)[-1]
     return "".join(char for char in last if char.isprintable())[-200:] or "rows.jsonl"
 
 
-def count_rows(path: Path, filename: str) -> int:
-    """How many rows a training file has, each of which is looked at. Raises Problem 422 that names the line."""
+def checked_rows(path: Path, filename: str) -> dict[str, Any]:
+    """{"rows", "trainer", "warning"} of a training file (see `StoredFile`), each row of which is looked at.
+
+    Raises:
+        Problem: 422 that names the lines of bad rows, or what the file is where no trainer takes it.
+    """
+    with open(path, "rb") as handle:
+        if handle.read(64).lstrip().startswith(b"[") and path.stat().st_size > MOST_OF_A_LIST:
+            limit = f"a JSON list has at most {MOST_OF_A_LIST:,} bytes, as it is read whole; send one object a line"
+            raise Problem(413, f"file: {limit}", "file")
     try:
-        unit, numbered, _ = records.iter_rows(path)
-        count = 0
-        for number, row in numbered:
-            if fault := records.row_fault(row, ()):
-                raise UserError(f"{path}, {unit} {number}: {fault}; mend the row")
-            count += 1
-        if not count:
-            raise UserError(f"{path} has no rows; give a file with rows")
+        shape = next(
+            (shape for _, row in islice(records.iter_rows(path)[1], LOOKED_AT) if (shape := shape_of(row))), None
+        )
+        trainer = next(name for name, kinds in TAKES.items() if shape is None or shape.kind in kinds)
+        inspection = training_files.inspect(path, trainer)
     except UserError as error:
         raise Problem(422, f"file: {str(error).replace(str(path), filename)}", "file") from error
-    return count
+    if inspection.faults:
+        number, fault = inspection.faults[0]
+        more = ", ".join(str(other) for other, _ in inspection.faults[1:])
+        others = f"; {inspection.bad - 1:,} others are bad, too: {more}" if more else ""
+        raise Problem(422, f"file: {filename}, {inspection.unit} {number}: {fault}{others}", "file")
+    return {"rows": inspection.good, "trainer": trainer, "warning": inspection.warning}
 
 
 def as_object(file: StoredFile) -> dict[str, Any]:
@@ -232,7 +279,7 @@ def as_object(file: StoredFile) -> dict[str, Any]:
         "filename": file.filename,
         "purpose": file.purpose,
         "status": "processed",
-        "status_details": None,
+        "status_details": file.warning,
         "sha256": file.sha256,
         "rows": file.rows,
     }

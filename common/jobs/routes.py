@@ -17,7 +17,7 @@ from fastapi import APIRouter, Body, FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 
-from common.jobs import artifacts, file_routes, progress
+from common.jobs import artifacts, file_routes, fine_tuning_routes, progress
 from common.jobs.checks import import_libraries
 from common.jobs.service import JobServiceSettings, Service
 from common.web import app as web
@@ -178,6 +178,7 @@ def create_app(settings: JobServiceSettings | None = None) -> FastAPI:
     add_jobs(router, service)
     add_results(router, service)
     file_routes.add_files(router, service)
+    fine_tuning_routes.add_fine_tuning(router, service)
     app.include_router(router)
     return app
 

@@ -16,6 +16,7 @@ from common.jobs import local_backend, progress
 from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
 from common.jobs.files import FILE_ID, FileStore, StoredFile
+from common.jobs.fine_tuning import KEY, Publication, model_name
 from common.jobs.folder import JOB_ID, WORKER, JobFolder, check_system
 from common.jobs.recovery import adopt_folders, keep_row
 from common.jobs.request import Planner
@@ -62,6 +63,8 @@ class JobServiceSettings:
     allowed_hosts: tuple[str, ...] = ()
     max_file_bytes: int = 512 << 20
     files_quota: int = 20 << 30
+    runs_dir: Path = ROOT / "runs"  # of the inference server, where fine-tuned models go
+    fine_tuning_models: tuple[tuple[str, str], ...] = ()  # (pattern of names, the base that stands in for them)
 
     @classmethod
     def from_environment(cls) -> JobServiceSettings:
@@ -73,7 +76,7 @@ class JobServiceSettings:
             raise UserError(f"BACKEND={backend} is none of {', '.join(BACKENDS)}; set it to one or unset it")
         if not PREFIX.fullmatch(prefix):
             raise UserError(f"API_PREFIX={prefix} is not like /distill-slm/v1; set it to a path or unset it")
-        roots = env.text("ALLOWED_ROOTS")
+        roots, runs_dir = env.text("ALLOWED_ROOTS"), Path(os.path.abspath(env.text("RUNS_DIR", str(cls.runs_dir))))
         return cls(
             data_dir=data_dir,
             backend=backend,
@@ -83,14 +86,29 @@ class JobServiceSettings:
             data_quota=env.whole("DATA_QUOTA", 1) if env.text("DATA_QUOTA") else None,
             allowed_roots=tuple(map(Path, roots.split(os.pathsep)))
             if roots
-            else (ROOT / "runs", ROOT / "data", data_dir),
+            else tuple(dict.fromkeys((ROOT / "runs", ROOT / "data", data_dir, runs_dir))),
             api_prefix=prefix,
             api_key=env.text("API_KEY"),
             max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 18),
             allowed_hosts=env.names("ALLOWED_HOSTS"),
             max_file_bytes=env.whole("MAX_FILE_BYTES", cls.max_file_bytes),
             files_quota=env.whole("FILES_QUOTA", cls.files_quota),
+            runs_dir=runs_dir,
+            fine_tuning_models=stand_ins(env.text("FINE_TUNING_MODELS")),
         )
+
+
+def needs(job: Job, path: str) -> bool:
+    """Whether a job's commands name a file."""
+    return any(path in word for command in job.commands for word in command["argv"])
+
+
+def stand_ins(text: str | None) -> tuple[tuple[str, str], ...]:
+    """Of `gpt-4o-mini*=Qwen/Qwen2.5-3B-Instruct,...` the pairs. Raises UserError for what is none."""
+    pairs = [tuple(part.strip() for part in entry.split("=", 1)) for entry in (text or "").split(",") if entry.strip()]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise UserError(f"FINE_TUNING_MODELS={text} is not like gpt-*=Qwen/Qwen2.5-3B-Instruct; set it so or unset it")
+    return tuple(pairs)
 
 
 class Service:
@@ -167,18 +185,29 @@ class Service:
         with self._files_in_use:
             path = str(self.files.path(self.file(name)))
             for job in self.store.unended():
-                if any(path in word for command in job.commands for word in command["argv"]):
+                if needs(job, path):
                     raise Problem(409, f"the job {job.id}, which is {job.state}, needs the file; cancel it first")
             self.files.delete(name)
 
-    def submit(self, payload: dict[str, Any], key: str | None) -> Job:
+    def delete_expired_files(self) -> None:
+        """Delete the files whose time has passed, but for those that a job needs which has not ended."""
+        with self._files_in_use:
+            for file in self.files.expired():
+                if not any(needs(job, str(self.files.path(file))) for job in self.store.unended()):
+                    self.files.delete(file.id)
+
+    def submit(self, payload: dict[str, Any], key: str | None, fine_tuning: dict[str, Any] | None = None) -> Job:
         """Check a request and put its job into the queue.
+
+        Args:
+            fine_tuning: of one of OpenAI's: what was asked for, and its hyperparameters; its model is then published.
 
         Raises:
             Problem: 422 that names the field; 503 where too many wait.
         """
         try:
-            if key is not None and (known := self.store.by_key(key, payload)):
+            request = payload if fine_tuning is None else payload | {KEY: fine_tuning}
+            if key is not None and (known := self.store.by_key(key, request)):
                 return known
             job_id = new_id()
             plan = self.planner.plan(payload, self.jobs_dir / job_id / "artifacts")
@@ -187,11 +216,16 @@ class Service:
             check_memory(plan.settings, self.runner.backend.device)
             if self.store.counts()[QUEUED] >= self.settings.max_queue:
                 raise Problem(503, f"{self.settings.max_queue} jobs wait already; try again later", retry_after=60)
+            commands = plan.commands
+            if fine_tuning is not None:
+                published = Publication(self.settings.runs_dir, self.settings.data_dir)
+                name = model_name(payload["student"], fine_tuning["asked"].get("suffix"), job_id)
+                commands = [*commands, *published.commands(plan.settings, name, job_id)]
             with self._files_in_use:
                 for field, value in payload.items():
                     if isinstance(value, str) and FILE_ID.fullmatch(value) and not self.files.find(value):
                         raise Problem(422, f"{field}: there is no such file any more", field)
-                job = self.store.submit(plan.method, payload, plan.commands, job_id, key)
+                job = self.store.submit(plan.method, request, commands, job_id, key)
         except KeyTaken:
             raise Problem(422, "Idempotency-Key: it was used for another request", "Idempotency-Key") from None
         except OSError as error:

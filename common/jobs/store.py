@@ -27,6 +27,7 @@ STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 QUEUED, RUNNING, PAUSED, SUCCEEDED, FAILED, CANCELLED = STATES
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
 TO_CANCEL, TO_PAUSE = 1, 2  # what a job that is handed was asked for
+FINE_TUNING = "fine_tuning"  # of a request: what OpenAI's client asked for, and its hyperparameters
 WAIT = 10  # seconds for the write lock
 RESERVE = 1 << 20  # bytes kept back on the disk, so that a full one still takes what makes room
 SCHEMA = """
@@ -198,9 +199,12 @@ class Store:
             return job
 
     def by_key(self, key: str, request: dict[str, Any]) -> Job | None:
-        """The job that was submitted under an idempotency key. Raises KeyTaken for another request than this."""
+        """The job that was submitted under an idempotency key. Raises KeyTaken for another request than this.
+
+        Of a fine-tuning job what was asked for counts, not what the service has made of it.
+        """
         rows = self._rows("SELECT * FROM job WHERE key = ?", key)
-        if rows and json.loads(rows[0]["request"]) != request:
+        if rows and asked_for(json.loads(rows[0]["request"])) != asked_for(request):
             raise KeyTaken(key)
         return _job(rows[0]) if rows else None
 
@@ -369,6 +373,12 @@ class Store:
             names = ", ".join(row)
             connection.execute(f"INSERT INTO job ({names}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
             return True
+
+
+def asked_for(request: dict[str, Any]) -> Any:
+    """What the client has sent."""
+    fine_tuning = request.get(FINE_TUNING)
+    return fine_tuning.get("asked", request) if isinstance(fine_tuning, dict) else request
 
 
 def new_id() -> str:

@@ -74,6 +74,9 @@ def train(settings: DpoSettings, argv: Sequence[str] | None, task_of: run.TaskOf
         fitted = run.within_memory(settings, record, longest, answer)
         if fitted.max_len != settings.max_len:
             pairs = encode_pairs(tokenizer, fitted.data, rows, fitted.max_len, whole=fitted.idp_mode)
+        if record:
+            texts = (2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+            record.write(train_tokens=sum(texts))
         student = prepare_student(fitted, tokenizer)
         eval_pairs = []
         if held_out:

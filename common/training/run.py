@@ -174,7 +174,11 @@ def fitting_rows(
         record.write(tokens=sum(lengths))
     completion = max(len(row.input_ids) - row.prompt_length for row in rows)
     fitted = within_memory(settings, record, longest, completion)
-    return fitted, rows if fitted.max_len == settings.max_len else encode(fitted)
+    if fitted.max_len != settings.max_len:
+        rows = encode(fitted)
+    if record:
+        record.write(train_tokens=sum(len(row.input_ids) for row in rows))
+    return fitted, rows
 
 
 def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord | None) -> None:

@@ -7,6 +7,7 @@ limit of its size.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from fastapi import Request
@@ -17,7 +18,8 @@ from starlette.requests import ClientDisconnect
 from common.web.app import DRAIN, Problem
 
 MAX_FIELDS = 1 << 16  # bytes of all that is no file: headers, names, values
-STALL_SECONDS = 60.0  # between two pieces of a body
+STALL_SECONDS = 60.0  # that a body may stand still, all in all,
+SLOWEST = 10_000  # beside a second for so many bytes
 
 
 class Form:
@@ -106,23 +108,25 @@ async def receive(request: Request, name: str, write: Callable[[bytes], None]) -
     """Read a form, whose file's bytes go to `write` in a thread.
 
     Raises:
-        Problem: 400 for a body that is none or was cut off, 408 for one that has stopped coming, 422 without a file,
+        Problem: 400 for a body that is none or was cut off, 408 for one that comes too slowly, 422 without a file,
             and what `write` raises, after a part of what is left has been read, so that the client sees the answer.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise Problem(422, f"{name}: send a form (multipart/form-data) with the file in it", name)
     form = Form(options[b"boundary"], name, write)
-    stream = request.stream()
+    stream, started, received = request.stream(), time.monotonic(), 0
     try:
         while True:
-            async with asyncio.timeout(STALL_SECONDS):
+            left = started + STALL_SECONDS + received / SLOWEST - time.monotonic()
+            async with asyncio.timeout(left):
                 chunk = await anext(stream, None)
             if chunk is None:
                 break
+            received += len(chunk)
             await asyncio.to_thread(form.feed, chunk)
     except TimeoutError:
-        raise closing(Problem(408, f"nothing has come for {STALL_SECONDS:g} s; send it again")) from None
+        raise closing(Problem(408, "the file comes too slowly; send it again")) from None
     except ClientDisconnect:
         raise Problem(400, "the upload was cut off; send it again") from None
     except Problem as problem:

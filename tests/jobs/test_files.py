@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 
 import pytest
 from fastapi.testclient import TestClient
 from openai import NotFoundError, OpenAI, UnprocessableEntityError
-from support.jobs_served import make_place, settings, sha256
+from support.jobs_served import make_place, serve_jobs, settings, sha256
+from support.processes import wait_for
 
+from common.jobs import files
 from common.jobs.routes import create_app
 from common.web import multipart
 
@@ -104,6 +108,36 @@ def test_limits(place):
     assert ordinary.status_code == 413  # other bodies keep their bound
 
 
+def test_a_file_goes_when_its_time_has_passed_unless_a_job_needs_it(place, monkeypatch):
+    client = client_of(place)
+    first, second = (send(client, ROWS, **{"expires_after[seconds]": "3600"}).json()["id"] for _ in range(2))
+    job = client.post("/distill", json={"method": "sft", "student": str(place / "student"), "data": first}).json()
+    later = time.time() + 3601
+    monkeypatch.setattr(files.time, "time", lambda: later)
+    assert client.get("/v1/files").json()["data"] == []
+    third = send(client, ROWS).json()["id"]
+    assert sorted(os.listdir(place / "files")) == sorted([first, third])
+    client.post(f"/cancel/{job['job_id']}")
+    send(client, ROWS)
+    assert first not in os.listdir(place / "files")
+    assert client.get(f"/v1/files/{second}").status_code == 404
+
+
+def test_a_full_disk_and_an_endless_list(place, monkeypatch):
+    client = client_of(place)
+    monkeypatch.setattr(files, "MOST_OF_A_LIST", 20)
+    assert "as it is read whole" in send(client, b'[{"input": "a", "output": "b"}]', "rows.json").text
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    answer = send(client, ROWS)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "60")
+    assert "the file cannot be kept (No space left on device)" in answer.text
+    assert os.listdir(place / "files") == []
+
+
 def test_a_form_that_is_none(place):
     client = client_of(place)
     assert "send a form" in client.post("/v1/files", content=ROWS).text
@@ -140,3 +174,23 @@ def test_what_a_killed_server_was_receiving_goes(place):
     sent = send(client, ROWS).json()
     (place / "files" / sent["id"] / "file.json").write_text(json.dumps({"id": 5}))
     assert client_of(place).get(f"/v1/files/{sent['id']}").status_code == 404  # damaged, and no crash
+
+
+@pytest.mark.processes
+def test_a_file_that_stops_coming_and_one_that_is_cut_off_leave_nothing(place, monkeypatch):
+    monkeypatch.setattr(multipart, "STALL_SECONDS", 0.3)
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+    with serve_jobs(place) as served:
+        for cut_off in (False, True):
+            connection = served.connect()
+            connection.putrequest("POST", "/files")
+            connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+            connection.putheader("Content-Length", "1000000")
+            connection.endheaders(head + ROWS)
+            wait_for(lambda: len(os.listdir(place / "files")) == 1)
+            if not cut_off:
+                answer = connection.getresponse()
+                assert (answer.status, b"too slowly" in answer.read()) == (408, True)
+            connection.close()
+            wait_for(lambda: os.listdir(place / "files") == [])
+        assert served.ask("GET", "/v1/files")[1]["data"] == []

@@ -19,7 +19,7 @@ from common.jobs.service import JobServiceSettings
 
 def main(port: str, settings: str) -> None:
     values = json.loads(settings)
-    for name in ("data_dir", "scripts"):
+    for name in ("data_dir", "scripts", "runs_dir"):
         values[name] = Path(values[name])
     values["allowed_roots"] = tuple(map(Path, values["allowed_roots"]))
     uvicorn.run(create_app(JobServiceSettings(**values)), port=int(port), access_log=False, log_level="warning")

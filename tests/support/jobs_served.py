@@ -164,6 +164,7 @@ def settings(data: Path, **changes: Any) -> JobServiceSettings:
         "api_key": None,
         "max_body_bytes": 1 << 18,
         "warm_up": False,
+        "runs_dir": data.parent / "runs",
         "scripts": data.parent / "scripts",
     }
     return JobServiceSettings(**(every | changes))

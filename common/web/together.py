@@ -1,0 +1,39 @@
+"""Two applications behind one port, for clients that know one address: each keeps its guard, its life and its paths."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from common.web.app import Receive, Scope, Send
+
+
+def together(main: FastAPI, other: FastAPI, prefix: str, moved: Sequence[str]) -> Starlette:
+    """One application of two.
+
+    Args:
+        other: whose paths all begin with `prefix`.
+        moved: paths that are asked for without the prefix, and are the other's, with all that is below them.
+    """
+
+    def is_below(path: str, *parents: str) -> bool:
+        return any(path == parent or path.startswith(f"{parent}/") for parent in parents)
+
+    async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if is_below(path, *moved):
+            raw = prefix.encode() + scope.get("raw_path", path.encode())
+            await other({**scope, "path": prefix + path, "raw_path": raw}, receive, send)
+        else:
+            await (other if is_below(path, prefix) else main)(scope, receive, send)
+
+    @asynccontextmanager
+    async def lives(app: Starlette) -> AsyncIterator[None]:
+        async with main.router.lifespan_context(main), other.router.lifespan_context(other):
+            yield
+
+    return Starlette(routes=[Mount("", app=dispatch)], lifespan=lives)

@@ -1,0 +1,46 @@
+"""Two applications behind one port."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+
+from common.web.together import together
+
+
+def application(name: str, path: str, log: list[str]) -> FastAPI:
+    """Says its name under `path` and all that is below."""
+
+    @asynccontextmanager
+    async def lifespan(app):
+        log.append(f"{name} begins")
+        yield
+        log.append(f"{name} ends")
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get(path + "/{rest:path}")
+    def answer(rest: str, request: Request) -> list[str]:
+        return [name, rest, request.url.query]
+
+    return app
+
+
+def test_each_has_its_paths_and_its_life():
+    log: list[str] = []
+    one, other = application("one", "", log), application("other", "/training", log)
+    with TestClient(together(one, other, "/training", ["/v1/files"])) as client:
+        assert log == ["one begins", "other begins"]
+        for path, name, rest in (
+            ("/", "one", ""),
+            ("/v1/chat", "one", "v1/chat"),
+            ("/v1/files", "other", "v1/files"),
+            ("/v1/files/a%20b", "other", "v1/files/a b"),
+            ("/v1/filesystem", "one", "v1/filesystem"),
+            ("/training/jobs", "other", "jobs"),
+            ("/trainings", "one", "trainings"),
+        ):
+            assert client.get(f"{path}?a=1").json() == [name, rest, "a=1"]
+    assert log[2:] == ["other ends", "one ends"]
