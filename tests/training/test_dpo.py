@@ -13,6 +13,7 @@ from support.training import SCRIPTS, flags, loss_curve, train
 import dpo_train
 from common import cli
 from common.cli import UserError
+from common.data import shapes, training_files
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
@@ -39,7 +40,7 @@ def untrained(base, rows, tmp_path):
         settings = dpo_settings(cli.parse_args(dpo_train.build_parser(), argv))
         tokenizer = tokenizers.load_tokenizer(base)
         student = prepare_student(settings, tokenizer)
-        pairs = dpo.read_pairs(rows["dpo"], False)
+        pairs = training_files.read(rows["dpo"], shapes.DPO)
         encoded = dpo.encode_pairs(tokenizer, rows["dpo"], pairs, settings.max_len, whole=False)
         return dpo.build_trainer(settings, student, tokenizer, encoded), encoded
 
@@ -124,8 +125,8 @@ def test_equal_answers_are_refused(base, tmp_path, capsys):
     good = {"prompt": "a", "chosen": "Good", "rejected": "Bad"}
     data = write_rows(tmp_path / "rows.jsonl", [good, good | {"prompt": ""}, good, good | {"rejected": "Good"}, good])
     with pytest.raises(UserError, match=r"rows.jsonl, line 2: 'prompt' must be a non-empty string"):
-        dpo.read_pairs(data, False)
-    assert len(dpo.read_pairs(data, True)) == 3
+        training_files.read(data, shapes.DPO)
+    assert len(training_files.read(data, shapes.DPO, skip_bad_rows=True)) == 3
     assert "rows.jsonl, line 4: the chosen and the rejected answer are the same; skipped" in capsys.readouterr().err
     same = write_rows(tmp_path / "same.jsonl", [good, good | {"rejected": "Good"}])
     with pytest.raises(UserError, match=r"same.jsonl, line 2: the chosen and the rejected answer are the same"):
