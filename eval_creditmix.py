@@ -55,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
     parser.add_argument("--fit_calibration", metavar="DEV", help="fit bias and temperature on these dev rows")
+    parser.add_argument(
+        "--decision_json", action="store_true", help='with --fit_calibration: also what pipeline("decision") reads'
+    )
     decision = parser.add_argument_group("decisions, fitted with --fit_calibration")
     decision.add_argument("--optimize", choices=("accuracy", "macro_f1", "cost"), help="what labels are chosen for")
     decision.add_argument("--costs", help='JSON file: {"true label": {"predicted label": cost}}')
@@ -93,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         costs = evaluate.cost_matrix(args.costs, task.labels) if args.costs else None
         goal = Goal(args.optimize, costs, args.abstain_below, args.target_precision, args.guarantee or GUARANTEE)
         for source in sources:
-            evaluate.fit_calibration(source, task, settings, dev, args.fit_calibration, goal)
+            evaluate.fit_calibration(source, task, settings, dev, args.fit_calibration, goal, args.decision_json)
         model_card.refresh(args.model_dir)
         if not args.data:
             return None
@@ -140,9 +143,9 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
         raise cli.UserError("give --data with the rows to judge on, or --fit_calibration with dev rows, or both")
     if len(set(args.model_dir)) < len(args.model_dir):
         raise cli.UserError("--model_dir names the same model twice; name each once")
-    fitting = (args.optimize, args.costs, args.abstain_below, args.target_precision)
-    if not args.fit_calibration and any(value is not None for value in fitting):
-        raise cli.UserError("--optimize, --costs, --abstain_below and --target_precision go with --fit_calibration")
+    for name in ("optimize", "costs", "abstain_below", "target_precision", "decision_json"):
+        if not args.fit_calibration and getattr(args, name) not in (None, False):
+            raise cli.UserError(f"--{name} goes with --fit_calibration")
     if args.guarantee and not args.target_precision:
         raise cli.UserError("--guarantee goes with --target_precision")
     if args.fail_on_drift and not args.baseline:

@@ -8,13 +8,14 @@
     python teacher_generate.py --endpoint https://api.openai.com/v1 --model gpt-4o --data problems.jsonl \\
         --out data/codegen_pairs.jsonl --task codegen --preferences --num_samples 6 --confirm_run_unsafe_code
 
-The teacher is a local model (in 4 bits on a GPU), or anything that speaks OpenAI's chat API; its key comes from the
-environment. Rows are {"input"[, "output"]} as the trainers take them, or what the task's *_prepare.py reads and writes;
-"output" (or the raw row's own answer) counts as gold. An answer that cannot be used (no label of the set, JSON that the
-schema refuses, code that does not compile or fails its tests) is asked for again with the reason, --max_tries times in
-all. Writes OUT, OUT.rejects.jsonl (rows without a usable answer, and why), OUT.raw.jsonl (every raw answer as it came;
-an interrupted run goes on from it and asks nothing twice) and OUT.run.json (settings, tokens, cost, agreement with
-gold). Exit code 1: some rows got no answer, for a reason that may pass; the same command asks for those again.
+The teacher is a local model (in 4 bits on a GPU), or anything that speaks OpenAI's chat API, with --probabilities also
+/v1/decisions or /v1/systemone; its key comes from the environment. Rows are {"input"[, "output"]} as the trainers take
+them, or what the task's *_prepare.py reads and writes; "output" (or the raw row's own answer) counts as gold. An answer
+that cannot be used (no label of the set, JSON that the schema refuses, code that does not compile or fails its tests)
+is asked for again with the reason, --max_tries times in all. Writes OUT, OUT.rejects.jsonl (rows without a usable
+answer, and why), OUT.raw.jsonl (every raw answer as it came; an interrupted run goes on from it and asks nothing twice)
+and OUT.run.json (settings, tokens, cost, agreement with gold). Exit code 1: some rows got no answer, for a reason that
+may pass; the same command asks for those again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from common import cli, run_record
 from common.models.flags import parse_args
 from common.teachers import tasks
 from common.teachers.flags import add_teacher_flags, check_flags, task_of, teacher_of
+from common.teachers.settings import gives_decisions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     items = tasks.read_items(args.data, task, args.skip_bad_rows)
     for notice in tasks.notices(task, items):
         cli.log(notice)
-    if args.probabilities and args.teacher:
+    if args.probabilities and (args.teacher or gives_decisions(args.endpoint)):
         tasks.check_instruction(args.data, task, items)
 
     from common.teachers import dataset, report

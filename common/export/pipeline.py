@@ -30,6 +30,7 @@ from common.models import loading as models
 from common.models.source import ModelSource
 from common.models.tokenizers import PROBES, stop_ids
 from common.models.torch_runtime import Runtime, TorchRuntime
+from common.tasks.ranking import decision_json
 from common.tasks.ranking.classifier import CALIBRATION
 
 if TYPE_CHECKING:
@@ -228,7 +229,9 @@ class Export:
         }
         folder, facts = makers[settings.format](stage)
         source = Path(settings.model_dir)
-        for file in [*sorted(source.glob(f"{CALIBRATION}*.json")), source / run_record.GROUPS_FILE]:
+        kept = [*sorted(source.glob(f"{CALIBRATION}*.json")), source / run_record.GROUPS_FILE]
+        kept += [source / decision_json.FILE] if settings.format == "merged" else []  # for transformers alone
+        for file in kept:
             if file.is_file():
                 shutil.copy(file, folder / file.name)
         if self.task:

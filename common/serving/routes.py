@@ -19,6 +19,7 @@ from common.cli import UserError
 from common.data import task_record
 from common.generation import json_schema
 from common.serving import label_tasks
+from common.serving.decision_routes import add_decisions
 from common.serving.helpers import HelperEnded
 from common.serving.model_process import QueueFull
 from common.serving.openai_routes import add_chat
@@ -219,6 +220,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
     _add_classification(app, server)
     _add_about(app, server)
     add_chat(app, server)
+    add_decisions(app, server)
     return app
 
 

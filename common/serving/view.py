@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from common.models.batching import KEPT_TOKENS
 from common.models.onnx_runtime import OnnxModel
 from common.models.source import LoadedModel
 from common.serving.messages import HostSettings, Unusable
@@ -17,10 +19,14 @@ from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from common.tasks.ranking.classifier import Classifier
 
+MAX_ASKED = 256  # questions of requests that a view keeps ready
+MAX_PREFIX_TOKENS = 4 * KEPT_TOKENS  # of the beginnings of their prompts whose keys and values are kept
+LEAST_SEEN, MOST_SEEN = 16, 512  # rows that batch calibration estimates from
 PRIORS = ".priors"  # in the folder of the runs: priors of base models that have no folder of their own
 
 
@@ -59,6 +65,26 @@ class ModelHost(Protocol):
         ...
 
 
+@dataclass
+class Asked:
+    """A question that requests have brought, ready to be asked again.
+
+    Attributes:
+        seen: the raw scores of the last texts that it was asked about.
+    """
+
+    classifier: Classifier
+    seen: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=MOST_SEEN))
+
+    def calibration(self, method: str, raw: np.ndarray) -> Calibration:
+        """The one of `method` for `raw`; "batch" estimates from all texts seen so far, and is "prior" while they are
+        few."""
+        self.seen.extend(raw)
+        if method == "batch" and len(self.seen) < LEAST_SEEN:
+            method = "prior"
+        return self.classifier.calibration(method, [*self.seen] if method == "batch" else None)
+
+
 class View:
     """A base with one adapter, or none; for the process of the base alone.
 
@@ -73,6 +99,7 @@ class View:
         self.kept: OrderedDict[Any, Any] = OrderedDict()  # what works keep for their next batch
         self._classifiers: dict[str, Classifier] = {}
         self._calibrations: dict[str, tuple[float, tuple | None, Calibration]] = {}
+        self._asked: OrderedDict[str, Asked] = OrderedDict()
 
     @property
     def model(self):
@@ -121,6 +148,31 @@ class View:
                 calibration = self.classifier(task).calibration(None)
             self._calibrations[key] = (now + LOOK, signature, calibration)
         return calibration
+
+    def asked(self, task: LabelTask) -> Asked:
+        """A question of requests, with its prior; nothing of it is kept on disk, and the least recent ones go.
+
+        Raises:
+            UserError: options that cannot be told apart by their tokens, or too much text for the model's context.
+        """
+        from common.tasks.ranking.classifier import Classifier
+        from common.tasks.ranking.rankers import ranker_of
+
+        key = task.text
+        if key not in self._asked:
+            ranker = ranker_of(self.host.model, self.tokenizer, task, self.host.settings.max_batch_tokens)
+            prior = ranker.prior(self._null_prompts(task))
+            self._asked[key] = Asked(Classifier(self.version.model_dir, task, ranker, prior))
+        self._asked.move_to_end(key)
+        if len(self._asked) > MAX_ASKED:
+            self._asked.popitem(last=False)
+        room = MAX_PREFIX_TOKENS
+        for asked in reversed(self._asked.values()):
+            prefixes = asked.classifier.ranker.prefixes
+            room -= sum(map(len, prefixes))
+            if room < 0 and key != asked.classifier.task.text:
+                prefixes.clear()  # read again when it is needed; the prior stays
+        return self._asked[key]
 
     @property
     def warm(self) -> bool:

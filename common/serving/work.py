@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from common.tasks.idp.extractor import Extraction
     from common.tasks.ranking.classifier import Classifier
 
+DIGITS = 6  # of a probability
 ANSWER_TOKENS = 512  # the budget of an answer, where the request gives none
 
 
@@ -51,6 +52,66 @@ class Classify:
                    for rows in payloads for row in rows]  # fmt: skip
         answers = iter(classifier.answers_to(prompts, calibration))
         return [[next(answers) for _ in rows] for rows in payloads]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a model makes of a question about one text.
+
+    Attributes:
+        probabilities: of the task's labels, in their order.
+        chosen: the index of the label that is decided on, or leaned to.
+        abstained: the calibration would rather not answer.
+        calibration: the method (`calibration.METHODS`).
+        margin: the best score minus the second best, in nats.
+        tokens: of the prompt.
+    """
+
+    probabilities: list[float]
+    chosen: int
+    abstained: bool
+    calibration: str
+    margin: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Decide:
+    """A question about many texts. A payload is a prompt, its answer a `Decided`.
+
+    Attributes:
+        task: the `LabelTask.text` of the question.
+        calibration: "own": with the prior and the fit that the run keeps for the task, as `Classify` has them; else
+            nothing is kept on disk, and it is "prior", "batch" (see `View.asked`) or "none".
+    """
+
+    task: str
+    calibration: str
+    name: ClassVar[str] = "decision"
+    urgent: ClassVar[bool] = True
+
+    def run(self, view: View, payloads: Sequence[str | list[int]]) -> list[Decided]:
+        prompts = [tokenizers.encode_prompt(view.tokenizer, prompt) if isinstance(prompt, str) else prompt
+                   for prompt in payloads]  # fmt: skip
+        if self.calibration == "own":
+            classifier, calibration = _ready(view, self.task)
+            raw = classifier.ranker.scores_of(prompts)
+        else:
+            asked = view.asked(label_tasks.read(self.task))
+            raw = asked.classifier.ranker.scores_of(prompts)
+            calibration = asked.calibration(self.calibration, raw)
+        result = calibration.apply(raw)
+        return [
+            Decided(
+                [round(float(probability), DIGITS) for probability in result.probabilities[row]],
+                int(result.predictions[row]),
+                not result.answered[row],
+                calibration.method,
+                float(result.top2_margin[row]),
+                len(prompt),
+            )
+            for row, prompt in enumerate(prompts)
+        ]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,17 @@ def endpoint_teacher(settings: EndpointSettings, decoding: Decoding, top_logprob
     return ChatEndpoint(settings, request_options(settings, decoding, top_logprobs), api_key(settings.api_key_env))
 
 
+def decisions_teacher(settings: EndpointSettings, task: LabelTask) -> Teacher:
+    """A model behind a decisions endpoint, for the labels of `task`.
+
+    Raises:
+        UserError: there is no key where one was named.
+    """
+    from common.teachers.decisions_endpoint import DecisionsEndpoint
+
+    return DecisionsEndpoint(settings, task, api_key(settings.api_key_env))
+
+
 def request_options(settings: EndpointSettings, decoding: Decoding, top_logprobs: int | None) -> dict[str, Any]:
     """What stands in each request's body besides model and messages."""
     options: dict[str, Any] = {"temperature": decoding.temperature, "max_tokens": decoding.max_new_tokens}

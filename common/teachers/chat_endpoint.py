@@ -34,11 +34,16 @@ class _Transient(Exception):
 class ChatEndpoint:
     """See `interview.Teacher`.
 
+    Attributes:
+        speaks: the API, in words.
+
     Args:
         settings: where it is and how it is asked.
         options: of every request's body: temperature, max_tokens, ...; a "seed" counts up with the sample.
         api_key: sent as a bearer token, and never shown; None: none is sent.
     """
+
+    speaks = "OpenAI's chat API"
 
     def __init__(self, settings: EndpointSettings, options: Mapping[str, Any], api_key: str | None = None) -> None:
         self.settings, self.options, self.api_key = settings, dict(options), api_key
@@ -102,12 +107,9 @@ class ChatEndpoint:
     async def _once(self, client: httpx2.AsyncClient, question: Question, attempt: int) -> Answer | NoAnswer:
         """One attempt. Raises _Transient or, for what no repetition will mend, UserError."""
         await self.wait_for_turn()
-        body = {"model": self.settings.model, "messages": question.messages, **self.options}
-        if "seed" in body:
-            body["seed"] += question.sample
         try:
             async with asyncio.timeout(self.settings.timeout):
-                response = await client.post(self.url, json=body)
+                response = await client.post(self.url, json=self.body_of(question))
         except TimeoutError as error:
             raise _Transient(f"nothing within {self.settings.timeout:g} seconds") from error
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
@@ -122,7 +124,10 @@ class ChatEndpoint:
         self._reached = True
         status = response.status_code
         if status == 200:
-            return self._read(response, attempt)
+            try:
+                return self.read(response, response.json(), attempt)
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                raise _Transient(f"not an answer of {self.speaks}: {self._message(response)}") from error
         message = f"{status}: {self._message(response)}"
         if status in TRANSIENT or status >= 500:
             raise _Transient(message, retry_after(response))
@@ -148,19 +153,28 @@ class ChatEndpoint:
         self._next_turn = turn + self.gap
         await asyncio.sleep(turn - now)
 
-    def _read(self, response: httpx2.Response, attempt: int) -> Answer:
-        try:
-            body = response.json()
-            choice = body["choices"][0]
-            message, usage = choice["message"], body.get("usage") or {}
-            text = message.get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError("content")
-            text = text.encode(errors="replace").decode()  # half a character cannot be written
-            counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-            first = self._first_token(choice) if self.options.get("logprobs") else None
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Transient(f"not an answer of OpenAI's chat API: {self._message(response)}") from error
+    def body_of(self, question: Question) -> dict[str, Any]:
+        """The body of a question's request."""
+        body = {"model": self.settings.model, "messages": question.messages, **self.options}
+        if "seed" in body:
+            body["seed"] += question.sample
+        return body
+
+    def read(self, response: httpx2.Response, body: Any, attempt: int) -> Answer | NoAnswer:
+        """What an answer says.
+
+        Raises:
+            ValueError, KeyError, IndexError, TypeError, AttributeError: it is none of this API.
+            UserError: it lacks the log-probabilities that were asked for.
+        """
+        choice = body["choices"][0]
+        message, usage = choice["message"], body.get("usage") or {}
+        text = message.get("content") or ""
+        if not isinstance(text, str):
+            raise TypeError("content")
+        text = text.encode(errors="replace").decode()  # half a character cannot be written
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        first = self._first_token(choice) if self.options.get("logprobs") else None
         request_id = response.headers.get("x-request-id") or body.get("id")
         return Answer(text, choice.get("finish_reason") != "length", *counts, attempt, request_id, first)
 

@@ -19,7 +19,7 @@ from common.tasks.idp.flags import add_form_flag
 from common.tasks.ranking.loading import task_for
 from common.teachers import build
 from common.teachers.interview import Teacher
-from common.teachers.settings import EndpointSettings, LocalSettings, address_fault
+from common.teachers.settings import EndpointSettings, LocalSettings, address_fault, gives_decisions
 from common.teachers.tasks import Code, Documents, Labels, TeacherTask
 
 SAMPLES, TEMPERATURE = 4, 0.8  # of each row with --preferences
@@ -60,7 +60,11 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
 def _add_teacher_group(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group("teacher: one of the first two")
     who.add_argument("--teacher", help="a local model: run folder, model folder or Hub id")
-    who.add_argument("--endpoint", metavar="URL", help="an OpenAI-shaped API, up to /v1")
+    who.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="an OpenAI-shaped API, up to /v1; with --probabilities also up to /v1/decisions or /v1/systemone",
+    )
     who.add_argument("--model", help="the model's name at the endpoint")
     who.add_argument(
         "--api_key_env", metavar="NAME", help=f"environment variable with the key; default: {build.KEY_VARIABLE}"
@@ -88,7 +92,7 @@ def _add_output_group(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--probabilities",
         action="store_true",
-        help="label tasks: also each label's, from top_logprobs or a local label ranker",
+        help="label tasks: also each label's, from top_logprobs, a decisions endpoint or a local label ranker",
     )
     parser.add_argument("--num_samples", type=cli.positive_int, help=f"with --preferences; default: {SAMPLES}")
     parser.add_argument(
@@ -169,6 +173,13 @@ def _check_endpoint(args: argparse.Namespace) -> None:
         raise UserError("--endpoint needs --model with the model's name there")
     if fault := address_fault(args.endpoint):
         raise UserError(f"--endpoint {fault}")
+    if gives_decisions(args.endpoint):
+        if not args.probabilities:
+            raise UserError(
+                f"--endpoint {args.endpoint} writes no text; add --probabilities, or give a chat API up to /v1"
+            )
+        if args.top_logprobs:
+            raise UserError("--top_logprobs is for a chat API; leave it out with a decisions endpoint")
     try:
         args.extra_body = json.loads(args.extra_body or "{}")
     except ValueError as error:
@@ -228,6 +239,8 @@ def teacher_of(args: argparse.Namespace, task: TeacherTask) -> Teacher:
             args.max_attempts,
             args.extra_body,
         )
+        if gives_decisions(args.endpoint):
+            return build.decisions_teacher(endpoint, task.task)
         top_logprobs = (args.top_logprobs or TOP_LOGPROBS) if args.probabilities else None
         return build.endpoint_teacher(endpoint, decoding, top_logprobs)
     local = LocalSettings(source_of(args, args.teacher), args.max_batch_tokens, args.auto_fit)

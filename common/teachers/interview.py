@@ -1,6 +1,7 @@
 """Questions to a teacher and its answers: kept as they come, so that nothing is asked twice; repeated where unusable.
 
-A teacher is an endpoint (`chat_endpoint`), a local model (`local_model`) or its label ranker (`label_probabilities`).
+A teacher is an endpoint (`chat_endpoint`, `decisions_endpoint`), a local model (`local_model`) or its label ranker
+(`label_probabilities`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Answer:
         finished: it ended by itself, not at the token budget.
         attempts: how often it was tried until it came.
         top_logprobs: the likeliest first tokens with their log-probabilities, where they were asked for.
-        probabilities: the ranker's, by label.
+        probabilities: a ranker's or a decisions endpoint's, by label.
     """
 
     text: str

@@ -8,6 +8,13 @@ from urllib.parse import urlsplit
 
 from common.models.source import ModelSource
 
+SYSTEM_ONE = "/systemone"
+
+
+def gives_decisions(url: str | None) -> bool:
+    """Whether an address is one of a decisions API, which answers a label's question with probabilities."""
+    return bool(url) and url.rstrip("/").endswith(("/decisions", SYSTEM_ONE))
+
 
 def address_fault(url: str) -> str | None:
     """Why a text is no address of an endpoint, to stand behind its name; None where it may be one."""
@@ -25,10 +32,10 @@ def address_fault(url: str) -> str | None:
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """An endpoint that speaks OpenAI's chat API, and how it is asked.
+    """An endpoint that speaks OpenAI's chat API or a decisions API, and how it is asked.
 
     Attributes:
-        url: up to /v1.
+        url: up to /v1, or up to /v1/decisions or /v1/systemone.
         model: the model's name there.
         api_key_env: the environment variable with the key; None: OPENAI_API_KEY, if it is set.
         concurrency: requests at the same time.

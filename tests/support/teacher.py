@@ -20,6 +20,7 @@ SCHEMA = {
     "required": ["company", "total"],
     "additionalProperties": False,
 }
+PATHS = ("/v1/chat/completions", "/v1/decisions", "/v1/systemone")
 CUT, HANG = "cut the connection", "never answer"
 
 
@@ -53,7 +54,7 @@ class Stub:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 stub.asked.append(body)
                 stub.headers.append(dict(self.headers))
-                reply = stub.reply(body) if self.path == "/v1/chat/completions" else (404, {}, b"no such path")
+                reply = stub.reply(body) if self.path in PATHS else (404, {}, b"no such path")
                 if reply == HANG:
                     stub.release.wait(60)
                 if reply in (CUT, HANG):
@@ -67,7 +68,10 @@ class Stub:
                 self.end_headers()
                 self.wfile.write(content)
                 if status == 200:
-                    stub.answered.append(body["messages"][-1]["content"])
+                    asked = (
+                        body["messages"][-1]["content"] if "messages" in body else body.get("input", body.get("state"))
+                    )
+                    stub.answered.append(asked)
 
             def log_message(self, *args) -> None:
                 pass

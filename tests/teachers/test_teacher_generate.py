@@ -93,6 +93,11 @@ THERE = [*HERE, "--endpoint", "http://localhost:1/v1", "--model", "m"]
         ([*THERE, "--task", "no.yaml"], "no.yaml does not exist"),
         ([*THERE, "--num_samples", "3"], "go with --preferences"),
         ([*THERE, "--top_logprobs", "3"], "--top_logprobs goes with --probabilities"),
+        ([*HERE, "--endpoint", "http://h/v1/decisions", "--model", "m"], "writes no text; add --probabilities"),
+        (
+            [*HERE, "--endpoint", "http://h/v1/systemone/", "--model", "m", "--probabilities", "--top_logprobs", "3"],
+            "--top_logprobs is for a chat API",
+        ),
         ([*THERE, "--preferences", "--num_samples", "1"], "--num_samples must be at least 2"),
         ([*THERE, "--preferences", "--temperature", "0"], "gives the same answer each time"),
         ([*THERE, "--preferences", "--reasons"], "not allowed with argument"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, logsumexp, softmax
 
 from common.cli import UserError
@@ -247,6 +247,26 @@ def _most_likely(scores: np.ndarray, y: np.ndarray, weights: np.ndarray, start: 
     bounds = [(min(MIN_SCALE, float(start[0])), None)] + [(None, None)] * classes
     options = {"ftol": 1e-12, "maxiter": 1000}
     return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+
+
+def fit_temperature(raw: np.ndarray, y: np.ndarray, class_weight: bool = True) -> float:
+    """The temperature of softmax(raw / T) alone that explains `y` best, from 1/1000 to 1000 (Guo et al. 2017).
+
+    Args:
+        raw: [n, K] label log-likelihoods, in nats.
+        y: [n] label indices.
+        class_weight: as in `fit_vector_scaling`.
+    """
+    raw = np.asarray(raw, dtype=np.float64)
+    rows, classes = raw.shape
+    weights = row_weights(y, classes, class_weight)
+
+    def loss(log_temperature: float) -> float:
+        log_p = log_softmax(raw / np.exp(log_temperature), axis=1)
+        return -float(weights @ log_p[np.arange(rows), y])
+
+    limit = float(np.log(1000))
+    return float(np.exp(minimize_scalar(loss, bounds=(-limit, limit), method="bounded").x))
 
 
 def batch_calibration(raw: np.ndarray, labels: Sequence[str]) -> Calibration:

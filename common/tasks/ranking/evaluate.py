@@ -16,6 +16,7 @@ from common.data.rows import SFT_KEYS, read_rows
 from common.files import read_json, sha256_file
 from common.models import adapters
 from common.models.source import ModelSource
+from common.tasks.ranking import decision_json as decision_file
 from common.tasks.ranking import metrics
 from common.tasks.ranking.calibration import Calibration, Scores, fit_vector_scaling
 from common.tasks.ranking.classifier import CALIBRATION, Classifier
@@ -81,12 +82,19 @@ def cost_matrix(path: str, labels: Sequence[str]) -> list[list[float]]:
 
 
 def fit_calibration(
-    source: ModelSource, task: LabelTask, settings: ScoringSettings, dev: Sequence[dict], dev_file: str, goal: Goal
+    source: ModelSource,
+    task: LabelTask,
+    settings: ScoringSettings,
+    dev: Sequence[dict],
+    dev_file: str,
+    goal: Goal,
+    decision_json: bool = False,
 ) -> Calibration:
     """Fit bias, temperature and decision on dev rows, and keep them in the model's folder.
 
     Args:
         dev: rows as `LabelTask.read` gives them, of `dev_file`.
+        decision_json: also write what transformers reads (see `decision_json.write`).
 
     Raises:
         UserError: the model was trained on groups of the dev rows; see also `fit_vector_scaling` and `fit_decision`.
@@ -111,6 +119,8 @@ def fit_calibration(
     decision = fit_decision(fitted.apply(raw).probabilities, y, task.labels, goal, groups=groups)
     fitted = replace(fitted, decision=decision)
     fitted.save(task.file_in(model_dir, CALIBRATION))
+    if decision_json:
+        decision_file.write(model_dir, classifier.ranker, [row[task.text_field] for row in dev], y)
     facts = fitted.fitted_on or {}
     log(
         f"{model_dir}: fitted on {len(dev):,} dev rows, temperature {fitted.temperature:.3f}, "
