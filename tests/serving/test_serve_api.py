@@ -316,4 +316,4 @@ def test_schemathesis(served, monkeypatch, tmp_path):
     monkeypatch.setattr(openai_routes, "Chat", short(openai_routes.Chat, "max_tokens"))
     served.post("/infer/base", {"features": "Age: 1"})  # or it is not ready
     tried = try_every_operation(served.url, tmp_path)
-    assert tried >= {"/infer/{run}", "/infer/idp", "/v1/chat/completions", "/models", "/metrics"}
+    assert tried >= {"/infer/{run}", "/infer/idp", "/v1/chat/completions", "/v1/decisions", "/models", "/metrics"}

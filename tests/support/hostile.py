@@ -83,7 +83,8 @@ TEXTS = [
     f"a{' ' * 19_000}a",
 ]
 VALUES = [None, True, 0, -1, 1.5, 10**400, 1e308, float("nan"), float("inf"), [], [[]], {}, {"features": "a"}, *TEXTS]
-PATHS = ["/infer/sft", "/infer/base", "/infer/sft/batch", "/infer/idp", "/infer/codegen", "/v1/chat/completions"]
+PATHS = ["/infer/sft", "/infer/base", "/infer/sft/batch", "/infer/idp", "/infer/codegen", "/v1/chat/completions",
+         "/v1/decisions", "/v1/systemone"]  # fmt: skip
 
 
 def hostile_body(rng: random.Random) -> bytes:
@@ -95,7 +96,7 @@ def hostile_body(rng: random.Random) -> bytes:
         return rng.randbytes(rng.randrange(200))
     names = ["features", "document", "schema", "prompt", "run", "max_new_tokens", "plan_then_code", "model",
              "messages", "temperature", "top_p", "n", "stop", "seed", "stream", "response_format", "max_tokens",
-             "tools", "evidence", "lines"]  # fmt: skip
+             "tools", "evidence", "lines", "input", "state", "questions", "assets"]  # fmt: skip
     body = {name: rng.choice(VALUES) for name in rng.sample(names, rng.randrange(1, 6))}
     if kind > 3:  # near enough to be taken
         text = rng.choice(TEXTS) + rng.choice(ROWS)
@@ -108,6 +109,9 @@ def hostile_body(rng: random.Random) -> bytes:
             "model": "sft",
         }
         body["messages"] = [{"role": "user", "content": text}]
+        body["input"] = body["state"] = text
+        body["questions"] = rng.choice([[{"type": "predicate", "instructions": text}],
+                                        {"a": {"type": "choice", "criteria": {text: None, "b": text}}}])  # fmt: skip
         body["schema"] = rng.choice([FIELDS, {}, {"type": "null"}, {"$ref": "#"}, {"pattern": "("}])
     if rng.random() < 0.2:
         body = [body] * rng.randrange(3)
