@@ -9,9 +9,9 @@ by the label tree and the calibration that was fitted for the run; `ours_prior` 
 what a run answers to a question that is not its own (its options listed in the prompt, prior calibration); `pipeline`
 is transformers' pipeline("decision") with its generic prompt, where a letter stands for each option; `pipeline_json`
 the same with the run's decision.json (`eval_creditmix.py --decision_json`): the run's own prompt, the first token of
-each label and one fitted temperature. Accuracy and ECE are of all --rows, with 95 % bootstrap intervals over groups;
-speeds are rows a second, with rows that come one by one and --batch at a time, the median of the rounds, after one that
-does not count. The contestants take turns. The last line is JSON.
+each label and one fitted temperature. Accuracy and ECE are of --per_class rows of each class, with 95 % bootstrap
+intervals over groups; speeds are rows a second, with rows that come one by one and --batch at a time, the median of the
+rounds, after one that does not count. The contestants take turns. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_dir", default="runs/ticket_urgency_sft", help="a run of a label task, calibrated")
     parser.add_argument("--task", metavar="FILE.yaml", help="the label set; default: that of the run")
     parser.add_argument("--data", help="labelled rows; default: data/TASK_val.jsonl")
-    parser.add_argument("--rows", type=cli.positive_int, default=1024, help="that are judged")
+    parser.add_argument("--per_class", type=cli.positive_int, default=256, help="rows of each class that are judged")
     parser.add_argument("--timed_rows", type=cli.positive_int, default=128, help="of them that are timed")
     parser.add_argument("--batch", type=cli.positive_int, default=64, help="rows at a time, beside one")
     parser.add_argument("--rounds", type=cli.positive_int, default=3)
@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     models.check_model_dir(args.model_dir)
     task = task_for(args.task, args.model_dir)
-    rows, _ = task.read(args.data or f"data/{task.name}_val.jsonl")
-    rows = rows[:: max(1, len(rows) // args.rows)][: args.rows]
+    args.data = args.data or f"data/{task.name}_val.jsonl"
+    from common.tasks.ranking.evaluate import Draw
+
+    rows, _ = Draw("all", args.per_class).rows(task, task.read(args.data)[0], args.data)
     texts = [row[task.text_field] for row in rows]
 
     model, tokenizer = models.load_for_inference(ModelSource(args.model_dir, load_in_4bit="off", dtype=args.dtype))

@@ -22,21 +22,8 @@ def test_all_contestants_answer_the_same_rows(base, tmp_path, capsys):
     task_record.write(run, TASK.record())
     rows = [{"ticket": f"Mail {n}", "urgency": TASK.labels[n % 4], "customer": str(n)} for n in range(12)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    argv = [
-        "--model_dir",
-        str(run),
-        "--data",
-        data,
-        "--rows",
-        "8",
-        "--timed_rows",
-        "3",
-        "--batch",
-        "2",
-        "--rounds",
-        "1",
-    ]
-    decisions.main(argv)
+    few = ["--per_class", "2", "--timed_rows", "3", "--batch", "2", "--rounds", "1"]
+    decisions.main(["--model_dir", str(run), "--data", data, *few])
     shown = capsys.readouterr()
     assert f"pipeline_json left out: {run / decision_json.FILE} is not there" in shown.err
     result = json.loads(shown.out.splitlines()[-1])
