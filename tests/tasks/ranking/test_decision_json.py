@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 from support.inputs import CORPUS
-from support.served import make_run
 
 from common.cli import UserError
 from common.models.source import ModelSource
@@ -44,11 +44,11 @@ def test_transformers_reads_what_is_written(base, tmp_path):
     from transformers import pipeline
     from transformers.decision import DecisionConfig
 
-    run = make_run(tmp_path / "run", base, 1)
+    run = shutil.copytree(base, tmp_path / "run")  # a plain folder, as a merged export is
     classifier = Classifier.load(ModelSource(str(run)), CREDITMIX)
     y = np.array([0, 1, 2, 0, 1, 2])
     decision_json.write(run, classifier.ranker, TEXTS, y)
-    decide = pipeline("decision", model=str(run), tokenizer=str(run), decision_config=str(run))
+    decide = pipeline("decision", model=str(run), dtype="float32")
     labels = dict.fromkeys(CREDITMIX.labels)
     question = {"type": "choice", "instructions": CREDITMIX.instruction, "criteria": labels}
     model, tokenizer = classifier.ranker.model, classifier.ranker.tokenizer
