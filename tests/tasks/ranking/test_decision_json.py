@@ -41,14 +41,15 @@ def test_the_temperature_is_the_likeliest():
 def test_transformers_reads_what_is_written(base, tmp_path):
     """The pipeline sees the prompt of the training, and its probabilities are those of the labels' first tokens."""
     import torch
-    from transformers import pipeline
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
     from transformers.decision import DecisionConfig
 
     run = shutil.copytree(base, tmp_path / "run")  # a plain folder, as a merged export is
     classifier = Classifier.load(ModelSource(str(run)), CREDITMIX)
     y = np.array([0, 1, 2, 0, 1, 2])
     decision_json.write(run, classifier.ranker, TEXTS, y)
-    decide = pipeline("decision", model=str(run), dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(run, dtype="float32")  # by its name it is taken for a JevForDecision
+    decide = pipeline("decision", model=plain, tokenizer=AutoTokenizer.from_pretrained(run))
     labels = dict.fromkeys(CREDITMIX.labels)
     question = {"type": "choice", "instructions": CREDITMIX.instruction, "criteria": labels}
     model, tokenizer = classifier.ranker.model, classifier.ranker.tokenizer
