@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -112,13 +113,13 @@ def test_everything_from_outside_is_escaped(tmp_path):
 
 
 def test_contaminated_results_show_themselves(tmp_path):
-    mixed = made(contamination=(None, 119))
-    page = report.render_html(mixed, report.images_of(mixed))
+    undrawn = defaultdict(lambda: PNG)
+    page = report.render_html(made(contamination=(None, 119)), undrawn)
     assert "<b>119 of 120 rows</b> share a customer with the training rows of sft" in page
     assert "memory, not skill" in page and "Nobody recorded what base was trained on" in page
     assert "<em>base</em> is the most accurate" in page  # a model that trained on these rows cannot win
     alone = made(("runs/sft",), contamination=(119,))
-    page = report.render_html(alone, report.images_of(alone))
+    page = report.render_html(alone, undrawn)
     assert "119 of them of customers that it was trained on</h1>" in page
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from support.inputs import ROOT
 from support.models import distance, run_json
 from support.processes import join, wait_for
 from support.training import RESUMABLE, checkpoint, flags, loss_curve, train
+from torch.distributed.run import main as torchrun
 
 import sft_train
 from common import cli
@@ -31,14 +30,14 @@ def equal(two: Path, one: Path) -> None:
     assert run_json(two)["state"] == "done"
 
 
-def test_torchrun_equals_one_process(base, uneven, tmp_path):
+def test_torchrun_equals_one_process(base, uneven, spawn, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sft_train.py"]
+    launcher = ["--standalone", "--nproc_per_node", "2", str(ROOT / "sft_train.py")]
     argv = flags(base, uneven, two, *TOGETHER, "--per_device_train_batch_size", 1)
-    with open(tmp_path / "log", "w") as log:
-        child = subprocess.Popen([sys.executable, *launcher, *argv], stdout=log, stderr=log, cwd=ROOT)
-        train(sft_train.main, base, uneven, one, *TOGETHER, "--per_device_train_batch_size", 2)
-        assert child.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    child = spawn(torchrun, [*launcher, *argv], tmp_path / "log")
+    train(sft_train.main, base, uneven, one, *TOGETHER, "--per_device_train_batch_size", 2)
+    child.join(300)
+    assert child.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
     equal(two, one)
 
 

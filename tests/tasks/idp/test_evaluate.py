@@ -28,11 +28,11 @@ def evaluate(capsys, *argv: str) -> tuple[dict, str]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> str:
-    """24 documents with fields, one of them twice."""
+    """Eight documents with fields, one of them twice."""
     rows = [
         {"id": f"r{number}", "document": f"Shop {number} <b>\nTotal {number}.50",
          "fields": {"company": f"Shop {number} <b>", "total": number + 0.5}}
-        for number in range(24)
+        for number in range(8)
     ]  # fmt: skip
     twin = rows[3] | {"document": "shop 3, B, total 3.50"}
     return write_rows(tmp_path_factory.mktemp("set") / "rows.jsonl", [*rows, twin])
@@ -42,11 +42,11 @@ def test_evaluation(capsys, tiny_base, schema_file, dataset, tmp_path):
     argv = ["--model_dir", tiny_base, "--schema", schema_file, "--max_new_tokens", "60", "--typed_fields", "held"]
     report = tmp_path / "report"
     line, out = evaluate(capsys, *argv, "--data", dataset, "--split", "all", "--report_dir", str(report))
-    assert (line["evaluator"], line["version"], line["n"], line["split"]) == ("idp", 1, 25, "all")
-    assert line["contamination"] == {"rows": 0, "of": 25}
+    assert (line["evaluator"], line["version"], line["n"], line["split"]) == ("idp", 1, 9, "all")
+    assert line["contamination"] == {"rows": 0, "of": 9}
     model = line["models"][0]
     assert model["decoding"] == "constrained"
-    assert model["groups"] == 24
+    assert model["groups"] == 8
     assert model["schema_valid_rate"] == {"value": 1, "low": 1, "high": 1}
     assert model["unconstrained"]["schema_valid_rate"]["value"] == 0
     assert 0 <= model["cut_rate"]["value"] <= 1
