@@ -66,7 +66,8 @@ def test_judging_needs_gold(base, labelled, tmp_path):
 def test_every_row_says_something(base, labelled, tmp_path):
     good = {"input": PROMPTS[0], "output": "Good"}
     for row, words in (
-        ({"input": PROMPTS[0]}, "neither probabilities nor an output"),
+        ({"input": PROMPTS[0]}, "key 'output' is missing"),
+        ({"input": PROMPTS[0], "output": ""}, "'output' must be a non-empty string"),
         ({**good, "probabilities": {"Good": 1.0}}, "must have the labels Good, Standard, Bad"),
         ({**good, "probabilities": dict.fromkeys(LABELS, 0.5)}, "add up to 1.5, not to 1"),
         ({**good, "probabilities": dict.fromkeys(LABELS, "x")}, "numbers from 0 to 1"),
