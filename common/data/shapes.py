@@ -90,7 +90,9 @@ def _conversation(key: str) -> Callable[[Row], Row]:
 def _system(row: Row) -> list[turns.Turn]:
     """The system turn of a row that has its text under a key of its own."""
     text = row.get("system")
-    return turns.of_text(text, "system", turns.SYSTEM) if isinstance(text, str) and text.strip() else []
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return []
+    return turns.of_text(text, "system", turns.SYSTEM)
 
 
 def _instructed(row: Row) -> list[turns.Turn]:
@@ -147,19 +149,29 @@ def _pair(asked: Sequence[turns.Turn], row: Row, keys: tuple[str, str]) -> Row:
     for key, side in zip(keys, sides, strict=True):
         if side[-1]["role"] != turns.ASSISTANT:
             raise ValueError(f"the last turn of '{key}' is not the assistant's")
-    before = [[(turn["role"], turn["content"]) for turn in side[:-1]] for side in sides]
+    before = [_spoken(side[:-1]) for side in sides]
     if before[0] != before[1]:
         raise ValueError(f"'{keys[0]}' and '{keys[1]}' differ before their last turn; one answer is compared")
-    questions = [turn for turn in before[0] if turn[0] == turns.USER]
-    if before[0] and asked and (asked[-1]["role"], asked[-1]["content"]) not in questions:
-        raise ValueError(f"'{keys[0]}' begins with other turns than the prompt")
-    prompt = turns.unlearnt(sides[0][:-1] if before[0] else asked)
+    prompt = list(asked)
+    if before[0]:
+        spoken = _spoken(asked)
+        questions = [turn for turn in before[0] if turn[0] == turns.USER]
+        if spoken and spoken[-1] not in questions:
+            raise ValueError(f"'{keys[0]}' begins with other turns than the prompt")
+        again = range(len(spoken))  # from here on the prompt may stand in the answers again
+        earlier = next((start for start in again if spoken[start:] == before[0][: len(spoken) - start]), 0)
+        prompt = [*asked[:earlier], *sides[0][:-1]]
     if not prompt:
         raise ValueError("key 'prompt' is missing")
     chosen, rejected = (side[-1]["content"] for side in sides)
     if chosen == rejected:
         raise ValueError("the chosen and the rejected answer are the same")
-    return {"prompt": turns.prompt_of(prompt), "chosen": chosen, "rejected": rejected}
+    return {"prompt": turns.prompt_of(turns.unlearnt(prompt)), "chosen": chosen, "rejected": rejected}
+
+
+def _spoken(said: Iterable[turns.Turn]) -> list[tuple[str, str]]:
+    """Turns without their weights."""
+    return [(turn["role"], turn["content"]) for turn in said]
 
 
 def _asked(row: Row) -> Row:

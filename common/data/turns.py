@@ -49,7 +49,7 @@ def _turn(message: Any, name: str) -> Turn | None:
         what = "calls a tool" if role else f"is of the role {str(given)[:40]!r}"
         raise ValueError(f"{name} {what}; system, user and assistant turns with a text are trained")
     content = _text(message.get(form[1]), name)
-    if role == SYSTEM and not (content or "").strip():
+    if role == SYSTEM and (content is None or (isinstance(content, str) and not content.strip())):
         return None
     if fault := text_fault(content, form[1]):
         raise ValueError(f"{name}: {fault}")
