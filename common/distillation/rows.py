@@ -45,8 +45,10 @@ def read_both(settings: DistillSettings, task: LabelTask) -> tuple[list[dict], l
         rows = read_dataset(*source, settings.skip_bad_rows)
     else:
         rows = read_file(settings.data, "train")
-    if settings.on_policy and "input" not in rows[0]:
-        raise UserError(f"--on_policy needs prompts, and {settings.data_name} is running text; give rows with an input")
+    if settings.on_policy and any("input" not in row for row in rows):
+        raise UserError(
+            f"--on_policy needs prompts, and {settings.data_name} has running text; give rows with an input"
+        )
     return rows, held_out
 
 
@@ -151,10 +153,10 @@ def encode(
     Args:
         whole: leave a row that is too long out instead of cutting its prompt.
     """
-    if "input" in rows[0]:
-        pairs = [(row["input"], row["output"]) for row in rows]
-        return [row for row in encode_rows(tokenizer, path, pairs, max_len, whole) if row]
-    encoded = [piece for row in rows for piece in tokenizers.windows(tokenizer, row["text"], max_len)]
+    pairs = [(row["input"], row["output"]) for row in rows if "input" in row]
+    encoded = [row for row in encode_rows(tokenizer, path, pairs, max_len, whole) if row] if pairs else []
+    for row in rows:
+        encoded += tokenizers.windows(tokenizer, row["text"], max_len) if "text" in row else ()
     if not encoded:
         raise UserError(f"{path} has a single token; give more text")
     return encoded

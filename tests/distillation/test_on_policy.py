@@ -214,5 +214,5 @@ def test_a_student_that_has_not_been_warmed_up_is_stopped(base, teacher, prompts
 
 def test_running_text_has_no_prompts(base, teacher, tmp_path):
     (tmp_path / "text.txt").write_text("Acme makes lamps.")
-    with pytest.raises(UserError, match=r"--on_policy needs prompts, and .*text.txt is running text"):
+    with pytest.raises(UserError, match=r"--on_policy needs prompts, and .*text.txt has running text"):
         distill(base, tmp_path / "run", "--teacher", teacher, "--data", tmp_path / "text.txt", *ROUNDS)

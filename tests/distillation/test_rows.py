@@ -1,4 +1,4 @@
-"""Texts of a data set that are stored as bytes are read as texts."""
+"""Rows to distil on: texts of a data set that are stored as bytes, and files of several kinds of rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support.inputs import write_rows
 
 from common.cli import UserError
 from common.distillation import rows
@@ -39,3 +40,13 @@ def test_bytes_of_no_text_are_named(tmp_path):
     text = write(tmp_path / "text", text=[b"\xff\xfe"])
     with pytest.raises(UserError, match="convert it to UTF-8"):
         rows.read_dataset(text, None, "train", "text")
+
+
+def test_running_text_may_stand_among_answers(tmp_path, tokenizer):
+    text, pair = {"text": "Acme makes lamps."}, {"input": "Hi", "output": "Hello"}
+    path = write_rows(tmp_path / "rows.jsonl", [text, pair])
+    for given in ([text, pair], [pair, text]):
+        answer, window = rows.encode(tokenizer, path, given, 512, whole=False)
+        assert tokenizer.decode(answer.input_ids).count("Hello") == 1 and answer.prompt_length > 1
+        assert tokenizer.decode(window.input_ids) == "Acme makes lamps."
+    assert rows.read(path, "train") == [text, pair]
