@@ -7,6 +7,7 @@ begins, and then the answer with its end. Answers before it stand in that text a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -138,12 +139,15 @@ def shortened(
     asked = [number for number, turn in enumerate(prompt) if turn["role"] == "user"]
     if not asked:
         return None
-    kept = list(prompt)
-    system = kept[:1] if kept[0]["role"] == "system" else []
-    for start in asked[1:]:
-        kept = [*system, *prompt[start:]]
-        if fits(kept):
-            return kept
+
+    def without(questions: int) -> Turns:
+        system = prompt[:1] if prompt[0]["role"] == "system" else []
+        return [*system, *prompt[asked[questions] :]] if questions else prompt
+
+    lost = 1 + bisect_left(range(1, len(asked)), True, key=lambda questions: fits(without(questions)))
+    if lost < len(asked):
+        return without(lost)
+    kept = without(len(asked) - 1)
     last = max(number for number, turn in enumerate(kept) if turn["role"] == "user")
 
     def with_question(text: str) -> Turns:
