@@ -111,6 +111,7 @@ class PackedModel:
             self._lib.llama_batch_free(self._batch)
             self._lib.llama_free(self._context)
             self._context = None
+        self.sequences = self.columns = 0
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):

@@ -15,10 +15,11 @@ import infer_creditmix
 import infer_idp
 import teacher_generate
 from common import cli
+from common.cli import UserError
 from common.generation import json_schema
 from common.generation.continuous_batch import ContinuousBatch, Drawn, Wanted
 from common.generation.json_grammar import JsonGrammar
-from common.models import adapters, gguf_import, loading, tokenizers
+from common.models import adapters, gguf_import, llama_cpp, loading, tokenizers
 from common.models.source import LLAMA_CPP, ModelSource
 
 pytest.importorskip("xllamacpp")
@@ -112,6 +113,16 @@ def test_a_longer_text_waits_for_room(packed):
             batch.add(Wanted("long", prompt[:20], model.columns))
             batch.add(Wanted("short again", prompt[:20], 8))
     assert ended["short"].tokens == ended["short again"].tokens == ended["long"].tokens[:8]
+
+
+def test_room_that_cannot_be_had_is_asked_for_again(packed, wanted, monkeypatch):
+    """There is no context then, and llama.cpp crashes where it is asked about none."""
+    model, tokenizer = packed
+    model.open(2, 64)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="has no room for 4 x 256 tokens"):
+        patch.setattr(llama_cpp.library(), "llama_init_from_model", lambda *given: None)
+        model.open(4, 64)
+    assert answers(model, tokenizer, wanted[:1])
 
 
 def test_json_is_held_to_its_schema(packed, wanted):
