@@ -90,12 +90,12 @@ def described(part: Part) -> list[str]:
     """What a file holds, and what of it is bad or not read."""
     if part.inspection is None:
         return [f"{part.path}: {len(part.rows):,} {part.name}", ""]
-    found = part.inspection
-    lines = [f"{part.path}: {found.good:,} {part.name}, {found.shape.name} ({', '.join(found.shape.keys)})"]
-    lines += [f"  {found.warning}"] if found.warning else []
-    if found.bad:
-        lines.append(f"  bad rows: {found.bad:,}; without --skip_bad_rows training stops at the first")
-        lines += [f"    {found.unit} {number}: {fault}" for number, fault in found.faults]
+    inspection, shape = part.inspection, part.inspection.shape
+    lines = [f"{part.path}: {inspection.good:,} {part.name}, {shape.name} ({', '.join(shape.keys)})"]
+    lines += [f"  {inspection.warning}"] if inspection.warning else []
+    if inspection.bad:
+        lines.append(f"  bad rows: {inspection.bad:,}; without --skip_bad_rows training stops at the first")
+        lines += [f"    {inspection.unit} {number}: {fault}" for number, fault in inspection.faults]
     return [*lines, ""]
 
 
