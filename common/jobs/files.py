@@ -15,7 +15,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,9 +24,9 @@ from typing import IO, Any
 
 from common.cli import UserError
 from common.data import rows as records
-from common.data import training_files
-from common.data.shapes import TAKES, shape_of
-from common.files import write_json
+from common.data import tables, training_files
+from common.data.shapes import PROMPT, TAKES, shape_of
+from common.files import open_text, write_json
 from common.web.app import Problem
 
 FOLDER, RECORD, CONTENT = "files", "file.json", "content"
@@ -34,7 +35,7 @@ STALE = 86_400.0  # seconds after which a folder that was being received belongs
 FILE_ID = re.compile(r"file-[0-9a-f]{16}")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 MOST_OF_A_LIST = 64 << 20  # bytes
-LOOKED_AT = 100  # rows, by the first of which that has a known shape the others are judged
+LOOKED_AT = 100  # rows, by what most of which are the others are judged
 FINE_TUNE, RESULTS = "fine-tune", "fine-tune-results"
 
 
@@ -196,7 +197,7 @@ class Incoming:
         suffix = Path(shown.removesuffix(".gz")).suffix.lower()
         name = CONTENT + (suffix if suffix in SUFFIXES else ".jsonl")
         self.path = self.path.rename(self.folder / name)
-        facts = checked_rows(self.path, shown) if purpose == FINE_TUNE else {}
+        facts = checked_rows(self.path, shown, self.store.max_bytes) if purpose == FINE_TUNE else {}
         file = StoredFile(
             id=own_id or f"file-{secrets.token_hex(8)}",
             filename=shown,
@@ -242,21 +243,18 @@ def shown_name(filename: str) -> str:
     return "".join(char for char in last if char.isprintable())[-200:] or "rows.jsonl"
 
 
-def checked_rows(path: Path, filename: str) -> dict[str, Any]:
+def checked_rows(path: Path, filename: str, max_bytes: int) -> dict[str, Any]:
     """{"rows", "trainer", "warning"} of a training file (see `StoredFile`), each row of which is looked at.
 
+    Args:
+        max_bytes: of the file as it is read, unpacked.
+
     Raises:
-        Problem: 422 that names the lines of bad rows, or what the file is where no trainer takes it.
+        Problem: 422 that names the lines of bad rows, or what the file is where no trainer takes it; 413.
     """
-    with open(path, "rb") as handle:
-        if handle.read(64).lstrip().startswith(b"[") and path.stat().st_size > MOST_OF_A_LIST:
-            limit = f"a JSON list has at most {MOST_OF_A_LIST:,} bytes, as it is read whole; send one object a line"
-            raise Problem(413, f"file: {limit}", "file")
     try:
-        shape = next(
-            (shape for _, row in islice(records.iter_rows(path)[1], LOOKED_AT) if (shape := shape_of(row))), None
-        )
-        trainer = next(name for name, kinds in TAKES.items() if shape is None or shape.kind in kinds)
+        check_unpacked(path, max_bytes)
+        trainer = trainer_of(row for _, row in islice(records.iter_rows(path)[1], LOOKED_AT))
         inspection = training_files.inspect(path, trainer)
     except UserError as error:
         raise Problem(422, f"file: {str(error).replace(str(path), filename)}", "file") from error
@@ -266,6 +264,36 @@ def checked_rows(path: Path, filename: str) -> dict[str, Any]:
         others = f"; {inspection.bad - 1:,} others are bad, too: {more}" if more else ""
         raise Problem(422, f"file: {filename}, {inspection.unit} {number}: {fault}{others}", "file")
     return {"rows": inspection.good, "trainer": trainer, "warning": inspection.warning}
+
+
+def check_unpacked(path: Path, max_bytes: int) -> None:
+    """Bound what is read of a file that may be packed, and more so of a list, which is read whole.
+
+    Raises:
+        Problem: 413.
+        UserError: it cannot be read.
+    """
+    if tables.is_parquet(path):
+        return
+    with open_text(path) as handle:
+        start = handle.read(4096)
+        size, is_list = len(start), start.lstrip().startswith("[")
+        most = min(MOST_OF_A_LIST, max_bytes) if is_list else max_bytes
+        while size <= most and (piece := handle.read(1 << 20)):
+            size += len(piece)
+    if size > most and is_list:
+        limit = f"a JSON list has at most {most:,} bytes, as it is read whole; send one object a line"
+        raise Problem(413, f"file: {limit}", "file")
+    if size > most:
+        raise Problem(413, f"file: unpacked it has more than {most:,} bytes; send it in several files", "file")
+
+
+def trainer_of(rows: Iterable[Any]) -> str:
+    """The trainer that takes most of some rows, the first of several."""
+    kinds = Counter(shape.kind for row in rows if (shape := shape_of(row)))
+    if len(kinds) > 1:
+        del kinds[PROMPT]  # among others that is a row without its answer
+    return max(TAKES, key=lambda trainer: sum(kinds[kind] for kind in TAKES[trainer]))
 
 
 def as_object(file: StoredFile) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def base_of(model: str, aliases: tuple[tuple[str, str], ...], runs_dir: Path) ->
     """
     name = next((base for pattern, base in aliases if fnmatchcase(model, pattern)), model)
     run = runs_dir / name
-    if "/" in name or not run.is_dir():
+    if "/" in name or not os.path.isdir(run):  # which Path.is_dir refuses to say of a name that is too long
         return Base(name)
     if not adapters.is_adapter(run):
         return Base(str(run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import time
@@ -62,6 +63,7 @@ def test_a_file_with_openais_client(place):
     [
         (ROWS + b"{\n", "file: rows.jsonl, line 3: not JSON (Expecting property name"),
         (ROWS + b'["a"]\n', "file: rows.jsonl, line 3: a JSON object is needed, not list"),
+        (b'{"input": "a"}\n' + ROWS, "file: rows.jsonl, line 1: key 'output' is missing"),
         (b"", "file: rows.jsonl is empty"),
         (ROWS + b"\xff\n", "file: rows.jsonl is not UTF-8 text"),
     ],
@@ -123,10 +125,20 @@ def test_a_file_goes_when_its_time_has_passed_unless_a_job_needs_it(place, monke
     assert client.get(f"/v1/files/{second}").status_code == 404
 
 
-def test_a_full_disk_and_an_endless_list(place, monkeypatch):
-    client = client_of(place)
+def test_what_is_small_only_while_it_is_packed_or_sent(place, monkeypatch):
     monkeypatch.setattr(files, "MOST_OF_A_LIST", 20)
-    assert "as it is read whole" in send(client, b'[{"input": "a", "output": "b"}]', "rows.json").text
+    client = client_of(place, max_file_bytes=100_000)
+    rows = b'[{"input": "a", "output": "b"}]'
+    for endless in (rows, b" " * 100 + rows, gzip.compress(rows), b"\xef\xbb\xbf" + rows):
+        assert "at most 20 bytes, as it is read whole" in send(client, endless, "rows.json").text
+    answer = send(client, gzip.compress(ROWS * 10_000), "rows.jsonl.gz")
+    assert (answer.status_code, "unpacked it has more than 100,000 bytes" in answer.text) == (413, True)
+    assert os.listdir(place / "files") == []
+    assert send(client, gzip.compress(ROWS), "rows.jsonl.gz").json()["rows"] == 2
+
+
+def test_a_full_disk(place, monkeypatch):
+    client = client_of(place)
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -157,6 +169,7 @@ def test_a_page_of_another_site_sends_none(place):
     client = client_of(place)
     sent = client.post("/files", files={"file": ROWS}, headers={"Origin": "http://elsewhere.example"})
     assert sent.status_code == 403
+    assert client.post("/files", files={"file": ROWS}, headers={"Origin": "http://["}).status_code == 403
     assert client.post("/files", files={"file": ROWS}, headers={"Origin": "http://localhost"}).status_code == 200
     assert client_of(place, api_key="k").post("/files", files={"file": ROWS}).status_code == 401
 

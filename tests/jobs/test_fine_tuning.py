@@ -159,6 +159,8 @@ def test_a_name_stands_for_a_base_and_a_run_is_gone_on_from(place):
     assert job.model == str(place / "student")
     with pytest.raises(UnprocessableEntityError, match="model: there is no model '/nowhere'"):
         client.fine_tuning.jobs.create(model="davinci-002", training_file=training)
+    long = "a" * 300  # no folder can be called so
+    assert fine_tuning.base_of(long, (), place) == fine_tuning.Base(long)
     run = place.parent / "runs" / "ft-student-1"
     run.mkdir(parents=True)
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(place / "student")}))
