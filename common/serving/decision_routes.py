@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from common.cli import UserError
 from common.serving import decision_shapes as shapes
@@ -188,7 +188,9 @@ def _plan(
 
 
 def _response(content: dict[str, Any], verdicts: Sequence[Verdict]) -> Response:
-    return JSONResponse(content, headers={CALIBRATION_HEADER: ", ".join(verdict.calibration for verdict in verdicts)})
+    headers = {CALIBRATION_HEADER: ", ".join(verdict.calibration for verdict in verdicts)}
+    # the names and levels in it are the client's, and may hold half a character
+    return Response(shapes.as_json(content), headers=headers, media_type="application/json")
 
 
 def _answer(asked: Any, verdict: Verdict) -> dict[str, Any]:

@@ -258,9 +258,15 @@ def clean(text: str) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON as a model reads it. Raises Problem 422 where it is nested too deeply."""
+    """JSON as a model, or a client, reads it.
+
+    Raises:
+        Problem: 422 where it is nested too deeply, or has numbers that JSON has not.
+    """
     try:
-        return clean(json.dumps(value, ensure_ascii=False))
+        return clean(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        raise Problem(422, "JSON has no NaN and no Infinity; send null, or a text") from None
     except RecursionError:
         raise Problem(422, "the JSON is nested too deeply; send it flatter, or as a text") from None
 

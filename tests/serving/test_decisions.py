@@ -254,6 +254,18 @@ def test_what_system_one_refuses(served):
     assert "there is no run" in served.refused(404, "/v1/systemone", {**ask, "model": "nobody"})
 
 
+def test_what_python_takes_for_json_and_is_none(served):
+    """Half a character comes back as a question mark; a number that JSON has not is refused."""
+    levels = {"type": "score", "criteria": [{"a": "\ud800"}, "b"]}
+    ask = {"model": "base", "state": "x", "questions": {"q\ud800": levels}}
+    answers = served.ask("POST", "/v1/systemone", ask)[1]["answers"]
+    assert answers["q?"]["legend"] == {"0": {"a": "?"}, "1": "b"}
+    named = served.ask("POST", "/v1/decisions", body(SPAM | {"name": "\ud800"}))[1]["answers"]
+    assert named[0]["name"] == "?"
+    unheard = {"q": levels | {"criteria": [{"a": float("nan")}, "b"]}}
+    assert "no NaN" in served.refused(422, "/v1/systemone", ask | {"questions": unheard})
+
+
 def test_the_client_sees_the_sentence(client):
     import openai
 
