@@ -26,6 +26,7 @@ from pathlib import Path
 
 from common import cli, run_record
 from common.data import resumable
+from common.evaluation import run_figures
 from common.export import model_card
 from common.files import sha256_file
 from common.generation.decoding import Decoding
@@ -113,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         **run_record.provenance("eval_codegen.py", argv),
     }
     print(report.format_tables(result))
+    run_figures.keep(result)
     if args.report_dir:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
-        model_card.refresh(args.model_dir)
+    model_card.refresh(args.model_dir)
     print(report.json_line(result))
 
 

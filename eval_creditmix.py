@@ -26,6 +26,7 @@ from pathlib import Path
 from common import cli, run_record
 from common.data import splits
 from common.data.resumable import AnswerStore
+from common.evaluation import run_figures
 from common.export import model_card
 from common.files import read_json, sha256_file
 from common.models import loading as models
@@ -177,9 +178,10 @@ def publish(args: argparse.Namespace, result: dict) -> int | None:
     if args.baseline:
         result["drift"] = drift(read_json(args.baseline), result, args.seed)
     print(report.format_table(result))
+    run_figures.keep(result)
     if args.report_dir:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
-        model_card.refresh(args.model_dir)
+    model_card.refresh(args.model_dir)
     print(report.json_line(result))
     if args.fail_on_drift and result["drift"]["drifted"]:
         cli.log(f"quality dropped significantly against {args.baseline}")

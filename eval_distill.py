@@ -26,6 +26,7 @@ from common import cli, run_record
 from common.comparison import measure
 from common.comparison.measure import Measurement
 from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT, RowSelection
+from common.evaluation import run_figures
 from common.export import model_card
 from common.files import sha256_file
 from common.models import adapters
@@ -109,9 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     result["contamination"] = run_record.worst_contamination([model["contamination"] for model in result["models"]])
     result["examples"] = metrics.examples(kind, rows, outcomes, args.seed)
     print(report.format_tables(result))
+    run_figures.keep(result)
     if args.report_dir:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
-        model_card.refresh(model["model_dir"] for model in result["models"])
+    model_card.refresh(model["model_dir"] for model in result["models"])
     print(report.json_line(result))
 
 

@@ -1,8 +1,8 @@
 """The model card of a run or an export: README.md, filled from what lies in its folder, so that it says no more.
 
-Sources: `run.json`, `task.json`, `export.json`, the calibrations, and the `metrics.json` of an evaluation in the folder
-or in its `report/`. Trainings, evaluations and exports write it; a README.md that somebody has written is left alone.
-Of data there are names, counts and SHA-256, no rows.
+Sources: `run.json`, `task.json`, `export.json`, the calibrations, and what evaluators kept (`run_figures`). Trainings,
+evaluations and exports write it; a README.md that somebody has written is left alone. Of data there are names, counts
+and SHA-256, no rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from common import cli, distributed, run_record
 from common.data import task_record
+from common.evaluation import run_figures
 from common.evaluation.tables import contamination_text, interval_text
 from common.files import atomic_write, parse_json
 from common.models import adapters, gguf_import
@@ -236,25 +237,28 @@ def _training_section(run: dict) -> str:
 
 
 def _figures_section(folder: Path, export: dict) -> str:
-    paths = [folder / "metrics.json", folder / "report" / "metrics.json"]
-    report = next((content for path in paths if (content := _json(path))), None)
-    name = folder.resolve().name
-    models = report.get("models", []) if report else []
-    model = next((model for model in models if Path(model["model_dir"]).resolve().name == name), None)
-    if model is None:
+    try:
+        evaluations = run_figures.read(folder)
+    except ValueError as error:
+        raise cli.UserError(f"{folder}: {error}; evaluate again, or remove it") from error
+    if not evaluations:
         known = "Of the export itself there is the proof below." if export.get("proof") else "It was not evaluated yet."
         return f"## Figures\n\n{known}"
+    return "## Figures\n\n" + "\n\n".join(map(_figures, evaluations))
+
+
+def _figures(evaluation: run_figures.Record) -> str:
     rows = [
         [key, interval_text(figure)]
-        for key, figure in model.items()
-        if isinstance(figure, dict) and {"value", "low", "high"} <= figure.keys()
+        for key, figure in evaluation["figures"].items()
+        if {"value", "low", "high"} <= figure.keys()
     ]
     about = (
-        f"{report['n']:,} rows, the {report['split']} part of `{_name(report['data'])}` (SHA-256 "
-        f"`{report['data_sha256']}`); of a group that it was trained on: {contamination_text(model)}. "
-        f"{report['created']}, toolkit's commit {report['versions'].get('distill-slm', 'unknown')}."
+        f"{evaluation['n']:,} rows, the {evaluation['split']} part of `{_name(evaluation['data'])}` (SHA-256 "
+        f"`{evaluation['data_sha256']}`); of a group that it was trained on: {contamination_text(evaluation)}. "
+        f"{evaluation['created']}, toolkit's commit {evaluation['commit'] or 'unknown'}."
     )
-    return f"## Figures\n\n{about}\n\n" + _table(["", "value [95 % interval]"], rows)
+    return f"{about}\n\n" + _table(["", "value [95 % interval]"], rows)
 
 
 def _calibration_section(folder: Path, task: dict | None) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.cli import UserError
+from common.evaluation import run_figures
 from common.files import sha256_file, write_json
 
 try:
@@ -80,6 +81,14 @@ class JobFolder:
     def read_record(self) -> dict[str, Any]:
         """The run.json of the training; empty where it has not begun."""
         return self.read(f"{ARTIFACTS}/run.json")
+
+    def evaluations(self) -> list[run_figures.Record]:
+        """What evaluators kept in the artifacts, the newest first; one that cannot be read is left out."""
+        folder, records = self.artifacts / run_figures.FOLDER, []
+        for file in list(plain_files(folder))[: run_figures.MOST]:
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                records.append(run_figures.check(self.read(str(file.relative_to(self.path)))))
+        return run_figures.newest_first(records)
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> IO[bytes]:
         """A file of this folder by its path in it, unbuffered. Raises OSError, also for a link or what is no file."""

@@ -79,6 +79,9 @@ class JobStatus(BaseModel):
     command: Command | None = Field(description="Of one that runs: the training, or an export after it")
     progress: Progress | None = Field(description="None before the first step")
     losses: dict[str, float | None] = Field(description="The latest value of the loss and of each of its terms")
+    evaluations: list[dict[str, Any]] = Field(
+        description="What evaluators kept in its artifacts, the newest first: data, command, date, intervals"
+    )
     error: Error | None
     resumable: bool
     request: dict[str, Any]

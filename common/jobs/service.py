@@ -284,6 +284,7 @@ class Service:
             "ended": stamp(job.ended),
             "command": self._command(job),
             **progress.status(self.folder(job), job.state in ENDED),
+            "evaluations": self.folder(job).evaluations(),
             "error": job.error,
             "resumable": job.state in (PAUSED, FAILED, CANCELLED),
             "request": job.request,

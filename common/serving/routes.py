@@ -153,7 +153,10 @@ class RunEntry(BaseModel):
     adapter_sha256: str | None
     method: str | None
     created: str | None
-    metrics: dict[str, Any] | None
+    metrics: dict[str, Any] | None = Field(description="The figures of the newest evaluation, without their intervals")
+    evaluations: list[dict[str, Any]] = Field(
+        [], description="What evaluators kept in its folder, the newest first: data, command, date, intervals"
+    )
     loaded: bool
     current: bool = Field(description="False for a version that is no longer on the disk, but still loaded")
     error: str | None = Field(None, description="Why the run cannot be used")

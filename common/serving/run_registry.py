@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import re
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 from common import run_record
 from common.cli import UserError, log
 from common.data import task_record
+from common.evaluation import run_figures
 from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
@@ -247,6 +247,7 @@ def describe(version: Version) -> dict[str, Any]:
         "method": None,
         "created": None,
         "metrics": None,
+        "evaluations": [],
         "error": None,
         "kind": None,
         "task": None,
@@ -256,31 +257,31 @@ def describe(version: Version) -> dict[str, Any]:
         record = json.loads(version.task)
         about |= {"kind": record["kind"], "task": record["name"], "labels": record.get("labels")}
     folder = Path(version.model_dir)
-    readers = {"run.json": _read_run, "metrics.json": _read_metrics, "report/metrics.json": _read_metrics}
-    for file, read in readers.items():
-        if (folder / file).is_file():
-            try:
-                about |= read(json.loads((folder / file).read_text()), folder.name)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration) as error:
-                about["error"] = f"{file} is unreadable ({type(error).__name__}: {str(error)[:100]})"
+    try:
+        if (folder / run_record.FILE).is_file():
+            about |= _read_run(json.loads((folder / run_record.FILE).read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        about["error"] = f"{run_record.FILE} is unreadable ({type(error).__name__}: {str(error)[:100]})"
+    try:
+        about["evaluations"] = run_figures.read(folder) if folder.is_dir() else []
+    except ValueError as error:
+        about["error"] = str(error)
+    if version.adapter:  # figures of other weights, from before the run was trained again, say nothing of these
+        own = [known for known in about["evaluations"] if known["model_sha256"] in (None, version.sha256)]
+        about["evaluations"] = own
+    if about["evaluations"]:
+        about["metrics"] = _headline(about["evaluations"][0])
     return about
 
 
-def _read_run(run: dict, name: str) -> dict[str, Any]:
+def _read_run(run: dict) -> dict[str, Any]:
     method, started = run.get("method"), run.get("started")
     if not all(value is None or (isinstance(value, str) and len(value) <= MAX_TEXT) for value in (method, started)):
         raise ValueError("method or started is no text")
     return {"method": method, "created": started}
 
 
-def _read_metrics(report: dict, name: str) -> dict[str, Any]:
-    """The evaluator's headline figures of this run: every {"value", "low", "high"} that stands at the top level."""
-    model = next(model for model in report["models"] if Path(model["model_dir"]).name == name)
-    figures = {key: entry["value"] for key, entry in model.items() if isinstance(entry, dict) and "value" in entry}
-    known = {"evaluator": report["evaluator"], "split": report["split"], "n": report["n"], **figures}
-    for name, value in known.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}")
-        if not (value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= MAX_TEXT)):
-            raise ValueError(f"{name} is no figure")
-    return {"metrics": known}
+def _headline(evaluation: run_figures.Record) -> dict[str, Any]:
+    """The newest evaluation in one line: what was judged on, and the bare figures."""
+    about = {key: evaluation[key] for key in ("evaluator", "split", "n")}
+    return about | {key: figure["value"] for key, figure in evaluation["figures"].items()}

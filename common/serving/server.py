@@ -246,6 +246,7 @@ class Server:
                         "model_dir": str(Path(self.settings.runs_dir) / name),
                         "base": "",
                         **nothing,
+                        "evaluations": [],
                         "loaded": False,
                         "current": True,
                         "error": str(error),

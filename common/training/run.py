@@ -17,6 +17,7 @@ from common import run_record
 from common.cli import UserError, log
 from common.data import rows as records
 from common.data import task_record
+from common.evaluation import run_figures
 from common.models import adapters, gguf_import, loading
 from common.run_record import RunRecord
 from common.training import checkpoints, progress, resumption
@@ -96,6 +97,7 @@ def open_record(
     old = [*folder.glob("calibration*.json"), folder / run_record.GROUPS_FILE, folder / task_record.FILE]
     for file in old:  # of the adapter before
         file.unlink(missing_ok=True)
+    shutil.rmtree(folder / run_figures.FOLDER, ignore_errors=True)
     groups = {row["group"] for row in rows if row.get("group")}
     seen = run_record.read_groups(settings.init_adapter) if settings.init_adapter else set()
     if earlier is None and groups:

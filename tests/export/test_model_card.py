@@ -118,7 +118,7 @@ def test_a_card_of_ones_own_stays(risk):
 
 def test_a_broken_record_costs_the_card_alone(risk, tmp_path, capsys):
     (risk / "report" / "metrics.json").write_text("[")
-    with pytest.raises(UserError, match=r"metrics\.json is broken"):
+    with pytest.raises(UserError, match=r"metrics\.json is unreadable"):
         model_card.card(risk)
     model_card.refresh([risk, tmp_path / "nothing", tmp_path])
     assert "risk gets no model card" in capsys.readouterr().err

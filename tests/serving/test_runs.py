@@ -57,6 +57,7 @@ def test_figures_of_an_evaluated_run(runs, tmp_path, base):
     with serve(tmp_path / "runs", base_model=base) as served:
         base_entry, broken, sft = served.ask("GET", "/models")[1]["models"]
     assert sft["metrics"] == {"evaluator": "creditmix", "split": "validation", "n": 90, "accuracy": 0.75}
+    assert sft["evaluations"][0]["figures"] == {"accuracy": {"value": 0.75, "low": 0.7}}
     assert base_entry["metrics"] is None
     assert "adapter_config.json is broken" in broken["error"]
 
