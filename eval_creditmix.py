@@ -8,13 +8,14 @@
     python eval_creditmix.py --model_dir runs/creditmix_sft --data data/creditmix_val.jsonl --report_dir runs/report \\
         --cascade https://api.openai.com/v1 --cascade_model gpt-4o --cascade_price 0.0004
 
-Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots and report.html, and keeps scores in
-answers.jsonl, so that a run that was interrupted goes on. The split is by customer (with --task by its group key), the
-same that creditmix_prepare.py made, and rows whose customer was trained on are counted. --controls
-data/creditmix_sft.jsonl puts classic classifiers, trained on the same rows, beside the models: TF-IDF with logistic
-regression, and gradient boosting. With --fit_calibration, a per-class bias and a temperature are fitted on dev rows
-into runs/<name>/calibration.json (calibration.TASK.json of another label set). --cascade asks a teacher about all rows
-and shows what handing the least sure ones on to it brings and costs.
+Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots and report.html, keeps scores in
+answers.jsonl, so that a run that was interrupted goes on, and writes what was made of each row to predictions.jsonl.
+The split is by customer (with --task by its group key), the same that creditmix_prepare.py made, and rows whose
+customer was trained on are counted. A bag of words (TF-IDF with logistic regression) stands beside the models, trained
+on the rows that a run's record names; --controls data/creditmix_sft.jsonl names them, and adds gradient boosting. With
+--fit_calibration, a per-class bias and a temperature are fitted on dev rows into runs/<name>/calibration.json
+(calibration.TASK.json of another label set). --cascade asks a teacher about all rows and shows what handing the least
+sure ones on to it brings and costs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import cli, run_record
 from common.data import splits
@@ -36,6 +38,9 @@ from common.tasks.ranking.loading import check as check_task
 from common.tasks.ranking.loading import task_for
 from common.tasks.ranking.task import LabelTask
 from common.teachers.cascade.flags import add_judged_flags, judged_cascade
+
+if TYPE_CHECKING:
+    from common.tasks.ranking.calibration import Scores
 
 DRIFTED = 3  # exit code of --fail_on_drift
 
@@ -52,7 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the balanced draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
     parser.add_argument(
-        "--controls", metavar="TRAIN", help="add classic classifiers, trained on these rows, to the comparison"
+        "--controls",
+        metavar="TRAIN",
+        help="train the classic classifiers beside the models on these rows; none: without (default: a bag of words, "
+        "on the rows that a run was trained on)",
     )
     parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
     parser.add_argument("--fit_calibration", metavar="DEV", help="fit bias and temperature on these dev rows")
@@ -85,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     task = task_for(args.task, *args.model_dir)
     check_flags(args, task)
     # after the checks, so that a mistyped flag answers before numpy and scipy are imported
-    from common.tasks.ranking import evaluate
+    from common.tasks.ranking import baseline, evaluate
 
     settings = scoring_settings(args, task)
     sources = [source_of(args, model_dir) for model_dir in args.model_dir]
@@ -124,9 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     cascade = judged_cascade(args)
     if cascade and cascade.local_teacher and cascade.local_teacher not in args.model_dir:
         sources.append(source_of(args, cascade.local_teacher))
+    training = baseline.training_rows(args.controls, args.model_dir, task)
     entries, differences, scores = evaluate.evaluate_models(
-        sources, task, settings, rows, args.seed, args.controls, store
+        sources, task, settings, rows, args.seed, None if isinstance(training, str) else training, store
     )
+    result["baseline"] = {"reason": training} if isinstance(training, str) else training.facts()
     if cascade:
         from common.teachers.cascade.evaluation import judged
 
@@ -135,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         result["cascade"] = judged(cascade, args.model_dir, task, rows, named, truth["y"], truth["groups"], args.seed)
     contamination = run_record.worst_contamination([entry["contamination"] for entry in entries])
     result |= {"contamination": contamination, "models": entries, "differences": differences}
-    return publish(args, result)
+    return publish(args, result, [row[task.text_field] for row in rows], scores)
 
 
 def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
@@ -170,9 +180,9 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
                 raise cli.UserError(f"{model_dir} has no fitted calibration; fit one with --fit_calibration DEV.jsonl")
 
 
-def publish(args: argparse.Namespace, result: dict) -> int | None:
+def publish(args: argparse.Namespace, result: dict, texts: list[str], scores: list[Scores]) -> int | None:
     """Table, report, drift and, last, the JSON line."""
-    from common.tasks.ranking import report
+    from common.tasks.ranking import report, row_table
     from common.tasks.ranking.drift import drift
 
     if args.baseline:
@@ -180,7 +190,8 @@ def publish(args: argparse.Namespace, result: dict) -> int | None:
     print(report.format_table(result))
     run_figures.keep(result)
     if args.report_dir:
-        cli.log(f"report: {report.write_report(args.report_dir, result)}")
+        predictions = row_table.predictions(result, texts, scores)
+        cli.log(f"report: {report.write_report(args.report_dir, result, predictions)}")
     model_card.refresh(args.model_dir)
     print(report.json_line(result))
     if args.fail_on_drift and result["drift"]["drifted"]:

@@ -6,20 +6,31 @@ A page is made of sections; `table`, `value` and `image` are what they are made 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
 from common.evaluation.results import Result, clean, group_name, model_names, resampled
 from common.evaluation.tables import contamination_text
-from common.files import atomic_write, write_json
+from common.files import atomic_write, write_json, write_jsonl
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = Path(__file__).with_name("report.css")
 
 
-def write(report_dir: str | Path, result: Result, images: dict[str, bytes], html: str) -> Path:
+def write(
+    report_dir: str | Path,
+    result: Result,
+    images: dict[str, bytes],
+    html: str,
+    rows: Mapping[str, Iterable[dict]] | None = None,
+) -> Path:
     """Write `metrics.json`, the PNGs and `report.html` into `report_dir`; returns the page's path.
+
+    Args:
+        rows: further files of it by their names: JSONL.
 
     Raises:
         OSError: the folder cannot be written.
@@ -28,15 +39,31 @@ def write(report_dir: str | Path, result: Result, images: dict[str, bytes], html
     for name, png in images.items():
         with atomic_write(folder / name, "wb") as handle:
             handle.write(png)
+    for name, lines in (rows or {}).items():
+        write_jsonl(folder / name, lines)
     write_json(folder / "metrics.json", result)
     with atomic_write(folder / "report.html") as handle:
         handle.write(html)
     return folder / "report.html"
 
 
-def render(result: Result, *, title: str, headline: str, lead: str, sections: Sequence[str]) -> str:
-    """The whole page. `title` is text, the rest HTML whose outside texts are escaped; empty sections are left out."""
+def render(
+    result: Result,
+    *,
+    title: str,
+    headline: str,
+    lead: str,
+    sections: Sequence[str],
+    banners: str = "",
+    script: str = "",
+) -> str:
+    """The whole page. `title` is text, `script` JavaScript of this project and the only one that the page lets run, the
+    rest HTML whose outside texts are escaped; empty sections are left out."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _PAGE.substitute(
+        policy=POLICY + (f"; script-src 'sha256-{digest}'" if script else ""),
+        script=f"<script>{script}</script>\n" if script else "",
+        banners=banners,
         style=STYLE.read_text(encoding="utf-8"),
         title=escape(title),
         evaluator=escape(str(result["evaluator"])),
@@ -53,9 +80,9 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}&nbsp;%"
 
 
-def section(heading: str, intro: str, body: str) -> str:
-    """A section of the page; all three are HTML."""
-    return f"<section><h2>{heading}</h2>\n<p>{intro}</p>\n{body}</section>"
+def section(heading: str, intro: str, body: str, anchor: str = "") -> str:
+    """A section of the page; the first three are HTML, `anchor` is its id."""
+    return f"<section{f' id={anchor}' if anchor else ''}><h2>{heading}</h2>\n<p>{intro}</p>\n{body}</section>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") -> str:
@@ -130,14 +157,15 @@ def contamination_banner(result: Result, names: Sequence[str]) -> str:
     """Says of every model whether evaluated rows share a group with its training rows."""
     group, rows = escape(group_name(result)), result["n"]
     states = [clean(model) for model in result["models"]]
-    lines = []
+    seen: dict[int, list[str]] = {}
     for name, model, state in zip(names, result["models"], states, strict=True):
         if state is False:
-            seen, of = model["contamination"]["rows"], model["contamination"]["of"]
-            lines.append(
-                f'<p class="banner bad"><b>{seen:,} of {of:,} rows</b> share a {group} with the training rows of '
-                f"{escape(name)}: its figures measure memory, not skill.</p>"
-            )
+            seen.setdefault(model["contamination"]["rows"], []).append(name)
+    lines = [
+        f'<p class="banner bad"><b>{count:,} of {rows:,} rows</b> share a {group} with the training rows of '
+        f"{escape(', '.join(of))}: {'its' if len(of) == 1 else 'their'} figures measure memory, not skill.</p>"
+        for count, of in seen.items()
+    ]
     unknown = [name for name, state in zip(names, states, strict=True) if state is None]
     if unknown:
         lines.append(
@@ -171,7 +199,7 @@ _PAGE = Template("""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="$policy">
 <meta name="color-scheme" content="light dark">
 <title>$title</title>
 <style>
@@ -183,10 +211,11 @@ $style</style>
 <p class="kicker">$evaluator &middot; $split</p>
 <h1>$headline</h1>
 <p class="lead">$lead</p>
+$banners
 $contamination
 </header>
 $sections
 </main>
-</body>
+$script</body>
 </html>
 """)

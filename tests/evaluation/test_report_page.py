@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from common.evaluation import results
-from common.tasks.ranking import report
+from common.tasks.ranking import report, row_table
 from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.decision import Decision
 from common.tasks.ranking.drift import drift
@@ -146,6 +148,48 @@ def test_json_line_is_one_line_without_plot_data():
     assert parsed["models"][0]["accuracy"] == result["models"][0]["accuracy"]
     assert parsed["models"][0]["uncalibrated"]["ece"] == result["models"][0]["uncalibrated"]["ece"]
     assert "curves" in result["models"][0]  # the result itself is left whole
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return [
+        {
+            "row": i + 1,
+            "text": f"</script><b>row {i}",
+            "label": LABELS[i % 3],
+            "group": "g",
+            "answers": {"base": {"label": "Good", "probability": 0.5}, "sft": {"label": "Bad", "probability": 0.9}},
+        }
+        for i in range(120)
+    ]
+
+
+def test_the_rows_stand_beside_and_in_the_page(tmp_path, rows):
+    page = report.write_report(tmp_path, made(), rows).read_text()
+    assert [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()] == rows
+    (data,) = re.findall(r'<script type="application/json" id="rows-data">(.*?)</script>', page, re.S)
+    assert json.loads(data)["rows"][1] == [2, "</script><b>row 1", 1, [0, 2], [0.5, 0.9]]
+    assert '<button type="button" data-model="1" data-true="0" data-predicted="2"' in page
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
+    assert not re.search(r"fetch\(|https?://|innerHTML|import\b", script)
+
+
+def test_a_large_report_holds_the_mistakes_first(rows, monkeypatch):
+    monkeypatch.setattr(row_table, "MOST_ROWS", 3)
+    result = made(("runs/base",), contamination=(0,))
+    sure = [row | {"answers": {"base": {"label": row["label"], "probability": 1.0}}} for row in rows]
+    wrong = rows[119] | {"answers": {"base": {"label": "Good", "probability": 1.0}}}
+    page = row_table.section(result, [*sure[:119], wrong])
+    assert [row[0] for row in json.loads(re.search(r"rows-data\">(.*)</script>", page)[1])["rows"]] == [1, 2, 120]
+    assert "The page holds 3 of the 120, mistakes first." in page
+
+
+def test_one_warning_once(tmp_path):
+    page = report.write_report(tmp_path, made(contamination=(119, 119))).read_text()
+    assert page.count("memory, not skill") == 1
+    assert "training rows of base, sft: their figures measure memory, not skill" in page
 
 
 def test_many_labels_and_a_bare_result(tmp_path):

@@ -26,6 +26,7 @@ def controls(
     *,
     groups: Sequence[str] | None = None,
     seed: int = 0,
+    bag_of_words_alone: bool = False,
 ) -> dict[str, np.ndarray]:
     """Probabilities of each control for `texts`, {name: [n, classes]}.
 
@@ -34,6 +35,7 @@ def controls(
         classes: number of labels; one that no training row has gets probability 0.
         groups: of the training rows; whole ones are held out to choose the number of trees. None: each row is one.
         seed: of gradient boosting.
+        bag_of_words_alone: without gradient boosting, which takes longer.
 
     Raises:
         UserError: the training rows have fewer than two labels.
@@ -42,7 +44,7 @@ def controls(
         raise UserError("controls need training rows of at least two labels; give a file with more of them")
     answers = {TFIDF: _tfidf(train_texts, train_y, texts)}
     tables = [[dict(split_features(text)) for text in part] for part in (train_texts, texts)]
-    if all(sum(len(row) > 1 for row in table) >= LISTED * len(table) for table in tables):
+    if not bag_of_words_alone and all(sum(len(row) > 1 for row in table) >= LISTED * len(table) for table in tables):
         answers[BOOSTING] = _boosting(*tables, np.asarray(train_y), groups or range(len(train_y)), seed)
     seen = np.unique(np.asarray(train_y))
     spread = {name: np.zeros((len(texts), classes)) for name in answers}

@@ -26,7 +26,8 @@ def drift(baseline: dict[str, Any], now: dict[str, Any], seed: int = 0) -> dict[
     margin shift is a two-sample Kolmogorov-Smirnov test on the stored histograms, conservative because binned. Shifts
     are reported; only a drop counts as drift.
 
-    Models are matched by `model_dir`; a single model on both sides is matched whatever it is called.
+    Models are matched by `model_dir`; a single model on both sides is matched whatever it is called. Controls are left
+    out.
 
     Returns:
         {"drifted": bool, "label_shift": {statistic, p_value, shifted}, "models": [{"model_dir", "paired",
@@ -41,11 +42,12 @@ def drift(baseline: dict[str, Any], now: dict[str, Any], seed: int = 0) -> dict[
                 f"the baseline has the labels {', '.join(baseline['labels'])}, this result {', '.join(now['labels'])}; "
                 "compare results of the same task"
             )
-        before_models = {model["model_dir"]: model for model in baseline["models"]}
-        if len(before_models) == len(now["models"]) == 1:
-            pairs = [(next(iter(before_models.values())), now["models"][0])]
+        models_now = [model for model in now["models"] if not model.get("control")]
+        before_models = {model["model_dir"]: model for model in baseline["models"] if not model.get("control")}
+        if len(before_models) == len(models_now) == 1:
+            pairs = [(next(iter(before_models.values())), models_now[0])]
         else:
-            pairs = [(before_models[m["model_dir"]], m) for m in now["models"] if m["model_dir"] in before_models]
+            pairs = [(before_models[m["model_dir"]], m) for m in models_now if m["model_dir"] in before_models]
         if not pairs:
             raise UserError(f"the baseline has other models ({', '.join(before_models)}); evaluate one of them")
         order = _same_rows(baseline, now)

@@ -12,15 +12,14 @@ from common import run_record
 from common.cli import UserError, log
 from common.data import splits
 from common.data.resumable import AnswerStore
-from common.data.rows import SFT_KEYS, read_rows
 from common.files import read_json, sha256_file
 from common.models import adapters
 from common.models.source import ModelSource
+from common.tasks.ranking import baseline, metrics
 from common.tasks.ranking import decision_json as decision_file
-from common.tasks.ranking import metrics
+from common.tasks.ranking.baseline import TrainingRows
 from common.tasks.ranking.calibration import Calibration, Scores, fit_vector_scaling
 from common.tasks.ranking.classifier import CALIBRATION, Classifier
-from common.tasks.ranking.controls import controls
 from common.tasks.ranking.decision import Goal, fit_decision
 from common.tasks.ranking.settings import ScoringSettings
 from common.tasks.ranking.task import LabelTask
@@ -135,7 +134,7 @@ def evaluate_models(
     settings: ScoringSettings,
     rows: Sequence[dict],
     seed: int = 0,
-    controls_file: str | None = None,
+    training: TrainingRows | None = None,
     store: AnswerStore | None = None,
 ) -> tuple[list[dict], list[dict], list[Scores]]:
     """One entry per model, the paired differences of every later model to the earlier ones (see `report`), and the
@@ -143,7 +142,7 @@ def evaluate_models(
 
     Args:
         seed: of the bootstrap and of the controls.
-        controls_file: rows to train the controls on, which come last (see `evaluate_controls`); None: no controls.
+        training: what the controls, which come last, learn from; None: no controls.
         store: scores that are there are not computed again; None: none are kept.
     """
     entries, scores = [], []
@@ -152,8 +151,8 @@ def evaluate_models(
         entry, calibrated = evaluate_model(source, task, settings, rows, seed, store)
         entries.append(entry)
         scores.append(calibrated)
-    if controls_file:
-        for entry, control in evaluate_controls(controls_file, task, rows, seed):
+    if training:
+        for entry, control in baseline.evaluate(training, task, rows, seed):
             entries.append(entry)
             scores.append(control)
     y, groups = np.array(true_labels(task, rows)), [row["group"] for row in rows]
@@ -205,51 +204,3 @@ def evaluate_model(
     if prior != calibration:
         entry["uncalibrated"] = {"calibration": "prior", **measured(prior.apply(raw))}
     return entry, calibrated
-
-
-def evaluate_controls(
-    train_file: str, task: LabelTask, rows: Sequence[dict], seed: int = 0
-) -> list[tuple[dict[str, Any], Scores]]:
-    """The entry and the scores of each control (see `controls`), trained on the rows that the models were trained on.
-
-    Args:
-        train_file: JSONL rows {"input": prompt, "output": label[, "group"]}, as sft_train.py reads them.
-
-    Raises:
-        UserError: a row of it is not one of `task`.
-    """
-    train = read_rows(train_file, SFT_KEYS)
-    instruction = task.prompt("")
-    for number, row in enumerate(train, start=1):
-        if not row["input"].startswith(instruction) or row["output"].strip() not in task.labels:
-            raise UserError(
-                f"--controls {train_file}, row {number} is no training row of {task.name}; give the _sft.jsonl file "
-                "that creditmix_prepare.py wrote for this task"
-            )
-    texts = [task.clean(row["input"].removeprefix(instruction)) for row in train]
-    y, groups = np.array(true_labels(task, rows)), [row["group"] for row in rows]
-    train_y = [task.labels.index(row["output"].strip()) for row in train]
-    log(f"controls: trained on {len(train):,} rows of {train_file}")
-    answers = controls(
-        texts,
-        train_y,
-        [row[task.text_field] for row in rows],
-        len(task.labels),
-        groups=[row.get("group") or str(number) for number, row in enumerate(train)],
-        seed=seed,
-    )
-    trained = {row["group"] for row in train if "group" in row}
-    seen, of = splits.overlap(groups, trained)
-    evaluated = []
-    for name, probabilities in answers.items():
-        scores = Scores.of(probabilities)
-        entry = {
-            "model_dir": name,
-            "control": True,
-            "calibration": "none",
-            "contamination": {"rows": seen, "of": of} if trained else None,
-            **metrics.evaluate(scores, y, task.labels, groups=groups, seed=seed),
-            "predictions": scores.predictions.tolist(),
-        }
-        evaluated.append((entry, scores))
-    return evaluated

@@ -16,6 +16,7 @@ The result is a plain dict, and everything here is made from it alone, so a repo
         model_dir
         name?             short name for tables and plots (default: last part of model_dir)
         calibration       "none" | "prior" | "batch" | "fitted"
+        control?          True for a classic classifier beside the models
         contamination?    {"rows": rows that share a group with training, "of": rows}; None where nobody knows
         ...               all that `metrics.evaluate` returns
         uncalibrated?     what `metrics.evaluate` returns for the scores before calibration, plus its "calibration";
@@ -25,6 +26,7 @@ The result is a plain dict, and everything here is made from it alone, so a repo
         rows_per_s?       speed of scoring
     }, ...]
     differences?    [{"a": model_dir, "b": model_dir, **`metrics.compare`}]: a minus b
+    baseline?       of the bag of words: {"model_dir", "data", "rows"}, or {"reason"} why there is none
     drift?          what `drift.drift` returns
     cascade?        what `cascade_curve.measured` returns
     command?        the command line; versions?: {package: version}; created?: date and time
@@ -41,7 +43,7 @@ from typing import Any
 from common.evaluation import report_page as page
 from common.evaluation import results, tables
 from common.evaluation.results import Result
-from common.tasks.ranking import cascade_curve, plots
+from common.tasks.ranking import baseline, cascade_curve, plots, row_table
 
 # key, heading, True where more is better, what it means
 METRICS = (
@@ -58,14 +60,18 @@ def json_line(result: Result) -> str:
     return results.json_line(result, omit=["rows"], omit_of_models=["curves", "predictions"], nested=["uncalibrated"])
 
 
-def write_report(report_dir: str | Path, result: Result) -> Path:
+def write_report(report_dir: str | Path, result: Result, predictions: row_table.Rows = ()) -> Path:
     """Write `metrics.json`, the PNGs and one self-contained `report.html` into `report_dir`; returns the page's path.
+
+    Args:
+        predictions: as `row_table.predictions` has them, for predictions.jsonl and the table of the page.
 
     Raises:
         OSError: the folder cannot be written.
     """
     images = images_of(result)
-    return page.write(report_dir, result, images, render_html(result, images))
+    html = render_html(result, images, predictions)
+    return page.write(report_dir, result, images, html, {row_table.FILE: predictions} if predictions else None)
 
 
 def images_of(result: Result) -> dict[str, bytes]:
@@ -148,6 +154,8 @@ def format_table(result: Result) -> str:
         [name, *(cell(i, key) for key in ("ece", "brier", "nll"))] for i, name in enumerate(names)
     ]  # fmt: skip
     blocks.append(tables.columns(["model", "ECE", "Brier", "NLL"], rows))
+    if said := against_words(result):
+        blocks.append("\n".join(f"{sentence}." for _, sentence in said))
     if any("coverage" in model for model in models):
         rows = [
             [name, tables.interval_text(model["coverage"]), tables.interval_text(model["selective_risk"])]
@@ -203,7 +211,7 @@ def _per_class_tables(name: str, model: Mapping[str, Any], labels: Sequence[str]
 # Page.
 
 
-def render_html(result: Result, images: dict[str, bytes]) -> str:
+def render_html(result: Result, images: dict[str, bytes], predictions: row_table.Rows = ()) -> str:
     """The whole page; every text that comes from outside is escaped, every image embedded."""
     names = results.model_names(result)
     title = f"{result['evaluator']}: {len(names)} model{'s' if len(names) > 1 else ''} on {result['n']:,} rows"
@@ -215,7 +223,8 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
         _abstention_section(result, names, images),
         _cascade_section(result, images),
         _drift_section(result),
-        _models_section(result, names, images),
+        _models_section(result, names, images, bool(predictions)),
+        row_table.section(result, predictions) if predictions else "",
         page.provenance_section(result),
     ]
     return page.render(
@@ -224,6 +233,40 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
         headline=_headline(result, names),
         lead=_lead(result),
         sections=sections,
+        banners=_baseline_banners(result),
+        script=row_table.script() if predictions else "",
+    )
+
+
+def against_words(result: Result) -> list[tuple[str, str]]:
+    """What the bag of words says of each model: ("bad", "unknown" or "good", a sentence); or why there is none."""
+    short = dict(zip((model["model_dir"] for model in result["models"]), results.model_names(result), strict=True))
+    said = []
+    for entry in baseline.comparisons(result):
+        name, interval = short[entry["model_dir"]], entry["difference"]
+        figures = f"{entry['words']['value']:.3f} against {entry['model']['value']:.3f}"
+        by = f"difference {tables.interval_text(interval, signed=True)}"
+        verdict = _verdict(interval, True)
+        state = {1: "bad", 0: "unknown", -1: "good"}[verdict]
+        sentence = {
+            1: f"A bag of words labels more of these rows correctly than {name}: {figures} ({by})",
+            0: f"These rows do not show that {name} is better than a bag of words: {figures} ({by})",
+            -1: f"{name} is better than a bag of words: {figures} ({by})",
+        }[verdict]
+        said.append((state, sentence))
+    if reason := (result.get("baseline") or {}).get("reason"):
+        said.append(("unknown", f"There is no bag of words to compare with: {reason}; --controls FILE trains one"))
+    return said
+
+
+def _baseline_banners(result: Result) -> str:
+    about = result.get("baseline") or {}
+    words = "TF-IDF and logistic regression"
+    trained = f" It is {words}, trained in seconds on {about['rows']:,} rows." if "rows" in about else ""
+    said = against_words(result)
+    return "\n".join(
+        f'<p class="banner {state}">{escape(sentence)}.{trained if number == 0 else ""}</p>'
+        for number, (state, sentence) in enumerate(said)
     )
 
 
@@ -419,7 +462,15 @@ def _p_value(shift: dict) -> str:
     return f"{'shifted' if shift['shifted'] else 'no shift shown'} ({p})"
 
 
-def _models_section(result: Result, names: Sequence[str], images: dict[str, bytes]) -> str:
+def _confusion(result: Result, number: int, png: bytes, name: str, caption: str, opens: bool) -> str:
+    """The confusion matrix of a model: as a table where its cells can open their rows, else as a picture."""
+    table = row_table.matrix(result, number) if opens else ""
+    if not table:
+        return page.image(png, f"confusion matrix of {name}", caption=caption)
+    return f'<figure class="grown">{table}<figcaption>{caption} A cell opens its rows.</figcaption></figure>'
+
+
+def _models_section(result: Result, names: Sequence[str], images: dict[str, bytes], opens: bool) -> str:
     opened = min(_best(result, "accuracy", True))
     parts = []
     for i, (name, stem, model) in enumerate(zip(names, _stems(result), result["models"], strict=True)):
@@ -435,11 +486,14 @@ def _models_section(result: Result, names: Sequence[str], images: dict[str, byte
             else " There are no mistakes."
         )
         figures = (
-            page.image(
+            _confusion(
+                result,
+                i,
                 images[f"confusion_{stem}.png"],
-                f"confusion matrix of {name}",
-                caption="<b>Confusion matrix.</b> A row is a true label, its percentages are what the model called it; "
+                name,
+                "<b>Confusion matrix.</b> A row is a true label, its percentages are what the model called it; "
                 "the diagonal is right." + mistake,
+                opens,
             )
             + page.image(
                 images[f"reliability_{stem}.png"],

@@ -10,10 +10,10 @@ import pytest
 from support.inputs import SHARED, write_rows
 
 from common.cli import UserError
-from common.tasks.ranking import creditmix
+from common.files import sha256_file
+from common.tasks.ranking import baseline, creditmix, report
 from common.tasks.ranking.controls import BOOSTING, TFIDF, controls
 from common.tasks.ranking.creditmix import CREDITMIX
-from common.tasks.ranking.evaluate import evaluate_controls
 
 
 def test_words_that_tell_the_label_are_learnt():
@@ -62,10 +62,10 @@ def test_controls_are_entries_like_the_models(tmp_path):
         {"input": CREDITMIX.prompt(row["question"]), "output": row["answer"], "group": row["group"]}
         for row in rows[:200]
     ]
-    evaluated = dict(
-        (entry["model_dir"], (entry, scores))
-        for entry, scores in evaluate_controls(write_rows(tmp_path / "sft.jsonl", train), CREDITMIX, rows[195:])
-    )
+    learnt = baseline.training_rows(write_rows(tmp_path / "sft.jsonl", train), [], CREDITMIX)
+    evaluated = {
+        entry["model_dir"]: (entry, scores) for entry, scores in baseline.evaluate(learnt, CREDITMIX, rows[195:])
+    }
     assert set(evaluated) == {TFIDF, BOOSTING}
     entry, scores = evaluated[BOOSTING]
     assert entry["contamination"] == {"rows": 5, "of": 45} and entry["control"]
@@ -76,7 +76,65 @@ def test_controls_are_entries_like_the_models(tmp_path):
 def test_rows_of_another_task_are_refused(tmp_path):
     train = [{"input": "Rate this ticket.\n\nOn fire", "output": "Good"}]
     with pytest.raises(UserError, match="row 1 is no training row of creditmix"):
-        evaluate_controls(write_rows(tmp_path / "sft.jsonl", train), CREDITMIX, labelled(9))
+        baseline.training_rows(write_rows(tmp_path / "sft.jsonl", train), [], CREDITMIX)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose record names its training rows."""
+    rows = [
+        {"input": CREDITMIX.prompt(row["question"]), "teacher_output": row["answer"], "group": row["group"]}
+        for row in labelled(90)
+    ]
+    file = write_rows(tmp_path / "kd.jsonl", [*rows, {"input": "Another task", "teacher_output": "Good"}])
+    (tmp_path / "kd").mkdir()
+    record = {"data": {"path": file, "sha256": sha256_file(file), "rows": 91}}
+    (tmp_path / "kd" / "run.json").write_text(json.dumps(record))
+    return tmp_path / "kd"
+
+
+def test_a_bag_of_words_learns_from_what_a_run_was_trained_on(run):
+    learnt = baseline.training_rows(None, ["some/base", str(run)], CREDITMIX)
+    assert learnt.facts() == {"model_dir": TFIDF, "data": str(run.parent / "kd.jsonl"), "rows": 90}
+    ((entry, _),) = baseline.evaluate(learnt, CREDITMIX, labelled(99)[90:])
+    assert entry["model_dir"] == TFIDF and entry["contamination"] == {"rows": 0, "of": 9}
+
+
+def test_why_there_is_no_bag_of_words_is_said(run, tmp_path):
+    assert baseline.training_rows("none", [str(run)], CREDITMIX) == "it was left out (--controls none)"
+    bases = baseline.training_rows(None, ["some/base"], CREDITMIX)
+    assert bases == "none of these models keeps a record of its training rows"
+    with open(tmp_path / "kd.jsonl", "a") as file:
+        file.write("{}\n")
+    assert "kd.jsonl has changed since" in baseline.training_rows(None, [str(run)], CREDITMIX)
+    (tmp_path / "kd.jsonl").unlink()
+    assert "is not there" in baseline.training_rows(None, [str(run), str(run)], CREDITMIX)
+    said = report.against_words({"models": [], "baseline": {"reason": "x"}})
+    assert said == [("unknown", "There is no bag of words to compare with: x; --controls FILE trains one")]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "state", "words"),
+    [
+        (0.5, 0.7, "bad", "A bag of words labels more of these rows correctly than sft: 0.900 against 0.335"),
+        (-0.1, 0.7, "unknown", "These rows do not show that sft is better than a bag of words"),
+        (-0.2, -0.1, "good", "sft is better than a bag of words"),
+    ],
+)
+def test_people_see_whether_a_bag_of_words_is_better(low, high, state, words):
+    def entry(name, accuracy, **more):
+        return {"model_dir": name, "accuracy": {"value": accuracy, "low": 0, "high": 1}, **more}
+
+    difference = {"value": (low + high) / 2, "low": low, "high": high}
+    result = {
+        "models": [entry("runs/sft", 0.335), entry(TFIDF, 0.9, control=True), entry(BOOSTING, 0.9, control=True)],
+        "differences": [
+            {"a": TFIDF, "b": "runs/sft", "accuracy": difference},
+            {"a": BOOSTING, "b": TFIDF, "accuracy": difference},
+        ],
+    }
+    ((shown, sentence),) = report.against_words(result)
+    assert shown == state and words in sentence
 
 
 def test_one_label_is_too_few():
