@@ -47,11 +47,11 @@ function show() {
   const {kept, model, word} = chosen();
   pages = Math.max(1, Math.ceil(kept.length / AT_ONCE));
   page = Math.min(page, pages - 1);
-  const head = ["Row", "Text", "True label", "Called", "Sure"].map(title => make("th", {scope: "col"}, title));
+  const head = ["Row", "True label", "Called", "Sure", "Text"].map(title => make("th", {scope: "col"}, title));
   const body = kept.slice(page * AT_ONCE, (page + 1) * AT_ONCE).map(([number, text, truth, called, sure]) => make("tr", {},
-    make("th", {scope: "row"}, number.toLocaleString("en")), make("td", {class: "text"}, ...shown(text, word)),
-    make("td", {}, labels[truth]), make("td", {class: called[model] === truth ? "up" : "down"}, labels[called[model]]),
-    make("td", {}, (100 * sure[model]).toFixed(1) + " %")));
+    make("th", {scope: "row"}, number.toLocaleString("en")), make("td", {}, labels[truth]),
+    make("td", {class: called[model] === truth ? "up" : "down"}, labels[called[model]]),
+    make("td", {}, (100 * sure[model]).toFixed(1) + " %"), make("td", {class: "text"}, ...shown(text, word))));
   $("rows-table").replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
   $("rows-table").hidden = !kept.length;
   const wrong = kept.filter(row => row[3][model] !== row[2]).length;

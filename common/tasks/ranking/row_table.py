@@ -103,11 +103,11 @@ def matrix(result: Result, number: int) -> str:
         for predicted, count in enumerate(counts):
             share = count / max(1, sum(counts))
             place = f'data-model="{number}" data-true="{truth}" data-predicted="{predicted}"'
-            name = f"{count:,} rows of {labels[truth]} called {labels[predicted]}"
+            words = f"of {labels[truth]} called {labels[predicted]}: open these rows"
             cells.append(
                 f'<td class="{"right" if truth == predicted else "wrong"}" style="--share:{share:.3f}">'
-                f'<button type="button" {place} aria-label="{escape(name)}">{count:,}'
-                f'<span class="ci">{share:.0%}</span></button></td>'
+                f'<button type="button" {place}>{count:,}<span class="ci">{share:.0%}</span>'
+                f'<span class="unseen"> {escape(words)}</span></button></td>'
             )
         body.append(f'<tr><th scope="row">{escape(labels[truth])}</th>{"".join(cells)}</tr>')
     heads = "".join(f'<th scope="col">{escape(label)}</th>' for label in labels)

@@ -12,10 +12,8 @@ import pytest
 from support.inputs import LABELS, write_rows
 from support.served import make_run
 
-import creditmix_prepare
 import eval_creditmix
 import infer_creditmix
-import sft_train
 from common import cli, run_record
 from common.cli import UserError
 from common.data import splits
@@ -26,28 +24,6 @@ from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
 
 pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """What creditmix_prepare.py makes of 1,500 synthetic rows."""
-    folder = tmp_path_factory.mktemp("data")
-    creditmix_prepare.main(["--synthesize", "1500", "--outdir", str(folder)])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def dataset(data) -> str:
-    return str(data / "creditmix_dataset.json")
-
-
-@pytest.fixture(scope="session")
-def trained(data, base, tmp_path_factory) -> str:
-    """An adapter of a few SFT steps, without a fitted calibration. Not to be changed."""
-    run = str(tmp_path_factory.mktemp("runs") / "sft")
-    argv = ["--student", base, "--data", str(data / "creditmix_sft.jsonl"), "--save_dir", run, "--max_steps", "24"]
-    sft_train.main([*argv, "--learning_rate", "0.01", "--logging_steps", "24"])
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -62,18 +38,6 @@ def fitted(data, trained, tmp_path_factory) -> str:
     run = shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "fitted")
     eval_creditmix.main(["--model_dir", str(run), "--fit_calibration", str(data / "creditmix_dev.jsonl")])
     return str(run)
-
-
-@pytest.fixture
-def evaluate(dataset, capsys):
-    """`evaluate(model_dir, ..., flag, ...)`: the last line of stdout as JSON."""
-
-    def run(*argv: str, code: int | None = None, file: str = dataset) -> dict:
-        capsys.readouterr()
-        assert eval_creditmix.main(["--data", file, "--model_dir", *map(str, argv)]) == code
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
 
 
 def rows_of(file: str | Path, part: str | None = None) -> list[dict]:
@@ -230,22 +194,6 @@ def test_drift(evaluate, trained, tmp_path):
     assert drop["drift"]["drifted"] is True
     assert drop["drift"]["models"][0]["accuracy"]["before"] == 1.0
     assert evaluate(trained, *draw, "--baseline", str(report / "better.json"))["drift"]["drifted"] is True
-
-
-def test_the_report_folder(evaluate, base, trained, tmp_path):
-    line = evaluate(base, trained, "--val_per_class", "30", "--report_dir", str(tmp_path / "report"))
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    plots = {f"{kind}_{i}_{name}.png" for kind in ("confusion", "reliability", "margins")
-             for i, name in ((1, Path(base).name), (2, "sft"))}  # fmt: skip
-    assert names == {"metrics.json", "report.html", "f1_per_class.png", "risk_coverage.png", "answers.jsonl", *plots}
-    for plot in plots:
-        assert (tmp_path / "report" / plot).read_bytes().startswith(b"\x89PNG")
-    stored = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    assert len(stored["rows"]["y"]) == len(stored["models"][1]["predictions"]) == 90
-    assert stored["models"][1]["accuracy"] == line["models"][1]["accuracy"]
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 8
-    assert "http://" not in page and "https://" not in page
 
 
 @pytest.mark.parametrize(
