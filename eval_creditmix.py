@@ -12,10 +12,9 @@ Prints a table and, last, one JSON line; --report_dir adds metrics.json, plots a
 answers.jsonl, so that a run that was interrupted goes on, and writes what was made of each row to predictions.jsonl.
 The split is by customer (with --task by its group key), the same that creditmix_prepare.py made, and rows whose
 customer was trained on are counted. A bag of words (TF-IDF with logistic regression) stands beside the models, trained
-on the rows that a run's record names; --controls data/creditmix_sft.jsonl names them, and adds gradient boosting. With
---fit_calibration, a per-class bias and a temperature are fitted on dev rows into runs/<name>/calibration.json
-(calibration.TASK.json of another label set). --cascade asks a teacher about all rows and shows what handing the least
-sure ones on to it brings and costs.
+on the rows that a run's record names; --controls FILE names them, and adds gradient boosting. --fit_calibration fits
+bias and temperature on dev rows into runs/<name>/calibration.json (calibration.TASK.json of another label set).
+--cascade asks a teacher about all rows and shows what handing the least sure ones on to it brings and costs.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--controls",
         metavar="TRAIN",
-        help="train the classic classifiers beside the models on these rows; none: without (default: a bag of words, "
-        "on the rows that a run was trained on)",
+        help="rows that classic classifiers learn from, or none (default: a bag of words, from those of a run)",
     )
     parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
     parser.add_argument("--fit_calibration", metavar="DEV", help="fit bias and temperature on these dev rows")
@@ -133,10 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if cascade and cascade.local_teacher and cascade.local_teacher not in args.model_dir:
         sources.append(source_of(args, cascade.local_teacher))
     training = baseline.training_rows(args.controls, args.model_dir, task)
-    entries, differences, scores = evaluate.evaluate_models(
-        sources, task, settings, rows, args.seed, None if isinstance(training, str) else training, store
-    )
-    result["baseline"] = {"reason": training} if isinstance(training, str) else training.facts()
+    entries, differences, scores = evaluate.evaluate_models(sources, task, settings, rows, args.seed, training, store)
+    result["baseline"] = baseline.facts(training)
     if cascade:
         from common.teachers.cascade.evaluation import judged
 

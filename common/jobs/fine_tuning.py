@@ -123,14 +123,21 @@ class Publication:
     runs_dir: Path
     data_dir: Path
 
-    def commands(self, settings: TrainSettings, name: str, job_id: str) -> list[dict[str, Any]]:
-        """What follows the training: the figures on the validation file, and the run's new place."""
+    def commands(
+        self, settings: TrainSettings, name: str, job_id: str, judged: bool = True, results: bool = True
+    ) -> list[dict[str, Any]]:
+        """What follows the training: the figures on the validation file, and the run's new place.
+
+        Args:
+            judged: whether there are figures.
+            results: whether the curves become one of the files that clients get.
+        """
         commands, artifacts = [], settings.save_dir
-        if settings.eval_data:
+        if settings.eval_data and judged:
             words = [f"--run={artifacts}", f"--data={settings.eval_data}", f"--train_data={settings.data}"]
             commands.append({"argv": ["-m", "common.jobs.validation", *words], "output": None})
         words = [f"--run={artifacts}", f"--name={name}", f"--runs_dir={self.runs_dir}", f"--data_dir={self.data_dir}"]
-        words.append(f"--file_id={file_id(job_id)}")
+        words += [f"--file_id={file_id(job_id)}"] * results
         return [*commands, {"argv": ["-m", "common.jobs.publication", *words], "output": None}]
 
 

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", required=True, help="that it is served under")
     parser.add_argument("--runs_dir", required=True, help="folder of the runs that are served")
     parser.add_argument("--data_dir", required=True, help="of the job service")
-    parser.add_argument("--file_id", required=True, help="of the file of results")
+    parser.add_argument("--file_id", help="of the file of results; default: there is none")
     return parser
 
 
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = progress.curves(folder)
     step = last_step(record, points)
     write_text(run / RESULTS, curve_csv(points, figures, step))
-    keep_results(Path(args.data_dir), args.file_id, (run / RESULTS).read_bytes())
+    if args.file_id:
+        keep_results(Path(args.data_dir), args.file_id, (run / RESULTS).read_bytes())
     extra = {"metrics.json": metrics(runs_dir / args.name, figures)} if figures else {}
     publish(own_files(run), runs_dir / args.name, extra)
     entries = [{"step": step, "model": args.name, "created": (run / RESULTS).stat().st_mtime}]

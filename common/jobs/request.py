@@ -19,7 +19,7 @@ from common import cli
 from common.cli import UserError
 from common.distillation import flags as distillation_flags
 from common.distillation.settings import DistillSettings
-from common.jobs.checks import Reach
+from common.jobs.checks import NAME, Reach
 from common.training import flags as training_flags
 from common.training.settings import TrainSettings
 from common.web.app import Problem
@@ -69,6 +69,7 @@ OF_THE_SERVER = (
     "report_to",
     "help",
 )
+JOB_NAME = "name"  # of the job: a setting of none of the scripts
 MODELS, FILES = ("student", "teacher"), ("data", "eval_data", "task")
 LONGEST = 4096  # characters of a text
 MOST = 1e9
@@ -162,6 +163,9 @@ class Planner:
         for field, value in payload.items():
             if field == "method" or field in EXPORTS or value is None:
                 continue
+            if field == JOB_NAME:
+                check_name(value)
+                continue
             if field == "use_qat":
                 if not switch(payload, field):
                     continue
@@ -216,6 +220,11 @@ class Planner:
             if len(names) < len(METHODS):
                 about = properties[field].get("description", "")
                 properties[field]["description"] = f"{about} (methods: {', '.join(names)})".strip()
+        properties[JOB_NAME] = {
+            "type": "string",
+            "pattern": f"^{NAME.pattern}$",
+            "description": "What the job is called",
+        }
         for field, words in SWITCHES.items():
             properties[field] = {"type": "boolean", "default": False, "description": words}
         return {"type": "object", "properties": properties, "additionalProperties": False}
@@ -242,6 +251,14 @@ def switch(payload: Mapping[str, Any], field: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise Problem(422, f"{field}: must be true or false", field)
     return bool(value)
+
+
+def check_name(value: Any) -> None:
+    """Raises Problem 422 for what is no name of a job."""
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise Problem(
+            422, f"{JOB_NAME}: give 1 to 64 letters, digits, '.', '_' and '-', a letter or digit first", JOB_NAME
+        )
 
 
 def json_type(action: argparse.Action) -> str | None:

@@ -67,6 +67,8 @@ class Error(BaseModel):
 
 class JobStatus(BaseModel):
     job_id: str
+    name: str | None = Field(description="As the request calls it; its model is then served under that name")
+    served_as: str | None = Field(description="The run of the inference server that it has become")
     method: Literal["distill", "sft", "kd", "dpo"]
     state: State
     cancelling: bool = Field(description="Asked to stop, but not stopped yet")
@@ -96,6 +98,18 @@ class Submitted(BaseModel):
 class JobPage(BaseModel):
     jobs: list[JobStatus] = Field(description="The newest first")
     next: int | None = Field(description="`before` of the next page; None on the last")
+
+
+class DataFile(BaseModel):
+    path: str
+    bytes: int
+
+
+class Choices(BaseModel):
+    models: list[str] = Field(description="Folders and GGUF files, the newest first")
+    data: list[DataFile]
+    defaults: dict[str, dict[str, Any]] = Field(description="By method: what a setting is where it is left out")
+    serve_url: str | None = Field(description="Where the page of the inference server is, with which a model is tried")
 
 
 class Artifact(BaseModel):
@@ -222,6 +236,11 @@ def add_jobs(router: APIRouter, service: Service) -> None:
         job = service.submit(payload, idempotency_key)
         url = f"{prefix}/status/{job.id}"
         return JSONResponse({"job_id": job.id, "state": job.state, "status_url": url}, 202, {"Location": url})
+
+    @router.get("/choices", response_model=Choices)
+    def choices() -> Response:
+        """What a request may name: models and data under the allowed folders, and the defaults of the settings."""
+        return JSONResponse(service.choices())
 
     @router.get("/jobs", response_model=JobPage, responses=responses(422))
     def jobs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 from prometheus_client import Gauge
 
 from common.cli import UserError
-from common.jobs import local_backend, progress
+from common.jobs import choices, local_backend, progress
 from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
 from common.jobs.files import FILE_ID, FileStore, StoredFile
-from common.jobs.fine_tuning import KEY, Publication, model_name
-from common.jobs.folder import JOB_ID, WORKER, JobFolder, check_system
+from common.jobs.fine_tuning import KEY, PUBLISHED, Publication, model_name
+from common.jobs.folder import ARTIFACTS, JOB_ID, WORKER, JobFolder, check_system
 from common.jobs.recovery import adopt_folders, keep_row
-from common.jobs.request import Planner
+from common.jobs.request import JOB_NAME, PlannedJob, Planner
 from common.jobs.runner import Runner
 from common.jobs.store import (
     CANCELLED,
@@ -42,6 +43,7 @@ from common.web.app import Environment, Problem, WebMetrics
 ROOT = Path(__file__).parents[2]
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 BACKENDS = ("local", "kubernetes")
+LOOK = 10.0  # seconds between looks for models and data
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class JobServiceSettings:
     files_quota: int = 20 << 30
     runs_dir: Path = ROOT / "runs"  # of the inference server, where fine-tuned models go
     fine_tuning_models: tuple[tuple[str, str], ...] = ()  # (pattern of names, the base that stands in for them)
+    serve_url: str | None = None
 
     @classmethod
     def from_environment(cls) -> JobServiceSettings:
@@ -95,6 +98,7 @@ class JobServiceSettings:
             files_quota=env.whole("FILES_QUOTA", cls.files_quota),
             runs_dir=runs_dir,
             fine_tuning_models=stand_ins(env.text("FINE_TUNING_MODELS")),
+            serve_url=env.text("SERVE_URL", "/" if prefix else None),
         )
 
 
@@ -140,6 +144,7 @@ class Service:
             settings.keep_days,
             settings.data_quota,
         )
+        self._choices: tuple[float, dict[str, Any]] = (0.0, {})
         self.closing = threading.Event()  # the server is about to stop
         self.metrics = WebMetrics()
         gauge = Gauge("jobs", "Jobs by state.", ("state",), registry=self.metrics.registry)
@@ -221,6 +226,8 @@ class Service:
                 published = Publication(self.settings.runs_dir, self.settings.data_dir)
                 name = model_name(payload["student"], fine_tuning["asked"].get("suffix"), job_id)
                 commands = [*commands, *published.commands(plan.settings, name, job_id)]
+            elif name := payload.get(JOB_NAME):
+                commands = [*commands, *self._named(name, plan, job_id)]
             with self._files_in_use:
                 for field, value in payload.items():
                     if isinstance(value, str) and FILE_ID.fullmatch(value) and not self.files.find(value):
@@ -232,6 +239,18 @@ class Service:
             raise Problem(503, f"the job cannot be kept ({error.strerror}); try again", retry_after=60) from error
         self.runner.wake()
         return job
+
+    def _named(self, name: str, plan: PlannedJob, job_id: str) -> list[dict[str, Any]]:
+        """What gives the run of a job that has a name a place among those that are served, under it.
+
+        Raises:
+            Problem: 422 where there is, or will be, another run of that name.
+        """
+        taken = {job.request.get(JOB_NAME) for job in self.store.unended()}
+        if name in taken or (self.settings.runs_dir / name).exists():
+            raise Problem(422, f"{JOB_NAME}: there is a run called {name}; take another name", JOB_NAME)
+        place = Publication(self.settings.runs_dir, self.settings.data_dir)
+        return place.commands(plan.settings, name, job_id, judged=plan.method in ("sft", "dpo"), results=False)
 
     def cancel(self, job_id: str) -> Job:
         """Raises Problem 404, or 409 for one that has ended."""
@@ -273,6 +292,8 @@ class Service:
         waiting = job.state == QUEUED and not job.handed
         return {
             "job_id": job.id,
+            "name": job.request.get(JOB_NAME),
+            "served_as": self.folder(job).read(f"{ARTIFACTS}/{PUBLISHED}").get("model"),
             "method": job.method,
             "state": job.state,
             "cancelling": bool(job.cancel) and job.cancel != TO_PAUSE,
@@ -289,6 +310,14 @@ class Service:
             "resumable": job.state in (PAUSED, FAILED, CANCELLED),
             "request": job.request,
         }
+
+    def choices(self) -> dict[str, Any]:
+        """What a request may name, looked for again after `LOOK` seconds."""
+        until, known = self._choices
+        if time.monotonic() > until:
+            known = choices.choices(self.reach, self.planner) | {"serve_url": self.settings.serve_url}
+            self._choices = time.monotonic() + LOOK, known
+        return known
 
     def _command(self, job: Job) -> dict[str, Any] | None:
         """Which of a running job's commands is at work."""

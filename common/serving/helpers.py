@@ -31,13 +31,14 @@ class Helpers:
     Args:
         module: whose process answers lines (see `processes.answer_lines`).
         greeting: a request that it answers at once; its imports take a while, which are not the first client's.
+        seconds: that it may take for one request.
 
     Attributes:
-        command, seconds: of the process, and that it may take for one request.
+        command: of the process.
     """
 
-    def __init__(self, module: str, greeting: Any) -> None:
-        self.command, self.seconds = processes.module_command(module, str(os.getpid())), SECONDS
+    def __init__(self, module: str, greeting: Any, seconds: float = SECONDS) -> None:
+        self.command, self.seconds = processes.module_command(module, str(os.getpid())), seconds
         self.greeting = greeting
         self._idle: list[asyncio.subprocess.Process] = []
         self._free = asyncio.Semaphore(WORKERS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from common.serving.server import Server, estimate
-from common.serving.work import Chat, ChatAnswer, ChatTurn
+from common.serving.work import Chat, ChatAnswer, ChatTurn, alone
 from common.web import app as web
 from common.web.app import Problem, responses
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 MAX_MESSAGES = 256
 MAX_CONTENT = 1_000_000  # characters
 MAX_TOKENS = 4096
-_alone = itertools.count(1)
 
 
 class ContentPart(BaseModel):
@@ -143,7 +142,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
                 raise Problem(422, "n: a stream has one answer; ask for one, or without stream", "n")
             events = _events(server, request, body, version, work, turn, head, started)
             first = await anext(events)  # an error before the first token has a status of its own
-            return StreamingResponse(_chain(first, events), media_type="text/event-stream")
+            return StreamingResponse(chained(first, events), media_type="text/event-stream")
         answer: ChatAnswer = await server.answer(request, version, work, turn, tokens=estimate(text))
         _record(server, request, version, work, started, text, answer)
         choices = [_choice(number, work, choice) for number, choice in enumerate(answer.choices)]
@@ -164,7 +163,7 @@ def _work(body: ChatRequest, schema: dict[str, Any] | bool | None) -> Chat:
         seed=seed,
         stop=tuple(stop),
         schema=None if schema is None else json.dumps(schema),
-        alone=next(_alone) if body.stream else 0,
+        alone=alone() if body.stream else 0,
         thinking=body.chat_template_kwargs.enable_thinking or body.chat_template_kwargs.thinking,
     )
 
@@ -190,7 +189,8 @@ def _record(
     server.record(request, version, work.name, started, text, **_usage(answer))
 
 
-async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+async def chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    """What was taken of an iterator, and the rest of it."""
     yield first
     async for event in rest:
         yield event
@@ -200,7 +200,6 @@ async def _events(
     server: Server, request: Request, body: ChatRequest, version, work: Chat, turn: ChatTurn, head, started: float
 ) -> AsyncIterator[str]:
     """Server-sent events: the role, the text as it comes, the reason for the end, the usage if asked for, [DONE]."""
-    texts: asyncio.Queue[str | None] = asyncio.Queue()
 
     def event(**fields: Any) -> str:
         chunk = {**head, "object": "chat.completion.chunk", **fields}
@@ -210,46 +209,34 @@ async def _events(
         choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": reason}
         return event(choices=[choice])
 
-    async def run() -> ChatAnswer:
-        try:
-            streamed = ChatTurn(turn.messages, stream=True)
-            return await server.answer(request, version, work, streamed, emit=texts.put_nowait)
-        finally:
-            texts.put_nowait(None)  # after all texts: they and the answer come through one channel, in order
-
-    task = asyncio.create_task(run())
-    whole = sent = ""
-    try:
-        text = await texts.get()
-        if text is None:
-            await task  # raises what went wrong before the first token, if anything did
+    async with aclosing(server.stream(request, version, work, ChatTurn(turn.messages, stream=True))) as parts:
+        part = await anext(parts)  # raises what went wrong before the first token, if anything did
         yield delta({"role": "assistant", "content": ""})
-        while text is not None:
-            whole += text
-            ready = work.cut(whole)
-            if ready == whole:  # a stop that has begun is held back
-                ready = whole[: len(whole) - _begun(whole, work.stop)]
-            if len(ready) > len(sent):
-                yield delta({"content": ready[len(sent) :]})
-                sent = ready
-            text = await texts.get()
+        whole = sent = ""
         try:
-            answer = await task
+            while isinstance(part, str):
+                whole += part
+                ready = work.cut(whole)
+                if ready == whole:  # a stop that has begun is held back
+                    ready = whole[: len(whole) - _begun(whole, work.stop)]
+                if len(ready) > len(sent):
+                    yield delta({"content": ready[len(sent) :]})
+                    sent = ready
+                part = await anext(parts)
         except Problem as problem:
             error = {"message": problem.detail, "type": web.error_types(problem.status_code), "param": problem.param}
             yield f"data: {json.dumps({'error': error})}\n\n"
             return
-        final = work.cut(answer.choices[0].text)
-        if len(final) > len(sent):
-            yield delta({"content": final[len(sent) :]})
-        yield delta({}, _reason(answer.choices[0]))
-        if body.stream_options and body.stream_options.include_usage:
-            yield event(choices=[], usage=_usage(answer))
-        yield "data: [DONE]\n\n"
-        text = "\n".join(message["content"] for message in turn.messages)
-        _record(server, request, version, work, started, text, answer)
-    finally:
-        task.cancel()
+    answer: ChatAnswer = part
+    final = work.cut(answer.choices[0].text)
+    if len(final) > len(sent):
+        yield delta({"content": final[len(sent) :]})
+    yield delta({}, _reason(answer.choices[0]))
+    if body.stream_options and body.stream_options.include_usage:
+        yield event(choices=[], usage=_usage(answer))
+    yield "data: [DONE]\n\n"
+    text = "\n".join(message["content"] for message in turn.messages)
+    _record(server, request, version, work, started, text, answer)
 
 
 def _begun(text: str, stops: tuple[str, ...]) -> int:

@@ -1,60 +1,48 @@
-"""The inference server's routes: the page, the runs, and the three tasks; OpenAI's are in `openai_routes`."""
+"""The inference server's routes: the page, the runs, labels and code; documents are in `document_routes`, OpenAI's in
+`openai_routes`."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 
-from common.cli import UserError
 from common.data import task_record
-from common.generation import json_schema
-from common.serving import label_tasks
 from common.serving.decision_routes import add_decisions
-from common.serving.helpers import HelperEnded
-from common.serving.model_process import QueueFull
-from common.serving.openai_routes import add_chat
-from common.serving.run_registry import Version
+from common.serving.document_routes import PDF_PATH, add_extraction
+from common.serving.fields import RunName, Text, Tokens, check_task
+from common.serving.openai_routes import add_chat, chained
 from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
-from common.serving.work import ANSWER_TOKENS, Classify, Extract, WriteCode
+from common.serving.work import ANSWER_TOKENS, Classify, WriteCode, alone
 from common.tasks.codegen.answer import compile_error
-from common.tasks.idp import documents
-from common.tasks.idp import prompt as idp_prompt
-from common.tasks.idp.readers import OFFSET, ReadingSettings
 from common.tasks.ranking.task import warned
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
 
 if TYPE_CHECKING:
-    from common.tasks.idp.extractor import Extraction
+    from common.tasks.codegen.writer import CodeAnswer
 
 Item = TypeVar("Item")
 PAGE = Path(__file__).with_name("page.html")
-MAX_FEATURES, MAX_TEXT = 20_000, 1_000_000  # characters
+MAX_FEATURES = 20_000  # characters
 MAX_ROWS = 1024  # of a batch
-MAX_LINES = 20_000  # of a document
-MAX_ANSWER_TOKENS = 4096
 
 # What comes in and goes out.
 
 Features = Annotated[str, Field(min_length=1, max_length=MAX_FEATURES, pattern=r"\S")]
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
-RunName = Annotated[str, Field(min_length=1, max_length=200, description="A run, or `name@hash` for one version of it")]
 TaskName = Annotated[
     str | None,
     Query(min_length=1, max_length=200, description="A label task that a run here was trained for; for base"),
 ]
-Tokens = Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)]
 
 
 class ClassifyRequest(BaseModel):
@@ -78,60 +66,13 @@ class ClassifyAnswer(BaseModel):
     warning: str | None = Field(None, description="There where the text is not of the task: the answer says little")
 
 
-class DocumentLine(BaseModel):
-    """A line or a word of a document, and where it stands on its page."""
-
-    text: str
-    box: Annotated[list[float], Field(min_length=4, max_length=4, description="x0, y0, x1, y1 from the upper left")]
-    page: Annotated[int, Field(ge=1)] = 1
-
-
-class ExtractRequest(BaseModel):
-    document: Text
-    json_schema: dict[str, Any] | None = Field(
-        None, alias="schema", description="JSON Schema of the fields; default: IDP_SCHEMA"
-    )
-    run: RunName | None = Field(None, description="default: the newest run trained for it, else the base")
-    max_new_tokens: Tokens = ANSWER_TOKENS
-    on_cut: Literal["retry", "flag"] = Field(
-        "retry", description="An answer that `max_new_tokens` has cut: once more with twice of it, or only flag it"
-    )
-    thinking: bool = Field(False, description="Let a reasoning model think first, within max_new_tokens of its own")
-    typed_fields: Literal["written", "held"] | None = Field(
-        None, description="As `--typed_fields` of infer_idp.py; default: as the run was trained, else written"
-    )
-    dates: Literal["day", "month"] | None = Field(None, description="What comes first in 03/04/2019; default: as shown")
-    utc_offset: Annotated[str, Field(pattern=f"^(?:{OFFSET})$")] = "Z"
-    evidence: bool = Field(False, description="Say where each field stands in the document")
-    lines: Annotated[list[DocumentLine], Field(max_length=MAX_LINES)] = Field(
-        [], description="What the document is made of, for the boxes of the evidence"
-    )
-
-
-class ExtractAnswer(BaseModel):
-    """`fields` is valid by the schema, or null where `error` says why there is no valid answer."""
-
-    model_name: str
-    fields: Any
-    error: str | None
-    text: str | None = Field(description="What the model wrote, where there is an error")
-    pieces: int = Field(description="In how many pieces a long document was read")
-    cut: bool = Field(description="The token budget ended the answer, also at the second try, or a value in it ran on")
-    written: dict[str, Any] | None = Field(description="Each field as the model copied it, by its path")
-    notes: list[str] = Field(description="What is not sure about dates, times and numbers")
-    answered_by: str | None = Field(None, description="With a cascade: the run, or the teacher")
-    unsure: bool | None = Field(None, description="True where the teacher was to answer, and did not")
-    cascade: str | None = Field(None, description="Why it did not")
-    evidence: dict[str, Any] | None = Field(None, description="As `infer_idp.py --evidence` gives it, where asked for")
-    document: str | None = Field(None, description="The text in which the evidence counts characters")
-
-
 class CodeRequest(BaseModel):
     prompt: Text
     plan_then_code: bool = False
     run: RunName | None = Field(None, description="default: the newest run trained for it, else the base")
     max_new_tokens: Tokens = ANSWER_TOKENS
     thinking: bool = Field(False, description="Let a reasoning model think first, within max_new_tokens")
+    stream: bool = Field(False, description="Send the code as it is written, as server-sent events")
 
 
 class CodeAnswerBody(BaseModel):
@@ -163,6 +104,9 @@ class RunEntry(BaseModel):
     kind: str | None = Field(None, description="What it was trained for: labels, idp, codegen, squad or rows")
     task: str | None = Field(None, description="The name of that task")
     labels: list[str] | None = None
+    text_fields: list[str] | None = Field(
+        None, description="The column that has the text of its rows, in a file of them"
+    )
 
 
 class ModelsAnswer(BaseModel):
@@ -195,6 +139,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         await server.models.close()
         await server.schema_checks.close()
         await server.evidence.close()
+        await server.pdfs.close()
         if server.cascade:
             server.cascade.close()
         if server.audit:
@@ -217,8 +162,9 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         api_key=server.settings.api_key,
         open_paths=web.open_paths(),
         hosts=server.settings.allowed_hosts,
+        body_limits={PDF_PATH: server.settings.max_pdf_bytes},
     )
-    _add_extraction(app, server)  # routes are tried in order: these before /infer/{run}
+    add_extraction(app, server)  # routes are tried in order: these before /infer/{run}
     _add_code(app, server)
     _add_classification(app, server)
     _add_about(app, server)
@@ -243,80 +189,57 @@ def _add_about(app: FastAPI, server: Server) -> None:
         return JSONResponse(await asyncio.to_thread(server.about_models))
 
 
-def _add_extraction(app: FastAPI, server: Server) -> None:
-    @app.post("/infer/idp", response_model=ExtractAnswer, responses=responses(404, 409, 422, 503, 504))
-    async def extract(body: ExtractRequest, request: Request) -> Response:
-        """A document's fields as JSON that is valid by the schema, as infer_idp.py gives them."""
-        started = time.perf_counter()
-        version = await server.find(body.run or server.newest("idp"))
-        check_task(version, task_record.IDP, idp_prompt.INSTRUCTION, "extracting fields from documents")
-        schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
-        await server.check_schema(schema, "schema")
-        reading = ReadingSettings(body.dates, body.utc_offset)
-        work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut, body.thinking, reading, body.typed_fields)
-        work = replace(work, confidence=bool(server.cascade and server.cascade.below))
-        extraction, who = await server.answer(request, version, work, body.document, tokens=estimate(body.document)), {}
-        if server.cascade:
-            answered = await server.cascade.extraction(request, version, work, body.document, extraction)
-            extraction, who = answered.extraction, answered.facts
-        error = extraction.error
-        facts = {"valid": error is None, "cut": extraction.cut is not None, "tokens": extraction.tokens}
-        server.record(request, version, work.name, started, body.document, **facts)
-        answer = {
-            "model_name": version.model_dir,
-            "fields": None if error else extraction.value,
-            "error": error,
-            "text": extraction.text if error else None,
-            "pieces": extraction.pieces,
-            "cut": extraction.cut is not None,
-            "written": None if error else extraction.written_leaves,
-            "notes": extraction.notes,
-        } | who
-        if body.evidence:
-            answer |= await find_evidence(server, body, extraction)
-        return JSONResponse(answer)
-
-
-async def find_evidence(server: Server, body: ExtractRequest, extraction: Extraction) -> dict[str, Any]:
-    """Where the fields stand, and the text that it counts in; a note where that takes too long.
-
-    Raises:
-        Problem: 503, too many wait for theirs.
-    """
-    text = await asyncio.to_thread(documents.clean, body.document)
-    answer = {"evidence": None, "document": text}
-    if extraction.error:
-        return answer
-    try:
-        asked = body.model_dump(include={"document", "lines"}) | {"value": extraction.as_written}
-        return answer | await server.evidence.ask(asked)
-    except QueueFull:
-        raise Problem(503, "too many requests wait for their evidence; try again", retry_after=1) from None
-    except (TimeoutError, HelperEnded):
-        late = "where the fields stand could not be found in time; send a shorter document, or ask for fewer fields"
-        return answer | {"notes": [*extraction.notes, late]}
-
-
 def _add_code(app: FastAPI, server: Server) -> None:
-    @app.post("/infer/codegen", response_model=CodeAnswerBody, responses=responses(404, 409, 422, 503, 504))
+    streamed = {200: {"content": {"text/event-stream": {}}, "description": "The code, with `stream` as it is written"}}
+
+    @app.post("/infer/codegen", response_model=CodeAnswerBody, responses=streamed | responses(404, 409, 422, 503, 504))
     async def write_code(body: CodeRequest, request: Request) -> Response:
-        """Code for a task, as infer_codegen.py writes it; it is not run here."""
+        """Code for a task, as infer_codegen.py writes it; it is not run here.
+
+        With `stream` server-sent events: `text` as it comes, `answer` with the whole of it, or `error`.
+        """
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("code"))
         check_task(version, task_record.CODEGEN, None, "writing code")
-        work = WriteCode(body.plan_then_code, body.max_new_tokens, body.thinking)
-        written = await server.answer(request, version, work, body.prompt, tokens=estimate(body.prompt))
-        facts = {"finished": written.finished, "tokens": written.tokens}
-        server.record(request, version, work.name, started, body.prompt, **facts)
-        answer = {
-            "model_name": version.model_dir,
-            "code": written.code,
-            "plan": written.plan if body.plan_then_code else None,
-            "finished": written.finished,
-            "cut": written.cut,
-            "error": compile_error(written.code),
-        }
-        return JSONResponse(answer)
+        number = alone() if body.stream else 0
+        work = WriteCode(body.plan_then_code, body.max_new_tokens, body.thinking, number)
+
+        def shown(written: CodeAnswer) -> dict[str, Any]:
+            facts = {"finished": written.finished, "tokens": written.tokens}
+            server.record(request, version, work.name, started, body.prompt, **facts)
+            return {
+                "model_name": version.model_dir,
+                "code": written.code,
+                "plan": written.plan if body.plan_then_code else None,
+                "finished": written.finished,
+                "cut": written.cut,
+                "error": compile_error(written.code),
+            }
+
+        if not body.stream:
+            written = await server.answer(request, version, work, body.prompt, tokens=estimate(body.prompt))
+            return JSONResponse(shown(written))
+        events = code_events(server.stream(request, version, work, body.prompt), shown)
+        first = await anext(events)  # an error before the first token has a status of its own
+        return StreamingResponse(chained(first, events), media_type="text/event-stream")
+
+
+async def code_events(parts: AsyncGenerator[Any], shown: Callable[[CodeAnswer], dict]) -> AsyncIterator[str]:
+    """Server-sent events of what `Server.stream` gives. Raises Problem before the first of them."""
+
+    def event(kind: str, data: Any) -> str:
+        return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+
+    begun = False
+    async with aclosing(parts):
+        try:
+            async for part in parts:
+                yield event("text", part) if isinstance(part, str) else event("answer", shown(part))
+                begun = True
+        except Problem as problem:
+            if not begun:
+                raise
+            yield event("error", {"message": problem.detail})
 
 
 def _add_classification(app: FastAPI, server: Server) -> None:
@@ -362,21 +285,3 @@ async def in_turns(items: Iterable[Item]) -> AsyncIterator[Item]:
         if number:
             await asyncio.sleep(0)
         yield item
-
-
-def check_task(version: Version, kind: str, instruction: str | None, asked: str) -> None:
-    """Raises Problem 422 for a run that was trained for another task; see `label_tasks.check`."""
-    try:
-        label_tasks.check(version, kind, instruction, asked)
-    except label_tasks.OtherTask as error:
-        raise Problem(422, str(error), "run") from error
-
-
-def default_schema(path: str) -> dict[str, Any]:
-    """The schema of requests that bring none. Raises Problem 422 where there is no such file."""
-    if not Path(path).is_file():
-        raise Problem(422, f"send a schema: there is no {path}, where IDP_SCHEMA says the default one is", "schema")
-    try:
-        return json_schema.load(path)
-    except UserError as error:
-        raise Problem(409, f"the default schema cannot be used: {error}", "schema") from error

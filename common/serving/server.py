@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from common.web.app import Problem, WebMetrics
 
 KINDS = {"idp": task_record.IDP, "code": task_record.CODEGEN}  # by what is in the names of runs
 GRACE = 30.0  # seconds beyond REQUEST_TIMEOUT until a model's process that does not answer is ended
+PDF_SECONDS = 20.0  # that the text of a PDF may take
 POLL = 0.25  # seconds between looks whether the client is still there
 CHARACTERS_A_TOKEN = 3  # about; how many rows make a batch is decided before they are encoded
 FRAME_TOKENS = 40  # about, of the instruction and the chat template
@@ -48,6 +49,7 @@ class Server:
         self.schema_checks = SchemaChecks()
         nothing = {"document": "", "lines": [], "value": None}
         self.evidence = Helpers("common.tasks.idp.evidence_worker", nothing)
+        self.pdfs = Helpers("common.tasks.idp.pdf_worker", {"pdf": ""}, PDF_SECONDS)
         self.metrics = ServingMetrics(
             self.web_metrics.registry, self.models.all, lambda: self.audit.failures if self.audit else 0
         )
@@ -158,6 +160,28 @@ class Server:
         self.metrics.child(self.metrics.seconds, version.name, work.name).observe(time.monotonic() - started)
         return outcome(answer)
 
+    async def stream(self, request: Request, version: Version, work: Work, payload: Any) -> AsyncIterator[Any]:
+        """The parts of a text as they are written, and last, as what is no str, the whole answer.
+
+        Raises:
+            Problem: as `answer`.
+        """
+        parts: asyncio.Queue[str | None] = asyncio.Queue()
+
+        async def run() -> Any:
+            try:
+                return await self.answer(request, version, work, payload, emit=parts.put_nowait)
+            finally:
+                parts.put_nowait(None)  # after all parts: they and the answer come through one channel, in order
+
+        task = asyncio.create_task(run())
+        try:
+            while (part := await parts.get()) is not None:
+                yield part
+            yield await task
+        finally:
+            task.cancel()
+
     async def watch(self) -> None:
         """End the wait of requests that are late or whose client has gone, and processes that do not answer.
 
@@ -238,7 +262,9 @@ class Server:
                     if about["current"] or about["loaded"]:
                         entries.append(about)
             except (UserError, OSError, ValueError, RecursionError) as error:
-                nothing = dict.fromkeys(("adapter_sha256", "method", "created", "metrics", "kind", "task", "labels"))
+                nothing = dict.fromkeys(
+                    ("adapter_sha256", "method", "created", "metrics", "kind", "task", "labels", "text_fields")
+                )
                 entries.append(
                     {
                         "name": name,

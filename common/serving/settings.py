@@ -28,6 +28,7 @@ class ServerSettings:
         audit_inputs: write the texts of requests, too.
         audit_max_bytes: size at which the audit log is rotated.
         preload: load the base and the named runs at the start.
+        max_pdf_bytes: of a PDF that is sent.
         cascade: who is asked where a run is not sure of a label; None: nobody.
         allowed_hosts: names by which the server may be asked for without a key, beside localhost and addresses.
     """
@@ -46,6 +47,7 @@ class ServerSettings:
     preload: bool
     allowed_hosts: tuple[str, ...] = ()
     cascade: CascadeSettings | None = None
+    max_pdf_bytes: int = 20 << 20
 
     @classmethod
     def from_environment(cls) -> ServerSettings:
@@ -81,6 +83,7 @@ class ServerSettings:
             preload=env.switch("PRELOAD"),
             allowed_hosts=env.names("ALLOWED_HOSTS"),
             cascade=cascade_settings(env),
+            max_pdf_bytes=env.whole("MAX_PDF_BYTES", cls.max_pdf_bytes),
         )
 
 

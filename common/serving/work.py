@@ -6,6 +6,8 @@ They call what the scripts call: `Classifier`, `Extractor`, `CodeWriter`, `gener
 from __future__ import annotations
 
 import copy
+import io
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
 
 DIGITS = 6  # of a probability
 ANSWER_TOKENS = 512  # the budget of an answer, where the request gives none
+_alone = itertools.count(1)
+
+
+def alone() -> int:
+    """A number for a work that is to share its batch with no other, since its text is sent as it comes."""
+    return next(_alone)
 
 
 @dataclass(frozen=True)
@@ -172,11 +180,16 @@ class Extract:
 
 @dataclass(frozen=True)
 class WriteCode:
-    """Tasks to code. A payload is a task."""
+    """Tasks to code. A payload is a task.
+
+    Attributes:
+        alone: a number that no other request has, for one whose code is sent as it comes; else 0.
+    """
 
     plan_then_code: bool
     max_new_tokens: int
     thinking: bool = False
+    alone: int = 0
     name: ClassVar[str] = "codegen"
     urgent: ClassVar[bool] = False
 
@@ -184,7 +197,20 @@ class WriteCode:
         writer: CodeWriter = view.keep("code writer", lambda: _code_writer(view))
         decoding = Decoding(self.max_new_tokens, thinking=self.thinking)
         plans = writer.plan(payloads, decoding) if self.plan_then_code else None
-        return [samples[0] for samples in writer.write(payloads, decoding, plans)]
+        streamer = writer.streamer(payloads[0], Emitted(view), thinking=self.thinking) if self.alone else None
+        return [samples[0] for samples in writer.write(payloads, decoding, plans, streamer=streamer)]
+
+
+class Emitted(io.TextIOBase):
+    """A file whose texts are parts of the answer that is being written."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def write(self, text: str) -> int:
+        if text:
+            self.view.host.emit(text)
+        return len(text)
 
 
 def _code_writer(view: View) -> CodeWriter:

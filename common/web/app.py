@@ -34,6 +34,7 @@ from common.web import docs_pages
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # what is taken over from a client; anything else is replaced
 DRAIN = 32 << 20  # bytes of a refused body that are read, so that the client gets to see the answer
 BODY_SECONDS = 60.0  # that the body of a request may take to arrive
+INCLUDED = re.compile(r"^/\* (\w+\.(?:css|js)) \*/\n", re.MULTILINE)
 MAX_FAULTS = 5  # of a body that breaks many rules, as many are named
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -136,10 +137,7 @@ def open_paths(prefix: str = "") -> frozenset[str]:
 
 def add_about(app: FastAPI, metrics: WebMetrics, page: Path, prefix: str = "") -> None:
     """The routes that every server has: its page at `prefix`/, pages on its API, /healthz, /metrics."""
-    content = page.read_text(encoding="utf-8")
-    for name in ("page.css", "page.js"):
-        content = content.replace(f"/* {name} */\n", Path(__file__).with_name(name).read_text(encoding="utf-8"))
-
+    content = whole_page(page)
     docs_pages.add_docs_pages(app, prefix)
 
     @app.get(f"{prefix}/", response_class=HTMLResponse, include_in_schema=False)
@@ -158,6 +156,16 @@ def add_about(app: FastAPI, metrics: WebMetrics, page: Path, prefix: str = "") -
     async def prometheus() -> Response:
         """Prometheus' text format."""
         return metrics.page()
+
+
+def whole_page(page: Path) -> str:
+    """A page with the style sheets and scripts that it names, `/* NAME */` on a line, from beside it or from here."""
+
+    def text(named: re.Match[str]) -> str:
+        places = (folder / named[1] for folder in (page.parent, Path(__file__).parent))
+        return next(file for file in places if file.is_file()).read_text(encoding="utf-8")
+
+    return INCLUDED.sub(text, page.read_text(encoding="utf-8"))
 
 
 class WebMetrics:
@@ -195,6 +203,7 @@ class Guard:
         open_paths: paths that need no key.
         streamed_paths: paths whose POST reads its body itself, within bounds of its own.
         hosts: names by which the server may be asked for; "*" for any.
+        body_limits: bytes of a body by path, where that is not `max_body_bytes`.
     """
 
     def __init__(
@@ -207,7 +216,9 @@ class Guard:
         open_paths: frozenset[str],
         streamed_paths: frozenset[str] = frozenset(),
         hosts: Sequence[str] = (),
+        body_limits: Mapping[str, int] | None = None,
     ) -> None:
+        self.body_limits = body_limits or {}
         self.app, self.metrics, self.max_body_bytes, self.open_paths = app, metrics, max_body_bytes, open_paths
         self.streamed_paths = streamed_paths
         self.api_key = api_key.encode() if api_key else None
@@ -222,6 +233,7 @@ class Guard:
         given = headers.get(b"x-request-id", b"")
         own_id = given if REQUEST_ID.fullmatch(given) else b"%s-%x" % (self.first_part, next(self.numbers))
         scope.setdefault("state", {})["request_id"] = own_id.decode()
+        limit = self.body_limits.get(scope["path"], self.max_body_bytes)
         status = 0
 
         async def send_with_id(message: dict[str, Any]) -> None:
@@ -245,12 +257,12 @@ class Guard:
                 await refuse(403, unnamed)
             elif scope["method"] == "POST" and scope["path"] in self.streamed_paths:
                 await self.app(scope, receive, send_with_id)
-            elif (body := await self._read_in_time(headers, receive)) is TOO_SLOW:
+            elif (body := await self._read_in_time(headers, receive, limit)) is TOO_SLOW:
                 late = f"the body did not arrive within {BODY_SECONDS:g} s; send it faster, or send less"
                 await refuse(408, late, headers={"Connection": "close"})
             elif body is TOO_LARGE:
-                limit = f"the body is larger than {self.max_body_bytes:,} bytes; send less in one request"
-                await refuse(413, limit, headers={"Connection": "close"})
+                too_large = f"the body is larger than {limit:,} bytes; send less in one request"
+                await refuse(413, too_large, headers={"Connection": "close"})
             else:
                 pending = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -290,24 +302,24 @@ class Guard:
             return True
         return not host  # of HTTP/1.0, which no browser sends
 
-    async def _read_in_time(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | Refusal:
+    async def _read_in_time(self, headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes | Refusal:
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                return await self._read(headers, receive)
+                return await self._read(headers, receive, limit)
         except TimeoutError:
             return TOO_SLOW
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | Refusal:
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes | Refusal:
         """The whole body, unless it is too large (a part of it is read, or the client would not see the answer)."""
         chunks, size, more = [], 0, True
         length = headers.get(b"content-length", b"")
-        too_large = length.isdigit() and int(length) > self.max_body_bytes
+        too_large = length.isdigit() and int(length) > limit
         while more and size <= DRAIN:
             message = await receive()
             if message["type"] == "http.disconnect":
                 break
             size += len(message.get("body", b""))
-            too_large = too_large or size > self.max_body_bytes
+            too_large = too_large or size > limit
             if not too_large:
                 chunks.append(message.get("body", b""))
             more = message.get("more_body", False)

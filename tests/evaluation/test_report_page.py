@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from support.pages import SIZES, violations
 
 from common.evaluation import results
 from common.tasks.ranking import report, row_table
@@ -206,3 +207,32 @@ def test_many_labels_and_a_bare_result(tmp_path):
 
 def test_names_that_end_alike_are_told_apart():
     assert results.model_names(made(("a/sft", "b/sft"))) == ["a/sft", "b/sft"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_cell_opens_its_rows_and_axe_finds_nothing(browser, tmp_path, rows, scheme, size):
+    file = report.write_report(tmp_path, made(), rows)
+    context = browser.new_context(viewport=SIZES[size], color_scheme=scheme)
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.goto(file.as_uri())
+    assert page.locator("#rows-count").inner_text() == "120 of 120 rows, 80 of them labelled wrongly by base"
+    page.get_by_role("button", name=re.compile("of Good called Bad")).first.click()
+    texts = page.locator("#rows-table tbody tr").all_inner_texts()
+    assert len(texts) == 40 and all(text.split("\t")[1:3] == ["Good", "Bad"] for text in texts)  # what sft made of them
+    page.get_by_label("Search the texts").fill("ROW 9")
+    assert page.locator("#rows-table tbody tr").count() == 5  # 9, 90, 93, 96, 99
+    assert page.locator("mark").first.inner_text() == "row 9"
+    page.get_by_label("Search the texts").fill("")
+    page.get_by_label("True label").select_option("any")
+    page.get_by_label("Called").select_option("any")
+    page.get_by_role("button", name="Next").click()
+    assert page.locator("#rows-page").inner_text() == "page 2 of 3"
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]
+    assert faults == []
+    assert violations(page) == []
+    context.close()

@@ -6,9 +6,10 @@ import re
 
 import pytest
 from support.jobs_served import make_place, serve_jobs, sha256
-from support.pages import COLOURS, contrast, rgb
+from support.pages import COLOURS, SIZES, contrast, rgb, violations
 from support.processes import wait_for
 
+from common.evaluation import run_figures
 from common.jobs.routes import PAGE
 
 pytestmark = pytest.mark.processes
@@ -35,9 +36,9 @@ def page(browser, served):
 
 def fill(page, served, how: str, steps: int) -> None:
     page.get_by_label("Method").select_option("sft")
-    page.get_by_label("Student").fill(str(served.data / "student"))
+    page.get_by_label(re.compile("^Student")).fill(str(served.data / "student"))
     page.get_by_label("Data file", exact=True).fill(str(served.data / f"{how}.jsonl"))
-    page.get_by_label("Steps").fill(str(steps))
+    page.get_by_label(re.compile("^Steps")).fill(str(steps))
 
 
 def test_nothing_comes_from_elsewhere(served):
@@ -55,16 +56,19 @@ def test_a_job_from_the_form_to_its_files(page, served):
     page.get_by_role("progressbar").first.wait_for()
     job_id = page.locator("#detail-title").inner_text().removeprefix("Job ")
     page.get_by_text(re.compile(r"\d+(\.\d)?\s%, \d+ s left")).first.wait_for()
-    page.get_by_role("img", name=re.compile("Curves to step")).wait_for()
+    page.get_by_role("img", name=re.compile("Curve to step")).first.wait_for()
     assert "training from step 0" in page.locator("#log").inner_text()
     page.get_by_role("heading", name="Files").wait_for(timeout=30_000)
     status = served.status(job_id)
     assert status["state"] == "succeeded"
     assert page.locator("#about .tag").inner_text() == "succeeded"
-    assert (
-        page.locator("#figure svg").get_attribute("aria-label") == "Curves to step 30: loss 2.0000, forward_kl 0.0333"
-    )
-    assert page.locator("#legend").inner_text().split("\n") == ["loss 2.0000", "forward kl 0.0333"]
+    drawn = page.locator("#panes svg")
+    assert [pane.get_attribute("aria-label") for pane in drawn.all()] == [
+        "Curve to step 30: loss 2.0000", "Curve to step 30: forward kl 0.0333"]  # fmt: skip
+    assert drawn.nth(1).locator("text").all_text_contents()[0] == "0.2"  # round numbers
+    page.get_by_label("Log scale").check()
+    assert drawn.nth(1).locator("text").all_text_contents()[0] == "0.05"
+    assert page.locator("#panes figcaption b").all_inner_texts() == ["loss, log scale", "forward kl, log scale"]
     listed = served.ask("GET", f"/artifacts/{job_id}")[1]["artifacts"]
     assert page.locator("#files a").all_inner_texts() == [entry["path"] for entry in listed]
     with page.expect_download() as download:
@@ -81,7 +85,7 @@ def test_a_job_from_the_form_to_its_files(page, served):
 def test_cancel_and_resume(page, served):
     fill(page, served, "slow", 400)
     page.get_by_role("button", name="Submit").click()
-    page.get_by_role("img", name=re.compile("Curves to step")).wait_for()
+    page.get_by_role("img", name=re.compile("Curve to step")).first.wait_for()
     page.get_by_role("button", name="Cancel").click()
     page.get_by_role("button", name="Resume").click()
     page.get_by_role("button", name="Cancel").click()
@@ -111,13 +115,13 @@ def test_errors_stand_where_they_belong(page, served):
     alert.wait_for()
     assert re.search(r"max_steps: must be between -1 and .* \(request \S+\)$", alert.inner_text())
     assert page.evaluate("document.activeElement.id") == "max_steps"
-    assert page.get_by_label("Steps").get_attribute("aria-invalid") == "true"
+    assert page.get_by_label(re.compile("^Steps")).get_attribute("aria-invalid") == "true"
     page.get_by_text("Further settings (JSON").click()
     page.get_by_label("Further settings", exact=True).fill("{")
     page.get_by_role("button", name="Submit").click()
     page.get_by_text("The further settings are not JSON").wait_for()
     page.get_by_label("Further settings", exact=True).fill('{"seed": 3}')
-    page.get_by_label("Steps").fill("3")
+    page.get_by_label(re.compile("^Steps")).fill("3")
     page.get_by_label("Data file", exact=True).fill(str(served.data / "failing.jsonl"))
     page.get_by_role("button", name="Submit").click()
     page.locator("#about").get_by_text("the stand-in was told to fail").wait_for()
@@ -131,12 +135,12 @@ def test_errors_stand_where_they_belong(page, served):
 
 
 def test_the_fields_follow_the_method(page):
-    assert page.get_by_label("Teacher", exact=True).is_visible()
-    page.get_by_label("Student").fill("kept")
+    assert page.get_by_label(re.compile("^Teacher")).is_visible()
+    page.get_by_label(re.compile("^Student")).fill("kept")
     page.get_by_label("Method").select_option("dpo")
-    assert page.get_by_label("Teacher", exact=True).count() == 0
-    assert page.get_by_label("Beta").is_visible()
-    assert page.get_by_label("Student").input_value() == "kept"
+    assert page.get_by_label(re.compile("^Teacher")).count() == 0
+    assert page.get_by_label(re.compile("^Beta")).is_visible()
+    assert page.get_by_label(re.compile("^Student")).input_value() == "kept"
     unnamed = page.evaluate("""[...document.querySelectorAll("input, textarea, select")].filter(
         control => !control.labels.length).map(control => control.id)""")
     assert unnamed == []
@@ -171,11 +175,71 @@ def test_on_a_phone(browser, served, scheme):
     context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page = context.new_page()
     page.goto(f"{served.url}/#job-{job_id}")
-    page.get_by_role("img", name=re.compile("Curves")).wait_for()
+    page.get_by_role("img", name=re.compile("Curve")).first.wait_for()
     page.get_by_role("heading", name="Files").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    for kind in ("h2", ".quiet", "label", "button", "dt", ".tag.failed", ".error", ".jobs .name", "figcaption span"):
+    for kind in (
+        "h2",
+        ".quiet",
+        "label",
+        "button",
+        "dt",
+        ".tag.failed",
+        ".error",
+        ".jobs .name",
+        "figcaption span",
+        ".default",
+    ):
         colours = page.locator(f"main {kind}").first.evaluate(COLOURS)
         assert contrast(*map(rgb, colours)) >= 4.5, (scheme, kind, colours)
     assert page.get_by_role("button", name="Submit").bounding_box()["height"] >= 44  # a thumb
+    context.close()
+
+
+def test_the_fields_suggest_what_is_there_and_say_their_defaults(page, served):
+    page.get_by_label("Method").select_option("sft")
+    page.locator("#models option").first.wait_for(state="attached")
+    models = page.locator("#models option").evaluate_all("options => options.map(option => option.value)")
+    assert str(served.data / "student") in models
+    files = page.locator("#data-files option").evaluate_all("options => options.map(option => option.value)")
+    assert str(served.data / "quick.jsonl") in files
+    assert page.get_by_label(re.compile("^Learning rate")).get_attribute("list") is None
+    assert page.get_by_text("Learning rate default 0.0002").is_visible()
+
+
+def test_a_job_has_a_name_and_the_figures_of_its_run(page, served):
+    fill(page, served, "quick", 3)
+    page.get_by_label("Name", exact=True).fill("a path/")
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_text("name: give 1 to 64 letters").wait_for()
+    page.get_by_label("Name", exact=True).fill("tickets-3")
+    page.get_by_role("button", name="Submit").click()
+    page.locator("#about").get_by_text("succeeded").wait_for()
+    job_id = re.search(r"Job tickets-3 \((\w+)\)", page.locator("#detail-title").inner_text())[1]
+    status = served.status(job_id)
+    assert (status["name"], status["served_as"]) == ("tickets-3", "tickets-3")
+    assert (served.service.settings.runs_dir / "tickets-3" / "config.json").is_file()
+    page.get_by_text("Served by the inference server as tickets-3.").wait_for()
+    message = served.refused(422, "/distill", served.payload("quick", name="tickets-3"))
+    assert message == "name: there is a run called tickets-3; take another name"
+    run = served.data / "jobs" / job_id / "artifacts"
+    figure = {"value": 0.75, "low": 0.7, "high": 0.8}
+    facts = {"evaluator": "creditmix", "split": "validation", "n": 90, "data": "val.jsonl", "data_sha256": None}
+    run_figures.keep(facts | {"models": [{"model_dir": str(run), "accuracy": figure}]})
+    page.reload()
+    page.get_by_text("accuracy 0.750 [0.700, 0.800]").first.click()
+    page.get_by_text("90 rows, validation of val.jsonl").wait_for()
+    assert served.status(job_id)["evaluations"][0]["figures"] == {"accuracy": figure}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_axe_finds_nothing(browser, served, scheme, size):
+    job_id = served.submit("quick")
+    served.until(job_id)
+    context = browser.new_context(viewport=SIZES[size], color_scheme=scheme)
+    page = context.new_page()
+    page.goto(f"{served.url}/#job-{job_id}")
+    page.get_by_role("heading", name="Files").wait_for()
+    assert violations(page) == []
     context.close()

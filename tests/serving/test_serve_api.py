@@ -20,7 +20,7 @@ from common.generation.decoding import Decoding
 from common.models import loading as models
 from common.models import tokenizers
 from common.models.source import LoadedModel, ModelSource
-from common.serving import openai_routes, routes
+from common.serving import document_routes, openai_routes, routes
 from common.serving.openai_routes import ChatRequest
 from common.tasks.codegen.answer import compile_error
 from common.tasks.idp import documents, evidence
@@ -311,9 +311,17 @@ def short(work: type, budget: str):
 
 
 def test_schemathesis(served, monkeypatch, tmp_path):
-    for work in ("Extract", "WriteCode"):
-        monkeypatch.setattr(routes, work, short(getattr(routes, work), "max_new_tokens"))
+    for module, work in ((document_routes, "Extract"), (routes, "WriteCode")):
+        monkeypatch.setattr(module, work, short(getattr(module, work), "max_new_tokens"))
     monkeypatch.setattr(openai_routes, "Chat", short(openai_routes.Chat, "max_tokens"))
     served.post("/infer/base", {"features": "Age: 1"})  # or it is not ready
     tried = try_every_operation(served.url, tmp_path)
-    assert tried >= {"/infer/{run}", "/infer/idp", "/v1/chat/completions", "/v1/decisions", "/models", "/metrics"}
+    assert tried >= {
+        "/infer/{run}",
+        "/infer/idp",
+        "/infer/idp/pdf",
+        "/v1/chat/completions",
+        "/v1/decisions",
+        "/models",
+        "/metrics",
+    }

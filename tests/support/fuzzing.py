@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from support.documents import pdf
+
 
 def try_every_operation(url: str, place: Path) -> set[str]:
     """The paths of the API at `url`, each asked a few times by schemathesis and answered as it is described.
@@ -15,7 +17,10 @@ def try_every_operation(url: str, place: Path) -> set[str]:
     """
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, configuration, given, settings
+    from hypothesis import strategies as st
 
+    bodies = st.one_of(st.binary(max_size=100), st.sampled_from([pdf(), pdf("Total 12.50"), b"%PDF-1.4"]))
+    schemathesis.openapi.media_type("application/pdf", bodies)
     configuration.set_hypothesis_home_dir(place)
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     # FastAPI's lists of allowed methods are incomplete; pydantic takes `false` for 0 and 61.0 for 61; what does not

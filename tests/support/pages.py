@@ -1,8 +1,14 @@
-"""Pages in a real browser: how to start it, and what is asked of colours."""
+"""Pages in a real browser: how to start it, and what is asked of colours and of everything else that axe-core knows."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
+
+import pytest
+
+from support.inputs import ROOT
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
@@ -27,3 +33,18 @@ def contrast(one: list[float], other: list[float]) -> float:
 
     brighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
     return (brighter + 0.05) / (darker + 0.05)
+
+
+def violations(page) -> list[str]:
+    """What axe-core finds wrong with a page; skips where it is not there (`npm install --no-save axe-core@4.14.1`)."""
+    script = Path(os.environ.get("AXE") or ROOT / "node_modules" / "axe-core" / "axe.min.js")
+    if not script.is_file():
+        pytest.skip("needs axe-core: npm install --no-save axe-core@4.14.1, or AXE with the path of its axe.min.js")
+    page.evaluate(script.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run().then(result => result.violations)")
+    return [
+        f"{fault['id']}: {node['target']} {node['failureSummary']}" for fault in found for node in fault["nodes"][:5]
+    ]
+
+
+SIZES = {"phone": {"width": 390, "height": 844}, "desktop": {"width": 1280, "height": 900}}

@@ -11,10 +11,9 @@ from common.data import rows
 from common.files import atomic_write, jsonl_text
 from common.tasks.idp import evidence
 from common.tasks.idp.calibration import document_confidence
+from common.tasks.idp.confidence import DIGITS
 from common.tasks.idp.documents import Document
 from common.tasks.idp.extractor import Extraction
-
-DIGITS = 4  # of a confidence
 
 
 @dataclass(frozen=True)

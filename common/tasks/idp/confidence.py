@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from common.generation.result import Generation
 
+DIGITS = 4  # of a confidence that is shown
+
 
 @dataclass(frozen=True)
 class Scored:

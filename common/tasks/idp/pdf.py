@@ -21,29 +21,34 @@ APART = 0.25  # of a character's size, the white space that ends a word
 SOFT_HYPHEN = "\x02"  # what PDFium gives for a hyphen at a line's end
 
 
-def read_pages(path: str | Path) -> list[list[Word]]:
+def read_pages(source: str | Path | bytes, name: str | None = None) -> list[list[Word]]:
     """The words of each page, with boxes in points from the upper left corner of the page as it is shown.
+
+    Args:
+        source: a file, or what is in it.
+        name: what errors call it; default: the file's path.
 
     Raises:
         UserError: a file that cannot be read, is encrypted or broken.
     """
-    with closing(open_pdf(path)) as document:
+    with closing(open_pdf(source, name)) as document:
         return [_words(page) for page in document]
 
 
-def open_pdf(path: str | Path) -> Any:
+def open_pdf(source: str | Path | bytes, name: str | None = None) -> Any:
     """The `pypdfium2.PdfDocument` of a file. Raises what `read_pages` raises."""
     import pypdfium2
     from pypdfium2 import raw
 
+    name = name or str(source)
     try:
-        return pypdfium2.PdfDocument(Path(path).read_bytes())
+        return pypdfium2.PdfDocument(source if isinstance(source, bytes) else Path(source).read_bytes())
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
+        raise UserError(f"{name} cannot be read: {error.strerror}; check the path and its permissions") from error
     except pypdfium2.PdfiumError as error:
         if error.err_code in (raw.FPDF_ERR_PASSWORD, raw.FPDF_ERR_SECURITY):
-            raise UserError(f"{path} is encrypted; decrypt it first, e.g. qpdf --decrypt in.pdf out.pdf") from error
-        raise UserError(f"{path} is a broken PDF ({error}); repair it, e.g. qpdf in.pdf out.pdf") from error
+            raise UserError(f"{name} is encrypted; decrypt it first, e.g. qpdf --decrypt in.pdf out.pdf") from error
+        raise UserError(f"{name} is a broken PDF ({error}); repair it, e.g. qpdf in.pdf out.pdf") from error
 
 
 def draw_pages(path: str | Path, numbers: Sequence[int], dpi: int) -> Iterator[Image]:

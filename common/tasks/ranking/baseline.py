@@ -44,9 +44,12 @@ class TrainingRows:
     groups: list[str | None]
     bag_of_words_alone: bool = False
 
-    def facts(self) -> dict[str, Any]:
-        """For the result."""
-        return {"model_dir": TFIDF, "data": self.source, "rows": len(self.texts)}
+
+def facts(training: TrainingRows | str) -> dict[str, Any]:
+    """What the result says of the bag of words: what it learnt from, or why there is none."""
+    if isinstance(training, str):
+        return {"reason": training}
+    return {"model_dir": TFIDF, "data": training.source, "rows": len(training.texts)}
 
 
 def training_rows(asked: str | None, model_dirs: Sequence[str], task: LabelTask) -> TrainingRows | str:

@@ -134,7 +134,7 @@ def evaluate_models(
     settings: ScoringSettings,
     rows: Sequence[dict],
     seed: int = 0,
-    training: TrainingRows | None = None,
+    training: TrainingRows | str = "",
     store: AnswerStore | None = None,
 ) -> tuple[list[dict], list[dict], list[Scores]]:
     """One entry per model, the paired differences of every later model to the earlier ones (see `report`), and the
@@ -142,7 +142,7 @@ def evaluate_models(
 
     Args:
         seed: of the bootstrap and of the controls.
-        training: what the controls, which come last, learn from; None: no controls.
+        training: what the controls, which come last, learn from; a text: there are none.
         store: scores that are there are not computed again; None: none are kept.
     """
     entries, scores = [], []
@@ -151,7 +151,7 @@ def evaluate_models(
         entry, calibrated = evaluate_model(source, task, settings, rows, seed, store)
         entries.append(entry)
         scores.append(calibrated)
-    if training:
+    if isinstance(training, TrainingRows):
         for entry, control in baseline.evaluate(training, task, rows, seed):
             entries.append(entry)
             scores.append(control)

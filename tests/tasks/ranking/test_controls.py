@@ -95,7 +95,7 @@ def run(tmp_path):
 
 def test_a_bag_of_words_learns_from_what_a_run_was_trained_on(run):
     learnt = baseline.training_rows(None, ["some/base", str(run)], CREDITMIX)
-    assert learnt.facts() == {"model_dir": TFIDF, "data": str(run.parent / "kd.jsonl"), "rows": 90}
+    assert baseline.facts(learnt) == {"model_dir": TFIDF, "data": str(run.parent / "kd.jsonl"), "rows": 90}
     ((entry, _),) = baseline.evaluate(learnt, CREDITMIX, labelled(99)[90:])
     assert entry["model_dir"] == TFIDF and entry["contamination"] == {"rows": 0, "of": 9}
 

@@ -1,0 +1,26 @@
+"""What the routes' requests have in common: kinds of fields, and the check that a run is of the task."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from common.serving import label_tasks
+from common.serving.run_registry import Version
+from common.web.app import Problem
+
+MAX_TEXT = 1_000_000  # characters
+MAX_ANSWER_TOKENS = 4096
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
+RunName = Annotated[str, Field(min_length=1, max_length=200, description="A run, or `name@hash` for one version of it")]
+Tokens = Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)]
+
+
+def check_task(version: Version, kind: str, instruction: str | None, asked: str) -> None:
+    """Raises Problem 422 for a run that was trained for another task; see `label_tasks.check`."""
+    try:
+        label_tasks.check(version, kind, instruction, asked)
+    except label_tasks.OtherTask as error:
+        raise Problem(422, str(error), "run") from error
