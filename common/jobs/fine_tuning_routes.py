@@ -193,8 +193,8 @@ def add_results(router: APIRouter, tuning: FineTuning) -> None:
             return JSONResponse(page_of(entries[::-1], after, limit))
 
         def look() -> tuple[Job, list] | None:
-            found = service.find(job.id)
-            return None if found is None else (found, tuning.events(found))
+            current = service.find(job.id)
+            return None if current is None else (current, tuning.events(current))
 
         return StreamingResponse(
             view.stream(look, service.closing.is_set),

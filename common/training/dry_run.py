@@ -13,14 +13,12 @@ from common import cli, run_record
 from common import distributed as launch
 from common.cli import UserError
 from common.data import shapes, training_files
-from common.models import loading, tokenizers
+from common.models import gguf_import, loading, tokenizers
 from common.training import preview, trainer
 from common.training.preview import Limit, Part, Side
 from common.training.settings import TrainSettings
 from common.vram import model_shape, preflight
 from common.vram.formulas import GB, predict
-
-MEASURED = ("steps", "effective_batch", "tokens", "seconds")  # of a run, that its speed follows from
 
 Row = dict[str, Any]
 
@@ -214,7 +212,7 @@ def is_like(settings: TrainSettings, run: tuple[Path, dict[str, Any]]) -> bool:
         return (
             facts["state"] == "done"
             and facts["method"] == settings.method
-            and facts["base_model"] == settings.student
+            and facts["base_model"] == settings.student.removesuffix(gguf_import.PACKED)
             and facts["device"] == loading.describe_device()
             and not own["resume"]
             and (own["lora_r"] == 0) == settings.full
