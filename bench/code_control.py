@@ -33,6 +33,7 @@ from common.models import gguf_import, tokenizers
 from common.models.batching import MAX_BATCH_TOKENS
 from common.models.source import ModelSource
 from common.tasks.codegen import evaluate
+from common.tasks.codegen.flags import TOP_P
 from common.tasks.codegen.rows import CodeProblem
 from common.tasks.codegen.writer import CodeAnswer, style_of
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError("this runs code that a model wrote, in a sandbox; pass --confirm_run_unsafe_code")
     problems = evaluate.choose_problems(evaluate.Selection(args.data, args.split, args.max_problems))
     store = AnswerStore(Path(args.report_dir, "answers.jsonl"))
-    evaluation = evaluate.Evaluation(problems, Decoding(args.max_new_tokens), [1], store)
+    evaluation = evaluate.Evaluation(problems, Decoding(args.max_new_tokens, top_p=TOP_P), [1], store)
     folder = gguf_import.model_folder(args.gguf)
     ours = evaluate.WriterSettings(ModelSource(folder), "auto", args.max_batch_tokens)
 
