@@ -27,11 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
-    if args.health:
-        return launch.is_alive(args.port)
-    launch.run(create_app(), args.host, args.port)
-    return None
+    return launch.serve(build_parser(), create_app, argv)
 
 
 def create_app():

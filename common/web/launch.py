@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common import cli
@@ -19,6 +19,17 @@ def add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--health", action="store_true", help="ask a running server instead; exit code 1: not alive")
+
+
+def serve(
+    parser: argparse.ArgumentParser, create_app: Callable[[], FastAPI], argv: Sequence[str] | None = None
+) -> int | None:
+    """Do what the flags of `add_address` say: serve an app, or the exit code of --health."""
+    args = cli.parse_args(parser, argv)
+    if args.health:
+        return is_alive(args.port)
+    run(create_app(), args.host, args.port)
+    return None
 
 
 def is_alive(port: int) -> int:
