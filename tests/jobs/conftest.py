@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.jobs_served import make_place, serve_jobs
+from support.jobs_served import Process, make_place, serve_jobs
+
+from common.jobs import local_backend
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +28,14 @@ def done(served) -> str:
     job_id = served.submit(post_training_quant=True, export_onnx=True)
     assert served.until(job_id)["state"] == "succeeded"
     return job_id
+
+
+@pytest.fixture
+def process(tmp_path) -> Iterator[Process]:
+    """A job service in a process of its own, which a test may kill; its jobs end with the test."""
+    running = Process(make_place(tmp_path))
+    running.start()
+    yield running
+    running.kill()
+    for folder in running.jobs.iterdir():
+        local_backend.kill_marked(folder.name)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from openai import Stream
 from openai.types.fine_tuning import FineTuningJobEvent
-from support.jobs_served import Process, make_place, serve_jobs
+from support.jobs_served import make_place, serve_jobs
 from support.openai_jobs import chats, of_server, until
 from support.processes import wait_for
 
@@ -78,16 +78,6 @@ def test_a_job_is_paused_and_goes_on(tmp_path):
         assert steps.read_text().split() == ["1", "2", "3"]
         messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
         assert any(message.startswith("Fine-tuning job goes on from step") for message in messages)
-
-
-@pytest.fixture
-def process(tmp_path):
-    running = Process(make_place(tmp_path))
-    running.start()
-    yield running
-    running.kill()
-    for folder in running.jobs.iterdir():
-        local_backend.kill_marked(folder.name)
 
 
 @pytest.mark.parametrize("lost", ["server", "server and worker", "server and table"])

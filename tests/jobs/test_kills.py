@@ -20,16 +20,6 @@ from common.jobs.store import open_store
 pytestmark = pytest.mark.processes
 
 
-@pytest.fixture
-def process(tmp_path):
-    running = Process(make_place(tmp_path))
-    running.start()
-    yield running
-    running.kill()
-    for folder in running.jobs.iterdir():
-        local_backend.kill_marked(folder.name)
-
-
 def once(process: Process, job_id: str, to_the_end: int = 1) -> None:
     """A job that has succeeded was trained to the end once (a kill of a worker in its last moment makes it more), by
     one worker at a time, and its files are what the list says."""
