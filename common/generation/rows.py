@@ -135,8 +135,6 @@ class PackedRows(Rows):
         rows = max(1, min(MOST_ROWS, budget // longest))
         if longest > self.model.columns or rows > self.model.sequences:
             self.model.open(rows, longest)
-        for sequence in range(self.model.sequences):  # whatever an earlier batch was left at
-            self.model.clear(sequence)
         self._free, self._of_rows = list(range(self.model.sequences)), []
         self.most = self.model.sequences
 
@@ -158,8 +156,7 @@ class PackedRows(Rows):
             self._of_rows.append(sequence)
 
     def drop(self, state: int) -> None:
-        """See `Rows`."""
-        self.model.clear(state)
+        """See `Rows`; what a sequence had goes when it begins anew."""
         self._free.append(state)
 
     def step(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

@@ -81,7 +81,8 @@ class PackedModel:
         return self._decode(tokens, positions, sequences, [True] * len(tokens))
 
     def copy(self, source: int, target: int) -> None:
-        """Let a sequence begin as another one is."""
+        """Let a sequence begin anew as another one is."""
+        self.clear(target)
         self._lib.llama_memory_seq_cp(self._lib.llama_get_memory(self._context), source, target, -1, -1)
 
     def clear(self, sequence: int) -> None:
