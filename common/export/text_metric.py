@@ -57,13 +57,9 @@ def of_outputs(kind: str | None, outputs: Sequence[str]) -> TextMetric | None:
     return None
 
 
-def of_problems(problems: Sequence[CodeProblem], *, allow_no_sandbox: bool = False) -> TextMetric:
-    """pass@1 of code, which is run in the sandbox.
-
-    Args:
-        allow_no_sandbox: run it where no sandbox works.
-    """
-    return TextMetric("pass_at_1", partial(_passed, problems, allow_no_sandbox))
+def of_problems(problems: Sequence[CodeProblem]) -> TextMetric:
+    """pass@1 of code, which is run in the sandbox."""
+    return TextMetric("pass_at_1", partial(_passed, problems))
 
 
 def _fields_right(gold: Sequence[Any], answers: Sequence[str]) -> np.ndarray:
@@ -83,10 +79,10 @@ def _words_right(gold: Sequence[str], answers: Sequence[str]) -> np.ndarray:
     return np.array([(squad.f1(text, [output]), 1.0) for output, text in zip(gold, answers, strict=True)])
 
 
-def _passed(problems: Sequence[CodeProblem], allow_no_sandbox: bool, answers: Sequence[str]) -> np.ndarray:
+def _passed(problems: Sequence[CodeProblem], answers: Sequence[str]) -> np.ndarray:
     pairs = []
     for problem, text in zip(problems, answers, strict=True):
         code, _ = answer.read_chat(problem.prompt, final_answer(text), finished=True)
         pairs.append((source.without_usage(code), problem.graded_by()))
-    verdicts = grading.grade_many(pairs, allow_unsafe=allow_no_sandbox)
+    verdicts = grading.grade_many(pairs)
     return np.array([(float(verdict.passed), 1.0) for verdict in verdicts])
