@@ -28,6 +28,7 @@ from common.vram import preflight
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from common.distillation.translation import Translation
     from common.run_record import RunRecord
     from common.vram.formulas import Inference
 
@@ -121,6 +122,7 @@ def written_cache(
     teacher_width: int,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Encoded],
+    translation: Translation | None = None,
 ) -> TeacherCache:
     """The cache with all of `rows` in it. The teacher is loaded only if some are missing, and is gone afterwards.
 
@@ -128,6 +130,7 @@ def written_cache(
 
     Args:
         teacher_width: of the teacher's hidden states.
+        translation: from the teacher's vocabulary, where that is another.
 
     Raises:
         UserError: the teacher does not fit the memory, or the vocabulary not the cache.
@@ -135,19 +138,20 @@ def written_cache(
     from accelerate import PartialState
 
     targets = Targets.of(settings, signals)
-    cache = open_cache(settings, targets, teacher_width)
+    cache = open_cache(settings, targets, teacher_width, translation)
     state = PartialState(cpu=not torch.cuda.is_available())
     missing = cache.missing(rows)
     if missing:
         log(f"{len(missing):,} of {len(rows):,} rows are not in {cache.folder}; the teacher reads them first")
         fitted = teacher_within_memory(settings, record)
         if fitted.load_teacher_in_4bit != settings.load_teacher_in_4bit:  # then it is another cache
-            return written_cache(fitted, record, signals, teacher_width, tokenizer, rows)
+            return written_cache(fitted, record, signals, teacher_width, tokenizer, rows, translation)
         share = missing[state.process_index :: state.num_processes]
         batch_tokens, seed = fitted.max_batch_tokens, fitted.seed + state.process_index
         try:
             reader = objective.load_teacher(fitted, signals)
-            fill_cache(cache, reader, share, targets, tokenizer.pad_token_id, max_batch_tokens=batch_tokens, seed=seed)
+            limits = {"max_batch_tokens": batch_tokens, "seed": seed}
+            fill_cache(cache, reader, share, targets, tokenizer.pad_token_id, translation, **limits)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the device ran out of memory while the teacher read; lower --max_batch_tokens {batch_tokens}"
@@ -162,7 +166,9 @@ def written_cache(
     return cache
 
 
-def open_cache(settings: DistillSettings, targets: Targets, teacher_width: int) -> TeacherCache:
+def open_cache(
+    settings: DistillSettings, targets: Targets, teacher_width: int, translation: Translation | None = None
+) -> TeacherCache:
     """The cache in its folder, as yet without what is missing."""
     teacher_cache.check_vocabulary(targets.vocabulary)
     facts = {
@@ -173,6 +179,7 @@ def open_cache(settings: DistillSettings, targets: Targets, teacher_width: int) 
         "k": targets.k,
         "temperature": targets.temperature if targets.k else None,
         "layers": list(targets.layers),
+        "student's vocabulary": translation.fingerprint if translation else None,
     }
     hidden = (len(targets.layers), teacher_width)
     record_type = teacher_cache.record_type(targets.k, logprobs=not targets.drawn, hidden=hidden)
@@ -213,6 +220,7 @@ def fill_cache(
     rows: Sequence[Encoded],
     targets: Targets,
     pad_id: int,
+    translation: Translation | None = None,
     *,
     max_batch_tokens: int,
     seed: int,
@@ -220,6 +228,7 @@ def fill_cache(
     """Write what the teacher says of `rows` into the cache.
 
     Args:
+        translation: where the rows are in the tokens of another vocabulary than the teacher's.
         max_batch_tokens: in one forward pass.
         seed: of what is drawn.
     """
@@ -235,15 +244,19 @@ def fill_cache(
             shard.clear(), packed.clear()
 
     size = max(1, CHUNK_LOGITS // teacher.head.weight.shape[0])
+    read = rows if translation is None else [translation.reading(row) for row in rows]
     with tqdm(total=len(rows), unit=" rows", desc="teacher") as progress:
-        for numbers in by_token_budget([len(row.input_ids) for row in rows], max_batch_tokens):
+        for numbers in by_token_budget([len(row.input_ids) for row in read], max_batch_tokens):
             batch_rows = [rows[number] for number in numbers]
-            batch = send_to_device(collate(batch_rows, pad_id, as_tree=as_tree), device)
+            batch = send_to_device(collate([read[number] for number in numbers], pad_id, as_tree=as_tree), device)
             states = teacher.read(teacher.model, batch)
             last, tokens = scored(states.last, batch), batch["labels"][:, 1:][predicted(batch)]
-            pieces = zip(last.split(size), tokens.split(size), strict=True)
-            parts = [targets.outcomes(teacher.logits(piece), own, rng) for piece, own in pieces]
-            values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            if translation is None:
+                pieces = zip(last.split(size), tokens.split(size), strict=True)
+                parts = [targets.outcomes(teacher.logits(piece), own, rng) for piece, own in pieces]
+                values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            else:
+                values = translation.outcomes(batch_rows, lambda part, last=last: teacher.logits(last[part]), targets.k)
             if targets.layers:
                 values["hidden"] = states.hidden_at(batch, targets.layers)
             packed.append(pack(cache.record, **{name: value.cpu().float().numpy() for name, value in values.items()}))

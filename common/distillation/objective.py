@@ -57,11 +57,13 @@ class Signals:
     Attributes:
         pairs: layers that are compared, (student's, teacher's).
         vocabulary: ids that both have; divergences leave out what pads either LM head beyond.
+        translated: the teacher's vocabulary is another, and its distributions are given in the student's.
     """
 
     objective: Objective
     pairs: Sequence[tuple[int, int]]
     vocabulary: int
+    translated: bool = False
 
     @property
     def of_logits(self) -> list[str]:

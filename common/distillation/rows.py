@@ -160,3 +160,65 @@ def encode(
     if not encoded:
         raise UserError(f"{path} has a single token; give more text")
     return encoded
+
+
+def encode_for_both(
+    tokenizer: PreTrainedTokenizerBase,
+    teachers: PreTrainedTokenizerBase,
+    path: str,
+    rows: Sequence[dict],
+    max_len: int,
+    whole: bool,
+) -> list[tuple[tokenizers.Encoded, tokenizers.Encoded]]:
+    """Rows as `encode` gives them, each in the tokens of the student and in those of the teacher.
+
+    A prompt that is too long may lose more text in the tokens of the one than of the other. Rows that leave no room for
+    the answer in either are left out, as are windows of running text without a whole character.
+    """
+    pairs = [(row["input"], row["output"]) for row in rows if "input" in row]
+    both: list[tuple[tokenizers.Encoded, tokenizers.Encoded]] = []
+    if pairs:
+        encoded = (encode_rows(*how, pairs, max_len, whole) for how in ((tokenizer, path), (teachers, path)))
+        both += [(ours, theirs) for ours, theirs in zip(*encoded, strict=True) if ours and theirs]
+    running = [row["text"] for row in rows if "text" in row]
+    if running:
+        words = tokenizers.token_bytes(tokenizer)
+        for text in running:
+            for window in tokenizers.windows(tokenizer, text, max_len):
+                if pair := window_for_both(window, words, teachers):
+                    both.append(pair)
+    return both
+
+
+def window_for_both(
+    window: tokenizers.Encoded, words: Sequence[bytes], teachers: PreTrainedTokenizerBase
+) -> tuple[tokenizers.Encoded, tokenizers.Encoded] | None:
+    """A window of running text, from its first whole character to its last, in the tokens of student and teacher.
+
+    Its first token is only read, as in `tokenizers.windows`.
+
+    Args:
+        words: bytes of the student's tokens (`tokenizers.token_bytes`).
+    """
+    spelt = [words[token] for token in window.input_ids]
+    begins = [number for number, word in enumerate(spelt) if word and not 0x80 <= word[0] < 0xC0]  # a character
+    if len(begins) < 2:
+        return None
+    (first, second), stop = begins[:2], len(spelt)
+    if not is_utf8(b"".join(spelt[second:])):
+        stop = begins[-1]
+    read, learnt = b"".join(spelt[first:second]), b"".join(spelt[second:stop])
+    if not learnt or not is_utf8(read) or not is_utf8(learnt):
+        return None
+    before = teachers.encode(read.decode())  # with the BOS, where there is one
+    behind = teachers.encode(learnt.decode(), add_special_tokens=False)
+    return tokenizers.Encoded(window.input_ids[:stop], second), tokenizers.Encoded(before + behind, len(before))
+
+
+def is_utf8(text: bytes) -> bool:
+    """Whether the bytes are whole characters."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -216,7 +216,8 @@ class Service:
                 return known
             job_id = new_id()
             plan = self.planner.plan(payload, self.jobs_dir / job_id / "artifacts")
-            if teacher := getattr(plan.settings, "teacher", None):
+            teacher = getattr(plan.settings, "teacher", None)
+            if teacher and not plan.settings.teacher_cache:  # in a cache another vocabulary is translated
                 self.vocabularies.check(teacher, plan.settings.student)
             check_memory(plan.settings, self.runner.backend.device)
             if self.store.counts()[QUEUED] >= self.settings.max_queue:

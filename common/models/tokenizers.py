@@ -299,6 +299,22 @@ def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder | None:
     return encoder if all(encode(probe) == encode_prompt(tokenizer, probe) for probe in probes) else None
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """The bytes that each token stands for, by id; none for special tokens.
+
+    Raises:
+        UserError: the tokenizer is not one of the tokenizers library.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("the bytes of a slow tokenizer's tokens are not known; use a model that has a tokenizer.json")
+    import llguidance.hf
+
+    size = max(len(tokenizer), 1 + max(tokenizer.added_tokens_decoder, default=-1))
+    tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return [b"" if token in special else tokens.decode_bytes([token]) for token in range(size)]
+
+
 def same_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str | None:
     """Why two tokenizers' ids do not mean the same; None when they do.
 

@@ -1,0 +1,149 @@
+"""A teacher's distributions in the tokens of another vocabulary, against what can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.distillation import distill, loss_column
+from support.inputs import CORPUS
+from support.models import build_base
+
+from common.cli import UserError
+from common.distillation import rows as distill_rows
+from common.distillation.alignment import Place, Vocabulary, places, same_text
+from common.distillation.teacher_cache import row_key
+from common.distillation.translation import FLOOR, Translation
+from common.models import tokenizers
+from common.models.tokenizers import Encoded
+
+LETTERS = Vocabulary([b"a", b"b", b"c", b""], 3, [3])
+MERGES = Vocabulary([b"a", b"b", b"c", b"ab", b"abc", b""], 5, [5])
+P = {"letters": [0.5, 0.3, 0.1, 0.1], "merges": [0.2, 0.1, 0.1, 0.3, 0.2, 0.1]}
+
+
+def row(vocabulary: Vocabulary, *words: str) -> Encoded:
+    """A row that learns these words and the end of the turn, behind a prompt of one token."""
+    return Encoded([0, *(vocabulary.ids[word.encode()] for word in words), vocabulary.end], 1)
+
+
+def translated(teacher: Vocabulary, student: Vocabulary, theirs: Encoded, ours: Encoded, p: list[float]):
+    """[learnt tokens, student's vocabulary], probabilities of a teacher that always has the distribution p."""
+    translation = Translation(teacher, student, {row_key(ours): theirs})
+    logits = torch.tensor(p).log().expand(len(theirs.learnt), -1)
+    known = translation.outcomes([ours], lambda part: logits[part], len(student))
+    dense = torch.zeros(len(ours.learnt), len(student)).scatter_(1, known["ids"], known["logprobs"].exp())
+    assert torch.allclose(dense.sum(dim=1) + known["rest"], torch.ones(()), atol=1e-5)
+    return [[value if value > 2 * FLOOR else 0 for value in line] for line in dense.tolist()]
+
+
+def test_with_one_vocabulary_it_changes_nothing():
+    same = row(MERGES, "ab", "c", "abc")
+    for line in translated(MERGES, MERGES, same, same, P["merges"]):
+        assert line == pytest.approx(P["merges"])
+
+
+def test_a_student_of_longer_tokens_gets_the_product_along_its_own():
+    found = translated(LETTERS, MERGES, row(LETTERS, "a", "b", "c", "b"), row(MERGES, "abc", "b"), P["letters"])
+    a, b, c, end = P["letters"]
+    assert found[0] == pytest.approx([a - a * b * c, b, c, 0, a * b * c, end])
+    assert found[1] == pytest.approx([a, b, c, 0, 0, end])
+    assert found[2] == pytest.approx([a, b, c, 0, 0, end])
+
+
+def test_a_student_of_shorter_tokens_goes_through_those_of_the_teacher():
+    found = translated(MERGES, LETTERS, row(MERGES, "abc", "c"), row(LETTERS, "a", "b", "c", "c"), P["merges"])
+    a, b, c, ab, abc, end = P["merges"]
+    assert found[0] == pytest.approx([a + ab + abc, b, c, end])
+    assert found[1] == pytest.approx([0, 1, 0, 0])  # "a" has been said: ab and abc are left
+    assert found[2] == pytest.approx([0, 0, 1, 0])
+    assert found[3] == pytest.approx([a + ab + abc, b, c, end])
+    assert found[4] == pytest.approx([a + ab + abc, b, c, end])
+
+
+def test_tokens_that_overlap_on_both_sides():
+    """The teacher says a|bc, the student ab|c."""
+    teacher = Vocabulary([b"a", b"bc", b"b", b""], 3, [3])
+    student = Vocabulary([b"ab", b"c", b"a", b"b", b""], 4, [4])
+    ours, theirs = row(student, "ab", "c"), row(teacher, "a", "bc")
+    theirs = Encoded([0, *theirs.input_ids[1:]], 1)
+    assert places(student.runs(ours), teacher.runs(theirs)) == [
+        Place(0, 0, b"", 1, b"b"),
+        Place(1, 1, b"b", 1, b""),
+        Place(4, 2, b"", 1, b""),
+    ]
+    found = translated(teacher, student, theirs, ours, [0.5, 0.2, 0.1, 0.2])
+    assert found[0] == pytest.approx([0.5 * 0.3, 0, 0.5 * 0.7, 0.3, 0.2])  # what begins with b: bc and b
+    assert found[1] == pytest.approx([0, 1, 0, 0, 0])
+
+
+def test_what_the_student_cannot_say_is_in_the_rest():
+    student = Vocabulary([b"a", b""], 1, [1])
+    ours = Encoded([0, 0, 1], 1)
+    translation = Translation(LETTERS, student, {row_key(ours): row(LETTERS, "a")})
+    known = translation.outcomes([ours], lambda part: torch.tensor(P["letters"]).log().expand(2, -1)[part], 2)
+    assert known["rest"].tolist() == pytest.approx([0.4, 0.4])  # b and c
+
+
+def test_a_batch_in_pieces_is_the_batch_at_once(monkeypatch):
+    ours = [row(MERGES, "abc", "b"), row(MERGES, "c", "ab", "ab")]
+    theirs = [row(LETTERS, *"abcb"), row(LETTERS, *"cabab")]
+    translation = Translation(LETTERS, MERGES, dict(zip(map(row_key, ours), theirs, strict=True)))
+    logits = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
+    whole = translation.outcomes(ours, lambda part: logits[part], 3)
+    monkeypatch.setattr("common.distillation.translation.CHUNK_LOGITS", 1)
+    pieces = translation.outcomes(ours, lambda part: logits[part], 3)
+    assert len(whole["ids"]) == sum(len(row.learnt) for row in ours)
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_rows_of_other_texts_are_told_apart():
+    ours = MERGES.runs(row(MERGES, "ab", "c"))
+    assert same_text(ours, LETTERS.runs(row(LETTERS, *"abc")))
+    assert not same_text(ours, LETTERS.runs(row(LETTERS, *"abb")))
+    unended = Encoded(row(LETTERS, *"abc").input_ids[:-1], 1)
+    assert not same_text(ours, LETTERS.runs(unended))
+
+
+@pytest.fixture(scope="module")
+def strangers():
+    from common.training import miniature
+
+    return tokenizers.align(miniature.build_tokenizer([text.upper() for text in CORPUS], vocab_size=400))
+
+
+def test_windows_of_running_text_end_at_characters(tokenizer, strangers):
+    text = "Größe: 你好, naïve \U0001f600 texts. " * 4
+    pairs = distill_rows.encode_for_both(tokenizer, strangers, "x", [{"text": text}], 23, False)
+    student, teacher = Vocabulary.of(tokenizer), Vocabulary.of(strangers)
+    assert len(pairs) > 3
+    assert all(same_text(student.runs(ours), teacher.runs(theirs)) for ours, theirs in pairs)
+    learnt = sum(len(ours.learnt) for ours, _ in pairs)
+    assert learnt > 0.7 * len(tokenizer.encode(text))
+
+
+@pytest.mark.processes
+def test_a_student_learns_from_a_teacher_of_another_vocabulary(base, strangers, uneven, tmp_path):
+    stranger = build_base(tmp_path / "stranger", strangers, 0.3, hidden=48, layers=4, seed=5)
+    more = ("--data", uneven, "--teacher", stranger, "--forward_kl", 1, "--teacher_cache", tmp_path / "cache")
+    losses = loss_column(distill(base, tmp_path / "run", *more))
+    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+    again = loss_column(distill(base, tmp_path / "again", *more))  # from the cache
+    assert again == losses
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ((), r"different vocabularies \(.*\); three ways work: .*--teacher_cache.*kd_train.py.*--labels"),
+        (("--teacher_cache", "CACHE", "--hidden_mse", 1), "leave --hidden_mse out"),
+        (("--teacher_cache", "CACHE", "--temperature", 2), "needs --cache_targets topk and --temperature 1"),
+        (("--on_policy", "--max_new_tokens", 8), "three ways work"),
+    ],
+)
+def test_what_no_translation_gives_is_refused(more, words, base, strangers, uneven, tmp_path):
+    stranger = build_base(tmp_path / "stranger", strangers)
+    more = [str(tmp_path / "cache") if word == "CACHE" else word for word in more]
+    with pytest.raises(UserError, match=words):
+        distill(base, tmp_path / "run", "--data", uneven, "--teacher", stranger, *more)
