@@ -12,9 +12,10 @@
 
 --data is rows {"input", "output"} or {"input", "teacher_output"}, SQuAD's JSON, or a text file; --dataset a data set of
 the Hub or a folder. With --teacher_cache the teacher runs first, alone, and training reads what it wrote; a cache that
-is complete loads no teacher. Teacher and student must share a vocabulary. Where they do not, two ways work: its text
-(teacher_generate.py, then kd_train.py), or for labels its probabilities (teacher_generate.py --probabilities, then
---labels with rows {"input", "probabilities": {label: p}[, "output"]}), which any model can give.
+is complete loads no teacher. What a teacher with another vocabulary says is written there in the student's tokens.
+Without a cache two ways work: its text (teacher_generate.py, then kd_train.py), or for labels its probabilities
+(teacher_generate.py --probabilities, then --labels with rows {"input", "probabilities": {label: p}[, "output"]}), which
+any model can give.
 
 With --on_policy the student writes answers to the prompts of a round, the teacher reads them into the cache, the
 student trains from it; then comes the next round. Train the student first (sft_train.py or kd_train.py, then

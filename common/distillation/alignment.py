@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from common.models.tokenizers import Encoded
 
 
+UNKNOWN = b"\xff"  # a special token in the midst of an answer; no text has this byte
+
+
 class Vocabulary:
     """A tokenizer's tokens as bytes.
 
@@ -68,7 +71,7 @@ class Vocabulary:
             before = position + 1
             token = row.input_ids[position]
             runs[-1].tokens.append(token)
-            runs[-1].words.append(b"" if token == self.end else self.words[token])
+            runs[-1].words.append(b"" if token == self.end else self.words[token] or UNKNOWN)
         return runs
 
 

@@ -256,7 +256,8 @@ def fill_cache(
                 parts = [targets.outcomes(teacher.logits(piece), own, rng) for piece, own in pieces]
                 values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             else:
-                values = translation.outcomes(batch_rows, lambda part, last=last: teacher.logits(last[part]), targets.k)
+                logits_of = lambda part, last=last: teacher.logits(last[part])  # noqa: E731 (of this batch)
+                values = translation.outcomes(batch_rows, logits_of, targets.k, targets.own)
             if targets.layers:
                 values["hidden"] = states.hidden_at(batch, targets.layers)
             packed.append(pack(cache.record, **{name: value.cpu().float().numpy() for name, value in values.items()}))

@@ -18,7 +18,7 @@ import numpy as np
 
 from common import distributed, run_record
 from common.cli import UserError, log
-from common.distillation import fill_cache, round_statistics, student_answers, trainers
+from common.distillation import fill_cache, round_statistics, student_answers, trainers, vocabularies
 from common.distillation import rows as distill_rows
 from common.distillation.round_statistics import RoundStatistics
 from common.distillation.settings import DistillSettings
@@ -52,7 +52,7 @@ class Rounds:
     Attributes:
         settings: under which each phase fits the memory.
         record: of the run.
-        data_rows: how many there are.
+        data: its rows.
         held_out: rows that each round is judged by.
     """
 
@@ -61,7 +61,7 @@ class Rounds:
     signals: Signals
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
-    data_rows: int
+    data: Sequence[dict]
     held_out: Sequence[Encoded]
 
     def folder(self, number: int) -> Path:
@@ -104,7 +104,7 @@ def train(
     if held_out:
         limits = (settings.max_len, settings.idp_mode)
         eval_rows = distill_rows.encode(tokenizer, settings.eval_data, held_out, *limits)
-    rounds = Rounds(settings, record, signals, tokenizer, prompts, len(rows), eval_rows)
+    rounds = Rounds(settings, record, signals, tokenizer, prompts, rows, eval_rows)
     done: list[RoundStatistics] = []
     for number in range(1, settings.rounds + 1):
         done.append(one_round(rounds, number, done))
@@ -164,15 +164,20 @@ def one_round(rounds: Rounds, number: int, before: Sequence[RoundStatistics]) ->
     folder, settings = rounds.folder(number), rounds.settings
     if (folder / STATISTICS).is_file():
         return RoundStatistics(**read_json(folder / STATISTICS))
-    part = Round.of(settings, number, rounds.data_rows)
+    part = Round.of(settings, number, len(rounds.data))
     student = rounds.student_before(number)
     answers = student_answers.written_answers(settings, rounds.tokenizer, rounds.prompts, part, student, folder)
     statistics = round_statistics.of_answers(number, answers, len(part.rows) - len(part.asked))
     stop_if_collapsed(settings, before[0] if before else statistics, statistics)
-    rows, of_answers = student_answers.training_rows(part, rounds.prompts, answers, rounds.tokenizer.eos_token_id)
-    if not rows:
+    end = rounds.tokenizer.eos_token_id
+    numbered, of_answers = student_answers.training_rows(part, rounds.prompts, answers, end)
+    if not numbered:
         raise UserError(f"round {number} has no rows to train on; give more --prompts_per_round")
-    cache = trainers.written_cache(settings, rounds.record, rounds.signals, rounds.tokenizer, rows)
+    rows, translation = [row for _, row in numbered], None
+    if rounds.signals.translated:
+        asked = [(rounds.data[index]["input"], row) for index, row in numbered]
+        rows, translation = vocabularies.translated_answers(settings, rounds.tokenizer, asked)
+    cache = trainers.written_cache(settings, rounds.record, rounds.signals, rounds.tokenizer, rows, translation)
     if settings.temperature == 1 and settings.keeps_own:
         statistics = replace(statistics, kl=kl_to_teacher(answers, of_answers, cache))
     log(f"round {number} of {settings.rounds}: {statistics}")
@@ -210,9 +215,10 @@ def kl_to_teacher(answers: Sequence[StudentAnswer], encoded: Sequence[Encoded], 
     """
     total, tokens = 0.0, 0
     for answer, row in zip(answers, encoded, strict=True):
-        if not answer.tokens:
+        records = cache.get(row)
+        if not answer.tokens or records is None:  # it is no text that the teacher could read
             continue
-        known = unpack(cache.get(row)[: len(answer.tokens)])
+        known = unpack(records[: len(answer.tokens)])
         own = known["ids"] == np.array(answer.tokens)[:, None]
         if own.any(axis=1).all():
             total += answer.logprob - float(known["logprobs"][own].sum())

@@ -204,8 +204,8 @@ def kept_answers(path: Path) -> Iterator[StudentAnswer]:
 
 def training_rows(
     part: Round, prompts: Prompts, answers: Sequence[StudentAnswer], end: int
-) -> tuple[list[Encoded], list[Encoded]]:
-    """(all rows of a round in the order of the data, those of the student's answers in the order of `answers`).
+) -> tuple[list[tuple[int, Encoded]], list[Encoded]]:
+    """(all rows of a round, numbered and in the order of the data, those of the answers in the order of `answers`).
 
     An answer that says nothing and does not end teaches nothing, and is left out.
 
@@ -221,12 +221,12 @@ def training_rows(
     for answer, encoded in zip(answers, of_answers, strict=True):
         if len(encoded.input_ids) > encoded.prompt_length:
             by_row.setdefault(answer.row, []).append(encoded)
-    rows: list[Encoded] = []
+    rows: list[tuple[int, Encoded]] = []
     for number in part.rows:
         if number in part.asked:
-            rows += by_row.get(number, [])
+            rows += [(number, row) for row in by_row.get(number, [])]
         elif own := prompts.rows[number]:
-            rows.append(own)
+            rows.append((number, own))
     return rows, of_answers
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from common.cli import UserError, log
 from common.distillation import rows as distill_rows
-from common.distillation.settings import OF_LOGITS, DistillSettings
-from common.models import adapters, loading, tokenizers
+from common.distillation.settings import DistillSettings
+from common.models import loading, tokenizers
 from common.tasks.ranking.task import LabelTask
 from common.training import run
 from common.training.checkpoints import EXTRA
@@ -98,38 +97,13 @@ def token_trainer(
     settings, train_rows, eval_rows = encoded_rows(settings, record, tokenizer, rows, held_out)
     translation = None
     if signals.translated:
-        train_rows, translation = translated_rows(settings, tokenizer, rows)
+        from common.distillation import vocabularies
+
+        train_rows, translation = vocabularies.translated_rows(settings, tokenizer, rows)
     cache = None
     if settings.teacher_cache:
         cache = written_cache(settings, record, signals, tokenizer, train_rows, translation)
     return encoded_trainer(settings, signals, tokenizer, train_rows, eval_rows, cache), settings
-
-
-def translated_rows(
-    settings: DistillSettings, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]
-) -> tuple[list[Encoded], Translation]:
-    """Training rows that student and teacher can both read, and how the teacher's tokens become the student's.
-
-    Raises:
-        UserError: there are none.
-    """
-    from common.distillation.alignment import Vocabulary, same_text
-    from common.distillation.teacher_cache import row_key
-    from common.distillation.translation import Translation
-
-    theirs = teacher_tokenizer(settings)
-    name, limits = settings.data_name, (settings.max_len, settings.idp_mode)
-    both = distill_rows.encode_for_both(tokenizer, theirs, name, rows, *limits)
-    student, teacher = Vocabulary.of(tokenizer), Vocabulary.of(theirs)
-    same = [pair for pair in both if same_text(student.runs(pair[0]), teacher.runs(pair[1]))]
-    if not same:
-        raise UserError(
-            f"{name}: no row has the same text in the tokens of {settings.teacher} and of {settings.student}; train on "
-            "the teacher's text instead (teacher_generate.py, then kd_train.py)"
-        )
-    if left := len(both) - len(same):
-        log(f"{name}: {left} of {len(both)} rows left out, whose text is another in the teacher's tokens")
-    return [ours for ours, _ in same], Translation(teacher, student, {row_key(ours): row for ours, row in same})
 
 
 def token_signals(settings: DistillSettings, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Signals:
@@ -139,42 +113,19 @@ def token_signals(settings: DistillSettings, objective: Objective, tokenizer: Pr
         UserError: teacher and student have different vocabularies, between which the settings leave no way, or layers
             are compared that they do not have.
     """
+    from common.distillation import vocabularies
     from common.distillation.objective import Signals, layer_pairs
 
     ours, teachers = configs(settings)
     pairs = layer_pairs(settings.layer_map, ours.num_hidden_layers, teachers.num_hidden_layers)
-    theirs = teacher_tokenizer(settings)
+    theirs = vocabularies.teacher_tokenizer(settings)
     difference = tokenizers.same_vocabulary(theirs, tokenizer)
     if difference:
-        check_translatable(settings, difference)
+        vocabularies.check_translatable(settings, difference)
     sizes = [ours.vocab_size, max(tokenizer.get_vocab().values()) + 1]
     if not difference:
         sizes += [teachers.vocab_size, max(theirs.get_vocab().values()) + 1]
     return Signals(objective, pairs, min(sizes), translated=difference is not None)
-
-
-def check_translatable(settings: DistillSettings, difference: str) -> None:
-    """Raises UserError where a teacher of another vocabulary cannot be translated (see `translation`), as asked for."""
-    what = f"{settings.teacher} and {settings.student} have different vocabularies ({difference})"
-    if settings.on_policy or not settings.teacher_cache:
-        raise UserError(
-            f"{what}; three ways work: token by token from a cache (--teacher_cache, without --on_policy), the "
-            "teacher's text (teacher_generate.py, then kd_train.py), and label probabilities (teacher_generate.py "
-            "--probabilities, then --labels)"
-        )
-    if inside := sorted(settings.weights.keys() - set(OF_LOGITS)):
-        raise UserError(f"{what}, so that their states stand at different tokens; leave --{inside[0]} out")
-    if settings.cache_targets != "topk" or settings.temperature != 1:
-        raise UserError(
-            f"{what}: probabilities along several tokens are multiplied, which needs --cache_targets topk and "
-            "--temperature 1"
-        )
-
-
-def teacher_tokenizer(settings: DistillSettings) -> PreTrainedTokenizerBase:
-    """The teacher's."""
-    folder = adapters.tokenizer_folder(settings.teacher)
-    return tokenizers.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
 
 
 def configs(settings: DistillSettings) -> list[PreTrainedConfig]:

@@ -75,13 +75,14 @@ class Translation:
         return self._continued[said]
 
     def outcomes(
-        self, rows: Sequence[Encoded], logits_of: Callable[[slice], torch.Tensor], k: int
+        self, rows: Sequence[Encoded], logits_of: Callable[[slice], torch.Tensor], k: int, own: bool = False
     ) -> dict[str, torch.Tensor]:
         """`teacher_cache.pack`'s arguments for the student's learnt tokens of `rows`, one row behind the other.
 
         Args:
             logits_of: the teacher's logits [n, columns] for a slice of the tokens that it learns in its own rows.
             k: outcomes.
+            own: the token that the row goes on with is one of them, in the place of the least likely.
         """
         wanted: list[Place] = []
         tokens: list[int] = []  # the teacher's, of all rows
@@ -90,14 +91,17 @@ class Translation:
             found = places(self.student.runs(row), theirs)
             wanted += [replace(place, at=place.at + len(tokens)) for place in found]
             tokens += [token for run in theirs for token in run.tokens]
-        return _Reader(self, tokens, wanted, k).read(logits_of)
+        return _Reader(self, tokens, wanted, k, own).read(logits_of)
 
 
 class _Reader:
     """The places of a batch, read from the last to the first: a product along a token needs what comes behind."""
 
-    def __init__(self, translation: Translation, tokens: Sequence[int], wanted: Sequence[Place], k: int) -> None:
-        self.translation, self.tokens, self.wanted, self.k = translation, tokens, wanted, k
+    def __init__(
+        self, translation: Translation, tokens: Sequence[int], wanted: Sequence[Place], k: int, keep_own: bool
+    ) -> None:
+        self.translation, self.tokens, self.wanted = translation, tokens, wanted
+        self.k, self.keep_own = k, keep_own
         self.starting: dict[int, list[int]] = defaultdict(list)  # numbers of the places by their `at`
         self.parts: dict[int, set[bytes]] = defaultdict(set)  # beginnings whose mass is wanted, by position
         for number, place in enumerate(wanted):
@@ -151,8 +155,12 @@ class _Reader:
                 along = self._along(place) / left
                 given[row, column] = (given[row, column] - along).clamp(min=0)
                 given[row, place.own] += along
-        top, ids = given[:, :-1].topk(self.k)
-        return ids, top
+        ids = given[:, :-1].topk(self.k).indices
+        if self.keep_own:
+            own = torch.tensor([self.wanted[number].own for number in numbers], device=p.device)
+            lacking = (ids != own[:, None]).all(dim=1)
+            ids[lacking, -1] = own[lacking]
+        return ids, given.gather(1, ids)
 
     def _along(self, place: Place) -> float:
         """The teacher's probability of its tokens along the student's, as far as that goes."""

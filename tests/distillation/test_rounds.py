@@ -43,7 +43,9 @@ def test_answers_become_rows(tokenizer):
         StudentAnswer(0, [7], -1.0, False, ""),
         StudentAnswer(2, [], 0.0, True, ""),
     ]
-    encoded, of_answers = student_answers.training_rows(part, prompts, answers, end=9)
+    numbered, of_answers = student_answers.training_rows(part, prompts, answers, end=9)
+    numbers, encoded = zip(*numbered, strict=True)
+    assert numbers == (0, 0, 1, 2)
     first, own, third = (prompts.prompts[0], prompts.rows[1], prompts.prompts[2])
     assert [row.input_ids for row in encoded] == [[*first, 5, 6, 9], [*first, 7], own.input_ids, [*third, 9]]
     assert [row.prompt_length for row in of_answers] == [len(first), len(first), len(third)]

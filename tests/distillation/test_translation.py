@@ -133,13 +133,60 @@ def test_a_student_learns_from_a_teacher_of_another_vocabulary(base, strangers, 
     assert again == losses
 
 
+@pytest.mark.processes
+def test_on_policy_rounds_under_a_teacher_of_another_vocabulary(base, strangers, uneven, tmp_path):
+    stranger = build_base(tmp_path / "stranger", strangers, 0.3, hidden=48, layers=4, seed=5)
+    more = (
+        "--on_policy",
+        "--max_new_tokens",
+        12,
+        "--max_steps",
+        3,
+        "--ignore_collapse",
+        "--cache_k",
+        16,
+        "--rounds",
+        2,
+    )
+    run = distill(base, tmp_path / "run", "--data", uneven, "--teacher", stranger, *more, "--lmbda", 0.5)
+    losses = loss_column(run)
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    assert min(losses) > 0
+
+
+def test_the_student_s_own_token_is_kept():
+    ours, theirs = row(MERGES, "abc", "c"), row(LETTERS, *"abcc")
+    translation = Translation(LETTERS, MERGES, {row_key(ours): theirs})
+    logits = torch.tensor(P["letters"]).log().expand(5, -1)
+    known = translation.outcomes([ours], lambda part: logits[part], 2, own=True)
+    assert known["ids"].tolist() == [[0, 4], [0, 2], [0, 5]]
+    assert known["logprobs"].exp()[:, 1].tolist() == pytest.approx([0.015, 0.1, 0.1])
+
+
+def test_answers_that_the_teacher_cannot_read_are_left_out(base, strangers, tokenizer, tmp_path):
+    from common.distillation import vocabularies
+    from common.distillation.settings import DistillSettings
+
+    stranger = build_base(tmp_path / "stranger", strangers)
+    settings = DistillSettings(student=base, save_dir="x", data="d.jsonl", teacher=stranger)
+    prompt = tokenizers.encode_prompt(tokenizer, "Hi")
+    word = tokenizer.encode("Good", add_special_tokens=False)
+    cut, half = Encoded([*prompt, *word], len(prompt)), Encoded([*prompt, *tokenizer.encode("ö")[:1]], len(prompt))
+    special = Encoded([*prompt, *word, tokenizer.pad_token_id, *word], len(prompt))
+    answered = [("Hi", cut), ("Hi", half), ("Hi", special)]
+    kept, translation = vocabularies.translated_answers(settings, tokenizer, answered)
+    assert kept == [cut]
+    assert strangers.decode(translation.reading(cut).input_ids).endswith("Good")
+    with pytest.raises(UserError, match="no row has the same text"):
+        vocabularies.translated_answers(settings, tokenizer, [("Hi", half)])
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         ((), r"different vocabularies \(.*\); three ways work: .*--teacher_cache.*kd_train.py.*--labels"),
         (("--teacher_cache", "CACHE", "--hidden_mse", 1), "leave --hidden_mse out"),
         (("--teacher_cache", "CACHE", "--temperature", 2), "needs --cache_targets topk and --temperature 1"),
-        (("--on_policy", "--max_new_tokens", 8), "three ways work"),
     ],
 )
 def test_what_no_translation_gives_is_refused(more, words, base, strangers, uneven, tmp_path):
