@@ -31,7 +31,7 @@ from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter, check_lengths
 
 NOT_DECIDING = (  # flags that do not decide the answers to --input; thinking does, with the rest of the decoding
-    *("output", "max_batch_tokens", "thinking"),
+    *("output", "max_batch_tokens", "thinking", "prompt_lookup_num_tokens"),
     *("test", "max_tries", "confirm_run_unsafe_code", "allow_no_sandbox"),
 )
 

@@ -45,6 +45,8 @@ from common.vram import preflight as vram
 if TYPE_CHECKING:
     from common.teachers.cascade.documents import DocumentCascade
 
+NOT_DECIDING = ("output", "max_batch_tokens", "prompt_lookup_num_tokens")  # flags that do not decide the answers
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="infer_idp.py")
@@ -151,7 +153,7 @@ def extract_rows(
             named = {"id": rows[number]["id"]} if "id" in rows[number] else {}
             yield number, named | shown_answer
 
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "max_batch_tokens")}
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_DECIDING}
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]
     decided_by = [settings, content_key(rows), extractor.schema, *model]
     counts = Counter()

@@ -98,7 +98,7 @@ def _time_row(model, tokenizer, prompt: Sequence[int], answer: Callable[[], obje
         model,
         tokenizer,
         [prompt],
-        Decoding(NEW_TOKENS),
+        Decoding(NEW_TOKENS, prompt_lookup_num_tokens=0),  # each token takes its time
         steering=lambda number: NeverEnd(tokenizer, model.generation_config),
         streamer=clock,
     )

@@ -1,4 +1,4 @@
-"""Answers that are written together, one forward pass a token: one that has ended makes room for one that waits.
+"""Answers that are written together, in common forward passes: one that has ended makes room for one that waits.
 
     batch = ContinuousBatch(model, tokenizer, max_batch_tokens)
     batch.add(Wanted(key, prompt, max_new_tokens=512))
@@ -9,115 +9,37 @@ The answers share a cache whose columns are as many as the longest of them has t
 have, not what they may come to have: where they outgrow the budget, the one that has least is set aside, and goes on
 later from the tokens it has. Each prompt is read by itself, so that only rounding in the last bits of a step's matrix
 products can tell company from solitude.
+
+A step reads each answer's newest token, and with it, where the model can, those that were forced since (a grammar left
+no choice), and a draft of what may come next (`prompt_lookup`). Of a draft those tokens stay that would have been
+written without it: each is chosen from the scores behind the one before, as if it alone had been read. So a step
+writes a token of each answer, or several, and the same ones.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.generation.growing_text import GrowingText
+from common.generation.answer_row import Drawn, Row, Wanted
+from common.generation.prompt_lookup import Record
 from common.generation.result import Generation
 from common.generation.rows import rows_of
-from common.generation.steering import Steering, draw, sample_stream
+from common.generation.steering import draw
 from common.models.batching import MAX_BATCH_TOKENS
 from common.models.tokenizers import decode, stop_ids
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.generation.streamers import BaseStreamer
 
     from common.models.gguf_text import PackedModel
 
+__all__ = ["ContinuousBatch", "Drawn", "Wanted"]
 EXPECTED_TOKENS = 128  # of an answer, until some have ended
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """How a sample is drawn; see `Decoding`, and `steering.sample_stream` of the seed and the sample's number."""
-
-    temperature: float
-    top_p: float = 1.0
-    seed: int = 0
-    number: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Wanted:
-    """An answer that is to be written.
-
-    Attributes:
-        key: the asker's own name for it.
-        prompt: token ids.
-        max_new_tokens: its budget.
-        drawn: None: the likeliest token is taken each time.
-        steering: makes what changes its scores, when it begins; None: nothing does.
-        stop: called with its text so far after every token; True ends it.
-        text_of: what is read of the text of its tokens.
-        logprobs: with the log-probability of each token.
-        streamer: gets its tokens as they come.
-    """
-
-    key: Any
-    prompt: Sequence[int]
-    max_new_tokens: int
-    drawn: Drawn | None = None
-    steering: Callable[[], Steering] | None = None
-    stop: Callable[[str], bool] | None = None
-    text_of: Callable[[str], str] = str
-    logprobs: bool = False
-    streamer: BaseStreamer | None = None
-
-
-class _Row:
-    """An answer so far."""
-
-    def __init__(self, wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.wanted = wanted
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self._text = GrowingText(tokenizer)
-
-    @cached_property
-    def steering(self) -> Steering | None:
-        return self.wanted.steering() if self.wanted.steering else None
-
-    @cached_property
-    def stream(self) -> torch.Generator:
-        return sample_stream(self.wanted.drawn.seed, self.wanted.drawn.number, self.wanted.prompt)
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        return (*self.wanted.prompt, *self.tokens)
-
-    @property
-    def length(self) -> int:
-        """Of prompt and answer, in tokens."""
-        return len(self.wanted.prompt) + len(self.tokens)
-
-    @property
-    def longest(self) -> int:
-        """What `length` may become."""
-        return len(self.wanted.prompt) + self.wanted.max_new_tokens
-
-    def take(self, token: int, logprob: float | None) -> None:
-        """Go on by a token."""
-        self.tokens.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        if self.steering:
-            self.steering.consume(token)
-
-    def stopped(self) -> bool:
-        """Its text satisfies its `stop`."""
-        wanted = self.wanted
-        return wanted.stop is not None and wanted.stop(wanted.text_of(self._text.feed(self.tokens)))
 
 
 class ContinuousBatch:
@@ -127,8 +49,9 @@ class ContinuousBatch:
         max_batch_tokens: bounds rows x columns of the answers that are written together; one always goes.
 
     Attributes:
-        steps: forward passes so far that wrote a token of each row.
+        steps: forward passes so far that went on with each row.
         prompts_read: forward passes so far that read a prompt.
+        drafted, right: tokens of drafts so far, and how many of them stayed.
     """
 
     def __init__(
@@ -140,9 +63,10 @@ class ContinuousBatch:
         self.tokenizer, self.max_batch_tokens = tokenizer, max_batch_tokens
         self._in_model = rows_of(model)
         self.ends = set(stop_ids(tokenizer, model.generation_config))
-        self.steps = self.prompts_read = 0
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []
+        self.steps = self.prompts_read = self.drafted = self.right = 0
+        self._drafts = Record()
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
         self._ended = self._ended_tokens = 0
 
     def add(self, wanted: Wanted, *, first: bool = False) -> None:
@@ -151,22 +75,28 @@ class ContinuousBatch:
         Args:
             first: before all that wait.
         """
-        row = _Row(wanted, self.tokenizer)
+        row = Row(wanted, self.tokenizer, self.ends, self._drafts)
         if wanted.streamer:
             wanted.streamer.put(torch.tensor([list(wanted.prompt)]))
         (self._waiting.appendleft if first else self._waiting.append)(row)
 
-    def run(self) -> Iterator[tuple[Wanted, Generation]]:
-        """Each answer that was added, as it ends; those that are added meanwhile, too."""
+    def run(self, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Wanted, Generation]]:
+        """Each answer that was added, as it ends; those that are added meanwhile, too.
+
+        Args:
+            between: called before each step, and before the end; may add more.
+        """
+        between()
         while self._waiting or self._rows:
             yield from self._enter()
             self._set_aside()
             if self._rows:
                 yield from self._step()
+            between()
 
     # What of the answers is in the batch.
 
-    def _fits(self, rows: Sequence[_Row], more: int = 0) -> bool:
+    def _fits(self, rows: Sequence[Row], more: int = 0) -> bool:
         """Whether rows that become longer by `more` tokens are within the budget."""
         columns = max(row.length for row in rows) + more
         return len(rows) == 1 or (len(rows) <= self._in_model.most and len(rows) * columns <= self.max_batch_tokens)
@@ -178,42 +108,44 @@ class ContinuousBatch:
             least = min(reversed(kept), key=lambda row: len(row.tokens))
             kept.remove(least)
             self._waiting.appendleft(least)
-        self._keep(kept)
+        if len(kept) < len(self._rows):
+            self._keep(kept)
 
-    def _keep(self, kept: list[_Row]) -> None:
-        if len(kept) == len(self._rows):
-            return
+    def _keep(self, kept: list[Row]) -> None:
         indices = [index for index, row in enumerate(self._rows) if row in kept]
-        self._in_model.keep(indices, max((row.length for row in kept), default=1) - 1)
+        self._in_model.keep(indices, [row.read for row in kept])
         self._rows = kept
 
     @torch.inference_mode()
     def _enter(self) -> list[tuple[Wanted, Generation]]:
-        """Read the prompts of as many as there is room for; those that end with their first token."""
+        """Read the prompts of as many as there is room for; those that end with what follows at once."""
         if self._waiting and not self._rows:
             self._in_model.make_room([row.longest for row in self._waiting], self.max_batch_tokens)
-        entering: list[_Row] = []
+        entering: list[Row] = []
         while self._waiting and self._has_room(entering):
             entering.append(self._waiting.popleft())
-        if not entering:
-            return []
-        read: dict[tuple[int, ...], tuple[Any, torch.Tensor]] = {}  # once for several samples of a prompt
-        for row in entering:
-            if row.ids not in read:
-                read[row.ids] = self._in_model.read(row.ids)
+            if self._in_model.several:
+                entering[-1].take_forced()
+        read: dict[tuple[Any, ...], tuple[Any, torch.Tensor]] = {}  # once for several samples of a prompt
+        keys = {row: (row.ids, row.owed) for row in entering if not row.done}
+        for row, key in keys.items():
+            if key not in read:
+                read[key] = self._in_model.read(row.ids, 1 + row.owed)
                 self.prompts_read += 1
-        states = [read[row.ids][0] for row in entering]
-        ended = self._choose(entering, torch.cat([read[row.ids][1] for row in entering]))
-        joining = [state for row, state in zip(entering, states, strict=True) if row not in ended]
+            row.read = row.length
+        if keys:
+            self._go_on(list(keys), {}, [read[key][1] for key in keys.values()])
+        joining = [row for row in keys if not row.done]
+        states = [read[keys[row]][0] for row in joining]
         for state, _ in read.values():
-            if state not in joining:
+            if state not in states:
                 self._in_model.drop(state)
         if joining:
-            self._in_model.join(joining)
-            self._rows += [row for row in entering if row not in ended]
-        return self._answers(ended)
+            self._in_model.join(states)
+            self._rows += joining
+        return self._answers([row for row in entering if row.done])
 
-    def _has_room(self, entering: list[_Row]) -> bool:
+    def _has_room(self, entering: list[Row]) -> bool:
         """The next one that waits fits in, too, and all are likely to have room for what they have still to write."""
         if not self._in_model.admits(self._waiting[0].longest):
             return False
@@ -226,47 +158,103 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def _step(self) -> list[tuple[Wanted, Generation]]:
-        """A token more of each row; the answers that end with it."""
+        """Go on with each row; the answers that end with it."""
         self.steps += 1
-        tokens, lengths = [row.tokens[-1] for row in self._rows], [row.length for row in self._rows]
-        logits = self._in_model.step(tokens, lengths)
-        ended = self._choose(self._rows, logits)
-        self._keep([row for row in self._rows if row not in ended])
-        return self._answers(ended)
+        drafts = self._drafts_of_rows()
+        tokens = [[*row.unread, *drafts.get(row, ())] for row in self._rows]
+        wanted = [1 + row.owed + len(drafts.get(row, ())) for row in self._rows]
+        logits = self._in_model.step(tokens, [row.read for row in self._rows], wanted)
+        for row in self._rows:
+            row.read = row.length
+        self._go_on(self._rows, drafts, logits.split(wanted))
+        done = [row for row in self._rows if row.done]
+        if done or drafts:
+            self._keep([row for row in self._rows if not row.done])
+        return self._answers(done)
 
-    def _choose(self, rows: list[_Row], logits: torch.Tensor) -> dict[_Row, bool]:
-        """Take each row's next token; those that it ends, with whether they ended by themselves."""
-        scores = logits.to(torch.float32, copy=True)
-        scored = [index for index, row in enumerate(rows) if row.wanted.logprobs]
-        own = logits[scored].float()  # of the model, before anything changes them
-        chosen = _chosen(rows, _steered(rows, scores))
-        values = own.gather(1, chosen[scored][:, None])[:, 0] - own.logsumexp(dim=1)
-        logprobs = dict(zip(scored, values.tolist(), strict=True))
-        ended = {}
-        for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            row.take(token, logprobs.get(index))
-            if row.wanted.streamer:
-                row.wanted.streamer.put(torch.tensor([token]))
-            by_itself = token in self.ends or row.stopped()
-            if by_itself or len(row.tokens) == row.wanted.max_new_tokens:
-                ended[row] = by_itself
-        return ended
+    def _drafts_of_rows(self) -> dict[Row, list[int]]:
+        """What may come next of some rows, as far as it pays and there is room.
 
-    def _answers(self, ended: dict[_Row, bool]) -> list[tuple[Wanted, Generation]]:
+        A token that is right spares its row's share of a step and being read later; one that is wrong was read for
+        nothing.
+        """
+        if not self._in_model.several:
+            return {}
+        rows, room = len(self._rows), self.max_batch_tokens
+        if rows > 1:
+            room = room // rows - max(row.length for row in self._rows)
+        drafts = {row: row.draft(room, rows / (rows + self._in_model.step_tokens)) for row in self._rows}
+        return {row: draft for row, draft in drafts.items() if draft}
+
+    def _go_on(self, rows: Sequence[Row], drafts: dict[Row, list[int]], logits: Sequence[torch.Tensor]) -> None:
+        """Take the next token of each row, and go on as far as its draft is right.
+
+        Args:
+            logits: [tokens, columns] of each row, behind its last tokens and those of its draft; in front of these,
+                behind as many more as it owes log-probabilities.
+        """
+        at = {row: len(own) - 1 - len(drafts.get(row, ())) for row, own in zip(rows, logits, strict=True)}
+        own = dict(zip(rows, logits, strict=True))
+        left = {row: drafts.get(row, []) for row in rows}
+        active = [row for row in rows if row.ended is None]
+        while active:
+            scores = torch.stack([own[row][at[row]] for row in active]).float()
+            chosen = _chosen(active, _steered(active, scores))
+            going = []
+            for row, token in zip(active, chosen.tolist(), strict=True):
+                before = len(row.tokens)
+                row.take(token)
+                if self._in_model.several:
+                    row.take_forced()
+                taken = row.tokens[before:]
+                right = _same(taken, left[row])
+                row.read, at[row], left[row] = row.read + right, at[row] + right, left[row][right:]
+                if right == len(taken) and row.ended is None:
+                    going.append(row)
+            active = going
+        self._add_logprobs(rows, own)
+        for row, draft in drafts.items():
+            right = len(draft) - len(left[row])
+            row.drafted(len(draft), right)
+            self.drafted, self.right = self.drafted + len(draft), self.right + right
+
+    def _add_logprobs(self, rows: Sequence[Row], logits: dict[Row, torch.Tensor]) -> None:
+        """Give the tokens of rows the log-probabilities that are wanted and known, before anything changed them."""
+        values, tokens = [], []
+        for row in rows:
+            if row.wanted.logprobs:
+                known = row.read + 1 - len(row.wanted.prompt)  # tokens that stand behind one that was read
+                new = row.tokens[len(row.logprobs) : known]
+                values.append(logits[row][: len(new)])
+                tokens.append(new)
+        if values:
+            every = torch.cat(values).float()
+            ids = torch.tensor([token for new in tokens for token in new], device=every.device)
+            found = iter((every.gather(1, ids[:, None])[:, 0] - every.logsumexp(dim=1)).tolist())
+            for row, new in zip((row for row in rows if row.wanted.logprobs), tokens, strict=True):
+                row.logprobs += [next(found) for _ in new]
+
+    def _answers(self, done: Sequence[Row]) -> list[tuple[Wanted, Generation]]:
         answers = []
-        for row, finished in ended.items():
+        for row in done:
             if row.wanted.streamer:
                 row.wanted.streamer.end()
             self._ended += 1
             self._ended_tokens += len(row.tokens)
             tokens = row.tokens[:-1] if row.tokens[-1] in self.ends else row.tokens
-            cut = not finished or bool(row.steering and row.steering.closed)
+            cut = not row.ended or bool(row.steering and row.steering.closed)
             text = row.wanted.text_of(decode(self.tokenizer, tokens))
-            answers.append((row.wanted, Generation(text, tokens, row.logprobs[: len(tokens)], finished, cut)))
+            answers.append((row.wanted, Generation(text, tokens, row.logprobs[: len(tokens)], row.ended, cut)))
         return answers
 
 
-def _steered(rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
+def _same(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many of two texts' first tokens are the same."""
+    unlike = (place for place, pair in enumerate(zip(tokens, others, strict=False)) if pair[0] != pair[1])
+    return next(unlike, min(len(tokens), len(others)))
+
+
+def _steered(rows: Sequence[Row], scores: torch.Tensor) -> torch.Tensor:
     """The scores [rows, columns] as each row's steering changes them, those of a kind together."""
     kinds = {type(row.steering) for row in rows if row.steering}
     for kind in kinds:
@@ -279,7 +267,7 @@ def _steered(rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def _chosen(rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
+def _chosen(rows: Sequence[Row], scores: torch.Tensor) -> torch.Tensor:
     """The next token [rows] of each row: the likeliest, or a draw."""
     chosen = scores.argmax(dim=1)
     kinds = {(row.wanted.drawn.temperature, row.wanted.drawn.top_p) for row in rows if row.wanted.drawn}
@@ -289,5 +277,5 @@ def _chosen(rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
             for index, row in enumerate(rows)
             if row.wanted.drawn and (row.wanted.drawn.temperature, row.wanted.drawn.top_p) == kind
         ]
-        chosen[indices] = draw(scores[indices], [rows[index].stream for index in indices], *kind)
+        chosen[indices] = draw(scores[indices], [rows[index].stream(scores.shape[1]) for index in indices], *kind)
     return chosen

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LOOKUP = 10  # tokens, as in transformers' examples and in vLLM's
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -18,6 +20,8 @@ class Decoding:
         num_samples: answers to each prompt.
         seed: of the samples.
         thinking: let the model think before it answers, where its chat template knows of that.
+        prompt_lookup_num_tokens: how many tokens are looked up at most where an answer repeats its prompt or itself,
+            and then read at once (`prompt_lookup`); 0: none. It decides how long an answer takes, not what it is.
     """
 
     max_new_tokens: int = 512
@@ -26,10 +30,12 @@ class Decoding:
     num_samples: int = 1
     seed: int = 0
     thinking: bool = False
+    prompt_lookup_num_tokens: int = LOOKUP
 
     def as_dict(self) -> dict[str, Any]:
         """For keys of what is kept: thinking is named only where it is asked for, as before there was any."""
         settings = asdict(self)
+        del settings["prompt_lookup_num_tokens"]
         if not self.thinking:
             del settings["thinking"]
         return settings

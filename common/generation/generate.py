@@ -70,7 +70,7 @@ def generate_each(
     """
     batch = TextBatch(model, tokenizer, max_batch_tokens)
     thinks_first = decoding.thinking and steering is not None
-    _check_context(prompts, decoding.max_new_tokens * (1 + thinks_first), context_of(model.config))
+    check_context(prompts, decoding.max_new_tokens * (1 + thinks_first), context_of(model.config))
     for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
         batch.ask(
             number,
@@ -131,15 +131,20 @@ class TextBatch:
             UserError: the model is to think before JSON, and its chat template knows no thinking.
         """
         how = {"steering": steering, "stop": stop, "streamer": streamer, "logprobs": logprobs}
+        how["lookup"] = decoding.prompt_lookup_num_tokens
         asked = _Asked(key, prompt, decoding, how | {"text_of": self._reader(prompt, decoding, whole or steering)})
         if decoding.thinking and steering is not None:
             self.batch.add(self._thought(asked), first=first)
         else:
             self._add_samples(asked, prompt, first)
 
-    def run(self) -> Iterator[tuple[Any, int, Generation]]:
-        """(key of a prompt, number of a sample, the answer) of each answer, as it ends."""
-        for wanted, answer in self.batch.run():
+    def run(self, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, int, Generation]]:
+        """(key of a prompt, number of a sample, the answer) of each answer, as it ends.
+
+        Args:
+            between: called before each step, and before the end; may ask for more.
+        """
+        for wanted, answer in self.batch.run(between):
             asked, sample = wanted.key
             if sample is None:
                 self._add_samples(asked, self._thought_through(asked.prompt, answer.text), first=True)
@@ -168,7 +173,14 @@ class TextBatch:
         decoding = asked.decoding
         budget = max(1, decoding.max_new_tokens - len(self._end_of_thinking()))
         drawn = Drawn(decoding.temperature, decoding.top_p, decoding.seed) if decoding.temperature else None
-        return Wanted((asked, None), asked.prompt, budget, drawn, stop=lambda text: bool(THINKING_ENDS.search(text)))
+        return Wanted(
+            (asked, None),
+            asked.prompt,
+            budget,
+            drawn,
+            stop=lambda text: bool(THINKING_ENDS.search(text)),
+            lookup=decoding.prompt_lookup_num_tokens,
+        )
 
     def _thought_through(self, prompt: Sequence[int], thought: str) -> list[int]:
         """A prompt with the model's thinking behind it, ended by one `</think>`: an answer can begin at its end.
@@ -186,7 +198,8 @@ def _answer_behind(opened: str, text: str) -> str:
     return final_answer(opened + text)
 
 
-def _check_context(prompts: Sequence[Sequence[int]], new_tokens: int, context: int) -> None:
+def check_context(prompts: Sequence[Sequence[int]], new_tokens: int, context: int) -> None:
+    """Raises UserError where a prompt does not fit a model's context with so many new tokens."""
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) + new_tokens > context:
             raise UserError(

@@ -168,6 +168,28 @@ class JsonRow(Steering):
         """See `change_all`."""
         return self.change_all([self], scores[None])[0]
 
+    def forced(self) -> int | None:
+        """The token that the mask leaves alone: the next one of a text that the grammar writes, or EOS behind it.
+
+        Such a text has one tokenisation here, the tokenizer's own: llguidance's mask leaves the next token of that, and
+        nothing else, as long as what follows cannot change it (`compute_ff_tokens`). So it is what any model would have
+        written.
+        """
+        if self.matcher.is_stopped():
+            self.wanted = b""
+            return self.grammar.eos
+        tokens = self.matcher.compute_ff_tokens()
+        if not tokens:
+            return None
+        if self._closes() and self.closing.tokens[0] != tokens[0]:
+            return None
+        self.wanted = b""
+        return tokens[0]
+
+    def fitting(self, tokens: Sequence[int]) -> int:
+        """How many of some tokens the grammar would let through, one after another."""
+        return 0 if self.matcher.is_stopped() else self.matcher.validate_tokens(list(tokens))
+
     def consume(self, token: int) -> None:
         """Go on by the token that was chosen."""
         self.remaining -= 1
@@ -201,17 +223,19 @@ class JsonRow(Steering):
             unlike = bitmask & self.grammar.not_starting[repetition]
             if unlike.any():
                 bitmask.copy_(unlike)
-        if self.grammar.bounds.reached_by(self.scanner) and self._find_closing():
-            self._close(bitmask, scores, begin_closing=True)
-        elif self._must_close():
+        if self._closes():
             self._close(bitmask, scores)
 
-    def _close(self, bitmask: torch.Tensor, scores: torch.Tensor, begin_closing: bool = False) -> None:
+    def _closes(self) -> bool:
+        """What is open is at its bound, or the budget is, so that what comes next has to lead to an end."""
+        return (self.grammar.bounds.reached_by(self.scanner) and self._find_closing()) or self._must_close()
+
+    def _close(self, bitmask: torch.Tensor, scores: torch.Tensor) -> None:
         """Let only the closing come next, and likely tokens after which there is an end in time.
 
-        Args:
-            begin_closing: of those, only what the closing begins with.
+        At a bound, of those only what the closing begins with.
         """
+        begin_closing = self.grammar.bounds.reached_by(self.scanner)
         masked = scores + _bias(bitmask[None], scores.device)[0, : len(scores)]
         likeliest = int(masked.argmax())
         allowed = {self.closing.tokens[0]}

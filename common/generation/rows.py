@@ -1,7 +1,8 @@
 """What runs a continuous batch: the forward passes over its rows, and what they keep between them.
 
-A row is read once (`read`), joins those that are in the batch (`join`), goes on by a token at a time with them (`step`)
-and leaves (`keep`). `TorchRows` keeps keys, values and states in transformers' caches, `PackedRows` in llama.cpp.
+A row is read once (`read`), joins those that are in the batch (`join`), goes on by some tokens at a time with them
+(`step`), of which the last ones may be taken back, and leaves (`keep`). `RevisableRows` and `TorchRows` keep keys,
+values and states in transformers' caches, `PackedRows` in llama.cpp.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.generation import row_cache
-from common.models import packed_weights
+from common.generation import aligned_cache, row_cache
+from common.models import heads, packed_weights
+from common.models.batching import layer_kinds
 from common.models.gguf_text import PackedModel
 
 if TYPE_CHECKING:
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 MOST_ROWS = 64  # beyond about so many a step takes longer by as much as it does more
+STEP_TOKENS = 24  # a step takes as long as reading so many tokens, beside its own, on a CPU (docs/results.md)
+PACKED_STEP_TOKENS = 8  # in llama.cpp
+PACKED_AT_ONCE = 128  # tokens that any of its contexts takes in a call
+GPU_STEP_TOKENS = 256  # on a card that is busy with reading its weights
 
 
 class Rows(ABC):
@@ -30,9 +37,13 @@ class Rows(ABC):
 
     Attributes:
         most: rows at a time.
+        several: a step may take several tokens of a row, and tokens can be taken back.
+        step_tokens: reading how many tokens more takes as long as a step of one row.
     """
 
     most: int = MOST_ROWS
+    several: bool = False
+    step_tokens: float = STEP_TOKENS
 
     def make_room(self, lengths: Sequence[int], budget: int) -> None:  # noqa: B027 (many have it)
         """Prepare for rows that may come to have so many tokens each; called while there are none.
@@ -46,8 +57,8 @@ class Rows(ABC):
         return True
 
     @abstractmethod
-    def read(self, ids: Sequence[int]) -> tuple[Any, torch.Tensor]:
-        """(what `join` takes of a text, the logits [1, columns] of what follows it)."""
+    def read(self, ids: Sequence[int], wanted: int = 1) -> tuple[Any, torch.Tensor]:
+        """(what `join` takes of a text, the logits [wanted, columns] of what follows its last `wanted` tokens)."""
 
     @abstractmethod
     def join(self, states: Sequence[Any]) -> None:
@@ -58,21 +69,27 @@ class Rows(ABC):
         """Forget a text that was read and does not join."""
 
     @abstractmethod
-    def step(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """Logits [rows, columns] after the newest token of each row, which has so many tokens with it."""
+    def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+        """Go on by the tokens of each row, which has `begun` so far; one token each, unless `several` go.
+
+        Returns:
+            The logits [sum of wanted, columns] of what follows the last `wanted` tokens of each row, row by row.
+        """
 
     @abstractmethod
-    def keep(self, rows: Sequence[int], columns: int) -> None:
-        """Let all but some rows go, whose longest has so many tokens before its newest."""
+    def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Let all but some rows go, and of these all but so many tokens, from their first on."""
 
 
 def rows_of(model: PreTrainedModel | PeftModel | PackedModel) -> Rows:
     """The rows of a batch in a model, of whatever kind."""
-    return PackedRows(model) if isinstance(model, PackedModel) else TorchRows(model)
+    if isinstance(model, PackedModel):
+        return PackedRows(model)
+    return RevisableRows(model) if aligned_cache.revisable(model) else TorchRows(model)
 
 
 class TorchRows(Rows):
-    """See `Rows`; in a torch model."""
+    """See `Rows`; in any torch model, a token at a time."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self.model = model
@@ -80,12 +97,12 @@ class TorchRows(Rows):
         self._cache: Cache | None = None  # of the rows, without the newest token of each
         self._inputs = _inputs_of(model)
 
-    def read(self, ids: Sequence[int]) -> tuple[Cache, torch.Tensor]:
+    def read(self, ids: Sequence[int], wanted: int = 1) -> tuple[Cache, torch.Tensor]:
         """See `Rows`."""
-        cache = row_cache.empty_cache(self.model.config)
+        cache = self._empty_cache()
         tokens = torch.tensor([ids], device=self.model.device)
         positions = torch.arange(len(ids), device=self.model.device)[None]
-        return cache, self._forward(tokens, positions, torch.ones_like(tokens), cache)
+        return cache, self._forward(tokens, positions, torch.ones_like(tokens), cache, wanted)[0]
 
     def make_room(self, lengths: Sequence[int], budget: int) -> None:
         """See `Rows`."""
@@ -99,33 +116,80 @@ class TorchRows(Rows):
     def drop(self, state: Cache) -> None:
         """See `Rows`."""
 
-    def step(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
         """See `Rows`."""
         device = self.model.device
-        of_rows = torch.tensor(lengths, device=device)
-        columns = torch.arange(max(lengths), device=device)
-        mask = (columns >= len(columns) - of_rows[:, None]).long()
-        return self._forward(torch.tensor(tokens, device=device)[:, None], of_rows[:, None] - 1, mask, self._cache)
+        positions = torch.tensor(begun, device=device)[:, None]
+        columns = torch.arange(max(begun) + 1, device=device)
+        mask = (columns >= len(columns) - 1 - positions).long()
+        return self._forward(torch.tensor(tokens, device=device), positions, mask, self._cache)[:, -1]
 
-    def keep(self, rows: Sequence[int], columns: int) -> None:
+    def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """See `Rows`."""
         if rows:
-            row_cache.keep(self._cache, rows, columns)
+            row_cache.keep(self._cache, rows, max(lengths))
         else:
             self._cache = None
 
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Logits [rows, columns] at the last of some tokens [rows, tokens]; `cache` grows by them."""
-        inputs = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": cache, "cache_params": cache}
+    def _empty_cache(self) -> Cache:
+        return row_cache.empty_cache(self.model.config)
+
+    def _forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Cache, wanted: int = 1
+    ) -> torch.Tensor:
+        """Logits [rows, wanted, columns] at the last of some tokens [rows, tokens]; `cache` grows by them."""
+        inputs = {"position_ids": positions, "logits_to_keep": wanted, "past_key_values": cache, "cache_params": cache}
         inputs = {name: value for name, value in inputs.items() if name in self._inputs}
-        return self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
+        return self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **inputs).logits[:, -wanted:]
+
+
+class RevisableRows(TorchRows):
+    """See `Rows`; in a torch model whose caches are `aligned_cache`s: of several tokens of each row at a time."""
+
+    several = True
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__(model)
+        self.step_tokens = STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS
+        self._lengths: list[int] = []
+
+    def join(self, states: Sequence[Cache]) -> None:
+        """See `Rows`."""
+        self._lengths += [state.get_seq_length() for state in states]
+        caches = [self._cache, *states] if self._cache is not None else states
+        self._cache = aligned_cache.join(caches, max(self._lengths)) if len(caches) > 1 else caches[0]
+
+    def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+        """See `Rows`."""
+        device, counts = self.model.device, [len(own) for own in tokens]
+        step = aligned_cache.Step.of(begun, counts, device)
+        self._lengths = [start + count for start, count in zip(begun, counts, strict=True)]
+        ends = accumulate(counts)
+        places = [place for end, count in zip(ends, wanted, strict=True) for place in range(end - count, end)]
+        flat = torch.tensor([[token for own in tokens for token in own]], device=device)
+        with aligned_cache.stepping(self.model, step), heads.only_at(self.model, places):
+            return self._forward(flat, step.column[None], step.mask(self.model.dtype), self._cache, wanted=0)[0]
+
+    def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """See `Rows`."""
+        if not rows:
+            self._cache = None
+        elif len(rows) < len(self._lengths):
+            aligned_cache.keep(self._cache, rows, max(lengths))
+        self._lengths = list(lengths)
+
+    def _empty_cache(self) -> Cache:
+        return aligned_cache.empty_cache(self.model.config)
 
 
 class PackedRows(Rows):
     """See `Rows`; in llama.cpp, where each has a sequence, and room for as long as it may become."""
 
+    step_tokens = PACKED_STEP_TOKENS
+
     def __init__(self, model: PackedModel) -> None:
         self.model = model
+        self.several = layer_kinds(model.config) == {"full_attention"}  # windows and states cannot go back
         self._of_rows: list[int] = []  # the sequence of each row
         self._free: list[int] = []
 
@@ -142,10 +206,14 @@ class PackedRows(Rows):
         """See `Rows`."""
         return length <= self.model.columns
 
-    def read(self, ids: Sequence[int]) -> tuple[int, torch.Tensor]:
+    def read(self, ids: Sequence[int], wanted: int = 1) -> tuple[int, torch.Tensor]:
         """See `Rows`."""
         sequence = self._free.pop()
-        return sequence, self.model.read(sequence, ids)
+        if wanted == 1:
+            return sequence, self.model.read(sequence, ids)
+        first = self.model.read(sequence, ids[: len(ids) - wanted + 1])
+        rest = self._read_on([sequence], [ids[len(ids) - wanted + 1 :]], [len(ids) - wanted + 1])
+        return sequence, torch.cat([first, rest])
 
     def join(self, states: Sequence[int]) -> None:
         """See `Rows`."""
@@ -159,16 +227,32 @@ class PackedRows(Rows):
         """See `Rows`; what a sequence had goes when it begins anew."""
         self._free.append(state)
 
-    def step(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
         """See `Rows`."""
-        return self.model.step(self._of_rows, tokens, [length - 1 for length in lengths])
+        logits = self._read_on(self._of_rows, tokens, begun)
+        if sum(wanted) == len(logits):
+            return logits
+        ends = accumulate(map(len, tokens))
+        return logits[[place for end, count in zip(ends, wanted, strict=True) for place in range(end - count, end)]]
 
-    def keep(self, rows: Sequence[int], columns: int) -> None:
+    def _read_on(self, sequences: Sequence[int], tokens: Sequence[Sequence[int]], begun: Sequence[int]) -> torch.Tensor:
+        """The logits [tokens, columns] of what follows each of some sequences' next tokens."""
+        every = [
+            (sequence, token, start + place)
+            for sequence, own, start in zip(sequences, tokens, begun, strict=True)
+            for place, token in enumerate(own)
+        ]
+        parts = [every[start : start + PACKED_AT_ONCE] for start in range(0, len(every), PACKED_AT_ONCE)]
+        return torch.cat([self.model.step(*map(list, zip(*part, strict=True))) for part in parts])
+
+    def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """See `Rows`."""
         kept = [self._of_rows[row] for row in rows]
         for sequence in set(self._of_rows) - set(kept):
             self.drop(sequence)
         self._of_rows = kept
+        for sequence, length in zip(kept, lengths, strict=True) if self.several else ():
+            self.model.cut(sequence, length)
 
 
 def _inputs_of(model: PreTrainedModel | PeftModel) -> set[str]:

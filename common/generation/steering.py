@@ -9,6 +9,8 @@ from typing import Self
 
 import torch
 
+FEW = 256  # of the likeliest tokens, which are looked at first
+
 
 class Steering(ABC):
     """Changes the scores of one answer, from its first token to its last.
@@ -25,6 +27,17 @@ class Steering(ABC):
 
     def consume(self, token: int) -> None:  # noqa: B027 (many need not know)
         """The token that was chosen, also the one that ends the answer."""
+
+    def forced(self) -> int | None:
+        """The token that comes next whatever the scores are; None where they count, or that is not known.
+
+        It is `consume`d like any other, and no scores are changed for it.
+        """
+        return None
+
+    def fitting(self, tokens: Sequence[int]) -> int:
+        """How many of some tokens could come next, one after another, as far as that is known without scores."""
+        return len(tokens)
 
     @classmethod
     def change_all(cls, rows: Sequence[Self], scores: torch.Tensor) -> torch.Tensor:
@@ -51,11 +64,27 @@ def draw(
         top_p: see `Decoding`.
     """
     logits = scores / temperature
-    if top_p < 1:
-        ordered, indices = logits.sort(dim=1, descending=True)
-        probabilities = ordered.softmax(dim=1)
-        beyond = probabilities.cumsum(dim=1) - probabilities >= top_p  # the best token always stays
-        logits = logits.masked_fill(beyond.scatter(1, indices, beyond), float("-inf"))
     noise = torch.stack([torch.rand(scores.shape[1], generator=stream) for stream in streams])
-    gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20, max=1 - 1e-7)))
-    return (logits + gumbel.to(logits.device)).argmax(dim=1)
+    if top_p == 1:
+        return (logits + _gumbel(noise, logits)).argmax(dim=1)
+    ordered, indices = _likeliest(logits, top_p)
+    probabilities = (ordered - logits.logsumexp(dim=1, keepdim=True)).exp()
+    beyond = probabilities.cumsum(dim=1) - probabilities >= top_p  # the best token always stays
+    noisy = ordered.masked_fill(beyond, float("-inf")) + _gumbel(noise.gather(1, indices.cpu()), logits)
+    return indices.gather(1, noisy.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def _likeliest(logits: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logits [rows, some] in order, with their places: so many that they have `top_p` together.
+
+    Most texts need few, and to order a whole vocabulary takes longer than a small model's step.
+    """
+    if logits.shape[1] > FEW:
+        ordered, indices = logits.topk(FEW, dim=1)
+        if bool(((ordered.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp() > top_p).all()):
+            return ordered, indices
+    return logits.sort(dim=1, descending=True)
+
+
+def _gumbel(noise: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return -torch.log(-torch.log(noise.clamp(min=1e-20, max=1 - 1e-7))).to(like.device)

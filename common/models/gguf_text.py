@@ -87,7 +87,11 @@ class PackedModel:
 
     def clear(self, sequence: int) -> None:
         """Forget a sequence."""
-        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), sequence, -1, -1)
+        self.cut(sequence, -1)
+
+    def cut(self, sequence: int, kept: int) -> None:
+        """Leave the first so many tokens of a sequence."""
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), sequence, kept, -1)
 
     def _decode(
         self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[bool]

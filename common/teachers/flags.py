@@ -11,6 +11,7 @@ from common import cli
 from common.cli import UserError
 from common.generation import json_schema
 from common.generation.decoding import Decoding
+from common.generation.flags import add_lookup_flag
 from common.models import loading as models
 from common.models.flags import add_engine_flag, add_model_flags, add_thinking_flag, source_of, thinks
 from common.models.source import TORCH
@@ -47,6 +48,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     )
     decoding.add_argument("--top_p", type=float, default=1.0, help="probability that sampling stays within")
     decoding.add_argument("--seed", type=int, default=0)
+    add_lookup_flag(decoding)
     add_thinking_flag(
         decoding, "let a local --teacher that reasons think first; its answer is read from behind the thinking"
     )
@@ -227,7 +229,14 @@ def teacher_of(args: argparse.Namespace, task: TeacherTask) -> Teacher:
     Raises:
         UserError: it cannot be had.
     """
-    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed, thinking=thinks(args))
+    decoding = Decoding(
+        args.max_new_tokens,
+        args.temperature,
+        args.top_p,
+        seed=args.seed,
+        thinking=thinks(args),
+        prompt_lookup_num_tokens=args.prompt_lookup_num_tokens,
+    )
     if args.endpoint:
         endpoint = EndpointSettings(
             args.endpoint,

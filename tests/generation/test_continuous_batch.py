@@ -125,7 +125,7 @@ def test_the_batch_stays_within_its_budget(model, tokenizer, prompts, monkeypatc
 
     @functools.wraps(forward)
     def watched(input_ids, attention_mask, **kwargs):
-        sizes.append(attention_mask.shape)
+        sizes.append((len(attention_mask), attention_mask.shape[-1]))
         return forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     monkeypatch.setattr(model, "forward", watched)
@@ -148,7 +148,11 @@ def test_answers_leave_as_they_end(model, tokenizer):
     left = [
         (number, len(answer.tokens), max(passes))
         for number, _, answer in generate_each(
-            model, tokenizer, [[a, a]] * 4, Decoding(12), steering=lambda number: Watched(scripts[number])
+            model,
+            tokenizer,
+            [[a, a]] * 4,
+            Decoding(12, prompt_lookup_num_tokens=0),
+            steering=lambda number: Watched(scripts[number]),
         )
     ]
     assert left == [(3, 0, 0), (1, 1, 1), (0, 9, 9), (2, 12, 11)]

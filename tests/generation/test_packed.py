@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,11 +127,24 @@ def test_room_that_cannot_be_had_is_asked_for_again(packed, wanted, monkeypatch)
 
 
 def test_json_is_held_to_its_schema(packed, wanted):
+    """By forced tokens, too, and drafts, where the model can take several tokens a step."""
     model, tokenizer = packed
     grammar = JsonGrammar(SCHEMA, tokenizer, model.config.get_text_config().vocab_size)
-    held = [Wanted(n, wanted[n].prompt, 60, steering=lambda: grammar.rows(60)(0)) for n in range(4)]
-    for answer in answers(model, tokenizer, held).values():
+    held = [Wanted(n, wanted[n].prompt, 60, steering=lambda: grammar.rows(60)(0), logprobs=n > 1) for n in range(4)]
+    written = answers(model, tokenizer, held)
+    for answer in written.values():
         assert json_schema.errors(json.loads(answer.text), SCHEMA) == []
+    looked_up = answers(model, tokenizer, [replace(one, lookup=8) for one in held])
+    for key, answer in looked_up.items():
+        assert answer.tokens == written[key].tokens and len(answer.logprobs) == len(answer.tokens) * (key > 1)
+
+
+def test_what_is_looked_up_stays_only_where_it_is_right(packed, wanted):
+    written = answers(*packed, wanted)
+    looked_up = answers(*packed, [replace(one, lookup=8) for one in wanted])
+    for key, answer in looked_up.items():
+        assert answer.tokens == written[key].tokens
+        assert answer.logprobs == pytest.approx(written[key].logprobs, abs=0.02)
 
 
 def test_its_answers_are_kept_apart(file, packed):

@@ -134,7 +134,7 @@ def test_a_model_thinks_before_a_text_that_a_grammar_holds(thought, budget, thin
         model,
         tokenizer,
         [prompt],
-        Decoding(budget, thinking=True),
+        Decoding(budget, thinking=True, prompt_lookup_num_tokens=0),
         steering=lambda number: Only([*good, *end]),
     )
     assert (answer.text, answer.tokens, answer.finished) == ("Good", good, True)

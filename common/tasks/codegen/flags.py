@@ -7,6 +7,7 @@ import argparse
 from common import cli
 from common.data import task_record
 from common.generation.decoding import Decoding
+from common.generation.flags import add_lookup_flag
 from common.models.flags import add_engine_flag, add_model_flags, add_thinking_flag, source_of, thinks
 from common.tasks.codegen.writer import PROMPT_STYLES, CodeWriter
 
@@ -21,6 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top_p", type=float, default=TOP_P, help="probability that sampling stays within")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--max_new_tokens", type=cli.positive_int, default=512, help="of a plan, and of the code")
+    add_lookup_flag(group)
     add_thinking_flag(
         group, "let a reasoning model think first, within --max_new_tokens; its thinking is left out of the answer"
     )
@@ -47,7 +49,15 @@ def decoding(args: argparse.Namespace) -> Decoding:
         raise cli.UserError("--temperature must be 0 or more, --top_p above 0 and at most 1")
     if args.num_samples > 1 and temperature == 0:
         raise cli.UserError("--num_samples above 1 needs a --temperature above 0: greedy answers are all the same")
-    return Decoding(args.max_new_tokens, temperature, args.top_p, args.num_samples, args.seed, thinks(args))
+    return Decoding(
+        args.max_new_tokens,
+        temperature,
+        args.top_p,
+        args.num_samples,
+        args.seed,
+        thinks(args),
+        args.prompt_lookup_num_tokens,
+    )
 
 
 def load_writer(args: argparse.Namespace, model_dir: str) -> CodeWriter:

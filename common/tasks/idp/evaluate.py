@@ -110,7 +110,7 @@ class Evaluation:
             cli.log(f"{name}: reading {len(self.rows):,} documents, {decoding}")
             preflight = self.preflight if decoding == "constrained" else None
             extractor = Extractor(loaded, self.schema, preflight, self.settings, form)
-            decided_by = [*identity, decoding, asdict(self.settings), asdict(form), self.schema]
+            decided_by = [*identity, decoding, self.settings.as_dict(), asdict(form), self.schema]
             extractions, seconds = self.extract(extractor, decided_by)
             judged[decoding] = [
                 metrics.judge(row["fields"], extraction) for row, extraction in zip(self.rows, extractions, strict=True)

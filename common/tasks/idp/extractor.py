@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.generation import json_schema
-from common.generation.decoding import Decoding
+from common.generation.decoding import LOOKUP, Decoding
 from common.models import tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
@@ -45,6 +46,7 @@ class ExtractionSettings:
         on_cut: "retry" an answer that the budget has cut once, with up to twice the budget, or only "flag" it.
         thinking: let a model that reasons think before each answer, within a budget of `max_new_tokens` of its own.
         reading: of fields that are copied as written.
+        prompt_lookup_num_tokens: see `Decoding`.
     """
 
     max_new_tokens: int = 512
@@ -53,6 +55,13 @@ class ExtractionSettings:
     on_cut: str = "retry"
     thinking: bool = False
     reading: ReadingSettings = AS_SHOWN
+    prompt_lookup_num_tokens: int = LOOKUP
+
+    def as_dict(self) -> dict[str, Any]:
+        """Those that decide what is read, for keys of what is kept."""
+        settings = asdict(self)
+        del settings["prompt_lookup_num_tokens"]
+        return settings
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,11 @@ class Extractor:
         return [extractions[number] for number in range(len(texts))]
 
     def extract_each(
-        self, texts: Sequence[str], confidence: bool = False, between: Callable[[], None] = lambda: None
+        self,
+        texts: Sequence[str],
+        confidence: bool = False,
+        between: Callable[[], None] = lambda: None,
+        arriving: Callable[[], Sequence[str]] = lambda: (),
     ) -> Iterator[tuple[int, Extraction]]:
         """(number of a document, its extraction) of each document, as it has been read.
 
@@ -219,6 +232,7 @@ class Extractor:
             confidence: with each leaf's.
             between: called again and again while long documents are cut and their answers are merged, which takes
                 seconds for a million characters; what it raises ends the work.
+            arriving: called between steps; texts that have come meanwhile, which are read along, and numbered on.
         """
         from common.generation.generate import TextBatch
 
@@ -226,12 +240,23 @@ class Extractor:
         readings = [
             _Reading(number, text, self.pieces(documents.clean(text), between)) for number, text in enumerate(texts)
         ]
-        for reading in sorted(readings, key=lambda reading: -max(map(len, reading.pieces), default=0)):
-            if reading.pieces:
-                self._ask(batch, reading, confidence, between)
-            else:
-                yield reading.number, self._refused(reading.text)
-        for question, _, answer in batch.run():
+        numbers, refused = count(len(texts)), []
+
+        def begin(readings: Iterable[_Reading]) -> None:
+            for reading in readings:
+                if reading.pieces:
+                    self._ask(batch, reading, confidence, between)
+                else:
+                    refused.append((reading.number, self._refused(reading.text)))
+
+        def enter() -> None:
+            for text in arriving():
+                begin([_Reading(next(numbers), text, self.pieces(documents.clean(text), between))])
+
+        begin(sorted(readings, key=lambda reading: -max(map(len, reading.pieces), default=0)))
+        yield from refused
+        refused.clear()
+        for question, _, answer in batch.run(enter):
             reading = question.reading
             reading.tries[question.index].append(answer)
             budget = self._longer_budget(question, answer)
@@ -244,6 +269,7 @@ class Extractor:
                     self._ask(batch, reading, confidence, between)
                 else:
                     yield reading.number, self._read(reading, confidence)
+        yield from refused  # of those that came meanwhile
 
     def grammar_for(
         self, piece: str, between: Callable[[], None] = lambda: None, part: bool = False
@@ -278,7 +304,11 @@ class Extractor:
         batch.ask(
             question,
             question.prompt,
-            Decoding(budget, thinking=self.settings.thinking),
+            Decoding(
+                budget,
+                thinking=self.settings.thinking,
+                prompt_lookup_num_tokens=self.settings.prompt_lookup_num_tokens,
+            ),
             steering=partial(_hold, question, budget) if self.grammar else None,
             logprobs=question.scored,
             first=first,

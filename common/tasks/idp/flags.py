@@ -9,6 +9,7 @@ from common import cli
 from common.cli import UserError
 from common.data import task_record
 from common.generation import json_schema
+from common.generation.flags import add_lookup_flag
 from common.models.flags import add_engine_flag, add_model_flags, add_thinking_flag, thinks
 from common.tasks.idp.answer_form import TYPED_FIELDS
 from common.tasks.idp.extractor import ExtractionSettings
@@ -38,6 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="retry",
         help="an answer that --max_new_tokens has cut: once more with twice of it, or only flag it (default: retry)",
     )
+    add_lookup_flag(parser)
     add_thinking_flag(parser, "let a reasoning model think before its answer, within --max_new_tokens of its own")
     add_form_flag(parser)
     parser.add_argument(
@@ -87,6 +89,7 @@ def extraction_settings(args: argparse.Namespace) -> ExtractionSettings:
         args.on_cut,
         thinks(args),
         ReadingSettings(args.dates, args.utc_offset),
+        args.prompt_lookup_num_tokens,
     )
 
 

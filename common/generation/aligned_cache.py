@@ -1,0 +1,187 @@
+"""Keys and values of rows that go on by unlike numbers of tokens, and can give tokens back.
+
+Each row's columns begin at the cache's first, so that a column is a position: what a step adds to a row is written
+behind what it has, and given back by being forgotten, which moves nothing. What stands behind a row's end is hidden
+from it by a mask. The rest of the model sees the tokens of all rows as one text: only attention knows rows.
+
+Layers that see everything alone (see `revisable`): of others, states cannot go back, and windows are cut from a cache's
+end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from common.models.batching import layer_kinds
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ROOM = 32  # columns that are made at a time
+NAME = "sdpa_of_aligned_rows"
+
+
+def revisable(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether rows of a model can be kept like this: its layers see all that is before them, by the mask they get."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = model.config.get_text_config()
+    return (
+        layer_kinds(config) == {"full_attention"}
+        and config._attn_implementation == "sdpa"
+        and "position_ids" in inspect.signature(inner.forward).parameters
+        and hasattr(sys.modules[type(inner).__module__], "create_causal_mask")  # which lets such a mask be
+        and not getattr(config, "alibi", False)  # it makes its own of which positions there are
+        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        and inner.get_output_embeddings() is not None
+    )
+
+
+@dataclass
+class Step:
+    """The tokens of a step, those of all rows one behind another, so that no row's number costs another one anything.
+
+    Attributes:
+        row: [tokens] of each.
+        column: [tokens] where each goes.
+        until: the last of these columns, and one.
+        source: [rows, width] the tokens of each row, its last one again and again where it has fewer than `width`.
+        place: [tokens] of each in `source`, flat.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    until: int
+    source: torch.Tensor
+    place: torch.Tensor
+
+    @classmethod
+    def of(cls, begun: Sequence[int], counts: Sequence[int], device: torch.device) -> Step:
+        """A step of rows that have `begun` tokens and get so many more."""
+        width, ends = max(counts), list(accumulate(counts))
+        source = [[end - count + min(place, count - 1) for place in range(width)]
+                  for end, count in zip(ends, counts, strict=True)]  # fmt: skip
+        tokens = [(row, place) for row, count in enumerate(counts) for place in range(count)]
+        return cls(
+            torch.tensor([row for row, _ in tokens], device=device),
+            torch.tensor([begun[row] + place for row, place in tokens], device=device),
+            max(start + count for start, count in zip(begun, counts, strict=True)),
+            torch.tensor(source, device=device),
+            torch.tensor([row * width + place for row, place in tokens], device=device),
+        )
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, 1, width, columns] to add to scores: each token sees its row up to itself."""
+        columns = self.column[self.source]
+        seen = torch.arange(self.until, device=columns.device) <= columns[:, None, :, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+_step: ContextVar[Step | None] = ContextVar("step", default=None)  # None: what is read is a text of its own
+
+
+class _AlignedLayer(DynamicLayer):
+    """Has room behind its keys and values."""
+
+    buffers: tuple[torch.Tensor, ...] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        step = _step.get()
+        if step is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self.buffers is None or step.until > self.buffers[0].shape[-2]:
+            more = step.until - self.keys.shape[-2] + ROOM
+            self.buffers = tuple(functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.keys, self.values))
+        row, column = step.row.to(key_states.device), step.column.to(key_states.device)  # one of several cards
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[row, :, column] = states[0].transpose(0, 1)
+        self.keys, self.values = (buffer[:, :, : step.until] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values, self.buffers = keys, values, None
+
+
+def empty_cache(config: PreTrainedConfig) -> Cache:
+    """A cache with a place for each layer's keys and values."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_AlignedLayer() for _ in cache.layers]
+    return cache
+
+
+def join(caches: Sequence[Cache], columns: int) -> Cache:
+    """One cache, the first, with the rows of all, in order; the others are used up, layer by layer.
+
+    Args:
+        columns: as many as the longest row has.
+    """
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        layers[0].replace(
+            *(
+                torch.cat([functional.pad(tensor, (0, 0, 0, columns - tensor.shape[-2])) for tensor in tensors])
+                for tensors in ([layer.keys for layer in layers], [layer.values for layer in layers])
+            )
+        )
+        for layer in layers[1:]:
+            if layer is not layers[0]:
+                layer.keys = layer.values = None
+    return caches[0]
+
+
+def keep(cache: Cache, rows: Sequence[int], columns: int) -> None:
+    """Leave some of the rows, in this order, and as many columns as the longest of them has."""
+    for layer in cache.layers:
+        index = torch.tensor(rows, device=layer.keys.device)
+        layer.replace(*(tensor[:, :, :columns].index_select(0, index) for tensor in (layer.keys, layer.values)))
+
+
+@contextlib.contextmanager
+def stepping(model: PreTrainedModel | PeftModel, step: Step) -> Iterator[None]:
+    """While it lasts, the model reads [1, tokens] of a step with rows' cache, and `step.mask` as its mask."""
+    config = model.config.get_text_config()
+    implementation = config._attn_implementation
+    AttentionInterface.register(NAME, _attend)
+    config._attn_implementation = NAME
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+        config._attn_implementation = implementation
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa" for a step: queries [1, heads, tokens, size], keys and values [rows, heads, columns, size].
+
+    Heads that share keys become more tokens of one head, so that no key is copied, as transformers itself does where
+    there is a single token.
+    """
+    step = _step.get()
+    source, place = step.source.to(query.device), step.place.to(query.device)
+    rows, width = source.shape
+    heads, size, shared = query.shape[1], query.shape[3], key.shape[1]
+    query = query[0].transpose(0, 1)[source].transpose(1, 2).reshape(rows, shared, heads // shared * width, size)
+    mask = attention_mask.repeat(1, 1, heads // shared, 1)
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    attended = attended.reshape(rows, heads, width, -1).transpose(1, 2).flatten(0, 1)
+    return attended[place][None], None
