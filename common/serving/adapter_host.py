@@ -184,27 +184,30 @@ class Host:
     def begin(self, batch: list[QueuedRequest]) -> None:
         """Answer a batch, also within a longer one."""
         self.channel.send(Taken([request.number for request in batch]))
-        self._taken.append(batch)
-        try:
-            self._answer(batch)
-        finally:
-            self._taken.pop()
+        self._answer(batch)
 
     def _answer(self, batch: list[QueuedRequest]) -> None:
-        """Do a batch and send its answers; where it fails, one by one, so that a bad request harms itself alone."""
+        """Do a batch and send its answers, those of texts as they end; what is answered leaves `batch`.
+
+        Where it fails the rest is done one by one, so that a bad request harms itself alone.
+        """
         outer, self.batch = self.batch, batch
+        self._taken.append(batch)
         version, work = batch[0].key
         try:
             view = self._view(version)
             self._activate(view.adapter)
             warm = view.warm
+            if hasattr(work, "write"):
+                work.write(view, _TextRequests(self, batch))
+                return
             answers = work.run(view, [request.payload for request in batch])
             if view.warm != warm:
                 self._send_state()
         except Exception as error:
             if len(batch) > 1 and not isinstance(error, Unusable | Abandoned):
                 self.batch = outer
-                for request in batch:
+                for request in [*batch]:
                     self._answer([request])
                 return
             if type(error).__name__ == "OutOfMemoryError":  # torch's, of a card; a batch was tried row by row
@@ -215,6 +218,7 @@ class Host:
             answers = [error if known else Fault(traceback.format_exc()) for _ in batch]
         finally:
             self.batch = outer
+            self._taken.pop()
         self.channel.send(Answers([request.number for request in batch], answers))
 
     def between_steps(self) -> None:
@@ -330,6 +334,41 @@ class Host:
         if key not in self._tokenizers:
             self._tokenizers[key] = tokenizers.load_tokenizer(folder)
         return self._tokenizers[key]
+
+
+class _TextRequests:
+    """See `view.Requests`.
+
+    Args:
+        batch: what there is at first; from then on always what is not answered yet.
+    """
+
+    def __init__(self, host: Host, batch: list[QueuedRequest]) -> None:
+        self.host, self.batch = host, batch
+        self.key = batch[0].key
+        self.open: dict[int, QueuedRequest] = {}
+        self.came = 0
+
+    def arriving(self) -> list[Any]:
+        """See `view.Requests`."""
+        new = [*self.batch] if not self.came else self._joining()
+        self.open.update(enumerate(new, start=self.came))
+        self.came += len(new)
+        return [request.payload for request in new]
+
+    def answer(self, number: int, answer: Any) -> None:
+        """See `view.Requests`."""
+        request = self.open.pop(number)
+        self.batch.remove(request)
+        self.host.channel.send(Answers([request.number], [answer], len(self.batch)))
+
+    def _joining(self) -> list[QueuedRequest]:
+        room = self.host.settings.max_batch_tokens - sum(request.tokens for request in self.batch)
+        joining = self.host.queue.join(self.key, room)
+        if joining:
+            self.host.channel.send(Taken([request.number for request in joining]))
+            self.batch += joining
+        return joining
 
 
 def _tokenizer_key(folder: str) -> str:

@@ -86,6 +86,21 @@ class BatchQueue:
         self._tidy(batch[0].key)
         return batch
 
+    def join(self, key: Hashable, room: int) -> list[QueuedRequest]:
+        """Requests that may enter a batch of their key which is being worked on, up to so many tokens.
+
+        None once a request waits that came before them and needs a batch of its own: it has its turn when this one has
+        ended.
+        """
+        joining = []
+        while (lane := self._oldest(lambda request: not request.urgent)) and lane[0].key == key:
+            if lane[0].tokens > room:
+                break
+            room -= lane[0].tokens
+            joining.append(lane.popleft())
+            self._tidy(key)
+        return joining
+
     def _oldest(self, fits: Callable[[QueuedRequest], bool] = lambda request: True) -> deque[QueuedRequest] | None:
         lanes = [lane for lane in self._lanes.values() if fits(lane[0])]
         return min(lanes, key=lambda lane: lane[0].arrived) if lanes else None

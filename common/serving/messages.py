@@ -162,7 +162,12 @@ class EncodesWith:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers to a batch, in the order of its numbers; an answer can be an exception."""
+    """The answers to a batch, or to some of it, in the order of its numbers; an answer can be an exception.
+
+    Attributes:
+        beside: how many other requests were worked on with them.
+    """
 
     numbers: list[int]
     answers: Sequence[Any]
+    beside: int = 0

@@ -91,7 +91,7 @@ class ModelProcess(asyncio.Protocol):
     Args:
         base: folder or Hub id.
         adapters: about how many there will be on it.
-        on_batch: called with the key and the rows of each batch that is done.
+        on_batch: called with the key and the rows of each batch that is done, or of which a text is.
         on_loaded: called for each thing that was loaded.
         after: a process that is closing; its memory is waited for.
 
@@ -250,7 +250,7 @@ class ModelProcess(asyncio.Protocol):
         self.busy -= len(message.numbers)
         answered = [self._pending.pop(number, None) for number in message.numbers]
         if waited_for := [pending for pending in answered if pending]:
-            self.on_batch(waited_for[0].queued.key, sum(pending.queued.rows for pending in waited_for))
+            self.on_batch(waited_for[0].queued.key, sum(pending.queued.rows for pending in waited_for) + message.beside)
         for pending, answer in zip(answered, message.answers, strict=True):
             if pending and not pending.answer.done():
                 pending.answer.set_result(answer)

@@ -46,6 +46,32 @@ class Work(Protocol):
         ...
 
 
+class Requests(Protocol):
+    """Requests of a text that share a batch: they come and are answered one by one."""
+
+    def arriving(self) -> Sequence[Any]:
+        """The payloads that have come since the last call, as far as there is room; the first ones are there at once.
+
+        They are numbered in their order, from 0 on.
+        """
+        ...
+
+    def answer(self, number: int, answer: Any) -> None:
+        """Send the answer to one, which can be a UserError that is the fault of its payload alone."""
+        ...
+
+
+class TextWork(Protocol):
+    """A `Work` that writes texts, and answers each request as its text ends."""
+
+    name: str
+    urgent: bool
+
+    def write(self, view: View, requests: Requests) -> None:
+        """Answer all requests that come before the last one is answered. The view's adapter is active."""
+        ...
+
+
 class ModelHost(Protocol):
     """What a view and its work need of the process that they are in, an `adapter_host.Host`."""
 

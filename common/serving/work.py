@@ -1,6 +1,6 @@
 """What the server does with a model: each kind of request as a work that a batch of them can share.
 
-They call what the scripts call: `Classifier`, `Extractor`, `CodeWriter`, `generate`.
+They call what the scripts call: `Classifier`, `Extractor`, `CodeWriter`, `TextBatch`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from common.models.batching import context_of
 from common.models.source import LoadedModel
 from common.serving import label_tasks
 from common.serving.messages import Unusable
-from common.serving.view import View
+from common.serving.view import Requests, View
 from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
+    from common.generation.generate import TextBatch
     from common.generation.result import Generation
     from common.generation.steering import Steering
-    from common.tasks.codegen.writer import CodeAnswer, CodeWriter
-    from common.tasks.idp.extractor import Extraction
+    from common.tasks.codegen.writer import CodeWriter
     from common.tasks.ranking.classifier import Classifier
 
 DIGITS = 6  # of a probability
@@ -159,7 +159,7 @@ class Extract:
     name: ClassVar[str] = "idp"
     urgent: ClassVar[bool] = False
 
-    def run(self, view: View, payloads: Sequence[str]) -> list[Extraction]:
+    def write(self, view: View, requests: Requests) -> None:
         from common.generation import json_schema
         from common.tasks.idp.answer_form import form_of
         from common.tasks.idp.calibration import ConfidenceCalibration
@@ -175,7 +175,10 @@ class Extract:
             fitted = ConfidenceCalibration.load(view.version.model_dir, schema) if self.confidence else None
             return Extractor(loaded, schema, json_schema.preflight(schema), settings, form, fitted)
 
-        return view.keep(self, make).extract(payloads, self.confidence, between=view.host.between_steps)
+        extractor: Extractor = view.keep(self, make)
+        each = extractor.extract_each(requests.arriving(), self.confidence, view.host.between_steps, requests.arriving)
+        for number, extraction in each:
+            requests.answer(number, extraction)
 
 
 @dataclass(frozen=True)
@@ -193,12 +196,21 @@ class WriteCode:
     name: ClassVar[str] = "codegen"
     urgent: ClassVar[bool] = False
 
-    def run(self, view: View, payloads: Sequence[str]) -> list[CodeAnswer]:
+    def write(self, view: View, requests: Requests) -> None:
         writer: CodeWriter = view.keep("code writer", lambda: _code_writer(view))
         decoding = Decoding(self.max_new_tokens, thinking=self.thinking)
-        plans = writer.plan(payloads, decoding) if self.plan_then_code else None
-        streamer = writer.streamer(payloads[0], Emitted(view), thinking=self.thinking) if self.alone else None
-        return [samples[0] for samples in writer.write(payloads, decoding, plans, streamer=streamer)]
+        tasks = requests.arriving()
+        streamer = writer.streamer(tasks[0], Emitted(view), thinking=self.thinking) if self.alone else None
+        each = writer.write_each(
+            tasks,
+            decoding,
+            self.plan_then_code,
+            arriving=requests.arriving,
+            refuse=requests.answer,
+            streamer=streamer,
+        )
+        for number, samples in each:
+            requests.answer(number, samples[0])
 
 
 class Emitted(io.TextIOBase):
@@ -264,23 +276,47 @@ class Chat:
     name: ClassVar[str] = "chat"
     urgent: ClassVar[bool] = False
 
-    def run(self, view: View, payloads: Sequence[ChatTurn]) -> list[ChatAnswer]:
-        from common.generation import generate as generation
+    def write(self, view: View, requests: Requests) -> None:
+        from common.generation.generate import TextBatch
 
-        prompts = [tokenizers.encode_chat(view.tokenizer, turn.messages, thinking=self.thinking) for turn in payloads]
+        batch = TextBatch(view.model, view.tokenizer, view.host.settings.max_batch_tokens)
+        prompts: dict[int, list[int]] = {}
+        choices: dict[int, dict[int, Generation]] = {}
+        numbers = itertools.count()
+
+        def enter() -> None:
+            for turn in requests.arriving():
+                number = next(numbers)
+                prompts[number] = tokenizers.encode_chat(view.tokenizer, turn.messages, thinking=self.thinking)
+                choices[number] = {}
+                try:
+                    self._ask(view, batch, number, prompts[number], turn.stream)
+                except UserError as error:
+                    del prompts[number], choices[number]
+                    requests.answer(number, error)
+
+        for number, sample, answer in batch.run(enter):
+            choices[number][sample] = answer
+            if len(choices[number]) == self.samples:
+                written = choices.pop(number)
+                in_order = [written[index] for index in range(self.samples)]
+                requests.answer(number, ChatAnswer(in_order, len(prompts.pop(number))))
+
+    def _ask(self, view: View, batch: TextBatch, number: int, prompt: list[int], stream: bool) -> None:
+        from common.generation.generate import check_context
+
         context = context_of(view.model.config)
-        budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - max(map(len, prompts))))
-        generations = generation.generate(
-            view.model,
-            view.tokenizer,
-            prompts,
+        budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - len(prompt)))
+        steering = self._steering(view, budget)
+        check_context([prompt], budget * (1 + (self.thinking and steering is not None)), context)
+        batch.ask(
+            number,
+            prompt,
             Decoding(budget, self.temperature, self.top_p, self.samples, self.seed, self.thinking),
-            steering=self._steering(view, budget),
-            stop=(lambda number, text: any(stop in text for stop in self.stop)) if self.stop else None,
-            streamer=_streamer(view, prompts[0], self.schema is not None) if payloads[0].stream else None,
-            max_batch_tokens=view.host.settings.max_batch_tokens,
+            steering=(lambda: steering(number)) if steering else None,
+            stop=(lambda text: any(stop in text for stop in self.stop)) if self.stop else None,
+            streamer=_streamer(view, prompt, self.schema is not None) if stream else None,
         )
-        return [ChatAnswer(choices, len(prompt)) for choices, prompt in zip(generations, prompts, strict=True)]
 
     def _steering(self, view: View, budget: int) -> Callable[[int], Steering] | None:
         if self.schema is None:

@@ -66,3 +66,16 @@ def test_a_batch_waits_for_company_until_it_is_full_or_late(waited, keys, due):
     queue = BatchQueue(20, max_wait=30)
     put(queue, *keys, arrived=time.monotonic() - waited)
     assert queue.due() == pytest.approx(due, abs=1)
+
+
+def test_requests_join_a_batch_of_their_key_until_another_one_has_waited_longer():
+    queue = BatchQueue(1000)
+    put(queue, "quick")  # urgent ones go between steps
+    s1, s2, s3 = put(queue, "s", "s", "s", urgent=False)
+    assert queue.join("t", 1000) == []
+    assert queue.join("s", 25) == [s1, s2]
+    (other,) = put(queue, "t", urgent=False)
+    (late,) = put(queue, "s", urgent=False)
+    assert queue.join("s", 1000) == [s3]
+    assert queue.join("s", 1000) == []
+    assert [queue.join("t", 1000), queue.join("s", 1000)] == [[other], [late]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,12 +34,13 @@ class CodeBatch:
     """What one model writes for some tasks.
 
     Args:
+        tasks: by their indices; more may be put in meanwhile.
         decoding: the second of several samples that are asked for by themselves has the next seed, and so on.
         streamer: gets the tokens of the code; for one task and one sample.
     """
 
     def __init__(
-        self, writer: CodeWriter, tasks: Sequence[str], decoding: Decoding, streamer: BaseStreamer | None = None
+        self, writer: CodeWriter, tasks: dict[int, str], decoding: Decoding, streamer: BaseStreamer | None = None
     ) -> None:
         from common.generation.generate import TextBatch
 
@@ -64,12 +65,15 @@ class CodeBatch:
         text = style.code(task, plan) if plan else style.direct(task)
         self._ask(_Question(CODE, index, sample, plan), text, partial(style.ends, task), first=first)
 
-    def run(self) -> Iterator[tuple[int, int, str | CodeAnswer]]:
+    def run(self, between: Callable[[], None] = lambda: None) -> Iterator[tuple[int, int, str | CodeAnswer]]:
         """(index of a task, number of a sample, a plan or code) of each, as it ends.
 
         A plan that is empty is asked for once more, of a model that takes turns; then "" is what there is.
+
+        Args:
+            between: called before each step, and before the end; may ask for more.
         """
-        for question, number, generation in self.batch.run():
+        for question, number, generation in self.batch.run(between):
             sample = number if question.sample is None else question.sample
             if question.kind == CODE:
                 yield question.index, sample, self.writer.read(self.tasks[question.index], question.plan, generation)

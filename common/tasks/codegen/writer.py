@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, TextIO
 
 from common import run_record
@@ -79,7 +80,7 @@ class CodeWriter:
 
     def plan(self, tasks: Sequence[str], decoding: Decoding) -> list[list[str]]:
         """`decoding.num_samples` plans for each task, [task][sample]; "" where the model writes none, asked twice."""
-        work = CodeBatch(self, tasks, decoding)
+        work = CodeBatch(self, dict(enumerate(tasks)), decoding)
         for index in range(len(tasks)):
             work.ask_plan(index)
         return _in_order(work.run(), len(tasks))
@@ -101,7 +102,7 @@ class CodeWriter:
         Raises:
             UserError: a prompt does not fit the model's context.
         """
-        work = CodeBatch(self, tasks, decoding, streamer)
+        work = CodeBatch(self, dict(enumerate(tasks)), decoding, streamer)
         for index in range(len(tasks)):
             if plans is None:
                 work.ask_code(index)
@@ -110,24 +111,59 @@ class CodeWriter:
         return _in_order(work.run(), len(tasks))
 
     def write_each(
-        self, tasks: Sequence[str], decoding: Decoding, plan_first: bool = False
+        self,
+        tasks: Sequence[str],
+        decoding: Decoding,
+        plan_first: bool = False,
+        *,
+        arriving: Callable[[], Sequence[str]] = lambda: (),
+        refuse: Callable[[int, UserError], None] | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> Iterator[tuple[int, list[CodeAnswer]]]:
         """(index of a task, its answers) of each task, as they have been written; the longest tasks are begun first.
 
         Args:
             plan_first: write plans, and the code after them.
+            arriving: called between steps; tasks that have come meanwhile, which are done along, and numbered on.
+            refuse: gets the index of a task that does not fit the model's context, and why.
+            streamer: see `write`.
+
+        Raises:
+            UserError: a prompt does not fit the model's context, and there is no `refuse`.
         """
-        work = CodeBatch(self, tasks, decoding)
+        waiting: dict[int, str] = {}
+        work = CodeBatch(self, waiting, decoding, streamer)
+        answers: dict[int, dict[int, CodeAnswer]] = {}
+        refused: set[int] = set()
+        indices = count(len(tasks))
+
+        def ask(asked: Callable[..., None], index: int, *details, **how) -> None:
+            try:
+                asked(index, *details, **how)
+            except UserError as error:
+                if refuse is None:
+                    raise
+                if index not in refused:  # it may have several samples
+                    refused.add(index)
+                    refuse(index, error)
+
+        def enter(index: int, task: str) -> None:
+            waiting[index], answers[index] = task, {}
+            ask(work.ask_plan if plan_first else work.ask_code, index)
+
         for index in sorted(range(len(tasks)), key=lambda index: -len(tasks[index])):
-            (work.ask_plan if plan_first else work.ask_code)(index)
-        answers: list[dict[int, CodeAnswer]] = [{} for _ in tasks]
-        for index, sample, written in work.run():
+            enter(index, tasks[index])
+        for index, sample, written in work.run(lambda: [enter(next(indices), task) for task in arriving()]):
+            if index in refused:
+                continue
             if isinstance(written, str):
-                work.ask_code(index, sample, written, first=True)
+                ask(work.ask_code, index, sample, written, first=True)
                 continue
             answers[index][sample] = written
             if len(answers[index]) == decoding.num_samples:
-                yield index, [answers[index][number] for number in range(decoding.num_samples)]
+                of_task = answers.pop(index)
+                del waiting[index]
+                yield index, [of_task[number] for number in range(decoding.num_samples)]
 
     def streamer(self, task: str, out: TextIO, *, thinking: bool = False) -> BaseStreamer | None:
         """Writes the code of one answer to `out` line by line; None for a model whose code is known at its end only.
