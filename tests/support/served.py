@@ -40,6 +40,8 @@ LONG = {  # a chat whose answer cannot be short
         "json_schema": {"name": "long", "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 30}},
     },
     "max_tokens": 400,
+    "temperature": 1,  # greedily it would repeat itself, which is soon done
+    "seed": 1,
 }
 
 
