@@ -46,6 +46,7 @@ def revisable(model: PreTrainedModel | PeftModel) -> bool:
         and not getattr(config, "alibi", False)  # it makes its own of which positions there are
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
         and inner.get_output_embeddings() is not None
+        and len({*(getattr(inner, "hf_device_map", None) or {}).values()}) < 2
     )
 
 
@@ -104,9 +105,8 @@ class _AlignedLayer(DynamicLayer):
         if self.buffers is None or step.until > self.buffers[0].shape[-2]:
             more = step.until - self.keys.shape[-2] + ROOM
             self.buffers = tuple(functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.keys, self.values))
-        row, column = step.row.to(key_states.device), step.column.to(key_states.device)  # one of several cards
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[row, :, column] = states[0].transpose(0, 1)
+            buffer[step.row, :, step.column] = states[0].transpose(0, 1)
         self.keys, self.values = (buffer[:, :, : step.until] for buffer in self.buffers)
         return self.keys, self.values
 
@@ -148,17 +148,36 @@ def keep(cache: Cache, rows: Sequence[int], columns: int) -> None:
 
 
 @contextlib.contextmanager
-def stepping(model: PreTrainedModel | PeftModel, step: Step) -> Iterator[None]:
-    """While it lasts, the model reads [1, tokens] of a step with rows' cache, and `step.mask` as its mask."""
+def stepping(
+    model: PreTrainedModel | PeftModel, step: Step, tokens: torch.Tensor, wanted: Sequence[int]
+) -> Iterator[None]:
+    """While it lasts, a pass over `tokens` [1, tokens] is a step of rows, whose cache and `step.mask` it is given.
+
+    Its logits are [1, wanted, columns], those behind some of the tokens. Another pass that a hook of the model makes on
+    the way, before its own begins (a server answers short requests there), is none.
+    """
     config = model.config.get_text_config()
     implementation = config._attn_implementation
     AttentionInterface.register(NAME, _attend)
-    config._attn_implementation = NAME
-    token = _step.set(step)
+
+    def begin(embeddings: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].data_ptr() == tokens.data_ptr():
+            config._attn_implementation = NAME
+            _step.set(step)
+
+    def choose(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        return None if _step.get() is None else (inputs[0][:, wanted], *inputs[1:])
+
+    handles = [
+        model.get_input_embeddings().register_forward_pre_hook(begin),
+        model.get_output_embeddings().register_forward_pre_hook(choose),
+    ]
     try:
         yield
     finally:
-        _step.reset(token)
+        for handle in handles:
+            handle.remove()
+        _step.set(None)
         config._attn_implementation = implementation
 
 
@@ -177,11 +196,10 @@ def _attend(
     there is a single token.
     """
     step = _step.get()
-    source, place = step.source.to(query.device), step.place.to(query.device)
-    rows, width = source.shape
+    rows, width = step.source.shape
     heads, size, shared = query.shape[1], query.shape[3], key.shape[1]
-    query = query[0].transpose(0, 1)[source].transpose(1, 2).reshape(rows, shared, heads // shared * width, size)
+    query = query[0].transpose(0, 1)[step.source].transpose(1, 2).reshape(rows, shared, heads // shared * width, size)
     mask = attention_mask.repeat(1, 1, heads // shared, 1)
     attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     attended = attended.reshape(rows, heads, width, -1).transpose(1, 2).flatten(0, 1)
-    return attended[place][None], None
+    return attended[step.place][None], None

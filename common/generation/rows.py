@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.generation import aligned_cache, row_cache
-from common.models import heads, packed_weights
+from common.models import packed_weights
 from common.models.batching import layer_kinds
 from common.models.gguf_text import PackedModel
 
@@ -167,7 +167,7 @@ class RevisableRows(TorchRows):
         ends = accumulate(counts)
         places = [place for end, count in zip(ends, wanted, strict=True) for place in range(end - count, end)]
         flat = torch.tensor([[token for own in tokens for token in own]], device=device)
-        with aligned_cache.stepping(self.model, step), heads.only_at(self.model, places):
+        with aligned_cache.stepping(self.model, step, flat, places):
             return self._forward(flat, step.column[None], step.mask(self.model.dtype), self._cache, wanted=0)[0]
 
     def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:

@@ -34,20 +34,6 @@ def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tupl
 
 
 @contextlib.contextmanager
-def only_at(model: PreTrainedModel | PeftModel, places: Sequence[int]) -> Iterator[None]:
-    """While it lasts the model's logits of a text are [1, n, columns], those at n places of it."""
-
-    def gather(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0][:, places], *inputs[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
 def exact_logits(model: PreTrainedModel | PeftModel, tokens: Sequence[int]) -> Iterator[None]:
     """While it lasts the model's logits are float32, and those of `tokens` are multiplied in float32.
 

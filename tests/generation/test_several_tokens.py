@@ -97,6 +97,26 @@ def test_windows_and_states_go_on_token_by_token(name, tokenizer, prompts, tmp_p
     assert not revisable(model) and batch.drafted == 0
 
 
+def test_a_pass_that_is_made_on_the_way_is_its_own(model, tokenizer, prompts):
+    """As of the rows that a server answers between two tokens of a text: in a hook, before the step's own pass."""
+    ids, mask = torch.tensor([prompts[0][:9], prompts[1][:9]]), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+    wanted = [Wanted(n, prompt, 12, logprobs=True, lookup=10) for n, prompt in enumerate(prompts[:3])]
+    alone, nested, forward = run(model, tokenizer, wanted)[1], [], model.forward
+
+    def between(module, args) -> None:
+        nested.append(forward(input_ids=ids, attention_mask=mask).logits)
+
+    handle = model.register_forward_pre_hook(between)
+    try:
+        same(run(model, tokenizer, wanted)[1], alone)
+    finally:
+        handle.remove()
+    assert len(nested) > 5 and all(torch.allclose(logits, expected, atol=1e-5) for logits in nested)
+
+
 def test_a_copy_takes_few_steps(model, tokenizer, prompts):
     """Also of a row beside one that copies nothing, and an answer ends within a draft where it has to."""
     text, end = tokenizer.encode(" ".join(CORPUS[3:7]), add_special_tokens=False)[:30], tokenizer.eos_token_id
