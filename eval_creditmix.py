@@ -128,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     }
     store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
     cascade = judged_cascade(args)
-    if cascade and cascade.local_teacher and cascade.local_teacher not in args.model_dir:
-        sources.append(source_of(args, cascade.local_teacher))
+    if cascade and cascade.local_teacher and cascade.local_teacher.model_dir not in args.model_dir:
+        sources.append(cascade.local_teacher)
     training = baseline.training_rows(args.controls, args.model_dir, task)
     entries, differences, scores = evaluate.evaluate_models(sources, task, settings, rows, args.seed, training, store)
     result["baseline"] = baseline.facts(training)
@@ -160,8 +160,7 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
     if (args.baseline or args.report_dir or args.controls or args.cascade) and not args.data:
         raise cli.UserError("--baseline, --controls, --cascade and --report_dir need --data with the rows to judge on")
     if (cascade := judged_cascade(args)) and cascade.local_teacher:
-        models.check_model_dir(cascade.local_teacher)
-        check_task(task, cascade.local_teacher)
+        check_task(task, cascade.local_teacher.model_dir)
     # what is read later is read once now: a mistake is found before an hour of scoring, not after it
     cli.parse_label_bias(args.label_bias, task.labels)
     if args.baseline:

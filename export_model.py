@@ -12,7 +12,7 @@ lies beside it), gguf_lora is the adapter alone for llama.cpp's --lora and Ollam
 files in that runtime, and the run itself, on --proof_data: rows of a label task (default: its dev rows) or rows of
 input and output. It goes to export.json with the SHA-256 of every file. Where the metric has fallen by more than
 --max_metric_drop, the exit code is 1 and the files are kept apart in SAVE_DIR.rejected. The table goes to stdout, and
-last one JSON line.
+last one JSON line. --no_proof leaves all of that out; the files and their card then say that they are unproven.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from common.tasks.ranking.task import LabelTask
 
 FORMATS = ("merged", "onnx", "int8", "gguf", "gguf_lora")
 SCALES = ("block", "channel")
+MAX_METRIC_DROP = 0.01
 DTYPES = {"merged": ("float32", "bfloat16", "float16"), "onnx": ("float32", "float16")}
 
 
@@ -75,9 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     proof.add_argument(
         "--max_metric_drop",
         type=float,
-        default=0.01,
-        help="a larger fall is rejected; of text rows the share by which a token's likelihood falls",
+        help=f"a larger fall is rejected (default: {MAX_METRIC_DROP:g}); of text rows the share by which a token's "
+        "likelihood falls",
     )
+    proof.add_argument("--no_proof", action="store_true", help="compare nothing; the files say that they are unproven")
     return parser
 
 
@@ -85,18 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     check_flags(args)
     task = load_task(args.task) if args.task else trained_for(args.model_dir) or CREDITMIX
-    data = args.proof_data or default_rows(task, args.model_dir)
-    if not Path(data).is_file():
+    data = None if args.no_proof else args.proof_data or default_rows(task, args.model_dir)
+    if data and not Path(data).is_file():
         raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
 
-    from common.export import model_card, parity, pipeline, proof_table, publish
+    from common.export import model_card, needs, parity, pipeline, proof_table, publish
 
-    pipeline.check_runtime(args.format, args.model_dir)
+    quant = args.quant or QUANTS[0]
+    needs.check_runtime(args.format, args.model_dir, quant, proves=data is not None)
     if args.push_to_hub:
         publish.check(args.push_to_hub)
-    proof_rows = parity.read_proof_rows(
-        data, task, args.model_dir, args.proof_rows, runs_code=args.confirm_run_unsafe_code
-    )
     base = pipeline.base_folder(args.model_dir, args.base, args.format)
     settings = pipeline.ExportSettings(
         format=args.format,
@@ -104,32 +104,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         base=base,
         four_bit=pipeline.trained_in_4bit(args.model_dir, args.load_in_4bit),
         dtype=args.dtype or (pipeline.own_dtype(base) if args.format == "merged" else "float32"),
-        quant=args.quant or QUANTS[0],
+        quant=quant,
         scales=args.scales or SCALES[0],
         keep_lm_head=args.keep_lm_head,
         max_shard_bytes=int(args.max_shard_gb * 1e9),
         trust_remote_code=args.trust_remote_code,
         imatrix=parity.read_proof_rows(args.imatrix, task, args.model_dir, None) if args.imatrix else None,
+        proof_rows=data
+        and parity.read_proof_rows(data, task, args.model_dir, args.proof_rows, runs_code=args.confirm_run_unsafe_code),
     )
     save_dir = Path(args.save_dir)
-    pipeline.check_room(save_dir, settings.bytes_needed())
+    needs.check(settings, save_dir)
     with pipeline.staging(save_dir) as stage:
-        folder, record = pipeline.Export(settings, proof_rows).make(stage)
-        metric = record["proof"]["metric"]
-        passed = -metric["difference"]["value"] <= args.max_metric_drop
-        record |= {"max_metric_drop": args.max_metric_drop, "passed": passed}
+        folder, record = pipeline.Export(settings).make(stage)
+        most = MAX_METRIC_DROP if args.max_metric_drop is None else args.max_metric_drop
+        record |= proof_table.verdict(record, most)
         write_json(folder / pipeline.RECORD, record | run_record.provenance("export_model.py", argv))
-        target = save_dir if passed else save_dir.with_name(f"{save_dir.name}.rejected")
+        rejected = record["passed"] is False
+        target = save_dir.with_name(f"{save_dir.name}.rejected") if rejected else save_dir
         pipeline.put_in_place(folder, target)
     model_card.write(target)
     print(proof_table.table(record))
     print(json.dumps({"export": args.format, "save_dir": str(target), **proof_table.summary(record)}))
-    if not passed:
-        cli.log(
-            f"error: {metric['name']} has fallen by {-metric['difference']['value']:.4f}"
-            f"{' of itself' if metric['name'] == proof_table.LIKELIHOOD else ''}, more than --max_metric_drop "
-            f"{args.max_metric_drop:g}; the files are kept apart in {target}"
-        )
+    if rejected:
+        cli.log(f"error: {proof_table.reason(record)}; the files are kept apart in {target}")
         return cli.FAILED
     if args.push_to_hub:
         publish.push(target, args.push_to_hub)
@@ -167,7 +165,10 @@ def check_flags(args: argparse.Namespace) -> None:
             raise cli.UserError(f"--{flag} is for --format int8; leave it out with {args.format}")
     if args.max_shard_gb <= 0:
         raise cli.UserError("--max_shard_gb must be above 0")
-    if not args.max_metric_drop >= 0:
+    for flag in ("proof_data", "proof_rows", "max_metric_drop", "confirm_run_unsafe_code", "push_to_hub"):
+        if args.no_proof and getattr(args, flag) is not None and getattr(args, flag) is not False:
+            raise cli.UserError(f"--{flag} goes with a proof; leave it out, or --no_proof")
+    if args.max_metric_drop is not None and not args.max_metric_drop >= 0:
         raise cli.UserError("--max_metric_drop must be 0 or above")
     save_dir = Path(args.save_dir)
     if save_dir.exists() and not args.overwrite:

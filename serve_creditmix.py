@@ -5,10 +5,10 @@
     python serve_creditmix.py --port 8000        # the same, without uvicorn's line for every request
 
 The page is at /, the API's description at /docs. Settings come from the environment: RUNS_DIR (runs), BASE_MODEL (the
-base of the adapters found), PRELOAD=1, NUM_NULL_PROMPTS, LOAD_IN_4BIT (auto), OFFLOAD_FOLDER, AUTO_FIT=1, IDP_SCHEMA
-(data/idp_schema.json), MAX_BASES (2), MAX_BATCH_TOKENS (8192), MAX_WAIT_MS (0), MAX_QUEUE (1024 rows), REQUEST_TIMEOUT
-(120 s), MAX_BODY_BYTES (1 MiB), API_KEY, ALLOWED_HOSTS (names by which
-it is asked for without a key), AUDIT_LOG=path, AUDIT_INPUTS=1, AUDIT_MAX_BYTES (64 MiB).
+base of the adapters found), ENGINE (torch, or llama_cpp for a GGUF as BASE_MODEL), PRELOAD=1, NUM_NULL_PROMPTS,
+LOAD_IN_4BIT (auto), OFFLOAD_FOLDER, AUTO_FIT=1, IDP_SCHEMA (data/idp_schema.json), MAX_BASES (2), MAX_BATCH_TOKENS
+(8192), MAX_WAIT_MS (0), MAX_QUEUE (1024 rows), REQUEST_TIMEOUT (120 s), MAX_BODY_BYTES (1 MiB), API_KEY, ALLOWED_HOSTS
+(names by which it is asked for without a key), AUDIT_LOG=path, AUDIT_INPUTS=1, AUDIT_MAX_BYTES (64 MiB).
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ import numpy as np
 from common.cli import UserError
 from common.export.gguf_writer import architecture_of, as_llama_cpp, tensor_names
 from common.export.merge import Deltas
+from common.models.gguf_file import UNPROVEN_KEY
 
 ADAPTER_FILE = "adapter.gguf"
 
 
-def write(model_dir: str | Path, base: Path, path: Path) -> None:
+def write(model_dir: str | Path, base: Path, path: Path, unproven: bool = False) -> None:
     """Write the adapter in `model_dir` beside its base as one GGUF file, its matrices in F32.
 
     llama.cpp adds alpha / rank x B A; what alpha and rank mean elsewhere (rslora's square root) is folded into alpha.
@@ -28,6 +29,8 @@ def write(model_dir: str | Path, base: Path, path: Path) -> None:
     deltas = Deltas(model_dir)
     writer = gguf.GGUFWriter(path, architecture_of(config))
     writer.add_type(gguf.GGUFType.ADAPTER)
+    if unproven:
+        writer.add_bool(UNPROVEN_KEY, True)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     names, alpha = tensor_names(config), None
     for name in sorted(deltas.names):

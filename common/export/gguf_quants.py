@@ -1,7 +1,8 @@
 """What each tensor of a GGUF is stored in, and its bytes: llama.cpp's own mixtures, by llama.cpp's own kernels.
 
-Q4_K_M and Q5_K_M are mixtures: the tensors that answers depend on most are kept in Q6_K, as `llama_tensor_get_type` of
-llama.cpp (src/llama-quant.cpp) has it for dense models.
+Q4_K_M and Q5_K_M are mixtures: the tensors that answers depend on most are kept in Q6_K, as `llama_tensor_get_type` has
+it for dense models (src/llama-quant.cpp of llama.cpp at commit 007dbbf3). Layers count by their number, as the loader
+there sorts tensors; in older files they count in the order "0, 1, 10, 11, ..., 2".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import gguf
 
 QUANTS = ("Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q4_K_M")
+WITHOUT_LLAMA_CPP = ("Q8_0", "F16", "BF16")  # written by the gguf package alone
 DEFAULT = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of a mixture's tensors
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not made of blocks of 256 weights
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
@@ -30,11 +32,13 @@ class Mixture:
         quant: one of `QUANTS`.
         layers: of the model.
         tied: the head is the embedding.
+        is_70b: what llama.cpp calls so (`is_70b`): there, 8 heads share the values.
     """
 
     quant: str
     layers: int
     tied: bool
+    is_70b: bool = False
     seen: dict[str, int] = field(default_factory=dict)
 
     def kind_of(self, name: str, shape: Sequence[int]) -> gguf.GGMLQuantizationType:
@@ -66,7 +70,15 @@ class Mixture:
             self.seen[part] = index + 1
             if _needs_more_bits(index, self.layers):
                 return "Q6_K"
+            if part == "attn_v" and self.is_70b and self.quant == "Q4_K_M":
+                return "Q5_K"
         return DEFAULT[self.quant]
+
+
+def is_70b(architecture: str, layers: int, heads: int, kv_heads: int) -> bool:
+    """Whether llama.cpp takes a model for a 70B one (src/models/llama.cpp, qwen2.cpp): by its layers, and of a Llama by
+    its heads, since the first 65B has 80 layers, too."""
+    return layers == 80 and (architecture == "qwen2" or (architecture == "llama" and heads != kv_heads))
 
 
 def _needs_more_bits(layer: int, layers: int) -> bool:

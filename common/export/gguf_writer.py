@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
 from common.data import task_record
-from common.export.gguf_quants import Mixture, quantize
+from common.export.gguf_quants import Mixture, is_70b, quantize
 from common.export.gguf_vocabulary import add_tokenizer
 from common.export.merge import Checkpoint
-from common.models.gguf_file import TASK_KEY
+from common.models.gguf_file import TASK_KEY, UNPROVEN_KEY
 
 if TYPE_CHECKING:
     import gguf
@@ -48,6 +49,7 @@ def write(
     stops: Sequence[int],
     importance: Mapping[str, np.ndarray] | None = None,
     task: task_record.Record | None = None,
+    unproven: bool = False,
 ) -> None:
     """Write the plain model in `merged` as one GGUF file.
 
@@ -56,6 +58,7 @@ def write(
         stops: every token that ends an answer, EOS first.
         importance: of the columns of weights, by transformers' names (see `gguf_quants.quantize`).
         task: what the model was trained for, which the file then tells wherever it goes.
+        unproven: nobody will compare it with the run, which it tells likewise.
 
     Raises:
         UserError: a tokenizer that llama.cpp has no equal of, or a weight that the architecture does not have there.
@@ -70,7 +73,26 @@ def write(
     _add_shape(writer, config, quant)
     if task:
         writer.add_string(TASK_KEY, task_record.text_of(task))
+    if unproven:
+        writer.add_bool(UNPROVEN_KEY, True)
     add_tokenizer(writer, config, tokenizer, stops)
+    for name, target, kind in planned(checkpoint, config, quant):
+        array = as_llama_cpp(name, checkpoint.read(name).to(torch.float32).numpy(), config)
+        writer.add_tensor(target, quantize(array, kind, (importance or {}).get(name)), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def planned(
+    checkpoint: Checkpoint, config: PreTrainedConfig, quant: str
+) -> list[tuple[str, str, gguf.GGMLQuantizationType]]:
+    """(name in transformers, name in GGUF, what it is stored in) of each tensor of a file, in its order.
+
+    Raises:
+        UserError: a weight that the architecture does not have there.
+    """
     names = tensor_names(config)
     targets = {}
     for name in checkpoint.shapes:
@@ -79,15 +101,24 @@ def write(
         targets[name] = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if targets[name] is None:
             raise UserError(f"{name} has no place in a GGUF of {config.model_type}; choose another format")
-    mixture = Mixture(quant, config.num_hidden_layers, tied="output.weight" not in targets.values())
-    for name in sorted(targets, key=_layer_first):
-        array = as_llama_cpp(name, checkpoint.read(name).to(torch.float32).numpy(), config)
-        kind = mixture.kind_of(targets[name], array.shape)
-        writer.add_tensor(targets[name], quantize(array, kind, (importance or {}).get(name)), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
+    large = is_70b(architecture_of(config), layers, heads, kv_heads)
+    mixture = Mixture(quant, layers, tied="output.weight" not in targets.values(), is_70b=large)
+    ordered = sorted(targets, key=_layer_first)
+    return [(name, targets[name], mixture.kind_of(targets[name], checkpoint.shapes[name])) for name in ordered]
+
+
+def predicted_bytes(folder: str | Path, quant: str) -> int:
+    """Of the file that `write` would make of a plain model, or of the base of an adapter; without its metadata."""
+    import gguf
+    from transformers import AutoConfig
+
+    checkpoint = Checkpoint(folder)
+    total = 0
+    for name, _, kind in planned(checkpoint, AutoConfig.from_pretrained(folder), quant):
+        numbers, size = gguf.GGML_QUANT_SIZES[kind]
+        total += math.prod(checkpoint.shapes[name]) // numbers * size
+    return total
 
 
 def _layer_first(name: str) -> tuple[int, str]:
@@ -131,3 +162,4 @@ def _add_shape(writer: gguf.GGUFWriter, config: PreTrainedConfig, quant: str) ->
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quant}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -20,7 +20,7 @@ from common.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -161,6 +161,20 @@ def empty_model(base: Path, trust_remote_code: bool = False) -> PreTrainedModel:
         ) from error
 
 
+def texts_of(
+    model_dir: str, base: Path, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What of a model is no weight: itself without any, its configs aligned, and its tokenizer."""
+    from transformers import GenerationConfig
+
+    empty = empty_model(base, trust_remote_code)
+    tokenizer = load_tokenizer(adapters.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
+    if (base / "generation_config.json").is_file():
+        empty.generation_config = GenerationConfig.from_pretrained(base)
+    models.align_model(empty, tokenizer)
+    return empty, tokenizer
+
+
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     """What a weight stands for in a 4-bit base: NF4 with double quantisation (Dettmers et al. 2023), as bfloat16."""
     import torch
@@ -197,9 +211,8 @@ def merge(
         UserError: the adapter or its base cannot be merged.
     """
     import torch
-    from transformers import GenerationConfig
 
-    empty = empty_model(base, trust_remote_code)
+    empty, tokenizer = texts_of(model_dir, base, trust_remote_code)
     quantised = _quantised_in_4bit(empty) if from_nf4 else set()
     checkpoint = Checkpoint(base)
     deltas = Deltas(model_dir) if adapters.is_adapter(model_dir) else None
@@ -216,10 +229,6 @@ def merge(
 
     number_type = getattr(torch, dtype)
     _write_weights(checkpoint, merged, target, number_type, max_shard_bytes)
-    tokenizer = load_tokenizer(adapters.tokenizer_folder(model_dir, str(base)), trust_remote_code=trust_remote_code)
-    if (base / "generation_config.json").is_file():
-        empty.generation_config = GenerationConfig.from_pretrained(base)
-    models.align_model(empty, tokenizer)
     empty.config.dtype = number_type
     empty.config.save_pretrained(target)
     empty.generation_config.save_pretrained(target)

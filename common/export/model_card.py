@@ -157,7 +157,7 @@ def _metadata(folder: Path, base: str | None, rights: str | None, run: dict, tas
 
     form = export.get("format")
     libraries = {None: "peft" if adapters.is_adapter(str(folder)) else "transformers", "merged": "transformers"}
-    tags = ["distill-slm", run.get("method"), task and task["name"], form]
+    tags = ["distill-slm", run.get("method"), task and task["name"], form, export.get("unproven") and "unproven"]
     is_hub_id = base and _name(base) == base and "/" in base
     data = ModelCardData(
         base_model=base if is_hub_id else None,
@@ -271,6 +271,11 @@ def _calibration_section(folder: Path, task: dict | None) -> str:
 
 def _proof_section(export: dict) -> str:
     proof = export.get("proof")
+    if export.get("unproven"):
+        return (
+            "## Proof\n\n**Unproven.** It was exported with `--no_proof`: nobody has compared its answers with those "
+            "of the run that it was made from."
+        )
     if not proof:
         return ""
     metric, logits, generated = proof["metric"], proof["logits"], proof["generated"]

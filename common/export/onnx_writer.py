@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from common.cli import UserError, reason
+from common.models.gguf_file import UNPROVEN_KEY
 from common.models.onnx_runtime import KEEP, MODEL_FILE
 
 if TYPE_CHECKING:
@@ -217,6 +218,17 @@ def _quantize_channels(path: Path, result: Path, excluded: list[str], large: boo
         use_external_data_format=large,
         extra_options={"MatMulConstBOnly": True},
     )
+
+
+def mark_unproven(folder: str | Path) -> None:
+    """Write into `folder`/model.onnx that nobody has compared it with its run; weights beside it stay as they are."""
+    import onnx
+
+    path = Path(folder) / MODEL_FILE
+    model = onnx.load(str(path), load_external_data=False)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = UNPROVEN_KEY, "true"
+    onnx.save(model, str(path))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from common.export import parity
 from common.export.model_card import EXPORT_FILE
 from common.export.parity import ProofRows, RuntimeResult
 from common.files import atomic_write, read_json, sha256_file
-from common.models import adapters, gguf_import
+from common.models import adapters, gguf_import, unproven
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.models.tokenizers import PROBES, stop_ids
@@ -37,11 +37,9 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from common.models.gguf_runtime import GgufModel
+    from common.models.gguf_model import GgufModel
 
 RECORD = EXPORT_FILE
-FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ROOM = 1.1  # what is asked of the disk, for what is written
 WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".data", ".gguf")
 ORIGINAL_BASE, NF4_BASE = "original base", "de-quantised NF4 base"
 
@@ -59,6 +57,7 @@ class ExportSettings:
         scales, keep_lm_head: of INT8 (see `onnx_writer.quantize`).
         max_shard_bytes: see `merge.merge`.
         imatrix: rows that show which weights of a GGUF matter most; None: all count alike.
+        proof_rows: that the run and the export are compared on; None: they are not, and the export is unproven.
     """
 
     format: str  # merged, onnx, int8, gguf or gguf_lora
@@ -72,18 +71,12 @@ class ExportSettings:
     max_shard_bytes: int
     trust_remote_code: bool
     imatrix: ProofRows | None = None
+    proof_rows: ProofRows | None = None
 
-    def bytes_needed(self) -> int:
-        """On the disk while the export is made, about."""
-        numbers = merging.Checkpoint(self.base).numbers
-        out = FLOAT_BYTES[self.dtype]
-        if self.format == "merged":
-            per_number = out * (2 if self.four_bit and adapters.is_adapter(self.model_dir) else 1)
-        elif self.format == "gguf_lora":  # the base in GGUF, for the proof
-            per_number = FLOAT_BYTES["float16"]
-        else:  # float32 weights, merged or as a graph, and what is made of them
-            per_number = FLOAT_BYTES["float32"] + {"onnx": out, "int8": FLOAT_BYTES["float32"], "gguf": 2}[self.format]
-        return int(numbers * per_number * ROOM)
+    @property
+    def proves(self) -> bool:
+        """Whether it is compared with its run."""
+        return self.proof_rows is not None
 
 
 def base_folder(model_dir: str, base: str | None, form: str) -> Path:
@@ -112,20 +105,6 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
     return folder
 
 
-def check_runtime(form: str, model_dir: str) -> None:
-    """Refuse, before minutes are spent, what cannot be proven in the end.
-
-    Raises:
-        UserError: the runtime is not installed, or there is no adapter to write.
-    """
-    if form == "gguf_lora" and not adapters.is_adapter(model_dir):
-        raise UserError(f"{model_dir} is a whole model; use --format gguf")
-    if form in ("gguf", "gguf_lora"):
-        from common.models import llama_cpp
-
-        llama_cpp.library()
-
-
 def own_dtype(base: Path) -> str:
     """The type that a model's weights are stored in."""
     config = read_json(base / "config.json")
@@ -141,17 +120,6 @@ def trained_in_4bit(model_dir: str, load_in_4bit: str) -> bool:
         return models.use_4bit("auto")
     asked = run.get("settings", {}).get("load_in_4bit", "auto")
     return asked == "on" or (asked == "auto" and not run.get("device", "CPU").startswith("CPU"))
-
-
-def check_room(save_dir: Path, needed: int) -> None:
-    """Raises UserError where the disk has not that many bytes left."""
-    nearest = next(folder for folder in (save_dir, *save_dir.parents) if folder.is_dir())
-    free = shutil.disk_usage(nearest).free
-    if free < needed:
-        raise UserError(
-            f"the export needs about {needed / 1e9:.2f} GB beside {save_dir} and {free / 1e9:.2f} GB are free; "
-            "free some space, or choose another --save_dir"
-        )
 
 
 @contextlib.contextmanager
@@ -183,26 +151,35 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 class Export:
-    """An export on its way: the reference is measured first, then the export is made and measured beside it."""
+    """An export on its way: the reference is measured first, then the export is made and measured beside it; without
+    rows for a proof it is only made."""
 
-    def __init__(self, settings: ExportSettings, proof_rows: ProofRows) -> None:
-        self.settings, self.proof_rows = settings, proof_rows
+    def __init__(self, settings: ExportSettings) -> None:
+        self.settings, self.proof_rows = settings, settings.proof_rows
         self.is_adapter = adapters.is_adapter(settings.model_dir)
         self.task = task_record.read(settings.model_dir)
         self.from_nf4 = settings.four_bit and self.is_adapter
-        merging.empty_model(settings.base, settings.trust_remote_code)  # imports what loading would else be timed with
-        log(f"measuring {settings.model_dir} on {len(proof_rows.prompts):,} rows of {proof_rows.path}")
-        folders = {Path(settings.model_dir), settings.base}
-        load = functools.cache(lambda: self._load_torch(settings.model_dir, settings.four_bit))
-        self.reference = self._measure(load, folders)
-        precision = "NF4" if settings.four_bit else str(load().model.dtype).removeprefix("torch.")
+        # imports, too, what loading would else be timed with
+        empty, self.tokenizer = merging.texts_of(settings.model_dir, settings.base, settings.trust_remote_code)
+        self.stops = stop_ids(self.tokenizer, empty.generation_config)
+        precision = self._measure_reference() if settings.proves else "NF4" if settings.four_bit else None
         self.origin = {
             "model_dir": settings.model_dir,
             "sha256": adapters.adapter_hash(settings.model_dir),
             "base": str(settings.base) if self.is_adapter else None,
             **self._gguf_origin(),
-            "reference": f"{'adapter on its base' if self.is_adapter else 'whole model'} in {precision}",
+            "reference": "adapter on its base" if self.is_adapter else "whole model",
         }
+        if precision:
+            self.origin["reference"] += f" in {precision}"
+
+    def _measure_reference(self) -> str:
+        """Measure the run itself; the precision of its weights."""
+        settings, rows = self.settings, self.proof_rows
+        log(f"measuring {settings.model_dir} on {len(rows.prompts):,} rows of {rows.path}")
+        load = functools.cache(lambda: self._load_torch(settings.model_dir, settings.four_bit))
+        self.reference = self._measure(load, {Path(settings.model_dir), settings.base})
+        return "NF4" if settings.four_bit else str(load().model.dtype).removeprefix("torch.")
 
     def _gguf_origin(self) -> dict[str, Any]:
         """ "gguf": the file that the base was made of, or the base of a run that trained all of its weights."""
@@ -251,8 +228,12 @@ class Export:
     def _prove(self, load: Callable[[], Runtime], files: Collection[Path]) -> dict[str, Any]:
         return parity.compare(self.reference, self._measure(load, files), self.proof_rows)
 
+    def _proven(self, load: Callable[[], Runtime], files: Collection[Path]) -> dict[str, Any]:
+        """ "proof", or without rows for one "unproven"."""
+        return {"proof": self._prove(load, files)} if self.settings.proves else {unproven.RECORD_KEY: True}
+
     def _load_torch(self, model_dir: str, four_bit: bool) -> TorchRuntime:
-        model, self.tokenizer = models.load_for_inference(
+        model, _ = models.load_for_inference(
             ModelSource(
                 model_dir,
                 base=str(self.settings.base) if adapters.is_adapter(model_dir) else None,
@@ -260,7 +241,6 @@ class Export:
                 trust_remote_code=self.settings.trust_remote_code,
             )
         )
-        self.stops = stop_ids(self.tokenizer, model.generation_config)
         return TorchRuntime(model)
 
     def _merge(self, target: Path, dtype: str, from_nf4: bool) -> Path:
@@ -279,7 +259,13 @@ class Export:
         return target
 
     def _merged(self, stage: Path) -> tuple[Path, dict[str, Any]]:
-        """Into each base that the adapter may stand on; the better metric is kept, of equal ones the lower KL."""
+        """Into each base that the adapter may stand on; the better metric is kept, of equal ones the lower KL. Without
+        a proof into the one that training saw."""
+        if not self.settings.proves:
+            into = NF4_BASE if self.from_nf4 else ORIGINAL_BASE
+            folder = self._merge(stage / "merged", self.settings.dtype, self.from_nf4)
+            facts = {"merged_into": into, "dtype": self.settings.dtype, "runtime": _runtime("transformers")}
+            return folder, facts | {unproven.RECORD_KEY: True}
         folders, proofs = {}, {}
         for into in (ORIGINAL_BASE, NF4_BASE) if self.from_nf4 else (ORIGINAL_BASE,):
             folder = self._merge(stage / into.replace(" ", "_"), self.settings.dtype, into == NF4_BASE)
@@ -310,24 +296,31 @@ class Export:
         return folder, facts | {"dtype": dtype, "runtime": _runtime("onnxruntime")}
 
     def _onnx(self, stage: Path) -> tuple[Path, dict[str, Any]]:
-        from common.models.onnx_runtime import OnnxModel
-
         folder, facts = self._graph(stage, self.settings.dtype)
-        return folder, facts | {"proof": self._prove(lambda: OnnxModel(str(folder)), [folder])}
+        return folder, facts | self._proven_in_onnx(folder)
 
     def _int8(self, stage: Path) -> tuple[Path, dict[str, Any]]:
         from common.export import onnx_writer
         from common.models.onnx_runtime import OnnxModel
 
         graph, facts = self._graph(stage, "float32")
-        float32 = self._measure(lambda: OnnxModel(str(graph)), [graph])
+        float32 = self._measure(lambda: OnnxModel(str(graph)), [graph]) if self.settings.proves else None
         scales = self.settings.scales
         log(f"quantising to INT8, a scale for each {scales}")
         folder = _with_texts(graph, stage / "int8")
         onnx_writer.quantize(graph, folder, scales=scales, keep_lm_head=self.settings.keep_lm_head)
-        proof = self._prove(lambda: OnnxModel(str(folder)), [folder])
-        proof["speed"]["float32_onnx"] = float32.speed()
-        return folder, facts | {"dtype": "int8", "scales": scales, "proof": proof}
+        proven = self._proven_in_onnx(folder)
+        if float32:
+            proven["proof"]["speed"]["float32_onnx"] = float32.speed()
+        return folder, facts | {"dtype": "int8", "scales": scales} | proven
+
+    def _proven_in_onnx(self, folder: Path) -> dict[str, Any]:
+        from common.export import onnx_writer
+        from common.models.onnx_runtime import OnnxModel
+
+        if not self.settings.proves:
+            onnx_writer.mark_unproven(folder)
+        return self._proven(lambda: OnnxModel(str(folder)), [folder])
 
     def _gguf(self, stage: Path) -> tuple[Path, dict[str, Any]]:
         from common.export import gguf_writer
@@ -338,37 +331,36 @@ class Export:
         folder = stage / "gguf"
         folder.mkdir()
         file = folder / gguf_writer.file_name(quant)
-        gguf_writer.write(merged, file, quant, self.tokenizer, self.stops, self._importance(merged), self.task)
+        importance = self._importance(merged)
+        marked = not self.settings.proves
+        gguf_writer.write(merged, file, quant, self.tokenizer, self.stops, importance, self.task, unproven=marked)
         self._write_modelfile(folder, file.name)
-        proof = self._prove_in_llama_cpp([file])
-        return folder, facts | {
-            "dtype": quant,
-            **self._imatrix_facts(),
-            "runtime": _runtime("xllamacpp"),
-            "proof": proof,
-        }
+        facts |= {"dtype": quant, **self._imatrix_facts(), "runtime": _runtime("xllamacpp")}
+        return folder, facts | self._proven_in_llama_cpp([file])
 
     def _gguf_lora(self, stage: Path) -> tuple[Path, dict[str, Any]]:
         """The adapter alone, proven on its base in GGUF, which is written for that and not kept."""
         from common.export import gguf_lora, gguf_writer
 
         quant = self.settings.quant
-        log(f"writing the adapter, and its base in {quant} to prove it on")
+        log(f"writing the adapter{f', and its base in {quant} to prove it on' * self.settings.proves}")
         folder = stage / "gguf_lora"
         folder.mkdir()
         base = stage / f"base-{quant}.gguf"
-        gguf_writer.write(self.settings.base, base, quant, self.tokenizer, self.stops)
+        if self.settings.proves:
+            gguf_writer.write(self.settings.base, base, quant, self.tokenizer, self.stops)
         adapter = folder / gguf_lora.ADAPTER_FILE
-        gguf_lora.write(self.settings.model_dir, self.settings.base, adapter)
+        gguf_lora.write(self.settings.model_dir, self.settings.base, adapter, unproven=not self.settings.proves)
         self._write_modelfile(folder, base.name, adapter.name)
-        proof = self._prove_in_llama_cpp([base, adapter])
         facts = {"merged_into": None, "dtype": "float32", "base_quant": quant, "runtime": _runtime("xllamacpp")}
-        return folder, facts | {"proof": proof}
+        return folder, facts | self._proven_in_llama_cpp([base, adapter])
 
-    def _prove_in_llama_cpp(self, files: Sequence[Path]) -> dict[str, Any]:
+    def _proven_in_llama_cpp(self, files: Sequence[Path]) -> dict[str, Any]:
         """The proof of a model, and perhaps an adapter, that llama.cpp has read as the same tokens."""
-        from common.models.gguf_runtime import GgufModel
+        from common.models.gguf_model import GgufModel
 
+        if not self.settings.proves:
+            return {unproven.RECORD_KEY: True}
         context = parity.longest(self.tokenizer, self.proof_rows) + parity.TIMED_TOKENS
 
         def load() -> GgufModel:
@@ -376,7 +368,7 @@ class Export:
 
         with contextlib.closing(load()) as model:
             alike = self._check_tokens(model)
-        return self._prove(load, files) | {"prompts_tokenized_alike": alike}
+        return {"proof": self._prove(load, files) | {"prompts_tokenized_alike": alike}}
 
     def _imatrix_facts(self) -> dict[str, Any]:
         """ "imatrix": the rows that it was measured on."""
@@ -431,7 +423,7 @@ def load(model_dir: str, context: Callable[[PreTrainedTokenizerBase], int]) -> t
     Args:
         context: tokens that a row may have, which llama.cpp must know beforehand.
     """
-    from common.models.gguf_runtime import GgufModel
+    from common.models.gguf_model import GgufModel
     from common.models.onnx_runtime import OnnxModel, is_onnx
     from common.models.tokenizers import load_tokenizer
 
@@ -463,4 +455,8 @@ def _with_texts(source: Path, target: Path) -> Path:
 
 
 def _runtime(package: str) -> str:
-    return f"{package} {metadata.version(package)}"
+    """What a format is for, by name and version; without the version where nobody has proven it in one."""
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return package

@@ -10,15 +10,38 @@ LIKELIHOOD = "inverse_perplexity"  # the metric of text rows whose task has none
 MAX_SHOWN = 60  # characters of an answer that has changed
 
 
+def verdict(record: dict[str, Any], max_metric_drop: float) -> dict[str, Any]:
+    """Whether an export has passed, and by which measure, for export.json; None for one without a proof."""
+    if "proof" not in record:
+        return {"max_metric_drop": None, "passed": None}
+    fall = -record["proof"]["metric"]["difference"]["value"]
+    return {"max_metric_drop": max_metric_drop, "passed": fall <= max_metric_drop}
+
+
+def reason(record: dict[str, Any]) -> str:
+    """Why an export was rejected."""
+    metric = record["proof"]["metric"]
+    return (
+        f"{metric['name']} has fallen by {-metric['difference']['value']:.4f}"
+        f"{' of itself' if metric['name'] == LIKELIHOOD else ''}, more than --max_metric_drop "
+        f"{record['max_metric_drop']:g}"
+    )
+
+
 def summary(record: dict[str, Any]) -> dict[str, Any]:
     """What the last line says of an export."""
-    proof = record["proof"]
     kept = {key: record[key] for key in ("merged_into", "dtype", "runtime", "passed", "max_metric_drop")}
+    if "proof" not in record:
+        return kept | {"unproven": True}
+    proof = record["proof"]
     return kept | {key: proof[key] for key in ("rows", "metric", "logits", "generated", "changed", "speed")}
 
 
 def table(record: dict[str, Any]) -> str:
     """The proof for reading: the run beside its export, and what has changed."""
+    if "proof" not in record:
+        size = sum(about["bytes"] for about in record["files"].values())
+        return f"unproven: {size:,} bytes that nobody has compared with the run; judge them with eval_*.py"
     proof, metric = record["proof"], record["proof"]["metric"]
     columns = proof["speed"]
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from common.models.gguf_text import PackedModel
+    from common.models.gguf_model import GgufModel
 
 __all__ = ["ContinuousBatch", "Drawn", "Wanted"]
 EXPECTED_TOKENS = 128  # of an answer, until some have ended
@@ -56,7 +56,7 @@ class ContinuousBatch:
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel | PackedModel,
+        model: PreTrainedModel | PeftModel | GgufModel,
         tokenizer: PreTrainedTokenizerBase,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:

@@ -2,7 +2,7 @@
 
 A row is read once (`read`), joins those that are in the batch (`join`), goes on by some tokens at a time with them
 (`step`), of which the last ones may be taken back, and leaves (`keep`). `RevisableRows` and `TorchRows` keep keys,
-values and states in transformers' caches, `PackedRows` in llama.cpp.
+values and states in transformers' caches, `GgufRows` in llama.cpp.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from common.generation import aligned_cache, row_cache
 from common.models import packed_weights
 from common.models.batching import layer_kinds
-from common.models.gguf_text import PackedModel
+from common.models.gguf_model import GgufModel, Sequences, rounded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -81,10 +81,10 @@ class Rows(ABC):
         """Let all but some rows go, and of these all but so many tokens, from their first on."""
 
 
-def rows_of(model: PreTrainedModel | PeftModel | PackedModel) -> Rows:
+def rows_of(model: PreTrainedModel | PeftModel | GgufModel) -> Rows:
     """The rows of a batch in a model, of whatever kind."""
-    if isinstance(model, PackedModel):
-        return PackedRows(model)
+    if isinstance(model, GgufModel):
+        return GgufRows(model)
     return RevisableRows(model) if aligned_cache.revisable(model) else TorchRows(model)
 
 
@@ -182,45 +182,40 @@ class RevisableRows(TorchRows):
         return aligned_cache.empty_cache(self.model.config)
 
 
-class PackedRows(Rows):
+class GgufRows(Rows):
     """See `Rows`; in llama.cpp, where each has a sequence, and room for as long as it may become."""
 
     step_tokens = PACKED_STEP_TOKENS
 
-    def __init__(self, model: PackedModel) -> None:
+    def __init__(self, model: GgufModel) -> None:
         self.model = model
         self.several = layer_kinds(model.config) == {"full_attention"}  # windows and states cannot go back
+        self._texts: Sequences | None = None
         self._of_rows: list[int] = []  # the sequence of each row
         self._free: list[int] = []
 
     def make_room(self, lengths: Sequence[int], budget: int) -> None:
         """See `Rows`."""
-        longest = max(lengths)
-        rows = max(1, min(MOST_ROWS, budget // longest))
-        if longest > self.model.columns or rows > self.model.sequences:
-            self.model.open(rows, longest)
-        self._free, self._of_rows = list(range(self.model.sequences)), []
-        self.most = self.model.sequences
+        columns = rounded(max(lengths))
+        self._texts = self.model.texts(max(1, min(MOST_ROWS, budget // columns)), columns)
+        self._free, self._of_rows = list(range(self._texts.count)), []
+        self.most = self._texts.count
 
     def admits(self, length: int) -> bool:
         """See `Rows`."""
-        return length <= self.model.columns
+        return length <= self._texts.columns
 
     def read(self, ids: Sequence[int], wanted: int = 1) -> tuple[int, torch.Tensor]:
         """See `Rows`."""
         sequence = self._free.pop()
-        if wanted == 1:
-            return sequence, self.model.read(sequence, ids)
-        first = self.model.read(sequence, ids[: len(ids) - wanted + 1])
-        rest = self._read_on([sequence], [ids[len(ids) - wanted + 1 :]], [len(ids) - wanted + 1])
-        return sequence, torch.cat([first, rest])
+        return sequence, torch.from_numpy(self._texts.read(sequence, ids, wanted=wanted))
 
     def join(self, states: Sequence[int]) -> None:
         """See `Rows`."""
         for sequence in states:
             if sequence in self._of_rows:  # another sample of a text
                 sequence, source = self._free.pop(), sequence
-                self.model.copy(source, sequence)
+                self._texts.copy(source, sequence)
             self._of_rows.append(sequence)
 
     def drop(self, state: int) -> None:
@@ -229,21 +224,22 @@ class PackedRows(Rows):
 
     def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
         """See `Rows`."""
-        logits = self._read_on(self._of_rows, tokens, begun)
+        logits = self._read_on(tokens, begun)
         if sum(wanted) == len(logits):
             return logits
         ends = accumulate(map(len, tokens))
         return logits[[place for end, count in zip(ends, wanted, strict=True) for place in range(end - count, end)]]
 
-    def _read_on(self, sequences: Sequence[int], tokens: Sequence[Sequence[int]], begun: Sequence[int]) -> torch.Tensor:
-        """The logits [tokens, columns] of what follows each of some sequences' next tokens."""
+    def _read_on(self, tokens: Sequence[Sequence[int]], begun: Sequence[int]) -> torch.Tensor:
+        """The logits [tokens, columns] of what follows each of the rows' next tokens."""
         every = [
             (sequence, token, start + place)
-            for sequence, own, start in zip(sequences, tokens, begun, strict=True)
+            for sequence, own, start in zip(self._of_rows, tokens, begun, strict=True)
             for place, token in enumerate(own)
         ]
         parts = [every[start : start + PACKED_AT_ONCE] for start in range(0, len(every), PACKED_AT_ONCE)]
-        return torch.cat([self.model.step(*map(list, zip(*part, strict=True))) for part in parts])
+        read = [self._texts.step(*map(list, zip(*part, strict=True))) for part in parts]
+        return torch.cat(list(map(torch.from_numpy, read)))
 
     def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """See `Rows`."""
@@ -252,7 +248,7 @@ class PackedRows(Rows):
             self.drop(sequence)
         self._of_rows = kept
         for sequence, length in zip(kept, lengths, strict=True) if self.several else ():
-            self.model.cut(sequence, length)
+            self._texts.cut(sequence, length)
 
 
 def _inputs_of(model: PreTrainedModel | PeftModel) -> set[str]:

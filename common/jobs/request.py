@@ -43,10 +43,12 @@ METHODS = {
 }
 EXPORTER = "export_model.py"
 EXPORTS = {"post_training_quant": "int8", "export_onnx": "onnx"}  # field: format of the exporter
+NO_PROOF = "no_proof"
 SWITCHES = {
     "use_qat": "train all weights with int8 rounding simulated, as --quantization_aware int8 does",
     "post_training_quant": "export an int8 model after the training",
     "export_onnx": "export an ONNX model after the training",
+    NO_PROOF: "do not compare these exports with the model; their files say that they are unproven",
 }
 ALIASES = {  # names of the llm2slm payload, for methods whose script does not know them itself
     "teacher_model": "teacher",
@@ -147,13 +149,15 @@ class Planner:
         script = str(self.scripts / METHODS[method].script)
         commands = [{"argv": [script, *argv], "output": ""}]
         formats = [format for field, format in EXPORTS.items() if switch(payload, field)]
-        proof = save_dir.with_name("proof.jsonl")
-        if formats:
+        proof, unproven = save_dir.with_name("proof.jsonl"), switch(payload, NO_PROOF)
+        if unproven and not formats:
+            raise Problem(422, f"{NO_PROOF}: goes with {' or '.join(EXPORTS)}; set one, or leave it out", NO_PROOF)
+        if formats and not unproven:
             commands.append({"argv": proof_command(settings, proof), "output": None})
         for format in formats:
             words = [f"--model_dir={save_dir}", f"--format={format}", f"--save_dir={save_dir / format}"]
-            exporter = [str(self.scripts / EXPORTER), *words, f"--proof_data={proof}"]
-            commands.append({"argv": exporter, "output": format})
+            words.append(f"--{NO_PROOF}" if unproven else f"--proof_data={proof}")
+            commands.append({"argv": [str(self.scripts / EXPORTER), *words], "output": format})
         return PlannedJob(method, settings, commands)
 
     def _settings(self, method: str, payload: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
@@ -161,7 +165,7 @@ class Planner:
         fields = self.fields(method)
         given: dict[str, tuple[str, Any]] = {}
         for field, value in payload.items():
-            if field == "method" or field in EXPORTS or value is None:
+            if field in ("method", NO_PROOF) or field in EXPORTS or value is None:
                 continue
             if field == JOB_NAME:
                 check_name(value)

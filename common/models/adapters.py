@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, reason
 from common.models import gguf_import
-from common.models.source import LLAMA_CPP, TORCH, ModelSource, looks_local
+from common.models.source import TORCH, ModelSource, looks_local
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -277,20 +277,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 def identity(source: ModelSource) -> list[Any]:
     """What tells the answers of a model from those of another one, as JSON."""
     engine = [source.engine] if source.engine != TORCH else []
-    return [weights_hash(source), source.base, source.load_in_4bit, source.dtype, *engine]
-
-
-def weights_hash(source: ModelSource) -> str:
-    """SHA-256 of a GGUF that is run as it is; of other models see `adapter_hash`."""
-    if source.engine == LLAMA_CPP:
-        return gguf_import.origin(source.model_dir)["sha256"]
-    return adapter_hash(source.model_dir)
+    return [adapter_hash(source.model_dir), source.base, source.load_in_4bit, source.dtype, *engine]
 
 
 def adapter_hash(folder: str | Path) -> str:
-    """SHA-256 of the adapter's weights; of `config.json` for a plain model folder; of the name for a Hub id."""
+    """SHA-256 of the adapter's weights; a plain model's or a GGUF's that is run as it is; of a Hub id the name's."""
     from common.files import sha256_file
 
+    if gguf := gguf_import.file_of(folder):
+        return gguf_import.sha256_of(gguf)
     for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "config.json"):
         if (Path(folder) / name).is_file():
             if name.endswith("index.json"):  # which names the shards and knows nothing of what is in them

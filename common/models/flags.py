@@ -35,11 +35,13 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
 
 
 def _folder(name: str, packed: bool, weights: bool) -> str:
-    folder = gguf_import.model_folder(name, weights=weights and not packed)
-    if packed and gguf_import.origin(folder) is None:
+    if not packed:
+        return gguf_import.model_folder(name, weights=weights)
+    folder = gguf_import.packed_folder(name)
+    if gguf_import.file_of(folder) is None:
         raise UserError(
             f"--engine {LLAMA_CPP} runs GGUF files, and {name} is none; make one with export_model.py --format gguf "
-            "--quant Q4_K_M, or leave --engine out"
+            "--quant Q4_K_M, name a quantisation on the Hub (owner/name:Q4_K_M), or leave --engine out"
         )
     return folder
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 TASK_KEY = "distill_slm.task"  # metadata of our own exports: `data.task_record` as JSON
+UNPROVEN_KEY = "distill_slm.unproven"  # true: exported without a proof
 TEXT, LIST = 8, 9  # types of a metadata value; the others are numbers, by struct's codes
 NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 SHARD_BYTES = 2_000_000_000  # of one file of weights, and so about half of the memory that a conversion takes
@@ -106,6 +107,11 @@ class GgufFile:
                 f"{self.path} is one of {parts} parts of a GGUF; join them (llama-gguf-split --merge) first"
             )
         self.architecture = str(self.get("general.architecture"))
+        if kind == "adapter":
+            raise UserError(
+                f"{self.path} is a LoRA adapter alone, which is put on no GGUF here but by llama.cpp's --lora and "
+                "Ollama; give the run that it was exported from, or a GGUF of the whole (--format gguf)"
+            )
         if self.architecture not in ARCHITECTURES or kind != "model":
             what = f"of the architecture {self.architecture}" if kind == "model" else f"no model but of type {kind}"
             raise UserError(

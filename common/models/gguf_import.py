@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 from common.cli import UserError, log, reason
 from common.data import task_record
 from common.files import sha256_file, write_json
-from common.models.gguf_file import TASK_KEY, GgufFile, empty_model, read_config, size_of_weights, write_weights
+from common.models.gguf_file import (
+    TASK_KEY,
+    UNPROVEN_KEY,
+    GgufFile,
+    empty_model,
+    read_config,
+    size_of_weights,
+    write_weights,
+)
 from common.models.gguf_tokenizer import end_ids, read_tokenizer
 
 try:
@@ -33,7 +41,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 DEFAULT_CACHE = Path("models", "gguf")
 ORIGIN = "gguf.json"  # in a folder that was made of a GGUF, written last
+EXPORT_RECORD = "export.json"  # of `export_model.py`, beside the file that it has written
 MODEL_FILES = ("config.json", "adapter_config.json")
+OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.onnx", "pytorch_model*.bin")
 # owner/name:Q4_K_M, and what people copy from `ollama run`
 ON_HUB = re.compile(r"(?:(?:https://)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+):([\w.-]+)")
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -54,14 +64,16 @@ def cache_folder() -> Path:
 def local_gguf(name: str) -> Path | None:
     """The GGUF file that a name on this disk stands for: the file, or the only one in a folder; None for other names.
 
+    The folder can be one of the Hub's cache, `models--owner--name` or a snapshot in it.
+
     Raises:
         UserError: the name is of a GGUF that is not there, or of a folder with several.
     """
-    path = Path(name)
+    path = _snapshot(Path(name))
     if path.is_file():
         return path
-    if path.is_dir() and not any((path / file).is_file() for file in MODEL_FILES):
-        files = sorted(path.glob("*.gguf"))
+    if path.is_dir() and not _holds_other_weights(path):
+        files = [file for file in sorted(path.glob("*.gguf")) if "mmproj" not in file.name]
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise UserError(f"{name} holds {len(files)} GGUF files ({names}); name one of them")
@@ -69,6 +81,60 @@ def local_gguf(name: str) -> Path | None:
     if name.endswith(".gguf"):
         raise UserError(f"{name} does not exist; check the path")
     return None
+
+
+def _holds_other_weights(folder: Path) -> bool:
+    """Whether a folder is a model without its GGUF; repositories of GGUF files may have the original's config.json."""
+    if not any((folder / file).is_file() for file in MODEL_FILES):
+        return False
+    others = (*OTHER_WEIGHTS, ORIGIN, MODEL_FILES[1])
+    return not any(folder.glob("*.gguf")) or any(any(folder.glob(pattern)) for pattern in others)
+
+
+def _snapshot(path: Path) -> Path:
+    """Of a repository in the Hub's cache the snapshot that is current; any other path is its own."""
+    if not (path / "snapshots").is_dir():
+        return path
+    try:
+        return path / "snapshots" / (path / "refs" / "main").read_text().strip()
+    except OSError:
+        return max((path / "snapshots").iterdir(), key=lambda folder: folder.stat().st_mtime, default=path)
+
+
+def file_of(folder: str | Path) -> Path | None:
+    """The GGUF file that llama.cpp runs for a model folder: the one in it, or, of a folder without weights, the one
+    that it was made of. None for other folders and names.
+
+    Raises:
+        UserError: see `local_gguf`.
+    """
+    if made_of := origin(folder):
+        return None if any(Path(folder).glob("*.safetensors")) else Path(made_of["path"])
+    return local_gguf(str(folder)) if Path(folder).is_dir() else None
+
+
+def packed_folder(name: str) -> str:
+    """The folder of a GGUF that is run as it is, any other name is its own.
+
+    That of an export keeps its calibration, its figures and what it was trained for beside the file; of any other file
+    it is one in the cache, without weights.
+
+    Raises:
+        UserError: see `model_folder`.
+    """
+    path = None if (hub := _on_hub(name)) else local_gguf(name)
+    if path and (path.parent / EXPORT_RECORD).is_file() and file_of(path.parent) == path:
+        return str(path.parent)
+    return model_folder(name, weights=False) if hub or path else name
+
+
+def config_folder(folder: str) -> str:
+    """Where the config and the tokenizer of a `packed_folder` are."""
+    return folder if origin(folder) else model_folder(folder, weights=False)
+
+
+def _on_hub(name: str) -> re.Match[str] | None:
+    return None if Path(name).exists() else ON_HUB.fullmatch(name)
 
 
 def model_folder(name: str, *, weights: bool = True) -> str:
@@ -80,7 +146,7 @@ def model_folder(name: str, *, weights: bool = True) -> str:
     Raises:
         UserError: the GGUF cannot be had or read, or the disk is too small.
     """
-    hub = None if Path(name).exists() else ON_HUB.fullmatch(name)
+    hub = _on_hub(name)
     path = hub_gguf(*hub.groups()) if hub else local_gguf(name)
     if path is None:
         return name
@@ -92,13 +158,16 @@ def model_folder(name: str, *, weights: bool = True) -> str:
         with _turn(folder):
             if not (folder / ORIGIN).is_file():
                 _make(file, folder, source, weights)
-    if not weights and origin(folder) != source:  # the file has moved
-        write_json(folder / ORIGIN, source)
+    if not weights and (known := origin(folder)) != known | source:  # the file has moved
+        write_json(folder / ORIGIN, known | source)
     return str(folder)
 
 
-def origin(folder: str | Path) -> dict[str, str] | None:
-    """{"path", "sha256"} of the GGUF that a model folder was made of; None for other folders and names."""
+def origin(folder: str | Path) -> dict[str, Any] | None:
+    """{"path", "sha256"} of the GGUF that a model folder was made of; None for other folders and names.
+
+    With "unproven": True where it is an export without a proof (see `common.models.unproven`).
+    """
     path = Path(folder) / ORIGIN
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -206,7 +275,8 @@ def _make(file: GgufFile, folder: Path, source: dict[str, str], weights: bool) -
     try:
         write_model(file, partial, weights=weights)
         _write_task(file, partial)
-        write_json(partial / ORIGIN, source)
+        unproven = {"unproven": True} if file.get(UNPROVEN_KEY) is True else {}
+        write_json(partial / ORIGIN, source | unproven)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     finally:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from common.models.gguf_text import PackedModel
+    from common.models.gguf_model import GgufModel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGE = 50_000_000  # parameters of the layers, about; from here on a CPU takes what is fastest for a model
@@ -212,7 +212,7 @@ def _keep_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def align_model(model: PreTrainedModel | GgufModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Agree on what is input and what ends an answer: the model stops at the tokenizer's EOS and where it did before.
 
     Both of the model's configs get EOS, first, then every other stop token that the model's files name. A tokenizer
@@ -221,16 +221,11 @@ def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     Raises:
         UserError: the tokenizer is not the model's.
     """
-    from common.models.tokenizers import fit_to_embedding
+    from common.models.gguf_model import GgufModel
+    from common.models.tokenizers import fit_to_embedding, token_ids
 
-    fit_to_embedding(tokenizer, model.get_input_embeddings().weight.shape[0])
-    align_configs(model, tokenizer)
-
-
-def align_configs(model: PreTrainedModel | PackedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The part of `align_model` that concerns a model's configs."""
-    from common.models.tokenizers import token_ids
-
+    packed = isinstance(model, GgufModel)
+    fit_to_embedding(tokenizer, model.vocabulary if packed else model.get_input_embeddings().weight.shape[0])
     config, generation_config = model.config.get_text_config(), model.generation_config
     derived = generation_config is None or generation_config._from_model_config
     declared = [] if derived else token_ids(generation_config.eos_token_id)
@@ -259,10 +254,12 @@ def load_for_inference(source: ModelSource) -> tuple[PreTrainedModel | PeftModel
     Raises:
         UserError: see `load_base` and `adapters.load_adapter`.
     """
+    from common.models import unproven
     from common.models.tokenizers import load_tokenizer
 
     model_dir = source.model_dir
     check_model_dir(model_dir, source.base)
+    unproven.warn_of(model_dir)
     own = base_source(source)
     folder = adapters.tokenizer_folder(model_dir, own.model_dir)
     tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
@@ -273,21 +270,31 @@ def load_for_inference(source: ModelSource) -> tuple[PreTrainedModel | PeftModel
     return model.eval(), tokenizer
 
 
-def load_packed(source: ModelSource) -> tuple[PackedModel, PreTrainedTokenizerBase]:
-    """The GGUF that a model folder was made of, as it is, in llama.cpp; and its aligned tokenizer.
+def load_gguf(source: ModelSource, most_tokens: int) -> tuple[GgufModel, PreTrainedTokenizerBase]:
+    """The GGUF that a model folder stands for (`gguf_import.packed_folder`) in llama.cpp, and its aligned tokenizer.
+
+    Args:
+        most_tokens: of a row that is ranked, at most; and at most the model's context.
 
     Raises:
         UserError: llama.cpp is not installed or cannot read the file; the file has gone.
     """
     from transformers import GenerationConfig
 
-    from common.models.gguf_text import PackedModel
+    from common.models import unproven
+    from common.models.batching import context_of
+    from common.models.gguf_model import GgufModel
     from common.models.tokenizers import load_tokenizer
 
-    made_of = gguf_import.origin(source.model_dir)
-    tokenizer, config = load_tokenizer(source.model_dir), load_config(source.model_dir)
-    model = PackedModel(made_of["path"], config, GenerationConfig.from_pretrained(source.model_dir))
-    align_configs(model, tokenizer)
+    unproven.warn_of(source.model_dir)
+    file = gguf_import.file_of(source.model_dir)
+    if file is None or not file.is_file():
+        raise UserError(f"{source.model_dir} stands for the GGUF {file}, which is not there; give the file anew")
+    folder = gguf_import.config_folder(source.model_dir)
+    config, generation_config = load_config(folder), GenerationConfig.from_pretrained(folder)
+    context, tokenizer = min(context_of(config), most_tokens), load_tokenizer(folder)
+    model = GgufModel(file, context, config=config, generation_config=generation_config)
+    align_model(model, tokenizer)
     return model, tokenizer
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.cli import UserError, reason
-from common.models import tokenizers
+from common.models import tokenizers, unproven
+from common.models.gguf_file import UNPROVEN_KEY
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -36,6 +37,7 @@ class OnnxModel:
         name: the folder.
         config: transformers' configuration of the model.
         dtype: of its key/value cache, such as "float32".
+        unproven: its own metadata says that it was exported without a proof.
 
     Raises:
         UserError: the folder holds no export that ONNX Runtime can read.
@@ -57,6 +59,7 @@ class OnnxModel:
         except Exception as error:  # ONNX Runtime's own have no common class
             raise UserError(f"{folder} cannot be read ({reason(error)}); export it again") from error
         cache = [argument for argument in self._session.get_inputs() if argument.name.startswith("past_key_values.")]
+        self.unproven = UNPROVEN_KEY in self._session.get_modelmeta().custom_metadata_map
         self._cache_names = [argument.name for argument in cache]
         self._cache_shapes = [argument.shape for argument in cache]
         self.dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}[cache[0].type]
@@ -132,4 +135,6 @@ def load(folder: str) -> tuple[OnnxModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: see `OnnxModel` and `tokenizers.load_tokenizer`.
     """
-    return OnnxModel(folder), tokenizers.load_tokenizer(folder)
+    model = OnnxModel(folder)
+    unproven.warn_of(folder, model.unproven or unproven.is_unproven(folder))
+    return model, tokenizers.load_tokenizer(folder)

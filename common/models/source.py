@@ -6,13 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.cli import UserError
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from common.models.gguf_text import PackedModel
+    from common.models.gguf_model import GgufModel
+    from common.models.onnx_runtime import OnnxModel
 
 TORCH, LLAMA_CPP = ENGINES = ("torch", "llama_cpp")
+
+
+class CannotDo(UserError):
+    """What was asked for is beyond the engine that runs the model; the message names one that can."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,8 @@ class ModelSource:
         load_in_4bit: "on", "off", or "auto" for on where there is a CUDA device: NF4 with bfloat16 compute.
         dtype: "float32", "bfloat16", "float16", or "auto" for the fastest that the device has.
         trust_remote_code: run code that comes with the model.
-        engine: one of `ENGINES`: "llama_cpp" runs the GGUF that `model_dir` was made of as it is, packed, on the CPU.
+        engine: one of `ENGINES`: "llama_cpp" runs the GGUF of `model_dir` (`gguf_import.file_of`) as it is, packed, on
+            the CPU.
     """
 
     model_dir: str
@@ -46,7 +54,7 @@ class LoadedModel:
         max_batch_tokens: tokens in one forward pass, within what the memory allows.
     """
 
-    model: PreTrainedModel | PeftModel | PackedModel
+    model: PreTrainedModel | PeftModel | GgufModel | OnnxModel
     tokenizer: PreTrainedTokenizerBase
     max_batch_tokens: int
 

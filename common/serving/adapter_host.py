@@ -1,4 +1,5 @@
-"""One base model with many adapters on it, in a process of its own, which the server starts (`model_process`).
+"""One base model with many adapters on it, or an export, in a process of its own, which the server starts
+(`model_process`).
 
 PEFT adapters are not thread-safe: neither `set_adapter` nor `adapter_names=` may be used from two threads at once; that
 gives wrong answers without an error. So each base model belongs to one process that does one thing after the other
@@ -30,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 from common import processes
 from common.cli import UserError, log
 from common.files import sha256_file
-from common.models import adapters, tokenizers
+from common.models import adapters, gguf_import, onnx_runtime, tokenizers, unproven
 from common.models import loading as models
-from common.models.onnx_runtime import OnnxModel, is_onnx
-from common.models.source import ModelSource
+from common.models.onnx_runtime import is_onnx
+from common.models.source import LLAMA_CPP, ModelSource
 from common.serving import shared_adapters
 from common.serving.batch_queue import BatchQueue, QueuedRequest
 from common.serving.channel import Channel
@@ -173,8 +174,15 @@ class Host:
         self.views.clear()
         self._active, self._layers = None, []
         if is_onnx(self.base):
-            self.model = OnnxModel(self.base)
+            self.model, self._tokenizers[_tokenizer_key(self.base)] = onnx_runtime.load(self.base)
             return
+        if gguf_import.file_of(self.base):
+            source = ModelSource(self.base, engine=LLAMA_CPP)
+            self.model, self._tokenizers[self.base] = models.load_gguf(source, self.settings.max_batch_tokens)
+            self.model.hooks.append(self.between_steps)
+            self._base_hash = adapters.adapter_hash(self.base)[:16]
+            return
+        unproven.warn_of(self.base)
         self.model = models.load_base(ModelSource(self.base, load_in_4bit=self.settings.load_in_4bit)).eval()
         self._base_hash = adapters.fingerprint(self.model)
         models.align_model(self.model, self._tokenizer(self.base))
@@ -330,7 +338,7 @@ class Host:
 
     def _tokenizer(self, folder: str) -> PreTrainedTokenizerBase:
         """The tokenizer of a folder; one object for all folders with the same files, since a real one takes 100 MB."""
-        key = _tokenizer_key(folder)
+        key = folder if folder in self._tokenizers else _tokenizer_key(folder)
         if key not in self._tokenizers:
             self._tokenizers[key] = tokenizers.load_tokenizer(folder)
         return self._tokenizers[key]

@@ -98,6 +98,8 @@ class RunEntry(BaseModel):
     evaluations: list[dict[str, Any]] = Field(
         [], description="What evaluators kept in its folder, the newest first: data, command, date, intervals"
     )
+    engine: str | None = Field(None, description="What runs it: torch, onnxruntime or llama_cpp")
+    unproven: bool = Field(False, description="Exported without a proof (--no_proof)")
     loaded: bool
     current: bool = Field(description="False for a version that is no longer on the disk, but still loaded")
     error: str | None = Field(None, description="Why the run cannot be used")

@@ -16,15 +16,17 @@ from common import run_record
 from common.cli import UserError, log
 from common.data import task_record
 from common.evaluation import run_figures
+from common.export.gguf_lora import ADAPTER_FILE
 from common.files import sha256_file
-from common.models import adapters
+from common.models import adapters, gguf_import, unproven
 from common.models import loading as models
-from common.models.source import looks_local
+from common.models.gguf_import import EXPORT_RECORD
+from common.models.onnx_runtime import is_onnx
+from common.models.source import LLAMA_CPP, TORCH, looks_local
 
 DEFAULT_BASE = "Qwen/Qwen2.5-3B-Instruct"
 BASE = "base"  # the name of the base model among the runs
 METHODS = ("sft", "kd", "dpo")
-EXPORT_RECORD = "export.json"  # of `export_model.py`; it has the hashes of all files
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 KEPT_VERSIONS = 3  # of one run's adapter, the one on the disk included
@@ -135,6 +137,8 @@ class Registry:
         if name != BASE and not _holds_model(Path(model_dir)):
             there = ", ".join([BASE, *self.names()])
             raise UnknownRun(f"there is no run '{name}'; there are: {there}")
+        if name != BASE and gguf_import.local_gguf(model_dir):
+            model_dir = gguf_import.packed_folder(model_dir)
         versions = self._look(name, model_dir)
         for version in versions:
             if version.sha256.startswith(digest):
@@ -169,6 +173,11 @@ class Registry:
             self._kinds[name] = (signature, kind)
         return kind
 
+    def writes(self, name: str) -> bool:
+        """Whether a run can write text: an ONNX export ranks labels alone, an adapter alone in GGUF does nothing."""
+        folder = Path(self.runs_dir) / name
+        return not is_onnx(folder) and not (folder / ADAPTER_FILE).is_file()
+
     def versions(self, name: str) -> list[Version]:
         """The known versions of a run, the one on the disk first."""
         return list(self._versions.get(name, ()))
@@ -186,7 +195,7 @@ class Registry:
                 if newest.model_dir == model_dir and 0 <= time.time() - changed < SETTLING:
                     return list(versions)
             models.check_model_dir(model_dir, ask_hub=False)  # requests wait here; its process asks when it loads
-            base = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
+            base = _own_base(model_dir) if adapters.is_adapter(model_dir) else model_dir
             record = task_record.read(model_dir)
             task = task_record.text_of(record) if record else None
             version = Version(name, model_dir, base, _hash(model_dir), signature, task)
@@ -202,6 +211,17 @@ def base_key(base: str) -> str:
     return os.path.realpath(base) if looks_local(base) else base
 
 
+def _own_base(folder: str) -> str:
+    """The base of an adapter. Raises UserError where it is none that an adapter can be put on."""
+    base = adapters.base_of(folder)
+    if gguf_import.file_of(base):
+        raise UserError(
+            f"the adapter {folder} stands on {base}, a GGUF that llama.cpp runs as it is, and no adapter can be put on "
+            "one; train it on the file itself (--student FILE.gguf, which is de-quantised), or export it whole"
+        )
+    return base
+
+
 def _base_of(folder: Path) -> str | None:
     try:
         return adapters.base_of(folder)
@@ -211,20 +231,33 @@ def _base_of(folder: Path) -> str | None:
 
 
 def _holds_model(folder: Path) -> bool:
-    return adapters.is_adapter(folder) or (folder / "config.json").is_file()
+    return adapters.is_adapter(folder) or (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
 
 
 def _hash(model_dir: str) -> str:
-    """Of the adapter's weights; of an export the hash of its record, which has those of all its files."""
+    """Of the adapter's weights, or of a GGUF; of another export the hash of its record, which has those of all its
+    files."""
     record = Path(model_dir) / EXPORT_RECORD
-    return sha256_file(record) if record.is_file() else adapters.adapter_hash(model_dir)
+    if record.is_file() and not gguf_import.file_of(model_dir):
+        return sha256_file(record)
+    return adapters.adapter_hash(model_dir)
+
+
+def engine_of(model_dir: str) -> str:
+    """What runs a model: "torch", "onnxruntime" or "llama_cpp"."""
+    if is_onnx(model_dir):
+        return "onnxruntime"
+    return LLAMA_CPP if gguf_import.file_of(model_dir) else TORCH
 
 
 def signature_of(model_dir: str) -> tuple:
     """The `file_signature`s of what makes a model."""
     weights = (adapters.ADAPTER_WEIGHTS, adapters.ADAPTER_CONFIG, "config.json", "model.safetensors")
     names = (*weights, EXPORT_RECORD, task_record.FILE)
-    return tuple(file_signature(os.path.join(model_dir, name)) for name in names)
+    # a folder that was made of a file has its contents' name; where a copy of that lies does not matter
+    gguf = None if gguf_import.origin(model_dir) else gguf_import.file_of(model_dir)
+    of_gguf = file_signature(str(gguf)) if gguf else None
+    return *(file_signature(os.path.join(model_dir, name)) for name in names), of_gguf
 
 
 def file_signature(path: str) -> tuple[int, int, int] | None:
@@ -247,6 +280,8 @@ def describe(version: Version) -> dict[str, Any]:
         "method": None,
         "created": None,
         "metrics": None,
+        "engine": engine_of(version.model_dir),
+        "unproven": unproven.is_unproven(version.model_dir),
         "evaluations": [],
         "error": None,
         "kind": None,

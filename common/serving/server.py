@@ -243,8 +243,8 @@ class Server:
 
     def newest(self, part: str) -> str:
         """The newest run that was trained for a kind of task ("idp" or "codegen"), or has `part` in its name and does
-        not say what it was trained for; else the base."""
-        kinds = {name: self.registry.kind(name) for name in self.registry.names()}
+        not say what it was trained for; else the base. Runs that write no text are none."""
+        kinds = {name: self.registry.kind(name) for name in self.registry.names() if self.registry.writes(name)}
         names = [name for name, kind in kinds.items() if kind == KINDS[part] or (kind is None and part in name.lower())]
         return max(names, key=lambda name: _changed(Path(self.settings.runs_dir) / name), default=BASE)
 
@@ -262,9 +262,8 @@ class Server:
                     if about["current"] or about["loaded"]:
                         entries.append(about)
             except (UserError, OSError, ValueError, RecursionError) as error:
-                nothing = dict.fromkeys(
-                    ("adapter_sha256", "method", "created", "metrics", "kind", "task", "labels", "text_fields")
-                )
+                empty = ("adapter_sha256", "method", "created", "metrics", "engine", "kind", "task", "labels")
+                nothing = dict.fromkeys((*empty, "text_fields"))
                 entries.append(
                     {
                         "name": name,
@@ -272,6 +271,7 @@ class Server:
                         "model_dir": str(Path(self.settings.runs_dir) / name),
                         "base": "",
                         **nothing,
+                        "unproven": False,
                         "evaluations": [],
                         "loaded": False,
                         "current": True,

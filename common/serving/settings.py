@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.cli import UserError
-from common.models import gguf_import
+from common.models import gguf_import, llama_cpp
+from common.models.source import ENGINES, LLAMA_CPP
 from common.serving.messages import HostSettings
 from common.tasks.ranking.loading import load_task
 from common.teachers.cascade.settings import TIMEOUT, CascadeSettings, RunTeacher, endpoint
@@ -18,7 +19,7 @@ class ServerSettings:
 
     Attributes:
         runs_dir: folder of the runs.
-        base_model: what "base" stands for; None: the base of the adapters found.
+        base_model: what "base" stands for (`base_model`); None: the base of the adapters found.
         idp_schema: path of the schema of requests that bring none.
         max_bases: base models in memory at once.
         host: how models are loaded and batched.
@@ -58,10 +59,9 @@ class ServerSettings:
         nulls = env.whole("NUM_NULL_PROMPTS", len(task.null_inputs))
         if nulls > len(task.null_inputs):
             raise UserError(f"NUM_NULL_PROMPTS={nulls} is more than the {len(task.null_inputs)} that there are")
-        base_model = env.text("BASE_MODEL")
         return cls(
             runs_dir=runs_dir,
-            base_model=base_model and gguf_import.model_folder(base_model),
+            base_model=base_model(env),
             idp_schema=env.text("IDP_SCHEMA", "data/idp_schema.json"),
             max_bases=env.whole("MAX_BASES", 2),
             host=HostSettings(
@@ -85,6 +85,27 @@ class ServerSettings:
             cascade=cascade_settings(env),
             max_pdf_bytes=env.whole("MAX_PDF_BYTES", cls.max_pdf_bytes),
         )
+
+
+def base_model(env: Environment) -> str | None:
+    """What "base" is set to: a folder or a Hub id; of a GGUF that made of it, or with ENGINE=llama_cpp its own.
+
+    Raises:
+        UserError: ENGINE=llama_cpp without a GGUF, or without llama.cpp.
+    """
+    name = env.text("BASE_MODEL")
+    if env.choice("ENGINE", ENGINES) != LLAMA_CPP:
+        return name and gguf_import.model_folder(name)
+    if not name:
+        raise UserError("ENGINE=llama_cpp runs the GGUF that BASE_MODEL names; set BASE_MODEL to one, or unset ENGINE")
+    folder = gguf_import.packed_folder(name)
+    if gguf_import.file_of(folder) is None:
+        raise UserError(
+            f"ENGINE=llama_cpp runs a GGUF as it is, and BASE_MODEL={name} is none; make one with export_model.py "
+            "--format gguf --quant Q4_K_M, or unset ENGINE"
+        )
+    llama_cpp.library()
+    return folder
 
 
 def cascade_settings(env: Environment) -> CascadeSettings | None:

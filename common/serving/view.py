@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from common.models.batching import KEPT_TOKENS
 from common.models.onnx_runtime import OnnxModel
-from common.models.source import LoadedModel
-from common.serving.messages import HostSettings, Unusable
+from common.models.source import CannotDo, LoadedModel
+from common.serving.messages import HostSettings
 from common.serving.run_registry import LOOK, Version, file_signature
 from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.task import LabelTask
@@ -124,18 +124,22 @@ class View:
         self.host, self.version, self.adapter, self.tokenizer = host, version, adapter, tokenizer
         self.kept: OrderedDict[Any, Any] = OrderedDict()  # what works keep for their next batch
         self._classifiers: dict[str, Classifier] = {}
+        self._ranks = True  # labels, as far as is known
         self._calibrations: dict[str, tuple[float, tuple | None, Calibration]] = {}
         self._asked: OrderedDict[str, Asked] = OrderedDict()
 
     @property
     def model(self):
-        """The torch model.
+        """The model that writes: torch's, or a GGUF.
 
         Raises:
-            Unusable: it is an ONNX export, which gives no text here.
+            CannotDo: it is an ONNX export, which gives no text here.
         """
         if isinstance(self.host.model, OnnxModel):
-            raise Unusable(f"{self.version.name} is an ONNX export, which ranks labels alone; ask for the run it is of")
+            raise CannotDo(
+                f"{self.version.name} is an ONNX export, which ranks labels alone; ask for the run it is of, or a GGUF "
+                "export of that"
+            )
         return self.host.model
 
     def classifier(self, task: LabelTask) -> Classifier:
@@ -145,14 +149,18 @@ class View:
             from common.tasks.ranking.classifier import Classifier
 
             started = time.perf_counter()
-            self._classifiers[key] = Classifier.on(
-                LoadedModel(self.host.model, self.tokenizer, self.host.settings.max_batch_tokens),
-                self.version.model_dir,
-                task,
-                num_null_prompts=self._null_prompts(task),
-                model_hash=self.version.sha256,
-                prior_dir=self.prior_dir(),
-            )
+            try:
+                self._classifiers[key] = Classifier.on(
+                    LoadedModel(self.host.model, self.tokenizer, self.host.settings.max_batch_tokens),
+                    self.version.model_dir,
+                    task,
+                    num_null_prompts=self._null_prompts(task),
+                    model_hash=self.version.sha256,
+                    prior_dir=self.prior_dir(),
+                )
+            except CannotDo:
+                self._ranks = False
+                raise
             self.host.report_loaded("prior", self.version.name, time.perf_counter() - started)
         return self._classifiers[key]
 
@@ -202,8 +210,8 @@ class View:
 
     @property
     def warm(self) -> bool:
-        """Whether a prior is known."""
-        return bool(self._classifiers)
+        """Whether a prior is known, or the engine can have none."""
+        return bool(self._classifiers) or not self._ranks
 
     def keep(self, key: Any, make: Callable[[], Any], most: int = 16) -> Any:
         """`make()`, or what it gave the last time; the least recently used goes when there are more than `most`."""

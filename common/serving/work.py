@@ -17,7 +17,7 @@ from common.cli import UserError
 from common.generation.decoding import Decoding
 from common.models import chat_template, tokenizers
 from common.models.batching import context_of
-from common.models.source import LoadedModel
+from common.models.source import CannotDo, LoadedModel
 from common.serving import label_tasks
 from common.serving.messages import Unusable
 from common.serving.view import Requests, View
@@ -141,6 +141,8 @@ def _ready(view: View, text: str | None) -> tuple[Classifier, Any]:
     try:
         task = label_tasks.read(text) if text else view.host.settings.task
         return view.classifier(task), view.calibration(task)
+    except CannotDo:  # what the request asks for
+        raise
     except UserError as error:  # of the files in the run folder, not of a request
         raise Unusable(str(error)) from error
 

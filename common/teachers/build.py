@@ -81,7 +81,7 @@ def local_teacher(settings: LocalSettings, decoding: Decoding, ranked: LabelTask
         source, settings.max_batch_tokens, auto_fit=settings.auto_fit, text_only=ranked is None
     )
     precision = [str(loaded.model.dtype), models.use_4bit(source.load_in_4bit)]
-    identity = [adapters.weights_hash(source), *precision]
+    identity = [adapters.adapter_hash(source.model_dir), *precision]
     if ranked:
         from common.tasks.ranking.classifier import Classifier
         from common.teachers.label_probabilities import RankingTeacher

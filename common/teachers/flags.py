@@ -14,7 +14,6 @@ from common.generation.decoding import Decoding
 from common.generation.flags import add_lookup_flag
 from common.models import loading as models
 from common.models.flags import add_engine_flag, add_model_flags, add_thinking_flag, source_of, thinks
-from common.models.source import TORCH
 from common.sandbox import box as sandbox
 from common.tasks.idp.flags import add_form_flag
 from common.tasks.ranking.loading import task_for
@@ -155,8 +154,6 @@ def _check_teacher(args: argparse.Namespace) -> None:
         given = [name for name in ENDPOINT_ONLY if getattr(args, name) is not None]
         if given:
             raise UserError(f"--{given[0]} goes with --endpoint; leave it out, or give --endpoint for --teacher")
-        if args.engine != TORCH and args.probabilities:
-            raise UserError(f"--probabilities ranks labels in torch; leave --engine {args.engine} out")
         if thinks(args) and args.probabilities:
             raise UserError("--thinking on is for answers that are written; leave it out with --probabilities")
         models.check_model_dir(args.teacher, args.base)

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from common import distributed as launch
 from common.cli import UserError, log
+from common.models import gguf_import
 from common.models import loading as models
 from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS
 from common.models.source import LLAMA_CPP, LoadedModel, ModelSource
 from common.vram import model_shape as shapes
-from common.vram.formulas import BFLOAT16, CUDA_CONTEXT, GB, Inference, Plan, Training, predict
+from common.vram.formulas import BFLOAT16, CUDA_CONTEXT, GB, Inference, Packed, Plan, Training, predict
 
 DESKTOP = 0.7  # GB of a card that also draws the screen
 LEAST_LEN, LEAST_BATCH_TOKENS = 128, 512  # shorter rows, or smaller batches, are not proposed
@@ -27,6 +28,8 @@ INFERENCE: Flags = {
     "OFFLOAD_FOLDER": lambda plan: OFFLOAD_FOLDER if plan.offload else None,
     "load_in_4bit": lambda plan: "on" if plan.four_bit else "off",
 }
+PACKED: Flags = {"max_batch_tokens": INFERENCE["max_batch_tokens"]}
+SERVER_PACKED: Flags = {"MAX_BATCH_TOKENS": INFERENCE["max_batch_tokens"]}
 SERVER: Flags = {
     "MAX_BATCH_TOKENS": INFERENCE["max_batch_tokens"],
     "OFFLOAD_FOLDER": INFERENCE["OFFLOAD_FOLDER"],
@@ -44,6 +47,11 @@ def free_bytes() -> int | None:
     if torch.cuda.is_available():
         device = int(os.environ.get("LOCAL_RANK", 0))
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + int(CUDA_CONTEXT)
+    return free_machine_bytes()
+
+
+def free_machine_bytes() -> int | None:
+    """Memory that a process can have of the machine, whatever card there is; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -93,6 +101,20 @@ def inference_plan(
     )
 
 
+def packed_plan(source: ModelSource, *, max_batch_tokens: int, writes: bool = True, ranks: bool = True) -> Packed:
+    """What running a GGUF as it is means for memory.
+
+    Raises:
+        UnknownShape: the model's memory cannot be predicted.
+        UserError: the file is not there.
+    """
+    file = gguf_import.file_of(source.model_dir)
+    if file is None or not file.is_file():
+        raise UserError(f"{source.model_dir} stands for the GGUF {file}, which is not there; give the file anew")
+    shape = shapes.of(gguf_import.config_folder(source.model_dir))
+    return Packed(shape, file.stat().st_size, max_batch_tokens, writes, ranks)
+
+
 def options(plan: Plan) -> dict[str, list[Any]]:
     """For each setting that could save memory its values, from the plan's own to the most sparing.
 
@@ -103,6 +125,8 @@ def options(plan: Plan) -> dict[str, list[Any]]:
     def halves(value: int, least: int) -> list[int]:
         return [value, *(half for shift in range(1, 30) if (half := value >> shift) >= least)]
 
+    if isinstance(plan, Packed):
+        return {"batch_tokens": halves(plan.batch_tokens, LEAST_BATCH_TOKENS)}
     if isinstance(plan, Inference):
         return {
             "batch_tokens": halves(plan.batch_tokens, LEAST_BATCH_TOKENS),
@@ -162,28 +186,36 @@ def fit_inference(
     Raises:
         UserError: too little memory is free, and `auto_fit` is off; the message names what would fit.
     """
-    plan = if_known(
-        lambda: inference_plan(source, max_batch_tokens=max_batch_tokens, generates=generates, text_only=text_only)
-    )
-    changes = preflight(plan, INFERENCE, auto_fit=auto_fit) if plan else {}
+
+    def planned() -> Inference | Packed:
+        if source.engine == LLAMA_CPP:
+            ranks = not text_only
+            return packed_plan(source, max_batch_tokens=max_batch_tokens, writes=generates, ranks=ranks)
+        return inference_plan(source, max_batch_tokens=max_batch_tokens, generates=generates, text_only=text_only)
+
+    plan, flags = if_known(planned), PACKED if source.engine == LLAMA_CPP else INFERENCE
+    changes = preflight(plan, flags, auto_fit=auto_fit) if plan else {}
     fitted = replace(source, load_in_4bit=changes.get("load_in_4bit", source.load_in_4bit))
     return fitted, changes.get("max_batch_tokens", max_batch_tokens)
 
 
 def load_within_memory(
-    source: ModelSource, max_batch_tokens: int, *, auto_fit: bool, text_only: bool = False
+    source: ModelSource, max_batch_tokens: int, *, auto_fit: bool, generates: bool = True, text_only: bool = False
 ) -> LoadedModel:
-    """`models.load_for_inference`, once it is known to fit the memory (see `fit_inference`).
+    """`models.load_for_inference`, or `models.load_gguf`, once it is known to fit the memory (see `fit_inference`).
 
     Args:
+        generates: False where only labels are ranked.
         text_only: nothing but texts will be asked of it, so that its weights may be packed (`packed_weights`).
 
     Raises:
         UserError: see there and `fit_inference`.
     """
-    if source.engine == LLAMA_CPP:  # which maps the file, and needs little beyond it
-        return LoadedModel(*models.load_packed(source), max_batch_tokens)
-    source, max_batch_tokens = fit_inference(source, max_batch_tokens, auto_fit=auto_fit, text_only=text_only)
+    source, max_batch_tokens = fit_inference(
+        source, max_batch_tokens, auto_fit=auto_fit, generates=generates, text_only=text_only
+    )
+    if source.engine == LLAMA_CPP:
+        return LoadedModel(*models.load_gguf(source, max_batch_tokens), max_batch_tokens)
     model, tokenizer = models.load_for_inference(source)
     if text_only:
         from common.models import packed_weights
@@ -195,7 +227,10 @@ def load_within_memory(
 def before_serving(
     base: str, *, adapters: int, max_batch_tokens: int, load_in_4bit: str, auto_fit: bool
 ) -> dict[str, Any]:
-    """`preflight` of the server's settings, for a base with so many adapters on it; exports pass."""
+    """`preflight` of the server's settings, for a base with so many adapters on it, or a GGUF; ONNX exports pass."""
+    if gguf_import.file_of(base):
+        packed = if_known(lambda: packed_plan(ModelSource(base), max_batch_tokens=max_batch_tokens))
+        return preflight(packed, SERVER_PACKED, auto_fit=auto_fit) if packed else {}
     plan = if_known(
         lambda: inference_plan(ModelSource(base, load_in_4bit=load_in_4bit), max_batch_tokens=max_batch_tokens)
     )
@@ -226,7 +261,8 @@ def preflight(plan: Plan, flags: Flags, *, auto_fit: bool = False, free: int | N
     Raises:
         UserError: more than is free; the message names the smallest changes that would fit.
     """
-    prediction, free = predict(plan), free_bytes() if free is None else free
+    available = free_machine_bytes if isinstance(plan, Packed) else free_bytes
+    prediction, free = predict(plan), available() if free is None else free
     if isinstance(plan, Training):  # whose parts the flags change
         log(prediction.table() + (f"\n{'free':28} {free / GB:6.2f} GB" if free is not None else ""))
     else:

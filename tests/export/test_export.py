@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -73,8 +71,9 @@ def test_a_killed_exports_remains_go(run, dev, tmp_path):
     assert not (tmp_path / "out" / "old").exists()
 
 
-def refused(run: str, dev: str, tmp_path: Path, *more: str, form: str = "merged") -> str:
-    argv = ["--model_dir", run, "--format", form, "--save_dir", str(tmp_path / "out"), "--proof_data", dev, *more]
+def refused(run: str, dev: str, tmp_path: Path, *more: str, form: str = "merged", proof: bool = True) -> str:
+    argv = ["--model_dir", run, "--format", form, "--save_dir", str(tmp_path / "out"), *more]
+    argv += ["--proof_data", dev] * proof
     with pytest.raises(UserError) as error:
         export_model.main(argv)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
@@ -93,38 +92,12 @@ def test_flags_that_do_not_go_together(run, dev, tmp_path):
     assert "--keep_lm_head is for --format int8" in refused(run, dev, tmp_path, "--keep_lm_head")
     assert "--max_shard_gb must be above 0" in refused(run, dev, tmp_path, "--max_shard_gb", "0")
     assert "--max_metric_drop must be 0 or above" in refused(run, dev, tmp_path, "--max_metric_drop", "nan")
+    for flag, value in (("--proof_rows", ["3"]), ("--max_metric_drop", ["0"]), ("--push_to_hub", ["o/n"])):
+        assert f"{flag} goes with a proof; leave it out, or --no_proof" in refused(
+            run, dev, tmp_path, "--no_proof", flag, *value, proof=False
+        )
     assert "would replace --model_dir" in refused(run, dev, tmp_path, "--save_dir", run, "--overwrite")
     assert "is there already; pass --overwrite" in refused(run, dev, tmp_path, "--save_dir", str(tmp_path))
-
-
-def test_no_room(run, dev, tmp_path, monkeypatch):
-    """It is asked before anything is measured."""
-    monkeypatch.setattr(parity, "measure", None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert re.search(r"needs about 0.00 GB beside .* and 0.00 GB are free", refused(run, dev, tmp_path))
-
-
-def test_room_that_is_asked_for(run, tmp_path):
-    """Bytes a parameter of what is on the disk at once: the merged weights and what is made of them."""
-    facts = {
-        "model_dir": run,
-        "base": Path(adapters.base_of(run)),
-        "quant": "F16",
-        "scales": "block",
-        "keep_lm_head": False,
-    }
-    facts |= {"max_shard_bytes": 1, "trust_remote_code": False}
-    for form, dtype, four_bit, expected in (
-        ("merged", "bfloat16", False, 2),
-        ("merged", "bfloat16", True, 4),  # two of them, to compare
-        ("onnx", "float32", False, 8),
-        ("onnx", "float16", True, 6),
-        ("int8", "float32", False, 8),
-        ("gguf", "float32", False, 6),
-        ("gguf_lora", "float32", False, 2),
-    ):
-        needed = export.ExportSettings(format=form, dtype=dtype, four_bit=four_bit, **facts).bytes_needed()
-        assert needed == int(merging.Checkpoint(facts["base"]).numbers * expected * export.ROOM), form
 
 
 def test_an_unknown_architecture(tiny_base, dev, tmp_path):

@@ -28,7 +28,7 @@ from common.export.importance import importance_of
 from common.export.modelfile import modelfile
 from common.models import gguf_import, llama_cpp, tokenizers
 from common.models import loading as models
-from common.models.gguf_runtime import GgufModel
+from common.models.gguf_model import GgufModel
 from common.models.source import ModelSource
 from common.models.torch_runtime import TorchRuntime
 from common.tasks.ranking.creditmix import CREDITMIX

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.gguf_files import build, write
-from support.inputs import CORPUS, write_rows
+from support.inputs import CORPUS, read_rows, write_rows
+from support.models import build_base
 
 import infer_codegen
 import infer_creditmix
@@ -21,7 +22,9 @@ from common.generation import json_schema
 from common.generation.continuous_batch import ContinuousBatch, Drawn, Wanted
 from common.generation.json_grammar import JsonGrammar
 from common.models import adapters, gguf_import, llama_cpp, loading, tokenizers
+from common.models.gguf_model import rounded
 from common.models.source import LLAMA_CPP, ModelSource
+from common.tasks.ranking.creditmix import CREDITMIX
 
 pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.exports
@@ -49,9 +52,9 @@ def file(request, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def packed(file):
-    folder = gguf_import.model_folder(file, weights=False)
+    folder = gguf_import.packed_folder(file)
     assert not list(Path(folder).glob("*.safetensors"))
-    return loading.load_packed(ModelSource(folder, engine=LLAMA_CPP))
+    return loading.load_gguf(ModelSource(folder, engine=LLAMA_CPP), 512)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +96,9 @@ def test_it_writes_what_torch_writes(packed, unpacked, wanted):
 def test_company_changes_nothing(packed, wanted):
     """Together; a few at a time, so that they wait for one another; and each alone."""
     together = answers(*packed, wanted)
-    few = answers(*packed, wanted, max_batch_tokens=2 * max(len(one.prompt) + one.max_new_tokens for one in wanted))
-    assert packed[0].sequences >= 2
+    longest = rounded(max(len(one.prompt) + one.max_new_tokens for one in wanted))
+    few = answers(*packed, wanted, max_batch_tokens=2 * longest)
+    assert packed[0].texts(1, 1).count >= 2
     for one in wanted:
         (alone,) = answers(*packed, [one]).values()
         assert together[one.key].tokens == few[one.key].tokens == alone.tokens
@@ -103,7 +107,7 @@ def test_company_changes_nothing(packed, wanted):
 def test_a_longer_text_waits_for_room(packed):
     """What is asked for while others are written may be longer than there is room for beside them."""
     model, tokenizer = packed
-    model.open(2, 64)
+    room = model.texts(2, 64)
     prompt = tokenizers.encode_prompt(tokenizer, CORPUS[0])
     batch = ContinuousBatch(model, tokenizer)
     batch.add(Wanted("short", prompt[:20], 8))
@@ -111,7 +115,7 @@ def test_a_longer_text_waits_for_room(packed):
     for one, answer in batch.run():
         ended[one.key] = answer
         if one.key == "short":
-            batch.add(Wanted("long", prompt[:20], model.columns))
+            batch.add(Wanted("long", prompt[:20], room.columns))
             batch.add(Wanted("short again", prompt[:20], 8))
     assert ended["short"].tokens == ended["short again"].tokens == ended["long"].tokens[:8]
 
@@ -119,10 +123,11 @@ def test_a_longer_text_waits_for_room(packed):
 def test_room_that_cannot_be_had_is_asked_for_again(packed, wanted, monkeypatch):
     """There is no context then, and llama.cpp crashes where it is asked about none."""
     model, tokenizer = packed
-    model.open(2, 64)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="has no room for 4 x 256 tokens"):
+    room = model.texts(2, 64)
+    more = room.count + 1
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"has no room for {more} x 256 tokens"):
         patch.setattr(llama_cpp.library(), "llama_init_from_model", lambda *given: None)
-        model.open(4, 64)
+        model.texts(more, 64)
     assert answers(model, tokenizer, wanted[:1])
 
 
@@ -148,7 +153,7 @@ def test_what_is_looked_up_stays_only_where_it_is_right(packed, wanted):
 
 
 def test_its_answers_are_kept_apart(file, packed):
-    folder = gguf_import.model_folder(file, weights=False)
+    folder = gguf_import.packed_folder(file)
     engine, torch_ = (adapters.identity(ModelSource(folder, engine=name)) for name in (LLAMA_CPP, "torch"))
     assert engine != torch_ and gguf_import.origin(folder)["sha256"] in engine
 
@@ -156,22 +161,22 @@ def test_its_answers_are_kept_apart(file, packed):
 def test_a_file_that_has_moved(file, tmp_path):
     moved = tmp_path / Path(file).name
     moved.write_bytes(Path(file).read_bytes())
-    folder = gguf_import.model_folder(str(moved), weights=False)
-    assert folder == gguf_import.model_folder(file, weights=False)
-    gguf_import.model_folder(str(moved), weights=False)
-    assert loading.load_packed(ModelSource(folder, engine=LLAMA_CPP))[0].path == str(moved)
+    folder = gguf_import.packed_folder(str(moved))
+    assert folder == gguf_import.packed_folder(file)
+    gguf_import.packed_folder(str(moved))
+    assert loading.load_gguf(ModelSource(folder, engine=LLAMA_CPP), 512)[0].name == str(moved)
 
 
 def test_logits_are_those_of_torch(packed, unpacked, wanted):
     model, _ = packed
     ids = list(wanted[3].prompt)
-    model.open(2, len(ids) + 2)
+    texts = model.texts(2, len(ids) + 2)
     with torch.inference_mode():
         expected = unpacked(torch.tensor([[*ids, 5, 6]])).logits[0]
-    assert torch.allclose(model.read(1, ids)[0], expected[len(ids) - 1], atol=0.02)
-    assert torch.allclose(model.step([1], [5], [len(ids)])[0], expected[len(ids)], atol=0.02)
-    model.copy(1, 0)
-    both = model.step([0, 1], [6, 6], [len(ids) + 1] * 2)
+    assert torch.allclose(torch.from_numpy(texts.read(1, ids))[0], expected[len(ids) - 1], atol=0.02)
+    assert torch.allclose(torch.from_numpy(texts.step([1], [5], [len(ids)]))[0], expected[len(ids)], atol=0.02)
+    texts.copy(1, 0)
+    both = torch.from_numpy(texts.step([0, 1], [6, 6], [len(ids) + 1] * 2))
     assert torch.allclose(both, expected[len(ids) + 1].expand(2, -1), atol=0.02)
 
 
@@ -202,23 +207,6 @@ def test_what_it_cannot_run_is_said(file, more, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_a_teachers_labels_are_not_ranked_with_it(file, tmp_path, capsys):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"input": "Age: 3", "output": "Good"}])
-    argv = [
-        "--teacher",
-        file,
-        "--engine",
-        "llama_cpp",
-        "--data",
-        rows,
-        "--out",
-        str(tmp_path / "out"),
-        "--probabilities",
-    ]
-    assert cli.run(teacher_generate.main, argv) == 2
-    assert "--probabilities ranks labels in torch; leave --engine llama_cpp out" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("file", ["qwen2", "llama"], indirect=True)
 def test_labels_are_ranked_as_torch_ranks_them(file, capsys):
     scores = []
@@ -226,3 +214,28 @@ def test_labels_are_ranked_as_torch_ranks_them(file, capsys):
         infer_creditmix.main(["--model_dir", file, "--features", "Age: 23.0, Occupation: Scientist", *more])
         scores.append(json.loads(capsys.readouterr().out)["raw_scores"])
     assert scores[0] == pytest.approx(scores[1], abs=0.02)
+
+
+@pytest.mark.parametrize("file", ["qwen2"], indirect=True)
+def test_a_teachers_labels_are_ranked_as_a_students(file, tmp_path, capsys):
+    """teacher_generate.py --probabilities, and a larger model that unsure rows are handed on to."""
+    text = "Age: 23.0, Occupation: Scientist"
+    infer_creditmix.main(["--model_dir", file, "--features", text, "--engine", "llama_cpp"])
+    alone = json.loads(capsys.readouterr().out)
+    rows, out = (
+        write_rows(tmp_path / "rows.jsonl", [{"input": CREDITMIX.prompt(CREDITMIX.clean(text))}]),
+        tmp_path / "out.jsonl",
+    )
+    argv = ["--teacher", file, "--engine", "llama_cpp", "--data", rows, "--out", str(out), "--probabilities"]
+    teacher_generate.main(argv)
+    (row,) = read_rows(out)
+    assert row["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
+    capsys.readouterr()
+    student = build_base(tmp_path / "student", loading.load_gguf(ModelSource(packed_of(file)), 64)[1], seed=3)
+    infer_creditmix.main(["--model_dir", student, "--features", text, "--cascade", file, "--cascade_below", "0.999"])
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["prediction"], answer["answered_by"]) == (alone["prediction"], packed_of(file))
+
+
+def packed_of(file: str) -> str:
+    return gguf_import.packed_folder(file)

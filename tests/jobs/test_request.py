@@ -11,6 +11,7 @@ from support.inputs import CORPUS, ROOT
 from support.jobs_served import serve_jobs
 from support.models import build_base
 
+import export_model
 from common.cli import UserError
 from common.jobs import checks as job_checks
 from common.jobs import proof_rows as job_proof
@@ -123,6 +124,20 @@ def test_a_data_set_is_passed_on_with_its_part(planner, data, monkeypatch):
     assert plan.commands[1]["argv"][2:] == [
         "--output=job/proof.jsonl", "--dataset=wikitext", "--subset=wikitext-2-raw-v1", "--split=train",
         "--text_column=text"]  # fmt: skip
+
+
+def test_exports_without_a_proof(planner, data):
+    """No rows are written for one, and the exporter is told; without an export there is nothing to leave out."""
+    body = payload(data) | {"export_onnx": True, "post_training_quant": True, "no_proof": True}
+    commands = planner.plan(body, Path("job/artifacts")).commands
+    assert [command["output"] for command in commands] == ["", "int8", "onnx"]
+    for command in commands[1:]:
+        assert command["argv"][-1] == "--no_proof" and not any("proof_data" in word for word in command["argv"])
+        export_model.build_parser().parse_args(command["argv"][1:])
+    with pytest.raises(
+        Problem, match="no_proof: goes with post_training_quant or export_onnx; set one, or leave it out"
+    ):
+        planner.plan(payload(data, no_proof=True), Path("run"))
 
 
 def test_a_distilled_student_is_a_whole_model_unless_an_adapter_is_asked_for(planner, data):

@@ -20,7 +20,7 @@ from common import cli
 from common.cli import UserError
 from common.data import task_record
 from common.jobs.checks import Reach
-from common.models import flags, gguf_import, loading, tokenizers
+from common.models import adapters, flags, gguf_import, loading, tokenizers
 from common.models.gguf_file import TASK_KEY
 from common.models.gguf_import import model_folder
 from common.serving.settings import ServerSettings
@@ -79,7 +79,8 @@ def test_names(file, tmp_path):
         (tmp_path / name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=r"holds 2 GGUF files \(a\.gguf, b\.gguf\); name one of them"):
         model_folder(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")  # a model that somebody also quantised
+    for name in ("config.json", "model.safetensors"):  # a model that somebody also quantised
+        (tmp_path / name).write_text("{}")
     assert model_folder(str(tmp_path)) == str(tmp_path)
 
 
@@ -193,6 +194,42 @@ def test_servers(file, monkeypatch, tmp_path):
     short.unlink()
     with pytest.raises(Problem, match="there is no model"):
         Reach([tmp_path]).model("student", str(file))
+
+
+def test_a_folder_of_the_hubs_cache(file, tmp_path):
+    """A repository's, or a snapshot's; some have the original's config.json beside the files."""
+    repo = tmp_path / "models--owner--x-GGUF"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "blobs").mkdir()
+    (repo / "blobs" / "1").write_bytes(file.read_bytes())
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "x-Q8_0.gguf").symlink_to(repo / "blobs" / "1")
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "mmproj-x.gguf").write_bytes(b"")
+    folder = gguf_import.packed_folder(str(repo))
+    assert {gguf_import.packed_folder(str(path)) for path in (snapshot, snapshot / "x-Q8_0.gguf")} == {folder}
+    assert gguf_import.file_of(folder) == snapshot / "x-Q8_0.gguf"
+    assert Path(model_folder(str(repo)), "model.safetensors").is_file()
+    (snapshot / "x-Q4_0.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds 2 GGUF files \(x-Q4_0.gguf, x-Q8_0.gguf\); name one of them"):
+        gguf_import.packed_folder(str(repo))
+    (snapshot / "model.safetensors").write_bytes(b"")  # which is the model, then
+    assert gguf_import.packed_folder(str(snapshot)) == str(snapshot)
+
+
+def test_an_export_that_is_run_as_it_is_keeps_its_folder(file, tmp_path):
+    """Its calibration and its task lie there, and what is fitted and measured goes there."""
+    exported = tmp_path / "exports" / "gguf"
+    exported.mkdir(parents=True)
+    (exported / file.name).write_bytes(file.read_bytes())
+    assert gguf_import.packed_folder(str(exported)).endswith("-packed")
+    (exported / "export.json").write_text("{}")
+    assert gguf_import.packed_folder(str(exported)) == gguf_import.packed_folder(str(exported / file.name))
+    assert gguf_import.packed_folder(str(exported)) == str(exported)
+    assert adapters.adapter_hash(exported) == digest(file)
+    assert gguf_import.file_of(model_folder(str(exported))) is None  # which has weights of its own
 
 
 @pytest.mark.parametrize("text", ["{", '{"kind": "none"}', "[" * 5000])

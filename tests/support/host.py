@@ -43,7 +43,9 @@ def run_host(base: str, settings: HostSettings, asked: Sequence[tuple[Any, Any]]
     Args:
         asked: (key, payload) of each request.
     """
-    requests = [QueuedRequest(number, key, payload) for number, (key, payload) in enumerate(asked)]
+    requests = [
+        QueuedRequest(number, key, payload, urgent=key[1].urgent) for number, (key, payload) in enumerate(asked)
+    ]
     messages = Messages(*requests, Close())
     Host(base, settings, adapters, messages).serve()
     gc.unfreeze()  # it is not alone in this process

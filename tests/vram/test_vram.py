@@ -20,7 +20,7 @@ from common.training.settings import TrainSettings
 from common.vram import formulas as peak_memory
 from common.vram import model_shape as shapes
 from common.vram import preflight as vram
-from common.vram.formulas import GB, Inference, Training, predict
+from common.vram.formulas import GB, Inference, Packed, Training, predict
 
 QWEN_3B, QWEN_7B = shapes.from_config(shapes.QWEN_3B), shapes.from_config(shapes.QWEN_7B)
 CPU = {"four_bit": False, "cuda": False}
@@ -430,3 +430,15 @@ def test_command_answers_without_weights_torch_or_network():
     total = predict(Training(QWEN_3B)).total
     assert f"predicted peak {total / GB:13.2f} GB".split() == lines[-2].split()
     assert lines[-1].startswith("too much for a card of 4 GB; it would fit with --max_len ")
+
+
+def test_a_gguf_takes_its_file_and_the_keys_and_values_of_what_is_read():
+    """In 16 bits, once for texts and once for a row; fewer tokens are all that saves."""
+    plan = Packed(QWEN_3B, 2_000_000_000, 8192)
+    parts, a_token = predict(plan).parts, 2 * 2 * 2 * 128 * 36
+    assert parts["the GGUF"] == 2_000_000_000 and parts["key/value cache"] == 2 * 8192 * a_token
+    assert predict(replace(plan, writes=False)).parts["key/value cache"] == 8192 * a_token
+    fitted = vram.fit(plan, predict(plan).total - 1)
+    assert fitted == replace(plan, batch_tokens=4096)
+    assert vram.changed_flags(plan, fitted, vram.SERVER_PACKED) == {"MAX_BATCH_TOKENS": 4096}
+    assert vram.fit(plan, 2_000_000_000) is None

@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError
-from common.models import adapters, gguf_runtime, onnx_runtime
-from common.models.loading import load_for_inference
-from common.models.source import LLAMA_CPP, LoadedModel, ModelSource
+from common.models import adapters, onnx_runtime
+from common.models.source import LoadedModel, ModelSource
 from common.tasks.ranking.calibration import Calibration, batch_calibration
 from common.tasks.ranking.ranker import Ranker, cached_prior
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.settings import DEFAULT, ScoringSettings
 from common.tasks.ranking.task import LabelTask, warned
-from common.vram.preflight import fit_inference
+from common.vram.preflight import load_within_memory
 
 CALIBRATION = "calibration"  # what a model's folder keeps of a task, by `LabelTask.file_in`
 DIGITS = 6  # of the numbers in an answer
@@ -55,17 +54,10 @@ class Classifier:
         if onnx_runtime.is_onnx(source.model_dir):
             if source.base or source.load_in_4bit == "on" or source.dtype != "auto":
                 raise UserError(f"{source.model_dir} is an ONNX export; leave --base, --load_in_4bit and --dtype out")
-            model, tokenizer = onnx_runtime.load(source.model_dir)
-        elif source.engine == LLAMA_CPP:
-            model, tokenizer = gguf_runtime.load(source.model_dir, max_batch_tokens)
+            loaded = LoadedModel(*onnx_runtime.load(source.model_dir), max_batch_tokens)
         else:
-            source, max_batch_tokens = fit_inference(
-                source, max_batch_tokens, auto_fit=settings.auto_fit, generates=False
-            )
-            model, tokenizer = load_for_inference(source)
-        loaded = LoadedModel(model, tokenizer, max_batch_tokens)
-        model_hash = adapters.weights_hash(source)
-        return cls.on(loaded, source.model_dir, task, num_null_prompts=settings.num_null_prompts, model_hash=model_hash)
+            loaded = load_within_memory(source, max_batch_tokens, auto_fit=settings.auto_fit, generates=False)
+        return cls.on(loaded, source.model_dir, task, num_null_prompts=settings.num_null_prompts)
 
     @classmethod
     def on(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.models.gguf_runtime import GgufModel
+from common.models.gguf_model import GgufModel
 from common.tasks.ranking.label_tree import label_scores
 from common.tasks.ranking.ranker import Ranker
 from common.tasks.ranking.task import LabelTask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.models.batching import MAX_BATCH_TOKENS
-from common.models.gguf_runtime import GgufModel
+from common.models.gguf_model import GgufModel
 from common.models.onnx_runtime import OnnxModel
 from common.tasks.ranking.ranker import Ranker
 from common.tasks.ranking.task import LabelTask

@@ -44,8 +44,9 @@ def judged(
         name, texts = cascade.teacher.model, [row[task.text_field] for row in rows]
         teacher, tokens = endpoint_predictions(cascade.teacher, task, texts, cascade.kept)
     else:
-        name, teacher = cascade.teacher, scores[cascade.teacher].predictions
-    students = [(model_dir, scores[model_dir]) for model_dir in model_dirs if model_dir != cascade.teacher]
+        name = cascade.teacher.model_dir
+        teacher = scores[name].predictions
+    students = [(model_dir, scores[model_dir]) for model_dir in model_dirs if model_dir != name]
     return cascade_curve.measured(
         name, teacher, students, np.array(y), groups, price=cascade.price, tokens=tokens, seed=seed
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from common import cli
 from common.cli import UserError
+from common.models import gguf_import
 from common.models import loading as models
-from common.models.source import ModelSource
+from common.models.flags import source_of
+from common.models.source import LLAMA_CPP, TORCH, ModelSource
 from common.teachers.cascade.kept_rows import check_folder
 from common.teachers.cascade.settings import TIMEOUT, CascadeSettings, JudgedCascade, endpoint, is_address
 from common.teachers.settings import EndpointSettings, LocalSettings
@@ -42,7 +45,7 @@ def add_cascade_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_teacher_flags(group: argparse._ArgumentGroup) -> None:
     """Who the teacher is."""
-    group.add_argument("--cascade", metavar="URL|MODEL", help="an OpenAI-shaped API, up to /v1, or a local model")
+    group.add_argument("--cascade", metavar="URL|MODEL", help="an OpenAI-shaped API, up to /v1, or a model here")
     group.add_argument("--cascade_model", metavar="NAME", help="the model's name at the URL")
 
 
@@ -72,9 +75,23 @@ def judged_cascade(args: argparse.Namespace) -> JudgedCascade | None:
         return JudgedCascade(teacher, args.cascade_price, kept)
     if args.cascade_model:
         raise UserError("--cascade_model is of a URL; leave it out with a local model")
-    if args.model_dir == [args.cascade]:
+    source = local_source(args)
+    if args.model_dir == [source.model_dir]:
         raise UserError("--cascade names the model that is judged; give another one as the teacher")
-    return JudgedCascade(args.cascade, args.cascade_price)
+    return JudgedCascade(source, args.cascade_price)
+
+
+def local_source(args: argparse.Namespace) -> ModelSource:
+    """The model of --cascade: a GGUF is run as it is, by llama.cpp, whatever runs the others; the rest is torch's.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = gguf_import.packed_folder(args.cascade)
+    if gguf_import.file_of(folder):
+        return ModelSource(folder, engine=LLAMA_CPP)
+    models.check_model_dir(args.cascade)
+    return replace(source_of(args, args.cascade), engine=TORCH)
 
 
 def cascade_settings(args: argparse.Namespace) -> CascadeSettings | None:
@@ -97,9 +114,7 @@ def cascade_settings(args: argparse.Namespace) -> CascadeSettings | None:
     else:
         if args.cascade_model or args.cascade_timeout:
             raise UserError("--cascade_model and --cascade_timeout are of a URL; leave them out with a local model")
-        models.check_model_dir(args.cascade)
-        source = ModelSource(args.cascade, load_in_4bit=args.load_in_4bit, trust_remote_code=args.trust_remote_code)
-        teacher = LocalSettings(source, args.max_batch_tokens, args.auto_fit)
+        teacher = LocalSettings(replace(local_source(args), base=None), args.max_batch_tokens, args.auto_fit)
     if args.cascade_keep:
         check_folder(args.model_dir)
     return CascadeSettings(teacher, args.cascade_below, args.cascade_per_hour, timeout, args.cascade_keep)

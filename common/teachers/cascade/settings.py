@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from common.cli import UserError
+from common.models.source import ModelSource
 from common.teachers.settings import EndpointSettings, LocalSettings, address_fault
 
 TIMEOUT = 20.0  # seconds, unless something else is asked for
@@ -52,19 +53,19 @@ class JudgedCascade:
     """A cascade that an evaluation judges.
 
     Attributes:
-        teacher: an endpoint, or the folder or name of a model that is evaluated beside the others.
+        teacher: an endpoint, or a model that is evaluated beside the others.
         price: of a row that is handed on; None: not known.
         kept: file of an endpoint's raw answers, so that it is not asked twice; None: they are not kept.
     """
 
-    teacher: EndpointSettings | str
+    teacher: EndpointSettings | ModelSource
     price: float | None = None
     kept: str | None = None
 
     @property
-    def local_teacher(self) -> str | None:
+    def local_teacher(self) -> ModelSource | None:
         """The model that is the teacher; None for an endpoint."""
-        return self.teacher if isinstance(self.teacher, str) else None
+        return self.teacher if isinstance(self.teacher, ModelSource) else None
 
 
 def is_address(teacher: str) -> bool:

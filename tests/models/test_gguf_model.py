@@ -8,7 +8,7 @@ import torch
 from support.gguf_files import build, write
 
 from common.cli import UserError
-from common.models.gguf_runtime import GgufModel
+from common.models.gguf_model import GgufModel
 
 IDS = [6, 77, 100, 33, 9, 200, 150, 44, 45, 46, 12, 13, 14, 15]
 
