@@ -224,6 +224,6 @@ def test_the_server_takes_an_export(onnx, run, tmp_path):
         assert one["raw_scores"] == pytest.approx(other["raw_scores"], abs=1e-3)
         assert one["prediction"] == other["prediction"]
         chat = {"model": "onnx", "messages": [{"role": "user", "content": "Hi"}]}
-        assert "which ranks labels alone" in served.refused(409, "/v1/chat/completions", chat)
+        assert "which ranks labels alone" in served.refused(422, "/v1/chat/completions", chat)
         entry = next(entry for entry in served.ask("GET", "/models")[1]["models"] if entry["name"] == "onnx")
         assert entry["loaded"] and entry["error"] is None
