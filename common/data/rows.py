@@ -145,11 +145,11 @@ def check_rows(
     """The good rows of `numbered` (number, row). A bad one stops, or is counted and said, never dropped in silence.
 
     Args:
-        unit: what the numbers count: "line", or "row" in a JSON list.
+        unit: what the numbers count: "line", "row" in a JSON list, "file" of a folder's documents.
         fault_of: a further check of a row that has the keys: why it is bad, or None.
 
     Raises:
-        UserError: the first bad row, by file and line (unless `skip_bad_rows`), or no good row at all.
+        UserError: the first bad row, by file and line (unless `skip_bad_rows`), no good row, or no row at all.
     """
     rows, bad = [], 0
     for number, row in numbered:
@@ -165,6 +165,11 @@ def check_rows(
             )
     if bad:
         log(f"{path}: {bad} bad rows skipped, {len(rows)} kept")
+    if not rows and not bad:
+        if unit == "file":
+            raise UserError(f"{path} has no document; give a folder with some")
+        needed = f", each with the keys {', '.join(keys)}" if keys else ""
+        raise UserError(f"{path} has no rows; give a file with rows{needed}")
     if not rows:
         needed = f"each needs the keys {', '.join(keys)}" if keys else "every one of them is bad, so mend the file"
         raise UserError(f"{path} has no usable rows; {needed}")

@@ -13,7 +13,7 @@ from common.cli import UserError, reason
 from common.files import atomic_write, jsonl_text
 
 if TYPE_CHECKING:
-    from pyarrow import Table
+    from pyarrow import Array, Table
 
 FORMATS = ("jsonl", "csv", "parquet")
 PARQUET = b"PAR1"  # how such a file begins
@@ -82,6 +82,51 @@ def parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
                     yield number, {name: _json_value(value) for name, value in row.items()}
                 except UnicodeDecodeError as error:
                     yield number, ValueError(f"it holds bytes that are no UTF-8 text (byte {error.start})")
+
+
+def parquet_bytes(path: str | Path, most: int) -> int:
+    """Bytes of a Parquet file's values once they are read; beyond `most` the count may stop early.
+
+    Texts are read by their dictionaries, so that a file of a few kilobytes in which one long text stands in a million
+    rows takes no more memory here than it says it has.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from pyarrow import parquet
+
+    with _readable(path):
+        facts = parquet.read_metadata(path)
+        groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        if size > most:
+            return size
+        leaves = [facts.schema.column(number) for number in range(facts.num_columns)]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        size = 0
+        for batch in parquet.ParquetFile(path, read_dictionary=texts).iter_batches(4096):
+            size += sum(map(_read_bytes, batch.columns))
+            if size > most:
+                break
+    return size
+
+
+def _read_bytes(array: Array) -> int:
+    """Of an array's values, each at least one, with texts as often as they stand in it."""
+    from pyarrow import compute, types
+
+    if types.is_dictionary(array.type):
+        if not (types.is_string(array.type.value_type) or types.is_binary(array.type.value_type)):
+            return len(array) + array.nbytes
+        lengths = compute.take(compute.binary_length(array.dictionary), array.indices)
+        return len(array) + (compute.sum(lengths).as_py() or 0)
+    if types.is_map(array.type):
+        return len(array) + _read_bytes(array.keys) + _read_bytes(array.items)
+    if types.is_struct(array.type):
+        return len(array) + sum(map(_read_bytes, array.flatten()))
+    if types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type):
+        return len(array) + _read_bytes(array.flatten())
+    return len(array) + array.nbytes
 
 
 @contextlib.contextmanager

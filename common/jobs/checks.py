@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.cli import UserError
+from common.jobs import within_reach
 from common.jobs.backend import Device
 from common.jobs.folder import ARTIFACTS
 from common.models import adapters, gguf_import, hub
@@ -119,14 +120,20 @@ class Reach:
 
     def _on_hub(self, kind: str, field: str, name: str) -> str:
         if not HUB_ID.fullmatch(name):
-            raise Problem(422, f"{field}: there is no {kind} {name!r} under the allowed folders", field)
+            sentence = f"{field}: there is no {kind} {name!r} under the allowed folders"
+            raise Problem(422, sentence + self._others(kind), field)
         if time.monotonic() - self._known.get((kind, name), -REMEMBER) < REMEMBER:
             return name
         reason = self.ask_hub(kind, name)
         if reason:
-            raise Problem(422, f"{field}: the {kind} {name!r} cannot be reached: {reason}", field)
+            sentence = f"{field}: the {kind} {name!r} cannot be reached: {reason}{self._others(kind)}"
+            raise Problem(422, sentence, field)
         self._known[kind, name] = time.monotonic()
         return name
+
+    def _others(self, kind: str) -> str:
+        """What may be named instead, to end a sentence with."""
+        return f"; {within_reach.which_models(self)}" if kind == "model" else ""
 
     def ask_hub(self, kind: str, name: str) -> str | None:
         """Why a name cannot be had from the Hub or its cache here; None when it can."""

@@ -274,13 +274,14 @@ def check_unpacked(path: Path, max_bytes: int) -> None:
         UserError: it cannot be read.
     """
     if tables.is_parquet(path):
-        return
-    with open_text(path) as handle:
-        start = handle.read(4096)
-        size, is_list = len(start), start.lstrip().startswith("[")
-        most = min(MOST_OF_A_LIST, max_bytes) if is_list else max_bytes
-        while size <= most and (piece := handle.read(1 << 20)):
-            size += len(piece)
+        size, most, is_list = tables.parquet_bytes(path, max_bytes), max_bytes, False
+    else:
+        with open_text(path) as handle:
+            start = handle.read(4096)
+            size, is_list = len(start), start.lstrip().startswith("[")
+            most = min(MOST_OF_A_LIST, max_bytes) if is_list else max_bytes
+            while size <= most and (piece := handle.read(1 << 20)):
+                size += len(piece)
     if size > most and is_list:
         limit = f"a JSON list has at most {most:,} bytes, as it is read whole; send one object a line"
         raise Problem(413, f"file: {limit}", "file")

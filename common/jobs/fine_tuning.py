@@ -224,12 +224,14 @@ def plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
 
 
-def renamed(problem: Problem) -> Problem:
-    """A refusal of this service's own request, by the names of OpenAI's."""
+def renamed(problem: Problem, aliases: tuple[tuple[str, str], ...] = ()) -> Problem:
+    """A refusal of this service's own request, by the names of OpenAI's; of a model with those that stand for one."""
     field = FIELDS.get(problem.param or "", problem.param)
     message = str(problem.detail)
     if field != problem.param:
         message = re.sub(rf"^{problem.param}\b", str(field), message)
+    if field == "model" and aliases:
+        message += f"; these names stand for a model here: {', '.join(pattern for pattern, _ in aliases)}"
     retry = (problem.headers or {}).get("Retry-After")
     return Problem(problem.status_code, message, field, int(retry) if retry else None)
 

@@ -61,11 +61,11 @@ class FineTuning:
                 return self.service.submit(payload, key, asked)
             except Problem as problem:
                 if problem.param != "per_device_train_batch_size":
-                    raise renamed(problem) from problem
+                    raise renamed(problem, settings.fine_tuning_models) from problem
         try:
             return self.service.submit(passes[-1], key, asked)
         except Problem as problem:
-            raise renamed(problem) from problem
+            raise renamed(problem, settings.fine_tuning_models) from problem
 
     def _file(self, field: str, name: str, trainer: str) -> StoredFile:
         file = self.service.files.find(name)

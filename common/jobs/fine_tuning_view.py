@@ -16,6 +16,7 @@ from common.jobs.store import CANCELLED, ENDED, FAILED, PAUSED, SUCCEEDED, TO_PA
 
 PREFIX = "ftjob-"
 ORGANIZATION = "distill-slm"
+STOPPED = {FAILED: "it failed", CANCELLED: "The job was cancelled", PAUSED: "The job is paused"}
 POLL, BEAT = 0.25, 15.0  # seconds between two looks for something new; of silence before a sign of life
 
 
@@ -80,7 +81,7 @@ def trained_tokens(job: Job, folder: JobFolder) -> int | None:
 
 def events(job: Job, folder: JobFolder) -> list[dict[str, Any]]:
     """What has happened, the oldest first. An event keeps its id and its place, whatever follows."""
-    entries: list[dict[str, Any]] = []
+    entries: list[tuple[float, dict[str, Any]]] = []
 
     def add(key: str, when: float, message: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
         event = {
@@ -92,24 +93,24 @@ def events(job: Job, folder: JobFolder) -> list[dict[str, Any]]:
             "type": "metrics" if data else "message",
             "data": data or {},
         }
-        entries.append(event)
+        entries.append((when, event))
 
     add("created", job.created, f"Created fine-tuning job: {PREFIX}{job.id}")
     for number, entry in enumerate(progress.parse(progress.read(folder, progress.LIVE, 0, -1))):
         add(f"line-{number}", entry["time"], *described(entry))
-    end = job.ended or time.time()
+    unwritten = job.state in STOPPED and not job.stops  # by a service that kept none
+    kept = {"state": job.state, "time": job.ended or time.time(), "reason": job.error and job.error["reason"]}
+    for number, stop in enumerate([kept] if unwritten else job.stops):
+        level = "error" if stop["state"] == FAILED else "info"
+        add(f"{stop['state']}-{number}", stop["time"], stop["reason"] or STOPPED[stop["state"]], level)
+    entries.sort(key=lambda entry: entry[0])
     if job.state == SUCCEEDED:
+        end = job.ended or time.time()
         if figures := folder.read(f"{ARTIFACTS}/{VALIDATION}"):
             add("validation", end, validation_sentence(figures), "info", figures)
         add("model", end, f"New fine-tuned model created: {name_of(job)}")
         add("succeeded", end, "The job has successfully completed")
-    elif job.state == FAILED:
-        add(f"failed-{job.attempt}", end, job.error["reason"] if job.error else "it failed", "error")
-    elif job.state == CANCELLED:
-        add(f"cancelled-{job.attempt}", end, "The job was cancelled")
-    elif job.state == PAUSED:
-        add(f"paused-{job.attempt}", entries[-1]["created_at"], "The job is paused")
-    return entries
+    return [event for _, event in entries]
 
 
 def described(entry: dict[str, Any]) -> tuple[str, str, dict[str, Any] | None]:
@@ -129,7 +130,8 @@ def described(entry: dict[str, Any]) -> tuple[str, str, dict[str, Any] | None]:
 def validation_sentence(figures: dict[str, Any]) -> str:
     """The figures of a validation file in words."""
     words = {"loss": "loss", "token_accuracy": "token accuracy", "accuracy": "accuracy",
-             "preference_accuracy": "preference accuracy"}  # fmt: skip
+             "preference_accuracy": "chosen answer likelier, without the reference",
+             "reward_accuracy": "chosen answer preferred, against the reference"}  # fmt: skip
     parts = [
         f"{name} {value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
         for key, name in words.items()

@@ -28,8 +28,10 @@ from common.jobs.files import FileStore
 from common.jobs.fine_tuning import PUBLISHED, RESULTS, VALIDATION
 from common.jobs.folder import CHECKPOINTS, JobFolder, plain_files
 from common.models import adapters
+from common.training.progress import ACCURACY
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")  # OpenAI's
+REWARD_ACCURACY = "rewards/accuracies"  # TRL's, of preferences
 OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args")  # how files of it begin
 
 
@@ -73,6 +75,7 @@ def curve_csv(points: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], s
     for point in points:
         line = lines.setdefault(point["step"], {"step": point["step"]})
         known = {"train_loss": point.get("loss"), "valid_loss": point.get("eval_loss")}
+        known["train_accuracy"] = point.get(REWARD_ACCURACY, point.get(ACCURACY)) if "loss" in point else None
         line.update({name: value for name, value in known.items() if value is not None})
     if figures:
         accuracy = {"valid_mean_token_accuracy": figures["token_accuracy"]["value"]}
@@ -99,7 +102,7 @@ def keep_results(data_dir: Path, file_id: str, content: bytes) -> None:
 
 def metrics(model_dir: Path, figures: Mapping[str, Any]) -> dict[str, Any]:
     """The figures as an evaluator's result (see `common.evaluation.results`), which the inference server shows."""
-    names = ("loss", "token_accuracy", "accuracy", "preference_accuracy")
+    names = ("loss", "token_accuracy", "accuracy", "preference_accuracy", "reward_accuracy")
     entry = {"model_dir": str(model_dir), "replicates": figures["replicates"], "contamination": figures["shared"]}
     entry |= {name: figures[name] for name in names if name in figures}
     facts = {"evaluator": "validation", "data": figures["data"], "data_sha256": figures["data_sha256"]}

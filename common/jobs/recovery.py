@@ -50,7 +50,7 @@ def checked(row: Mapping[str, Any], job_id: str) -> Job:
     """A row as a job. Raises TypeError or ValueError for one that is none."""
     job = Job(**row)
     kinds = {"id": str, "method": str, "request": dict, "commands": list, "state": str, "artifacts": list}
-    kinds |= {"number": int, "place": int, "attempt": int, "created": int | float, "bytes": int}
+    kinds |= {"stops": list, "number": int, "place": int, "attempt": int, "created": int | float, "bytes": int}
     damaged = [name for name, kind in kinds.items() if not isinstance(getattr(job, name), kind)]
     if damaged or job.id != job_id or job.state not in STATES:
         raise ValueError(f"the row of {job_id} is damaged: {', '.join(damaged) or 'id or state'}")
@@ -75,6 +75,7 @@ def row_of_plan(folder: JobFolder, plan: Mapping[str, Any]) -> dict[str, Any]:
         "artifacts": [],
         "bytes": folder.size(),
         "cancel": False,
+        "stops": [],
     }
     if result:
         ended = os.stat(folder.path / RESULT).st_mtime

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ CREATE TABLE IF NOT EXISTS job (
     ended REAL,
     error TEXT,                                -- JSON
     artifacts TEXT NOT NULL DEFAULT '[]',      -- JSON
-    bytes INTEGER NOT NULL DEFAULT 0           -- of its folder, once it has ended
+    bytes INTEGER NOT NULL DEFAULT 0,          -- of its folder, once it has ended
+    stops TEXT NOT NULL DEFAULT '[]'           -- JSON, see Job
 );
 CREATE INDEX IF NOT EXISTS waiting ON job (state, handed, place);
 """
@@ -57,7 +58,12 @@ CREATE INDEX IF NOT EXISTS waiting ON job (state, handed, place);
 
 @dataclass(frozen=True)
 class Job:
-    """A row. Times are seconds since 1970."""
+    """A row. Times are seconds since 1970.
+
+    Attributes:
+        stops: {"state", "time", "reason"} of each time that it was paused or cancelled, or failed, also when it was
+            resumed afterwards.
+    """
 
     number: int
     id: str
@@ -77,9 +83,16 @@ class Job:
     error: dict[str, Any] | None
     artifacts: list[dict[str, Any]]
     bytes: int
+    stops: list[dict[str, Any]] = field(default_factory=list)
 
 
-JSON_COLUMNS = ("request", "commands", "error", "artifacts")
+JSON_COLUMNS = ("request", "commands", "error", "artifacts", "stops")
+ADDED = {"stops": "TEXT NOT NULL DEFAULT '[]'"}  # columns that tables of earlier versions lack
+
+
+def _with_stop(state: str, time: str, reason: str = "NULL") -> str:
+    """SQL: the stops of a row, and one more."""
+    return f"json_insert(stops, '$[#]', json_object('state', {state}, 'time', {time}, 'reason', {reason}))"
 
 
 def _job(row: sqlite3.Row) -> Job:
@@ -114,6 +127,9 @@ class Store:
         with self._transaction() as connection:
             for statement in SCHEMA.split(";\n"):
                 connection.execute(statement)
+            there = {row["name"] for row in connection.execute("PRAGMA table_info(job)")}
+            for name in ADDED.keys() - there:
+                connection.execute(f"ALTER TABLE job ADD COLUMN {name} {ADDED[name]}")
 
     def _connection(self) -> sqlite3.Connection:
         """This thread's own: readers and the writer never wait for one another."""
@@ -239,9 +255,10 @@ class Store:
 
         def change() -> Job | None:
             with self._transaction() as connection:
+                stops = _with_stop("'cancelled'", "?1")
                 connection.execute(
-                    "UPDATE job SET state = 'cancelled', ended = ? "
-                    "WHERE id = ? AND state IN ('queued', 'paused') AND handed = 0",
+                    f"UPDATE job SET state = 'cancelled', ended = ?1, stops = {stops} "
+                    "WHERE id = ?2 AND state IN ('queued', 'paused') AND handed = 0",
                     (time.time(), job_id),
                 )
                 connection.execute("UPDATE job SET cancel = ? WHERE id = ? AND handed = 1", (TO_CANCEL, job_id))
@@ -254,8 +271,11 @@ class Store:
 
         def change() -> Job | None:
             with self._transaction() as connection:
+                stops = _with_stop("'paused'", "?1")
                 connection.execute(
-                    "UPDATE job SET state = 'paused' WHERE id = ? AND state = 'queued' AND handed = 0", (job_id,)
+                    f"UPDATE job SET state = 'paused', stops = {stops} "
+                    "WHERE id = ?2 AND state = 'queued' AND handed = 0",
+                    (time.time(), job_id),
                 )
                 connection.execute(
                     "UPDATE job SET cancel = ? WHERE id = ? AND handed = 1 AND cancel = 0", (TO_PAUSE, job_id)
@@ -330,10 +350,14 @@ class Store:
             job.attempt, state == CANCELLED, TO_PAUSE,
         )  # fmt: skip
 
+        state_now = "CASE WHEN ?8 AND cancel = ?9 THEN 'paused' ELSE ?1 END"
+        stopped = _with_stop(state_now, "?2", "json_extract(?3, '$.reason')")
+
         def change() -> None:
             with self._transaction() as connection:
                 connection.execute(
-                    "UPDATE job SET state = CASE WHEN ?8 AND cancel = ?9 THEN 'paused' ELSE ?1 END, "
+                    f"UPDATE job SET state = {state_now}, "
+                    f"stops = CASE ?1 WHEN 'succeeded' THEN stops ELSE {stopped} END, "
                     "ended = CASE WHEN ?8 AND cancel = ?9 THEN NULL ELSE ?2 END, "
                     "handed = 0, slot = NULL, cancel = 0, error = ?3, artifacts = ?4, bytes = ?5 "
                     "WHERE id = ?6 AND handed = 1 AND attempt = ?7",
@@ -413,7 +437,8 @@ def _damage(path: Path) -> str | None:
         with contextlib.closing(sqlite3.connect(path, timeout=WAIT)) as connection:
             (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if answer == "ok" and connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'job'").fetchone():
-                connection.execute(f"SELECT {', '.join(field.name for field in fields(Job))} FROM job LIMIT 1")
+                known = [each.name for each in fields(Job) if each.name not in ADDED]
+                connection.execute(f"SELECT {', '.join(known)} FROM job LIMIT 1")
             return None if answer == "ok" else answer
     except sqlite3.OperationalError as error:
         if "no such column" in str(error):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from common.data.shapes import DPO, SFT
 from common.evaluation.bootstrap import REPLICATES, mean_interval, ratio_interval
 from common.files import sha256_file, sha256_text, write_json
 from common.jobs.fine_tuning import VALIDATION
+from common.models import adapters, tokenizers
 from common.models.batching import MAX_BATCH_TOKENS
 from common.models.source import ModelSource
 
@@ -72,30 +74,43 @@ def judge(run: str, settings: dict[str, Any], path: str, rows: Sequence[dict[str
     from common.comparison.perplexity import completion_sums
     from common.models.loading import load_for_inference
     from common.training.batches import encode_rows
+    from common.training.dpo import encode_pairs
 
     model, tokenizer = load_for_inference(ModelSource(run, load_in_4bit=settings["load_in_4bit"]))
-    preferences = "chosen" in rows[0]
-    sides = [("prompt", "chosen"), ("prompt", "rejected")] if preferences else [("input", "output")]
-    encoded = [
-        encode_rows(tokenizer, path, [(row[prompt], row[answer]) for row in rows], settings["max_len"], whole=False)
-        for prompt, answer in sides
-    ]
-    kept = [number for number, parts in enumerate(zip(*encoded, strict=True)) if None not in parts]
-    if not kept:
-        raise UserError(f"{path}: no row fits {settings['max_len']} tokens; send shorter ones")
-    sums = [
-        completion_sums(model, [side[number] for number in kept], tokenizer.pad_token_id, MAX_BATCH_TOKENS)
-        for side in encoded
-    ]
-    answers = None if preferences else [rows[number]["output"] for number in kept]
-    return {"n": len(kept), "left_out": len(rows) - len(kept), **figures_of(sums, answers)}
+    if "chosen" in rows[0]:
+        pairs = encode_pairs(tokenizer, path, rows, settings["max_len"], whole=False)
+        sides = [
+            [tokenizers.Encoded(pair.prompt_ids + answer(pair), len(pair.prompt_ids)) for pair in pairs]
+            for answer in (attrgetter("chosen_ids"), attrgetter("rejected_ids"))
+        ]
+        answers = None
+    else:
+        asked = [(row["input"], row["output"]) for row in rows]
+        encoded = encode_rows(tokenizer, path, asked, settings["max_len"], whole=False)
+        sides = [[row for row in encoded if row]]
+        answers = [row["output"] for row, kept in zip(rows, encoded, strict=True) if kept]
+
+    def sums() -> list[np.ndarray]:
+        return [completion_sums(model, side, tokenizer.pad_token_id, MAX_BATCH_TOKENS) for side in sides]
+
+    found, reference = sums(), None
+    if answers is None and adapters.is_adapter(run) and not settings.get("init_adapter"):
+        with model.disable_adapter():  # which is what a DPO on a base is held against
+            reference = sums()
+    return {"n": len(sides[0]), "left_out": len(rows) - len(sides[0]), **figures_of(found, answers, reference)}
 
 
-def figures_of(sums: Sequence[np.ndarray], answers: Sequence[str] | None) -> dict[str, Any]:
+def figures_of(
+    sums: Sequence[np.ndarray], answers: Sequence[str] | None, reference: Sequence[np.ndarray] | None = None
+) -> dict[str, Any]:
     """The figures of [rows, 3] sums (see `perplexity.completion_sums`): of answers, or of chosen and rejected ones.
+
+    `preference_accuracy` is how often the chosen answer is the likelier of the two; `reward_accuracy` how often it has
+    gained more on the reference than the other one, which is what DPO trains.
 
     Args:
         answers: their texts; None of preferences.
+        reference: the sums of chosen and rejected answers by the reference of a DPO; None: it is not at hand.
     """
     nll, tokens, right = sums[0].T
     figures: dict[str, Any] = {
@@ -105,6 +120,9 @@ def figures_of(sums: Sequence[np.ndarray], answers: Sequence[str] | None) -> dic
     }
     if answers is None:
         figures["preference_accuracy"] = mean_interval(nll < sums[1][:, 0])
+        if reference is not None:
+            gains = [before[:, 0] - after[:, 0] for before, after in zip(reference, sums, strict=True)]
+            figures["reward_accuracy"] = mean_interval(gains[0] > gains[1])
     elif len(labels := sorted(set(answers))) <= MOST_LABELS and 2 * len(labels) <= len(answers):
         figures |= {"accuracy": mean_interval(right == tokens), "labels": labels}
     return figures

@@ -27,6 +27,11 @@ def as_turns(prompt: Prompt) -> Turns:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def question_of(prompt: Prompt) -> str:
+    """What a prompt asks: itself, or the last turn of a chat's user."""
+    return next((turn["content"] for turn in reversed(as_turns(prompt)) if turn["role"] == "user"), "")
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt up to where the answer begins (see `tokenizers.encode_prompt`)."""
     return tokenizers.encode_chat(tokenizer, _plain(as_turns(prompt)))
@@ -53,6 +58,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> E
         answer = answer.lstrip().removeprefix(THINK).lstrip("\n")
     completion = tokenizers.encode_completion(tokenizer, answer)
     return Encoded.of_learnt(ids + completion, [*learnt, *range(len(ids), len(ids) + len(completion))])
+
+
+def thinking_alike(tokenizer: PreTrainedTokenizerBase, *answers: str) -> list[str]:
+    """Answers to one prompt, of which all or none begin by thinking: where some do, the others have thought nothing.
+
+    The prompt under which a model thinks is another one than that under which it answers at once, and answers that are
+    compared have to follow the same.
+    """
+    some = any(THINK_END in answer for answer in answers) and chat_template.thinks(tokenizer)
+    if not some or all(THINK_END in answer for answer in answers):
+        return list(answers)
+    at_once = chat_template.render(tokenizer, _plain(as_turns("")))
+    _, opened, nothing = at_once.rpartition(THINK)
+    thought = THINK + nothing if opened and THINK_END in nothing else f"{THINK}\n\n{THINK_END}\n\n"
+    return [answer if THINK_END in answer else thought + answer for answer in answers]
 
 
 def _plain(turns: Turns) -> list[dict[str, str]]:

@@ -129,7 +129,7 @@ class Registry:
         if not NAME.fullmatch(name) or (at and not DIGEST.fullmatch(digest)):
             raise BadName(
                 f"'{address[:80]}' is not the name of a run; give the name of a folder in {self.runs_dir} without its "
-                "path, or name@hash with at least 8 hex digits"
+                f"path, or name@hash with at least 8 hex digits; there are: {', '.join([BASE, *self.names()])}"
             )
         if name in self.short and not _holds_model(Path(self.runs_dir) / name):
             name = self.short[name]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from common.cli import UserError
 from common.data import squad, task_record
+from common.models.chats import Prompt, question_of
 from common.tasks.codegen.prompt import CODE_REQUEST, PLAN_REQUEST
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -14,14 +15,14 @@ from common.tasks.ranking.loading import load_task
 
 
 def record_of(
-    named: str | None, data: str | None, prompts: Sequence[str], init_adapter: str | None = None
+    named: str | None, data: str | None, prompts: Sequence[Prompt], init_adapter: str | None = None
 ) -> task_record.Record:
     """What a training is for, as its run keeps it.
 
     Args:
         named: --task; None where the command names none.
         data: the file of the rows.
-        prompts: of the rows; none where they are running text.
+        prompts: of the rows, of which some may be chats; none where they are running text.
         init_adapter: the adapter that the training starts from.
 
     Raises:
@@ -31,6 +32,7 @@ def record_of(
         return _named(named, data, prompts)
     if data and (record := task_record.beside(data)):
         return record
+    prompts = [prompt for prompt in prompts if isinstance(prompt, str)]  # a chat is of no task of its own
     endings = task_record.prompt_endings(prompts)
     if prompts and _all_begin(prompts, CREDITMIX.prompt("")):
         return CREDITMIX.record()
@@ -47,12 +49,13 @@ def record_of(
     return started_from if started_from and not record["beginnings"] else record
 
 
-def _named(named: str, data: str | None, prompts: Sequence[str]) -> task_record.Record:
+def _named(named: str, data: str | None, prompts: Sequence[Prompt]) -> task_record.Record:
     task = load_task(named)
     for number, prompt in enumerate(prompts, start=1):
-        if not prompt.startswith(task.prompt("").rstrip()):
+        what = "prompt" if isinstance(prompt, str) else "last question"
+        if not question_of(prompt).startswith(task.prompt("").rstrip()):
             raise UserError(
-                f"--task {named}: the prompt of row {number} of {data} does not begin with its instruction; prepare "
+                f"--task {named}: the {what} of row {number} of {data} does not begin with its instruction; prepare "
                 "the rows with creditmix_prepare.py --task, or leave --task out"
             )
     return task.record()

@@ -9,7 +9,8 @@ from common.data import training_files
 from common.models import tokenizers
 from common.models.tokenizers import Encoded
 from common.training import run
-from common.training.batches import collate, encode_rows
+from common.training.batches import IGNORE, collate, encode_rows
+from common.training.progress import ACCURACY
 from common.training.settings import TrainSettings
 from common.training.trainer import TrainingRows, fitted_trainer, limit_length, prepare_student
 
@@ -50,7 +51,7 @@ def completion_rows(
     rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, student: Any, eval_rows: Sequence[Encoded] = ()
 ) -> TrainingRows:
     """Encoded rows, trained on and judged by the mean cross-entropy of their completions' tokens."""
-    from common.training import losses, prefix_tree
+    from common.training import prefix_tree
 
     pad_id = tokenizer.pad_token_id
     lengths = [len(row.input_ids) for row in rows]
@@ -60,7 +61,7 @@ def completion_rows(
             rows,
             lengths,
             collate=lambda batch: collate(batch, pad_id),
-            loss=lambda model, batch, num_items: (losses.completion_loss(model, batch, num_items)[0], {}),
+            loss=completion_loss,
             eval_rows=eval_rows,
         )
     return TrainingRows(
@@ -72,8 +73,20 @@ def completion_rows(
     )
 
 
+def completion_loss(
+    model: Any, batch: dict[str, Any], num_items: torch.Tensor | int | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`losses.completion_loss` with the share of tokens that are the likeliest; see `common.training.trainer.Loss`."""
+    from common.training import losses
+
+    loss, output = losses.completion_loss(model, batch, num_items)
+    targets = losses.completion_columns(batch)[1]
+    hits = (output.logits.detach().argmax(dim=-1) == targets).sum()
+    return loss, {ACCURACY: hits / ((targets != IGNORE).sum().clamp(min=1) if num_items is None else num_items)}
+
+
 class SharedCompletionLoss:
-    """`losses.completion_loss` of a batch that is a prefix tree, on a student whose LM head is frozen."""
+    """`completion_loss` of a batch that is a prefix tree, on a student whose LM head is frozen."""
 
     def __init__(self, student: PreTrainedModel) -> None:
         from common.training.hidden_states import HiddenStateReader
@@ -89,5 +102,6 @@ class SharedCompletionLoss:
 
         states = scored(self.reader.read(model, batch).last, batch)
         targets = batch["labels"][:, 1:][predicted(batch)]
-        total = FrozenHeadCrossEntropy.apply(states, self.reader.head.weight, targets)
-        return total / (max(1, len(targets)) if num_items is None else num_items), {}
+        total, hits = FrozenHeadCrossEntropy.apply(states, self.reader.head.weight, targets)
+        items = max(1, len(targets)) if num_items is None else num_items
+        return total / items, {ACCURACY: hits / items}

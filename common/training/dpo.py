@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from common import distributed as launch
 from common.cli import UserError
 from common.data import shapes, training_files
-from common.models import tokenizers
+from common.models import chats, tokenizers
 from common.models.batching import REFERENCE_TOKENS
 from common.training import checkpoints, run
 from common.training.batches import collate, encode_rows
@@ -87,15 +87,17 @@ def train(settings: DpoSettings, argv: Sequence[str] | None, task_of: run.TaskOf
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, path: str, rows: Sequence[dict], max_len: int, *, whole: bool
 ) -> list[EncodedPair]:
-    """The rows that fit `max_len`; see `encode_rows`.
+    """The rows that fit `max_len`; see `encode_rows`, and of answers of which one thinks `chats.thinking_alike`.
 
     Raises:
         UserError: none does.
     """
+    answers = [chats.thinking_alike(tokenizer, row["chosen"], row["rejected"]) for row in rows]
     sides = [
-        encode_rows(tokenizer, path, [(row["prompt"], row[side]) for row in rows], max_len, whole)
-        for side in ("chosen", "rejected")
-    ]
+        encode_rows(tokenizer, path, [(row["prompt"], both[side]) for row, both in zip(rows, answers, strict=True)],
+                    max_len, whole)
+        for side in (0, 1)
+    ]  # fmt: skip
     pairs = []
     for chosen, rejected in zip(*sides, strict=True):
         if chosen is None or rejected is None:

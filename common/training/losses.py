@@ -35,11 +35,7 @@ def completion_loss(
     Returns:
         (scalar loss, model output). The loss of a batch without completion tokens is 0.
     """
-    targets = batch["labels"][:, 1:]
-    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
-    if len(columns) == 0:  # keep the graph, so that backward still works
-        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
-    targets = targets[:, columns]
+    columns, targets = completion_columns(batch)
     output = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=columns
     )
@@ -51,6 +47,15 @@ def completion_loss(
     return loss / num_items, output
 
 
+def completion_columns(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns before completion tokens [columns], at least one, and the tokens that follow them [rows, columns]."""
+    targets = batch["labels"][:, 1:]
+    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
+    if len(columns) == 0:  # keep the graph, so that backward still works
+        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
+    return columns, targets[:, columns]
+
+
 class FrozenHeadCrossEntropy(torch.autograd.Function):
     """The cross-entropy of tokens through a frozen LM head, a chunk of logits at a time, and never made twice.
 
@@ -59,7 +64,9 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden: [n, width], of the type of `weight`.
@@ -67,23 +74,26 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
             targets: token ids [n].
 
         Returns:
-            The sum over tokens, in nats, float32.
+            The sum over tokens, in nats, and how many of them are the likeliest ones; both float32.
         """
         size = max(1, CHUNK_LOGITS // len(weight))
         total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        hits = torch.zeros((), device=hidden.device)
         for rows, ids, out in zip(hidden.split(size), targets.split(size), gradient.split(size), strict=True):
             logits = (rows @ weight.t()).float()
             logprobs = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
             total -= logprobs.gather(1, ids[:, None]).sum()
+            hits += (logprobs.argmax(dim=-1) == ids).sum()
             if ctx.needs_input_grad[0]:
                 # d loss / d logits = softmax - one-hot
                 difference = logprobs.exp_().scatter_add_(1, ids[:, None], -torch.ones_like(logprobs[:, :1]))
                 torch.mm(difference.to(weight.dtype), weight, out=out)
         ctx.save_for_backward(gradient)
-        return total
+        ctx.mark_non_differentiable(hits)
+        return total, hits
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient of `hidden`."""
         (of_sum,) = ctx.saved_tensors
         return of_sum * gradient.to(of_sum.dtype), None, None

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 LIVE_LOG = "progress.jsonl"
-NOT_LOSSES = ("step", "epoch", "learning_rate", "grad_norm", "entropy", "num_tokens", "mean_token_accuracy")
+ACCURACY = "mean_token_accuracy"  # share of the tokens learnt that are the likeliest, as TRL calls it
+NOT_LOSSES = ("step", "epoch", "learning_rate", "grad_norm", "entropy", "num_tokens", ACCURACY)
 
 
 def bar_callback() -> TrainerCallback:

@@ -19,6 +19,7 @@ from common.data import rows as records
 from common.data import task_record
 from common.evaluation import run_figures
 from common.models import adapters, gguf_import, loading
+from common.models.chats import Prompt
 from common.run_record import RunRecord
 from common.training import checkpoints, progress, resumption
 from common.training.checkpoints import BEST, BEST_FACTS, CHECKPOINTS, WEIGHTS
@@ -34,7 +35,7 @@ STEPPED_DOWN = "DISTILL_SLM_STEPPED_DOWN"  # in the environment of a run that ha
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 # (--task, file of the rows, their prompts, adapter that is started from) -> what the training is for
-TaskOf = Callable[[str | None, str | None, Sequence[str], str | None], task_record.Record]
+TaskOf = Callable[[str | None, str | None, Sequence[Prompt], str | None], task_record.Record]
 
 
 def start(
@@ -58,8 +59,9 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     if not launch.is_main():
         return None
-    prompts = [text for row in rows if isinstance(text := row.get("input") or row.get("prompt"), str)]
-    task = task_of(settings.task, settings.data, prompts, settings.init_adapter) if task_of else None
+    asked = [prompt for row in rows if (prompt := row.get("input") or row.get("prompt"))]
+    prompts = [prompt for prompt in asked if isinstance(prompt, str)]
+    task = task_of(settings.task, settings.data, asked, settings.init_adapter) if task_of else None
     answers = [text for row in rows for key in records.ANSWER_KEYS if isinstance(text := row.get(key), str)]
     if task and (spacing := task_record.json_spacing(answers)):
         task = task | {"json_spacing": spacing}

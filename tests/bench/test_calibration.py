@@ -1,4 +1,4 @@
-"""bench/calibration.py: one scoring for four methods, drawn and compared by definition; and where its text sets come from."""
+"""bench/calibration.py: one scoring for four methods, drawn and compared by definition; and its sets of texts."""
 
 from __future__ import annotations
 

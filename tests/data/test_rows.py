@@ -7,11 +7,16 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.inputs import ROOT
 
 from common import files
 from common.cli import UserError
-from common.data import rows
+from common.data import rows, shapes, training_files
+from common.tasks.ranking import file_scoring
+from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.loading import load_task
 
+TICKETS = load_task(str(ROOT / "recipes" / "ticket_severity.yaml"))
 GOOD = '{"input": "a", "output": "b", "n": 12345678901234567890}\n'
 BAD = {
     "a key twice": ('{"input": "a", "output": "b", "age": 23, "age": 45}', "the key 'age' is given twice"),
@@ -40,6 +45,24 @@ def test_a_bad_file_is_named(tmp_path, kind):
     path.write_text(f"[{GOOD}, {BAD[kind][0]}]")
     with pytest.raises(UserError, match="mend the file"):
         files.read_json(path)
+
+
+READERS = {
+    "rows": lambda path: rows.read_rows(path, rows.SFT_KEYS),
+    "sft": lambda path: training_files.read(path, shapes.SFT),
+    "dpo": lambda path: training_files.read(path, shapes.DPO, skip_bad_rows=True),
+    "labels": lambda path: TICKETS.read(path),
+    "creditmix": lambda path: CREDITMIX.read(path),
+    "a teacher": lambda path: TICKETS.read_teacher(path),
+    "texts": lambda path: file_scoring.check_input(path, TICKETS, skip_bad_rows=True),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_file_without_rows_is_not_called_bad(tmp_path, kind):
+    (tmp_path / "rows.json").write_text("[]")
+    with pytest.raises(UserError, match=r"rows\.json has no rows; (give a file with rows|each needs its text)"):
+        READERS[kind](str(tmp_path / "rows.json"))
 
 
 def test_a_column_that_repeats_is_named(tmp_path):

@@ -39,6 +39,17 @@ def test_cells_are_separated_as_the_header_shows(separator, tmp_path):
     assert rows.read_rows(tmp_path / "rows.csv", rows.SFT_KEYS) == [{"input": "a, b; c\td", "output": "1,5"}]
 
 
+def test_a_parquet_file_is_as_large_as_what_is_read_of_it(tmp_path):
+    chat = [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "b"}]
+    table = pyarrow.table({"messages": [chat] * 900, "n": list(range(900)), "id": [b"y" * 100] * 900})
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(table, path)
+    written = 900 * (5000 + len("userassistantb") + 100 + 8)
+    assert path.stat().st_size < 60_000
+    assert written < tables.parquet_bytes(path, 1 << 30) < 1.02 * written
+    assert tables.parquet_bytes(path, 1000) > 1000
+
+
 def test_parquet_rows_are_what_json_would_have(tmp_path):
     table = pyarrow.table(
         {

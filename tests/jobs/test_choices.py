@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.jobs import choices
+from common.jobs import choices, within_reach
 from common.jobs.checks import Reach
 from common.jobs.request import Planner
 
@@ -24,7 +24,7 @@ def test_what_is_in_reach_is_suggested(tmp_path, monkeypatch):
 
 
 def test_a_great_tree_is_not_walked_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(choices, "MOST_FOLDERS", 3)
+    monkeypatch.setattr(within_reach, "MOST_FOLDERS", 3)
     for number in range(9):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "rows.jsonl").write_text("{}")

@@ -14,6 +14,7 @@ from openai import NotFoundError, OpenAI, UnprocessableEntityError
 from support.jobs_served import make_place, serve_jobs, settings, sha256
 from support.processes import wait_for
 
+from common.data import tables
 from common.jobs import files
 from common.jobs.routes import create_app
 from common.web import multipart
@@ -133,8 +134,13 @@ def test_what_is_small_only_while_it_is_packed_or_sent(place, monkeypatch):
         assert "at most 20 bytes, as it is read whole" in send(client, endless, "rows.json").text
     answer = send(client, gzip.compress(ROWS * 10_000), "rows.jsonl.gz")
     assert (answer.status_code, "unpacked it has more than 100,000 bytes" in answer.text) == (413, True)
+    table = tables.packed([{"input": "a" * 2000, "output": "b"}] * 100, "parquet")
+    assert len(table) < 10_000  # the text stands in it once
+    answer = send(client, table, "rows.parquet")
+    assert (answer.status_code, "unpacked it has more than 100,000 bytes" in answer.text) == (413, True)
     assert os.listdir(place / "files") == []
     assert send(client, gzip.compress(ROWS), "rows.jsonl.gz").json()["rows"] == 2
+    assert send(client, tables.packed([{"input": "a", "output": "b"}], "parquet"), "rows.parquet").json()["rows"] == 1
 
 
 def test_a_full_disk(place, monkeypatch):

@@ -151,13 +151,42 @@ def test_pause_resume_cancel(place):
     assert jobs.retrieve(job.id).finished_at >= job.created_at
 
 
+def test_an_event_stays_when_the_job_is_resumed(place):
+    client, service = in_process(place)
+    training = client.files.create(file=chats(4), purpose="fine-tune").id
+    job = client.fine_tuning.jobs.create(model=str(place / "student"), training_file=training)
+    jobs = client.fine_tuning.jobs
+    seen = []
+
+    def check(message: str) -> None:
+        """The events are those from before, and one more."""
+        events = [(event.id, event.message) for event in reversed(jobs.list_events(job.id).data)]
+        assert (events[: len(seen)], [text for _, text in events[len(seen) :]]) == (seen, [message] if message else [])
+        seen[:] = events
+
+    check(f"Created fine-tuning job: {job.id}")
+    for _ in range(2):  # twice in one attempt
+        jobs.pause(job.id)
+        check("The job is paused")
+        jobs.resume(job.id)
+        check("")
+    claimed = service.store.claim(0, "running")
+    service.store.finish(claimed, "failed", {"reason": "no memory"}, [], 5)
+    check("no memory")
+    jobs.resume(job.id)
+    jobs.cancel(job.id)
+    check("The job was cancelled")
+    assert len({event for event, _ in seen}) == len(seen)
+
+
 def test_a_name_stands_for_a_base_and_a_run_is_gone_on_from(place):
     aliases = (("gpt-4o*", str(place / "student")), ("*", "/nowhere"))
     client, service = in_process(place, fine_tuning_models=aliases, allowed_roots=(place, place.parent / "runs"))
     training = client.files.create(file=chats(4), purpose="fine-tune").id
     job = client.fine_tuning.jobs.create(model="gpt-4o-mini-2024-07-18", training_file=training)
     assert job.model == str(place / "student")
-    with pytest.raises(UnprocessableEntityError, match="model: there is no model '/nowhere'"):
+    named = r"model: there is no model '/nowhere' .*; there are: \S+/student.*; these names stand for .*: gpt-4o\*, \*"
+    with pytest.raises(UnprocessableEntityError, match=named):
         client.fine_tuning.jobs.create(model="davinci-002", training_file=training)
     long = "a" * 300  # no folder can be called so
     assert fine_tuning.base_of(long, (), place) == fine_tuning.Base(long)

@@ -89,6 +89,8 @@ def test_a_script_changes_its_base_url_alone(base, tmp_path, monkeypatch):
         header, *lines = client.files.content(job.result_files[0]).text.splitlines()
         assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
         assert sum(line.split(",")[3] != "" for line in lines) == 8  # an epoch each
+        accuracies = [float(cells[2]) for line in lines if (cells := line.split(","))[1]]  # wherever there is a loss
+        assert 0 <= accuracies[0] < accuracies[-1] <= 1
         with urlopen(f"{url}/training/") as page:
             assert b"distill-slm jobs" in page.read()
         go_on_with_preferences(client, job, base)
@@ -125,6 +127,7 @@ def go_on_with_preferences(client: OpenAI, before, base: str) -> None:
     done = until(client, job.id)
     assert (done.status, done.error, done.model) == ("succeeded", None, base)
     figures = done.validation["preference_accuracy"]
+    assert "reward_accuracy" not in done.validation  # its reference is the adapter that it started from
     assert figures["low"] <= figures["value"] <= figures["high"]
     question = [{"role": "user", "content": "Question 1"}]
     assert client.chat.completions.create(model=done.fine_tuned_model, messages=question, max_tokens=4).choices

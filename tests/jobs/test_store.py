@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sqlite3
 import threading
 
 import pytest
 
 from common.jobs import progress
 from common.jobs.folder import JobFolder
-from common.jobs.store import TO_CANCEL, KeyTaken, open_store
+from common.jobs.store import SCHEMA, TO_CANCEL, KeyTaken, open_store
 
 
 def test_a_key_with_another_request_is_refused_by_the_store(tmp_path):
@@ -18,6 +20,18 @@ def test_a_key_with_another_request_is_refused_by_the_store(tmp_path):
     assert store.submit("sft", {"a": 1}, [], "1" * 16, "key") == job
     with pytest.raises(KeyTaken):
         store.submit("sft", {"a": 2}, [], "2" * 16, "key")
+
+
+def test_a_table_of_before_stops_were_kept_is_read_as_it_is(tmp_path):
+    before = re.sub(r",\s*--[^\n]*\n\s*stops TEXT[^\n]*", "", SCHEMA)
+    with sqlite3.connect(tmp_path / "jobs.db") as connection:
+        connection.executescript(before)
+        values = "'a', 'sft', '{}', '[]', 1, 0"
+        connection.execute(f"INSERT INTO job (id, method, request, commands, place, created) VALUES ({values})")
+    store = open_store(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if "damaged" in path.name] == []
+    assert (store.find("a").method, store.find("a").stops) == ("sft", [])
+    assert [stop["state"] for stop in store.pause("a").stops] == ["paused"]
 
 
 def test_claims_are_in_the_order_of_submission_also_after_a_resume(tmp_path):

@@ -52,6 +52,15 @@ def test_of_preferences_how_often_the_preferred_answer_is_the_likelier(tiny_base
     assert "accuracy" not in figures
 
 
+def test_of_preferences_what_was_gained_on_the_reference_counts_apart():
+    chosen, rejected = np.array([[5.0, 2, 2], [1.0, 2, 2]]), np.array([[4.0, 2, 2], [2.0, 2, 2]])
+    before = [np.array([[9.0, 2, 0], [1.0, 2, 0]]), np.array([[5.0, 2, 0], [2.0, 2, 0]])]
+    figures = validation.figures_of([chosen, rejected], None, before)
+    assert figures["preference_accuracy"]["value"] == 0.5  # the second row's, without the reference
+    assert figures["reward_accuracy"]["value"] == 0.5  # the first row's, which gained 4 against 1
+    assert "reward_accuracy" not in validation.figures_of([chosen, rejected], None)
+
+
 def test_few_answers_are_labels_and_many_are_not():
     sums = [np.array([[1.0, 2, 2], [3.0, 2, 1], [0.0, 2, 2], [1.0, 2, 2]])]
     assert validation.figures_of(sums, ["a", "b", "a", "b"])["accuracy"]["value"] == 0.75

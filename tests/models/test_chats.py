@@ -152,6 +152,20 @@ def test_weights_say_what_is_learnt():
     assert chats.encode(tokenizer, nothing, ANSWER).read_only == ()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3.5", "smollm3"])
+def test_answers_that_are_compared_follow_one_prompt(name):
+    tokenizer = aligned(FAMILIES[name])
+    thoughtful, plain = "<think>\nWell.\n</think>\n\nGood", "Bad"
+    alike = chats.thinking_alike(tokenizer, plain, thoughtful)
+    assert alike[1] == thoughtful and alike[0].endswith("Bad") and "<think>\n\n</think>" in alike[0]
+    rows = [chats.encode(tokenizer, "Hi", answer) for answer in alike]
+    starts = [tokenizer.decode(row.input_ids[: row.prompt_length]) for row in rows]
+    assert starts[0] == starts[1]
+    assert chats.thinking_alike(tokenizer, plain, "Good") == [plain, "Good"]
+    assert chats.thinking_alike(tokenizer, thoughtful, thoughtful) == [thoughtful] * 2
+    assert chats.thinking_alike(aligned(FAMILIES["qwen2.5"]), plain, thoughtful) == [plain, thoughtful]
+
+
 def test_thinking_is_learnt_of_the_last_answer_alone():
     thought = "<think>\nHm.\n</think>\n\n"
     chat = [turn | {"content": thought + turn["content"]} if turn["role"] == "assistant" else turn for turn in CHAT]

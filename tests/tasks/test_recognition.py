@@ -56,6 +56,16 @@ def test_rows_of_several_tasks_and_of_none():
     assert (text["kind"], text["beginnings"]) == ("rows", [])
 
 
+def test_the_last_question_of_a_chat_is_held_to_the_flag():
+    system = {"role": "system", "content": "Be brief."}
+    chat = [system, {"role": "user", "content": TICKETS.prompt("Mail")}]
+    assert record_of(YAML, "rows.jsonl", [TICKETS.prompt("Phone"), chat]) == TICKETS.record()
+    other = [*chat, {"role": "assistant", "content": "Low"}, {"role": "user", "content": "Sure?"}]
+    with pytest.raises(UserError, match=r"the last question of row 2 of rows\.jsonl does not begin"):
+        record_of(YAML, "rows.jsonl", [TICKETS.prompt("Phone"), other])
+    assert record_of(None, None, [chat])["kind"] == "rows"
+
+
 def test_by_the_flag():
     prompts = [TICKETS.prompt("Mail"), TICKETS.prompt("Phone")]
     assert record_of(YAML, "rows.jsonl", prompts) == TICKETS.record()

@@ -89,12 +89,13 @@ def test_the_head_in_chunks_is_the_head(chunk, monkeypatch):
     hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(97, 16)
     targets = torch.randint(0, 97, (7,))
     expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
-    total = losses.FrozenHeadCrossEntropy.apply(hidden, weight, targets)
+    total, hits = losses.FrozenHeadCrossEntropy.apply(hidden, weight, targets)
+    assert hits.item() == ((hidden @ weight.t()).argmax(dim=1) == targets).sum()
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = [torch.autograd.grad(value / 3, hidden)[0] for value in (total, expected)]
     assert torch.allclose(*gradients, atol=1e-6)
     with torch.no_grad():
-        assert losses.FrozenHeadCrossEntropy.apply(hidden, weight, targets).item() == pytest.approx(total.item())
+        assert losses.FrozenHeadCrossEntropy.apply(hidden, weight, targets)[0].item() == pytest.approx(total.item())
 
 
 def test_nothing_to_predict_is_0(base, tokenizer, large):

@@ -92,16 +92,17 @@ def check_input(path: str, task: LabelTask, skip_bad_rows: bool, strict: bool = 
     Raises:
         UserError: a row without a text (unless `skip_bad_rows`), or no row with one.
     """
-    good = False
+    rows = good = 0
     unit, numbered, _ = iter_rows(path)
-    for number, row in numbered:
+    for rows, (number, row) in enumerate(numbered, start=1):  # noqa: B007 (counted to the end)
         fault = row_fault(row, task, strict)
         if fault is None:
-            good = True
+            good += 1
         elif not skip_bad_rows:
             raise UserError(f"{path}, {unit} {number}: {fault}; mend the row, or pass --skip_bad_rows")
     if not good:
-        raise UserError(f"{path} has no usable rows; each needs its text under '{task.text_field}'")
+        have = "usable rows" if rows else "rows"
+        raise UserError(f"{path} has no {have}; each needs its text under '{task.text_field}'")
 
 
 def good_texts(path: str, task: LabelTask, bad: list[dict], strict: bool = False) -> Iterator[str]:

@@ -145,7 +145,8 @@ def inspect_all(source: FileSystem, blocks: list[Block], scoring: FileScoring) -
         if block["rows"]:
             parts.append(block | {"part": len(parts)})
     if not any(block["good"] for block in parts):
-        raise UserError(f"{scoring.input} has no usable rows; each needs its text under '{task.text_field}'")
+        have = "usable rows" if parts else "rows"
+        raise UserError(f"{scoring.input} has no {have}; each needs its text under '{task.text_field}'")
     return parts
 
 

@@ -221,7 +221,7 @@ class LabelTask:
         keys = set().union(*(row for _, row in numbered if isinstance(row, dict)))
         key = self.text_field if self.text_field in keys else "input"
         answer = "teacher_label" if "teacher_label" in keys else "teacher_output"
-        if not {key, answer} <= keys:
+        if numbered and not {key, answer} <= keys:
             raise UserError(
                 f"{path} needs a {self.text_field} (or input) and a teacher_label (or teacher_output) in every row"
             )

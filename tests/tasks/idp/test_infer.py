@@ -166,7 +166,7 @@ def test_a_folder_of_documents(capsys, tiny_base, schema_file, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out.jsonl"
     folder.mkdir()
     argv = ["--input", str(folder), "--output", str(output), "--evidence"]
-    with pytest.raises(UserError, match="in has no usable rows"):
+    with pytest.raises(UserError, match="in has no document; give a folder with some"):
         infer(capsys, tiny_base, schema_file, *argv)
     (folder / "b.txt").write_text("Bar LLC total 3")
     (folder / "a.pdf").write_bytes(pdf("ACME", "Total 12.50"))

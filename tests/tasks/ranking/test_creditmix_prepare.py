@@ -186,7 +186,7 @@ ONE_CLASS = json.dumps([{"question": f"Age: 23, Outstanding Debt: {debt}", "answ
         ("gone.json", None, ["gone.json does not exist", "check the path"]),
         ("x.json", "", ["x.json is empty", "JSON list, JSONL, CSV or Parquet"]),
         ("x.csv", "\n \n", ["x.csv is empty"]),
-        ("x.json", "[]", ["x.json has no usable rows", "question, answer"]),
+        ("x.json", "[]", ["x.json has no rows; give a file with rows, each with the keys question, answer"]),
         ("x.json", "hello", ["x.json, line 1: not JSON", "mend the file"]),
         ("x.json", '[{"question": "a",\n', ["x.json, line 2: not JSON"]),
         ("x.json", "5", ["x.json must hold a JSON list"]),
