@@ -8,7 +8,8 @@ line, and that the first adapter brings costs of its own, was seen in a first ru
 turns, and a round is one turn of each. Time is the wall clock's; memory is the tensors that a call has at its peak
 beyond the model (by the allocator's log, or the card's count), and what the server and its children hold, mapped files
 left out. Labels and adapters are made up: random words, random LoRA weights on the model's base. Writes a PNG for each
-curve, prints the slopes as a Markdown table with what disagrees; the last line is JSON. Exit code 1: a wrong answer.
+curve, and a JSON of its points, from which --kept draws it anew; prints the slopes as a Markdown table with what
+disagrees by more than 15 %; the last line is JSON. Exit code 1: a wrong answer.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from harness.serving import running_server
 
 from bench.serve_load import Load, read_texts
 from common import cli
+from common.files import write_json
 from common.models import adapters
 from common.models import loading as models
 from common.models.batching import MAX_BATCH_TOKENS
@@ -100,14 +102,17 @@ TIME, TENSORS = "time of a call", "tensors at the peak"
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="bench/growth.py")
-    parser.add_argument("--model_dir", required=True, help="a run folder, a model folder or a Hub id")
-    parser.add_argument("--data", required=True, help='JSONL rows with their features under "features" or "question"')
+    parser.add_argument("--model_dir", help="a run folder, a model folder or a Hub id")
+    parser.add_argument("--data", help='JSONL rows with their features under "features" or "question"')
     parser.add_argument("--outdir", required=True, help="folder of the plots")
     parser.add_argument(
         "--only", nargs="+", choices=tuple(EXPECTED), default=list(EXPECTED), help="curves; default: all"
     )
     parser.add_argument("--rounds", type=cli.positive_int, default=5)
     parser.add_argument("--seconds", type=cli.positive_int, default=2, help="of load on the server, a point and round")
+    parser.add_argument(
+        "--kept", action="store_true", help="measure nothing: draw and judge anew what lies in --outdir as JSON"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="two rounds, a quarter of the seconds, without the largest points"
     )
@@ -116,6 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse_args(build_parser(), argv)
+    if args.kept:
+        names = [name for name in args.only if Path(args.outdir, f"{name}.json").is_file()]
+        if not names:
+            raise cli.UserError(f"--kept: {args.outdir} has no curve, such as rows.json; measure without --kept")
+        show([growth_curves.kept_curve(Path(args.outdir, f"{name}.json")) for name in names], Path(args.outdir))
+        return cli.DONE
+    if not (args.model_dir and args.data):
+        raise cli.UserError("give --model_dir and --data to measure, or --kept to draw what has been measured")
     if args.quick:
         args.rounds, args.seconds = 2, args.seconds / 4
     texts = read_texts(args.data)
@@ -129,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     curves, counts = measure(args, texts)
     for curve in curves:
-        (outdir / f"{curve.name}.png").write_bytes(growth_curves.draw(curve))
-    print(growth_curves.markdown(curves))
+        write_json(outdir / f"{curve.name}.json", curve.kept())
+    show(curves, outdir)
     print(f"\n{counts['answers']:,} answers of the server, {counts['wrong']} wrong, {counts['errors']} errors")
     machine = {
         "device": models.describe_device(),
@@ -148,6 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(json.dumps(result))
     return cli.FAILED if counts["wrong"] or counts["errors"] else cli.DONE
+
+
+def show(curves: Sequence[Curve], outdir: Path) -> None:
+    """Draw each curve, and print the table of their slopes."""
+    for curve in curves:
+        (outdir / f"{curve.name}.png").write_bytes(growth_curves.draw(curve))
+    print(growth_curves.markdown(curves))
 
 
 def measure(args: argparse.Namespace, texts: Sequence[str]) -> tuple[list[Curve], dict[str, int]]:

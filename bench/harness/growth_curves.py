@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.cli import UserError
 from common.evaluation import plots
+from common.files import read_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
 
 CLOSE = 0.15  # a share; what differs by less is the same, and a curve that is less far off a line is straight
@@ -21,6 +25,10 @@ FITTED = {
     "sublinear": "a power",
     "saturating": "a rise that levels off",
 }
+RULE = (  # below every plot
+    f"As expected: each median is within {CLOSE:.0%} of the dashed curve, where that is drawn,\n"
+    f"which has the form that was expected; of a constant, the largest is within {CLOSE:.0%} of the least."
+)
 SCALES = {
     "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")),
@@ -151,6 +159,25 @@ class Curve:
     series: Sequence[Series]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    def kept(self) -> dict[str, Any]:
+        """All that was measured, as JSON, for `kept_curve`."""
+        series = [
+            {
+                "what": series.what,
+                "unit": series.unit,
+                "points": [[x, list(values)] for x, values in series.points.items()],
+                "expected": vars(series.expected),
+            }
+            for series in self.series
+        ]
+        return {
+            "name": self.name,
+            "against": self.against,
+            "one": self.one,
+            "facts": dict(self.facts),
+            "series": series,
+        }
+
     def result(self) -> dict[str, Any]:
         """For the bench's JSON."""
         return {
@@ -172,6 +199,19 @@ class Curve:
                 for series in self.series
             ],
         }
+
+
+def kept_curve(path: Path) -> Curve:
+    """The curve of a file that has `Curve.kept`. Raises UserError where it has none."""
+    content = read_json(path)
+    try:
+        series = [
+            Series(one["what"], one["unit"], {x: values for x, values in one["points"]}, Expected(**one["expected"]))
+            for one in content["series"]
+        ]
+        return Curve(content["name"], content["against"], content["one"], series, content["facts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no curve that bench/growth.py has kept ({error!r})") from error
 
 
 def amount(value: float, unit: str) -> str:
@@ -229,6 +269,7 @@ def draw(curve: Curve) -> bytes:
         draw_series(axes, curve, series, colour)
         plots.tidy(axes, curve.against if axes is panels[-1] else "", series.what)
         axes.tick_params(which="minor", length=0)
+    figure.supxlabel(RULE, fontsize=7, color=plots.INK)
     return plots.png(figure)
 
 
@@ -266,8 +307,10 @@ def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
     elif not series.expected.marginal:
         axes.set_ylim(0, 1.25 * max(values))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, series.unit)))
-    wanted = series.expected.marginal
-    expected = f"{amount(wanted, series.unit)} {curve.one}" if wanted else series.expected.form
-    verdict = "as expected" if not series.disagreement() else f"expected: {expected}"
-    axes.set_title(title, loc="left", fontsize=9, color=plots.INK)
-    axes.set_title(verdict, loc="right", fontsize=9, color=plots.WRONG if series.disagreement() else plots.RIGHT)
+    form, disagreement = series.expected.form, series.disagreement()
+    if not disagreement and form != "constant":
+        title += f";  at most {fit.miss:.0%} off"
+    axes.set_title(title, loc="left", fontsize=9, color=plots.INK, y=1.09)
+    verdict = f"not as expected ({form}): {disagreement}" if disagreement else f"{form}, as expected"
+    colour = plots.WRONG if disagreement else plots.RIGHT
+    axes.text(0, 1.02, verdict, va="bottom", transform=axes.transAxes, fontsize=9, color=colour)

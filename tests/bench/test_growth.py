@@ -11,6 +11,11 @@ import pytest
 from harness import growth_curves, memory
 from harness.growth_curves import Curve, Expected, Series
 
+from bench import growth
+from common import cli
+from common.cli import UserError
+from common.files import write_json
+
 pytestmark = pytest.mark.processes
 
 XS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -102,6 +107,22 @@ def test_the_table_and_the_plot_show_both_and_flag_one():
     assert bad.endswith("| constant: so it is | **no**: changes by a factor of 10.54 |")
     assert growth_curves.draw(curve).startswith(b"\x89PNG")
     assert [each["disagrees"] for each in curve.result()["series"]] == [None, "changes by a factor of 10.54"]
+
+
+def test_what_was_measured_is_drawn_and_judged_anew(tmp_path, capsys):
+    both = [series(COSTS["saturating"], "sublinear", "rows/s"), series(COSTS["linear"], "linear", since=4)]
+    curve = Curve("clients", "clients", "a client", both)
+    write_json(tmp_path / "clients.json", curve.kept())
+    assert growth.main(["--kept", "--outdir", str(tmp_path)]) == cli.DONE
+    assert capsys.readouterr().out == growth_curves.markdown([curve]) + "\n"
+    assert (tmp_path / "clients.png").read_bytes() == growth_curves.draw(curve)
+    with pytest.raises(UserError, match="has no curve"):
+        growth.main(["--kept", "--outdir", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="give --model_dir and --data to measure"):
+        growth.main(["--outdir", str(tmp_path)])
+    (tmp_path / "rows.json").write_text("{}")
+    with pytest.raises(UserError, match=r"rows\.json is no curve"):
+        growth.main(["--kept", "--outdir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
