@@ -147,14 +147,19 @@ def drawn(task: LabelTask, path: str, per_class: int, seed: int) -> tuple[list[d
 
 def calibrations(of: Scored, raw: np.ndarray) -> dict[str, Calibration]:
     """The four, for rows with these raw scores."""
-    from common.tasks.ranking.calibration import Calibration, batch_calibration, fit_vector_scaling
+    from common.tasks.ranking.calibration import (
+        Calibration,
+        batch_calibration,
+        default_method,
+        fit_vector_scaling,
+    )
 
     labels = of.task.labels
     return {
         "none": Calibration(labels, "none"),
         "prior": Calibration(labels, "prior", tuple(of.prior)),
         "batch": batch_calibration(raw, labels),
-        "fitted": fit_vector_scaling(of.dev_raw, of.dev_y, labels, prior=of.prior),
+        "fitted": fit_vector_scaling(of.dev_raw, of.dev_y, labels, prior=of.prior, before=default_method(of.trained)),
     }
 
 

@@ -5,7 +5,7 @@
     python bench/decisions.py --model_dir runs/creditmix_sft --data data/creditmix_val.jsonl
 
 Contestants, all on the weights of --model_dir in --dtype, with its own question: `ours` is what /v1/decisions answers,
-by the label tree and the calibration that was fitted for the run; `ours_prior` the same without the fit; `ours_other`
+by the label tree and the calibration that was fitted for the run; `ours_unfitted` the same without it; `ours_other`
 what a run answers to a question that is not its own (its options listed in the prompt, prior calibration); `pipeline`
 is transformers' pipeline("decision") with its generic prompt, where a letter stands for each option; `pipeline_json`
 the same with the run's decision.json (`eval_creditmix.py --decision_json`): the run's own prompt, the first token of
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{name} x{size}": timed(answer, texts[: args.timed_rows], size)
         for size in dict.fromkeys((1, args.batch))
         for name, answer in answers.items()
-        if name not in ("ours_prior",)  # which costs what `ours` costs
+        if name not in ("ours_unfitted",)  # which costs what `ours` costs
     }
     table = take_turns(turns, args.rounds, "rows", warm_up=True)
     print_table(table, "rows")
@@ -99,10 +99,10 @@ def contestants(model_dir: str, task: LabelTask, model: Any, tokenizer: Any) -> 
     own = Classifier.on(LoadedModel(model, tokenizer, MAX_BATCH_TOKENS), model_dir, task)
     listed = questions.choice("How would you label this text?", task.labels, [""] * len(task.labels)).task()
     ranker = ranker_of(model, tokenizer, listed)
-    other = Classifier(model_dir, listed, ranker, ranker.prior())
+    other = Classifier(model_dir, listed, ranker, ranker.prior)
     answers = {
         "ours": ranked(own, None),
-        "ours_prior": ranked(own, "prior"),
+        "ours_unfitted": ranked(own, own.default_method),
         "ours_other": ranked(other, "prior"),
         "pipeline": decided(task, model, tokenizer, {}),
     }

@@ -26,6 +26,7 @@ except ModuleNotFoundError:  # native Windows
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 FILE = "run.json"
+EXPORT_FILE = "export.json"
 GROUPS_FILE = "train_groups.txt"
 
 
@@ -166,12 +167,22 @@ def read_groups(save_dir: str | Path) -> set[str] | None:
     return set(path.read_text().split()) if path.is_file() else None
 
 
+def was_trained(model_dir: str | Path) -> bool:
+    """Whether a model is a run, or the export of one, also of before they told what they were trained for."""
+    if adapters.is_adapter(model_dir) or any(Path(model_dir, file).is_file() for file in (FILE, task_record.FILE)):
+        return True
+    try:
+        return json.loads(Path(model_dir, EXPORT_FILE).read_text())["origin"]["base"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | None:
     """{"rows", "of"}: rows whose group the run was trained on; None where a run keeps no record of that."""
     trained = read_groups(model_dir)
     if trained is None:
-        if adapters.is_adapter(model_dir) or any(Path(model_dir, file).is_file() for file in (FILE, task_record.FILE)):
-            return None  # trained, as also a GGUF that tells its task has been
+        if was_trained(model_dir):
+            return None
         trained = set()  # a base model was trained on no labelled row of ours
     seen, of = splits.overlap(groups, trained)
     return {"rows": seen, "of": of}

@@ -56,7 +56,9 @@ def facts_of(name: str) -> dict[str, str]:
 
 def facts_of_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """How a model with this aligned tokenizer is asked, and what ends its answer."""
-    written = chat_template.render(tokenizer, [{"role": "user", "content": QUESTION}])
+    written = QUESTION + "\n"  # as `tokenizers.encode_prompt` has it of a base without a chat template
+    if tokenizer.chat_template:
+        written = chat_template.render(tokenizer, [{"role": "user", "content": QUESTION}])
     return {
         "before an answer": code(written.rpartition(QUESTION)[2]),
         "end of the turn": code(tokenizer.eos_token),

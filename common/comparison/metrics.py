@@ -151,7 +151,7 @@ def warnings(measures: Sequence[Measure], entries: Mapping[str, dict]) -> list[s
     if len(calibrations) > 1:
         listed = ", ".join(f"{role} {entry['calibration']}" for role, entry in entries.items())
         sentences.append(
-            f"the models are calibrated differently ({listed}); fit all of them, or pass --calibration prior"
+            f"the models are calibrated differently ({listed}); fit all of them, or pass --calibration none"
         )
     if main is retention.BITS_PER_BYTE:
         sentences.append(

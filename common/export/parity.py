@@ -53,7 +53,7 @@ class ProofRows:
         task: the label task; None: any text is an answer.
         texts: of label rows, as the ranker takes them.
         groups: of label rows.
-        calibration: that the model decides with; None: the prior of each runtime's own.
+        calibration: that the model decides with; None: by the prior of each runtime's own.
         text_metric: what answers in text are worth; None: their likelihood alone is judged.
     """
 
@@ -107,6 +107,7 @@ def read_proof_rows(
     rows = _spaced(task.read(path)[0], most)
     texts = [row[task.text_field] for row in rows]
     fitted = task.kept_file(model_dir, CALIBRATION)
+    plain = Calibration(task.labels) if loading.trained_on(task, model_dir) else None
     return ProofRows(
         path,
         [task.prompt(text) for text in texts],
@@ -114,7 +115,7 @@ def read_proof_rows(
         task,
         texts,
         [row["group"] for row in rows],
-        Calibration.load(fitted, task.labels) if fitted.is_file() else None,
+        Calibration.load(fitted, task.labels) if fitted.is_file() else plain,
     )
 
 

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,7 +144,7 @@ class View:
         return self.host.model
 
     def classifier(self, task: LabelTask) -> Classifier:
-        """The label ranker of this model, with its prior (from the disk where it is there)."""
+        """The label ranker of this model, with its prior (from the disk where it is there) where it is subtracted."""
         key = task.text
         if key not in self._classifiers:
             from common.tasks.ranking.classifier import Classifier
@@ -158,6 +159,7 @@ class View:
                     model_hash=self.version.sha256,
                     prior_dir=self.prior_dir(),
                 )
+                self.calibration(task)  # which asks for the prior, where it takes one
             except CannotDo:
                 self._ranks = False
                 raise
@@ -170,7 +172,7 @@ class View:
         return None if most is None or most >= len(task.null_inputs) else most
 
     def calibration(self, task: LabelTask) -> Calibration:
-        """The one the scripts choose by default: fitted where there is one, read again when it has changed."""
+        """The one the scripts choose by default (see `Classifier.calibration`), read again when it has changed."""
         from common.tasks.ranking.classifier import CALIBRATION
 
         key = task.text
@@ -195,7 +197,7 @@ class View:
         key = task.text
         if key not in self._asked:
             ranker = ranker_of(self.host.model, self.tokenizer, task, self.host.settings.max_batch_tokens)
-            prior = ranker.prior(self._null_prompts(task))
+            prior = partial(ranker.prior, self._null_prompts(task))
             self._asked[key] = Asked(Classifier(self.version.model_dir, task, ranker, prior))
         self._asked.move_to_end(key)
         if len(self._asked) > MAX_ASKED:
@@ -210,7 +212,7 @@ class View:
 
     @property
     def warm(self) -> bool:
-        """Whether a prior is known, or the engine can have none."""
+        """Whether it can rank at once, or cannot at all."""
         return bool(self._classifiers) or not self._ranks
 
     def keep(self, key: Any, make: Callable[[], Any], most: int = 16) -> Any:

@@ -26,9 +26,9 @@ def test_all_contestants_answer_the_same_rows(base, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "pipeline_json left out:" in shown.err and "eval_creditmix.py --decision_json" in shown.err
     result = json.loads(shown.out.splitlines()[-1])
-    assert set(result["quality"]) == {"ours", "ours_prior", "ours_other", "pipeline"}
+    assert set(result["quality"]) == {"ours", "ours_unfitted", "ours_other", "pipeline"}
     assert all(0 <= entry["accuracy"]["value"] <= 1 for entry in result["quality"].values())
-    assert result["quality"]["ours"] == result["quality"]["ours_prior"]  # nothing was fitted
+    assert result["quality"]["ours"] == result["quality"]["ours_unfitted"]  # nothing was fitted
     assert min(result["settings"]["label_tokens"]) > 1
     sizes = [f"{name} x{size}" for size in (1, 2) for name in ("ours", "ours_other", "pipeline")]
     assert [row["name"] for row in result["rows"]] == sizes

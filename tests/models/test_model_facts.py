@@ -6,6 +6,7 @@ import pytest
 from support import model_facts
 from support.inputs import ROOT
 
+from common.models import tokenizers
 from docs import models
 
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -27,3 +28,9 @@ def test_the_facts_of_a_base(tiny_base, capsys):
     assert facts["thinking"] == "none"
     assert facts["LoRA is put on"].startswith("`q_proj`, `k_proj`, `v_proj`, `o_proj`")
     assert all(f"{label} " in facts["tokens of CreditMix's labels"] for label in ("Good", "Standard", "Bad"))
+
+
+def test_the_facts_of_a_base_without_a_chat_template(tiny_base):
+    tokenizer = tokenizers.load_tokenizer(tiny_base)
+    tokenizer.chat_template = None
+    assert models.facts_of_template(tokenizer)["before an answer"] == r"`\n`"

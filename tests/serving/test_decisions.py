@@ -89,7 +89,7 @@ def test_any_question_of_any_run_with_labels_of_several_tokens(client, served, r
     assert decision.answers[2].probabilities != decision.answers[0].probabilities
     assert {path.name for path in (runs / "creditmix_sft").glob("prior*")} <= {"prior.json"}  # none of a request's
     headers = served.ask("POST", "/v1/decisions", body(TEAM, OWN))[2]
-    assert headers["x-decision-calibration"] == "prior, prior"
+    assert headers["x-decision-calibration"] == "prior, none"  # it was trained for its own
 
 
 def test_booleans_are_not_texts(client):
@@ -284,6 +284,6 @@ def test_a_key_and_the_audit_log(runs, tmp_path):
         assert status == 200
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(line["task"], line["type"], line["calibration"], line["abstained"]) for line in lines] == [
-        ("decision", "choice", "prior", False), ("decision", "predicate", "prior", False)]  # fmt: skip
+        ("decision", "choice", "none", False), ("decision", "predicate", "prior", False)]  # fmt: skip
     assert set(lines[0]["probabilities"]) == set(CREDITMIX.labels)
     assert "input" not in lines[0]

@@ -31,6 +31,15 @@ PRIOR_SD = 10.0  # nats: how far a fit may drift from "no change" when the rows 
 MIN_SCALE = 0.01  # of a score's spread: keeps the temperature positive and finite when the scores say nothing
 
 
+def default_method(trained: bool) -> str:
+    """What is subtracted where nothing was fitted: nothing of a model that was trained for the task, else its prior.
+
+    A base says some labels sooner than others whatever it is asked, and content-free prompts show which; training
+    removes that, and makes of such prompts rows like none that were trained on. docs/calibration.md has the figures.
+    """
+    return "none" if trained else "prior"
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a calibration makes of `raw[n, K]`.
@@ -142,7 +151,7 @@ class Calibration:
         Raises:
             UserError: missing, broken, of another version, or fitted for other labels.
         """
-        remedy = "fit it again with eval_creditmix.py --fit_calibration DEV.jsonl, or pass --calibration prior"
+        remedy = "fit it again with eval_creditmix.py --fit_calibration DEV.jsonl, or pass --calibration none"
         content = read_json(path)
         try:
             if content.pop("version") != FORMAT_VERSION:
@@ -173,11 +182,12 @@ def fit_vector_scaling(
     class_weight: bool = True,
     prior: Sequence[float] = (),
     fitted_on: Mapping[str, Any] | None = None,
+    before: str = "prior",
 ) -> Calibration:
     """Per-class bias and one shared temperature by maximum likelihood (Guo et al. 2017, section 4.2).
 
     Vector scaling with the diagonal matrix tied to one number: probabilities = softmax(raw / T + c). In 1/T and c the
-    negative log-likelihood is convex. A wide Gaussian (sd `PRIOR_SD`) centred on the calibration by `prior` alone keeps
+    negative log-likelihood is convex. A wide Gaussian (sd `PRIOR_SD`) centred on the calibration `before` keeps
     separable rows finite; because it is centred there, the fit never has a lower likelihood than where it started.
 
     The prior cancels: whatever it is, the fitted bias takes it back, so probabilities and decisions do not depend on
@@ -190,6 +200,7 @@ def fit_vector_scaling(
             frequent as they are in `y`, for use on rows like those.
         prior: [K] the null-prompt prior that answers will show.
         fitted_on: provenance to store, e.g. file and SHA-256; rows and likelihoods are added.
+        before: "none" or "prior": what the fit begins from, and is compared with.
 
     Raises:
         UserError: a label has no row.
@@ -202,7 +213,8 @@ def fit_vector_scaling(
     centred = raw - raw.mean(axis=1, keepdims=True)  # softmax ignores what all labels share
     scale = max(float(centred.std()), 1e-6)  # so that the same step and the same sd suit sharp and flat models
     centred /= scale
-    start = np.concatenate([[scale], -prior_vector + prior_vector.mean()])
+    begin = Calibration(tuple(labels), before, tuple(prior_vector) if before == "prior" else ())
+    start = np.concatenate([[scale], np.mean(begin.prior) - begin.prior])
     slope, *offsets = _most_likely(centred, y, weights, start)
     temperature = scale / float(slope)
     bias = np.array(offsets) * temperature + prior_vector  # from the softmax argument to score units
@@ -212,14 +224,14 @@ def fit_vector_scaling(
     def likelihood(calibration: Calibration) -> float:
         return float(-(weights * log_probabilities(calibration.apply(raw).probabilities)[np.arange(rows), y]).sum())
 
-    before = Calibration(tuple(labels), "prior", tuple(prior_vector))
     counts = np.bincount(y, minlength=classes)
     provenance = {
         **(fitted_on or {}),
         "rows": rows,
         "rows_per_class": {label: int(count) for label, count in zip(labels, counts, strict=True)},
         "class_weight": class_weight,
-        "nll_before": round(likelihood(before), 6),
+        "before": before,
+        "nll_before": round(likelihood(begin), 6),
         "nll_after": round(likelihood(calibration), 6),
     }
     return replace(calibration, fitted_on=provenance)
@@ -284,6 +296,6 @@ def batch_calibration(raw: np.ndarray, labels: Sequence[str]) -> Calibration:
     """
     raw = np.asarray(raw, dtype=np.float64)
     if len(raw) < 2:
-        raise UserError("--calibration batch needs at least two rows to estimate from; use --calibration prior for one")
+        raise UserError("--calibration batch needs at least two rows to estimate from; leave --calibration out for one")
     prior = logsumexp(log_softmax(raw, axis=1), axis=0) - np.log(len(raw))
     return Calibration(tuple(labels), "batch", tuple(prior), fitted_on={"rows": len(raw), "labelled": False})

@@ -5,7 +5,8 @@ Torch is imported only for a model that needs it: an ONNX export answers without
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import numpy as np
 from common.cli import UserError
 from common.models import adapters, onnx_runtime
 from common.models.source import LoadedModel, ModelSource
-from common.tasks.ranking.calibration import Calibration, batch_calibration
+from common.tasks.ranking.calibration import Calibration, batch_calibration, default_method
+from common.tasks.ranking.loading import trained_on
 from common.tasks.ranking.ranker import Ranker, cached_prior
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.settings import DEFAULT, ScoringSettings
@@ -31,11 +33,16 @@ class Classifier:
         model_dir: the model's folder, which may hold a fitted calibration.
         task: what is asked.
         ranker: gives the raw scores.
-        prior: [labels] what the model gives each label before it sees a row, in nats.
+        prior: [labels] what the model gives each label before it sees a row, in nats; asked of it when it is wanted.
     """
 
-    def __init__(self, model_dir: str, task: LabelTask, ranker: Ranker, prior: np.ndarray) -> None:
-        self.model_dir, self.task, self.ranker, self.prior = model_dir, task, ranker, prior
+    def __init__(self, model_dir: str, task: LabelTask, ranker: Ranker, prior: Callable[[], np.ndarray]) -> None:
+        self.model_dir, self.task, self.ranker, self._ask_prior = model_dir, task, ranker, prior
+
+    @cached_property
+    def prior(self) -> np.ndarray:
+        """See the class."""
+        return self._ask_prior()
 
     @classmethod
     def load(cls, source: ModelSource, task: LabelTask, settings: ScoringSettings = DEFAULT) -> Classifier:
@@ -77,17 +84,26 @@ class Classifier:
             prior_dir: where the prior is cached; default: `model_dir`.
         """
         ranker = ranker_of(loaded.model, loaded.tokenizer, task, loaded.max_batch_tokens)
-        model_hash = model_hash or adapters.adapter_hash(model_dir)
-        return cls(model_dir, task, ranker, cached_prior(ranker, prior_dir or model_dir, model_hash, num_null_prompts))
+
+        def prior() -> np.ndarray:
+            key = model_hash or adapters.adapter_hash(model_dir)
+            return cached_prior(ranker, prior_dir or model_dir, key, num_null_prompts)
+
+        return cls(model_dir, task, ranker, prior)
 
     def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
         """See `Ranker.raw_scores`."""
         return self.ranker.raw_scores(texts)
 
+    @property
+    def default_method(self) -> str:
+        """See `calibration.default_method`."""
+        return default_method(trained_on(self.task, self.model_dir))
+
     def calibration(
         self, method: str | None, raw: np.ndarray | None = None, label_bias: Mapping[str, float] | None = None
     ) -> Calibration:
-        """The calibration of `--calibration`: None means fitted where the model folder has one, else prior.
+        """The calibration of `--calibration`: None means fitted where the model folder has one, else the default.
 
         Args:
             raw: [n, K] scores of the rows to be labelled, which "batch" estimates from.
@@ -97,12 +113,12 @@ class Classifier:
         """
         path = self.task.kept_file(self.model_dir, CALIBRATION)
         if method is None:
-            method = "fitted" if path.is_file() else "prior"
+            method = "fitted" if path.is_file() else self.default_method
         if method == "fitted":
             if not path.is_file():
                 raise UserError(
                     f"{self.model_dir} has no fitted calibration; fit one with eval_creditmix.py --model_dir "
-                    f"{self.model_dir} --fit_calibration data/{self.task.name}_dev.jsonl, or pass --calibration prior"
+                    f"{self.model_dir} --fit_calibration data/{self.task.name}_dev.jsonl, or leave --calibration out"
                 )
             chosen = Calibration.load(path, self.task.labels)
         elif method == "batch":

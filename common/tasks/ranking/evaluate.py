@@ -113,7 +113,8 @@ def fit_calibration(
         "sha256": sha256_file(dev_file),
         "adapter_sha256": adapters.adapter_hash(model_dir),
     }
-    fitted = fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=provenance)
+    before = classifier.default_method
+    fitted = fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=provenance, before=before)
     groups = [row["group"] for row in dev]
     decision = fit_decision(fitted.apply(raw).probabilities, y, task.labels, goal, groups=groups)
     fitted = replace(fitted, decision=decision)
@@ -200,7 +201,7 @@ def evaluate_model(
         "predictions": calibrated.predictions.tolist(),
         "rows_per_s": round(len(rows) / seconds, 1),
     }
-    prior = classifier.calibration("prior")
-    if prior != calibration:
-        entry["uncalibrated"] = {"calibration": "prior", **measured(prior.apply(raw))}
+    default = classifier.calibration(classifier.default_method)
+    if default != calibration:
+        entry["uncalibrated"] = {"calibration": default.method, **measured(default.apply(raw))}
     return entry, calibrated

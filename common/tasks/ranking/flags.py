@@ -23,7 +23,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     scoring.add_argument(
         "--calibration",
         choices=("none", "prior", "batch", "fitted"),
-        help="default: fitted where the run folder has one, else prior",
+        help="default: fitted where the run folder has one, else none of a run for the task, prior of a base",
     )
     scoring.add_argument(
         "--label_bias", nargs="+", default=[], metavar="LABEL=NATS", help="offsets on the scores, e.g. Standard=0.3"

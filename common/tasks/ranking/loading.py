@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from functools import lru_cache
 
+from common import run_record
 from common.cli import UserError, log
 from common.data import task_record
 from common.files import parse_json
@@ -45,6 +46,20 @@ def check(task: LabelTask, model_dir: str) -> None:
     """
     if fault := mismatch(task, task_record.read(model_dir)):
         raise UserError(f"{model_dir} {fault}; name the label set that it was trained for with --task")
+
+
+def trained_on(task: LabelTask, model_dir: str) -> bool:
+    """Whether a model was trained for a task: by its record, or, of before there were any, because it was trained.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    record = task_record.read(model_dir)
+    if record is None:
+        return run_record.was_trained(model_dir)
+    if record["kind"] != task_record.LABELS:
+        return False
+    return set(record["labels"]) == set(task.labels) and record["instruction"] == task.instruction
 
 
 def mismatch(task: LabelTask, record: task_record.Record | None) -> str | None:

@@ -16,7 +16,8 @@ class ScoringSettings:
         max_batch_tokens: tokens in one forward pass.
         auto_fit: where memory is short, take settings that fit, and say so; else that is an error.
         num_null_prompts: content-free prompts behind the prior; None: all of the task.
-        calibration: "none", "prior", "batch" or "fitted"; None: fitted where the model's folder has one, else prior.
+        calibration: "none", "prior", "batch" or "fitted"; None: fitted where the model's folder has one, else none of
+            a model that was trained for the task, and prior of any other.
         label_bias: hand-set offsets on the scores by label, in nats.
     """
 

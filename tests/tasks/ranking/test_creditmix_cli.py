@@ -75,7 +75,7 @@ def test_the_result_line(evaluate, trained, dataset):
     matrix = np.array(model["confusion_matrix"])
     assert matrix.sum(axis=1).tolist() == [rarest] * 3
     assert model["accuracy"]["value"] == pytest.approx(matrix.trace() / matrix.sum(), abs=1e-6)
-    assert model["calibration"] == "prior" and "uncalibrated" not in model  # nothing was fitted
+    assert model["calibration"] == "none" and "uncalibrated" not in model  # nothing was fitted
 
 
 def test_figures_are_those_of_the_scores(evaluate, fitted, dataset):
@@ -146,7 +146,8 @@ def test_fitting_a_calibration(fitted, data):
     assert nll("fitted") < nll("prior") - 1e-4
     assert nll("fitted") < nll("none") - 0.02
     assert stored["fitted_on"]["nll_after"] == pytest.approx(nll("fitted"), abs=1e-3)
-    assert stored["fitted_on"]["nll_before"] == pytest.approx(nll("prior"), abs=1e-3)
+    assert stored["fitted_on"]["before"] == "none"
+    assert stored["fitted_on"]["nll_before"] == pytest.approx(nll("none"), abs=1e-3)
     assert stored["fitted_on"]["file"] == str(data / "creditmix_dev.jsonl")
     assert stored["fitted_on"]["rows"] == len(dev)
     assert stored["temperature"] > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.inputs import ROOT
 
+from common.data import task_record
 from common.models.source import ModelSource
 from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.classifier import Classifier
@@ -35,7 +36,7 @@ def test_two_tasks_on_one_base(folder):
     fitted(TICKETS, 2.0).save(TICKETS.file_in(folder, "calibration"))
     for task, bias in ((CREDITMIX, 1.0), (TICKETS, 2.0), (CREDITMIX, 1.0)):
         classifier = Classifier.load(ModelSource(str(folder)), task)
-        assert classifier.calibration(None).bias[0] == bias
+        assert classifier.calibration(None).bias[0] == bias and classifier.prior.shape == (len(task.labels),)
         assert classifier.answers([TEXT], classifier.calibration(None))[0]["prediction"] in task.labels
     names = {file.name for file in folder.glob("*.json") if file.name.startswith(("calibration", "prior"))}
     assert names == {
@@ -47,10 +48,24 @@ def test_what_another_task_has_left_is_not_taken(folder):
     assert Classifier.load(ModelSource(str(folder)), TICKETS).calibration(None).method == "prior"
 
 
+def test_nothing_is_subtracted_of_a_model_that_was_trained_for_the_task(folder):
+    """Of a base, and of what was trained for something else, the prior is."""
+    records = {"none": CREDITMIX.record(), "prior": task_record.of_prompts(task_record.ROWS, "rows", [])}
+    for method, record in records.items():
+        task_record.write(folder, record)
+        assert Classifier.load(ModelSource(str(folder)), CREDITMIX).calibration(None).method == method
+    (folder / task_record.FILE).unlink()
+    classifier = Classifier.load(ModelSource(str(folder)), CREDITMIX)
+    assert classifier.calibration(None).method == "prior"
+    assert classifier.answers([TEXT], classifier.calibration(None))[0]["prior"]["Good"] != 0
+
+
 def test_a_folder_that_kept_one_task_is_read(folder):
     fitted(TICKETS, 3.0).save(folder / "calibration.json")
     classifier = Classifier.load(ModelSource(str(folder)), TICKETS)
     assert classifier.calibration(None).bias[0] == 3.0
+    assert not TICKETS.file_in(folder, "prior").exists()  # nobody has asked for it
+    assert classifier.prior.shape == (len(TICKETS.labels),)
     computed = TICKETS.file_in(folder, "prior")
     entry = json.loads(computed.read_text())
     computed.unlink()
