@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [figures(name, runs) for name, runs in runs_of.items()]
     for row in rows:
         print(
-            f"{row['name']:10} {row['seconds']:>8.1f} s {row['cpu_seconds']:>8.1f} CPU s {row['steps']:>6} steps of "
+            f"{row['name']:10} {row['seconds']:>8.1f} s {row['cpu_seconds']:>8.1f} CPU s "
+            f"({row['prompt_cpu_seconds']:.1f} of prompts) {row['steps']:>6} steps of "
             f"{row['rows_per_step']:.1f} rows and {row['tokens_per_step']:.1f} tokens, {row['prompt_passes']} passes "
             f"over prompts, {row['tokens']} tokens"
         )
@@ -128,6 +129,7 @@ def figures(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "name": name,
         "seconds": round(median(run["seconds"] for run in runs), 3),
         "cpu_seconds": round(median(run["cpu_seconds"] for run in runs), 3),
+        "prompt_cpu_seconds": round(median(run["prompt_cpu_seconds"] for run in runs), 3),
         "tokens": first["tokens"],
         "steps": first["steps"],
         "rows_per_step": round(first["rows"] / max(1, first["steps"]), 1),

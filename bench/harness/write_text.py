@@ -18,7 +18,8 @@ def write(settings: dict[str, Any]) -> dict[str, Any]:
     """Write code for `settings["tasks"]`, or with "schema" JSON, with the model in "model_dir".
 
     Returns:
-        "seconds" and "cpu_seconds" without loading and a warm-up; "steps", forward passes that went on with some rows,
+        "seconds" and "cpu_seconds" without loading and a warm-up; "prompt_cpu_seconds", those of them that the passes
+        over prompts took; "steps", forward passes that went on with some rows,
         "rows", summed over them, and "step_tokens", those that they read; "prompt_passes", the others; "tokens"; and
         the "texts".
     """
@@ -30,19 +31,28 @@ def write(settings: dict[str, Any]) -> dict[str, Any]:
     answers(tasks[:2], 64 if settings["schema"] else 4)
     steps: list[tuple[int, int]] = []
     prompts: list[tuple[int, int]] = []
+    began: list[float | None] = []  # each pass over a prompt
+    of_prompts: list[float] = []  # CPU seconds
 
-    def watch(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    def begin(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         cache = given.get("past_key_values")
         reads_on = cache is not None and cache.get_seq_length() > 0
         (steps if reads_on else prompts).append((len(given["attention_mask"]), given["input_ids"].numel()))
+        began.append(None if reads_on else time.process_time())
 
-    model.register_forward_pre_hook(watch, with_kwargs=True)
+    def end(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if began[-1] is not None:
+            of_prompts.append(time.process_time() - began[-1])
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.register_forward_hook(end)
     wall, cpu = time.perf_counter(), time.process_time()
     written = answers(tasks, settings["max_new_tokens"])
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
+        "prompt_cpu_seconds": sum(of_prompts),
         "steps": len(steps),
         "rows": sum(rows for rows, _ in steps),
         "step_tokens": sum(tokens for _, tokens in steps),
