@@ -144,12 +144,12 @@ class Row:
             self.take(token)
             self._undrawn += 1
 
-    def draft(self, most: int, least_share: float) -> list[int]:
+    def draft(self, most: int, least_share: float, least_right: float) -> list[int]:
         """Up to so many tokens that may come next, from where its last ones stood before; see `PromptLookup.draft`."""
         most = min(most, self.wanted.max_new_tokens - len(self.tokens) - 1)
         if most < 1 or not self.wanted.lookup or self.ended is not None:
             return []
-        tokens = self._lookup.draft(self.tokens, most, least_share)
+        tokens = self._lookup.draft(self.tokens, most, least_share, least_right)
         return tokens[: self.steering.fitting(tokens)] if tokens and self.steering else tokens
 
     def drafted(self, count: int, right: int) -> None:

@@ -183,7 +183,9 @@ class ContinuousBatch:
         rows, room = len(self._rows), self.max_batch_tokens
         if rows > 1:
             room = room // rows - max(row.length for row in self._rows)
-        drafts = {row: row.draft(room, rows / (rows + self._in_model.step_tokens)) for row in self._rows}
+        least_right = self._in_model.second_token if rows == len(self._rows[0].unread) == 1 else 0.0
+        least_share = rows / (rows + self._in_model.step_tokens)
+        drafts = {row: row.draft(room, least_share, least_right) for row in self._rows}
         return {row: draft for row, draft in drafts.items() if draft}
 
     def _go_on(self, rows: Sequence[Row], drafts: dict[Row, list[int]], logits: Sequence[torch.Tensor]) -> None:

@@ -48,12 +48,13 @@ class PromptLookup:
         self._of_batch, self._own = of_batch, Record()
         self._width = 0  # of the n-gram that the last draft stood behind
 
-    def draft(self, answer: Sequence[int], most: int, least_share: float) -> list[int]:
+    def draft(self, answer: Sequence[int], most: int, least_share: float, least_right: float = 0.0) -> list[int]:
         """What stood behind the last tokens of the text before, as far as it pays.
 
         Args:
             answer: begins with that of the call before.
             least_share: a token pays that is likelier to be read to some purpose, those before it right, too.
+            least_right: a draft pays of which more tokens are to be expected to be right.
         """
         ids = self._ids
         ids += answer[len(ids) - self._prompt :]
@@ -65,7 +66,7 @@ class PromptLookup:
             place = self._behind.get(tuple(ids[len(ids) - width :]))
             if place is not None:
                 self._width = width
-                return ids[place : place + self._worth(width, min(most, self._most), least_share)]
+                return ids[place : place + self._worth(width, min(most, self._most), least_share, least_right)]
         return []
 
     def learn(self, tried: int, right: int) -> None:
@@ -77,9 +78,9 @@ class PromptLookup:
             self._of_batch.tried[self._width] /= 2
             self._of_batch.right[self._width] /= 2
 
-    def _worth(self, width: int, most: int, least_share: float) -> int:
+    def _worth(self, width: int, most: int, least_share: float, least_right: float) -> int:
         share = self._own.share(width, self._of_batch.share(width, FIRST_SHARE))
-        count, all_right = 0, share
+        count, expected, all_right = 0, 0.0, share
         while count < most and all_right > least_share:
-            count, all_right = count + 1, all_right * share
-        return count
+            count, expected, all_right = count + 1, expected + all_right, all_right * share
+        return count if expected > least_right else 0

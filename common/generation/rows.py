@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 64  # beyond about so many a step takes longer by as much as it does more
 STEP_TOKENS = 24  # a step takes as long as reading so many tokens, beside its own, on a CPU (docs/results.md)
+SECOND_TOKEN = 0.4  # in float32 on a CPU, where from there on a weight is put in order first
 PACKED_STEP_TOKENS = 0.5  # in llama.cpp, which multiplies each token for itself: few drafts are worth it
 PACKED_AT_ONCE = 128  # tokens that any of its contexts takes in a call
 GPU_STEP_TOKENS = 256  # on a card that is busy with reading its weights
@@ -39,11 +40,13 @@ class Rows(ABC):
         most: rows at a time.
         several: a step may take several tokens of a row, and tokens can be taken back.
         step_tokens: reading how many tokens more takes as long as a step of one row.
+        second_token: by which part of it a step of one row is longer once it has more than one token.
     """
 
     most: int = MOST_ROWS
     several: bool = False
     step_tokens: float = STEP_TOKENS
+    second_token: float = 0.0
 
     def make_room(self, lengths: Sequence[int], budget: int) -> None:  # noqa: B027 (many have it)
         """Prepare for rows that may come to have so many tokens each; called while there are none.
@@ -150,7 +153,9 @@ class RevisableRows(TorchRows):
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__(model)
-        self.step_tokens = STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS
+        on_cpu = model.device.type == "cpu"
+        self.step_tokens = STEP_TOKENS if on_cpu else GPU_STEP_TOKENS
+        self.second_token = SECOND_TOKEN if on_cpu and model.dtype == torch.float32 else 0.0
         self._lengths: list[int] = []
 
     def join(self, states: Sequence[Cache]) -> None:

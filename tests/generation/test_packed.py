@@ -21,7 +21,7 @@ from common.cli import UserError
 from common.generation import json_schema
 from common.generation.continuous_batch import ContinuousBatch, Drawn, Wanted
 from common.generation.json_grammar import JsonGrammar
-from common.generation.rows import PackedRows
+from common.generation.rows import GgufRows
 from common.models import adapters, gguf_import, llama_cpp, loading, tokenizers
 from common.models.gguf_model import rounded
 from common.models.source import LLAMA_CPP, ModelSource
@@ -140,14 +140,14 @@ def test_json_is_held_to_its_schema(packed, wanted, monkeypatch):
     written = answers(model, tokenizer, held)
     for answer in written.values():
         assert json_schema.errors(json.loads(answer.text), SCHEMA) == []
-    monkeypatch.setattr(PackedRows, "step_tokens", 24)
+    monkeypatch.setattr(GgufRows, "step_tokens", 24)
     looked_up = answers(model, tokenizer, [replace(one, lookup=8) for one in held])
     for key, answer in looked_up.items():
         assert answer.tokens == written[key].tokens and len(answer.logprobs) == len(answer.tokens) * (key > 1)
 
 
 def test_what_is_looked_up_stays_only_where_it_is_right(packed, wanted, monkeypatch):
-    monkeypatch.setattr(PackedRows, "step_tokens", 24)  # else few drafts are worth their time
+    monkeypatch.setattr(GgufRows, "step_tokens", 24)  # else few drafts are worth their time
     written = answers(*packed, wanted)
     looked_up = answers(*packed, [replace(one, lookup=8) for one in wanted])
     for key, answer in looked_up.items():

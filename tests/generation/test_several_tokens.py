@@ -217,6 +217,7 @@ def test_drafts_are_as_long_as_they_pay():
     assert lookup.draft([], 3, 0.001) == [3, 4, 5]
     assert lookup.draft([], 6, 0.2) == [3, 4]  # a half of a half is more, an eighth is not
     assert lookup.draft([], 6, 0.6) == []
+    assert lookup.draft([], 6, 0.2, 0.7) == [3, 4] and lookup.draft([], 6, 0.2, 0.8) == []
     lookup.learn(6, 6)
     assert lookup.draft([3], 6, 0.2) == [4, 5]  # of three tokens that are the same, nothing is known yet
     for _ in range(5):
