@@ -19,4 +19,4 @@ setup requirements.txt requirements/k8s.txt requirements/docs.txt requirements/d
 say "ruff check"
 "$python" -m ruff check --quiet .
 say "pytest"
-exec "$python" -m pytest -m "" -n 2 --dist worksteal "$@" # two at a time: many wait for processes of their own
+exec "$python" -m pytest -m "" -n 3 --dist worksteal "$@" # more than there are cores: many wait for processes of their own
