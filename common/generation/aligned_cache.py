@@ -15,7 +15,6 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -50,44 +49,46 @@ def revisable(model: PreTrainedModel | PeftModel) -> bool:
     )
 
 
-@dataclass
 class Step:
     """The tokens of a step, those of all rows one behind another, so that no row's number costs another one anything.
+
+    Args:
+        begun: how many tokens each row has.
+        counts: how many it gets.
 
     Attributes:
         row: [tokens] of each.
         column: [tokens] where each goes.
         until: the last of these columns, and one.
-        source: [rows, width] the tokens of each row, its last one again and again where it has fewer than `width`.
-        place: [tokens] of each in `source`, flat.
+        first: [rows] the first token of each row.
+        mask: [rows, 1, 1, columns] to add to the scores of these: each sees its row up to itself.
+        longer: (row, its first token, how many it has, the columns up to its last) of the rows with several tokens.
     """
 
-    row: torch.Tensor
-    column: torch.Tensor
-    until: int
-    source: torch.Tensor
-    place: torch.Tensor
-
-    @classmethod
-    def of(cls, begun: Sequence[int], counts: Sequence[int], device: torch.device) -> Step:
-        """A step of rows that have `begun` tokens and get so many more."""
-        width, ends = max(counts), list(accumulate(counts))
-        source = [[end - count + min(place, count - 1) for place in range(width)]
-                  for end, count in zip(ends, counts, strict=True)]  # fmt: skip
+    def __init__(self, begun: Sequence[int], counts: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        firsts = [0, *accumulate(counts)][:-1]
         tokens = [(row, place) for row, count in enumerate(counts) for place in range(count)]
-        return cls(
-            torch.tensor([row for row, _ in tokens], device=device),
-            torch.tensor([begun[row] + place for row, place in tokens], device=device),
-            max(start + count for start, count in zip(begun, counts, strict=True)),
-            torch.tensor(source, device=device),
-            torch.tensor([row * width + place for row, place in tokens], device=device),
-        )
+        self.row = torch.tensor([row for row, _ in tokens], device=device)
+        self.column = torch.tensor([begun[row] + place for row, place in tokens], device=device)
+        self.until = max(start + count for start, count in zip(begun, counts, strict=True))
+        self.first = torch.tensor(firsts, device=device)
+        unseen = torch.arange(self.until, device=device) > self.column[self.first][:, None, None, None]
+        self._lowest = torch.finfo(dtype).min
+        self.mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, self._lowest)
+        self.longer = [
+            (row, first, count, begun[row] + count)
+            for row, (first, count) in enumerate(zip(firsts, counts, strict=True))
+            if count > 1
+        ]
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, 1, width, columns] to add to scores: each token sees its row up to itself."""
-        columns = self.column[self.source]
-        seen = torch.arange(self.until, device=columns.device) <= columns[:, None, :, None]
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    def mask_of(self, row: int, times: int) -> torch.Tensor:
+        """[tokens * times, columns] to add to the scores of all tokens of a row, one text of them after another."""
+        if (row, times) not in self._masks:
+            ((count, until),) = ((count, until) for own, _, count, until in self.longer if own == row)
+            mask = self.mask.new_full((count, until), self._lowest).triu_(until - count + 1)
+            self._masks[row, times] = mask.repeat(times, 1)
+        return self._masks[row, times]
 
 
 _step: ContextVar[Step | None] = ContextVar("step", default=None)  # None: what is read is a text of its own
@@ -192,14 +193,19 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' "sdpa" for a step: queries [1, heads, tokens, size], keys and values [rows, heads, columns, size].
 
-    Heads that share keys become more tokens of one head, so that no key is copied, as transformers itself does where
-    there is a single token.
+    Rows with several tokens attend one by one, so that those with one need not be as wide. Heads that share keys become
+    more tokens of one head, so that no key is copied, as transformers itself does where there is a single token.
     """
-    step = _step.get()
-    rows, width = step.source.shape
-    heads, size, shared = query.shape[1], query.shape[3], key.shape[1]
-    query = query[0].transpose(0, 1)[step.source].transpose(1, 2).reshape(rows, shared, heads // shared * width, size)
-    mask = attention_mask.repeat(1, 1, heads // shared, 1)
-    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    attended = attended.reshape(rows, heads, width, -1).transpose(1, 2).flatten(0, 1)
-    return attended[step.place][None], None
+    step, heads, shared = _step.get(), query.shape[1], key.shape[1]
+    attended = query.new_empty(query.shape[2], heads, value.shape[3])
+    if len(step.longer) < len(step.first):
+        firsts = query[0].transpose(0, 1)[step.first].unflatten(1, (shared, heads // shared))
+        attend = functional.scaled_dot_product_attention
+        attended[step.first] = attend(firsts, key, value, attn_mask=step.mask, scale=scaling).flatten(1, 2)
+    for row, first, count, until in step.longer:
+        own = query[0, :, first : first + count].reshape(1, shared, -1, query.shape[3])
+        seen = (states[row : row + 1, :, :until] for states in (key, value))
+        mask = step.mask_of(row, heads // shared)
+        found = functional.scaled_dot_product_attention(own, *seen, attn_mask=mask, scale=scaling)
+        attended[first : first + count] = found.reshape(heads, count, -1).transpose(0, 1)
+    return attended[None], None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 MOST_ROWS = 64  # beyond about so many a step takes longer by as much as it does more
-STEP_TOKENS = 24  # a step takes as long as reading so many tokens, beside its own, on a CPU (docs/results.md)
+STEP_TOKENS = 10  # a step takes as long as reading so many tokens, beside its own, on a CPU (docs/results.md)
 SECOND_TOKEN = 0.4  # in float32 on a CPU, where from there on a weight is put in order first
 PACKED_STEP_TOKENS = 0.5  # in llama.cpp, which multiplies each token for itself: few drafts are worth it
 PACKED_AT_ONCE = 128  # tokens that any of its contexts takes in a call
@@ -167,13 +167,13 @@ class RevisableRows(TorchRows):
     def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
         """See `Rows`."""
         device, counts = self.model.device, [len(own) for own in tokens]
-        step = aligned_cache.Step.of(begun, counts, device)
+        step = aligned_cache.Step(begun, counts, self.model.dtype, device)
         self._lengths = [start + count for start, count in zip(begun, counts, strict=True)]
         ends = accumulate(counts)
         places = [place for end, count in zip(ends, wanted, strict=True) for place in range(end - count, end)]
         flat = torch.tensor([[token for own in tokens for token in own]], device=device)
         with aligned_cache.stepping(self.model, step, flat, places):
-            return self._forward(flat, step.column[None], step.mask(self.model.dtype), self._cache, wanted=0)[0]
+            return self._forward(flat, step.column[None], step.mask, self._cache, wanted=0)[0]
 
     def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """See `Rows`."""

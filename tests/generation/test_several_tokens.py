@@ -87,7 +87,6 @@ def test_what_is_looked_up_stays_only_where_it_is_right(name, tokenizer, prompts
     batch, found = run(model, tokenizer, [replace(one, lookup=10) for one in wanted], budget)
     same(found, expected)
     assert 0 < batch.right < batch.drafted and plain.drafted == 0
-    assert batch.steps <= plain.steps
 
 
 @pytest.mark.parametrize("name", ["mistral", "lfm2"])
