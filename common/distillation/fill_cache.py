@@ -244,7 +244,9 @@ def fill_cache(
             shard.clear(), packed.clear()
 
     size = max(1, CHUNK_LOGITS // teacher.head.weight.shape[0])
-    read = rows if translation is None else [translation.reading(row) for row in rows]
+    read = rows
+    if translation is not None:
+        read, pad_id = [translation.reading(row) for row in rows], 0  # the student's may be none of the teacher's
     with tqdm(total=len(rows), unit=" rows", desc="teacher") as progress:
         for numbers in by_token_budget([len(row.input_ids) for row in read], max_batch_tokens):
             batch_rows = [rows[number] for number in numbers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,37 +183,46 @@ def encode_for_both(
         both += [(ours, theirs) for ours, theirs in zip(*encoded, strict=True) if ours and theirs]
     running = [row["text"] for row in rows if "text" in row]
     if running:
-        words = tokenizers.token_bytes(tokenizer)
+        words = tokenizers.token_bytes(tokenizer), tokenizers.token_bytes(teachers)
         for text in running:
             for window in tokenizers.windows(tokenizer, text, max_len):
-                if pair := window_for_both(window, words, teachers):
+                if pair := window_for_both(window, teachers, *words):
                     both.append(pair)
     return both
 
 
 def window_for_both(
-    window: tokenizers.Encoded, words: Sequence[bytes], teachers: PreTrainedTokenizerBase
+    window: tokenizers.Encoded,
+    teachers: PreTrainedTokenizerBase,
+    words: Sequence[bytes],
+    their_words: Sequence[bytes],
 ) -> tuple[tokenizers.Encoded, tokenizers.Encoded] | None:
     """A window of running text, from its first whole character to its last, in the tokens of student and teacher.
 
-    Its first token is only read, as in `tokenizers.windows`.
+    What stands before the first place, behind a token, at which a token begins in both, is only read.
 
     Args:
-        words: bytes of the student's tokens (`tokenizers.token_bytes`).
+        words, their_words: bytes of the student's tokens, and of the teacher's (`tokenizers.token_bytes`).
     """
     spelt = [words[token] for token in window.input_ids]
     begins = [number for number, word in enumerate(spelt) if word and not 0x80 <= word[0] < 0xC0]  # a character
     if len(begins) < 2:
         return None
-    (first, second), stop = begins[:2], len(spelt)
-    if not is_utf8(b"".join(spelt[second:])):
-        stop = begins[-1]
-    read, learnt = b"".join(spelt[first:second]), b"".join(spelt[second:stop])
-    if not learnt or not is_utf8(read) or not is_utf8(learnt):
+    stop = len(spelt) if is_utf8(b"".join(spelt[begins[0] :])) else begins[-1]
+    text = b"".join(spelt[begins[0] : stop])
+    if not is_utf8(text):
         return None
-    before = teachers.encode(read.decode())  # with the BOS, where there is one
-    behind = teachers.encode(learnt.decode(), add_special_tokens=False)
-    return tokenizers.Encoded(window.input_ids[:stop], second), tokenizers.Encoded(before + behind, len(before))
+    ids = teachers.encode(text.decode())  # with the BOS, where there is one
+    whole = b"".join(their_words[token] for token in ids)
+    if not whole.endswith(text):  # it may begin with a space that the tokenizer puts before each text
+        return None
+    bounds = accumulate((len(their_words[token]) for token in ids), initial=len(text) - len(whole))
+    theirs = {bound: number for number, bound in enumerate(bounds)}
+    for start in begins[1:]:
+        common = theirs.get(len(b"".join(spelt[begins[0] : start])))
+        if common is not None and start < stop:
+            return tokenizers.Encoded(window.input_ids[:stop], start), tokenizers.Encoded(ids, common)
+    return None
 
 
 def is_utf8(text: bytes) -> bool:

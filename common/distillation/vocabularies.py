@@ -65,7 +65,8 @@ def translated_answers(
 ) -> tuple[list[Encoded], Translation]:
     """The same of rows in the student's tokens, beside their prompts: what they learn is the end of a text."""
     theirs = teacher_tokenizer(settings)
-    student, limit = Vocabulary.of(tokenizer), context_of(loading.load_config(settings.teacher))
+    student = Vocabulary.of(tokenizer)
+    limit = context_of(loading.load_config(settings.teacher, settings.trust_remote_code))
     both = []
     for prompt, row in answered:
         *earlier, run = student.runs(row)

@@ -42,6 +42,7 @@ def revisable(model: PreTrainedModel | PeftModel) -> bool:
         and config._attn_implementation == "sdpa"
         and "position_ids" in inspect.signature(inner.forward).parameters
         and hasattr(sys.modules[type(inner).__module__], "create_causal_mask")  # which lets such a mask be
+        and hasattr(sys.modules[type(inner).__module__], "ALL_ATTENTION_FUNCTIONS")  # of which ours is then one
         and not getattr(config, "alibi", False)  # it makes its own of which positions there are
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
         and inner.get_output_embeddings() is not None

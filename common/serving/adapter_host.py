@@ -194,10 +194,13 @@ class Host:
         self.channel.send(Taken([request.number for request in batch]))
         self._answer(batch)
 
-    def _answer(self, batch: list[QueuedRequest]) -> None:
+    def _answer(self, batch: list[QueuedRequest], *, joins: bool = True) -> None:
         """Do a batch and send its answers, those of texts as they end; what is answered leaves `batch`.
 
         Where it fails the rest is done one by one, so that a bad request harms itself alone.
+
+        Args:
+            joins: requests that come meanwhile may enter a batch of texts.
         """
         outer, self.batch = self.batch, batch
         self._taken.append(batch)
@@ -207,7 +210,7 @@ class Host:
             self._activate(view.adapter)
             warm = view.warm
             if hasattr(work, "write"):
-                work.write(view, _TextRequests(self, batch))
+                work.write(view, _TextRequests(self, batch, joins))
                 return
             answers = work.run(view, [request.payload for request in batch])
             if view.warm != warm:
@@ -216,7 +219,7 @@ class Host:
             if len(batch) > 1 and not isinstance(error, Unusable | Abandoned):
                 self.batch = outer
                 for request in [*batch]:
-                    self._answer([request])
+                    self._answer([request], joins=False)
                 return
             if type(error).__name__ == "OutOfMemoryError":  # torch's, of a card; a batch was tried row by row
                 error = UserError(
@@ -349,17 +352,18 @@ class _TextRequests:
 
     Args:
         batch: what there is at first; from then on always what is not answered yet.
+        joins: others may enter.
     """
 
-    def __init__(self, host: Host, batch: list[QueuedRequest]) -> None:
-        self.host, self.batch = host, batch
+    def __init__(self, host: Host, batch: list[QueuedRequest], joins: bool) -> None:
+        self.host, self.batch, self.joins = host, batch, joins
         self.key = batch[0].key
         self.open: dict[int, QueuedRequest] = {}
         self.came = 0
 
     def arriving(self) -> list[Any]:
         """See `view.Requests`."""
-        new = [*self.batch] if not self.came else self._joining()
+        new = [*self.batch] if not self.came else self._joining() if self.joins else []
         self.open.update(enumerate(new, start=self.came))
         self.came += len(new)
         return [request.payload for request in new]

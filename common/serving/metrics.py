@@ -32,7 +32,10 @@ class ServingMetrics:
             "inference_seconds", "From request to answer, by adapter and task.", ("adapter", "task"), web.SECONDS
         )
         self.batch_rows = histogram(
-            "batch_rows", "Rows that shared a forward pass.", ("base", "task"), [2**i for i in range(12)]
+            "batch_rows",
+            "Rows that shared a forward pass; for each text, those that were being written as it ended.",
+            ("base", "task"),
+            [2**i for i in range(12)],
         )
         self.margin = histogram(
             "top2_margin", "Best minus second-best score, in nats.", ("adapter",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)

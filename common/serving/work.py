@@ -289,13 +289,13 @@ class Chat:
         def enter() -> None:
             for turn in requests.arriving():
                 number = next(numbers)
-                prompts[number] = tokenizers.encode_chat(view.tokenizer, turn.messages, thinking=self.thinking)
-                choices[number] = {}
                 try:
-                    self._ask(view, batch, number, prompts[number], turn.stream)
+                    prompt = tokenizers.encode_chat(view.tokenizer, turn.messages, thinking=self.thinking)
+                    self._ask(view, batch, number, prompt, turn.stream)
                 except UserError as error:
-                    del prompts[number], choices[number]
                     requests.answer(number, error)
+                else:
+                    prompts[number], choices[number] = prompt, {}
 
         for number, sample, answer in batch.run(enter):
             choices[number][sample] = answer

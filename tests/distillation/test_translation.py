@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -131,6 +132,32 @@ def test_a_student_learns_from_a_teacher_of_another_vocabulary(base, strangers, 
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
     again = loss_column(distill(base, tmp_path / "again", *more))  # from the cache
     assert again == losses
+
+
+@pytest.mark.processes
+def test_a_teacher_of_a_smaller_vocabulary_is_padded_with_a_token_of_its_own(base, uneven, tokenizer, tmp_path):
+    from common.training import miniature
+
+    fewer = tokenizers.align(miniature.build_tokenizer(["a b"], vocab_size=270))
+    assert len(fewer) <= tokenizer.pad_token_id < len(tokenizer) or len(fewer) < len(tokenizer)
+    small = build_base(tmp_path / "small", fewer, 0.3)
+    larger = tokenizers.load_tokenizer(base)
+    larger.pad_token = larger.convert_ids_to_tokens(len(larger) - 1)
+    student = build_base(tmp_path / "student", larger, 0.3)
+    assert tokenizers.load_tokenizer(student).pad_token_id >= len(fewer)
+    more = ("--data", uneven, "--teacher", small, "--forward_kl", 1, "--teacher_cache", tmp_path / "cache")
+    assert all(map(math.isfinite, loss_column(distill(student, tmp_path / "run", *more))))
+
+
+def test_running_text_of_a_tokenizer_that_puts_a_space_before_it(tokenizer, strangers):
+    from tokenizers.normalizers import Prepend
+
+    spaced = copy.deepcopy(strangers)
+    spaced.backend_tokenizer.normalizer = Prepend(" ")
+    assert spaced.encode("x") != strangers.encode("x")
+    student, teacher = Vocabulary.of(tokenizer), Vocabulary.of(spaced)
+    pairs = distill_rows.encode_for_both(tokenizer, spaced, "x", [{"text": "The cat sat on the mat. " * 9}], 20, False)
+    assert len(pairs) > 3 and all(same_text(student.runs(a), teacher.runs(b)) for a, b in pairs)
 
 
 @pytest.mark.processes

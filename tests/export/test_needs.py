@@ -66,7 +66,9 @@ def test_the_bytes_of_a_gguf_are_known_beforehand(quant, plan, tmp_path):
     _, tokenizer = merging.texts_of(str(plan.base), plan.base)
     gguf_writer.write(plan.base, tmp_path / "model.gguf", quant, tokenizer, [tokenizer.eos_token_id])
     size = (tmp_path / "model.gguf").stat().st_size
-    assert gguf_writer.predicted_bytes(plan.base, quant) < size < needs.ROOM * size
+    texts = 60_000  # names, tokens and settings, which weigh something on a miniature alone
+    predicted = gguf_writer.predicted_bytes(plan.base, quant)
+    assert predicted < size < needs.ROOM * predicted + texts
 
 
 @pytest.mark.parametrize("form", FORMATS)

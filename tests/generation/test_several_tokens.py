@@ -10,6 +10,7 @@ import torch
 from support.families import build_architecture
 from support.inputs import CORPUS
 from support.logits import Only
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from common.generation import continuous_batch, json_schema, steering
 from common.generation.aligned_cache import revisable
@@ -94,6 +95,11 @@ def test_windows_and_states_go_on_token_by_token(name, tokenizer, prompts, tmp_p
     model = models.load_base(ModelSource(build_architecture(name, tmp_path, tokenizer), dtype="float32")).eval()
     batch, _ = run(model, tokenizer, [Wanted(0, prompts[0], 30, lookup=10)])
     assert not revisable(model) and batch.drafted == 0
+
+
+def test_attention_that_is_a_model_s_own_is_left_to_it():
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    assert not revisable(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_pass_that_is_made_on_the_way_is_its_own(model, tokenizer, prompts):

@@ -18,6 +18,7 @@ from common.serving.batch_queue import QueuedRequest
 from common.serving.messages import Answers, Taken, Withdraw
 from common.serving.run_registry import Registry
 from common.serving.work import Chat, ChatTurn, Extract, WriteCode
+from common.tasks.codegen.writer import CodeAnswer
 
 pytestmark = pytest.mark.processes
 
@@ -131,7 +132,40 @@ def test_a_bad_one_that_enters_harms_itself_alone(host, channel, version):
     channel.later[channel.looks + 3] = [QueuedRequest(4, code, "x" * 9 * context, urgent=False)]
     channel.later[channel.looks + 5] = [QueuedRequest(5, code, "fine", urgent=False)]
     answers = begin(host, QueuedRequest(3, code, "one", urgent=False))
-    assert isinstance(answers[4], UserError) and {type(answers[3]), type(answers[5])} != {UserError}
+    assert isinstance(answers[4], UserError) and {type(answers[3]), type(answers[5])} == {CodeAnswer}
+
+
+def test_a_chat_that_the_template_refuses_disturbs_no_other(host, channel, version, monkeypatch):
+    """What is half written goes on, and is not begun again."""
+    encode, read = tokenizers.encode_chat, []
+
+    def refusing(tokenizer, messages, **how):
+        read.append(messages[0]["content"])
+        if read[-1] == "bad":
+            raise UserError("the template refuses the order of the roles")
+        return encode(tokenizer, messages, **how)
+
+    monkeypatch.setattr(tokenizers, "encode_chat", refusing)
+    for look in (3, 5, 7):
+        channel.later[look] = [chat(look, version, "bad", 30)]
+    answers = begin(host, chat(0, version, "one", 30))
+    assert read == ["one", "bad", "bad", "bad"]
+    assert answers[0].choices and all(isinstance(answers[look], UserError) for look in (3, 5, 7))
+
+
+def test_a_batch_that_is_done_again_one_by_one_lets_nobody_in(host, channel, version, monkeypatch):
+    works, write = [], Chat.write
+
+    def failing(self, view, requests):
+        works.append(len(requests.batch))
+        if len(works) == 1:
+            raise RuntimeError("no kernel")
+        write(self, view, requests)
+
+    monkeypatch.setattr(Chat, "write", failing)
+    channel.later[3] = [chat(2, version, "late", 30)]
+    answers = begin(host, chat(0, version, "one", 30), chat(1, version, "two", 30))
+    assert works == [2, 1, 1, 1] and all(answers[number].choices for number in range(3))
 
 
 def test_documents_and_code_enter_too(host, channel, version):

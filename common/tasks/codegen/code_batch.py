@@ -83,7 +83,11 @@ class CodeBatch:
             if not plan and question.kind == PLAN and self.writer.style.chat:
                 self.asked_again += 1
                 text = plan_prompt(self.tasks[question.index], PLAN_AGAIN_REQUEST)
-                self._ask(_Question(PLAN_AGAIN, question.index, sample), text, self._plan_ends, first=True)
+                try:
+                    self._ask(_Question(PLAN_AGAIN, question.index, sample), text, self._plan_ends, first=True)
+                except UserError:  # the longer request does not fit
+                    self.stayed_empty += 1
+                    yield question.index, sample, plan
             else:
                 self.stayed_empty += not plan
                 yield question.index, sample, plan

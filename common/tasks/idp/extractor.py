@@ -257,6 +257,8 @@ class Extractor:
         yield from refused
         refused.clear()
         for question, _, answer in batch.run(enter):
+            yield from refused  # of those that came meanwhile
+            refused.clear()
             reading = question.reading
             reading.tries[question.index].append(answer)
             budget = self._longer_budget(question, answer)
@@ -269,7 +271,7 @@ class Extractor:
                     self._ask(batch, reading, confidence, between)
                 else:
                     yield reading.number, self._read(reading, confidence)
-        yield from refused  # of those that came meanwhile
+        yield from refused
 
     def grammar_for(
         self, piece: str, between: Callable[[], None] = lambda: None, part: bool = False

@@ -91,7 +91,7 @@ def local_source(args: argparse.Namespace) -> ModelSource:
     if gguf_import.file_of(folder):
         return ModelSource(folder, engine=LLAMA_CPP)
     models.check_model_dir(args.cascade)
-    return replace(source_of(args, args.cascade), engine=TORCH)
+    return replace(source_of(args, args.cascade), engine=TORCH, dtype="auto")
 
 
 def cascade_settings(args: argparse.Namespace) -> CascadeSettings | None:
