@@ -267,11 +267,12 @@ def _add_classification(app: FastAPI, server: Server) -> None:
         version = await server.find(run)
         tokens = sum(map(estimate, texts))
         task = await server.label_task(version, task_name)
-        prompts = server.encode(version, [task.prompt(task.clean(text)) async for text in in_turns(texts)])
+        cleaned = [task.clean(text) async for text in in_turns(texts)]
+        prompts = server.encode(version, [task.prompt(text) for text in cleaned])
         answers = await server.answer(request, version, Classify(task.text), prompts, rows=len(texts), tokens=tokens)
         answers = [warned(task, *row) async for row in in_turns(zip(texts, answers, strict=True))]
         if server.cascade:
-            answers = await server.cascade.answers(request, version, task, texts, answers)
+            answers = await server.cascade.answers(request, version, task, cleaned, answers)
         metrics = server.metrics
         async for text, answer in in_turns(zip(texts, answers, strict=True)):
             metrics.child(metrics.margin, version.name).observe(answer["top2_margin"])
