@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 64  # beyond about so many a step takes longer by as much as it does more
 STEP_TOKENS = 10  # a step takes as long as reading so many tokens, beside its own, on a CPU (docs/results.md)
-SECOND_TOKEN = 0.4  # in float32 on a CPU, where from there on a weight is put in order first
+SECOND_TOKEN = 0.8  # in float32 on a CPU, where from there on a weight is put in order first
 PACKED_STEP_TOKENS = 0.5  # in llama.cpp, which multiplies each token for itself: few drafts are worth it
 PACKED_AT_ONCE = 128  # tokens that any of its contexts takes in a call
 GPU_STEP_TOKENS = 256  # on a card that is busy with reading its weights
