@@ -17,7 +17,7 @@ from typing import Any
 from common.cli import UserError
 from common.data import splits, task_record
 from common.files import atomic_write, sha256_file, write_json
-from common.models import adapters
+from common.models import adapters, gguf_import
 
 try:
     import resource
@@ -26,7 +26,6 @@ except ModuleNotFoundError:  # native Windows
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 FILE = "run.json"
-EXPORT_FILE = "export.json"
 GROUPS_FILE = "train_groups.txt"
 
 
@@ -172,7 +171,7 @@ def was_trained(model_dir: str | Path) -> bool:
     if adapters.is_adapter(model_dir) or any(Path(model_dir, file).is_file() for file in (FILE, task_record.FILE)):
         return True
     try:
-        return json.loads(Path(model_dir, EXPORT_FILE).read_text())["origin"]["base"] is not None
+        return json.loads(Path(model_dir, gguf_import.EXPORT_RECORD).read_text())["origin"]["base"] is not None
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

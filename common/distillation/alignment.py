@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -32,10 +32,11 @@ class Vocabulary:
     def __init__(self, words: Sequence[bytes], end: int, stops: Sequence[int]) -> None:
         self.words, self.end, self.stops = words, end, stops
 
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-        """A tokenizer's."""
-        return cls(tokenizers.token_bytes(tokenizer), tokenizer.eos_token_id, tokenizers.stop_ids(tokenizer))
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """A tokenizer's; it takes seconds for a large one, so that it is kept."""
+        return Vocabulary(tokenizers.token_bytes(tokenizer), tokenizer.eos_token_id, tokenizers.stop_ids(tokenizer))
 
     def __len__(self) -> int:
         return len(self.words)

@@ -150,8 +150,16 @@ def written_cache(
         batch_tokens, seed = fitted.max_batch_tokens, fitted.seed + state.process_index
         try:
             reader = objective.load_teacher(fitted, signals)
-            limits = {"max_batch_tokens": batch_tokens, "seed": seed}
-            fill_cache(cache, reader, share, targets, tokenizer.pad_token_id, translation, **limits)
+            fill_cache(
+                cache,
+                reader,
+                share,
+                targets,
+                tokenizer.pad_token_id,
+                translation,
+                max_batch_tokens=batch_tokens,
+                seed=seed,
+            )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the device ran out of memory while the teacher read; lower --max_batch_tokens {batch_tokens}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from common.cli import UserError, log, reason
 from common.data import rows as records
 from common.data import shapes, squad, training_files
+from common.distillation.alignment import Vocabulary
 from common.distillation.settings import DistillSettings
 from common.files import read_text
 from common.models import tokenizers
@@ -183,7 +184,7 @@ def encode_for_both(
         both += [(ours, theirs) for ours, theirs in zip(*encoded, strict=True) if ours and theirs]
     running = [row["text"] for row in rows if "text" in row]
     if running:
-        words = tokenizers.token_bytes(tokenizer), tokenizers.token_bytes(teachers)
+        words = Vocabulary.of(tokenizer).words, Vocabulary.of(teachers).words
         for text in running:
             for window in tokenizers.windows(tokenizer, text, max_len):
                 if pair := window_for_both(window, teachers, *words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, log
@@ -40,9 +41,13 @@ def check_translatable(settings: DistillSettings, difference: str) -> None:
 
 
 def teacher_tokenizer(settings: DistillSettings) -> PreTrainedTokenizerBase:
-    """The teacher's."""
-    folder = adapters.tokenizer_folder(settings.teacher)
-    return tokenizers.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    """The teacher's, the same object for as long as the settings name it."""
+    return _tokenizer_of(settings.teacher, settings.trust_remote_code)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_of(teacher: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    return tokenizers.load_tokenizer(adapters.tokenizer_folder(teacher), trust_remote_code=trust_remote_code)
 
 
 def translated_rows(

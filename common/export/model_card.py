@@ -21,7 +21,7 @@ from common.models import adapters, gguf_import
 from common.models.gguf_file import GgufFile
 
 FILE = "README.md"
-EXPORT_FILE = run_record.EXPORT_FILE
+EXPORT_FILE = gguf_import.EXPORT_RECORD
 MARK = "<!-- distill-slm: written from run.json; edits are lost unless this line goes -->"
 FOREIGN = "[More Information Needed]"  # in what PEFT writes of itself
 METHODS = {

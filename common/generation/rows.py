@@ -114,7 +114,7 @@ class TorchRows(Rows):
     def join(self, states: Sequence[Cache]) -> None:
         """See `Rows`."""
         caches = [self._cache, *states] if self._cache is not None else states
-        self._cache = row_cache.join(caches) if len(caches) > 1 else caches[0]
+        self._cache = self._joined(caches) if len(caches) > 1 else caches[0]
 
     def drop(self, state: Cache) -> None:
         """See `Rows`."""
@@ -136,6 +136,9 @@ class TorchRows(Rows):
 
     def _empty_cache(self) -> Cache:
         return row_cache.empty_cache(self.model.config)
+
+    def _joined(self, caches: Sequence[Cache]) -> Cache:
+        return row_cache.join(caches)
 
     def _forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Cache, wanted: int = 1
@@ -161,8 +164,7 @@ class RevisableRows(TorchRows):
     def join(self, states: Sequence[Cache]) -> None:
         """See `Rows`."""
         self._lengths += [state.get_seq_length() for state in states]
-        caches = [self._cache, *states] if self._cache is not None else states
-        self._cache = aligned_cache.join(caches, max(self._lengths)) if len(caches) > 1 else caches[0]
+        super().join(states)
 
     def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
         """See `Rows`."""
@@ -185,6 +187,9 @@ class RevisableRows(TorchRows):
 
     def _empty_cache(self) -> Cache:
         return aligned_cache.empty_cache(self.model.config)
+
+    def _joined(self, caches: Sequence[Cache]) -> Cache:
+        return aligned_cache.join(caches, max(self._lengths))
 
 
 class GgufRows(Rows):

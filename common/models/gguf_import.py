@@ -113,6 +113,14 @@ def file_of(folder: str | Path) -> Path | None:
     return local_gguf(str(folder)) if Path(folder).is_dir() else None
 
 
+def file_there(folder: str | Path) -> Path:
+    """`file_of` a folder that has one. Raises UserError where that has gone."""
+    file = file_of(folder)
+    if file is None or not file.is_file():
+        raise UserError(f"{folder} stands for the GGUF {file}, which is not there; give the file anew")
+    return file
+
+
 def packed_folder(name: str) -> str:
     """The folder of a GGUF that is run as it is, any other name is its own.
 

@@ -287,9 +287,7 @@ def load_gguf(source: ModelSource, most_tokens: int) -> tuple[GgufModel, PreTrai
     from common.models.tokenizers import load_tokenizer
 
     unproven.warn_of(source.model_dir)
-    file = gguf_import.file_of(source.model_dir)
-    if file is None or not file.is_file():
-        raise UserError(f"{source.model_dir} stands for the GGUF {file}, which is not there; give the file anew")
+    file = gguf_import.file_there(source.model_dir)
     folder = gguf_import.config_folder(source.model_dir)
     config, generation_config = load_config(folder), GenerationConfig.from_pretrained(folder)
     context, tokenizer = min(context_of(config), most_tokens), load_tokenizer(folder)

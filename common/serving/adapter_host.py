@@ -58,7 +58,7 @@ from common.serving.messages import (
     Withdraw,
 )
 from common.serving.run_registry import Version, signature_of
-from common.serving.view import View
+from common.serving.view import TextWork, View
 from common.vram import preflight as vram
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Host:
             view = self._view(version)
             self._activate(view.adapter)
             warm = view.warm
-            if hasattr(work, "write"):
+            if isinstance(work, TextWork):
                 work.write(view, _TextRequests(self, batch, joins))
                 return
             answers = work.run(view, [request.payload for request in batch])
@@ -363,7 +363,7 @@ class _TextRequests:
 
     def arriving(self) -> list[Any]:
         """See `view.Requests`."""
-        new = [*self.batch] if not self.came else self._joining() if self.joins else []
+        new = self._joining() if self.came else [*self.batch]
         self.open.update(enumerate(new, start=self.came))
         self.came += len(new)
         return [request.payload for request in new]
@@ -375,6 +375,8 @@ class _TextRequests:
         self.host.channel.send(Answers([request.number], [answer], len(self.batch)))
 
     def _joining(self) -> list[QueuedRequest]:
+        if not self.joins:
+            return []
         room = self.host.settings.max_batch_tokens - sum(request.tokens for request in self.batch)
         joining = self.host.queue.join(self.key, room)
         if joining:

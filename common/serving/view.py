@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from common.models.batching import KEPT_TOKENS
 from common.models.onnx_runtime import OnnxModel
@@ -62,6 +62,7 @@ class Requests(Protocol):
         ...
 
 
+@runtime_checkable
 class TextWork(Protocol):
     """A `Work` that writes texts, and answers each request as its text ends."""
 

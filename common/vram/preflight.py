@@ -108,9 +108,7 @@ def packed_plan(source: ModelSource, *, max_batch_tokens: int, writes: bool = Tr
         UnknownShape: the model's memory cannot be predicted.
         UserError: the file is not there.
     """
-    file = gguf_import.file_of(source.model_dir)
-    if file is None or not file.is_file():
-        raise UserError(f"{source.model_dir} stands for the GGUF {file}, which is not there; give the file anew")
+    file = gguf_import.file_there(source.model_dir)
     shape = shapes.of(gguf_import.config_folder(source.model_dir))
     return Packed(shape, file.stat().st_size, max_batch_tokens, writes, ranks)
 
