@@ -129,14 +129,13 @@ class Registry:
         if not NAME.fullmatch(name) or (at and not DIGEST.fullmatch(digest)):
             raise BadName(
                 f"'{address[:80]}' is not the name of a run; give the name of a folder in {self.runs_dir} without its "
-                f"path, or name@hash with at least 8 hex digits; there are: {', '.join([BASE, *self.names()])}"
+                f"path, or name@hash with at least 8 hex digits; there are: {self._all_names()}"
             )
         if name in self.short and not _holds_model(Path(self.runs_dir) / name):
             name = self.short[name]
         model_dir = self.base_model() if name == BASE else str(Path(self.runs_dir) / name)
         if name != BASE and not _holds_model(Path(model_dir)):
-            there = ", ".join([BASE, *self.names()])
-            raise UnknownRun(f"there is no run '{name}'; there are: {there}")
+            raise UnknownRun(f"there is no run '{name}'; there are: {self._all_names()}")
         if name != BASE and gguf_import.local_gguf(model_dir):
             model_dir = gguf_import.packed_folder(model_dir)
         versions = self._look(name, model_dir)
@@ -177,6 +176,9 @@ class Registry:
         """Whether a run can write text: an ONNX export ranks labels alone, an adapter alone in GGUF does nothing."""
         folder = Path(self.runs_dir) / name
         return not is_onnx(folder) and not (folder / ADAPTER_FILE).is_file()
+
+    def _all_names(self) -> str:
+        return ", ".join([BASE, *self.names()])
 
     def versions(self, name: str) -> list[Version]:
         """The known versions of a run, the one on the disk first."""

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.answers import run
 from support.families import ARCHITECTURES, build_architecture
 from support.inputs import CORPUS
 from support.logits import Only
@@ -40,13 +41,6 @@ def prompts(tokenizer) -> list[list[int]]:
     """Of unlike lengths, each more than once as long as another."""
     texts = [CORPUS[number % len(CORPUS)][: 10 + 17 * (number % 5)] + str(number) for number in range(11)]
     return [tokenizers.encode_prompt(tokenizer, text) for text in texts]
-
-
-def run(model, tokenizer, wanted: list[Wanted], max_batch_tokens: int = 8192) -> tuple[ContinuousBatch, dict]:
-    batch = ContinuousBatch(model, tokenizer, max_batch_tokens)
-    for each in wanted:
-        batch.add(each)
-    return batch, {each.key: answer for each, answer in batch.run()}
 
 
 def alone(model, tokenizer, wanted: list[Wanted]) -> dict:

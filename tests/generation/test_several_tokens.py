@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.answers import run
 from support.families import build_architecture
 from support.inputs import CORPUS
 from support.logits import Only
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, FalconConfig
 
 from common.generation import continuous_batch, json_schema, steering
 from common.generation.aligned_cache import revisable
-from common.generation.continuous_batch import ContinuousBatch, Drawn, Wanted
+from common.generation.continuous_batch import Drawn, Wanted
 from common.generation.decoding import Decoding
 from common.generation.generate import generate
 from common.generation.json_grammar import JsonGrammar, JsonRow
@@ -59,13 +60,6 @@ def prompts(tokenizer) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def grammar(model, tokenizer) -> JsonGrammar:
     return JsonGrammar(json_schema.preflight(SCHEMA).grammar_schema, tokenizer, model.config.vocab_size)
-
-
-def run(model, tokenizer, wanted, max_batch_tokens: int = 8192) -> tuple[ContinuousBatch, dict]:
-    batch = ContinuousBatch(model, tokenizer, max_batch_tokens)
-    for each in wanted:
-        batch.add(each)
-    return batch, {each.key: answer for each, answer in batch.run()}
 
 
 def same(found: dict, expected: dict, near: float = 1e-4) -> None:
