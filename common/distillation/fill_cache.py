@@ -77,8 +77,7 @@ class Targets:
             return {"ids": draws, "rest": -(logprobs.exp() * logprobs).sum(dim=-1)}
         top, ids = logprobs.topk(self.k)
         if self.own:  # where it is not among them, and the teacher has it at all
-            lacking = (ids != tokens[:, None]).all(dim=1) & (tokens < self.vocabulary)
-            ids[lacking, -1] = tokens[lacking]
+            ids = losses.with_own(ids, torch.where(tokens < self.vocabulary, tokens, ids[:, 0]))
             top = logprobs.gather(1, ids)
         return {"ids": ids, "rest": (1 - top.exp().sum(dim=-1)).clamp(min=0), "logprobs": top}
 

@@ -158,8 +158,7 @@ class _Reader:
         ids = given[:, :-1].topk(self.k).indices
         if self.keep_own:
             own = torch.tensor([self.wanted[number].own for number in numbers], device=p.device)
-            lacking = (ids != own[:, None]).all(dim=1)
-            ids[lacking, -1] = own[lacking]
+            ids = losses.with_own(ids, own)
         return ids, given.gather(1, ids)
 
     def _along(self, place: Place) -> float:

@@ -151,6 +151,13 @@ def with_rest(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([chosen, rest], dim=-1)
 
 
+def with_own(ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Outcomes [n, k], the likeliest first, of which the last gives way to `own` [n] where that is not among them."""
+    lacking = (ids != own[:, None]).all(dim=1)
+    last = torch.where(lacking, own, ids[:, -1])
+    return torch.cat([ids[:, :-1], last[:, None]], dim=1)
+
+
 def sampled_forward_kl(
     student: torch.Tensor, draws: torch.Tensor, entropy: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
