@@ -6,9 +6,11 @@ Nothing here imports torch, so `--help` and a mistyped flag answer at once.
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import difflib
 import errno
+import gc
 import math
 import os
 import re
@@ -269,6 +271,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     One of several processes that train together ends here at once: the threads of torch's process group now and then
     abort a process that goes on to tear itself down.
     """
+    spare_collections()
     code = _exit_code(main, argv)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
@@ -276,6 +279,16 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def spare_collections() -> None:
+    """Collect garbage more seldom, and leave what lives at the exit alone.
+
+    Objects of torch and transformers are millions, and all of them stay: to look through them while they are imported
+    and when the interpreter ends was a third of the time of a short command (measured with torch 2.13).
+    """
+    gc.set_threshold(10_000, 10, 10)
+    atexit.register(gc.freeze)
 
 
 def _exit_code(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None) -> int:

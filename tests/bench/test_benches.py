@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import interleave
+from harness.interleave import take_turns
 from support.inputs import ROOT
 from support.models import build_base
 from support.scripts import parser_of
@@ -31,20 +31,20 @@ def numbers(*values: float):
 
 
 def test_a_warm_up_round_does_not_count():
-    table = interleave.take_turns({"a": numbers(100, 1, 2, 9), "b": numbers(100, 5, 5, 5)}, 3, "rows", warm_up=True)
+    table = take_turns({"a": numbers(100, 1, 2, 9), "b": numbers(100, 5, 5, 5)}, 3, "rows", warm_up=True)
     assert table == {"a": {"rows_per_s": 2, "min": 1, "max": 9}, "b": {"rows_per_s": 5, "min": 5, "max": 5}}
-    assert interleave.take_turns({"a": numbers(3)}, 1, "rows") == {"a": {"rows_per_s": 3, "min": 3, "max": 3}}
+    assert take_turns({"a": numbers(3)}, 1, "rows") == {"a": {"rows_per_s": 3, "min": 3, "max": 3}}
 
 
 def test_a_peer_that_fails_is_left_out_and_named(capsys):
     def broken():
         raise RuntimeError("no kernel image\nis available")
 
-    found = interleave.take_turns({"ours": numbers(1, 2), "peer": broken}, 1, "rows", warm_up=True, peers=("peer",))
+    found = take_turns({"ours": numbers(1, 2), "peer": broken}, 1, "rows", warm_up=True, peers=("peer",))
     assert list(found) == ["ours"]
     assert "peer left out, it fails with RuntimeError: no kernel image is available" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
-        interleave.take_turns({"ours": broken}, 1, "rows")
+        take_turns({"ours": broken}, 1, "rows")
 
 
 RANKING = {
@@ -332,10 +332,16 @@ def stand_in(monkeypatch, tmp_path: Path, name: str, source: str) -> Path:
     return tmp_path / "seen"
 
 
+def without_warm_up(monkeypatch, bench) -> None:
+    """A peer's process starts once, not twice."""
+    monkeypatch.setattr(bench, "take_turns", lambda *turns, warm_up, **more: take_turns(*turns, **more))
+
+
 RANK = ["--rows", "3", "--naive_rows", "1", "--rounds", "1", "--vllm_python", sys.executable]
 
 
 def test_vllm_gets_every_row_and_its_figures_land_in_the_table(monkeypatch, tmp_path, capsys):
+    without_warm_up(monkeypatch, label_ranking)
     seen = stand_in(monkeypatch, tmp_path, "vllm", VLLM.replace("SHIFT", "0"))
     tokenizer = tokenizers.align(miniature.build_tokenizer(["Good morning, Stan"] * 9, vocab_size=300))
     label_ranking.main(["--model", build_base(tmp_path / "model", tokenizer), *RANK])
@@ -356,6 +362,7 @@ def test_vllm_gets_every_row_and_its_figures_land_in_the_table(monkeypatch, tmp_
 
 
 def test_vllm_with_other_scores_is_left_out(tiny_base, monkeypatch, tmp_path, capsys):
+    without_warm_up(monkeypatch, label_ranking)
     stand_in(monkeypatch, tmp_path, "vllm", VLLM.replace("SHIFT", "0.02"))
     label_ranking.main(["--model", tiny_base, *RANK])
     told = capsys.readouterr()
@@ -395,6 +402,7 @@ def test_unsloth_gets_every_row_and_its_figures_land_in_the_table(base, rows, to
     seen = stand_in(monkeypatch, tmp_path, "unsloth", UNSLOTH)
     monkeypatch.setattr(train_throughput, "HELD_OUT", 4)
     monkeypatch.setattr(train_throughput, "has_unsloth", lambda args: True)
+    without_warm_up(monkeypatch, train_throughput)
     for other in ("train_trl", "train_ours", "train_bare"):
         monkeypatch.setattr(train_throughput, other, lambda *_: (1.0, 0.5))
     flags = ["--student", base, "--data", rows["sft"], "--steps", "5", "--effective_batch", "4", "--rounds", "1"]

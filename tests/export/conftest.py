@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support.exported import export_run, labelled_rows
 from support.served import make_run
 
@@ -40,7 +42,13 @@ def torch_model(run):
 
 @pytest.fixture(scope="session")
 def onnx(run, dev, tmp_path_factory) -> Path:
-    """The run as ONNX in float32, which takes seconds. Not to be changed."""
-    folder = tmp_path_factory.mktemp("exports") / "out"
-    export_run(run, "onnx", folder, dev)
-    return folder
+    """The run as ONNX in float32, made once for all workers, since it takes seconds. Not to be changed."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its folder lies in that of all workers
+        shared = shared.parent
+    with FileLock(shared / "onnx.lock"):
+        if not (shared / "onnx").is_dir():
+            made = tmp_path_factory.mktemp("exports") / "onnx"
+            export_run(run, "onnx", made, dev)
+            made.rename(shared / "onnx")
+    return shared / "onnx"

@@ -91,6 +91,8 @@ def test_a_failed_export_is_made_again_without_training_again(served):
 
 
 def test_jobs_by_page(served, done):
+    for job_id in [served.submit(), served.submit()]:
+        served.until(job_id)
     page = served.ask("GET", "/jobs?limit=2")[1]
     assert len(page["jobs"]) == 2
     rest = served.ask("GET", f"/jobs?before={page['next']}&limit=200")[1]

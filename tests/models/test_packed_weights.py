@@ -73,6 +73,9 @@ def test_a_bias_and_any_number_of_rows():
     assert module.weight is None
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on a CPU without AVX512"
+)
 def test_a_packed_head_is_multiplied_in_float32_where_labels_are_compared(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(packed_weights, "has_bfloat16", lambda: True)
     folder = build_base(tmp_path / "base", tokenizer)

@@ -23,8 +23,9 @@ TOGETHER = ("--max_steps", 6, "--lora_dropout", 0, "--seed", 1)
 
 
 def equal(two: Path, one: Path) -> None:
-    # AdamW divides the first gradient by itself: where it is all rounding noise, that is a part of a step of 0.01
-    assert distance(two, one) < 5e-5
+    # AdamW divides the first gradient by itself: where it is all rounding noise, that is a part of a step of 0.01,
+    # 6e-5 on a CPU without AVX512. Other rows or another mean would move weights by whole steps, and change the curve.
+    assert distance(two, one) < 1e-4
     assert loss_curve(two) == pytest.approx(loss_curve(one), abs=1e-5)
     assert run_json(two)["effective_batch"] == run_json(one)["effective_batch"] == 2
     assert run_json(two)["state"] == "done"
