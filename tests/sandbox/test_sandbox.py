@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -258,6 +259,21 @@ send(repr((dict(os.environ), [fd for fd in range(1024) if is_open(fd)], os.getui
     assert "s3cret" not in environment.values()
     assert len(files) == 5  # standard input, output and error, and the two ends of pipes
     assert uid == os.getuid() or (os.getuid() == 0 and uid >= 50_000)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs boxes as other users")
+@pytest.mark.parametrize("setpriv", ["as it is", "not installed"])
+def test_roots_boxes_run_as_nobody_that_there_is(setpriv, level, monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **how: started.append(how) or start(*words, **how))
+    if setpriv == "not installed":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    program = "import os\nsend(repr((os.getresuid(), os.getresgid(), os.getgroups())).encode())"
+    users, groups, more = answer(level, program)
+    assert len(set(users)) == 1 and users[0] >= 50_000 and set(groups) == set(users)
+    assert set(more) <= set(groups)
+    forked_by_copy = any("user" in how for how in started)  # slow where a model of gigabytes is in memory
+    assert forked_by_copy == (shutil.which("setpriv") is None)
 
 
 def test_network(level):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import sys
@@ -31,6 +32,8 @@ def run_child(
     import resource
 
     from common import cli
+
+    gc.freeze()  # what was imported before the fork stays, and its pages stay shared
 
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)

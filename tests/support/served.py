@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -112,9 +113,14 @@ def settings(runs_dir: Path | str, **changes: Any) -> ServerSettings:
 
 def fork(end: socket.socket) -> SimpleNamespace:
     """`model_process.launch`, without the seconds that the imports take."""
-    child = fork_server().Process(target=adapter_host.main, args=(end,), daemon=True)
+    child = fork_server().Process(target=_serve_model, args=(end,), daemon=True)
     child.start()
     return SimpleNamespace(pid=child.pid, wait=lambda: (child.join(), child.exitcode)[1])
+
+
+def _serve_model(end: socket.socket) -> None:
+    gc.freeze()  # what was imported before the fork stays, and its pages stay shared
+    adapter_host.main(end)
 
 
 class Served(Client):
