@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # never the pickled adapter_model.bin
+# What tells a model from others, the first that a folder has: of what runs there, first. Shards have many names
+# (model-00001-of-00002, model.safetensors-00001-of-00002), and an index knows nothing of what is in them.
+HASHED = ("model.onnx*", ADAPTER_WEIGHTS, "model.safetensors", "model*.safetensors", "*.safetensors", "config.json")
 
 # Kinds (PEFT's `peft_type`) that change what a base's layers compute and nothing else. Those that put virtual tokens
 # before the input, or need to be told more at each step, would be read wrongly by label ranking and its prefix cache.
@@ -281,15 +284,14 @@ def identity(source: ModelSource) -> list[Any]:
 
 
 def adapter_hash(folder: str | Path) -> str:
-    """SHA-256 of the adapter's weights; a plain model's or a GGUF's that is run as it is; of a Hub id the name's."""
+    """SHA-256 of the weights that a folder is run with: an adapter's, a plain model's, an ONNX export's or a GGUF's; of
+    several files that of their hashes, of a Hub id the name's."""
     from common.files import sha256_file
 
     if gguf := gguf_import.file_of(folder):
         return gguf_import.sha256_of(gguf)
-    for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "config.json"):
-        if (Path(folder) / name).is_file():
-            if name.endswith("index.json"):  # which names the shards and knows nothing of what is in them
-                shards = sorted(Path(folder).glob("model-*.safetensors"))
-                return hashlib.sha256("".join(map(sha256_file, shards)).encode()).hexdigest()
-            return sha256_file(Path(folder) / name)
+    for pattern in HASHED:
+        if files := sorted(Path(folder).glob(pattern)):
+            hashes = [sha256_file(file) for file in files]
+            return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return hashlib.sha256(str(folder).encode()).hexdigest()

@@ -21,7 +21,7 @@ from common.files import sha256_file
 from common.models import adapters, gguf_import, unproven
 from common.models import loading as models
 from common.models.gguf_import import EXPORT_RECORD
-from common.models.onnx_runtime import is_onnx
+from common.models.onnx_runtime import MODEL_FILE, is_onnx
 from common.models.source import LLAMA_CPP, TORCH, looks_local
 
 DEFAULT_BASE = "Qwen/Qwen2.5-3B-Instruct"
@@ -255,7 +255,7 @@ def engine_of(model_dir: str) -> str:
 def signature_of(model_dir: str) -> tuple:
     """The `file_signature`s of what makes a model."""
     weights = (adapters.ADAPTER_WEIGHTS, adapters.ADAPTER_CONFIG, "config.json", "model.safetensors")
-    names = (*weights, EXPORT_RECORD, task_record.FILE)
+    names = (*weights, "model.safetensors.index.json", MODEL_FILE, EXPORT_RECORD, task_record.FILE)
     # a folder that was made of a file has its contents' name; where a copy of that lies does not matter
     gguf = None if gguf_import.origin(model_dir) else gguf_import.file_of(model_dir)
     of_gguf = file_signature(str(gguf)) if gguf else None

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.cli import UserError
+from common.files import sha256_file
 from common.models import adapters
 from common.models import loading as models
 from common.models.source import ModelSource
@@ -214,3 +215,35 @@ def test_a_broken_config(text, plain):
     (plain / "adapter_config.json").write_text(text)
     with pytest.raises(UserError, match=r"adapter_config.json is broken.*; train the adapter again"):
         adapters.base_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("adapter_model.safetensors", ["adapter_config.json"]),
+        ("model.safetensors", ["config.json"]),
+        ("model-00002-of-00002.safetensors", ["config.json", "model.safetensors.index.json"]),
+        ("model.safetensors-00002-of-00002.safetensors", ["config.json", "model.safetensors.index.json"]),
+        ("model.onnx", ["config.json", "export.json"]),
+        ("model.onnx_data", ["config.json", "model.onnx"]),  # the weights of a large export
+        ("model.onnx.data", ["config.json", "model.onnx"]),  # of a large one that is quantised
+        ("model.onnx", ["config.json", "model.safetensors"]),  # ONNX Runtime runs there
+    ],
+)
+def test_the_weights_tell_one_model_from_another(name, beside, tmp_path):
+    """Two folders that differ in nothing else, as exports of two runs on one base do."""
+    hashes = set()
+    for folder, weights in (("one", b"1"), ("same", b"1"), ("other", b"2")):
+        (tmp_path / folder).mkdir()
+        for file in beside:
+            (tmp_path / folder / file).write_text("{}")
+        (tmp_path / folder / name).write_bytes(weights)
+        hashes.add(adapters.adapter_hash(tmp_path / folder))
+    assert len(hashes) == 2
+
+
+def test_the_hash_of_one_file_is_its_own(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert adapters.adapter_hash(tmp_path) == sha256_file(tmp_path / "config.json")
+    (tmp_path / "model.onnx").write_bytes(b"weights")
+    assert adapters.adapter_hash(tmp_path) == sha256_file(tmp_path / "model.onnx")

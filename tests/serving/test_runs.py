@@ -216,6 +216,18 @@ def test_a_changed_base_is_not_passed_off_as_loaded(tmp_path, base, monkeypatch)
         assert "has changed on the disk since" in served.refused(409, "/infer/base", {"features": ROWS[0]})
 
 
+def test_an_export_that_is_written_anew_is_another_version(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.serving.run_registry.SETTLING", 0.0)
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "model.onnx").write_bytes(b"1")
+    registry = Registry(str(tmp_path / "runs"), None)
+    first = registry.find("a")
+    (run / "model.onnx").write_bytes(b"2")
+    assert registry.find("a").sha256 != first.sha256
+
+
 def test_names_of_runs(runs, tmp_path):
     registry = Registry(str(runs), None)
     for name in ("../runs/creditmix_sft", "/etc", "..", ".", "", "a/b", "a\\b", "creditmix_sft@", "sft@xyz", "x" * 200):
