@@ -276,6 +276,7 @@ def _example(example: dict) -> str:
 
 
 def _short(text: str) -> str:
-    """What tells one row from the others: without the instruction, which all share."""
-    line = text.split("\n\n", 1)[-1].strip().splitlines()[0]
+    """What tells one row from the others: its first line behind the instruction, which all share, if any is there."""
+    shown = text.split("\n\n", 1)[-1].strip() or text.strip()
+    line = "".join(shown.splitlines()[:1])
     return line if len(line) <= 110 else line[:109] + "\u2026"

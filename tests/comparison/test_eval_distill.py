@@ -120,6 +120,13 @@ def test_rows_get_perplexity_and_exact_match(evaluate, folders, here, rows):
     assert teacher["groups"] == len(set(GROUPS)) and 0 <= teacher["exact_match"]["value"] <= 1
 
 
+def test_an_example_that_is_an_instruction_alone_is_shown(evaluate, here, tmp_path):
+    data = write_rows(tmp_path / "r.jsonl", [{"input": f"Name colour {n}.\n\n", "output": "red"} for n in range(3)])
+    report = tmp_path / "report"
+    evaluate("--data", data, "--split", "all", "--max_new_tokens", "2", "--report_dir", str(report))
+    assert (report / "report.html").read_text().count("<summary>Name colour ") >= 3
+
+
 def test_an_interrupted_comparison_goes_on(evaluate, here, rows, tmp_path, monkeypatch):
     """A model that was measured is not loaded again, and of the next one only what is missing is asked."""
     argv = ["--data", rows["sft"], "--split", "all", "--max_new_tokens", "3"]
