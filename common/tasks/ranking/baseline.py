@@ -19,7 +19,7 @@ from common.data import splits
 from common.files import sha256_file
 from common.tasks.ranking import metrics
 from common.tasks.ranking.calibration import Scores
-from common.tasks.ranking.controls import TFIDF, controls
+from common.tasks.ranking.controls import TFIDF, controls, fault_of
 from common.tasks.ranking.task import LabelTask
 
 WITHOUT = "none"  # of --controls
@@ -59,7 +59,7 @@ def training_rows(asked: str | None, model_dirs: Sequence[str], task: LabelTask)
         asked: the value of --controls: a file, "none", or None for what the runs' records name.
 
     Raises:
-        UserError: a row of the file that was asked for is none of the task's.
+        UserError: a row of the file that was asked for is none of the task's, or it has none to learn from.
     """
     if asked == WITHOUT:
         return "it was left out (--controls none)"
@@ -96,6 +96,9 @@ def _read(path: str, task: LabelTask, recorded: bool = False) -> TrainingRows:
 
     Args:
         recorded: of a run's record, which may have been trained on other rows too: those of the task are read.
+
+    Raises:
+        UserError: a row that is none of the task's, or rows that nothing can be learnt from: found before any scoring.
     """
     instruction = task.prompt("")
     texts, y, groups = [], [], []
@@ -105,17 +108,20 @@ def _read(path: str, task: LabelTask, recorded: bool = False) -> TrainingRows:
         prompt, label = next(((row[a], row[b]) for a, b in PAIRS if a in keys and b in keys), (None, None))
         if isinstance(prompt, str) and prompt.startswith(instruction) and str(label).strip() in task.labels:
             texts.append(task.clean(prompt.removeprefix(instruction)))
-            y.append(task.labels.index(label.strip()))
+            y.append(task.labels.index(str(label).strip()))
             groups.append(row.get("group"))
         elif not recorded:
             raise UserError(
                 f"--controls {path}, row {number} is no training row of {task.name}; give the _sft.jsonl file "
                 "that creditmix_prepare.py wrote for this task"
             )
-    if recorded and len(set(y)) < 2:
-        raise UserError(f"{path} has no rows of two labels of {task.name}")
     most = MOST_ROWS if recorded else len(texts)
-    return TrainingRows(path, texts[:most], y[:most], groups[:most], bag_of_words_alone=recorded)
+    rows = TrainingRows(path, texts[:most], y[:most], groups[:most], bag_of_words_alone=recorded)
+    if fault := fault_of(rows.texts, rows.y):
+        if recorded:
+            raise UserError(f"{path} has {fault} of {task.name}")
+        raise UserError(f"--controls {path} has {fault}; give a file with more rows, or --controls none")
+    return rows
 
 
 def evaluate(
@@ -124,7 +130,7 @@ def evaluate(
     """The entry (see `report`) and the scores of each control (see `controls`).
 
     Raises:
-        UserError: the training rows have fewer than two labels.
+        UserError: see `controls`.
     """
     y = np.array([task.labels.index(row[task.label_field]) for row in rows])
     groups = [row["group"] for row in rows]

@@ -6,12 +6,17 @@ columns of texts that are "Key: value, Key: value" lines, as CreditMix's are. Bo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.cli import UserError
 from common.tasks.ranking.creditmix import split_features
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 TFIDF, BOOSTING = "TF-IDF + logistic regression", "gradient boosting"
 MOST_TREES = 200
@@ -38,10 +43,10 @@ def controls(
         bag_of_words_alone: without gradient boosting, which takes longer.
 
     Raises:
-        UserError: the training rows have fewer than two labels.
+        UserError: the training rows cannot be learnt from (see `fault_of`).
     """
-    if len(set(train_y)) < 2:
-        raise UserError("controls need training rows of at least two labels; give a file with more of them")
+    if fault := fault_of(train_texts, train_y):
+        raise UserError(f"the training rows of the controls have {fault}; give more of them")
     answers = {TFIDF: _tfidf(train_texts, train_y, texts)}
     tables = [[dict(split_features(text)) for text in part] for part in (train_texts, texts)]
     if not bag_of_words_alone and all(sum(len(row) > 1 for row in table) >= LISTED * len(table) for table in tables):
@@ -53,13 +58,31 @@ def controls(
     return spread
 
 
-def _tfidf(train_texts: Sequence[str], train_y: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+def fault_of(train_texts: Sequence[str], train_y: Sequence[int]) -> str | None:
+    """What training rows have that no control can learn from, after "they have"; None where they can."""
+    if len(set(train_y)) < 2:
+        return "no rows of at least two labels"
+    vectors, seen = _vectors(train_texts), Counter()
+    words_of = vectors.build_analyzer()
+    for text in train_texts:
+        words = set(words_of(text))
+        seen.update(words)
+        if any(seen[word] >= vectors.min_df for word in words):
+            return None
+    return f"no word of two characters or more in at least {vectors.min_df} of the texts"
+
+
+def _vectors(train_texts: Sequence[str]) -> TfidfVectorizer:
     from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(ngram_range=(1, 2), min_df=2 if len(train_texts) > 100 else 1, sublinear_tf=True)
+
+
+def _tfidf(train_texts: Sequence[str], train_y: Sequence[int], texts: Sequence[str]) -> np.ndarray:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2 if len(train_texts) > 100 else 1, sublinear_tf=True)
-    model = make_pipeline(vectors, LogisticRegression(max_iter=1000))
+    model = make_pipeline(_vectors(train_texts), LogisticRegression(max_iter=1000))
     return model.fit(train_texts, train_y).predict_proba(texts)
 
 

@@ -137,9 +137,30 @@ def test_people_see_whether_a_bag_of_words_is_better(low, high, state, words):
     assert shown == state and words in sentence
 
 
-def test_one_label_is_too_few():
-    with pytest.raises(UserError, match="at least two labels"):
-        controls(["a", "b"], [1, 1], ["c"], classes=2)
+@pytest.mark.parametrize(
+    ("texts", "fault"),
+    [
+        (["5", "7", "9 1"], "no word of two characters or more in at least 1 of the texts"),
+        ([f"word{n}" for n in range(120)], "no word of two characters or more in at least 2 of the texts"),
+        (["alike"] * 9, "no rows of at least two labels"),
+    ],
+)
+def test_rows_that_nothing_can_be_learnt_from_are_found_before_any_scoring(texts, fault, tmp_path):
+    labels = CREDITMIX.labels[:1] if texts[0] == "alike" else CREDITMIX.labels
+    train = [
+        {"input": CREDITMIX.prompt(text), "output": labels[number % len(labels)]} for number, text in enumerate(texts)
+    ]
+    file = write_rows(tmp_path / "sft.jsonl", train)
+    with pytest.raises(UserError, match=rf"--controls .*sft.jsonl has {fault}; give a file with more rows, or"):
+        baseline.training_rows(file, [], CREDITMIX)
+    (tmp_path / "run").mkdir()
+    record = {"data": {"path": file, "sha256": sha256_file(file), "rows": len(train)}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    reason = baseline.training_rows(None, [str(tmp_path / "run")], CREDITMIX)
+    assert reason == f"{file} has {fault} of creditmix"
+    y = [CREDITMIX.labels.index(row["output"]) for row in train]
+    with pytest.raises(UserError, match=f"the training rows of the controls have {fault}"):
+        controls(texts, y, ["a text"], classes=3)
 
 
 @pytest.mark.processes
