@@ -32,7 +32,7 @@ from common.export import model_card
 from common.files import read_json, sha256_file
 from common.models import loading as models
 from common.models.flags import add_engine_flag, parse_args, source_of
-from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
+from common.tasks.ranking.flags import add_scoring_flags, decision_goal, scoring_settings
 from common.tasks.ranking.loading import check as check_task
 from common.tasks.ranking.loading import task_for
 from common.tasks.ranking.task import LabelTask
@@ -96,12 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     settings = scoring_settings(args, task)
     sources = [source_of(args, model_dir) for model_dir in args.model_dir]
     if args.fit_calibration:
-        from common.evaluation.guarantee import GUARANTEE
-        from common.tasks.ranking.decision import Goal
-
+        goal = decision_goal(args, task)
         dev, _ = task.read(args.fit_calibration, args.features, args.skip_bad_rows)
-        costs = evaluate.cost_matrix(args.costs, task.labels) if args.costs else None
-        goal = Goal(args.optimize, costs, args.abstain_below, args.target_precision, args.guarantee or GUARANTEE)
         for source in sources:
             evaluate.fit_calibration(source, task, settings, dev, args.fit_calibration, goal, args.decision_json)
         model_card.refresh(args.model_dir)
@@ -159,19 +155,23 @@ def check_flags(args: argparse.Namespace, task: LabelTask) -> None:
         raise cli.UserError("--fail_on_drift needs --baseline with a stored metrics.json")
     if (args.baseline or args.report_dir or args.controls or args.cascade) and not args.data:
         raise cli.UserError("--baseline, --controls, --cascade and --report_dir need --data with the rows to judge on")
-    if (cascade := judged_cascade(args)) and cascade.local_teacher:
-        check_task(task, cascade.local_teacher.model_dir)
+    cascade = judged_cascade(args)
+    teacher = [cascade.local_teacher.model_dir] if cascade and cascade.local_teacher else []
+    for model_dir in teacher:
+        check_task(task, model_dir)
     # what is read later is read once now: a mistake is found before an hour of scoring, not after it
     cli.parse_label_bias(args.label_bias, task.labels)
     if args.baseline:
-        read_json(args.baseline)
-    if args.costs:
-        from common.tasks.ranking.evaluate import cost_matrix
+        from common.tasks.ranking.drift import check_baseline
 
-        cost_matrix(args.costs, task.labels)
-    if args.calibration == "fitted" and not args.fit_calibration:
+        check_baseline(read_json(args.baseline), task.labels, list(dict.fromkeys(args.model_dir + teacher)))
+    if args.calibration in (None, "fitted") and not args.fit_calibration:
+        from common.tasks.ranking.calibration import Calibration
+
         for model_dir in args.model_dir:
-            if not task.kept_file(model_dir, "calibration").is_file():
+            if (file := task.kept_file(model_dir, "calibration")).is_file():
+                Calibration.load(file, task.labels)
+            elif args.calibration:
                 raise cli.UserError(f"{model_dir} has no fitted calibration; fit one with --fit_calibration DEV.jsonl")
 
 

@@ -52,6 +52,27 @@ def independent_rows(y: np.ndarray, groups: Sequence[str] | None, balance: bool,
     return np.sort(order)
 
 
+def check_count(count: int, target: float, guarantee: float) -> None:
+    """Refuse too few independent rows for `guaranteed_threshold`, however right their answers are.
+
+    Raises:
+        UserError: so many cannot show a precision of `target`; says which one they could.
+    """
+    level = _level(guarantee)
+    needed = rows_needed(target, level)
+    if count < needed:
+        least = math.floor(100 * (1 - level) ** (1 / max(1, count))) / 100
+        raise UserError(
+            f"a precision of {target:g} with a guarantee of {guarantee:g} needs at least {needed:,} independent dev "
+            f"rows, and there are {count:,} (one of each group counts); give more, or ask for {least:g} at most"
+        )
+
+
+def _level(guarantee: float) -> float:
+    """At which each threshold is tested, so that all starts together keep the guarantee."""
+    return 1 - (1 - guarantee) / STARTS
+
+
 def guaranteed_threshold(confidence: np.ndarray, right: np.ndarray, target: float, guarantee: float) -> float:
     """The lowest threshold that is shown, with probability `guarantee`, to have a precision of `target` or more.
 
@@ -63,14 +84,9 @@ def guaranteed_threshold(confidence: np.ndarray, right: np.ndarray, target: floa
         UserError: too few rows for that, however right they are, or none that can be shown; says what is within reach.
     """
     confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=bool)
-    level = 1 - (1 - guarantee) / STARTS
+    check_count(len(right), target, guarantee)
+    level = _level(guarantee)
     needed = rows_needed(target, level)
-    if len(right) < needed:
-        least = math.floor(100 * (1 - level) ** (1 / max(1, len(right)))) / 100
-        raise UserError(
-            f"a precision of {target:g} with a guarantee of {guarantee:g} needs at least {needed:,} independent dev "
-            f"rows, and there are {len(right):,} (one of each group counts); give more, or ask for {least:g} at most"
-        )
     above = confidence[None, :] >= THRESHOLDS[:, None]
     count, hits = above.sum(axis=1), (above & right).sum(axis=1)
     bound = lower_bound(hits, count, level)

@@ -85,6 +85,15 @@ class Goal:
     target_precision: float | None = None
     guarantee: float = GUARANTEE
 
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown objective, costs without "cost" or the reverse, and for both thresholds."""
+        if self.abstain_below is not None and self.target_precision is not None:
+            raise UserError("--abstain_below and --target_precision exclude each other; give one of them")
+        if self.optimize not in (None, *OBJECTIVES):
+            raise UserError(f"unknown objective '{self.optimize}'; choose one of {', '.join(OBJECTIVES)}")
+        if (self.optimize == "cost") != (self.costs is not None):
+            raise UserError("--optimize cost and a cost matrix (--costs) belong together; give both or neither")
+
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
     """Their logarithms, finite where a probability is 0."""
@@ -126,22 +135,15 @@ def fit_decision(
         groups: [n], for `goal.target_precision`: rows of one group may be alike, and count as one.
 
     Raises:
-        UserError: unknown objective, costs missing or misshapen, both thresholds given, a label without a dev row, or
-            a precision that is out of reach.
+        UserError: misshapen costs, a label without a dev row, or a precision that is out of reach.
     """
-    if goal.abstain_below is not None and goal.target_precision is not None:
-        raise UserError("a threshold and a target precision exclude each other; give one of them")
-    if (goal.optimize == "cost") != (goal.costs is not None):
-        raise UserError("--optimize cost and a cost matrix belong together; give both or neither")
     if goal.optimize is None:
         decision = Decision()
     elif goal.optimize == "cost":
         decision = Decision("cost", costs=check_costs(goal.costs, len(labels)))
-    elif goal.optimize in OBJECTIVES:
+    else:
         offsets = fit_offsets(probabilities, check_labels(y, labels), goal.optimize, class_weight)
         decision = Decision(goal.optimize, offsets=tuple(map(float, offsets)))
-    else:
-        raise UserError(f"unknown objective '{goal.optimize}'; choose one of {', '.join(OBJECTIVES)}")
     abstain_below = goal.abstain_below
     provenance: dict[str, Any] = {
         "rows": len(y),

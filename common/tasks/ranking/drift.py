@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,29 +37,57 @@ def drift(baseline: dict[str, Any], now: dict[str, Any], seed: int = 0) -> dict[
     Raises:
         UserError: the results have different labels, no model in common, or `baseline` is not a result.
     """
-    try:
-        if baseline["labels"] != now["labels"]:
-            raise UserError(
-                f"the baseline has the labels {', '.join(baseline['labels'])}, this result {', '.join(now['labels'])}; "
-                "compare results of the same task"
-            )
-        models_now = [model for model in now["models"] if not model.get("control")]
-        before_models = {model["model_dir"]: model for model in baseline["models"] if not model.get("control")}
-        if len(before_models) == len(models_now) == 1:
-            pairs = [(next(iter(before_models.values())), models_now[0])]
-        else:
-            pairs = [(before_models[m["model_dir"]], m) for m in models_now if m["model_dir"] in before_models]
-        if not pairs:
-            raise UserError(f"the baseline has other models ({', '.join(before_models)}); evaluate one of them")
+    with _of_this_evaluator():
+        pairs = _matched(baseline, now)
         order = _same_rows(baseline, now)
         models = [_model_drift(before, after, baseline, now, order, seed) for before, after in pairs]
         label_shift = _label_shift(_class_counts(baseline), _class_counts(now))
-    except (KeyError, TypeError, AttributeError) as error:
+    dropped = any(model[name]["dropped"] for model in models for name in ("accuracy", "macro_f1"))
+    return {"drifted": dropped, "label_shift": label_shift, "models": models}
+
+
+def check_baseline(baseline: Any, labels: Sequence[str], model_dirs: Sequence[str]) -> None:
+    """Refuse, before any scoring, a baseline that a result of these models on these labels cannot be compared with.
+
+    It is compared with itself, which finds what it lacks.
+
+    Raises:
+        UserError: see `drift`.
+    """
+    with _of_this_evaluator():
+        pairs = _matched(baseline, {"labels": list(labels), "models": [{"model_dir": name} for name in model_dirs]})
+        for order in (None, _same_rows(baseline, baseline)):  # as other rows and as the same
+            for before, _ in pairs:
+                _model_drift(before, before, baseline, baseline, order, seed=0)
+        _label_shift(_class_counts(baseline), _class_counts(baseline))
+
+
+@contextlib.contextmanager
+def _of_this_evaluator() -> Iterator[None]:
+    """Raises UserError where a baseline lacks what is read of it, or has something else there."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"the baseline is not a metrics.json of this evaluator ({error}); write one with --report_dir"
         ) from error
-    dropped = any(model[name]["dropped"] for model in models for name in ("accuracy", "macro_f1"))
-    return {"drifted": dropped, "label_shift": label_shift, "models": models}
+
+
+def _matched(baseline: dict[str, Any], now: dict[str, Any]) -> list[tuple[dict, dict]]:
+    """Each model of `now` with what `baseline` has of it. Raises UserError where labels or all models are others."""
+    if baseline["labels"] != now["labels"]:
+        raise UserError(
+            f"the baseline has the labels {', '.join(baseline['labels'])}, this result {', '.join(now['labels'])}; "
+            "compare results of the same task"
+        )
+    models_now = [model for model in now["models"] if not model.get("control")]
+    before_models = {model["model_dir"]: model for model in baseline["models"] if not model.get("control")}
+    if len(before_models) == len(models_now) == 1:
+        return [(next(iter(before_models.values())), models_now[0])]
+    pairs = [(before_models[m["model_dir"]], m) for m in models_now if m["model_dir"] in before_models]
+    if not pairs:
+        raise UserError(f"the baseline has other models ({', '.join(before_models)}); evaluate one of them")
+    return pairs
 
 
 def _model_drift(before: dict, after: dict, baseline: dict, now: dict, order: np.ndarray | None, seed: int) -> dict:

@@ -12,6 +12,7 @@ from common import run_record
 from common.cli import UserError, log
 from common.data import splits
 from common.data.resumable import AnswerStore
+from common.evaluation.guarantee import check_count, independent_rows
 from common.files import read_json, sha256_file
 from common.models import adapters
 from common.models.source import ModelSource
@@ -20,7 +21,7 @@ from common.tasks.ranking import decision_json as decision_file
 from common.tasks.ranking.baseline import TrainingRows
 from common.tasks.ranking.calibration import Calibration, Scores, fit_vector_scaling
 from common.tasks.ranking.classifier import CALIBRATION, Classifier
-from common.tasks.ranking.decision import Goal, fit_decision
+from common.tasks.ranking.decision import Goal, check_costs, check_labels, fit_decision
 from common.tasks.ranking.settings import ScoringSettings
 from common.tasks.ranking.task import LabelTask
 
@@ -69,15 +70,19 @@ def true_labels(task: LabelTask, rows: Sequence[dict]) -> list[int]:
     return [task.labels.index(row[task.label_field]) for row in rows]
 
 
-def cost_matrix(path: str, labels: Sequence[str]) -> list[list[float]]:
-    """costs[true][predicted] from a JSON file of named labels; a pair that is left out costs 0."""
+def cost_matrix(path: str, labels: Sequence[str]) -> tuple[tuple[float, ...], ...]:
+    """costs[true][predicted] from a JSON file of named labels; a pair that is left out costs 0.
+
+    Raises:
+        UserError: another form, a label that is none, or a cost that is no number.
+    """
     named = read_json(path)
     if not isinstance(named, dict) or not all(isinstance(row, dict) for row in named.values()):
         raise UserError(f'{path} must be {{"true label": {{"predicted label": cost, ...}}, ...}}')
     unknown = sorted(({*named} | {label for row in named.values() for label in row}) - {*labels})
     if unknown:
         raise UserError(f"{path}: unknown label '{unknown[0]}'; the labels are {', '.join(labels)}")
-    return [[named.get(true, {}).get(label, 0.0) for label in labels] for true in labels]
+    return check_costs([[named.get(true, {}).get(label, 0.0) for label in labels] for true in labels], len(labels))
 
 
 def fit_calibration(
@@ -106,8 +111,12 @@ def fit_calibration(
             f"{seen} of {of} rows of {dev_file} are of {task.group_name}s that {model_dir} was trained on; "
             "a calibration needs unseen ones: give the dev rows that creditmix_prepare.py wrote"
         )
+    y, groups = np.array(true_labels(task, dev)), [row["group"] for row in dev]
+    check_labels(y, task.labels)
+    if goal.target_precision is not None:
+        check_count(len(independent_rows(y, groups, balance=True)), goal.target_precision, goal.guarantee)
     classifier = Classifier.load(source, task, settings)
-    raw, y = classifier.raw_scores([row[task.text_field] for row in dev]), np.array(true_labels(task, dev))
+    raw = classifier.raw_scores([row[task.text_field] for row in dev])
     provenance = {
         "file": dev_file,
         "sha256": sha256_file(dev_file),
@@ -115,7 +124,6 @@ def fit_calibration(
     }
     before = classifier.default_method
     fitted = fit_vector_scaling(raw, y, task.labels, prior=classifier.prior, fitted_on=provenance, before=before)
-    groups = [row["group"] for row in dev]
     decision = fit_decision(fitted.apply(raw).probabilities, y, task.labels, goal, groups=groups)
     fitted = replace(fitted, decision=decision)
     fitted.save(task.file_in(model_dir, CALIBRATION))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from common import cli
 from common.models.flags import add_model_flags
 from common.tasks.ranking.settings import ScoringSettings
 from common.tasks.ranking.task import LabelTask
+
+if TYPE_CHECKING:
+    from common.tasks.ranking.decision import Goal
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,3 +47,17 @@ def scoring_settings(args: argparse.Namespace, task: LabelTask) -> ScoringSettin
         calibration=args.calibration,
         label_bias=cli.parse_label_bias(args.label_bias, task.labels),
     )
+
+
+def decision_goal(args: argparse.Namespace, task: LabelTask) -> Goal:
+    """What the flags of decisions ask for.
+
+    Raises:
+        UserError: flags that do not go together, or costs that are none; see `Goal` and `evaluate.cost_matrix`.
+    """
+    from common.evaluation.guarantee import GUARANTEE
+    from common.tasks.ranking.decision import Goal
+    from common.tasks.ranking.evaluate import cost_matrix
+
+    costs = cost_matrix(args.costs, task.labels) if args.costs else None
+    return Goal(args.optimize, costs, args.abstain_below, args.target_precision, args.guarantee or GUARANTEE)

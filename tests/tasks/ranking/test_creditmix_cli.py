@@ -219,6 +219,42 @@ def test_refused_before_a_model_is_loaded(more, sentence, trained, dataset, monk
         eval_creditmix.main(["--model_dir", trained, "--data", dataset, *more])
 
 
+@pytest.mark.parametrize(
+    ("flags", "content", "sentence"),
+    [
+        (["--baseline"], {"labels": ["a", "b"]}, "the baseline has the labels a, b, this result Good, Standard, Bad"),
+        (["--baseline"], {"labels": LABELS, "models": []}, "the baseline has other models"),
+        (["--baseline"], {"labels": LABELS, "models": [{"model_dir": "x"}]}, "is not a metrics.json of this evaluator"),
+        (["--optimize", "cost"], None, r"--optimize cost and a cost matrix \(--costs\) belong together"),
+        (["--abstain_below", "0.5", "--target_precision", "0.9"], None, "exclude each other; give one of them"),
+        (["--optimize", "cost", "--costs"], {"Good": {"Bad": "much"}}, "must be 3 rows .* of 3 numbers"),
+        (["--target_precision", "0.999"], None, r"needs at least 3,688 independent dev rows, and there are \d+"),
+        ([], None, "the calibration rows have no row of class Standard, Bad"),
+    ],
+)
+def test_what_would_cost_the_scoring_is_refused_before_it(
+    flags, content, sentence, trained, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Classifier, "load", None)
+    run, dev = shutil.copytree(trained, tmp_path / "run"), rows_of(data / "creditmix_dev.jsonl")
+    if content is not None:
+        (tmp_path / "given.json").write_text(json.dumps(content))
+        flags = [*flags, str(tmp_path / "given.json")]
+    rows = dev if flags else [row for row in dev if row["answer"] == "Good"]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    asked = ["--data", file, "--split", "all"] if "--baseline" in flags else ["--fit_calibration", file]
+    with pytest.raises(UserError, match=sentence):
+        eval_creditmix.main(["--model_dir", str(run), *asked, *flags])
+
+
+def test_a_calibration_that_cannot_be_read_is_found_before_any_scoring(trained, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classifier, "load", None)
+    run = shutil.copytree(trained, tmp_path / "run")
+    Calibration(("A", "B"), "fitted").save(run / "calibration.json")
+    with pytest.raises(UserError, match="was fitted for the labels A, B, not Good, Standard, Bad; fit it again"):
+        eval_creditmix.main(["--model_dir", trained, str(run), "--data", dataset])
+
+
 def test_more_usage_errors(trained, dataset, tmp_path):
     for argv, sentence in (
         (["--model_dir", trained], "give --data with the rows to judge on"),

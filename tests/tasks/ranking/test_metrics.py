@@ -15,7 +15,7 @@ from common.evaluation import bootstrap
 from common.tasks.ranking import metrics
 from common.tasks.ranking.calibration import Calibration, Scores
 from common.tasks.ranking.decision import Decision
-from common.tasks.ranking.drift import drift, margin_shift
+from common.tasks.ranking.drift import check_baseline, drift, margin_shift
 
 LABELS = ("Good", "Standard", "Bad")
 
@@ -264,3 +264,19 @@ def test_baselines_that_do_not_fit():
     two = {**now, "models": [{**now["models"][0], "model_dir": name} for name in ("runs/a", "runs/b")]}
     with pytest.raises(UserError, match=r"other models .runs/a, runs/b."):
         drift(two, now)
+
+
+@pytest.mark.parametrize("rows", [None, [f"row{i}" for i in range(50)]])
+def test_a_baseline_is_checked_before_there_is_a_result(rows):
+    stored = result_of(*draw(50), rows)
+    check_baseline(stored, LABELS, ["runs/y"])  # one model, whatever it is called
+    with pytest.raises(UserError, match=r"other models .runs/x."):
+        check_baseline(stored, LABELS, ["runs/y", "runs/z"])
+    check_baseline(stored, LABELS, ["runs/x", "runs/z"])
+    model = stored["models"][0]
+    for broken in ({**model, "curves": {}}, {**model, "macro_f1": 0.5}, {**model, "accuracy": {"value": "high"}}):
+        with pytest.raises(UserError, match=r"not a metrics\.json"):
+            check_baseline({**stored, "models": [broken]}, LABELS, ["runs/x"])
+    if rows:
+        with pytest.raises(UserError, match=r"not a metrics\.json"):
+            check_baseline({**stored, "models": [{**model, "predictions": [0]}]}, LABELS, ["runs/x"])
