@@ -37,8 +37,8 @@ class ConfidenceCalibration:
     """Log-odds of a field's being right: `slope` times those of its product of probabilities, plus `intercept`.
 
     Attributes:
-        documents: of each dev document that got a whole, valid answer: its confidence (see `document_confidence`), and
-            whether every field of it was right.
+        documents: of one dev document of each group, where that got a whole, valid answer: its confidence (see
+            `document_confidence`), and whether every field of it was right.
         fitted_on: provenance: file, hashes, documents, fields.
     """
 

@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import cli, run_record
 from common.data import splits
 from common.data.resumable import AnswerStore, content_key
+from common.evaluation.guarantee import independent_rows
 from common.files import sha256_file
 from common.generation.json_schema import Preflight, Schema
 from common.models import adapters
@@ -160,6 +163,8 @@ def fit_calibration(
 ) -> calibrations.ConfidenceCalibration:
     """Fit a calibration on dev documents, and keep it in the model's folder.
 
+    Thresholds are guaranteed by one document of each group: others like it would count the same evidence again.
+
     Args:
         rows: as `rows.read` gives them, of the file or folder `data`.
         extractor: of the model, held to the schema, without a calibration.
@@ -169,6 +174,7 @@ def fit_calibration(
     """
     extractions, _ = extract_into(AnswerStore(None), extractor, [row["document"] for row in rows], None)
     answered = list(zip(rows, extractions, strict=True))
+    independent = independent_rows(np.zeros(len(rows)), [row["group"] for row in rows], balance=False)
     pairs = [pair for row, extraction in answered for pair in confidence_metrics.fields_of(row["fields"], extraction)]
     fitted = calibrations.fit([sure for sure, _ in pairs], [right for _, right in pairs])
     documents = [
@@ -176,7 +182,7 @@ def fit_calibration(
             calibrations.document_confidence({k: fitted.apply(v) for k, v in extraction.confidence.items()}),
             metrics.judge(row["fields"], extraction).rate("exact_match"),
         )
-        for row, extraction in answered
+        for row, extraction in (answered[index] for index in independent)
         if extraction.error is None and extraction.cut is None
     ]
     fitted = replace(
@@ -188,6 +194,7 @@ def fit_calibration(
             "model_sha256": adapters.adapter_hash(model_dir),
             "schema": content_key(extractor.schema),
             "documents": len(rows),
+            "independent_documents": len(independent),
             "fields": len(pairs),
             "right": sum(right for _, right in pairs),
         },

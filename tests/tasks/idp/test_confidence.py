@@ -14,6 +14,7 @@ from support.inputs import read_rows, write_rows
 import eval_idp
 import infer_idp
 from common.cli import UserError
+from common.data import splits
 from common.evaluation.reliability import auroc, expected_calibration_error, reliability_bins
 from common.generation.result import Generation
 from common.tasks.idp import calibration, confidence, confidence_metrics
@@ -206,6 +207,28 @@ def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_fil
     assert "curves" not in line
     assert "reliability diagram of run" in (report / "report.html").read_text()
     assert (report / "reliability_1.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.processes
+def test_documents_of_one_group_are_one_for_the_guarantee(answers, tiny_base, schema_file, tmp_path):
+    """One easy document 36 times shows no more than once."""
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny_base, run)
+    fields, rows = {"company": "Shop", "total": 1}, []
+    for number in range(36 + 4):
+        text = f"Shop total 1, copy {number}"
+        rows.append({"document": text, "fields": fields, "group": splits.group_hash(str(max(0, number - 35)))})
+        answers[text] = Extraction(fields, None, "", dict.fromkeys(fields, 0.6))
+    data = write_rows(tmp_path / "dev.jsonl", rows)
+    eval_idp.main(["--model_dir", str(run), "--schema", schema_file, "--fit_calibration", data])
+    fitted = ConfidenceCalibration.load(run, json.loads(Path(schema_file).read_text()))
+    facts = fitted.fitted_on
+    assert len(fitted.documents) == facts["independent_documents"] == 5
+    assert (facts["documents"], facts["fields"]) == (40, 80)
+    with pytest.raises(UserError, match=r"at least 36 independent .*, and there are 5 \(one of each group counts"):
+        fitted.threshold(0.9)
 
 
 @pytest.mark.processes
