@@ -70,7 +70,7 @@ class RowSelection:
             return squad.rows(self.data, self.split, self.skip_bad_rows)
         if self.kind == LABELS:
             return self._balanced()
-        rows = read_rows(self.data, SFT_KEYS, self.skip_bad_rows)
+        rows = read_rows(self.data, SFT_KEYS, self.skip_bad_rows, lambda row: splits.group_fault(row, "*_prepare.py"))
         rows = self._of_split([{**row, "group": row.get("group") or splits.group_hash(row["input"])} for row in rows])
         if not rows:
             raise cli.UserError(f"{self.data} has no row of the {self.split} part; for a new file pass --split all")

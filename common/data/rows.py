@@ -176,10 +176,15 @@ def check_rows(
     return rows
 
 
-def read_rows(path: str | Path, keys: Sequence[str], skip_bad_rows: bool = False) -> list[dict]:
+def read_rows(
+    path: str | Path,
+    keys: Sequence[str],
+    skip_bad_rows: bool = False,
+    fault_of: Callable[[dict], str | None] = lambda row: None,
+) -> list[dict]:
     """All rows of a file that have a non-empty text under each of `keys` (see `numbered_rows`, `check_rows`)."""
     unit, numbered, _ = numbered_rows(path)
-    return check_rows(path, numbered, keys, skip_bad_rows, unit)
+    return check_rows(path, numbered, keys, skip_bad_rows, unit, fault_of)
 
 
 def check_output(output: str | None, source: str | None, forms: Sequence[str] = ("jsonl",)) -> None:

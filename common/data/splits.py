@@ -30,6 +30,18 @@ def group_hash(group: str) -> str:
     return hashlib.sha256(group.encode()).hexdigest()[:16]
 
 
+def group_fault(row: dict, writer: str) -> str | None:
+    """Why a row's "group" is no group hash; None where it is one, or where there is none.
+
+    Args:
+        writer: what writes such hashes, for the sentence.
+    """
+    group = row.get("group")
+    if group is None or (isinstance(group, str) and GROUP_HASH.fullmatch(group)):
+        return None
+    return f"group {repr(group)[:60]} is not the 16 hex digits that {writer} writes"
+
+
 def part_of(group: str) -> str:
     """ "train", "dev" or "validation" for a group hash of `group_hash`: the hash read as a number in [0, 1)."""
     position = int(group, 16) / 16**16

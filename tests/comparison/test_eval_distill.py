@@ -213,9 +213,11 @@ def test_a_sample_is_the_same_whatever_the_order(tmp_path):
         (["--split", "dev"], "has no row of the dev part"),
         (["--data", "{folder}/x.txt"], "x.txt does not exist"),
         (["--speed_rows", "0"], "0 is not above 0"),
+        (["--data", "{folder}/grouped.jsonl"], "line 1: group 'article-7' is not the 16 hex digits that"),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(argv, message, folders, rows, tmp_path, monkeypatch):
+    write_rows(tmp_path / "grouped.jsonl", [{"input": "a", "output": "b", "group": "article-7"}])
     monkeypatch.setattr(measure, "measure_in_own_process", None)
     words = [word.format(folder=tmp_path, **folders) for word in argv]
     given = ["--teacher", folders["teacher"], "--student", folders["student"], "--data", rows["sft"], "--split", "all"]

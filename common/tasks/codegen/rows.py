@@ -85,21 +85,10 @@ def problems_of(rows: Sequence[dict]) -> list[CodeProblem]:
 
 def _fault(row: dict) -> str | None:
     """Why a row is no problem; None when it is one."""
-    if "canonical_solution" in row:
-        tests = () if evalplus.is_of_inputs(row) else ("test",)
-        fault = records.row_fault(row, ("prompt", "canonical_solution", *tests, "entry_point"))
-    elif "code" in row:
-        fault = records.row_fault(row, ("text" if "text" in row else "prompt", "code"))
-        fault = fault or _list_fault(row, "test_list") or ("test_imports" in row and _list_fault(row, "test_imports"))
-    elif "solution" in row:
-        fault = records.row_fault(row, ("prompt", "solution")) or _list_fault(_tests_listed(row), "tests")
-        fault = fault or ("plan" in row and _list_fault(row, "plan"))
-    else:
-        fault = f"no known format, which are {FORMATS}"
-    if not fault and "code" in row and isinstance(row.get("test"), str):
-        fault = None if source.parsed(row["test"]) and row["test"].strip() else "'test' is not Python"
-    if fault:
+    if fault := _form_fault(row) or _list_fault(row, "plan", needed=False):
         return fault
+    if "code" in row and isinstance(test := row.get("test"), str) and not (source.parsed(test) and test.strip()):
+        return "'test' is not Python"
     field = _fields(row)
     if not field["tests"]:
         return "it has no tests"
@@ -111,8 +100,39 @@ def _fault(row: dict) -> str | None:
     return None
 
 
-def _list_fault(row: dict, key: str) -> str | None:
+def _form_fault(row: dict) -> str | None:
+    """Why a row is of no format, or lacks what its format needs or has something else there."""
+    if "canonical_solution" in row:
+        tests = () if evalplus.is_of_inputs(row) else ("test",)
+        fault = records.row_fault(row, ("prompt", "canonical_solution", *tests, "entry_point"))
+        return fault or (None if isinstance(row.get("atol") or 0, int | float) else "'atol' must be a number")
+    if "code" in row:
+        return (
+            records.row_fault(row, ("text" if "text" in row else "prompt", "code"))
+            or _list_fault(row, "test_list")
+            or _list_fault(row, "test_imports", needed=False)
+            or _text_fault(row, "test_setup_code")
+        )
+    if "solution" in row:
+        return (
+            records.row_fault(row, ("prompt", "solution"))
+            or (_text_fault(row, "setup") and _list_fault(row, "setup") and "'setup' must be a text or a list of texts")
+            or _text_fault(row, "entry_point")
+            or _list_fault(_tests_listed(row), "tests")
+            or splits.group_fault(row, "codegen_prepare.py")
+        )
+    return f"no known format, which are {FORMATS}"
+
+
+def _text_fault(row: dict, key: str) -> str | None:
+    """Why what need not be there is no text; None where it is one, an empty one too, or is not there."""
+    return None if isinstance(row.get(key), str | None) else f"'{key}' must be a text"
+
+
+def _list_fault(row: dict, key: str, needed: bool = True) -> str | None:
     texts = row.get(key)
+    if texts is None and not needed:
+        return None
     good = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
     return None if good else f"'{key}' must be a list of texts"
 
@@ -134,7 +154,7 @@ def _fields(row: dict) -> dict[str, Any]:
     if "code" in row:
         # The text does not say what the function is called; as is usual for MBPP, a test shows it.
         shown = SHOWN_TEST + row["test_list"][0] if row["test_list"] else ""
-        tests, setup = row["test_list"], [*row.get("test_imports", []), row.get("test_setup_code") or ""]
+        tests, setup = row["test_list"], [*(row.get("test_imports") or ()), row.get("test_setup_code") or ""]
         if isinstance(row.get("test"), str):  # MBPP+
             more, test = evalplus.split_source(row["test"])
             tests, setup = [test], [*setup, more]
@@ -147,7 +167,7 @@ def _fields(row: dict) -> dict[str, Any]:
         }
     row = _tests_listed(row)
     return {key: row[key] for key in ("prompt", "solution", "tests")} | {
-        "setup": row.get("setup") or "",
+        "setup": _setup_of(row),
         "entry_point": row.get("entry_point") or _called(row["solution"], row["tests"]),
         "group": row.get("group"),
     }
@@ -162,8 +182,14 @@ def _tests_listed(row: dict) -> dict:
     except (SyntaxError, ValueError):
         return row
     first = next((index for index, (is_assert, _) in enumerate(parts) if is_assert), len(parts))
-    setup = [row.get("setup") or "", *(text for _, text in parts[:first])]
+    setup = [_setup_of(row), *(text for _, text in parts[:first])]
     return row | {"setup": "\n".join(filter(None, setup)), "tests": [text for _, text in parts[first:]]}
+
+
+def _setup_of(row: dict) -> str:
+    """The setup of an own row, which may be a list of texts."""
+    setup = row.get("setup") or ""
+    return "\n".join(setup) if isinstance(setup, list) else setup
 
 
 def _called(solution: str, tests: Sequence[str]) -> str | None:

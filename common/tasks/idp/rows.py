@@ -38,9 +38,7 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
     def fault(row: dict) -> str | None:
         if not isinstance(row.get("fields"), dict):
             return "'fields' must be a JSON object"
-        if "group" in row and not splits.GROUP_HASH.fullmatch(str(row["group"])):
-            return f"group '{row['group']}' is not the 16 hex digits that idp_prepare.py writes"
-        if wrong := documents.lines_fault(row):
+        if wrong := splits.group_fault(row, "idp_prepare.py") or documents.lines_fault(row):
             return wrong
         wrong = json_schema.errors(row["fields"], schema)
         return f"the fields do not satisfy the schema: {wrong[0]}" if wrong else None

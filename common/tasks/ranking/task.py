@@ -146,7 +146,12 @@ class LabelTask:
 
     def group_of(self, row: dict) -> str:
         """The group hash of a row, whose text need not be clean, from its group key or its text."""
-        return splits.group_hash(str(row.get(self.group_key) or "").strip() or self.text_of(row) or "")
+        return splits.group_hash(self._named_group(row) or self.text_of(row) or "")
+
+    def _named_group(self, row: dict) -> str:
+        """What a row has under the group key, which may be the number 0; "" for nothing."""
+        value = row.get(self.group_key)
+        return "" if value is None else str(value).strip()
 
     def label_fault(self, key: str, unlabelled: Sequence[str] = ()) -> Callable[[dict], str | None]:
         """A check for `records.check_rows`: why a row's label (under `key`) or group hash cannot be used, or None.
@@ -159,9 +164,7 @@ class LabelTask:
         def fault(row: dict) -> str | None:
             if row[key].strip() not in allowed:
                 return f"{key} '{row[key]}' is not one of {', '.join(self.labels)}"
-            if "group" in row and not splits.GROUP_HASH.fullmatch(str(row["group"])):
-                return f"group '{row['group']}' is not the 16 hex digits that creditmix_prepare.py writes"
-            return None
+            return splits.group_fault(row, "creditmix_prepare.py")
 
         return fault
 
@@ -188,7 +191,7 @@ class LabelTask:
         label_fault = self.label_fault(self.label_field)
 
         def fault(row: dict) -> str | None:
-            if self.group_key and "group" not in row and not str(row.get(self.group_key) or "").strip():
+            if self.group_key and row.get("group") is None and not self._named_group(row):
                 return f"the group key '{self.group_key}' is missing or empty"
             return label_fault(row)
 

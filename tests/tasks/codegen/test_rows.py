@@ -38,6 +38,7 @@ HUMAN_EVAL = {
     "test": "def check(candidate):\n    assert candidate([3, 4]) == 3\n",
     "entry_point": "first",
 }
+INPUTS = {key: value for key, value in HUMAN_EVAL.items() if key != "test"} | {"base_input": [[[1]]], "plus_input": []}
 OWN = {"prompt": "Square n.", "solution": "def pow(n):\n    return n * n", "tests": ["assert pow(3) == 9"]}
 
 
@@ -57,6 +58,9 @@ def test_formats_become_problems_that_pass_their_tests(tmp_path):
     assert code_rows.problems_of([text])[0].graded_by() == grading.Tests(
         ("assert pow(3) == 9 < inf", "assert pow(2) == 4"), "from math import inf", "pow"
     )
+    listed = OWN | {"setup": ["import math", "import re"], "group": None, "plan": None}
+    (problem,) = code_rows.read(write_rows(tmp_path / "listed.jsonl", [listed]))
+    assert problem.setup == "import math\nimport re" and (problem.group, problem.plan) == (own.group, own.plan)
     again = code_rows.read(write_rows(tmp_path / "rows.jsonl", [problem.row() for problem in problems]))
     assert again == problems
 
@@ -72,7 +76,18 @@ def test_formats_become_problems_that_pass_their_tests(tmp_path):
         (OWN | {"tests": ["assert ("]}, "not Python"),
         (OWN | {"solution": "def f(:"}, "not Python"),
         (OWN | {"plan": "Square it."}, "'plan' must be a list of texts"),
-        (OWN | {"setup": 3}, "not Python"),
+        (OWN | {"setup": 3}, "'setup' must be a text or a list of texts"),
+        (OWN | {"setup": [3]}, "'setup' must be a text or a list of texts"),
+        (OWN | {"setup": 3, "tests": "assert pow(3) == 9"}, "'setup' must be a text or a list of texts"),
+        (OWN | {"setup": "import ("}, "not Python"),
+        (OWN | {"entry_point": 3}, "'entry_point' must be a text"),
+        (OWN | {"group": "strings"}, "group 'strings' is not the 16 hex digits that codegen_prepare.py writes"),
+        (OWN | {"group": 1234567890123456}, "group 1234567890123456 is not the 16 hex digits"),
+        (MBPP | {"plan": "Sort it."}, "'plan' must be a list of texts"),
+        (MBPP | {"test_imports": "import math"}, "'test_imports' must be a list of texts"),
+        (MBPP | {"test_setup_code": 3}, "'test_setup_code' must be a text"),
+        (HUMAN_EVAL | {"plan": 3}, "'plan' must be a list of texts"),
+        (INPUTS | {"atol": "small"}, "'atol' must be a number"),
         ({key: value for key, value in MBPP.items() if key != "prompt"}, "key 'prompt' is missing"),
         (HUMAN_EVAL | {"test": ""}, "'test' must be a non-empty string"),
     ],

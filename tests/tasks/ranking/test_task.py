@@ -129,12 +129,23 @@ def test_rows_keep_their_fields_and_groups(tickets):
         ({"ticket": "x", "severity": "Worst", "customer": "a"}, "line 1: severity 'Worst' is not one of Low, Medium"),
         ({"text": "x", "severity": "Low", "customer": "a"}, "line 1: key 'ticket' is missing"),
         ({"ticket": "x", "severity": "Low", "group": "a"}, "line 1: group 'a' is not the 16 hex digits"),
+        ({"ticket": "x", "severity": "Low", "group": 10**15}, "line 1: group 1000000000000000 is not the 16 hex"),
+        ({"ticket": "x", "severity": "Low", "group": None}, "line 1: the group key 'customer' is missing or empty"),
+        ({"ticket": "x", "severity": "Low", "customer": None}, "line 1: the group key 'customer' is missing or"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, sentence):
     with pytest.raises(UserError, match="mend the row") as error:
         load_task(TICKETS).read(write_rows(tmp_path / "x.jsonl", [row]))
     assert sentence in str(error.value)
+
+
+def test_the_number_0_names_a_group(tmp_path):
+    """As a customer of a Parquet file does, in labelled rows and in those without a label."""
+    task, row = load_task(TICKETS), {"ticket": "x", "severity": "Low", "customer": 0}
+    ((labelled,), _) = task.read(write_rows(tmp_path / "x.jsonl", [row]))
+    assert labelled["group"] == task.group_of(row) == splits.group_hash("0")
+    assert task.group_of(row | {"customer": " "}) == splits.group_hash("x")
 
 
 def test_prepared_files(tickets):
