@@ -232,7 +232,7 @@ class Evaluation:
     def passing_shares(
         self, pairs: Sequence[tuple[str, grading.Tests]], verdicts: Sequence[grading.Verdict]
     ) -> list[float]:
-        """The share of its tests that each solution passes; one that never got to run passes none."""
+        """The share of its tests that each solution passes: none where it does not run to an end (time, memory)."""
         shares = [float(verdict.passed) for verdict in verdicts]
         single_tests = [
             (index, (code, replace(tests, asserts=(test,))))

@@ -40,7 +40,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def lints(codes: Sequence[str]) -> list[bool]:
-    """For fault program whether there is one and ruff finds nothing wrong with it (`LINT_RULES`, no other settings).
+    """For each program whether there is one and ruff finds nothing wrong with it (`LINT_RULES`, no other settings).
 
     Raises:
         UserError: ruff is not installed.
@@ -71,7 +71,8 @@ class JudgedSample:
             that ran out of tokens and does not compile.
         detail: one line on the failure.
         compiles, lints: whether it does.
-        tests: the share of its problem's tests that it passes.
+        tests: the share of its problem's tests that it passes, each run alone; 0 where the run of all of them did not
+            come to its end (time, memory), whatever passed before.
     """
 
     code: str
@@ -94,7 +95,8 @@ def evaluate(judged: Samples, ks: Sequence[int], groups: Sequence[str], seed: in
     """All figures of one model in one mode, from its samples [problem][sample].
 
     Returns:
-        `pass_at_<k>`, `compile_rate`, `lint_rate`, `test_pass_rate`, each with a 95 % interval (bootstrap of groups),
+        `pass_at_<k>`, `compile_rate`, `lint_rate`, `test_pass_rate` (the share of its tests that a sample passes),
+        each the mean over problems, however many tests they have, with a 95 % interval (bootstrap of groups),
         `errors` {kind: samples}, `samples` a problem, `groups` and `replicates`.
     """
 

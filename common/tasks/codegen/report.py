@@ -24,7 +24,7 @@ from common.evaluation.results import Result
 RATES = (
     ("compile_rate", "compiles", "share of answers that are Python"),
     ("lint_rate", "lints", "share in which ruff finds no error"),
-    ("test_pass_rate", "tests passed", "share of all tests that pass, of right and wrong answers together"),
+    ("test_pass_rate", "tests passed", "mean over problems of the share of their tests that pass"),
 )
 OTHER_COLOURS = tuple(colour for colour in plots.COLOURS if colour != plots.RIGHT)
 MODES = (("direct", "direct"), ("plan_then_code", "plan-then-code"), ("tried", "tried"))
@@ -133,7 +133,7 @@ def render_html(result: Result, images: dict[str, bytes]) -> str:
     lead = (
         f"On problems like these the true {heading} lies between {page.percent(top[first]['low'])} and "
         f"{page.percent(top[first]['high'])}, with 95&nbsp;% confidence. {page.percent(top['compile_rate']['value'])} "
-        f"of the answers compile, and {page.percent(top['test_pass_rate']['value'])} of the tests pass."
+        f"of the answers compile; of a problem's tests {page.percent(top['test_pass_rate']['value'])} pass on average."
     )
     sections = [
         _comparison_section(result),

@@ -17,6 +17,7 @@ from common.sandbox import grading
 from common.tasks.codegen import metrics as code_metrics
 from common.tasks.codegen import mutation as code_mutation
 from common.tasks.codegen import plans
+from common.tasks.codegen import report as code_report
 from common.tasks.codegen import rows as code_rows
 from common.tasks.codegen import synthesis as code_synthesis
 
@@ -259,6 +260,14 @@ def test_figures_are_means_over_problems():
     assert gain["value"] == pytest.approx(1 - found["pass_at_1"]["value"]) and gain["low"] > 0
     same = code_metrics.difference(samples, samples, [1], ["a", "b", "c"], 0)["pass_at_1"]
     assert same == {"value": 0, "low": 0, "high": 0}
+
+
+def test_a_problem_with_many_tests_counts_no_more_than_another():
+    """`test_pass_rate` is the mean over problems: here half of the tests of one and all of the other's."""
+    found = code_metrics.evaluate([[judged("assertion", 0.5)], [judged("")]], [1], ["a", "b"], 0)
+    assert found["test_pass_rate"]["value"] == pytest.approx(0.75)
+    (meaning,) = (meaning for key, _, meaning in code_report.RATES if key == "test_pass_rate")
+    assert meaning == "mean over problems of the share of their tests that pass"
 
 
 def test_lints():
