@@ -72,11 +72,15 @@ class Haystack:
         return self._whole([Match(match.start(), match.end(), "near") for match in matches][:MOST_PLACES])
 
     def find_number(self, value: float) -> list[Match]:
-        """Every place of a number, whichever way its decimals and thousands are written."""
+        """Every place of a number, whichever way its decimals and thousands are written; none of one beyond floats."""
+        try:
+            sought = abs(float(value))
+        except OverflowError:
+            return []
         return [
             Match(match.start(), match.end(), "read")
             for match in NUMERAL.finditer(self.text)
-            if any(abs(reading - abs(value)) < 1e-9 * max(1.0, abs(value)) for reading in readings(match[0]))
+            if any(abs(reading - sought) < 1e-9 * max(1.0, sought) for reading in readings(match[0]))
         ][:MOST_PLACES]
 
     def _find_date(self, wanted: dates.FoundDate) -> list[Match]:

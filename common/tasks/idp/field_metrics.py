@@ -168,10 +168,14 @@ def same_normalised(gold: Any, predicted: Any) -> bool:
 def amount(leaf: Any) -> float | None:
     """A number, or text such as "1.234,50 EUR", "(12.00)", "$ 8.20" or "RM31.00", as a number; None for any other text.
 
-    Where nothing else tells, three digits after a comma are thousands, and after a point decimals.
+    Where nothing else tells, three digits after a comma are thousands, and after a point decimals. A whole number that
+    is too large for a float (309 digits or more) is none.
     """
     if not isinstance(leaf, str):
-        return float(leaf)
+        try:
+            return float(leaf)
+        except OverflowError:
+            return None
     parsed = amounts.whole(leaf)
     return None if parsed is None else float(parsed.readings[-1 if parsed.grouping == "," else 0])
 

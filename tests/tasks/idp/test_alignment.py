@@ -36,7 +36,16 @@ def test_texts(value, found, how):
 
 @pytest.mark.parametrize(
     ("value", "found"),
-    [(1234.5, ["1.234,50"]), (9, ["9.00"]), (19.0, ["19.00"]), (3, ["3"]), (-9, ["9.00"]), (4, []), (1.2345, [])],
+    [
+        (1234.5, ["1.234,50"]),
+        (9, ["9.00"]),
+        (19.0, ["19.00"]),
+        (3, ["3"]),
+        (-9, ["9.00"]),
+        (4, []),
+        (1.2345, []),
+        pytest.param(10**309, [], id="beyond floats"),
+    ],
 )
 def test_numbers(value, found):
     assert [TEXT[match.start : match.end] for match in Haystack(TEXT).find_number(value)] == found

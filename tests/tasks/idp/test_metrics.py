@@ -81,6 +81,7 @@ def test_not_same(a, b):
         (-3.5, "-3.50"),
         ("$8.20", "8.20"),
         ("31.00", "RM31.00"),
+        pytest.param(10**309, f"1{309 * '0'}", id="beyond floats"),
     ],
 )
 def test_same_normalised(gold, found):
@@ -90,7 +91,16 @@ def test_same_normalised(gold, found):
 
 @pytest.mark.parametrize(
     ("gold", "found"),
-    [("0012", "12"), ("INV-7", "INV-07"), ("09/01/2019", "2019-09-01"), (1, True), ("Acme", "acme"), (8.2, "abc")],
+    [
+        ("0012", "12"),
+        ("INV-7", "INV-07"),
+        ("09/01/2019", "2019-09-01"),
+        (1, True),
+        ("Acme", "acme"),
+        (8.2, "abc"),
+        pytest.param(10**309, 10**309 + 1, id="beyond floats"),
+        pytest.param(10**309, 1.5, id="of which one is beyond floats"),
+    ],
 )
 def test_not_same_normalised(gold, found):
     assert not same_normalised(gold, found)
@@ -99,6 +109,7 @@ def test_not_same_normalised(gold, found):
 def test_amounts_and_dates():
     texts = ["1,234", "1.234", "1.234.567", "1'234.50", "12", "", "12 apples"]
     assert [amount(text) for text in texts] == [1234, 1.234, 1234567, 1234.5, 12, None, None]
+    assert [amount(number) for number in (10**308, 10**309, -(10**309))] == [1e308, None, None]
     texts = ["31.02.2020", "12th September 2025", "13/01/19", "tomorrow"]
     assert [date(text) for text in texts] == [None, (2025, 9, 12), (2019, 1, 13), None]
 
