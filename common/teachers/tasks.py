@@ -127,6 +127,7 @@ class Labels:
 
     def fault(self, row: dict) -> str | None:
         """Why a row cannot be asked: no text under "input" or the task's field, or gold that is no label."""
+        row = self.task.as_texts(row)
         if "input" in row:
             fault = records.row_fault(row, ("input",))
         else:
@@ -141,6 +142,7 @@ class Labels:
 
     def item(self, number: int, row: dict) -> Item:
         """A row as it is asked; a raw one by the task's prompt, with the group that *_prepare.py would give it."""
+        row = self.task.as_texts(row)
         gold = str(row.get(self._gold_key(row)) or "").strip()
         gold = None if gold in self._unlabelled else gold
         if "input" in row:

@@ -79,6 +79,7 @@ class Guess:
         texts: the columns of the text.
         others: columns that are not used, but could be.
         notes: sentences for whoever looks at it.
+        as_line: whether the text is a line of its columns, each with its name: of several, or of a number alone.
     """
 
     label: Column
@@ -86,6 +87,7 @@ class Guess:
     group: str | None
     others: tuple[str, ...]
     notes: tuple[str, ...]
+    as_line: bool
 
 
 def guess(path: str) -> Guess:
@@ -106,13 +108,15 @@ def guess(path: str) -> Guess:
     group = next((column.name for column in columns if column != label and GROUP.fullmatch(column.name)), None)
     rest = [column for column in columns if column != label and len(column.counts) > 1 and not column.is_identity]
     free = [column for column in rest if column.words >= FREE_TEXT]
-    texts = tuple(column.name for column in free or rest)
+    parts = free or rest
+    texts = tuple(column.name for column in parts)
     if not texts:
         raise UserError(
             f"{path} has the labels '{label.name}', but no column of a text; give the text of each row, too"
         )
     others = tuple(column.name for column in rest if column.name not in texts)
-    return Guess(label, texts, group, others, tuple(_notes(label, able, others, group)))
+    as_line = len(parts) > 1 or parts[0].is_number
+    return Guess(label, texts, group, others, tuple(_notes(label, able, others, group)), as_line)
 
 
 def _columns(path: str) -> list[Column]:
@@ -160,14 +164,13 @@ def to_yaml(guessed: Guess, path: str) -> str:
     """
     labels = [value for value, _ in guessed.label.counts.most_common()]
     what = guessed.label.name.replace("_", " ").strip()
-    several = len(guessed.texts) > 1
     settings: dict[str, Any] = {
-        "name": NAME.sub("_", f"{Path(path).name.partition('.')[0]}_{guessed.label.name}").strip("_"),
+        "name": NAME.sub("_", f"{Path(path).name.partition('.')[0]}_{guessed.label.name}").strip("_") or "labels",
         "labels": labels,
         "instruction": f"Choose the {what} of this text: {', '.join(labels[:-1])} or {labels[-1]}. "
         f"Return only the {what}.",
     }
-    if several:
+    if guessed.as_line:
         settings |= {"text_field": "text" if "text" not in guessed.texts else "whole_text"}
         settings |= {"text_columns": list(guessed.texts)}
     else:

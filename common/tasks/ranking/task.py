@@ -130,15 +130,20 @@ class LabelTask:
         """Why an answer to a text says little, in a sentence: the text is not of this task. None where it may be."""
         return None
 
-    def with_text(self, row: Any) -> Any:
-        """A row with its text, where it has columns instead that make one; any other as it is."""
-        if not isinstance(row, dict) or self.text_field in row or not set(self.text_columns) & set(row):
+    def as_texts(self, row: Any) -> Any:
+        """A row as a table would have it: with its text, where it has columns instead that make one, and with a label
+        that is a number, true or false as its text; any other as it is."""
+        if not isinstance(row, dict):
+            return row
+        if isinstance(label := row.get(self.label_field), bool | int | float):
+            row = row | {self.label_field: str(label)}
+        if self.text_field in row or not set(self.text_columns) & set(row):
             return row
         return row | {self.text_field: ", ".join(_named_cells(row, self.text_columns))}
 
     def text_of(self, row: Any) -> str | None:
         """The clean text of a row without a label; None where it has none."""
-        row = self.with_text(row)
+        row = self.as_texts(row)
         for key in self.text_keys:
             if records.row_fault(row, (key,)) is None:
                 return self.clean(row[key])
@@ -187,7 +192,7 @@ class LabelTask:
         if features != "six":
             raise UserError(f"--features {features} is for CreditMix's CSV; leave it out with --task")
         unit, numbered, _ = records.numbered_rows(path)
-        numbered = [(number, self.with_text(row)) for number, row in numbered]
+        numbered = [(number, self.as_texts(row)) for number, row in numbered]
         label_fault = self.label_fault(self.label_field)
 
         def fault(row: dict) -> str | None:
@@ -220,7 +225,7 @@ class LabelTask:
         "teacher_label" or "teacher_output". Where a text occurs twice, the first answer counts.
         """
         unit, numbered, _ = records.numbered_rows(path)
-        numbered = [(number, self.with_text(row)) for number, row in numbered]
+        numbered = [(number, self.as_texts(row)) for number, row in numbered]
         keys = set().union(*(row for _, row in numbered if isinstance(row, dict)))
         key = self.text_field if self.text_field in keys else "input"
         answer = "teacher_label" if "teacher_label" in keys else "teacher_output"

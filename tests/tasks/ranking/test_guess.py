@@ -22,6 +22,7 @@ from common.data import rows as records
 from common.tasks.ranking.controls import TFIDF
 from common.tasks.ranking.guess import guess, to_yaml
 from common.tasks.ranking.loading import load_task
+from common.teachers.tasks import Labels
 from common.training.progress import read_loss_curve
 from recipes import make_tickets
 
@@ -77,6 +78,34 @@ def test_one_text_and_no_customer(tmp_path):
     assert (task.name, task.text_field, task.text_columns, task.group_key) == ("my_reviews_stars", "text", (), None)
     assert sorted(task.labels) == ["1", "2", "3", "4", "5"]
     assert "should share a group_key" in (tmp_path / "guess.yaml").read_text()
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3, 4, 5], [0, 1], [True, False], [0.5, 1.0]], ids=str)
+def test_labels_that_are_no_texts(values, tmp_path):
+    """Numbers as JSONL and Parquet have them: what is guessed of them can be read, by a teacher too."""
+    rows = [{"text": f"a short review, number {n}", "stars": values[n % len(values)]} for n in range(200)]
+    path = write_rows(tmp_path / "reviews.jsonl", rows)
+    task = guessed(path, tmp_path)
+    assert sorted(task.labels) == sorted(map(str, values))
+    assert [row["stars"] for row in task.read(path)[0]] == [str(row["stars"]) for row in rows]
+    asked = Labels(task)
+    assert asked.fault(rows[0]) is None and asked.item(1, rows[0]).gold == str(values[0])
+    with pytest.raises(UserError, match="line 1: stars '9' is not one of"):
+        task.read(write_rows(tmp_path / "other.jsonl", [rows[0] | {"stars": 9}]))
+
+
+def test_a_text_that_is_a_number_alone(tmp_path):
+    path = write_rows(tmp_path / "r.jsonl", [{"amount": n % 40 / 4, "label": "ab"[n % 2]} for n in range(99)])
+    task = guessed(path, tmp_path)
+    assert task.text_columns == ("amount",) and task.read(path)[0][1]["text"] == "Amount: 0.25"
+
+
+def test_names_in_other_letters(tmp_path):
+    rows = [{"текст": f"короткий отзыв номер {n}", "оценка": "ab"[n % 2]} for n in range(60)]
+    path = write_rows(tmp_path / "отзывы.jsonl", rows)
+    task = guessed(path, tmp_path)
+    assert (task.name, task.label_field, task.text_field) == ("labels", "оценка", "текст")
+    assert len(task.read(path)[0]) == 60
 
 
 def test_a_table_without_free_text_is_a_line_of_its_cells(tmp_path):
