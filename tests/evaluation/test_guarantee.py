@@ -30,6 +30,7 @@ def lowest_that_reaches(confidence: np.ndarray, right: np.ndarray, target: float
     return confidence[order][np.flatnonzero(precision[30:] >= target)[-1] + 30]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("draws", "fitted"), [(1000, False), (100, True)], ids=["calibrated", "whole fit"])
 def test_a_guaranteed_precision_is_missed_in_one_draw_of_twenty_at_most(draws, fitted):
     """By group, over many draws; the point estimate is missed in every other one."""

@@ -137,6 +137,7 @@ def test_a_copy_takes_few_steps(model, tokenizer, prompts):
     assert plain.steps == len(copied) - 1 and batch.steps < 10
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("spare", [0, 3, 60])
 @pytest.mark.parametrize("lookup", [0, 10])
 def test_forced_tokens_are_those_that_would_have_been_chosen(model, tokenizer, prompts, grammar, spare, lookup):

@@ -80,6 +80,7 @@ def test_by_the_adapter_before_where_the_rows_show_nothing(tmp_path):
     assert record_of(None, None, CORPUS[:8], str(tmp_path)) == CREDITMIX.record()
 
 
+@pytest.mark.processes
 def test_by_the_manifests_that_are_written(tmp_path):
     rows = [{"ticket": f"Mail {i}", "severity": TICKETS.labels[i % 4], "customer": f"c{i}"} for i in range(400)]
     source = write_rows(tmp_path / "tickets.jsonl", rows)

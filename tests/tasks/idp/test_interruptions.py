@@ -37,6 +37,7 @@ def argv(tiny_base, tmp_path) -> list[str]:
     return ["--model_dir", tiny_base, "--schema", str(tmp_path / "schema.json"), *flags, *files]
 
 
+@pytest.mark.processes
 def test_documents_are_read_together_as_alone(loaded):
     """In a batch that has room for some of them, also those that are cut and tried again, or too long and in pieces."""
     long = "\n\n".join(f"Item {number}: {number}.50 in all" for number in range(35))

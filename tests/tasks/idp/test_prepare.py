@@ -64,6 +64,7 @@ def test_what_prepare_writes(data):
         assert told["sha256"] == sha256_file(data / file)
 
 
+@pytest.mark.processes
 def test_the_same_seed_gives_the_same_bytes(data, tmp_path):
     idp_prepare.main(["--synthesize", "300", "--outdir", str(tmp_path)])
     assert {path.name: path.read_bytes() for path in data.iterdir()} == {

@@ -171,6 +171,7 @@ def test_the_last_token_is_no_cut(write, loaded):
         assert (answer.value, answer.cut) == ({"number": "1", "lines": []}, None)
 
 
+@pytest.mark.processes
 def test_exit_code_stderr_and_rows_say_so(write, capsys, tiny_base, tmp_path):
     length = len(write(json.dumps(WHOLE)))  # with spaces, as a model writes it that was not trained
     schema, out = tmp_path / "schema.json", tmp_path / "out.jsonl"

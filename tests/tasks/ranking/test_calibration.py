@@ -151,6 +151,7 @@ def test_bad_cost_matrix(costs):
         fit_decision(np.eye(3), np.arange(3), LABELS, Goal("cost", costs=costs))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
 def test_offsets_reach_the_best_of_a_grid(metric):
     from sklearn.metrics import accuracy_score, f1_score

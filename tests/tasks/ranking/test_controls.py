@@ -24,6 +24,7 @@ def test_words_that_tell_the_label_are_learnt():
     assert answers[TFIDF].sum(axis=1) == pytest.approx(np.ones(50))
 
 
+@pytest.mark.processes
 def test_columns_are_learnt_by_gradient_boosting():
     """A threshold on a number and a rule on a category, neither of which a bag of words can see."""
     rng = random.Random(0)

@@ -123,6 +123,7 @@ def test_interval_width_matches_theory():
     assert width(interval) == pytest.approx(2 * 1.96 * error, rel=0.08)
 
 
+@pytest.mark.processes
 def test_intervals_cover_the_truth_about_95_times_in_100():
     truth = evaluate(*draw(400_000, seed=999), replicates=2)
     covered = {"accuracy": 0, "macro_f1": 0, "nll": 0}

@@ -223,6 +223,7 @@ def test_two_processes_that_write_one_prior_do_no_harm(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["prior.json"]
 
 
+@pytest.mark.processes
 def test_from_rows_to_a_report_and_answers(tickets, tiny_base, tmp_path, capsys):
     flags = ["--task", TICKETS, "--model_dir", tiny_base]
     val = tickets / "ticket_severity_val.jsonl"

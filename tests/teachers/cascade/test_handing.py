@@ -78,6 +78,7 @@ def test_a_late_answer_is_none(stub):
     assert len(stub.asked) == 3  # there is an answer already, so it is not tried again
 
 
+@pytest.mark.processes
 def test_a_request_waits_for_all_of_its_rows_together(stub, monkeypatch):
     """The rows that wait for a place at the endpoint are not asked for any more when the time is over."""
 
