@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.push_to_hub:
         publish.check(args.push_to_hub)
     base = pipeline.base_folder(args.model_dir, args.base, args.format)
+    save_dir = Path(args.save_dir)
+    files = {"--proof_data": data, "--imatrix": args.imatrix, "--task": args.task}
+    pipeline.check_kept(save_dir, {"--model_dir": args.model_dir, "the base": base, **files})
     settings = pipeline.ExportSettings(
         format=args.format,
         model_dir=args.model_dir,
@@ -113,7 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         proof_rows=data
         and parity.read_proof_rows(data, task, args.model_dir, args.proof_rows, runs_code=args.confirm_run_unsafe_code),
     )
-    save_dir = Path(args.save_dir)
     needs.check(settings, save_dir)
     with pipeline.staging(save_dir) as stage:
         folder, record = pipeline.Export(settings).make(stage)
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record |= proof_table.verdict(record, most)
         write_json(folder / pipeline.RECORD, record | run_record.provenance("export_model.py", argv))
         rejected = record["passed"] is False
-        target = save_dir.with_name(f"{save_dir.name}.rejected") if rejected else save_dir
+        target = pipeline.rejected_dir(save_dir) if rejected else save_dir
         pipeline.put_in_place(folder, target)
     model_card.write(target)
     print(proof_table.table(record))
@@ -175,8 +177,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UserError(
             f"{save_dir} is there already; pass --overwrite to replace it, or choose another --save_dir"
         )
-    if save_dir.resolve() == Path(args.model_dir).resolve():
-        raise cli.UserError("--save_dir would replace --model_dir; choose another folder")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ OTHER_SHARE = 0.25  # made-up prompts of other kinds, for each one that is read
 SYNTHETIC_PROMPTS = 12_000
 VOCABULARY = 1024
 TOKENIZER_PROMPTS = 4000  # more of the same changes no merge
+RECORD = "base.json"  # in the folder of a base
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     if args.copying and (args.texts or not args.prompts):
         raise cli.UserError("--copying makes exercises of --prompts; give them, and leave --texts out")
+    check_place(Path(args.save_dir))
     prompts = [row["input"] for path in args.prompts for row in records.read_rows(path, ("input",))]
     if not prompts:
         rows = creditmix.synthesize(SYNTHETIC_PROMPTS, args.seed)
@@ -93,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     save(args, model, tokenizer, losses)
 
 
+def check_place(folder: Path) -> None:
+    """Raises UserError for a folder with something else than what this script has written: it would be replaced."""
+    if folder.exists() and not (folder / RECORD).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise cli.UserError(f"{folder} holds no {RECORD}, so it is no base of this script; choose another --save_dir")
+
+
 def save(args: argparse.Namespace, model, tokenizer, losses: dict[str, float]) -> None:
     """Write the model under a temporary name, then put it in place whole."""
     target = Path(args.save_dir)
@@ -109,7 +117,7 @@ def save(args: argparse.Namespace, model, tokenizer, losses: dict[str, float]) -
         "texts": [{"path": path, "sha256": sha256_file(path)} for path in args.texts],
         "versions": run_record.versions(),
     }
-    write_json(building / "base.json", facts)
+    write_json(building / RECORD, facts)
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)
     cli.log(f"saved {target}: {model.num_parameters():,} parameters, losses {losses}")

@@ -56,6 +56,12 @@ def grant(*paths: str | Path) -> None:
                 file.chmod(mode)
 
 
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path that is there is a folder or lies in it, whatever links lead to either."""
+    place = Path(path).resolve()
+    return place.exists() and place.is_relative_to(Path(folder).resolve())
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_text(path, json_text(value))

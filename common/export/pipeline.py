@@ -11,7 +11,7 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from common.export import merge as merging
 from common.export import parity
 from common.export.model_card import EXPORT_FILE
 from common.export.parity import ProofRows, RuntimeResult
-from common.files import atomic_write, read_json, sha256_file
+from common.files import atomic_write, lies_in, read_json, sha256_file
 from common.models import adapters, gguf_import, unproven
 from common.models import loading as models
 from common.models.source import ModelSource
@@ -120,6 +120,28 @@ def trained_in_4bit(model_dir: str, load_in_4bit: str) -> bool:
         return models.use_4bit("auto")
     asked = run.get("settings", {}).get("load_in_4bit", "auto")
     return asked == "on" or (asked == "auto" and not run.get("device", "CPU").startswith("CPU"))
+
+
+def rejected_dir(save_dir: Path) -> Path:
+    """Where an export goes that has failed its proof."""
+    return save_dir.with_name(f"{save_dir.name}.rejected")
+
+
+def check_kept(save_dir: Path, needed: Mapping[str, str | Path | None]) -> None:
+    """Refuse an export in whose place something lies that it is made of.
+
+    Args:
+        needed: paths by what they are, in words; None for what is not given.
+
+    Raises:
+        UserError: one of them is a folder that would be replaced, or lies in one.
+    """
+    for what, path in needed.items():
+        if path is None:
+            continue
+        folder = save_dir if lies_in(path, save_dir) else rejected_dir(save_dir)
+        if lies_in(path, folder):
+            raise UserError(f"{folder} would replace {what} {path}; choose another --save_dir")
 
 
 @contextlib.contextmanager

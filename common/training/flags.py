@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TypeVar
 
 from common import cli, run_record
 from common.cli import UserError
+from common.files import lies_in
 from common.models import adapters, loading
 from common.models.batching import EFFECTIVE_BATCH
 from common.training import quantization_aware
-from common.training.checkpoints import can_go_on
+from common.training.checkpoints import CHECKPOINTS, ROUNDS, can_go_on
 from common.training.settings import DpoSettings, KdSettings, TrainSettings
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -180,6 +182,7 @@ def checked(settings: Settings) -> Settings:
         raise UserError(f"--init_adapter {settings.init_adapter} holds no adapter; give a run folder")
     if settings.dry_run:
         return settings
+    check_kept(settings)
     save_dir, run = settings.save_dir, run_record.read(settings.save_dir)
     if run and not settings.overwrite and not settings.resume:
         if run.get("state") == "done":
@@ -187,3 +190,19 @@ def checked(settings: Settings) -> Settings:
         if can_go_on(save_dir):
             raise UserError(f"{save_dir} holds an unfinished run; pass --resume to go on, or --overwrite")
     return settings
+
+
+def check_kept(settings: TrainSettings) -> None:
+    """Refuse a run folder in which something would go that the run is made of.
+
+    Raises:
+        UserError: a model is the folder itself, or a model or file lies among the folder's checkpoints or rounds.
+    """
+    folder = Path(settings.save_dir)
+    for name in ("student", "teacher", "init_adapter", "data", "eval_data"):
+        path = getattr(settings, name, None)
+        if path is None:
+            continue
+        among = any(lies_in(path, folder / part) for part in (CHECKPOINTS, ROUNDS))
+        if among or (lies_in(path, folder) and lies_in(folder, path)):
+            raise UserError(f"--save_dir {folder} would replace --{name} {path}; choose another folder")

@@ -100,6 +100,19 @@ def test_flags_that_do_not_go_together(run, dev, tmp_path):
     assert "is there already; pass --overwrite" in refused(run, dev, tmp_path, "--save_dir", str(tmp_path))
 
 
+def test_what_an_export_is_made_of_is_not_replaced(run, base, dev, tmp_path):
+    """Neither with the folder itself nor with one that it lies in, nor by an export that fails its proof."""
+    for what, path in (("--model_dir", run), ("the base", base), ("--proof_data", dev)):
+        parent = str(Path(path).parent)
+        if Path(path).is_dir():
+            assert f"{path} would replace {what}" in refused(run, dev, tmp_path, "--save_dir", path, "--overwrite")
+        assert f"{parent} would replace " in refused(run, dev, tmp_path, "--save_dir", parent, "--overwrite")
+        assert Path(path).exists()
+    lost = Path(shutil.copytree(run, tmp_path / "mine.rejected"))
+    said = refused(str(lost), dev, tmp_path, "--save_dir", str(tmp_path / "mine"))
+    assert f"{lost} would replace --model_dir {lost}; choose another --save_dir" in said
+
+
 def test_an_unknown_architecture(tiny_base, dev, tmp_path):
     strange = Path(shutil.copytree(tiny_base, tmp_path / "strange"))
     config = json.loads((strange / "config.json").read_text())

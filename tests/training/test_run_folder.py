@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.training import RESUMABLE, flags, loss_curve, train
 
 import dpo_train
 import sft_train
+import tiny_student
 from common import run_record
 from common.cli import UserError
 from common.models import adapters, tokenizers
@@ -112,6 +114,28 @@ def test_a_finished_run_is_kept_unless_told_otherwise(base, rows, tmp_path):
 def test_refused_before_training(more, sentence, base, rows, tmp_path):
     with pytest.raises(UserError, match=sentence):
         train(sft_train.main, base, rows["sft"], tmp_path / "run", *more)
+
+
+@pytest.mark.parametrize("flag", ["--student", "--init_adapter", "--data"])
+def test_what_a_run_is_made_of_is_not_replaced(flag, base, unbroken, rows, tmp_path):
+    run = tmp_path / "run"
+    if flag == "--data":
+        own = run / "rounds" / "01" / "rows.jsonl"
+        own.parent.mkdir(parents=True)
+        shutil.copy(rows["sft"], own)
+    else:
+        own = Path(shutil.copytree(base if flag == "--student" else unbroken("sft"), run))
+    before = sorted(run.rglob("*"))
+    with pytest.raises(UserError, match=f"--save_dir {run} would replace {flag} {own}; choose another folder"):
+        train(sft_train.main, base, rows["sft"], run, flag, own, "--overwrite")
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_base_is_made_anew_in_the_place_of_one_alone(tmp_path):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"runs holds no base\.json, so it is no base of this script; choose another"):
+        tiny_student.main(["--save_dir", str(tmp_path / "runs")])
+    assert (tmp_path / "runs" / "mine").is_dir()
 
 
 def test_an_adapter_is_no_student(unbroken, rows, tmp_path):
