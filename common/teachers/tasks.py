@@ -112,6 +112,15 @@ def understand(task: TeacherTask, prompt: str, text: str, finished: bool, reason
         return ParsedAnswer(None, str(error))
 
 
+def _not_text(row: dict, *keys: str) -> str | None:
+    """Which of the keys that a row may go without has something else than a text, in words; None where none has.
+
+    What is null, as in a column of Parquet, counts as not there.
+    """
+    wrong = next((key for key in keys if not isinstance(row.get(key), str | None)), None)
+    return f"'{wrong}' must be a string" if wrong else None
+
+
 def _kept(row: dict, gold: str | None, group: str | None) -> dict[str, Any]:
     fields = {"id": row.get("id"), "output": gold, "group": group}
     return {key: value for key, value in fields.items() if value is not None}
@@ -133,9 +142,8 @@ class Labels:
         else:
             fault = None if self.task.text_of(row) else f"no text under 'input' or '{self.task.text_field}'"
         key = self._gold_key(row)
-        if fault is None and key in row and not isinstance(row[key], str):
-            fault = f"'{key}' must be a string"
-        return fault or (self.task.label_fault(key, self._unlabelled)(row) if key in row else None)
+        fault = fault or _not_text(row, key)
+        return fault or (self.task.label_fault(key, self._unlabelled)(row) if row.get(key) is not None else None)
 
     def _gold_key(self, row: dict) -> str:
         return "output" if "input" in row else self.task.label_field
@@ -190,7 +198,7 @@ class Documents:
 
     def fault(self, row: dict) -> str | None:
         """Why a row cannot be asked: no text under "input" or "document", or gold that the schema refuses."""
-        fault = records.row_fault(row, ("input" if "input" in row else "document",))
+        fault = records.row_fault(row, ("input" if "input" in row else "document",)) or _not_text(row, "output")
         if fault:
             return fault
         if "input" not in row:
@@ -291,18 +299,20 @@ class Code:
         return Item(number, code_prompt.direct_prompt(problem.prompt), gold, kept, problem.graded_by())
 
     def fault(self, row: dict) -> str | None:
-        """Why a row cannot be asked: no text under "input" or "prompt", or tests that are no list of texts."""
-        tests = row.get("tests", [])
+        """Why a row cannot be asked: no text under "input" or "prompt", tests that are no list of texts, or no text
+        under another of its keys."""
+        tests = row.get("tests") or []
         if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
             return "'tests' must be a list of texts"
-        return records.row_fault(row, ("input" if "input" in row else "prompt",))
+        fault = records.row_fault(row, ("input" if "input" in row else "prompt",))
+        return fault or _not_text(row, "output", "setup", "entry_point")
 
     def item(self, number: int, row: dict) -> Item:
         """A row as it is asked: "input" as it stands, or a task under "prompt"; "tests" are optional."""
         prompt = row["input"] if "input" in row else code_prompt.direct_prompt(row["prompt"])
-        tests = grading.Tests(tuple(row["tests"]), row.get("setup") or "", row.get("entry_point"))
-        gold = row.get("output")
-        return Item(number, prompt, gold, _kept(row, gold, row.get("group")), tests if row.get("tests") else None)
+        asserts, gold = tuple(row.get("tests") or ()), row.get("output") or None
+        tests = grading.Tests(asserts, row.get("setup") or "", row.get("entry_point")) if asserts else None
+        return Item(number, prompt, gold, _kept(row, gold, row.get("group")), tests)
 
     def parse(self, text: str, prompt: str = "") -> str:
         """The code in a text, or the plan where the prompt asks for one, in the tags of training rows."""

@@ -202,14 +202,40 @@ def test_code_that_fails_its_tests_is_asked_for_again(tmp_path, stub, files):
     assert lines(files.out) == [] and "fails its tests" in rejects_of(files)[0]["reason"]
 
 
-def test_bad_rows_are_named_or_skipped(tmp_path):
-    task = Documents(SCHEMA)
-    for row, fault in (
-        ({"document": ""}, "'document' must be a non-empty string"),
-        ({"document": "a", "fields": {"company": 3}}, "fields: the JSON does not satisfy the schema"),
-        ({"input": "a", "output": "{"}, "output: the JSON breaks off"),
-    ):
-        path = write_rows(tmp_path / "bad.jsonl", [{"document": "fine"}, row])
-        with pytest.raises(UserError, match=re.escape(f"bad.jsonl, line 2: {fault}")):
-            read_items(path, task)
-        assert [item.number for item in read_items(path, task, skip_bad_rows=True)] == [1]
+TASKS = {"labels": Labels(CREDITMIX), "documents": Documents(SCHEMA), "code": Code(False, False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "fault"),
+    [
+        ("documents", {"document": ""}, "'document' must be a non-empty string"),
+        ("documents", {"document": "a", "fields": {"company": 3}}, "fields: the JSON does not satisfy the schema"),
+        ("documents", {"input": "a", "output": "{"}, "output: the JSON breaks off"),
+        ("documents", {"input": "a", "output": {"company": "A"}}, "'output' must be a string"),
+        ("labels", {"input": "a", "output": 1}, "'output' must be a string"),
+        ("labels", {"question": "Age: 3", "answer": ["Good"]}, "'answer' must be a string"),
+        ("code", {"prompt": "a", "tests": "assert f()"}, "'tests' must be a list of texts"),
+        ("code", {"prompt": "a", "output": {"code": "f"}}, "'output' must be a string"),
+        ("code", {"prompt": "a", "tests": ["f()"], "setup": ["import os"]}, "'setup' must be a string"),
+        ("code", {"prompt": "a", "tests": ["f()"], "entry_point": 3}, "'entry_point' must be a string"),
+    ],
+)
+def test_bad_rows_are_named_or_skipped(tmp_path, name, row, fault):
+    path = write_rows(tmp_path / "bad.jsonl", [{"input": "fine"}, row])
+    with pytest.raises(UserError, match=re.escape(f"bad.jsonl, line 2: {fault}")):
+        read_items(path, TASKS[name])
+    assert [item.number for item in read_items(path, TASKS[name], skip_bad_rows=True)] == [1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("key", ["input", "raw"])
+def test_what_a_row_may_go_without(name, key):
+    """A key that is not there, is null or is empty: so tables say it, Parquet otherwise than CSV."""
+    task = TASKS[name]
+    key = {"labels": "question", "documents": "document", "code": "prompt"}[name] if key == "raw" else key
+    gold = "answer" if key == "question" else "output"
+    rows = [{key: "Age: 3"} | dict.fromkeys((gold, "tests", "setup", "entry_point"), value) for value in (None, "")]
+    for row in ({key: "Age: 3"}, *rows):
+        assert task.fault(row) is None
+        item = task.item(1, row)
+        assert (item.gold, item.tests) == (None, None) and "Age: " in item.prompt
