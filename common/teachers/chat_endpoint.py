@@ -13,14 +13,13 @@ import httpx2
 import tenacity
 
 from common.cli import UserError
-from common.teachers.interview import Answer, NoAnswer, Question
+from common.teachers.interview import GIVE_UP, Answer, NoAnswer, Question, no_answers
 from common.teachers.settings import EndpointSettings
 
 TRANSIENT = (408, 409, 425, 429)  # and every 5xx
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between attempts: doubled from the one to the other, with jitter
 LONGEST_RETRY_AFTER = 600.0  # a server that asks for more is asked again after this
 CONNECT_SECONDS = 10.0
-GIVE_UP = 10  # requests in a row without an answer
 
 
 class _Transient(Exception):
@@ -58,8 +57,8 @@ class ChatEndpoint:
         """See `interview.Teacher`.
 
         Raises:
-            UserError: the endpoint cannot be reached, refuses the key, does not know the model, or fails `GIVE_UP`
-                requests in a row. What was answered by then has been kept.
+            UserError: the endpoint cannot be reached, refuses the key, does not know the model, or does not
+                answer `GIVE_UP` requests in a row (it may refuse any number). What was answered by then has been kept.
         """
         try:
             asyncio.run(self._ask_all(questions, keep))
@@ -96,12 +95,10 @@ class ChatEndpoint:
                     reply = await self._once(client, question, attempt.retry_state.attempt_number)
         except _Transient as error:
             reply = NoAnswer(f"no answer in {self.settings.max_attempts} attempts: {error}")
-        self._failures = self._failures + 1 if isinstance(reply, NoAnswer) else 0
+        failed = isinstance(reply, NoAnswer) and not reply.lasting  # a refusal is of its row alone
+        self._failures = self._failures + 1 if failed else 0
         if self._failures >= GIVE_UP:
-            raise UserError(
-                f"{GIVE_UP} requests in a row failed ({reply.reason}); see to the endpoint and run the same command "
-                "again: what was answered is kept"
-            )
+            raise no_answers(reply)
         return reply
 
     async def _once(self, client: httpx2.AsyncClient, question: Question, attempt: int) -> Answer | NoAnswer:
@@ -144,7 +141,7 @@ class ChatEndpoint:
             raise UserError(f"--endpoint {self.url} sends elsewhere ({message}); give the address that it sends to")
         if self.options.get("logprobs") and "logprobs" in message:
             raise self._no_logprobs()
-        return NoAnswer(f"the endpoint refuses the request ({message})", lasting=True)
+        return NoAnswer(f"the endpoint refuses the request ({message})", lasting=True, refused=True)
 
     async def wait_for_turn(self) -> None:
         """Wait until --requests_per_minute allows another request."""

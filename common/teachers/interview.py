@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from common.cli import UserError
 from common.data.resumable import AnswerStore, content_key
 from common.generation.result import final_answer
 from common.teachers.prompts import AGAIN
 from common.teachers.tasks import ParsedAnswer
 
 Messages = list[dict[str, str]]
+GIVE_UP = 10  # requests in a row without an answer
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """Why there is none; `lasting`: as there will be none the next time. It is not kept: the next run asks again."""
+    """Why there is none. It is not kept: the next run asks again.
+
+    Attributes:
+        lasting: there will be none the next time, either.
+        refused: an endpoint does not take the request, which may be the row's fault or that of every request.
+    """
 
     reason: str
     lasting: bool = False
+    refused: bool = False
 
 
 class Teacher(Protocol):
@@ -68,6 +76,14 @@ class Teacher(Protocol):
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
         """Call `keep` with the index of every question and what came of it, in any order, as soon as it is there."""
+
+
+def no_answers(last: NoAnswer) -> UserError:
+    """Why a teacher is not asked any more that has left `GIVE_UP` requests in a row without an answer."""
+    return UserError(
+        f"{GIVE_UP} requests in a row failed ({last.reason}); see to the endpoint and run the same command again: what "
+        "was answered is kept"
+    )
 
 
 class Interview:
@@ -83,12 +99,18 @@ class Interview:
         self.asked = 0
 
     def ask(self, questions: Sequence[Question]) -> list[Answer | NoAnswer]:
-        """An answer to each question, in order; the teacher is asked only what it has not answered yet."""
+        """An answer to each question, in order; the teacher is asked only what it has not answered yet.
+
+        Raises:
+            UserError: a teacher refuses the first `GIVE_UP` questions, and has answered none in an earlier run. One
+                that has answered is asked on, however many it refuses.
+        """
         from tqdm import tqdm
 
         keys = [content_key(self.teacher.key, question.messages, question.sample) for question in questions]
         first = {key: question for key, question in reversed([*zip(keys, questions, strict=True)])}
         new = [key for key in dict.fromkeys(keys) if key not in self.store]
+        self.keys |= first.keys() - set(new)
         failed: dict[str, NoAnswer] = {}
         with tqdm(total=len(first), initial=len(first) - len(new), unit=" answers") as progress:
 
@@ -96,15 +118,17 @@ class Interview:
                 key = new[index]
                 if isinstance(answer, NoAnswer):
                     failed[key] = answer
+                    if answer.refused and not self.keys and len(failed) >= GIVE_UP:
+                        raise no_answers(answer)
                 else:
                     about = {"row": first[key].row, "sample": first[key].sample}
                     self.store.add([(key, about | asdict(answer))])
+                    self.keys.add(key)
                     self.asked += 1
                 progress.update()
 
             if new:
                 self.teacher.ask([first[key] for key in new], keep)
-        self.keys |= first.keys() - failed.keys()
         return [failed.get(key) or self._kept(key) for key in keys]
 
     def _kept(self, key: str) -> Answer:

@@ -200,6 +200,28 @@ def test_it_gives_up_on_an_endpoint_that_refuses_everything(stub, files, capsys)
     assert len(stub.asked) < 40
 
 
+def test_any_number_of_rows_may_be_refused_for_good(stub, files):
+    """More in a row than an endpoint may fail to answer, in the first run, and where it is asked again for one row."""
+    rows = numbered(16)
+    refused = [row["input"] for row in rows[1:13]]
+    first = [True]
+
+    def reply(body):
+        if question_of(body) in refused:
+            return error(400, "the prompt is too long")
+        return error(500, "oops") if first[0] and question_of(body) == rows[14]["input"] else "Good"
+
+    stub.reply = reply
+    argv = [*files(rows), "--max_attempts", "1", "--concurrency", "1"]
+    assert generate(stub, *argv) == cli.FAILED
+    assert len(lines(files.out)) == 3 and sum(row["unanswered"] for row in rejects_of(files)) == 1
+    first[0] = False
+    stub.asked.clear()
+    assert generate(stub, *argv) == cli.DONE
+    assert len(stub.asked) == 13 and len(lines(files.out)) == 4
+    assert [row["unanswered"] for row in rejects_of(files)] == [False] * 12
+
+
 def test_the_key_is_sent_and_never_shown(stub, files, capsys, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     rows = numbered(4)

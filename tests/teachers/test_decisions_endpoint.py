@@ -65,6 +65,13 @@ def test_openais_shape(stub, files):
     assert run_of(files)["requests"]["asked_now"] == 0
 
 
+def test_an_endpoint_may_decline_any_number_of_rows(stub, files):
+    declined = numbered(12)
+    stub.reply = lambda body: answer() if body["input"] == "Age: 32" else answer(type="refusal")
+    assert generate(f"{stub.url}/decisions", *files(numbered(13))) is None
+    assert [row["input"] for row in rejects_of(files)] == [row["input"] for row in declined]
+
+
 def test_system_ones_shape(stub, files):
     one = {"type": "choice", "choice": "Standard", "confidence": 0.5, "probabilities": SHARES}
     stub.reply = lambda body: (200, {}, json.dumps({"model": "m", "answers": {"label": one}}).encode())
