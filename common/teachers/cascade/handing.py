@@ -83,12 +83,13 @@ class Cascade:
         self._teacher: Teacher | None = None
         self._lock = threading.Lock()
         self._paused_until = float("-inf")
+        self._late = Reply(reason=f"the teacher has not answered within {settings.timeout:g} seconds")
         self._pool = ThreadPoolExecutor(AT_ONCE, "cascade")
 
     def ask(self, task: TeacherTask, items: Sequence[Item]) -> list[Reply]:
         """The replies to `items`, once all have come or are given up."""
-        replies, granted = self.opened(len(items))
-        self._ask(task, items[:granted], replies)
+        replies = [self._late] * len(items)
+        self._ask(task, items, replies)
         return replies
 
     def begin(self, task: TeacherTask, items: Sequence[Item]) -> tuple[list[Reply], Future[None]]:
@@ -96,9 +97,9 @@ class Cascade:
 
         After the time-out no more are asked for.
         """
-        replies, granted = self.opened(len(items))
+        replies = [self._late] * len(items)
         deadline = time.monotonic() + self.settings.timeout
-        return replies, self._pool.submit(self._ask, task, items[:granted], replies, deadline)
+        return replies, self._pool.submit(self._ask, task, items, replies, deadline)
 
     async def replies_in_time(self, task: TeacherTask, items: Sequence[Item]) -> list[Reply]:
         """The replies to `items`, after the time-out at the latest."""
@@ -109,9 +110,8 @@ class Cascade:
     def opened(self, count: int) -> tuple[list[Reply], int]:
         """Replies that say why there is no answer yet, and how many of them, from the first on, may be asked for."""
         granted = self.budget.take(count)
-        late = Reply(reason=f"the teacher has not answered within {self.settings.timeout:g} seconds")
         over = Reply(reason=f"the budget of {self.settings.per_hour} rows an hour is used up")
-        return [late] * granted + [over] * (count - granted), granted
+        return [self._late] * granted + [over] * (count - granted), granted
 
     def close(self) -> None:
         """Ask for nothing more."""
@@ -120,16 +120,21 @@ class Cascade:
     def _ask(
         self, task: TeacherTask, items: Sequence[Item], replies: list[Reply], deadline: float = float("inf")
     ) -> None:
+        """Fill in the replies; only rows that are sent are taken from the budget."""
+
         def keep(index: int, answer: Answer | NoAnswer) -> None:
             if time.monotonic() > deadline:
                 raise _Late
             replies[index] = read(task, items[index], answer)
 
+        if not items or time.monotonic() > deadline:
+            return
         if time.monotonic() < self._paused_until:
             resting = Reply(reason="the teacher has just failed, and is left alone for a while")
-            replies[: len(items)] = [resting] * len(items)
+            replies[:] = [resting] * len(items)
             return
-        questions = [Question(item.number, [{"role": "user", "content": item.prompt}]) for item in items]
+        replies[:], granted = self.opened(len(items))
+        questions = [Question(item.number, [{"role": "user", "content": item.prompt}]) for item in items[:granted]]
         try:
             if questions:
                 self._ready().ask(questions, keep)
@@ -138,7 +143,7 @@ class Cascade:
         except UserError as error:
             self._paused_until = time.monotonic() + PAUSE
             log(f"cascade: {error}; the student's own answers stand")
-            for index in range(len(items)):
+            for index in range(granted):
                 if replies[index].answer is None:
                     replies[index] = Reply(reason=str(error))
 

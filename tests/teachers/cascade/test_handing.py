@@ -110,6 +110,20 @@ def test_a_teacher_that_fails_is_left_alone_for_a_while(stub, capsys, monkeypatc
     assert asking.ask(TASK, items(1))[0].answer == "Bad"
 
 
+def test_rows_that_are_not_sent_take_nothing_from_the_budget(stub, monkeypatch):
+    stub.reply = lambda body: error(401, "wrong key")
+    asking = cascade(stub, per_hour=3)
+    assert "refuses the API key" in asking.ask(TASK, items(1))[0].reason
+    replies, done = asking.begin(TASK, items(3))
+    done.result(30)
+    resting = "the teacher has just failed, and is left alone for a while"
+    assert {reply.reason for reply in [*replies, *asking.ask(TASK, items(3))]} == {resting}
+    stub.reply = lambda body: "Bad"
+    later = time.monotonic() + handing.PAUSE + 1
+    monkeypatch.setattr(handing.time, "monotonic", lambda: later)
+    assert [reply.answer for reply in asking.ask(TASK, items(3))] == ["Bad", "Bad", None]
+
+
 def test_nobody_is_loaded_before_a_row_is_unsure():
     made = []
 
