@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = run_record.read(args.run)
     if record is None:
         raise UserError(f"--run {args.run} has no run.json; give the folder of a run")
-    trainer = DPO if record["method"] == "dpo" else SFT
-    rows, trained = (training_files.read(path, trainer) for path in (args.data, args.train_data))
-    figures = judge(args.run, record["settings"], args.data, rows)
+    trainer, settings = DPO if record["method"] == "dpo" else SFT, record["settings"]
+    skips = settings.get("skip_bad_rows", False)
+    rows, trained = (training_files.read(path, trainer, skips) for path in (args.data, args.train_data))
+    figures = judge(args.run, settings, args.data, rows)
     seen = {prompt_hash(row) for row in trained}
     facts = {
         "data": args.data,

@@ -83,5 +83,13 @@ def test_rows_that_are_too_long_are_counted_and_shared_ones_too(tiny_base, tmp_p
     figures = json.loads(capsys.readouterr().out)
     assert (figures["n"], figures["left_out"], figures["shared"]) == (1, 1, {"rows": 1, "of": 2})
     assert json.loads((run / "validation.json").read_text()) == figures
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text('{"input": "only"}\n' + (tmp_path / f"{name}.jsonl").read_text())
+    with pytest.raises(UserError, match="line 1"):
+        validation.main(argv)
+    settings = SETTINGS | {"max_len": 40, "skip_bad_rows": True}
+    (run / "run.json").write_text(json.dumps({"method": "sft", "settings": settings, "best": None}))
+    validation.main(argv)  # without the rows that the training went without
+    assert {**json.loads((run / "validation.json").read_text()), "data_sha256": figures["data_sha256"]} == figures
     with pytest.raises(UserError, match=r"has no run\.json"):
         validation.main([f"--run={tmp_path}", *argv[2:]])
