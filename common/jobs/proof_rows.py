@@ -3,7 +3,7 @@
     python -m common.jobs.proof_rows --data runs/jobs/rows.jsonl --output proof.jsonl
     python -m common.jobs.proof_rows --dataset wikitext --subset wikitext-2-raw-v1 --output proof.jsonl
 
-Running text is cut into pieces of 64 words, the last 16 of which follow the others.
+Running text, row after row, is cut into pieces of 64 words, the last 16 of which follow the others.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from common import cli
 from common.data import rows as records
-from common.data import shapes, training_files, turns
+from common.data import shapes, squad, training_files, turns
 from common.distillation import rows as distill_rows
 from common.files import write_jsonl
 
 INPUT_WORDS, OUTPUT_WORDS = 48, 16
+PIECE = INPUT_WORDS + OUTPUT_WORDS
+ANSWERED = (shapes.PREFERENCE, *shapes.TAKES[shapes.DISTILL])  # kinds of rows that tell what is to be answered
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,17 +44,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = read(args.data)
     pairs = list(as_pairs(rows))
     if not pairs:
-        raise cli.UserError(f"{args.data or args.dataset} has fewer than {INPUT_WORDS + OUTPUT_WORDS} words; give more")
+        raise cli.UserError(f"{args.data or args.dataset} has fewer than {PIECE} words; give more, or set no_proof")
     step = max(1, len(pairs) // args.rows)
     kept = write_jsonl(args.output, pairs[::step][: args.rows])
     cli.log(f"{kept} rows for the proof of an export")
 
 
 def read(path: str) -> list[dict]:
-    """Rows of a file of any of the trainers; of preferences, the chosen answer, of a chat, its last question."""
-    numbered = () if path.endswith(".txt") else records.iter_rows(path)[1]
-    first = next((row for _, row in numbered if isinstance(row, dict)), None)
-    if shapes.shape_of(first, (shapes.PREFERENCE,)):
+    """Rows of a file of any of the trainers; of preferences, the chosen answer, of a chat, its last question.
+
+    Raises:
+        UserError: it cannot be read, or its rows have no answers.
+    """
+    text = path.endswith(".txt") or squad.is_squad(path)
+    numbered = () if text else records.iter_rows(path)[1]
+    shape = next((shape for _, row in numbered if (shape := shapes.shape_of(row, ANSWERED))), None)
+    if shape is None and not text:
+        raise cli.UserError(
+            f"{path} has no rows with answers, which an export is compared on; set no_proof to export without a proof"
+        )
+    if shape and shape.kind == shapes.PREFERENCE:
         pairs = training_files.read(path, shapes.DPO, skip_bad_rows=True)
         rows = [{"input": row["prompt"], "output": row["chosen"]} for row in pairs]
     else:
@@ -61,16 +72,17 @@ def read(path: str) -> list[dict]:
 
 
 def as_pairs(rows: Iterable[dict]) -> Iterator[dict[str, str]]:
-    """{"input", "output"} of rows that are such, or that are running text."""
+    """{"input", "output"} of rows that are such, or that are running text, cut across the ends of rows."""
+    words: list[str] = []
     for row in rows:
         if "text" not in row:
             yield {"input": row["input"], "output": row["output"]}
             continue
-        words = row["text"].split()
-        piece = INPUT_WORDS + OUTPUT_WORDS
-        for start in range(0, len(words) - piece + 1, piece):
+        words += row["text"].split()
+        for start in range(0, len(words) - PIECE + 1, PIECE):
             middle = start + INPUT_WORDS
-            yield {"input": " ".join(words[start:middle]), "output": " ".join(words[middle : start + piece])}
+            yield {"input": " ".join(words[start:middle]), "output": " ".join(words[middle : start + PIECE])}
+        words = words[len(words) - len(words) % PIECE :]
 
 
 if __name__ == "__main__":

@@ -60,12 +60,13 @@ def checked(row: Mapping[str, Any], job_id: str) -> Job:
 def row_of_plan(folder: JobFolder, plan: Mapping[str, Any]) -> dict[str, Any]:
     """A row for a folder of a service that kept none there."""
     result = folder.result(plan["attempt"])
+    (training,) = (command for command in plan["commands"] if command["output"] == "")
     written = os.stat(folder.path / PLAN).st_mtime
     row: dict[str, Any] = dict.fromkeys(field.name for field in fields(Job))
     row |= {
         "number": 0,
         "id": folder.path.name,
-        "method": METHOD_OF_SCRIPT[Path(plan["commands"][0]["argv"][0]).name],
+        "method": METHOD_OF_SCRIPT[Path(training["argv"][0]).name],
         "request": {},
         "commands": plan["commands"],
         "place": 0,

@@ -147,16 +147,16 @@ class Planner:
             argv.append("--lora_r=0")  # a whole model, unless an adapter is asked for
         settings = self._parse(method, argv, names)
         script = str(self.scripts / METHODS[method].script)
-        commands = [{"argv": [script, *argv], "output": ""}]
         formats = [format for field, format in EXPORTS.items() if switch(payload, field)]
         proof, unproven = save_dir.with_name("proof.jsonl"), switch(payload, NO_PROOF)
         if unproven and not formats:
             raise Problem(422, f"{NO_PROOF}: goes with {' or '.join(EXPORTS)}; set one, or leave it out", NO_PROOF)
-        if formats and not unproven:
-            commands.append({"argv": proof_command(settings, proof), "output": None})
+        proves = bool(formats) and not unproven
+        commands = [{"argv": proof_command(settings, proof), "output": None}] * proves  # what has none fails at once
+        commands.append({"argv": [script, *argv], "output": ""})
         for format in formats:
             words = [f"--model_dir={save_dir}", f"--format={format}", f"--save_dir={save_dir / format}"]
-            words.append(f"--{NO_PROOF}" if unproven else f"--proof_data={proof}")
+            words.append(f"--proof_data={proof}" if proves else f"--{NO_PROOF}")
             commands.append({"argv": [str(self.scripts / EXPORTER), *words], "output": format})
         return PlannedJob(method, settings, commands)
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.inputs import CORPUS, ROOT
+from support.inputs import CORPUS, ROOT, write_rows
 from support.jobs_served import serve_jobs
 from support.models import build_base
 
@@ -53,7 +53,7 @@ def payload(data: Path, **more) -> dict:
 
 def words(plan) -> dict[str, str]:
     """The training's command line as {flag: value}."""
-    script, *argv = plan.commands[0]["argv"]
+    script, *argv = next(command["argv"] for command in plan.commands if command["output"] == "")
     assert Path(script).is_file()
     return dict(word.removeprefix("--").partition("=")[::2] for word in argv)
 
@@ -83,7 +83,7 @@ def test_the_recipes_payload(planner, data, tmp_path):
         "weight_decay": 0.01, "warmup_steps": 10, "save_dir": str(tmp_path / "run"), "subset": None,
     }  # fmt: skip
     assert {name: settings[name] for name in wanted} == wanted
-    training, proof, *exports = plan.commands
+    proof, training, *exports = plan.commands  # rows that cannot be compared on are found before the training
     assert training["output"] == ""
     assert [Path(export["argv"][0]).name for export in exports] == ["export_model.py"] * 2
     assert [export["output"] for export in exports] == ["int8", "onnx"]
@@ -111,9 +111,26 @@ def test_proof_rows(tmp_path):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     job_proof.main(["--data", str(tmp_path / "chat.jsonl"), "--output", str(tmp_path / "out.jsonl")])
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {"input": "user", "output": "assistant"}
-    (tmp_path / "text.txt").write_text("too short")
-    with pytest.raises(UserError, match="fewer than 64 words"):
-        job_proof.main(["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out.jsonl")])
+
+
+def test_proof_rows_of_short_texts_and_of_rows_without_answers(tmp_path):
+    """Texts go on in one another, as a file of lines does; what has no answer says what to set."""
+    texts = [" ".join(f"w{40 * row + word}" for word in range(40)) for row in range(4)]
+    argv = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    job_proof.main(argv)
+    pairs = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert " ".join(f"{pair['input']} {pair['output']}" for pair in pairs).split() == " ".join(texts).split()[:128]
+    write_rows(tmp_path / "rows.jsonl", [{"text": "too short"}])
+    with pytest.raises(UserError, match="has fewer than 64 words; give more, or set no_proof"):
+        job_proof.main(argv)
+    for row in ({"input": "Hi"}, {"prompt": "Hi"}, {"input": "Hi", "probabilities": {"Good": 0.9, "Bad": 0.1}}):
+        write_rows(tmp_path / "rows.jsonl", [row] * 3)
+        with pytest.raises(UserError, match=r"no rows with answers, .*; set no_proof to export without a proof"):
+            job_proof.main(argv)
+    write_rows(tmp_path / "rows.jsonl", [{"input": "Hi"}, {"input": "Hi", "teacher_output": "Hello"}])
+    job_proof.main(argv)
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"input": "Hi", "output": "Hello"}
 
 
 def test_a_data_set_is_passed_on_with_its_part(planner, data, monkeypatch):
@@ -121,7 +138,7 @@ def test_a_data_set_is_passed_on_with_its_part(planner, data, monkeypatch):
     body = payload(data) | {"dataset": "wikitext", "subset": "wikitext-2-raw-v1", "export_onnx": True}
     plan = planner.plan(body, Path("job/artifacts"))
     assert (plan.settings.dataset, plan.settings.subset, plan.settings.data) == ("wikitext", "wikitext-2-raw-v1", None)
-    assert plan.commands[1]["argv"][2:] == [
+    assert plan.commands[0]["argv"][2:] == [
         "--output=job/proof.jsonl", "--dataset=wikitext", "--subset=wikitext-2-raw-v1", "--split=train",
         "--text_column=text"]  # fmt: skip
 
