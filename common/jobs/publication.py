@@ -3,8 +3,9 @@
     python -m common.jobs.publication --run runs/jobs/jobs/0123/artifacts --name ft-tiny-0123 --runs_dir runs \\
         --data_dir runs/jobs --file_id file-0123
 
-A run appears whole, under its name, so that a server that looks for it finds no half of one. Run again, it changes
-nothing. The files are hard links where the disk allows that, so the run outlives its job, and takes no room of its own.
+A run appears whole, under its name, so that a server that looks for it finds no half of one, and says in owner.json
+which job it is of. Run again, it changes nothing. The files are hard links where the disk allows that, so the run
+outlives its job, and takes no room of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
+from common.cli import UserError
 from common.data import task_record
 from common.files import write_json, write_text
 from common.jobs import progress
@@ -32,6 +34,7 @@ from common.training.progress import ACCURACY
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")  # OpenAI's
 REWARD_ACCURACY = "rewards/accuracies"  # TRL's, of preferences
+OWNER = "owner.json"  # in a run's folder: the job that it is of
 OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args")  # how files of it begin
 
 
@@ -51,16 +54,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = JobFolder(run.parent)
     record, figures = folder.read_record(), folder.read(f"{run.name}/{VALIDATION}")
     points = progress.curves(folder)
+    check_name(runs_dir / args.name, folder.path.name)
     step = last_step(record, points)
     write_text(run / RESULTS, curve_csv(points, figures, step))
     if args.file_id:
         keep_results(Path(args.data_dir), args.file_id, (run / RESULTS).read_bytes())
     extra = {"metrics.json": metrics(runs_dir / args.name, figures)} if figures else {}
-    publish(own_files(run), runs_dir / args.name, extra)
+    publish(own_files(run), runs_dir / args.name, folder.path.name, extra)
     entries = [{"step": step, "model": args.name, "created": (run / RESULTS).stat().st_mtime}]
-    entries += publish_checkpoints(run, runs_dir, args.name, step)
+    entries += publish_checkpoints(run, runs_dir, args.name, step, folder.path.name)
     write_json(run / PUBLISHED, {"model": args.name, "runs_dir": str(runs_dir), "checkpoints": entries})
     cli.log(f"{args.name} is in {runs_dir}, with {len(entries) - 1} earlier states of it")
+
+
+def is_anothers(run: Path, job_id: str) -> bool:
+    """Whether there is a run that is not of this job."""
+    return run.exists() and JobFolder(run).read(OWNER).get("job_id") != job_id
+
+
+def check_name(run: Path, job_id: str) -> None:
+    """Raises UserError where another run has this one's name."""
+    if is_anothers(run, job_id):
+        raise UserError(f"there is another run called {run.name} in {run.parent}; move it away and resume the job")
 
 
 def last_step(record: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> int:
@@ -117,7 +132,7 @@ def own_files(run: Path) -> list[tuple[str, Path]]:
     return [(name, file) for name, file in files if name not in left_out and Path(name).parts[0] != CHECKPOINTS]
 
 
-def publish_checkpoints(run: Path, runs_dir: Path, name: str, last: int) -> list[dict[str, Any]]:
+def publish_checkpoints(run: Path, runs_dir: Path, name: str, last: int, job_id: str) -> list[dict[str, Any]]:
     """Publish the earlier states that the training still has; {"step", "model", "created"} of each."""
     entries = []
     task = [(task_record.FILE, run / task_record.FILE)] if (run / task_record.FILE).is_file() else []
@@ -129,13 +144,18 @@ def publish_checkpoints(run: Path, runs_dir: Path, name: str, last: int) -> list
             continue
         files = [(file.name, file) for file in plain_files(folder) if not file.name.startswith(OF_TRAINING)]
         model = f"{name}-step-{number}"
-        publish([*files, *task], runs_dir / model, {})
+        if is_anothers(runs_dir / model, job_id):
+            cli.log(f"the state after step {number} is left out: there is another run called {model}")
+            continue
+        publish([*files, *task], runs_dir / model, job_id)
         entries.append({"step": int(number), "model": model, "created": folder.stat().st_mtime})
     return entries
 
 
-def publish(files: Iterable[tuple[str, Path]], target: Path, extra: Mapping[str, dict[str, Any]]) -> None:
-    """Make a folder of links to files, and of JSON files of its own, that appears whole; one that is there stays.
+def publish(
+    files: Iterable[tuple[str, Path]], target: Path, job_id: str, extra: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """Make a job's folder of links to files, and of JSON files of its own, that appears whole; one that is there stays.
 
     Raises:
         OSError: the disk is full, or the folder cannot be made.
@@ -152,7 +172,7 @@ def publish(files: Iterable[tuple[str, Path]], target: Path, extra: Mapping[str,
             os.link(file, place)
         except OSError:  # another disk, or one without links
             shutil.copy2(file, place)
-    for name, value in extra.items():
+    for name, value in {OWNER: {"job_id": job_id}, **(extra or {})}.items():
         (building / name).unlink(missing_ok=True)  # a link would change the file that it is one of
         (building / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     building.rename(target)

@@ -19,6 +19,7 @@ from common.jobs.checks import Reach, Vocabularies, check_memory
 from common.jobs.files import FILE_ID, FileStore, StoredFile
 from common.jobs.fine_tuning import KEY, PUBLISHED, Publication, model_name
 from common.jobs.folder import ARTIFACTS, JOB_ID, WORKER, JobFolder, check_system
+from common.jobs.publication import is_anothers
 from common.jobs.recovery import adopt_folders, keep_row
 from common.jobs.request import JOB_NAME, PlannedJob, Planner
 from common.jobs.runner import Runner
@@ -132,7 +133,8 @@ class Service:
         except OSError as error:
             raise UserError(f"DATA_DIR={settings.data_dir}: {error.strerror}; choose another folder") from error
         self.reach = Reach(settings.allowed_roots, own=settings.data_dir, uploaded=self.uploaded)
-        self._files_in_use = threading.Lock()  # held while a job is taken, which may need one, and while one is deleted
+        # held while a job is taken, with the name and the files that it needs, and while a file is deleted
+        self._files_in_use = threading.Lock()
         self.vocabularies = Vocabularies()
         self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
         backend, at_once = self.make_backend()
@@ -227,9 +229,11 @@ class Service:
                 published = Publication(self.settings.runs_dir, self.settings.data_dir)
                 name = model_name(payload["student"], fine_tuning["asked"].get("suffix"), job_id)
                 commands = [*commands, *published.commands(plan.settings, name, job_id)]
-            elif name := payload.get(JOB_NAME):
-                commands = [*commands, *self._named(name, plan, job_id)]
             with self._files_in_use:
+                if key is not None and (known := self.store.by_key(key, request)):
+                    return known
+                if fine_tuning is None and (name := payload.get(JOB_NAME)):
+                    commands = [*commands, *self._named(name, plan, job_id)]
                 for field, value in payload.items():
                     if isinstance(value, str) and FILE_ID.fullmatch(value) and not self.files.find(value):
                         raise Problem(422, f"{field}: there is no such file any more", field)
@@ -247,11 +251,15 @@ class Service:
         Raises:
             Problem: 422 where there is, or will be, another run of that name.
         """
-        taken = {job.request.get(JOB_NAME) for job in self.store.unended()}
-        if name in taken or (self.settings.runs_dir / name).exists():
+        if self._is_taken(name, job_id):
             raise Problem(422, f"{JOB_NAME}: there is a run called {name}; take another name", JOB_NAME)
         place = Publication(self.settings.runs_dir, self.settings.data_dir)
         return place.commands(plan.settings, name, job_id, judged=plan.method in ("sft", "dpo"), results=False)
+
+    def _is_taken(self, name: str, job_id: str) -> bool:
+        """Whether a run is, or is to be, served under a name that is not of this job."""
+        waiting = {job.request.get(JOB_NAME) for job in self.store.unended() if job.id != job_id}
+        return name in waiting or is_anothers(self.settings.runs_dir / name, job_id)
 
     def cancel(self, job_id: str) -> Job:
         """Raises Problem 404, or 409 for one that has ended."""
@@ -274,9 +282,14 @@ class Service:
         return job
 
     def resume(self, job_id: str) -> Job:
-        """Raises Problem 404, or 409 for one that is neither paused nor failed nor cancelled."""
-        job = self.get(job_id)
-        if not self.store.resume(job_id):
+        """Raises Problem 404, or 409 for one that is neither paused nor failed nor cancelled, or has lost its name."""
+        with self._files_in_use:
+            job = self.get(job_id)
+            name = job.request.get(JOB_NAME)
+            if name and job.state in (PAUSED, FAILED, CANCELLED) and self._is_taken(name, job_id):
+                raise Problem(409, f"there is another run called {name} by now; send the job again under another name")
+            resumed = self.store.resume(job_id)
+        if not resumed:
             state = "being paused; wait until it is" if job.cancel == TO_PAUSE else job.state
             raise Problem(409, f"the job is {state}; one that is paused, failed or was cancelled can be resumed")
         self.runner.wake()
