@@ -80,7 +80,7 @@ class JobServiceSettings:
             raise UserError(f"BACKEND={backend} is none of {', '.join(BACKENDS)}; set it to one or unset it")
         if not PREFIX.fullmatch(prefix):
             raise UserError(f"API_PREFIX={prefix} is not like /distill-slm/v1; set it to a path or unset it")
-        roots, runs_dir = env.text("ALLOWED_ROOTS"), Path(os.path.abspath(env.text("RUNS_DIR", str(cls.runs_dir))))
+        runs_dir = Path(os.path.abspath(env.text("RUNS_DIR", str(cls.runs_dir))))
         return cls(
             data_dir=data_dir,
             backend=backend,
@@ -88,9 +88,7 @@ class JobServiceSettings:
             max_queue=env.whole("MAX_QUEUE", 1000),
             keep_days=env.number("KEEP_DAYS", 0) or None,
             data_quota=env.whole("DATA_QUOTA", 1) if env.text("DATA_QUOTA") else None,
-            allowed_roots=tuple(map(Path, roots.split(os.pathsep)))
-            if roots
-            else tuple(dict.fromkeys((ROOT / "runs", ROOT / "data", data_dir, runs_dir))),
+            allowed_roots=roots_of(env.text("ALLOWED_ROOTS"), (ROOT / "runs", ROOT / "data", data_dir, runs_dir)),
             api_prefix=prefix,
             api_key=env.text("API_KEY"),
             max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 18),
@@ -106,6 +104,22 @@ class JobServiceSettings:
 def needs(job: Job, path: str) -> bool:
     """Whether a job's commands name a file."""
     return any(path in word for command in job.commands for word in command["argv"])
+
+
+def roots_of(text: str | None, default: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The folders of a list like PATH, in which nothing between two colons is no folder: not the working directory.
+
+    Args:
+        default: where there is no list.
+
+    Raises:
+        UserError: the list has no folder.
+    """
+    if text is None:
+        return tuple(dict.fromkeys(default))
+    if roots := tuple(Path(root) for root in text.split(os.pathsep) if root.strip()):
+        return roots
+    raise UserError(f"ALLOWED_ROOTS={text} names no folder; set it to some, like /data:/models, or unset it")
 
 
 def stand_ins(text: str | None) -> tuple[tuple[str, str], ...]:

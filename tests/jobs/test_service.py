@@ -72,6 +72,13 @@ def test_settings_from_the_environment(monkeypatch, tmp_path):
     assert chosen.allowed_roots == (ROOT / "runs", ROOT / "data", chosen.data_dir)
     monkeypatch.setenv("ALLOWED_ROOTS", f"{tmp_path}{os.pathsep}/models")
     assert JobServiceSettings.from_environment().allowed_roots == (tmp_path, Path("/models"))
+    for stray in (":{}", "{}:", "/models::{}"):  # nothing between two colons is no folder, least of all this one
+        monkeypatch.setenv("ALLOWED_ROOTS", stray.format(tmp_path).replace(":", os.pathsep))
+        assert set(JobServiceSettings.from_environment().allowed_roots) <= {tmp_path, Path("/models")}
+    monkeypatch.setenv("ALLOWED_ROOTS", os.pathsep)
+    with pytest.raises(UserError, match=r"ALLOWED_ROOTS=. names no folder; set it to some"):
+        JobServiceSettings.from_environment()
+    monkeypatch.delenv("ALLOWED_ROOTS")
     for name, value in (("BACKEND", "slurm"), ("API_PREFIX", "x"), ("MAX_RUNNING", "0"), ("KEEP_DAYS", "soon")):
         monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=name):
