@@ -13,7 +13,7 @@ from common.cli import UserError, reason
 from common.files import atomic_write, jsonl_text
 
 if TYPE_CHECKING:
-    from pyarrow import Array, Table
+    from pyarrow import Array, RecordBatch, Table
 
 FORMATS = ("jsonl", "csv", "parquet")
 PARQUET = b"PAR1"  # how such a file begins
@@ -76,12 +76,27 @@ def parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     number = 0
     with _readable(path):
         for batch in parquet.ParquetFile(path).iter_batches(4096):
-            for row in batch.to_pylist():
+            for row in _rows_of(batch):
                 number += 1
-                try:
-                    yield number, {name: _json_value(value) for name, value in row.items()}
-                except UnicodeDecodeError as error:
-                    yield number, ValueError(f"it holds bytes that are no UTF-8 text (byte {error.start})")
+                yield number, row
+
+
+def _rows_of(batch: RecordBatch) -> Iterator[dict[str, Any] | ValueError]:
+    """The rows of a batch as JSON would have them; one by one where there is one among them that it cannot have."""
+    try:
+        rows = [{name: _json_value(value) for name, value in row.items()} for row in batch.to_pylist()]
+    except (ValueError, OverflowError) as error:  # no UTF-8, though the column says text, or a date of the year 30000
+        if batch.num_rows > 1:
+            rows = [row for start in range(batch.num_rows) for row in _rows_of(batch.slice(start, 1))]
+        else:
+            no_utf8 = isinstance(error, UnicodeDecodeError)
+            rows = [ValueError(no_text(error) if no_utf8 else f"it holds what cannot be read ({error})")]
+    yield from rows
+
+
+def no_text(error: UnicodeDecodeError) -> str:
+    """What is wrong with a row whose bytes are no text, in words."""
+    return f"it holds bytes that are no UTF-8 text (byte {error.start})"
 
 
 def parquet_bytes(path: str | Path, most: int) -> int:

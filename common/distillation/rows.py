@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError, log, reason
 from common.data import rows as records
-from common.data import shapes, squad, training_files
+from common.data import shapes, squad, tables, training_files
 from common.distillation.alignment import Vocabulary
 from common.distillation.settings import DistillSettings
 from common.files import read_text
@@ -19,6 +19,7 @@ from common.tasks.ranking.task import LabelTask
 from common.training.batches import encode_rows
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 PROBABILITIES = "probabilities"
@@ -78,7 +79,11 @@ def read(path: str, part: str, skip_bad_rows: bool = False, *, answered: bool = 
 def read_dataset(
     name: str, subset: str | None, split: str, text_column: str, skip_bad_rows: bool = False
 ) -> list[dict]:
-    """The same of a data set of the Hub, or of a folder of files, by the datasets library."""
+    """The same of a data set of the Hub, or of a folder of files, by the datasets library.
+
+    Raises:
+        UserError: there is none, it has no such column, no text, or bytes that are no text.
+    """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -89,6 +94,13 @@ def read_dataset(
         raise UserError(
             f"--dataset {name} cannot be read ({reason(error)}); check --subset and --split, or give a file with --data"
         ) from error
+    try:
+        return _rows_of(dataset, name, text_column, skip_bad_rows)
+    except UnicodeDecodeError as error:  # in a column that says of itself that it is text
+        raise UserError(f"--dataset {name}: {tables.no_text(error)}; convert it to UTF-8, e.g. with iconv") from error
+
+
+def _rows_of(dataset: Dataset, name: str, text_column: str, skip_bad_rows: bool) -> list[dict]:
     columns = set(dataset.column_names)
     if shapes.shape_of(dict.fromkeys(columns, True), (shapes.TEACHER, shapes.COMPLETION)):
         rows = [(number, decoded(row)) for number, row in enumerate(dataset, start=1)]
@@ -112,7 +124,7 @@ def decoded(row: dict) -> dict | ValueError:
     try:
         return {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
     except UnicodeDecodeError as error:
-        return ValueError(f"it holds bytes that are no UTF-8 text (byte {error.start})")
+        return ValueError(tables.no_text(error))
 
 
 def read_labelled(path: str, task: LabelTask, skip_bad_rows: bool = False) -> list[dict]:

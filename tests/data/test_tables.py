@@ -6,6 +6,7 @@ import datetime
 import decimal
 import gzip
 import json
+import struct
 
 import pyarrow
 import pytest
@@ -75,6 +76,22 @@ def test_parquet_rows_are_what_json_would_have(tmp_path):
     assert (number, json.loads(json.dumps(third))["input"]) == (3, None)
     with pytest.raises(UserError, match=r"rows.parquet, row 2: it holds bytes that are no UTF-8 text"):
         rows.read_rows(tmp_path / "rows.parquet", rows.SFT_KEYS)
+
+
+def test_a_parquet_row_that_python_cannot_have_is_named(tmp_path):
+    """Spark casts bytes to text unseen, so that a column of texts holds what is none; and dates have no last year."""
+    offsets, content = (pyarrow.py_buffer(part) for part in (struct.pack("<4i", 0, 1, 3, 4), b"a\xe4\xf6b"))
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, offsets, content])
+    days = pyarrow.array([0, 0, 10_000_000], pyarrow.date32())
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"input": texts, "output": ["x", "y", "z"], "day": days}), path)
+    numbers, (first, second, third) = zip(*tables.parquet_rows(path), strict=True)
+    assert (numbers, first) == ((1, 2, 3), {"input": "a", "output": "x", "day": "1970-01-01"})
+    assert str(second) == "it holds bytes that are no UTF-8 text (byte 0)"
+    assert str(third).startswith("it holds what cannot be read (")
+    with pytest.raises(UserError, match=r"rows.parquet, row 2: it holds bytes that are no UTF-8 text"):
+        rows.read_rows(path, rows.SFT_KEYS)
+    assert len(rows.read_rows(path, rows.SFT_KEYS, skip_bad_rows=True)) == 1
 
 
 @pytest.mark.parametrize(

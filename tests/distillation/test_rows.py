@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pyarrow
@@ -40,6 +41,13 @@ def test_bytes_of_no_text_are_named(tmp_path):
     text = write(tmp_path / "text", text=[b"\xff\xfe"])
     with pytest.raises(UserError, match="convert it to UTF-8"):
         rows.read_dataset(text, None, "train", "text")
+    offsets, content = pyarrow.py_buffer(struct.pack("<2i", 0, 1)), pyarrow.py_buffer(b"\xff")
+    claimed = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, content])  # as Spark casts bytes
+    for columns in ({"text": claimed}, {"input": claimed, "output": ["b"]}):
+        (tmp_path / "claimed").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "claimed" / "train.parquet")
+        with pytest.raises(UserError, match=r"no UTF-8 text \(byte 0\); convert it to UTF-8"):
+            rows.read_dataset(str(tmp_path / "claimed"), None, "train", "text")
 
 
 def test_running_text_may_stand_among_answers(tmp_path, tokenizer):
