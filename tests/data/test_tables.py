@@ -94,6 +94,12 @@ def test_a_parquet_row_that_python_cannot_have_is_named(tmp_path):
     assert len(rows.read_rows(path, rows.SFT_KEYS, skip_bad_rows=True)) == 1
 
 
+def test_a_cell_may_be_as_long_as_a_value_of_json(tmp_path):
+    row = {"input": "word " * 60_000, "output": "b"}
+    (tmp_path / "rows.csv").write_bytes(tables.packed([row], "csv"))
+    assert rows.read_rows(tmp_path / "rows.csv", rows.SFT_KEYS) == [row]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
