@@ -27,6 +27,7 @@ from common.cli import UserError
 from common.jobs import kubernetes_backend
 from common.jobs.backend import Device
 from common.jobs.kubernetes_backend import KubernetesBackend, device_of, read_template
+from common.jobs.local_backend import PAUSE_GRACE
 from common.jobs.service import Service
 from common.jobs.worker import BUSY, STOPPED
 
@@ -190,6 +191,11 @@ def planner_parser(tmp_path):
         return cli.parse_args(parser, [*argv[:at], str(tmp_path / "job.yaml"), *argv[at + 1 :]])
 
     return parse
+
+
+def test_a_paused_pod_has_the_time_that_a_paused_job_has_elsewhere():
+    pod = read_template(str(K8S / "distill-job.yaml"))["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= PAUSE_GRACE
 
 
 def test_pods_that_go_on_are_those_that_the_worker_means():
