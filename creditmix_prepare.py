@@ -152,11 +152,13 @@ def _print_summary(task: LabelTask, manifest: dict, outdir: Path) -> None:
     for rule, count in counts.items():
         if not rule.startswith("rows "):
             print(f"  {count:>8,}  {rule}")
-    print(f"{'part':<12}{task.group_name + 's':>10}" + "".join(f"{label:>10}" for label in task.labels))
+    widths = [max(10, len(label) + 2) for label in task.labels]
+    print(f"{'part':<12}{task.group_name + 's':>10}" + "".join(map(str.rjust, task.labels, widths)))
     for part, facts in manifest["parts"].items():
         for name, key in ((part, "rows"), *([("  balanced", "rows_written")] if part == "train" else [])):
             customers = f"{facts['groups']:,}" if key == "rows" else ""
-            print(f"{name:<12}{customers:>10}" + "".join(f"{count:>10,}" for count in facts[key].values()))
+            counted = zip(facts[key].values(), widths, strict=True)
+            print(f"{name:<12}{customers:>10}" + "".join(f"{count:>{width},}" for count, width in counted))
     teacher = manifest["teacher"]
     if "answers" in teacher:
         print(

@@ -21,6 +21,7 @@ from support.creditmix_sources import (
     read,
     write_source,
 )
+from support.inputs import write_rows
 
 import creditmix_prepare
 from common import cli
@@ -110,6 +111,18 @@ def teacher_answers(rows: list[dict]) -> list[tuple[str, str]]:
         (row["question"], turn[row["answer"]] if number % 4 == 0 else row["answer"])
         for number, row in enumerate(rows[:100])
     ]
+
+
+def test_the_summarys_columns_are_as_wide_as_their_labels(tmp_path, capsys):
+    task = tmp_path / "task.yaml"
+    task.write_text("labels: [A, A very long label]\ninstruction: Which?\n")
+    rows = [{"text": f"row {i}", "label": ("A", "A very long label")[i % 2]} for i in range(200)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    creditmix_prepare.main(["--task", str(task), "--src", source, "--outdir", str(tmp_path / "out")])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("part "))
+    assert lines[start].endswith("         A  A very long label")
+    assert {len(line) for line in lines[start : start + 5]} == {len(lines[start])}
 
 
 @pytest.mark.parametrize("style", ["csv", "question", "input"])
