@@ -28,8 +28,6 @@ from common.vram import preflight as vram
 from common.vram.model_shape import UnknownShape
 
 pytestmark = pytest.mark.processes
-
-pytestmark = pytest.mark.processes
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 5}, "age": {"type": "integer"}},

@@ -65,7 +65,7 @@ def answering(base, tokenizer):
     torch.manual_seed(0)
     model = loading.load_base(ModelSource(base, dtype="float32"), training=True)
     loading.align_model(model, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rows = [tokenizers.encode_pair(tokenizer, RISKS.prompt(text), label) for text, label in map(question, range(24))]
     longest = max(len(row.input_ids) for row in rows)
     ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
