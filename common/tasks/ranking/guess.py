@@ -116,7 +116,13 @@ def guess(path: str) -> Guess:
         )
     others = tuple(column.name for column in rest if column.name not in texts)
     as_line = len(parts) > 1 or parts[0].is_number
-    return Guess(label, texts, group, others, tuple(_notes(label, able, others, group)), as_line)
+    notes = _notes(label, able, group)
+    if others:
+        notes.append(f"Not in the text: {', '.join(others)}; add what tells something of the label to text_columns.")
+        if not as_line:
+            columns = f"text_columns: [{texts[0]}, {others[0]}]"
+            notes.append(f"For that, write text_field: {_new_name(texts)} and {columns}.")
+    return Guess(label, texts, group, others, tuple(notes), as_line)
 
 
 def _columns(path: str) -> list[Column]:
@@ -137,7 +143,12 @@ def _cell(value: Any) -> str:
     return "" if value is None or isinstance(value, dict | list) else str(value).strip()
 
 
-def _notes(label: Column, able: Sequence[Column], others: Sequence[str], group: str | None) -> list[str]:
+def _new_name(texts: Sequence[str]) -> str:
+    """Of the field of a text that these columns make."""
+    return "text" if "text" not in texts else "whole_text"
+
+
+def _notes(label: Column, able: Sequence[Column], group: str | None) -> list[str]:
     notes = []
     if doubts := [
         f"{column.name} ({len(column.counts)} values)"
@@ -145,8 +156,6 @@ def _notes(label: Column, able: Sequence[Column], others: Sequence[str], group: 
         if column != label and column.words < FREE_TEXT
     ]:
         notes.append(f"The label could also be {', '.join(doubts)}.")
-    if others:
-        notes.append(f"Not in the text: {', '.join(others)}; add what tells something of the label to text_columns.")
     if rare := [f"{value} ({count})" for value, count in label.counts.items() if count < LEAST_ROWS]:
         notes.append(f"Rare labels: {', '.join(rare)}; give more rows of them, or leave them out.")
     if len({value.lower() for value in label.counts}) < len(label.counts):
@@ -171,7 +180,7 @@ def to_yaml(guessed: Guess, path: str) -> str:
         f"Return only the {what}.",
     }
     if guessed.as_line:
-        settings |= {"text_field": "text" if "text" not in guessed.texts else "whole_text"}
+        settings |= {"text_field": _new_name(guessed.texts)}
         settings |= {"text_columns": list(guessed.texts)}
     else:
         settings |= {"text_field": guessed.texts[0]}

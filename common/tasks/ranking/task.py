@@ -256,7 +256,13 @@ def from_yaml(path: str) -> LabelTask:
         raise UserError(
             f"--task {path} must be a mapping with labels and instruction; see recipes/ticket_severity.yaml"
         )
-    return from_settings({"name": Path(path).stem, **settings}, f"--task {path}")
+    task = from_settings({"name": Path(path).stem, **settings}, f"--task {path}")
+    if task.text_field in task.text_columns:
+        raise UserError(
+            f"--task {path}: text_columns make the text of rows without the text_field, and '{task.text_field}' is "
+            "among them, so that it would be the whole text; give text_field a name that is no column's"
+        )
+    return task
 
 
 def from_settings(settings: dict[str, Any], source: str) -> LabelTask:

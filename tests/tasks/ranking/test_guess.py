@@ -72,6 +72,24 @@ def test_a_table_of_tickets(tmp_path):
     assert len({row["group"] for row in rows}) == 40
 
 
+def test_another_column_joins_the_text_as_the_note_says(tmp_path):
+    rows = [
+        {"Body": f"a letter of many words, number {n}", "Shop": f"town {n % 30}", "label": "ab"[n % 2]}
+        for n in range(200)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert guessed(path, tmp_path).text_field == "Body"
+    text = (tmp_path / "guess.yaml").read_text()
+    assert "# For that, write text_field: text and text_columns: [Body, Shop]." in text
+    wanted = "text_field: text\ntext_columns: [Body, Shop]"
+    (tmp_path / "guess.yaml").write_text(text.replace("text_field: Body", wanted))
+    task = load_task(str(tmp_path / "guess.yaml"))
+    assert task.read(path)[0][0]["text"] == "Body: a letter of many words, number 0, Shop: town 0"
+    (tmp_path / "guess.yaml").write_text(text.replace("text_field: Body", wanted.replace("text\n", "Body\n")))
+    with pytest.raises(UserError, match=r"'Body' is among them, .* give text_field a name that is no column's"):
+        load_task(str(tmp_path / "guess.yaml"))
+
+
 def test_one_text_and_no_customer(tmp_path):
     rows = [{"text": f"a short review, number {n}", "stars": str(1 + n % 5)} for n in range(200)]
     task = guessed(write_rows(tmp_path / "my reviews.jsonl", rows), tmp_path)
