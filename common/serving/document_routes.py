@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, FiniteFloat
 
 from common.cli import UserError
 from common.data import task_record
@@ -41,7 +41,9 @@ class DocumentLine(BaseModel):
     """A line or a word of a document, and where it stands on its page."""
 
     text: str
-    box: Annotated[list[float], Field(min_length=4, max_length=4, description="x0, y0, x1, y1 from the upper left")]
+    box: Annotated[
+        list[FiniteFloat], Field(min_length=4, max_length=4, description="x0, y0, x1, y1 from the upper left")
+    ]
     page: Annotated[int, Field(ge=1)] = 1
 
 

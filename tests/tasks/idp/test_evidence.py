@@ -107,6 +107,9 @@ def test_lines_find_their_place_in_a_text_of_another_order():
         ([{"box": [0, 0, 1, 1]}], "line 1 of 'lines' has no 'text'"),
         ([LINES[0], {"text": "a", "box": [0, 0, 1]}], "the 'box' of line 2 of 'lines' must be four numbers"),
         ([{"text": "a", "box": [0, 0, 1, True]}], "the 'box' of line 1"),
+        ([{"text": "a", "box": [0, 0, float("nan"), 1]}], "the 'box' of line 1"),
+        ([{"text": "a", "box": [0, 0, float("inf"), 1]}], "the 'box' of line 1"),
+        ([{"text": "a", "box": [0, 0, 10**400, 1]}], "the 'box' of line 1"),
         ([{"text": "a", "box": [0, 0, 1, 1], "page": 0}], "the 'page' of line 1 of 'lines' must be a whole"),
     ],
 )  # fmt: skip
