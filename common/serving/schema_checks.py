@@ -27,7 +27,10 @@ class SchemaChecks:
         Raises:
             QueueFull: too many schemas wait to be checked.
         """
-        key = hashlib.sha256(json.dumps(schema).encode()).digest()
+        try:
+            key = hashlib.sha256(json.dumps(schema, allow_nan=False).encode()).digest()
+        except ValueError:
+            return "the schema holds a number that is not finite, which JSON has none of; give finite ones"
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]

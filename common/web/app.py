@@ -93,6 +93,8 @@ def error_types(status: int) -> str:
 
 
 def error_response(request_id: str, status: int, message: str, param: str | None = None, headers=None) -> JSONResponse:
+    """The one shape of an error; half a character of a request that it quotes is replaced, as UTF-8 has none."""
+    message, param = (text and text.encode(errors="replace").decode() for text in (message, param))
     detail = {"message": message, "type": error_types(status), "param": param, "request_id": request_id}
     return JSONResponse({"error": detail}, status, headers)
 

@@ -16,6 +16,7 @@ from support.served import serve
 pytestmark = pytest.mark.processes
 
 COUNT = 60
+HALF = "\ud800"  # half a character, which JSON can write and UTF-8 cannot
 
 
 def test_hostile_schemas(runs):
@@ -47,3 +48,22 @@ def test_hostile_schemas(runs):
         assert all(not process.closed.done() for process in served.processes)
     assert len(statuses) == COUNT
     assert {200, 422} <= set(statuses)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"schema": {"type": "string", "format": HALF}}, "format"),
+        ({"schema": {"const": HALF}}, "schema"),
+        ({"schema": {"const": float("nan")}}, "the schema holds a number that is not finite"),
+        ({"schema": {"maximum": float("inf")}}, "the schema holds a number that is not finite"),
+        *(
+            ({"evidence": True, "lines": [{"text": "Total 50", "box": [0, 0, edge, 10]}]}, "box")
+            for edge in (float("nan"), float("inf"), 10**400)
+        ),
+    ],
+)
+def test_what_an_answer_could_not_say_again_is_refused(served, more, sentence):
+    body = {"document": "Total 50", "schema": {"type": "string", "maxLength": 3}, "run": "sft", "max_new_tokens": 9}
+    status, answer, _ = served.ask("POST", "/infer/idp", body | more)
+    assert status == 422 and sentence in answer["error"]["message"], answer
