@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
+from common.models import loading
+
 if TYPE_CHECKING:
     import torch
     from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
@@ -202,6 +204,16 @@ def other_prompts(count: int, seed: int) -> list[str]:
     return prompts
 
 
+def muon(matrices: Sequence[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """torch's Muon where this machine's CPU multiplies bfloat16, and else the same in float32."""
+    import torch
+
+    from common.training.muon import Float32Muon
+
+    kind = torch.optim.Muon if loading.has_bfloat16() else Float32Muon
+    return kind(matrices, lr=learning_rate, momentum=0.95, weight_decay=0.01)
+
+
 def pretrain(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
@@ -234,7 +246,7 @@ def pretrain(
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(hidden, lr=learning_rate, momentum=0.95, weight_decay=0.01),
+        muon(hidden, learning_rate),
         torch.optim.AdamW([*others, *head.parameters()], lr=learning_rate / 6, betas=(0.9, 0.95), fused=True),
     ]
 
