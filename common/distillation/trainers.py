@@ -12,7 +12,7 @@ from common.models import loading, tokenizers
 from common.tasks.ranking.task import LabelTask
 from common.training import run
 from common.training.checkpoints import EXTRA
-from common.training.completion import completion_rows
+from common.training.completion import SharedCompletionLoss, completion_loss, completion_rows
 from common.training.trainer import TrainingRows, fitted_trainer, freeze_unreached, limit_length, prepare_student
 
 if TYPE_CHECKING:
@@ -167,7 +167,6 @@ def encoded_trainer(
 
     from common.distillation import fill_cache
     from common.training import prefix_tree
-    from common.training.losses import completion_loss
 
     ours, teachers = configs(settings)
     student = prepare_student(settings, tokenizer)
@@ -189,7 +188,7 @@ def encoded_trainer(
         collate=collate,
         loss=loss,
         eval_rows=eval_rows,
-        eval_loss=lambda *batch: (completion_loss(*batch)[0], {}),
+        eval_loss=SharedCompletionLoss(loss.student) if as_tree else completion_loss,
     )
     return fitted_trainer(settings, student, tokenizer, data)
 

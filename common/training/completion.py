@@ -16,7 +16,9 @@ from common.training.trainer import TrainingRows, fitted_trainer, limit_length, 
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from common.training.hidden_states import HiddenStateReader
 
 
 def train(settings: TrainSettings, trainer: str, argv: Sequence[str] | None, task_of: run.TaskOf | None = None) -> None:
@@ -52,6 +54,7 @@ def completion_rows(
 ) -> TrainingRows:
     """Encoded rows, trained on and judged by the mean cross-entropy of their completions' tokens."""
     from common.training import prefix_tree
+    from common.training.hidden_states import HiddenStateReader
 
     pad_id = tokenizer.pad_token_id
     lengths = [len(row.input_ids) for row in rows]
@@ -68,7 +71,7 @@ def completion_rows(
         rows,
         lengths,
         collate=lambda batch: prefix_tree.collate(batch, pad_id),
-        loss=SharedCompletionLoss(base),
+        loss=SharedCompletionLoss(HiddenStateReader(base)),
         eval_rows=eval_rows,
     )
 
@@ -86,12 +89,10 @@ def completion_loss(
 
 
 class SharedCompletionLoss:
-    """`completion_loss` of a batch that is a prefix tree, on a student whose LM head is frozen."""
+    """`completion_loss` of a batch, be it a prefix tree or not, on a student whose LM head is frozen."""
 
-    def __init__(self, student: PreTrainedModel) -> None:
-        from common.training.hidden_states import HiddenStateReader
-
-        self.reader = HiddenStateReader(student)
+    def __init__(self, student: HiddenStateReader) -> None:
+        self.reader = student
 
     def __call__(
         self, model: Any, batch: dict[str, Any], num_items: torch.Tensor | int | None = None

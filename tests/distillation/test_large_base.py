@@ -43,6 +43,20 @@ def test_a_run_is_the_same(cached, base, teacher, uneven, tmp_path, request):
         assert loss_column(quick, name) == pytest.approx(loss_column(plain, name), abs=1e-3 if cached else 2e-4), name
 
 
+@pytest.mark.parametrize(("batch", "cached"), [(4, True), (4, False), (1, False)], ids=["cached", "live", "single rows"])
+def test_rows_held_out_are_judged_as_ever(batch, cached, base, teacher, uneven, tmp_path, request):
+    def judged(name: str) -> list[float]:
+        more = ["--teacher", teacher, "--data", uneven, "--eval_data", uneven, "--epochs", 2, "--max_steps", -1]
+        cache = ["--teacher_cache", tmp_path / f"{name}_cache", "--cache_k", 64] if cached else []
+        more += ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", 4 // batch]
+        return loss_column(distill(base, tmp_path / name, *more, *cache), "eval_loss")
+
+    plain = judged("plain")
+    request.getfixturevalue("trees")
+    assert len(plain) == 2
+    assert judged("quick") == pytest.approx(plain, abs=1e-3)
+
+
 def test_attention_maps_are_compared_as_ever(base, teacher, uneven, tmp_path, request):
     more = ("--teacher", teacher, "--data", uneven, "--attention_mse", 1, "--ce", 1, "--max_steps", 2)
     plain = distill(base, tmp_path / "plain", *more)

@@ -118,12 +118,13 @@ def test_training_peak_of_a_large_base(settings, plan):
     from common.models import lora_training, tokenizers
     from common.training import prefix_tree
     from common.training.completion import SharedCompletionLoss
+    from common.training.hidden_states import HiddenStateReader
 
     plan = Training(shapes.from_config(settings), checkpointing=False, by_hand=True, **CPU, **plan)
     student, optimizer = student_of(plan, settings)
     lora_training.install(student)
     prefix_tree.install(student.get_base_model())
-    loss, rng = SharedCompletionLoss(student.get_base_model()), random.Random(0)
+    loss, rng = SharedCompletionLoss(HiddenStateReader(student.get_base_model())), random.Random(0)
     ids = [[rng.randrange(settings["vocab_size"]) for _ in range(plan.max_len)] for _ in range(plan.rows)]
     rows = [tokenizers.Encoded(row, plan.max_len - plan.completion_len) for row in ids]
     batch = prefix_tree.collate(rows, 0)
