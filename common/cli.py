@@ -28,6 +28,10 @@ class UserError(Exception):
     """Bad usage or bad input: one sentence that names the remedy, exit code 2."""
 
 
+class NothingToDo(Exception):
+    """All that was asked for is done already: one sentence that says so, exit code 0."""
+
+
 # What other trainers, evaluators and servers call a flag: what it may be called here, the first that a script has.
 ELSEWHERE = {
     "model": ("student", "model_dir"),
@@ -296,6 +300,9 @@ def _exit_code(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
         code = main(argv) or DONE
         sys.stdout.flush()  # a reader that went away shows itself now, not when the interpreter shuts down
         return code
+    except NothingToDo as done:
+        log(str(done))
+        return DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -8,7 +8,6 @@ student trains from the cache. Each phase leaves what it has done in `rounds/<nu
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -262,10 +261,7 @@ def settings_of_round(rounds: Rounds, number: int) -> DistillSettings:
 def close(rounds: Rounds, done: Sequence[RoundStatistics]) -> None:
     """The last round's student becomes the run's, the rounds' loss curves one; the record ends as done."""
     folder, last = Path(rounds.settings.save_dir), rounds.folder(len(done))
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as saving:
-        copied = Path(saving, "student")
-        shutil.copytree(last, copied, ignore=shutil.ignore_patterns(*OWN_FILES))
-        checkpoints.put_files(copied, folder)
+    checkpoints.copy_files(last, folder, leave_out=OWN_FILES)
     history = [
         entry | {"step": entry["step"] + rounds.steps_before(statistics.round)}
         for statistics in done

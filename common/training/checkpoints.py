@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,14 @@ def put_files(source: Path, folder: Path) -> None:
         os.replace(file, folder / file.name)
 
 
+def copy_files(source: Path, folder: Path, leave_out: Sequence[str] = ()) -> None:
+    """`put_files` of a copy, without the names (or patterns of names) to leave out: `source` stays whole."""
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as saving:
+        copied = Path(saving, "student")
+        shutil.copytree(source, copied, ignore=shutil.ignore_patterns(*leave_out))
+        put_files(copied, folder)
+
+
 class StudentSaver:
     """Mixed into a Trainer, how it writes what it has trained into a checkpoint: one process does, whole tensors."""
 
@@ -150,6 +159,16 @@ def best_callback(trainer: Any, folder: Path) -> TrainerCallback:
             building.rename(folder)
 
     return Best()
+
+
+def best_folder(save_dir: str | Path) -> Path:
+    """Where a run keeps the weights of its best evaluation, with best.json to tell which that was."""
+    return Path(save_dir, CHECKPOINTS, BEST)
+
+
+def forget_best(save_dir: str | Path) -> None:
+    """Let the next evaluation be the best, where the one before was of something else."""
+    shutil.rmtree(best_folder(save_dir), ignore_errors=True)
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:

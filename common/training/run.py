@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import distributed as launch
 from common import run_record
-from common.cli import UserError, log
+from common.cli import NothingToDo, UserError, log
 from common.data import rows as records
 from common.data import task_record
 from common.evaluation import run_figures
@@ -22,7 +22,7 @@ from common.models import adapters, gguf_import, loading
 from common.models.chats import Prompt
 from common.run_record import RunRecord
 from common.training import checkpoints, progress, resumption
-from common.training.checkpoints import BEST, BEST_FACTS, CHECKPOINTS, WEIGHTS
+from common.training.checkpoints import BEST_FACTS, CHECKPOINTS, WEIGHTS
 from common.training.settings import TrainSettings
 from common.vram import preflight
 
@@ -53,9 +53,12 @@ def start(
 
     Raises:
         UserError: the launch does not do what was asked of it.
+        NothingToDo: the run that is to go on has ended.
     """
     launch.check(reads_teacher=settings.reads_teacher)
     folder = Path(settings.save_dir)
+    if settings.resume:
+        stop_where_done(settings, settings.described_data(len(rows)))
     folder.mkdir(parents=True, exist_ok=True)
     if not launch.is_main():
         return None
@@ -75,6 +78,15 @@ def start(
     return record
 
 
+def stop_where_done(settings: TrainSettings, data: dict[str, Any]) -> None:
+    """Raises NothingToDo where the run has ended, with these settings and data, and has its weights."""
+    run = run_record.read(settings.save_dir) or {}
+    if run.get("state") != "done" or resumption.differences(run, settings.as_dict(), data):
+        return
+    if any(Path(settings.save_dir, name).is_file() for name in WEIGHTS):
+        raise NothingToDo(f"the run in {settings.save_dir} has ended; nothing is left to train")
+
+
 def open_record(
     settings: TrainSettings,
     folder: Path,
@@ -88,6 +100,9 @@ def open_record(
     data = settings.described_data(len(rows))
     if not settings.with_changes and STEPPED_DOWN not in os.environ:
         resumption.refuse_changes(settings.save_dir, resumption.differences(before, settings.as_dict(), data))
+    judged_by = {"eval_sha256": data.get("eval_sha256")}
+    if not before or resumption.differences(before, {}, judged_by):
+        checkpoints.forget_best(folder)  # of a training that nothing is left of, or by other rows
     earlier = run_record.read_groups(folder) if before else set()
     if not settings.resume:
         for name in (CHECKPOINTS, checkpoints.ROUNDS):
@@ -197,7 +212,7 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
     launch.check_trainer(trainer)
     checkpoint = to_resume_from(trainer, settings) if settings.resume else None
     student = trainer.accelerator.unwrap_model(trainer.model)
-    best = Path(settings.save_dir, CHECKPOINTS, BEST)
+    best = checkpoints.best_folder(settings.save_dir)
     trainer.add_callback(checkpoints.best_callback(trainer, best))
     trainer.remove_callback(PrinterCallback)
     if record:
@@ -206,6 +221,8 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
         begun_on = record.facts.get("base_fingerprint", fingerprint)
         if checkpoint and fingerprint != begun_on and not settings.with_changes:
             resumption.refuse_changes(settings.save_dir, [f"other base weights than those of {settings.student}"])
+        if fingerprint != begun_on:
+            checkpoints.forget_best(settings.save_dir)
         record.write(
             device=loading.describe_device(),
             base_fingerprint=fingerprint,
@@ -219,8 +236,7 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
         kept = checkpoints.read_best(best)
         if kept:
             log(f"keeping the weights of step {kept['step']}: the lowest held-out loss, {kept['eval_loss']:.4f}")
-            checkpoints.put_files(best, Path(settings.save_dir))
-            Path(settings.save_dir, BEST_FACTS).unlink()
+            checkpoints.copy_files(best, Path(settings.save_dir), leave_out=[BEST_FACTS])
         else:
             checkpoints.put_student(student, trainer.processing_class, settings.save_dir, weights)
         close(trainer, settings.save_dir, record, kept)

@@ -43,7 +43,9 @@ def test_a_run_is_the_same(cached, base, teacher, uneven, tmp_path, request):
         assert loss_column(quick, name) == pytest.approx(loss_column(plain, name), abs=1e-3 if cached else 2e-4), name
 
 
-@pytest.mark.parametrize(("batch", "cached"), [(4, True), (4, False), (1, False)], ids=["cached", "live", "single rows"])
+@pytest.mark.parametrize(
+    ("batch", "cached"), [(4, True), (4, False), (1, False)], ids=["cached", "live", "single rows"]
+)
 def test_rows_held_out_are_judged_as_ever(batch, cached, base, teacher, uneven, tmp_path, request):
     def judged(name: str) -> list[float]:
         more = ["--teacher", teacher, "--data", uneven, "--eval_data", uneven, "--epochs", 2, "--max_steps", -1]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from support.inputs import PROMPTS, write_rows
-from support.models import build_base
+from support.models import build_base, run_json, weights
 from support.training import train
 
 import sft_train
 from common import run_record
-from common.cli import UserError
+from common.cli import NothingToDo, UserError
 from common.training import flags as training_flags
 from common.training import resumption
 from common.training.checkpoints import newest_checkpoint
@@ -149,3 +149,58 @@ def test_a_broken_record_is_said(run, content, base, rows):
     (run / "run.json").write_text(content)
     with pytest.raises(UserError, match=r"is broken .*; train again with --overwrite"):
         train(sft_train.main, base, rows["sft"], run, *SHORT, "--resume")
+
+
+@pytest.fixture(scope="module")
+def judged(base, tmp_path_factory) -> tuple[str, Path, list]:
+    """(rows, a finished run on them, its flags): each epoch is worse by the rows it is judged by, which say the
+    opposite."""
+    folder = tmp_path_factory.mktemp("judged")
+    good, bad = (
+        write_rows(folder / f"{word}.jsonl", [{"input": prompt, "output": word} for prompt in PROMPTS[:8]])
+        for word in ("Good", "Bad")
+    )
+    more = ["--per_device_train_batch_size", 4, "--eval_data", bad, "--learning_rate", 0.05, "--epochs"]
+    return good, train(sft_train.main, base, good, folder / "run", *more, 3), more
+
+
+@pytest.fixture
+def finished(judged, tmp_path) -> Path:
+    run = Path(shutil.copytree(judged[1], tmp_path / "run"))
+    assert run_json(run)["best"]["step"] == 2 < run_json(run)["steps"]
+    return run
+
+
+def same(run: Path, other: Path) -> bool:
+    ours, theirs = weights(run), weights(other)
+    return all(bool((ours[name] == theirs[name]).all()) for name in ours)
+
+
+def test_of_a_finished_run_nothing_is_trained_or_lost(base, judged, finished):
+    data, _, more = judged
+    (finished / "calibration.json").write_text("{}")
+    (finished / "evaluations").mkdir()
+    (finished / "evaluations" / "one.json").write_text("{}")
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    with pytest.raises(NothingToDo, match="has ended; nothing is left to train"):
+        train(sft_train.main, base, data, finished, *more, 3, "--resume")
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
+    with pytest.raises(UserError, match=r"--epochs 3.0, now 4.0"):
+        train(sft_train.main, base, data, finished, *more, 4, "--resume")
+
+
+@pytest.mark.parametrize(("epochs", "changes"), [(3, []), (4, ["--with_changes"])], ids=["closing failed", "longer"])
+def test_the_best_epoch_stays_the_best(epochs, changes, base, judged, finished):
+    data, run, more = judged
+    (finished / "run.json").write_text(json.dumps(run_json(finished) | {"state": "failed"}))
+    train(sft_train.main, base, data, finished, *more, epochs, *changes, "--resume")
+    assert run_json(finished)["steps"] == 2 * epochs
+    assert run_json(finished)["best"] == run_json(run)["best"]
+    assert same(finished, run)
+
+
+def test_the_best_by_other_rows_is_not_the_best(base, judged, finished):
+    data, run, more = judged
+    train(sft_train.main, base, data, finished, *more, 4, "--eval_data", data, "--with_changes", "--resume")
+    assert run_json(finished)["best"]["step"] == run_json(finished)["steps"] == 8
+    assert not same(finished, run)
