@@ -25,6 +25,10 @@ class HelperEnded(Exception):
     """The process ended before it answered."""
 
 
+class NotStarted(QueueFull):
+    """No process could be started in time: a matter of the machine at this moment, not of the request."""
+
+
 class Helpers:
     """At most `WORKERS` processes of one kind, for the event loop's thread alone.
 
@@ -48,7 +52,7 @@ class Helpers:
         """What a process answers.
 
         Raises:
-            QueueFull: too many requests wait.
+            QueueFull: too many requests wait, or no process could be started in time (`NotStarted`).
             TimeoutError: it took longer than `seconds`, and was ended.
             HelperEnded: it ended without an answer.
         """
@@ -61,17 +65,10 @@ class Helpers:
 
     async def _ask(self, line: bytes) -> Any:
         async with self._free:
-            worker = self._idle.pop() if self._idle else None
-            new = worker is None
-            if worker is None:
-                worker = await self._start()
+            worker = self._idle.pop() if self._idle else await self._start()
             answer = b""
             try:
-                if new:
-                    await asyncio.wait_for(_answer(worker, _line(self.greeting)), START_SECONDS)
                 answer = await asyncio.wait_for(_answer(worker, line), self.seconds)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
             finally:
                 if answer:
                     self._idle.append(worker)
@@ -82,7 +79,8 @@ class Helpers:
             return json.loads(answer)
 
     async def _start(self) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
+        """A process that has answered its greeting. Raises NotStarted."""
+        worker = await asyncio.create_subprocess_exec(
             *self.command,
             env=processes.module_environment(),
             stdin=asyncio.subprocess.PIPE,
@@ -90,6 +88,17 @@ class Helpers:
             start_new_session=True,  # Ctrl-C in a terminal reaches the server alone
             limit=MOST_BYTES,
         )
+        greeted = b""
+        try:
+            greeted = await asyncio.wait_for(_answer(worker, _line(self.greeting)), START_SECONDS)
+        except TimeoutError:
+            raise NotStarted from None
+        finally:
+            if not greeted:
+                await _end(worker)
+        if not greeted:
+            raise NotStarted
+        return worker
 
     async def close(self) -> None:
         """End the processes; requests that are under way fail."""
@@ -105,8 +114,12 @@ def _line(request: Any) -> bytes:
 
 
 async def _answer(worker: asyncio.subprocess.Process, line: bytes) -> bytes:
-    worker.stdin.write(line)
-    await worker.stdin.drain()
+    """The line that a process answers; empty where it has ended."""
+    try:
+        worker.stdin.write(line)
+        await worker.stdin.drain()
+    except (BrokenPipeError, ConnectionResetError):
+        return b""
     return await worker.stdout.readline()
 
 

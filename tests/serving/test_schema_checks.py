@@ -12,7 +12,7 @@ import pytest
 from support.processes import wait_for
 from support.served import serve
 
-from common.serving import helpers
+from common.serving import helpers, schema_checks
 from common.serving.helpers import Helpers
 from common.serving.model_process import QueueFull
 from common.serving.schema_checks import SchemaChecks
@@ -25,6 +25,9 @@ for line in sys.stdin:
     schema = json.loads(line)["schema"]
     if schema in ("sleep", {"title": "sleep"}):
         open(sys.argv[1], "a").write(f"{os.getpid()}\\n")
+        time.sleep(600)
+    if schema == "busy" and not os.path.exists(sys.argv[1]):
+        open(sys.argv[1], "w").close()
         time.sleep(600)
     if schema == "die":
         sys.exit(1)
@@ -103,6 +106,40 @@ def test_answers_are_remembered(command, log):
     assert first == second
     assert len(log.read_text().split()) == 1
     assert time.monotonic() - started < 30
+
+
+def test_what_a_busy_moment_may_have_caused_is_forgotten_after_a_while(command, monkeypatch):
+    checks = checks_by(command, 0.5)
+
+    async def at_times(*seconds: float) -> list:
+        try:
+            answers = []
+            for each in seconds:
+                monkeypatch.setattr(schema_checks, "BRIEFLY", each)
+                answers.append(await checks.fault("busy"))
+            return answers
+        finally:
+            await checks.close()
+
+    assert asyncio.run(at_times(0.0, 60.0)) == [
+        "the schema takes longer than 0.5 s to check; make it smaller or simpler", "refused busy"]  # fmt: skip
+
+
+@pytest.mark.parametrize("start", ["import time; time.sleep(600)", "raise SystemExit(1)"])
+def test_a_process_that_does_not_start_is_no_fault_of_the_schema(command, monkeypatch, start):
+    checks = checks_by([sys.executable, "-c", start])
+
+    async def twice() -> str | None:
+        try:
+            with monkeypatch.context() as patch, pytest.raises(QueueFull):
+                patch.setattr(helpers, "START_SECONDS", 0.5)
+                await checks.fault("a")
+            checks.helpers.command = command
+            return await checks.fault("a")
+        finally:
+            await checks.close()
+
+    assert asyncio.run(twice()) == "refused a"
 
 
 def test_no_more_than_some_wait(command, monkeypatch):
