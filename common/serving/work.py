@@ -9,6 +9,7 @@ import copy
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,7 @@ from common.models.batching import context_of
 from common.models.source import CannotDo, LoadedModel
 from common.serving import label_tasks
 from common.serving.messages import Unusable
+from common.serving.run_registry import file_signature
 from common.serving.view import Requests, View
 from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 
@@ -163,9 +165,11 @@ class Extract:
 
     def write(self, view: View, requests: Requests) -> None:
         from common.generation import json_schema
+        from common.tasks.idp import calibration
         from common.tasks.idp.answer_form import form_of
-        from common.tasks.idp.calibration import ConfidenceCalibration
         from common.tasks.idp.extractor import ExtractionSettings, Extractor
+
+        model_dir = view.version.model_dir
 
         def make() -> Extractor:
             schema = json.loads(self.schema)
@@ -173,11 +177,15 @@ class Extract:
             settings = ExtractionSettings(
                 self.max_new_tokens, on_cut=self.on_cut, thinking=self.thinking, reading=self.reading
             )
-            form = form_of(view.version.model_dir, self.typed_fields)
-            fitted = ConfidenceCalibration.load(view.version.model_dir, schema) if self.confidence else None
+            try:
+                form = form_of(model_dir, self.typed_fields)
+                fitted = calibration.ConfidenceCalibration.load(model_dir, schema) if self.confidence else None
+            except UserError as error:  # of the files in the run folder, not of a request
+                raise Unusable(str(error)) from error
             return Extractor(loaded, schema, json_schema.preflight(schema), settings, form, fitted)
 
-        extractor: Extractor = view.keep(self, make)
+        fitted_file = file_signature(os.path.join(model_dir, calibration.FILE)) if self.confidence else None
+        extractor: Extractor = view.keep((self, fitted_file), make)
         each = extractor.extract_each(requests.arriving(), self.confidence, view.host.between_steps, requests.arriving)
         for number, extraction in each:
             requests.answer(number, extraction)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from urllib.parse import urlencode
 
 import pytest
 from support.documents import pdf
 from support.served import serve
+
+from common.data.resumable import content_key
+from common.models import adapters
+from common.tasks.idp import calibration
+from common.tasks.idp.calibration import ConfidenceCalibration
 
 pytestmark = pytest.mark.processes
 SCHEMA = {
@@ -34,6 +40,23 @@ def test_a_pdf_is_the_text_that_stands_in_it(served):
     assert 0 <= answer["confidence"]["ok"] <= 1
     assert set(answer["evidence"]) == {"ok"}
     assert "confidence" not in served.post("/infer/idp", asked | {"confidence": False})
+
+
+def test_a_confidence_calibration_is_read_again_when_it_changes(own):
+    run = own / "creditmix_sft"
+    body = {"document": "Total 12.50", "schema": SCHEMA, "run": "sft", "confidence": True}
+    facts = {"model_sha256": adapters.adapter_hash(run), "schema": content_key(SCHEMA)}
+    with serve(own) as served:
+        served.post("/infer/idp", body)
+        for intercept in (-1.0, 2.0):
+            ConfidenceCalibration(0.0, intercept, fitted_on=facts).save(run)
+            sure = served.post("/infer/idp", body)["confidence"]["ok"]
+            assert sure == pytest.approx(1 / (1 + math.exp(-intercept)), abs=1e-3)
+        (run / calibration.FILE).write_text("{")
+        assert calibration.FILE in served.refused(409, "/infer/idp", body)
+        assert served.post("/infer/idp", body | {"confidence": False})["fields"]
+        (run / calibration.FILE).unlink()
+        served.post("/infer/idp", body)
 
 
 @pytest.mark.parametrize(
