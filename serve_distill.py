@@ -6,10 +6,10 @@
 
 The page is at /, the API's description at /docs. Settings come from the environment: DATA_DIR (runs/jobs), BACKEND
 (local, or kubernetes), MAX_RUNNING (1, or one a GPU), MAX_QUEUE (1000 jobs), ALLOWED_ROOTS
-(runs:data:DATA_DIR:RUNS_DIR; local models and data are read from these folders alone), KEEP_DAYS and DATA_QUOTA (bytes;
-ended jobs are deleted after so many days, or when all together have more), API_PREFIX, API_KEY, ALLOWED_HOSTS (names by
-which it is asked for without a key), MAX_BODY_BYTES (256 KiB), MAX_FILE_BYTES (512 MiB) and FILES_QUOTA (20 GiB) of
-files that are sent, RUNS_DIR (runs) and FINE_TUNING_MODELS of OpenAI's jobs; for Kubernetes also JOB_TEMPLATE
+(runs:data:models:DATA_DIR:RUNS_DIR; local models and data are read from these folders alone), KEEP_DAYS and DATA_QUOTA
+(bytes; ended jobs are deleted after so many days, or when all together have more), API_PREFIX, API_KEY, ALLOWED_HOSTS
+(names by which it is asked for without a key), MAX_BODY_BYTES (256 KiB), MAX_FILE_BYTES (512 MiB) and FILES_QUOTA (20
+GiB) of files that are sent, RUNS_DIR (runs) and FINE_TUNING_MODELS of OpenAI's jobs; for Kubernetes also JOB_TEMPLATE
 (k8s/distill-job.yaml), NAMESPACE, IMAGE and GPU_MEMORY (bytes of the cluster's cards).
 """
 

@@ -11,6 +11,7 @@ import copy
 import difflib
 import errno
 import gc
+import logging
 import math
 import os
 import re
@@ -275,7 +276,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     One of several processes that train together ends here at once: the threads of torch's process group now and then
     abort a process that goes on to tear itself down.
     """
-    spare_collections()
+    prepare_process()
     code = _exit_code(main, argv)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
@@ -285,14 +286,18 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     return code
 
 
-def spare_collections() -> None:
-    """Collect garbage more seldom, and leave what lives at the exit alone.
+def prepare_process() -> None:
+    """What a process does before it imports torch and what belongs to it.
 
-    Objects of torch and transformers are millions, and all of them stay: to look through them while they are imported
-    and when the interpreter ends was a third of the time of a short command (measured with torch 2.13).
+    Garbage is collected more seldom, and what lives at the exit is left alone: objects of torch and transformers are
+    millions, and all of them stay. To look through them while they are imported and when the interpreter ends was a
+    third of the time of a short command (measured with torch 2.13). What torchao says when it is imported (peft does
+    so wherever it is installed), of kernels for cards that are not there, is nothing to act on.
     """
     gc.set_threshold(10_000, 10, 10)
     atexit.register(gc.freeze)
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _exit_code(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None) -> int:

@@ -16,14 +16,14 @@ from support.models import build_base
 from support.pages import ARGUMENTS, BROWSERS
 from support.processes import fork_server, run_child
 
-from common.cli import spare_collections
+from common.cli import prepare_process
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are fastest so, and runs are comparable bit by bit
 MODULES_FROZEN = [0]  # how many there were at the last `gc.freeze`
 
-spare_collections()
+prepare_process()
 gc.disable()  # until the tests are collected, which leaves what stays
 
 

@@ -102,14 +102,14 @@ class Reach:
             return str(sent)
         path = self.local(name)
         if path is None or not os.path.isfile(path):
-            raise Problem(422, f"{field}: there is no file {name!r} under the allowed folders", field)
+            raise Problem(422, f"{field}: there is no file {name!r} under the allowed folders (ALLOWED_ROOTS)", field)
         return path
 
     def folder(self, field: str, name: str) -> str:
         """The place of a folder. Raises Problem 422."""
         path = self.local(name)
         if path is None or not os.path.isdir(path):
-            raise Problem(422, f"{field}: there is no folder {name!r} under the allowed folders", field)
+            raise Problem(422, f"{field}: there is no folder {name!r} under the allowed folders (ALLOWED_ROOTS)", field)
         return path
 
     def plain_name(self, field: str, name: str) -> str:
@@ -120,7 +120,7 @@ class Reach:
 
     def _on_hub(self, kind: str, field: str, name: str) -> str:
         if not HUB_ID.fullmatch(name):
-            sentence = f"{field}: there is no {kind} {name!r} under the allowed folders"
+            sentence = f"{field}: there is no {kind} {name!r} under the allowed folders (ALLOWED_ROOTS)"
             raise Problem(422, sentence + self._others(kind), field)
         if time.monotonic() - self._known.get((kind, name), -REMEMBER) < REMEMBER:
             return name

@@ -42,6 +42,7 @@ from common.run_record import utc_stamp
 from common.web.app import Environment, Problem, WebMetrics
 
 ROOT = Path(__file__).parents[2]
+OWN_FOLDERS = tuple(ROOT / name for name in ("runs", "data", "models"))  # where this toolkit's scripts put things
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 BACKENDS = ("local", "kubernetes")
 LOOK = 10.0  # seconds between looks for models and data
@@ -88,7 +89,7 @@ class JobServiceSettings:
             max_queue=env.whole("MAX_QUEUE", 1000),
             keep_days=env.number("KEEP_DAYS", 0) or None,
             data_quota=env.whole("DATA_QUOTA", 1) if env.text("DATA_QUOTA") else None,
-            allowed_roots=roots_of(env.text("ALLOWED_ROOTS"), (ROOT / "runs", ROOT / "data", data_dir, runs_dir)),
+            allowed_roots=roots_of(env.text("ALLOWED_ROOTS"), (*OWN_FOLDERS, data_dir, runs_dir)),
             api_prefix=prefix,
             api_key=env.text("API_KEY"),
             max_body_bytes=env.whole("MAX_BODY_BYTES", 1 << 18),

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import processes
-from common.cli import UserError, log, spare_collections
+from common.cli import UserError, log, prepare_process
 from common.files import sha256_file
 from common.models import adapters, gguf_import, onnx_runtime, tokenizers, unproven
 from common.models import loading as models
@@ -416,5 +416,5 @@ def main(end: socket.socket) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager stops all processes; this one by its server
     processes.die_with_parent(int(sys.argv[2]))
-    spare_collections()
+    prepare_process()
     main(socket.socket(fileno=int(sys.argv[1])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,28 @@ def is_alive(port: int) -> int:
         return cli.FAILED
 
 
+def check_free(host: str, port: int) -> None:
+    """Raise UserError where nothing can listen, as on a port that another server has."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}); choose another --port") from error
+
+
 def run(app: FastAPI, host: str, port: int) -> None:
-    """Serve until a signal, without a line in the log for every request, and with patience for slow clients."""
+    """Serve until a signal, without a line in the log for every request, and with patience for slow clients.
+
+    Raises:
+        UserError: nothing can listen there.
+    """
     import uvicorn
 
     from common.web.connections import PatientProtocol
 
+    check_free(host, port)
     allow_many_connections()
     uvicorn.run(app, host=host, port=port, access_log=False, http=PatientProtocol)
 

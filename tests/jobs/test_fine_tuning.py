@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 
 import pytest
@@ -91,7 +92,7 @@ def test_what_cannot_be_is_refused_by_openais_names(place):
     training = client.files.create(file=chats(4), purpose="fine-tune").id
     student = str(place / "student")
     refusals = [
-        ("model", "/etc", "model: there is no model '/etc' under the allowed folders"),
+        ("model", "/etc", "model: there is no model '/etc' under the allowed folders (ALLOWED_ROOTS)"),
         ("training_file", "file-x", "training_file: there is no file 'file-x'"),
         ("validation_file", "file-x", "validation_file: there is no file"),
         ("seed", -1, "seed: "),
@@ -101,7 +102,7 @@ def test_what_cannot_be_is_refused_by_openais_names(place):
     ]
     for name, value, message in refusals:
         given = {"model": student, "training_file": training} | {name: value}
-        with pytest.raises(UnprocessableEntityError, match=message) as refused:
+        with pytest.raises(UnprocessableEntityError, match=re.escape(message)) as refused:
             client.fine_tuning.jobs.create(**given)
         assert refused.value.param == name
     with pytest.raises(UnprocessableEntityError, match="reinforcement is not available"):

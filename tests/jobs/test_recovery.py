@@ -232,7 +232,7 @@ def test_the_services_own_files_are_no_data(tmp_path):
             assert (data / name).exists()
             body = served.payload() | {"data": str(data / name)}
             message = served.refused(422, "/distill", body)
-            assert message == f"data: there is no file {str(data / name)!r} under the allowed folders"
+            assert message == f"data: there is no file {str(data / name)!r} under the allowed folders (ALLOWED_ROOTS)"
         for folder in (data, data / "jobs", data / "jobs" / job_id, tmp_path):
             body = {"teacher": str(data / "student"), "student": str(data / "student"), "dataset": str(folder)}
             assert "there is no dataset" in served.refused(422, "/distill", body)

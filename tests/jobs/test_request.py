@@ -281,7 +281,7 @@ def test_a_place_that_is_not_allowed_is_like_one_that_is_not_there(planner, data
     rows = {"method": "sft", "student": str(data / "student")}
     for name in (str(secret / "rows.jsonl"), str(data / "rows_link.jsonl"), str(sibling / "rows.jsonl"), "/etc/passwd"):
         refusal = refused(planner, rows | {"data": name})
-        assert refusal == ("data", f"data: there is no file {name!r} under the allowed folders")
+        assert refusal == ("data", f"data: there is no file {name!r} under the allowed folders (ALLOWED_ROOTS)")
         assert refused(planner, rows | {"data": name + "x"})[1] == refusal[1].replace(name, name + "x")
     assert refused(planner, rows | {"data": str(data / "empty")})[0] == "data"
     assert "holds no model" in refused(planner, payload(data) | {"student_model": str(data / "empty")})[1]

@@ -69,7 +69,7 @@ def test_settings_from_the_environment(monkeypatch, tmp_path):
     for name in ("API_KEY", "DATA_DIR", "ALLOWED_ROOTS"):
         monkeypatch.delenv(name, raising=False)
     chosen = JobServiceSettings.from_environment()
-    assert chosen.allowed_roots == (ROOT / "runs", ROOT / "data", chosen.data_dir)
+    assert chosen.allowed_roots == (ROOT / "runs", ROOT / "data", ROOT / "models", chosen.data_dir)
     monkeypatch.setenv("ALLOWED_ROOTS", f"{tmp_path}{os.pathsep}/models")
     assert JobServiceSettings.from_environment().allowed_roots == (tmp_path, Path("/models"))
     for stray in (":{}", "{}:", "/models::{}"):  # nothing between two colons is no folder, least of all this one
