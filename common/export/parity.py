@@ -22,7 +22,7 @@ from common.export import text_metric
 from common.export.proof_table import LIKELIHOOD
 from common.export.text_metric import TextMetric
 from common.files import sha256_file
-from common.models import tokenizers
+from common.models import chats, tokenizers
 from common.models.torch_runtime import Runtime
 from common.tasks.codegen import prompt as code_prompt
 from common.tasks.codegen import rows as code_rows
@@ -48,7 +48,7 @@ class ProofRows:
 
     Attributes:
         path: the file.
-        prompts: what the model is asked, as text.
+        prompts: what the model is asked: a text, or the turns of a chat.
         outputs: the right answers.
         task: the label task; None: any text is an answer.
         texts: of label rows, as the ranker takes them.
@@ -58,7 +58,7 @@ class ProofRows:
     """
 
     path: str
-    prompts: list[str]
+    prompts: list[chats.Prompt]
     outputs: list[str]
     task: LabelTask | None = None
     texts: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ def read_proof_rows(
 ) -> ProofRows:
     """Rows with a text and a label of `task`, training rows with an answer, or a coder's problems with their tests.
 
-    Of a chat the last question is compared.
+    Of a chat the last answer is compared, which follows all turns before it.
 
     Args:
         model_dir: the model, which may have a fitted calibration, and may say what it was trained for.
@@ -93,8 +93,8 @@ def read_proof_rows(
     kind = (task_record.read(model_dir) or {}).get("kind")
     if shapes.shape_of(first, (shapes.COMPLETION,)):
         rows = _spaced(training_files.read(path, shapes.SFT), most)
-        prompts, outputs = [turns.last_text(row["input"]) for row in rows], [row["output"] for row in rows]
-        task_record.check_prompts(model_dir, prompts, path)
+        prompts, outputs = [row["input"] for row in rows], [row["output"] for row in rows]
+        task_record.check_prompts(model_dir, map(turns.last_text, prompts), path)
         return ProofRows(path, prompts, outputs, text_metric=text_metric.of_outputs(kind, outputs))
     if kind == task_record.CODEGEN:
         return _read_problems(path, most, runs_code)
@@ -138,9 +138,9 @@ def _spaced(rows: list[dict], most: int | None) -> list[dict]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, proof_rows: ProofRows) -> list[tokenizers.Encoded]:
-    """Each row's prompt and output as token ids."""
-    pairs = zip(proof_rows.prompts, proof_rows.outputs, strict=True)
-    return [tokenizers.encode_pair(tokenizer, prompt, output) for prompt, output in pairs]
+    """Each row's prompt and output as token ids, as training has them; of a chat the last answer is the output."""
+    asked = [prompt if isinstance(prompt, str) else turns.unlearnt(prompt) for prompt in proof_rows.prompts]
+    return [chats.encode(tokenizer, *pair) for pair in zip(asked, proof_rows.outputs, strict=True)]
 
 
 def longest(tokenizer: PreTrainedTokenizerBase, proof_rows: ProofRows) -> int:

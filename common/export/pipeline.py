@@ -11,9 +11,10 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from common.export import parity
 from common.export.model_card import EXPORT_FILE
 from common.export.parity import ProofRows, RuntimeResult
 from common.files import atomic_write, lies_in, read_json, sha256_file
-from common.models import adapters, gguf_import, unproven
+from common.models import adapters, chats, gguf_import, unproven
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.models.tokenizers import PROBES, stop_ids
@@ -424,16 +425,19 @@ class Export:
         Raises:
             UserError: it does not.
         """
-        prompts = [model.tokenize(text) == self._plain_ids(text) for text in self.proof_rows.prompts]
-        texts = (*self.proof_rows.outputs, *PROBES)
-        wrong = [text for text in texts if model.tokenize(text) != self._plain_ids(text)]
-        wrong += [text for text, alike in zip(self.proof_rows.prompts, prompts, strict=True) if not alike]
+
+        def other(texts: Iterable[str]) -> list[str]:
+            return [text for text in texts if model.tokenize(text) != self._plain_ids(text)]
+
+        asked = [[turn["content"] for turn in chats.as_turns(prompt)] for prompt in self.proof_rows.prompts]
+        prompts = [other(texts) for texts in asked]
+        wrong = [*other((*self.proof_rows.outputs, *PROBES)), *chain.from_iterable(prompts)]
         if wrong:
             raise UserError(
                 f"llama.cpp reads other tokens than the model was trained on, in {wrong[0][:60]!r} for one; choose "
                 "another format"
             )
-        return f"{sum(prompts)} of {len(prompts)}"
+        return f"{prompts.count([])} of {len(prompts)}"
 
     def _plain_ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

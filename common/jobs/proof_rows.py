@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from common import cli
 from common.data import rows as records
 from common.data import shapes, squad, training_files, turns
 from common.distillation import rows as distill_rows
 from common.files import write_jsonl
+from common.models import chats
 
 INPUT_WORDS, OUTPUT_WORDS = 48, 16
 PIECE = INPUT_WORDS + OUTPUT_WORDS
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read(path: str) -> list[dict]:
-    """Rows of a file of any of the trainers; of preferences, the chosen answer, of a chat, its last question.
+    """Rows of a file of any of the trainers; of preferences, the chosen answer.
 
     Raises:
         UserError: it cannot be read, or its rows have no answers.
@@ -65,24 +67,28 @@ def read(path: str) -> list[dict]:
         )
     if shape and shape.kind == shapes.PREFERENCE:
         pairs = training_files.read(path, shapes.DPO, skip_bad_rows=True)
-        rows = [{"input": row["prompt"], "output": row["chosen"]} for row in pairs]
-    else:
-        rows = distill_rows.read(path, "train", skip_bad_rows=True)
-    return [row if "text" in row else row | {"input": turns.last_text(row["input"])} for row in rows]
+        return [{"input": row["prompt"], "output": row["chosen"]} for row in pairs]
+    return distill_rows.read(path, "train", skip_bad_rows=True)
 
 
-def as_pairs(rows: Iterable[dict]) -> Iterator[dict[str, str]]:
-    """{"input", "output"} of rows that are such, or that are running text, cut across the ends of rows."""
+def as_pairs(rows: Iterable[dict]) -> Iterator[dict[str, Any]]:
+    """{"input", "output"}, or {"messages"} of chats; of running text, cut across the ends of rows."""
     words: list[str] = []
     for row in rows:
         if "text" not in row:
-            yield {"input": row["input"], "output": row["output"]}
+            yield _pair(row["input"], row["output"])
             continue
         words += row["text"].split()
         for start in range(0, len(words) - PIECE + 1, PIECE):
             middle = start + INPUT_WORDS
             yield {"input": " ".join(words[start:middle]), "output": " ".join(words[middle : start + PIECE])}
         words = words[len(words) - len(words) % PIECE :]
+
+
+def _pair(prompt: chats.Prompt, answer: str) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"input": prompt, "output": answer}
+    return {"messages": [*prompt, {"role": turns.ASSISTANT, "content": answer}]}
 
 
 if __name__ == "__main__":

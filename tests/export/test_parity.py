@@ -50,11 +50,16 @@ def test_a_proof_by_hand(tmp_path):
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
-def test_of_a_chat_its_last_question_is_compared(tmp_path):
-    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+def test_of_a_chat_its_last_answer_is_compared_behind_all_that_came_before(tmp_path, tokenizer):
+    said = (("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    turns = [{"role": role, "content": text} for role, text in said]
     rows = [{"messages": [*turns, {"role": "assistant", "content": "d"}]}, {"instruction": "e", "output": "f"}]
     proof_rows = parity.read_proof_rows(write_rows(tmp_path / "rows.jsonl", rows), CREDITMIX, str(tmp_path), None)
-    assert (proof_rows.prompts, proof_rows.outputs) == (["c", "e"], ["d", "f"])
+    assert (proof_rows.prompts, proof_rows.outputs) == ([turns, "e"], ["d", "f"])
+    chat, question = parity.encode(tokenizer, proof_rows)
+    assert chat.input_ids[: chat.prompt_length] == tokenizers.encode_chat(tokenizer, turns)
+    assert chat.input_ids[chat.prompt_length :] == tokenizers.encode_completion(tokenizer, "d") and not chat.read_only
+    assert question == tokenizers.encode_pair(tokenizer, "e", "f")
 
 
 @pytest.mark.parametrize("nll", [0.01, 1.0, 9.0])  # perplexities of 1.01, 2.7 and 8,100

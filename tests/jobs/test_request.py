@@ -110,7 +110,7 @@ def test_proof_rows(tmp_path):
     turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     job_proof.main(["--data", str(tmp_path / "chat.jsonl"), "--output", str(tmp_path / "out.jsonl")])
-    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"input": "user", "output": "assistant"}
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"messages": turns}
 
 
 def test_proof_rows_of_short_texts_and_of_rows_without_answers(tmp_path):
