@@ -262,6 +262,15 @@ def signature_of(model_dir: str) -> tuple:
     return *(file_signature(os.path.join(model_dir, name)) for name in names), of_gguf
 
 
+def made_at(model_dir: str) -> int:
+    """When the newest file of what makes a model was written, in ns; what evaluators and servers keep beside it, such
+    as figures, calibrations and teachers' answers, makes it no newer. 0 for a folder that holds no model."""
+    try:
+        return max((part[1] for part in signature_of(model_dir) if part), default=0)
+    except (UserError, OSError, ValueError):  # asked for by its name, it says why
+        return 0
+
+
 def file_signature(path: str) -> tuple[int, int, int] | None:
     """(inode, time of change in ns, size), which tells a file from what it was before; None where there is none."""
     try:

@@ -20,7 +20,7 @@ from common.serving.helpers import Helpers
 from common.serving.messages import Loaded, Unusable
 from common.serving.metrics import ServingMetrics
 from common.serving.model_process import Gone, ModelProcess, Models, Pending, QueueFull
-from common.serving.run_registry import BASE, BadName, Registry, UnknownRun, Version, describe
+from common.serving.run_registry import BASE, BadName, Registry, UnknownRun, Version, describe, made_at
 from common.serving.schema_checks import SchemaChecks
 from common.serving.settings import ServerSettings
 from common.serving.view import Work
@@ -246,7 +246,7 @@ class Server:
         not say what it was trained for; else the base. Runs that write no text are none."""
         kinds = {name: self.registry.kind(name) for name in self.registry.names() if self.registry.writes(name)}
         names = [name for name, kind in kinds.items() if kind == KINDS[part] or (kind is None and part in name.lower())]
-        return max(names, key=lambda name: _changed(Path(self.settings.runs_dir) / name), default=BASE)
+        return max(names, key=lambda name: made_at(str(Path(self.settings.runs_dir) / name)), default=BASE)
 
     def about_models(self) -> dict[str, Any]:
         """What /models answers; blocking."""
@@ -297,13 +297,6 @@ class Server:
         inputs = {"input": text} if self.settings.audit_inputs else {}
         latency = round(1000 * (time.perf_counter() - started), 2)
         self.audit.write(request_id=web.request_id(request), task=task, **hashes, **facts, **inputs, latency_ms=latency)
-
-
-def _changed(folder: Path) -> float:
-    try:
-        return max(entry.stat().st_mtime for entry in folder.iterdir() if entry.is_file())
-    except (OSError, ValueError):
-        return 0.0
 
 
 def outcome(answer: Any) -> Any:

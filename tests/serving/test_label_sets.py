@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
 from support.inputs import ROOT
-from support.served import ROWS, make_run, same, serve
+from support.served import ROWS, make_run, replace_adapter, same, serve, settings
 
 from common.data import task_record
 from common.models.source import ModelSource
 from common.serving.run_registry import LOOK
+from common.serving.server import Server
 from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -76,6 +78,23 @@ def test_a_run_of_another_task_is_refused(mixed):
         assert code["model_name"] == str(mixed / "programs")
 
 
+def test_what_is_kept_beside_a_model_makes_it_no_newer(mixed, base):
+    """Figures, calibrations and teachers' answers are written into the folder of an old run, too."""
+    newer = make_run(mixed / "invoices", base, 9)
+    task_record.write(newer, {"kind": "idp", "name": "idp", "schema": SCHEMA})
+    for file in ("idp_calibration.json", "cascade.jsonl", "README.md"):
+        (mixed / "forms" / file).write_text("{}")
+    (mixed / "idp_two").mkdir()
+    for file in ("a.gguf", "b.gguf"):  # which of them it is cannot be said
+        (mixed / "idp_two" / file).touch()
+    server = Server(settings(mixed))
+    assert server.newest("idp") == "invoices"
+    replace_adapter(mixed / "forms", newer)
+    assert server.newest("idp") == "invoices"  # which was trained a minute ago
+    os.utime(mixed / "forms" / "adapter_model.safetensors")
+    assert server.newest("idp") == "forms"
+
+
 def test_a_record_that_comes_or_breaks_is_noticed(own):
     run = own / "creditmix_sft"
     with serve(own) as served:
@@ -92,8 +111,6 @@ def test_a_record_that_comes_or_breaks_is_noticed(own):
 
 def replace_record(run, text: str) -> None:
     """Put a record in place, a while ago, and wait until the server looks again."""
-    import os
-
     (run / "new").write_text(text)
     os.utime(run / "new", (time.time() - 60 * len(text), time.time() - 60 * len(text)))
     os.replace(run / "new", run / task_record.FILE)
