@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--src", help="problems: MBPP, HumanEval, or rows with prompt, solution and tests")
     source.add_argument("--synthesize", type=cli.positive_int, metavar="N", help="make N problems instead")
-    parser.add_argument("--outdir", default="data", help="folder to write into (default: data)")
-    parser.add_argument("--seed", type=int, default=42, help="of the mutants, the order and --synthesize")
+    parser.add_argument("--outdir", type=cli.folder, default="data", help="folder to write into (default: data)")
+    parser.add_argument("--seed", type=cli.seed, default=42, help="of the mutants, the order and --synthesize")
     parser.add_argument("--allow_no_sandbox", action="store_true", help="where no sandbox works, run without one")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     return parser

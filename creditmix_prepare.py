@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guess_task", metavar="FILE.yaml", help="write --task's file from the columns of --src, and end"
     )
-    parser.add_argument("--outdir", default="data", help="folder to write into (default: data)")
+    parser.add_argument("--outdir", type=cli.folder, default="data", help="folder to write into (default: data)")
     parser.add_argument("--format", choices=tables.FORMATS, default="jsonl", help="of the rows that are written")
     parser.add_argument("--features", choices=list(creditmix.FEATURES), default="six", help="columns of a CSV to use")
     parser.add_argument(
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="CSV or JSONL with question (or input) and teacher_label (or teacher_output): "
         "the KD rows are then the training rows that this teacher answered",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of the balancing draw, the order and --synthesize")
+    parser.add_argument("--seed", type=cli.seed, default=42, help="of the balancing draw, the order and --synthesize")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     return parser
 

@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--check_tests", action="store_true", help="judge the problems' tests, not models")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
-    parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
+    parser.add_argument(
+        "--report_dir", type=cli.folder, help="write metrics.json, plots, report.html and answers.jsonl here"
+    )
     running = parser.add_argument_group("running code")
     running.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run it, in the sandbox")
     running.add_argument("--keep_main", action="store_true", help="run what answers do at their top level too")

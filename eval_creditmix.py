@@ -53,14 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--val_per_class", type=cli.positive_int, help="rows of each class; default: all of the rarest")
     amount.add_argument("--val_frac", type=cli.fraction, help="this share of the split's rows of the rarest class")
-    parser.add_argument("--seed", type=int, default=0, help="of the balanced draw and the bootstrap")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the balanced draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
     parser.add_argument(
         "--controls",
         metavar="TRAIN",
         help="rows that classic classifiers learn from, or none (default: a bag of words, from those of a run)",
     )
-    parser.add_argument("--report_dir", help="write metrics.json, plots, report.html and answers.jsonl here")
+    parser.add_argument(
+        "--report_dir", type=cli.folder, help="write metrics.json, plots, report.html and answers.jsonl here"
+    )
     parser.add_argument("--fit_calibration", metavar="DEV", help="fit bias and temperature on these dev rows")
     parser.add_argument(
         "--decision_json", action="store_true", help='with --fit_calibration: also what pipeline("decision") reads'

@@ -55,9 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration", choices=("none", "prior", "batch", "fitted"), help="with --task: of all models"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, the examples and a balanced draw")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the bootstrap, the examples and a balanced draw")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
-    parser.add_argument("--report_dir", help="write results.txt, metrics.json, plots, report.html, answers.jsonl here")
+    parser.add_argument(
+        "--report_dir", type=cli.folder, help="write results.txt, metrics.json, plots, report.html, answers.jsonl here"
+    )
     return parser
 
 

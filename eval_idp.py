@@ -47,10 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evidence", action="store_true", help='judge where the values stand, on rows that have "lines" with boxes'
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw and the bootstrap")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the draw and the bootstrap")
     parser.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
     parser.add_argument("--fit_calibration", metavar="DEV", help="fit confidences on these labelled dev documents")
-    parser.add_argument("--report_dir", help="write metrics.json, a plot, report.html and answers.jsonl here")
+    parser.add_argument(
+        "--report_dir", type=cli.folder, help="write metrics.json, a plot, report.html and answers.jsonl here"
+    )
     idp_flags.add_flags(parser)
     return parser
 

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="export_model.py")
     parser.add_argument("--model_dir", required=True, help="run folder: an adapter, or a whole model")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--save_dir", required=True, help="where the export goes")
+    parser.add_argument("--save_dir", type=cli.folder, required=True, help="where the export goes")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --save_dir")
     parser.add_argument("--base", help="base of the adapter, where it has moved from where it was trained")
     parser.add_argument(

@@ -42,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--src", help="JSONL or JSON list of documents with fields, or a folder of them")
     source.add_argument("--synthesize", type=cli.positive_int, metavar="N", help="make N invoices up instead")
     parser.add_argument("--schema", help="JSON Schema of the fields; --synthesize has one of its own")
-    parser.add_argument("--outdir", default="data", help="folder to write into (default: data)")
-    parser.add_argument("--seed", type=int, default=42, help="of the mistakes, the order and --synthesize")
+    parser.add_argument("--outdir", type=cli.folder, default="data", help="folder to write into (default: data)")
+    parser.add_argument("--seed", type=cli.seed, default=42, help="of the mistakes, the order and --synthesize")
     idp_flags.add_form_flag(parser, default="written", meaning="written")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     return parser

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_dir", required=True, help="run folder, or a base model's folder or Hub id")
     parser.add_argument("--prompt", help="the task, or a function stub to complete")
     parser.add_argument("--input", help='JSONL rows with the task under "prompt" or "input"')
-    parser.add_argument("--output", help="JSONL answers to the rows of --input, in their order")
+    parser.add_argument("--output", type=cli.output_file, help="JSONL answers to the rows of --input, in their order")
     parser.add_argument("--plan_then_code", action="store_true", help="first a plan, then code for task and plan")
     parser.add_argument("--show_plan", action="store_true", help="print the plan before the code, in comment lines")
     trial = parser.add_argument_group("trying the code of --prompt")

@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_dir", required=True, help="run folder, ONNX export, or a base (folder or Hub id)")
     parser.add_argument("--features", help="one line of features, or the text of another task")
     parser.add_argument("--input", help="rows to classify: JSONL, a JSON list, CSV or Parquet")
-    parser.add_argument("--output", help="answers, one per row of --input: .jsonl, .csv or .parquet")
+    parser.add_argument(
+        "--output", type=cli.output_path, help="answers, one per row of --input: .jsonl, .csv or .parquet"
+    )
     parser.add_argument("--skip_bad_rows", action="store_true", help="list bad rows in OUTPUT.rejects.jsonl and go on")
     parser.add_argument(
         "--strict_input", action="store_true", help="refuse a text that is not of the task, instead of a warning"

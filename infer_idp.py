@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--document", help="the text of one document")
     source.add_argument("--document_file", help="a .txt, .pdf or image")
     source.add_argument("--input", help='JSONL rows {"document"[, "id", "lines"]}, or a folder of documents')
-    parser.add_argument("--output", help="JSONL answers, one per row or file of --input")
+    parser.add_argument("--output", type=cli.output_file, help="JSONL answers, one per row or file of --input")
     parser.add_argument(
         "--ocr",
         choices=reading.OCR,

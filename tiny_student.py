@@ -40,7 +40,7 @@ RECORD = "base.json"  # in the folder of a base
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="tiny_student.py")
-    parser.add_argument("--save_dir", default="models/tiny_student")
+    parser.add_argument("--save_dir", type=cli.folder, default="models/tiny_student")
     parser.add_argument("--prompts", nargs="+", default=[], help='rows whose "input" is read, unlabelled')
     parser.add_argument("--texts", nargs="+", default=[], help='rows whose "output" is read, without its input')
     parser.add_argument("--copying", action="store_true", help="for tasks that copy from their prompts, as IDP does")
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=cli.positive_int, default=800)
     parser.add_argument("--rows_per_step", type=cli.positive_int, default=48)
     parser.add_argument("--learning_rate", type=float, default=0.02, help="Muon's; embeddings and norms take a sixth")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     return parser
 
 

@@ -119,7 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", default="data", help="folder of creditmix_sft.jsonl, _dev.jsonl and _val.jsonl")
     parser.add_argument("--tokenizer", help="of json_decoding, Qwen2.5's for published figures; default: the student's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of label_ranking")
-    parser.add_argument("--work_dir", help="where exports and teacher are made; default: a folder that is removed")
+    parser.add_argument(
+        "--work_dir", type=cli.folder, help="where exports and teacher are made; default: a folder that is removed"
+    )
     parser.add_argument("--unsloth_python", metavar="PYTHON", help="see bench/train_throughput.py --help")
     parser.add_argument("--vllm_python", metavar="PYTHON", help="see bench/label_ranking.py --help")
     return parser

@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per_class", type=cli.positive_int, default=120, help="validation rows of a label, at most")
     parser.add_argument("--dev_per_class", type=cli.positive_int, default=60, help="dev rows of a label, at most")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--seed", type=cli.whole_number, default=0, help="of the draw and the bootstrap")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the draw and the bootstrap")
     parser.add_argument("--keep", metavar="FOLDER", help="scores that lie here are not computed again")
     return parser
 

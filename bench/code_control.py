@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=cli.positive_int, default=8, help="answers that llama.cpp writes at a time")
     parser.add_argument("--threads", type=cli.positive_int, default=2, help="of llama.cpp")
     parser.add_argument("--max_batch_tokens", type=cli.positive_int, default=MAX_BATCH_TOKENS, help="of this toolkit")
-    parser.add_argument("--report_dir", required=True, help="answers.jsonl goes here")
+    parser.add_argument("--report_dir", type=cli.folder, required=True, help="answers.jsonl goes here")
     parser.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run it, in the sandbox")
     return parser
 

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=cli.positive_int, default=3)
     parser.add_argument("--batch", type=cli.positive_int, default=16, help="rows an optimizer step")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     return parser
 
 

@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="bench/growth.py")
     parser.add_argument("--model_dir", help="a run folder, a model folder or a Hub id")
     parser.add_argument("--data", help='JSONL rows with their features under "features" or "question"')
-    parser.add_argument("--outdir", required=True, help="folder of the plots")
+    parser.add_argument("--outdir", type=cli.folder, required=True, help="folder of the plots")
     parser.add_argument(
         "--only", nargs="+", choices=tuple(EXPECTED), default=list(EXPECTED), help="curves; default: all"
     )

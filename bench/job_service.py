@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=cli.positive_int, default=20, help="that submit, and that ask meanwhile")
     parser.add_argument("--kills", type=cli.positive_int, default=100, help="of server, worker or training")
     parser.add_argument("--steps", type=cli.positive_int, default=10, help="of a job that is killed; 0.05 s each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     return parser
 
 

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bodies", type=cli.positive_int, default=500)
     parser.add_argument("--minutes", type=float, default=1.0, help="of the soak")
     parser.add_argument("--max_growth_mib", type=float, default=32.0, help="from a quarter of the soak to its end")
-    parser.add_argument("--seed", type=cli.whole_number, default=0, help="another one asks for other things")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="another one asks for other things")
     return parser
 
 

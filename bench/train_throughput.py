@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--effective_batch", type=cli.positive_int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     parser.add_argument("--unsloth_python", metavar="PYTHON", help="the Python that has unsloth; default: this one")
     return parser
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import yaml
 
 DONE, FAILED, BAD_INPUT, CUT, INTERRUPTED = 0, 1, 2, 4, 130  # 3: drift, of eval_creditmix.py
+LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 class UserError(Exception):
@@ -241,6 +242,36 @@ def whole_number(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
+
+
+def seed(text: str) -> int:
+    """argparse type: what all generators of random numbers take."""
+    value = int(text)
+    if not 0 <= value <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {LARGEST_SEED}")
+    return value
+
+
+def folder(text: str) -> str:
+    """argparse type: a folder that is there, or can be made."""
+    path = Path(text)
+    nearest = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+    if os.path.lexists(nearest) and not os.path.isdir(nearest):
+        raise argparse.ArgumentTypeError(f"{nearest} is no folder; choose another place")
+    return text
+
+
+def output_path(text: str) -> str:
+    """argparse type: a file or a folder to write, in a folder that is there, or can be made."""
+    folder(str(Path(text).parent))
+    return text
+
+
+def output_file(text: str) -> str:
+    """argparse type: `output_path`, of a file."""
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give the name of a file")
+    return output_path(text)
 
 
 def fraction(text: str) -> float:

@@ -128,9 +128,11 @@ def _takes(action: argparse.Action) -> str:
 def _kind(action: argparse.Action) -> str:
     """What a flag takes, of its own type: the words of its check are in the flag's help."""
     name = getattr(action.type, "__name__", "")
-    if name in ("int", "positive_int", "whole_number"):
+    if name in ("int", "positive_int", "whole_number", "seed"):
         return {"positive_int": "whole number above 0"}.get(name, "whole number")
-    return "number" if action.type is not None and name != "str" else "text"
+    return (
+        "number" if action.type is not None and name not in ("str", "folder", "output_path", "output_file") else "text"
+    )
 
 
 def _default(action: argparse.Action) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib
 import os
@@ -18,6 +19,7 @@ import sft_train
 from common import cli
 from common.cli import UserError
 from common.files import atomic_write, read_json, write_json
+from docs import generate
 
 REQUIRED = ["--student", "s", "--data", "d", "--save_dir", "r"]
 
@@ -79,7 +81,7 @@ def test_yaml_list(tmp_path):
         ("idp_mode: 1", "idp_mode is a switch, give true or false"),
         ("seed: [1, 2]", "seed takes one value, not \\[1, 2\\]"),
         ("seed: {a: 1}", "seed takes one value"),
-        ("seed: x", "argument --seed: invalid int value: 'x'"),
+        ("seed: x", "argument --seed: invalid seed value: 'x'"),
         ("load_in_4bit: perhaps", "argument --load_in_4bit: invalid choice: 'perhaps'"),
         ("- seed", "must be a mapping of flag names to values"),
         ("seed: [", "is not YAML"),
@@ -104,6 +106,11 @@ def test_bad_yaml(yaml, sentence, tmp_path):
         ([*REQUIRED, "--config", "/none.yaml"], "--config /none.yaml: No such file or directory; give the path of a"),
         ([*REQUIRED, "--config", "/"], "--config /: Is a directory; give the path of a YAML file"),
         ([*REQUIRED, "--max_len", "0"], "argument --max_len: 0 is not above 0"),
+        ([*REQUIRED, "--warmup_steps", "-1"], "--warmup_steps -1.0 must be 0 or above"),
+        ([*REQUIRED, "--weight_decay", "-0.1"], "--weight_decay -0.1 must be 0 or above"),
+        ([*REQUIRED, "--weight_decay", "inf"], "--weight_decay inf must be 0 or above"),
+        ([*REQUIRED, "--max_grad_norm", "-1"], "--max_grad_norm -1.0 must be 0 or above"),
+        ([*REQUIRED, "--max_grad_norm", "nan"], "--max_grad_norm nan must be 0 or above"),
     ],
 )
 def test_usage_errors_are_one_sentence(argv, sentence, capsys):
@@ -113,6 +120,44 @@ def test_usage_errors_are_one_sentence(argv, sentence, capsys):
     assert told.err.startswith("error: ")
     assert sentence in told.err
     assert told.err.count("\n") == 1
+
+
+def all_flags(*names: str) -> list[tuple[str, argparse.Action]]:
+    """(command, flag) of the flags of these names in all commands."""
+    return [
+        (command, action)
+        for command, parser in generate.parsers().items()
+        for name, action in parser._option_string_actions.items()
+        if name in names
+    ]
+
+
+def test_a_seed_is_one_for_all_generators():
+    found = all_flags("--seed")
+    assert len(found) >= 12
+    for command, action in found:
+        assert [action.type(text) for text in ("0", str(2**32 - 1))] == [0, 2**32 - 1], command
+        for text in ("-1", str(2**32)):
+            with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not from 0 to 4294967295"):
+                action.type(text)
+
+
+def test_what_is_written_needs_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    folders = all_flags("--save_dir", "--outdir", "--report_dir", "--teacher_cache")
+    files = all_flags("--output", "--out")
+    assert len(folders) >= 14
+    assert len(files) >= 4
+    for command, action in (*folders, *files):
+        assert action.type(str(tmp_path / "new" / "place")) == str(tmp_path / "new" / "place"), command
+        for wrong in ("file/below", "link/below"):
+            with pytest.raises(argparse.ArgumentTypeError, match=r"(file|link) is no folder; choose another place"):
+                action.type(str(tmp_path / wrong))
+    for _, action in folders:
+        with pytest.raises(argparse.ArgumentTypeError, match="file is no folder; choose another place"):
+            action.type(str(tmp_path / "file"))
+        assert action.type(str(tmp_path)) == str(tmp_path)
 
 
 class SafetensorError(Exception):

@@ -43,7 +43,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=defaults.load_teacher_in_4bit,
         help="auto: on CUDA",
     )
-    teacher.add_argument("--teacher_cache", metavar="DIR", help="first write here what the teacher says; train from it")
+    teacher.add_argument(
+        "--teacher_cache", type=cli.folder, metavar="DIR", help="first write here what the teacher says; train from it"
+    )
     teacher.add_argument("--cache_targets", choices=("topk", "sampled"), default=defaults.cache_targets)
     teacher.add_argument(
         "--cache_k", type=cli.positive_int, default=defaults.cache_k, help="tokens kept, or drawn, at each position"

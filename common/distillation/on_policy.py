@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common import distributed, run_record
-from common.cli import UserError, log
+from common.cli import LARGEST_SEED, UserError, log
 from common.distillation import fill_cache, round_statistics, student_answers, trainers, vocabularies
 from common.distillation import rows as distill_rows
 from common.distillation.round_statistics import RoundStatistics
@@ -255,7 +255,8 @@ def settings_of_round(rounds: Rounds, number: int) -> DistillSettings:
         name = "student" if settings.full else "init_adapter"
         settings = replace(settings, **{name: rounds.student_before(number)})
     resume = checkpoints.newest_checkpoint(folder) is not None
-    return replace(settings, save_dir=folder, seed=settings.seed + number - 1, resume=resume)
+    seed = (settings.seed + number - 1) % (LARGEST_SEED + 1)
+    return replace(settings, save_dir=folder, seed=seed, resume=resume)
 
 
 def close(rounds: Rounds, done: Sequence[RoundStatistics]) -> None:

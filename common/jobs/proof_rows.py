@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="train", help="of --dataset")
     parser.add_argument("--text_column", default="text", help="of --dataset")
     parser.add_argument("--rows", type=cli.positive_int, default=64)
-    parser.add_argument("--output", required=True, help="JSONL")
+    parser.add_argument("--output", type=cli.output_file, required=True, help="JSONL")
     return parser
 
 

@@ -269,11 +269,11 @@ def json_type(action: argparse.Action) -> str | None:
     """The JSON type of a flag's value; None where a type of its own takes texts and numbers."""
     if action.nargs == 0:
         return "boolean"
-    if action.type in (int, cli.positive_int, cli.whole_number):
+    if action.type in (int, cli.positive_int, cli.whole_number, cli.seed):
         return "integer"
     if action.type in (float, cli.fraction):
         return "number"
-    return "string" if action.type in (None, str) else None
+    return "string" if action.type in (None, str, cli.folder) else None
 
 
 def check_value(field: str, action: argparse.Action, value: Any) -> None:

@@ -30,7 +30,9 @@ TOP_LOGPROBS = 20  # the most that OpenAI gives
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of teacher_generate.py."""
     parser.add_argument("--data", required=True, help="rows to answer: JSONL, a JSON list, CSV or Parquet")
-    parser.add_argument("--out", required=True, help="JSONL to write, for kd_train.py (or dpo_train.py)")
+    parser.add_argument(
+        "--out", type=cli.output_file, required=True, help="JSONL to write, for kd_train.py (or dpo_train.py)"
+    )
     parser.add_argument(
         "--task", default="creditmix", metavar="creditmix|idp|codegen|FILE.yaml", help="default: creditmix"
     )
@@ -46,7 +48,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=not_negative, help=f"default: 0 (greedy), {TEMPERATURE} with --preferences"
     )
     decoding.add_argument("--top_p", type=float, default=1.0, help="probability that sampling stays within")
-    decoding.add_argument("--seed", type=int, default=0)
+    decoding.add_argument("--seed", type=cli.seed, default=0)
     add_lookup_flag(decoding)
     add_thinking_flag(
         decoding, "let a local --teacher that reasons think first; its answer is read from behind the thinking"
@@ -128,8 +130,6 @@ def check_flags(args: argparse.Namespace) -> None:
     for suffix in ("", ".raw.jsonl", ".rejects.jsonl", ".run.json"):
         if Path(args.out + suffix).resolve() == Path(args.data).resolve():
             raise UserError(f"--out {args.out} would replace --data; choose another name")
-    if Path(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a folder; give the name of a file")
     _check_teacher(args)
     _check_task(args)
     if args.top_logprobs and not args.probabilities:

@@ -48,7 +48,9 @@ def _add_run_flags(parser: argparse.ArgumentParser, defaults: type[TrainSettings
     run.add_argument(*names, required=True, help="base model: a folder or a Hub id")
     run.add_argument("--data", required=data_required, help="training rows: JSONL, a JSON list, CSV or Parquet")
     names = ("--save_dir", "--output_dir")
-    run.add_argument(*names, required=True, help="run folder for adapter, tokenizer, run.json and loss curve")
+    run.add_argument(
+        *names, type=cli.folder, required=True, help="run folder for adapter, tokenizer, run.json and loss curve"
+    )
     run.add_argument("--eval_data", help="rows of the same kind, judged after every epoch; the best epoch is kept")
     run.add_argument(
         "--task", metavar="FILE.yaml", help="the label set of the rows; default: as their manifest or prompts tell"
@@ -107,7 +109,7 @@ def _add_optimisation_flags(parser: argparse.ArgumentParser, defaults: type[Trai
         help="minutes between checkpoints, whichever comes first; 0: by steps alone",
     )
     steps.add_argument("--logging_steps", type=cli.positive_int, default=defaults.logging_steps)
-    steps.add_argument("--seed", type=int, default=defaults.seed)
+    steps.add_argument("--seed", type=cli.seed, default=defaults.seed)
 
 
 def _add_adapter_flags(parser: argparse.ArgumentParser, defaults: type[TrainSettings]) -> None:
@@ -147,7 +149,7 @@ def kd_settings(args: argparse.Namespace) -> KdSettings:
 
 def dpo_settings(args: argparse.Namespace) -> DpoSettings:
     """The settings of dpo_train.py. Raises UserError as `check`, and for a beta that is not above 0."""
-    if args.beta <= 0:
+    if not 0 < args.beta < math.inf:
         raise UserError(f"--beta {args.beta} must be above 0")
     return checked(DpoSettings(**vars(args)))
 
@@ -163,6 +165,9 @@ def checked(settings: Settings) -> Settings:
         raise UserError("--epochs and --learning_rate must be above 0, --max_steps above 0 or -1")
     if not 0 <= settings.save_minutes < math.inf:
         raise UserError(f"--save_minutes {settings.save_minutes} must be above 0, or 0 for checkpoints by steps alone")
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+        if not 0 <= (value := getattr(settings, name)) < math.inf:
+            raise UserError(f"--{name} {value} must be 0 or above")
     if not 0 <= settings.lora_dropout < 1:
         raise UserError(f"--lora_dropout {settings.lora_dropout} is not in [0, 1)")
     if settings.full and (settings.init_adapter or settings.load_in_4bit == "on"):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.distillation import fill_cache, round_statistics, student_answers, teacher_cache
+from common.cli import LARGEST_SEED
+from common.distillation import fill_cache, on_policy, round_statistics, student_answers, teacher_cache
 from common.distillation.fill_cache import Targets
 from common.distillation.round_statistics import RoundStatistics
 from common.distillation.settings import DistillSettings
@@ -134,3 +135,9 @@ def test_a_student_that_was_sure_from_the_start_may_stay_so():
     sure = replace(HEALTHY, entropy=0.01)
     assert round_statistics.collapse(sure, replace(sure, round=2, entropy=0.0001)) is None
     assert round_statistics.collapse(HEALTHY, RoundStatistics(2, 0, 0, 10)) is None
+
+
+def test_a_rounds_seed_is_one_that_all_generators_take(tmp_path):
+    settings = DistillSettings(student="s", save_dir=str(tmp_path), seed=LARGEST_SEED)
+    rounds = on_policy.Rounds(settings, None, None, None, None, [], [])
+    assert [on_policy.settings_of_round(rounds, number).seed for number in (1, 2, 3)] == [LARGEST_SEED, 0, 1]

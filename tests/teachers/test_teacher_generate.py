@@ -76,7 +76,7 @@ THERE = [*HERE, "--endpoint", "http://localhost:1/v1", "--model", "m"]
     [
         (["--data", "a.jsonl", "--out", "./a.jsonl", "--teacher", "t"], "--out ./a.jsonl would replace --data"),
         (["--data", "a.raw.jsonl", "--out", "a", "--teacher", "t"], "--out a would replace --data"),
-        (["--data", "a.jsonl", "--out", ".", "--teacher", "t"], "--out . is a folder"),
+        (["--data", "a.jsonl", "--out", ".", "--teacher", "t"], "--out: . is a folder"),
         (HERE, "give either --teacher with a local model, or --endpoint with --model"),
         ([*THERE, "--teacher", "t"], "give either --teacher with a local model, or --endpoint with --model"),
         ([*HERE, "--endpoint", "http://h/v1"], "--endpoint needs --model"),

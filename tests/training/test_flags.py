@@ -36,9 +36,11 @@ def test_the_recipe_of_each_method():
     assert (TrainSettings.lora_r, TrainSettings.lora_alpha, TrainSettings.max_len) == (16, 32, 1024)
 
 
-def test_beta_is_above_0():
-    args = cli.parse_args(dpo_train.build_parser(), ["--student", "s", "--data", "d", "--save_dir", "r", "--beta", "0"])
-    with pytest.raises(UserError, match=r"--beta 0.0 must be above 0"):
+@pytest.mark.parametrize("beta", ["0.0", "nan", "inf"])
+def test_beta_is_above_0(beta):
+    given = ["--student", "s", "--data", "d", "--save_dir", "r", "--beta", beta]
+    args = cli.parse_args(dpo_train.build_parser(), given)
+    with pytest.raises(UserError, match=f"--beta {beta} must be above 0"):
         flags.dpo_settings(args)
 
 

@@ -20,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_samples", type=cli.positive_int, default=1, help="answers to each task")
     group.add_argument("--temperature", type=float, help=f"default: 0 (greedy), or {TEMPERATURE} of several samples")
     group.add_argument("--top_p", type=float, default=TOP_P, help="probability that sampling stays within")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=cli.seed, default=0)
     group.add_argument("--max_new_tokens", type=cli.positive_int, default=512, help="of a plan, and of the code")
     add_lookup_flag(group)
     add_thinking_flag(
