@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -173,6 +173,20 @@ class LabelTask:
 
         return fault
 
+    def _check_columns(self, path: str | Path, columns: Collection[str]) -> None:
+        """Raise UserError where the task names a column that no row has: it is spelled otherwise, or the task's is."""
+        named = {"label_field": [self.label_field], "text_field": [self.text_field], "group_key": [self.group_key]}
+        if self.text_columns and self.text_field not in columns:
+            named |= {"text_field": [], "text_columns": self.text_columns}
+        if "group" in columns or not self.group_key:
+            named["group_key"] = []
+        for key, names in named.items():
+            for name in names:
+                if columns and name not in columns:
+                    raise UserError(
+                        f"{path}: no row has '{name}', the task's {key}; it has {', '.join(columns)}; mend the name"
+                    )
+
     def read(
         self, path: str | Path, features: str = "six", skip_bad_rows: bool = False
     ) -> tuple[list[dict], dict[str, int]]:
@@ -192,6 +206,7 @@ class LabelTask:
         if features != "six":
             raise UserError(f"--features {features} is for CreditMix's CSV; leave it out with --task")
         unit, numbered, _ = records.numbered_rows(path)
+        self._check_columns(path, {name: None for _, row in numbered if isinstance(row, dict) for name in row})
         numbered = [(number, self.as_texts(row)) for number, row in numbered]
         label_fault = self.label_fault(self.label_field)
 

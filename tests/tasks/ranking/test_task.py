@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from common.tasks.ranking.task import LabelTask
 from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores
 from recipes import make_tickets
 
+ROW = {"ticket": "x", "severity": "Low", "customer": "a"}
 TICKETS = str(ROOT / "recipes" / "ticket_severity.yaml")
 
 
@@ -125,19 +127,40 @@ def test_rows_keep_their_fields_and_groups(tickets):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"ticket": "x", "severity": "Low"}, "line 1: the group key 'customer' is missing or empty"),
-        ({"ticket": "x", "severity": "Worst", "customer": "a"}, "line 1: severity 'Worst' is not one of Low, Medium"),
-        ({"text": "x", "severity": "Low", "customer": "a"}, "line 1: key 'ticket' is missing"),
-        ({"ticket": "x", "severity": "Low", "group": "a"}, "line 1: group 'a' is not the 16 hex digits"),
-        ({"ticket": "x", "severity": "Low", "group": 10**15}, "line 1: group 1000000000000000 is not the 16 hex"),
-        ({"ticket": "x", "severity": "Low", "group": None}, "line 1: the group key 'customer' is missing or empty"),
-        ({"ticket": "x", "severity": "Low", "customer": None}, "line 1: the group key 'customer' is missing or"),
+        ({"ticket": "x", "severity": "Low"}, "line 2: the group key 'customer' is missing or empty"),
+        ({"ticket": "x", "severity": "Worst", "customer": "a"}, "line 2: severity 'Worst' is not one of Low, Medium"),
+        ({"text": "x", "severity": "Low", "customer": "a"}, "line 2: key 'ticket' is missing"),
+        ({"ticket": "x", "severity": "Low", "group": "a"}, "line 2: group 'a' is not the 16 hex digits"),
+        ({"ticket": "x", "severity": "Low", "group": 10**15}, "line 2: group 1000000000000000 is not the 16 hex"),
+        ({"ticket": "x", "severity": "Low", "group": None}, "line 2: the group key 'customer' is missing or empty"),
+        ({"ticket": "x", "severity": "Low", "customer": None}, "line 2: the group key 'customer' is missing or"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, sentence):
     with pytest.raises(UserError, match="mend the row") as error:
-        load_task(TICKETS).read(write_rows(tmp_path / "x.jsonl", [row]))
+        load_task(TICKETS).read(write_rows(tmp_path / "x.jsonl", [ROW, row]))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("ticket", "no row has 'ticket', the task's text_field; it has Ticket, severity, customer; mend the name"),
+        ("severity", "no row has 'severity', the task's label_field; it has ticket, Severity, customer; mend the name"),
+        ("customer", "no row has 'customer', the task's group_key; it has ticket, severity, Customer; mend the name"),
+    ],
+)
+def test_a_column_that_no_row_has_is_named(tmp_path, name, sentence):
+    rows = [{name.title() if key == name else key: value for key, value in ROW.items()}] * 3
+    with pytest.raises(UserError, match=sentence):
+        load_task(TICKETS).read(write_rows(tmp_path / "x.jsonl", rows))
+
+
+def test_a_text_column_that_no_row_has_is_named(tmp_path):
+    task = replace(load_task(TICKETS), text_columns=("subject", "Body"))
+    row = {"subject": "s", "body": "b", "severity": "Low", "customer": "a"}
+    with pytest.raises(UserError, match="no row has 'Body', the task's text_columns; it has subject, body"):
+        task.read(write_rows(tmp_path / "x.jsonl", [row]))
 
 
 def test_the_number_0_names_a_group(tmp_path):
