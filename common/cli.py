@@ -82,6 +82,8 @@ ELSEWHERE = {
     "rank": ("lora_r",),
     "lora_rank": ("lora_r",),
     "quantization_bit": ("load_in_4bit",),
+    "quantization_method": ("quant",),
+    "outtype": ("quant",),
     "load_in_8bit": ("load_in_4bit",),
     "torch_dtype": ("dtype",),
     "bf16": ("dtype",),
@@ -189,7 +191,9 @@ def _instead(name: str, known: Mapping[str, argparse.Action]) -> str:
     if meant is None and plain in NOT_NEEDED:
         return f": {NOT_NEEDED[plain]}"
     if meant is None:
-        near = difflib.get_close_matches(f"--{plain}", known, n=1, cutoff=0.75)
+        words = set(plain.split("_"))  # gguf_quant has those of quant
+        within = [flag for flag in known if flag.startswith("--") and set(flag[2:].split("_")) < words]
+        near = difflib.get_close_matches(f"--{plain}", known, n=1, cutoff=0.75) or sorted(within, key=len)[-1:]
         meant = near[0].removeprefix("--") if near else None
     return f"; did you mean --{meant}?" if meant else ""
 

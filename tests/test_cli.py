@@ -291,6 +291,8 @@ def asked(main, *argv: str) -> str:
         (["--max_length=512"], "unknown flag --max_length; did you mean --max_len?"),
         (["--model_name_or_path", "x"], "unknown flag --model_name_or_path; did you mean --student?"),
         (["--learning-rate", "1"], "unknown flag --learning-rate; did you mean --learning_rate?"),
+        (["--train_data", "x"], "unknown flag --train_data; did you mean --data?"),
+        (["--gguf_eval_data", "x"], "unknown flag --gguf_eval_data; did you mean --eval_data?"),
         (["--bf16"], "unknown flag --bf16: the precision follows the device"),
         (["--lora_target_modules", "q_proj"], "--lora_target_modules: all linear layers but the head are adapted"),
         (["--something"], "unknown flag --something (see"),
