@@ -6,9 +6,10 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import distributed as launch
 from common.cli import UserError, log, reason
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGE = 50_000_000  # parameters of the layers, about; from here on a CPU takes what is fastest for a model
+READ_PREFIX_TREES = ("llama", "mistral", "qwen2", "qwen3")
 
 # It offers CPU kernels from the Hub at import, whoever imports it first.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -105,6 +107,17 @@ def is_large(config: PreTrainedConfig) -> bool:
     config = config.get_text_config()
     size = 12 * getattr(config, "num_hidden_layers", 1) * getattr(config, "hidden_size", 1) ** 2
     return size >= LARGE
+
+
+def reads_prefix_trees(config: Mapping[str, Any]) -> bool:
+    """Whether a decoder is causal in all layers and hands keyword arguments down to the attention, by config.json's
+    keys; see `common.training.prefix_tree`."""
+    kind = config.get("model_type")
+    # what transformers takes for keys that are not there
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    windowed = window and config.get("use_sliding_window", kind not in ("qwen2", "qwen3"))
+    everywhere = set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}
+    return kind in READ_PREFIX_TREES and everywhere and not windowed
 
 
 def fastest_dtype(source: ModelSource, config: PreTrainedConfig | None = None) -> torch.dtype:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 NAME = "prefix_tree"  # of the attention, in transformers' registry
 LEAST_SHARED = 16  # tokens; a shorter common beginning is not worth a segment of its own
 LONGEST = 2048  # tokens of a row; beyond, SDPA, which never has a whole map, is the better choice
-# Decoders that are causal in all layers and hand keyword arguments down to the attention.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -341,9 +339,7 @@ def install(model: PreTrainedModel) -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if config.model_type not in ARCHITECTURES or kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+    if not loading.reads_prefix_trees(model.config.to_dict()):
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

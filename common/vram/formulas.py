@@ -68,7 +68,7 @@ class Training:
     checkpointing: bool = True
     cuda: bool = True
     bfloat16: bool = False  # on a CPU: the base lies in it
-    by_hand: bool = False  # on a CPU: adapter, attention and head have the backward passes that a large base gets
+    by_hand: bool = False  # on a CPU: the adapter has the backward pass that a large base gets
     terms: tuple[str, ...] = ("forward_kl",)  # of distill
     teacher: ModelShape | None = None  # of distill: one that is on the device, too
     teacher_four_bit: bool = True
@@ -100,6 +100,12 @@ class Training:
     def states(self) -> bool:
         """Hidden states of layers are compared, so both models hand them all out."""
         return self.method == "distill" and not {"hidden_mse", "hidden_cosine"}.isdisjoint(self.terms)
+
+    @property
+    def as_tree(self) -> bool:
+        """Batches are prefix trees: attention and head have backward passes of their own, too."""
+        teacher = self.teacher is None or (self.teacher.reads_prefix_trees and self.teacher.large)
+        return self.by_hand and self.student.reads_prefix_trees and teacher and not self.maps
 
     @property
     def full(self) -> bool:
@@ -195,17 +201,18 @@ def kept_by_layer(plan: Training) -> float:
       for every head, and each layer turns the mask into numbers (a row of max_len for each token).
     - the MLP: gate and up, and SiLU's result.
     Eager attention keeps its map, in float32 and in the type it goes on with.
-    By hand (`lora_training`, `prefix_tree`) the adapter keeps the input that all matrices that read it share, and
-    attention its queries, keys and values alone.
+    By hand (`lora_training`) the adapter keeps the input that all matrices that read it share; the attention of a
+    `prefix_tree` keeps its queries, keys and values alone.
     """
     shape, element = plan.student, plan.stream
     d, q, f = shape.hidden, shape.query, shape.intermediate
     norms = 2 * FLOAT32 * (d + 1)
-    if plan.by_hand:
-        return norms + (2 * d + q + f + 7 * plan.lora_r + q + 2 * shape.key + 3 * f) * element
     if plan.full:
         norms += 2 * d * plan.residual
         separate, per_input = plan.cuda, element  # autocast casts the input once a matrix
+    elif plan.by_hand:
+        separate, per_input = False, element
+        norms += 7 * plan.lora_r * element
     else:
         in_adapter = BFLOAT16 if plan.cuda else FLOAT32  # autocast; without it LoRA casts to its own type
         mask = (BOOL if plan.cuda else in_adapter) if plan.lora_dropout else 0  # a CPU keeps it as numbers
@@ -213,6 +220,8 @@ def kept_by_layer(plan: Training) -> float:
         per_input = in_adapter + mask
         norms += 7 * plan.lora_r * in_adapter  # A's results
     inputs = (5 * d + (q if not plan.full else 0) if separate else 2 * d) + f
+    if plan.as_tree:
+        return norms + inputs * per_input + (2 * q + 2 * shape.key + 3 * f) * element
     attention = (3 * q if plan.padded else q + 2 * shape.key) + q + (plan.max_len if plan.padded else 0)
     maps = plan.max_len * (FLOAT32 + (element if element != FLOAT32 else 0)) if plan.maps else FLOAT32
     return norms + inputs * per_input + (attention + 3 * f) * element + shape.heads * maps
@@ -230,7 +239,7 @@ def layer_work(plan: Training) -> float:
     shape = plan.student
     d, f = shape.hidden, shape.intermediate
     if plan.by_hand:
-        maps = min(MAPS_AT_ONCE, plan.tokens * shape.heads * plan.max_len)
+        maps = min(MAPS_AT_ONCE, plan.tokens * shape.heads * plan.max_len) if plan.as_tree else 0
         return max(plan.tokens * (3 * f + 2 * d) * plan.stream, maps * (2 * FLOAT32 + plan.stream))
     if plan.lora_dropout and not plan.full:
         work = (f + (4 if plan.checkpointing else 2) * d) * plan.stream
@@ -253,7 +262,7 @@ def loss_work(plan: Training) -> float:
     if plan.method == "dpo":
         return fused_head(plan, plan.tokens, copies=7.25) + plan.columns * shape.hidden * FLOAT32
     logits, copies = plan.columns * shape.vocabulary, 3
-    if plan.by_hand and plan.method != "distill":
+    if plan.as_tree and plan.method != "distill":
         # logits and, within logsumexp, their exponentials; hidden states of the scored tokens and their gradients
         return min(logits, CHUNK_LOGITS) * 2 * FLOAT32 + 2 * plan.columns * shape.hidden * plan.stream
     if plan.method == "distill":

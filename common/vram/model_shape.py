@@ -61,6 +61,7 @@ class ModelShape:
     tied: bool  # the LM head is the embedding
     qkv_bias: bool
     context: int  # tokens
+    reads_prefix_trees: bool  # as `common.models.loading.reads_prefix_trees`
 
     @property
     def query(self) -> int:
@@ -124,6 +125,7 @@ def from_config(config: dict[str, Any]) -> ModelShape:
         tied=config.get("tie_word_embeddings", kind.startswith("gemma")),
         qkv_bias=config.get("attention_bias", kind == "qwen2"),
         context=config.get("max_position_embeddings") or UNLIMITED,
+        reads_prefix_trees=loading.reads_prefix_trees(config),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from common.models import adapters, lora_training
+from common.models import adapters, loading, lora_training
 from common.models.tokenizers import Encoded
 from common.training import batches, prefix_tree
 from common.training.hidden_states import predicted, scored
@@ -97,7 +97,7 @@ def adapted(model: torch.nn.Module):
     return student
 
 
-@pytest.mark.parametrize("kind", prefix_tree.ARCHITECTURES)
+@pytest.mark.parametrize("kind", loading.READ_PREFIX_TREES)
 @pytest.mark.parametrize("mix", MIXES)
 def test_the_tree_has_the_gradients_of_the_rows(kind, mix):
     model = model_of(kind, **({"sliding_window": None} if kind == "mistral" else {}))

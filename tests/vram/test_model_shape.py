@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.training import prefix_tree
 from common.vram import model_shape
 from common.vram.model_shape import DENSE, UnknownShape
 
@@ -63,3 +64,22 @@ def test_another_family_of_the_same_matrices(tmp_path):
     assert "olmo2" not in DENSE
     parts = model_shape.of(str(tmp_path)).parameters()
     assert parts["embeddings"] + parts["head"] + parts["linear"] == matrices(config)
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["all keys", "few keys"])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        *((kind, {}) for kind in sorted(DENSE)),
+        ("mistral", {"sliding_window": None}),
+        *((kind, {"sliding_window": 64}) for kind in ("qwen2", "qwen3")),
+        *((kind, {"sliding_window": 64, "use_sliding_window": True}) for kind in ("qwen2", "qwen3")),
+        ("qwen3", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}),
+    ],
+)
+def test_what_reads_prefix_trees_is_known_from_the_config(kind, more, complete):
+    config = config_of(kind, **more)
+    shape = model_shape.from_config(config.to_dict() if complete else SIZES | more | {"model_type": kind})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert shape.reads_prefix_trees == prefix_tree.install(model)

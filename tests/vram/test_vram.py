@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from harness import memory
@@ -40,6 +41,7 @@ def config(hidden=64, intermediate=192, layers=2, heads=4, kv_heads=2, vocabular
 
 
 WIDE = config(128, 512, layers=4)
+NO_TREES = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}
 
 
 def student_of(plan: Training, settings: dict):
@@ -108,27 +110,31 @@ def test_training_peak(settings, plan, checkpointing):
         (WIDE, {"batch": 1, "max_len": 256, "completion_len": 20}),
         (config(vocabulary=8192), {"batch": 3, "max_len": 100, "completion_len": 40}),
         (config(256, 1024, layers=3, heads=8), {"batch": 4, "max_len": 64, "completion_len": 12}),
+        (WIDE | NO_TREES, {"batch": 1, "max_len": 256, "completion_len": 20}),
+        (config(vocabulary=8192, **NO_TREES), {"batch": 3, "max_len": 100, "completion_len": 40}),
+        (config(256, 1024, layers=3, heads=8, **NO_TREES), {"batch": 4, "max_len": 64, "completion_len": 12}),
     ],
-    ids=["wide", "logits", "grouped heads"],
+    ids=["wide", "logits", "grouped heads", "wide, no tree", "logits, no tree", "grouped heads, no tree"],
 )
 def test_training_peak_of_a_large_base(settings, plan):
-    """Of rows that share nothing; what they share takes less."""
+    """Of rows that share nothing; what they share takes less. The last have an attention that reads no trees."""
     import random
 
     from common.models import lora_training, tokenizers
     from common.training import prefix_tree
-    from common.training.completion import SharedCompletionLoss
-    from common.training.hidden_states import HiddenStateReader
+    from common.training.completion import completion_rows
 
     plan = Training(shapes.from_config(settings), checkpointing=False, by_hand=True, **CPU, **plan)
     student, optimizer = student_of(plan, settings)
     lora_training.install(student)
     prefix_tree.install(student.get_base_model())
-    loss, rng = SharedCompletionLoss(HiddenStateReader(student.get_base_model())), random.Random(0)
+    rng = random.Random(0)
     ids = [[rng.randrange(settings["vocab_size"]) for _ in range(plan.max_len)] for _ in range(plan.rows)]
     rows = [tokenizers.Encoded(row, plan.max_len - plan.completion_len) for row in ids]
-    batch = prefix_tree.collate(rows, 0)
-    peak = measured(student, optimizer, lambda: loss(student, batch)[0].backward())
+    data = completion_rows(rows, SimpleNamespace(pad_token_id=0), student)
+    batch = data.collate(rows)
+    assert (prefix_tree.NAME in batch) == plan.as_tree
+    peak = measured(student, optimizer, lambda: data.loss(student, batch)[0].backward())
     assert 0.97 <= predict(plan).tensors / peak <= 1.10
 
 
