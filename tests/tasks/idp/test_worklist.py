@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import subprocess
+import sys
 
 import pytest
 from support.inputs import ROOT, write_rows
@@ -58,7 +61,93 @@ def test_the_list_is_sorted_by_risk_and_doubt(tmp_path):
         worklist.main(["list", "--read", paths[0], "--out", str(out)])
 
 
+SCRIPT = ROOT / "recipes" / "underwriting_worklist.sh"
+STAND_IN = """#!{python} -IS
+import json, os, pathlib, sys
+words = sys.argv[1:]
+with open("calls.log", "a") as log:
+    log.write(json.dumps(words) + "\\n")
+given = dict(zip(words, words[1:]))
+stopped = os.environ.get("STOP_AT", "nowhere") in " ".join(words)
+def leave(folder, name, text=""):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(folder, name).write_text(text)
+if words[0] == "sft_train.py":
+    leave(given["--save_dir"], "run.json", json.dumps(dict(data=dict(path=given["--data"]))))
+if stopped:
+    sys.exit(130)
+if words[0] == "sft_train.py":
+    leave(given["--save_dir"], "adapter_config.json")
+if "--report_dir" in given:
+    leave(given["--report_dir"], "metrics.json")
+if "--fit_calibration" in given:
+    leave(given["--model_dir"], "calibration.json")
+if words[1] == "list":
+    leave("runs/underwriting", "worklist.csv")
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Runs the script on a stand-in for Python, from another folder; the commands that it gave."""
+    root = tmp_path / "check out"
+    (root / "recipes").mkdir(parents=True)
+    script = shutil.copy(SCRIPT, root / "recipes")
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(python=os.path.realpath(sys.executable)))
+    python.chmod(0o755)
+
+    def run(*arguments: str, code: int = 0, **extra: str) -> list[list[str]]:
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python)} | extra
+        done = subprocess.run([script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        log = root / "calls.log"
+        found = [json.loads(line) for line in log.read_text().splitlines()]
+        log.unlink()
+        return found
+
+    run.root = root
+    return run
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("run", ["runs/sft_applications", "runs/creditmix_sft"])
+def test_a_stopped_training_is_begun_anew(run, recipe):
+    def trained(calls: list[list[str]]) -> list[list[str]]:
+        return [call for call in calls if call[0] == "sft_train.py" and run in call]
+
+    (first,) = trained(recipe(STOP_AT=f"--save_dir {run}", code=130))
+    (again,) = trained(recipe())
+    assert again == [*first, "--overwrite"]
+    assert trained(recipe()) == []
+
+
+@pytest.mark.processes
+def test_what_follows_a_training_is_made_up_for(recipe):
+    follows = ("--report_dir", "--fit_calibration")
+    for flag in follows:
+        recipe(STOP_AT=flag, code=130)
+    calls = recipe()
+    assert [call[0] for call in calls if "--fit_calibration" in call] == ["eval_creditmix.py"]
+    assert not any(call[0] == "sft_train.py" for call in calls)
+    assert not any(flag in call for call in recipe() for flag in follows)
+
+
+@pytest.mark.processes
+def test_a_run_of_somebody_else_is_left_alone(recipe, tmp_path):
+    for name in ("reader", "classifier"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text('{"data": {"path": "rows.jsonl"}}')
+    (tmp_path / "reader" / "adapter_config.json").write_text("")
+    calls = recipe("letters.jsonl", READER="reader", CLASSIFIER="classifier")
+    assert not any("--overwrite" in call or "make_applications" in call[0] for call in calls)
+    (trained,) = (call for call in calls if call[0] == "sft_train.py")
+    assert trained[-2:] == ["--save_dir", str(tmp_path / "classifier")]
+    (read,) = (call for call in calls if call[0] == "infer_idp.py")
+    assert read[2] == str(tmp_path / "reader")
+    assert read[read.index("--input") + 1] == str(tmp_path / "letters.jsonl")
+
+
 def test_the_script_is_valid_shell():
-    script = ROOT / "recipes" / "underwriting_worklist.sh"
-    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    assert script.stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
+    assert SCRIPT.stat().st_mode & 0o111
