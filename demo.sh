@@ -52,11 +52,11 @@ stage_started=0
 took=() # "data 3 s", ...
 overwrite=""
 
-# digest FILE...: one checksum of files. Size and time stand for what is above 256 MB.
+# digest PLACE...: one checksum of files and of all files in folders. Size and time stand for what is above 256 MB.
 digest() {
   {
-    find -L "$@" -maxdepth 0 -size -257M -print0 | LC_ALL=C sort -z | xargs -0 -r sha256sum
-    find -L "$@" -maxdepth 0 -size +256M -printf '%p %s %T@\n' | LC_ALL=C sort
+    find -L "$@" -type f -size -257M -print0 | LC_ALL=C sort -z | xargs -0 -r sha256sum
+    find -L "$@" -type f -size +256M -printf '%p %s %T@\n' | LC_ALL=C sort
   } | sha256sum | cut -d ' ' -f 1
 }
 
@@ -324,13 +324,17 @@ evaluate() {
 prefix="" # real_ under the task real: of its stages' names
 place_of() { echo "$work/${prefix:+real/}$1"; }
 
+# add_schema TASK: the user's own, to `inputs`.
+add_schema() { [[ -z $prefix || $1 != idp || ! -e $schema ]] || inputs+=("$schema"); }
+
 # make_data_of TASK WHAT PREPARE_ARGUMENT...
 make_data_of() {
   local task=$1 what=$2 place
   place=$(place_of "$1")
   shift 2
   inputs=()
-  [[ -z $prefix || -z ${sources[$task]} || ! -f ${sources[$task]} ]] || inputs=("${sources[$task]}")
+  [[ -z $prefix || ! -e ${sources[$task]} ]] || inputs=("${sources[$task]}")
+  add_schema "$task"
   outputs=("$place/data/${task}_sft.jsonl" "$place/data/${task}_val.jsonl")
   stage "$prefix${task}_data" "$what" "${task}_prepare.py" "$@" --outdir "$place/data"
 }
@@ -371,6 +375,7 @@ evaluate_of() {
   [[ -z $prefix ]] || models=("$base" "${models[@]}")
   inputs=("$place/data/${task}_val.jsonl" "$place/sft/adapter_model.safetensors" "${base_files[@]}")
   [[ $task != creditmix ]] || inputs+=("$place/sft/calibration.json")
+  add_schema "$task"
   outputs=("$place/report/report.html")
   stage "$prefix${task}_evaluation" "$what" "eval_$task.py" --model_dir "${models[@]}" \
     --data "$place/data/${task}_val.jsonl" --report_dir "$place/report" "$@"

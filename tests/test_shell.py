@@ -344,6 +344,22 @@ def test_a_real_model_and_data_of_ones_own(checkout, tmp_path):
     assert {call[call.index("--student") + 1] for call in found if "--student" in call} == {str(tmp_path / "mine.gguf")}
 
 
+def test_data_of_ones_own_that_changed_is_read_again(checkout, tmp_path):
+    (tmp_path / "receipts" / "may").mkdir(parents=True)
+    (tmp_path / "schema.json").write_text("{}")
+
+    def again() -> list[str]:
+        done = run(checkout, "demo.sh", "real", cwd=tmp_path, IDP_SRC="receipts", IDP_SCHEMA="schema.json")
+        assert done.returncode == 0, done.stderr
+        return names(calls(checkout))
+
+    assert (again(), again()) == (REAL, [])
+    for name in ("receipts/1.txt", "receipts/may/2.txt", "schema.json"):
+        (tmp_path / name).write_text("TOTAL 3")
+        assert again() == ["idp_prepare", *(["eval_idp"] if name == "schema.json" else [])]
+    assert again() == []
+
+
 def test_stages_read_what_they_are_given(checkout, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/my rows.json").write_text("[]")
