@@ -21,7 +21,7 @@ from common.distillation.teacher_cache import TeacherCache, pack, unpack
 from common.models import adapters, loading
 from common.models.batching import CHUNK_LOGITS, by_token_budget
 from common.models.tokenizers import Encoded
-from common.training import batches, losses, prefix_tree
+from common.training import batches, losses, prefix_tree, run
 from common.training.hidden_states import HiddenStateReader, predicted, scored
 from common.vram import preflight
 
@@ -215,8 +215,7 @@ def teacher_within_memory(settings: DistillSettings, record: RunRecord | None) -
         "load_teacher_in_4bit": preflight.INFERENCE["load_in_4bit"],
     }
     changes = preflight.preflight(plan, flags, auto_fit=settings.auto_fit)
-    if record and changes:
-        record.write(auto_fit=record.facts.get("auto_fit", {}) | changes)
+    run.note_fit(record, changes)
     return replace(settings, **{name: value for name, value in changes.items() if not name.isupper()})
 
 

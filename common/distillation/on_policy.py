@@ -121,11 +121,7 @@ def within_memory(settings: DistillSettings, record: RunRecord, prompts: Prompts
         UserError: a phase does not fit; the message names what would.
     """
     if settings.lmbda > 0:
-        log(f"the student {settings.student} writes, alone:")
-        _, tokens = preflight.fit_inference(
-            student_answers.source_of(settings, settings.student), settings.max_batch_tokens, auto_fit=settings.auto_fit
-        )
-        settings = replace(settings, max_batch_tokens=tokens)
+        settings = writing_within_memory(settings, record)
     settings = fill_cache.teacher_within_memory(settings, record)
     log(f"the student {settings.student} trains, alone:")
     settings = run.within_memory(settings, record, *prompts.longest(settings.max_new_tokens))
@@ -135,6 +131,29 @@ def within_memory(settings: DistillSettings, record: RunRecord, prompts: Prompts
         log(f"predicted peak of the run: {peaks[largest] / GB:.2f} GB, while {largest}")
         record.write(predicted_peak_bytes=peaks)
     return settings
+
+
+def writing_within_memory(settings: DistillSettings, record: RunRecord) -> DistillSettings:
+    """The settings, or with --auto_fit milder ones, under which the student alone fits the memory while it writes.
+
+    Raises:
+        UserError: it does not fit; the message names what would.
+    """
+    log(f"the student {settings.student} writes, alone:")
+    source = student_answers.source_of(settings, settings.student)
+    fitted, tokens = preflight.fit_inference(source, settings.max_batch_tokens, auto_fit=settings.auto_fit)
+    changes: dict[str, int | str] = {}
+    if tokens != settings.max_batch_tokens:
+        changes["max_batch_tokens"] = tokens
+    if fitted.load_in_4bit != source.load_in_4bit:
+        if settings.full:
+            raise UserError(
+                "the student would write in 4 bits alone, and --lora_r 0 trains all weights, which are in none; give "
+                "--lora_r 16 or a smaller --student"
+            )
+        changes["load_in_4bit"] = fitted.load_in_4bit
+    run.note_fit(record, changes)
+    return replace(settings, **changes)
 
 
 def predicted_peaks(settings: DistillSettings, prompts: Prompts) -> dict[str, int]:

@@ -173,9 +173,14 @@ def within_memory(settings: Settings, record: RunRecord | None, longest: int, co
     if plan is None:
         return settings
     changes = preflight.preflight(plan, settings.memory_flags(plan.batch), auto_fit=settings.auto_fit)
-    if record and changes:
-        record.write(auto_fit=changes)
+    note_fit(record, changes)
     return replace(settings, **changes)
+
+
+def note_fit(record: RunRecord | None, changes: dict[str, Any]) -> None:
+    """Keep in the record what --auto_fit has changed, beside what it has changed before."""
+    if record and changes:
+        record.write(auto_fit=record.facts.get("auto_fit", {}) | changes)
 
 
 def fitting_rows(

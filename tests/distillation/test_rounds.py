@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from common.cli import LARGEST_SEED
+from common.cli import LARGEST_SEED, UserError
 from common.distillation import fill_cache, on_policy, round_statistics, student_answers, teacher_cache
 from common.distillation.fill_cache import Targets
 from common.distillation.round_statistics import RoundStatistics
@@ -16,6 +17,7 @@ from common.distillation.settings import DistillSettings
 from common.distillation.student_answers import Prompts, Round, StudentAnswer
 from common.distillation.teacher_cache import TeacherCache, pack, record_type
 from common.models.tokenizers import Encoded
+from common.run_record import RunRecord
 from common.training import prefix_tree
 from common.training.batches import IGNORE
 
@@ -141,3 +143,24 @@ def test_a_rounds_seed_is_one_that_all_generators_take(tmp_path):
     settings = DistillSettings(student="s", save_dir=str(tmp_path), seed=LARGEST_SEED)
     rounds = on_policy.Rounds(settings, None, None, None, None, [], [])
     assert [on_policy.settings_of_round(rounds, number).seed for number in (1, 2, 3)] == [LARGEST_SEED, 0, 1]
+
+
+@pytest.mark.parametrize("lora_r", [16, 0])
+def test_a_student_that_fits_in_4_bits_alone_writes_in_them(lora_r, base, teacher, tmp_path, monkeypatch):
+    """And is trained in them, the same base."""
+
+    def preflight(plan, flags, *, auto_fit):
+        return {"load_in_4bit": "on", "max_batch_tokens": 512} if flags is on_policy.preflight.INFERENCE else {}
+
+    monkeypatch.setattr(on_policy.preflight, "preflight", preflight)
+    record = RunRecord(str(tmp_path), ["distill_train.py"], {}, method="distill")
+    settings = replace(SETTINGS, student=base, teacher=teacher, lora_r=lora_r, auto_fit=True)
+    prompts = SimpleNamespace(longest=lambda new: (40, new))
+    if lora_r == 0:
+        with pytest.raises(UserError, match=r"would write in 4 bits alone, .*; give --lora_r 16 or a smaller"):
+            on_policy.within_memory(settings, record, prompts)
+        return
+    fitted = on_policy.within_memory(settings, record, prompts)
+    assert student_answers.source_of(fitted, base).load_in_4bit == fitted.source.load_in_4bit == "on"
+    assert fitted.max_batch_tokens == 512
+    assert record.facts["auto_fit"] == {"load_in_4bit": "on", "max_batch_tokens": 512}
