@@ -119,7 +119,7 @@ class ModelProcess(asyncio.Protocol):
         self.broken: Unusable | Gone | None = None
         self.broken_since = -math.inf
         self.process: Any = None
-        self._closing = False
+        self._closing = self._killed = False
         self._silent = False  # it was ended because it did not answer
         self._owing: float | None = None  # since when it has been silent though it owes an answer
         self._numbers = 0
@@ -199,10 +199,12 @@ class ModelProcess(asyncio.Protocol):
     def close(self) -> None:
         """Take no more requests; those that were accepted are still done. `closed` is done at the process's end."""
         self._closing = True
+        self._owing = self._owing or time.monotonic()  # its end
         self._send(Close())
 
     def kill(self) -> None:
-        """End the process at once, whatever it does."""
+        """End the process at once, whatever it does; one that has not been started yet never is."""
+        self._killed = True
         if self.process and not self.closed.done():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGKILL)
@@ -221,7 +223,7 @@ class ModelProcess(asyncio.Protocol):
     def receive(self, message: Any) -> None:
         """One message of the process."""
         self._receive(message)
-        self._owing = time.monotonic() if self.busy or self._pending else None
+        self._owing = time.monotonic() if self.busy or self._pending or self._closing else None
 
     def _receive(self, message: Any) -> None:
         match message:
@@ -292,6 +294,8 @@ class ModelProcess(asyncio.Protocol):
             await asyncio.wait([after.closed])
         reason = Gone(f"the process of {self.base} could not be started")
         try:
+            if self._killed:
+                return
             ours, theirs = socket.socketpair()
             with contextlib.ExitStack() as unless_connected:
                 unless_connected.callback(ours.close)
@@ -338,6 +342,7 @@ class Models:
     def __init__(self, most: int, start: Callable[[str, ModelProcess | None], ModelProcess]) -> None:
         self.most, self._start = most, start
         self._processes: OrderedDict[str, ModelProcess] = OrderedDict()
+        self._leaving: list[ModelProcess] = []
 
     def get(self, base: str) -> ModelProcess:
         """The process of a base; started where there is none, where it has ended, or failed to load a while ago."""
@@ -352,6 +357,7 @@ class Models:
                 leaving = self._processes.pop(going)
                 log(f"the base {leaving.base} leaves memory to make room for {base}")
                 leaving.close()
+                self._leaving.append(leaving)
             process = self._start(base, leaving)
         self._processes[key] = process
         return process
@@ -365,9 +371,14 @@ class Models:
         """The processes there are, the least recently used first; some may still be loading."""
         return list(self._processes.values())
 
+    def running(self) -> list[ModelProcess]:
+        """Those that have not ended: of `all`, and those that are leaving, whose memory others wait for."""
+        self._leaving = [process for process in self._leaving if not process.closed.done()]
+        return [*self._leaving, *(process for process in self.all() if not process.closed.done())]
+
     async def close(self) -> None:
         """Finish what was accepted and stop; nobody waits for what still loads, or hangs."""
-        processes = [process for process in self.all() if not process.closed.done()]
+        processes = self.running()
         for process in processes:
             process.close() if process.loaded else process.kill()
         if processes:

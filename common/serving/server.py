@@ -189,7 +189,7 @@ class Server:
         """
         while True:
             await asyncio.sleep(min(POLL, self.settings.request_timeout / 4))
-            for process in self.models.all():
+            for process in self.models.running():
                 process.end_if_silent(self.settings.request_timeout + GRACE)
             late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
             for pending, (request, deadline) in list(self.waiting.items()):

@@ -157,11 +157,50 @@ def test_long_work_that_shows_signs_of_life_is_not_ended(runs, expected, monkeyp
         assert not process.closed.done()
 
 
-def test_dead_processes_harm_neither_the_next_base_nor_the_end(tmp_path, tokenizer):
-    runs = tmp_path / "runs"
+@pytest.fixture
+def two_bases(tmp_path, tokenizer) -> Path:
+    """run0 and run1, each on a base of its own."""
     for seed in range(2):
-        make_run(runs / f"run{seed}", build_base(tmp_path / f"base{seed}", tokenizer, seed=seed), seed=1)
-    with serve(runs, max_bases=1, base_model=str(tmp_path / "base0")) as served:
+        base = build_base(tmp_path / f"base{seed}", tokenizer, seed=seed)
+        make_run(tmp_path / "runs" / f"run{seed}", base, seed=1)
+    return tmp_path / "runs"
+
+
+def test_a_base_that_hangs_while_it_has_to_leave_is_ended(two_bases, monkeypatch):
+    """It has no answer to give any more, only its place."""
+    row = {"features": ROWS[0]}
+    with ThreadPoolExecutor(1) as pool, serve(two_bases, max_bases=1, request_timeout=30.0) as served:
+        served.post("/infer/run0", row)
+        (process,) = served.processes
+        os.kill(process.process.pid, signal.SIGSTOP)
+        try:
+            asked = pool.submit(served.ask, "POST", "/infer/run1", row)
+            wait_for(lambda: served.waiting() == 1)
+            monkeypatch.setattr(server, "GRACE", 0.5)
+            monkeypatch.setattr(served.server, "settings", settings(two_bases, request_timeout=0.5))
+            assert asked.result()[0] == 200
+        finally:
+            process.kill()
+
+
+def test_the_end_waits_neither_for_a_base_that_loads_and_leaves_nor_for_one_behind_it(two_bases, monkeypatch):
+    starts = []
+
+    def launch(end):
+        starts.append(subprocess.Popen(["sleep", "10"]))
+        return starts[-1]
+
+    monkeypatch.setattr(model_process, "launch", launch)
+    with serve(two_bases, max_bases=1, request_timeout=0.5) as served:
+        for run in ("run0", "run1"):
+            served.refused(504, f"/infer/{run}", {"features": ROWS[0]})
+        started = time.monotonic()
+    assert time.monotonic() - started < 8
+    assert [process.poll() for process in starts] == [-signal.SIGKILL]
+
+
+def test_dead_processes_harm_neither_the_next_base_nor_the_end(two_bases):
+    with serve(two_bases, max_bases=1, base_model=str(two_bases.parent / "base0")) as served:
         for run in ("run0", "run1"):
             served.post(f"/infer/{run}", {"features": ROWS[0]})
             (process,) = served.processes
