@@ -41,7 +41,7 @@ class Wanted:
         stop: called with its text so far after every token; True ends it.
         text_of: what is read of the text of its tokens.
         logprobs: with the log-probability of each token.
-        streamer: gets its tokens as they come.
+        streamer: gets its tokens as they come, but for the one that ends it.
         lookup: how many tokens are looked up at a time; see `Decoding.prompt_lookup_num_tokens`.
     """
 
@@ -131,7 +131,7 @@ class Row:
         self.tokens.append(token)
         if self.steering:
             self.steering.consume(token)
-        if wanted.streamer:
+        if wanted.streamer and token not in self.ends:
             wanted.streamer.put(torch.tensor([token]))
         if token in self.ends or self._stopped():
             self.ended = True

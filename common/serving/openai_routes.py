@@ -229,8 +229,8 @@ async def _events(
             return
     answer: ChatAnswer = part
     final = work.cut(answer.choices[0].text)
-    if len(final) > len(sent):
-        yield delta({"content": final[len(sent) :]})
+    if final.startswith(sent) and final != sent:
+        yield delta({"content": final.removeprefix(sent)})
     yield delta({}, _reason(answer.choices[0]))
     if body.stream_options and body.stream_options.include_usage:
         yield event(choices=[], usage=_usage(answer))

@@ -353,16 +353,14 @@ class Chat:
 
 def _streamer(view: View, prompt: Sequence[int], all_answer: bool) -> BaseStreamer:
     """Sends a text as it comes; unless it is `all_answer`, without the thinking before its answer."""
-    from transformers import TextStreamer
-
+    from common.generation.answer_streamer import AnswerStreamer
     from common.generation.result import AnswerStream
 
     answer = AnswerStream()
     if chat_template.opens_thinking(view.tokenizer, prompt):
         answer.feed(chat_template.THINK)
 
-    class Emitter(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            view.host.emit(text if all_answer else answer.feed(text, end=stream_end))
+    def emit(text: str, end: bool) -> None:
+        view.host.emit(text if all_answer else answer.feed(text, end=end))
 
-    return Emitter(view.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return AnswerStreamer(view.tokenizer, emit)

@@ -16,6 +16,27 @@ def build_base(folder: Path, tokenizer, embeddings: float = 0.02, **shape: int) 
     return str(folder)
 
 
+def sentencepiece_tokenizer():
+    """One of characters and bytes that decodes as Llama 2's and Mistral's: a text loses the space that it begins with.
+
+    `<think>` and `</think>` are special tokens.
+    """
+    import string
+
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.printable[:94]]
+    backend = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(back)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    made.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    return made
+
+
 def weights(folder: str | Path) -> dict:
     """The adapter's tensors by name."""
     from safetensors.torch import load_file

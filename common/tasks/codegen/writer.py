@@ -171,13 +171,14 @@ class CodeWriter:
         Args:
             thinking: the model is asked to think first, which is not written.
         """
+        from common.generation.answer_streamer import AnswerStreamer
         from common.models import chat_template, tokenizers
 
         if not self.style.chat:
             return None
         prompt = tokenizers.encode_prompt(self.tokenizer, task, thinking=thinking)
         opened = chat_template.THINK * chat_template.opens_thinking(self.tokenizer, prompt)
-        return _code_streamer(self.tokenizer, task, out, opened)
+        return AnswerStreamer(self.tokenizer, _GrowingCode(task, out, opened).show)
 
     def encode(self, text: str, thinking: bool = False) -> list[int]:
         """The token ids of a prompt."""
@@ -298,22 +299,21 @@ def plain_base_eos(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_c
     return None if tokenizer.eos_token_id in ends else eos
 
 
-def _code_streamer(tokenizer: PreTrainedTokenizerBase, task: str, out: TextIO, opened: str) -> BaseStreamer:
-    from transformers import TextStreamer
+class _GrowingCode:
+    """Writes the code of a growing answer line by line."""
 
-    names = names_asked_for(task)
+    def __init__(self, task: str, out: TextIO, opened: str) -> None:
+        self.names, self.out = names_asked_for(task), out
+        self.text, self.shown = opened, ""
 
-    class CodeStreamer(TextStreamer):
-        text, shown = opened, ""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.text += text
-            code = answer.code_of(self.text, names) + "\n" if stream_end else answer.marked_lines(self.text, names)
-            if code.startswith(self.shown):
-                out.write(code[len(self.shown) :])
-                self.shown = code
-            elif stream_end:  # an import or a helper came later, and stands before what was shown
-                out.write(f"\n\n# The whole answer:\n\n{code}")
-            out.flush()
-
-    return CodeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def show(self, more: str, end: bool) -> None:
+        self.text += more
+        if not (end or "\n" in more):
+            return
+        code = answer.code_of(self.text, self.names) + "\n" if end else answer.marked_lines(self.text, self.names)
+        if code.startswith(self.shown):
+            self.out.write(code[len(self.shown) :])
+            self.shown = code
+        elif end:  # an import or a helper came later, and stands before what was shown
+            self.out.write(f"\n\n# The whole answer:\n\n{code}")
+        self.out.flush()

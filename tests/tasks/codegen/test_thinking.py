@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from support.chat_templates import FAMILIES, tokenizer_of
 from support.models import build_base
 
@@ -51,9 +52,10 @@ def test_code_is_streamed_from_behind_the_thinking(name, opening, folders):
     writer, out = CodeWriter(LoadedModel(model, tokenizer, 2048), CHAT), io.StringIO()
     streamer = writer.streamer("Set x.", out, thinking=True)
     text = f"{opening}Perhaps\n```python\nx = 1\n```\nNo.\n</think>\n\n```python\nx = 2\n```"
-    for piece in (text[:20], text[20:45], text[45:70], text[70:]):
-        streamer.on_finalized_text(piece)
-    streamer.on_finalized_text("", stream_end=True)
+    streamer.put(torch.tensor([[0]]))
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        streamer.put(torch.tensor([token]))
+    streamer.end()
     assert out.getvalue() == "x = 2\n"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.inputs import read_rows
+from support.models import sentencepiece_tokenizer
 
 import eval_codegen
 from common import run_record
@@ -17,6 +18,7 @@ from common.generation import generate as generation
 from common.generation.decoding import Decoding
 from common.generation.result import Generation
 from common.models import adapters
+from common.models.source import LoadedModel
 from common.tasks.codegen import flags as codegen_flags
 from common.tasks.codegen import prompt
 from common.tasks.codegen.style import CHAT, COMPLETION, UNTRAINED, trained_style
@@ -87,6 +89,18 @@ def test_code_is_streamed_as_it_stands(base):
     streamer.end()
     assert out.getvalue() == "def add(a, b):\n    return a + b\n"
     assert "def add(a, b):" in seen
+
+
+def test_streamed_code_keeps_its_indents_whatever_the_tokenizer(base):
+    """One that takes a space from the beginning of a text took it from every line."""
+    out, tokenizer = io.StringIO(), sentencepiece_tokenizer()
+    streamer = CodeWriter(LoadedModel(None, tokenizer, 2048), CHAT).streamer("Write add(a, b).", out)
+    code = "def add(a, b):\n    if a:\n        return a + b\n    return b\n"
+    streamer.put(torch_row([1, 2]))
+    for token in tokenizer.encode(f"```python\n{code}```\n", add_special_tokens=False):
+        streamer.put(torch_row(token))
+    streamer.end()
+    assert out.getvalue() == code
 
 
 def torch_row(token: int):
