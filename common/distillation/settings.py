@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from common.models.batching import MAX_BATCH_TOKENS
+from common.models.loading import is_on
 from common.models.source import ModelSource
-from common.training.settings import TrainSettings, has_cuda, is_on
+from common.training.settings import TrainSettings, has_cuda
 from common.vram import model_shape
 from common.vram.formulas import Training
 

@@ -82,7 +82,12 @@ def use_4bit(load_in_4bit: str) -> bool:
     """`--load_in_4bit auto|on|off`: auto is on where there is a CUDA device."""
     import torch
 
-    return load_in_4bit == "on" or (load_in_4bit == "auto" and torch.cuda.is_available())
+    return is_on(load_in_4bit, torch.cuda.is_available())
+
+
+def is_on(switch: str, cuda: bool) -> bool:
+    """Whether a switch of the values "on", "off" and "auto" is on, on a card or not."""
+    return switch == "on" or (switch == "auto" and cuda)
 
 
 def has_bfloat16() -> bool:

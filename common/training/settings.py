@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 from common import run_record
 from common.files import sha256_file
-from common.models import loading
-from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH
 from common.models.source import ModelSource
 from common.vram import model_shape
 from common.vram.formulas import Plan, Training
+from common.vram.plans import training_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,24 +96,17 @@ class TrainSettings:
         """
         cuda = has_cuda() if cuda is None else cuda
         student = model_shape.of(self.student, trust_remote_code=self.trust_remote_code)
-        max_len = min(longest or self.max_len, self.max_len, student.context)
-        four_bit = not self.full and is_on(self.load_in_4bit, cuda)
-        by_hand = student.large and not (cuda or four_bit or self.full)
-        # A batch that is not given is fitted by the trainer: on a card by trying, on a CPU by a token budget.
-        on_cpu = max(1, min(EFFECTIVE_BATCH, CPU_TOKENS_PER_BATCH // max_len))
-        return Training(
+        return training_plan(
             student,
-            method=self.method,
-            max_len=max_len,
-            batch=self.per_device_train_batch_size or (1 if cuda else on_cpu),
-            completion_len=completion_len,
-            lora_r=self.lora_r,
-            lora_dropout=self.lora_dropout,
-            four_bit=four_bit,
-            checkpointing=is_on(self.gradient_checkpointing, cuda),
             cuda=cuda,
-            bfloat16=by_hand and loading.has_bfloat16(),
-            by_hand=by_hand,
+            lora_r=self.lora_r,
+            max_len=min(longest or self.max_len, self.max_len),
+            batch=self.per_device_train_batch_size,
+            load_in_4bit=self.load_in_4bit,
+            gradient_checkpointing=self.gradient_checkpointing,
+            method=self.method,
+            completion_len=completion_len,
+            lora_dropout=self.lora_dropout,
         )
 
     def memory_flags(self, batch: int) -> Mapping[str, Callable[[Plan], Any]]:
@@ -160,11 +152,6 @@ class DpoSettings(TrainSettings):
     learning_rate: float = 5e-5
     lora_dropout: float = 0.0  # the reference has none, so dropout would be noise between the two
     beta: float = 0.1  # strength of the pull towards the reference
-
-
-def is_on(switch: str, cuda: bool) -> bool:
-    """Whether a switch of the values "on", "off" and "auto" is on, on a card or not."""
-    return switch == "on" or (switch == "auto" and cuda)
 
 
 def has_cuda() -> bool:

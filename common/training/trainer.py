@@ -22,7 +22,7 @@ from common.training import checkpoints, quantization_aware
 from common.training.batches import LengthGroupedOrder
 from common.training.checkpoints import CHECKPOINTS, EXTRA, EXTRA_FILE
 from common.training.schedule import WarmFromTheStart
-from common.training.settings import TrainSettings, is_on
+from common.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ def training_arguments(settings: TrainSettings, per_device: int, accumulation: i
 
     check_report_to(settings.report_to)
     cuda = torch.cuda.is_available()
-    checkpointing = is_on(settings.gradient_checkpointing, cuda)
+    checkpointing = loading.is_on(settings.gradient_checkpointing, cuda)
     return {
         "output_dir": str(Path(settings.save_dir, CHECKPOINTS)),
         "per_device_train_batch_size": per_device,

@@ -10,8 +10,9 @@ import sft_train
 from common import cli
 from common.cli import UserError
 from common.models import hub
+from common.models.loading import is_on
 from common.training import flags
-from common.training.settings import DpoSettings, KdSettings, TrainSettings, is_on
+from common.training.settings import DpoSettings, KdSettings, TrainSettings
 
 
 @pytest.mark.parametrize(

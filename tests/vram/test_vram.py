@@ -13,11 +13,13 @@ from support.inputs import ROOT
 
 from bench import gpu_8gb
 from common import cli
-from common.distillation.settings import DistillSettings
+from common.distillation.settings import DEFAULT_WEIGHTS, DistillSettings
+from common.models import loading
 from common.models.flags import source_of
 from common.models.source import ModelSource
 from common.training import run
-from common.training.settings import TrainSettings
+from common.training.settings import DpoSettings, KdSettings, TrainSettings
+from common.vram import __main__ as command
 from common.vram import formulas as peak_memory
 from common.vram import model_shape as shapes
 from common.vram import preflight as vram
@@ -437,6 +439,29 @@ def test_command_answers_without_weights_torch_or_network():
     total = predict(Training(QWEN_3B)).total
     assert f"predicted peak {total / GB:13.2f} GB".split() == lines[-2].split()
     assert lines[-1].startswith("too much for a card of 4 GB; it would fit with --max_len ")
+
+
+@pytest.mark.parametrize("cuda", [True, False], ids=["cuda", "cpu"])
+@pytest.mark.parametrize("kind", [TrainSettings, KdSettings, DpoSettings, DistillSettings, "with a teacher"])
+def test_command_predicts_what_the_trainers_take(kind, cuda, capsys):
+    """Of the settings that are not given each trainer's own."""
+    more, words = {}, []
+    if kind == "with a teacher":
+        kind, more = DistillSettings, {"teacher": "Qwen/Qwen2.5-7B-Instruct"}
+        words = ["--teacher", more["teacher"]]
+    if kind is DistillSettings:
+        more |= DEFAULT_WEIGHTS
+    settings = kind(student="Qwen/Qwen2.5-3B-Instruct", save_dir="runs/x", **more)
+    device = "cuda" if cuda else "cpu"
+    command.main(["--student", settings.student, "--method", settings.method, "--device", device, *words])
+    assert capsys.readouterr().out.strip() == predict(settings.plan(cuda=cuda)).table().strip()
+
+
+def test_inference_on_a_cpu_is_not_in_4_bits(capsys):
+    command.main(["--student", "Qwen/Qwen2.5-3B-Instruct", "--method", "infer", "--device", "cpu"])
+    width = 2 if loading.has_bfloat16() else 4
+    plan = Inference(QWEN_3B, width=width, **CPU)
+    assert capsys.readouterr().out.strip() == predict(plan).table().strip()
 
 
 def test_a_gguf_takes_its_file_and_the_keys_and_values_of_what_is_read():
