@@ -198,11 +198,13 @@ def _answer_behind(opened: str, text: str) -> str:
     return final_answer(opened + text)
 
 
-def check_context(prompts: Sequence[Sequence[int]], new_tokens: int, context: int) -> None:
-    """Raises UserError where a prompt does not fit a model's context with so many new tokens."""
+def check_context(
+    prompts: Sequence[Sequence[int]], new_tokens: int, context: int, budget: str = "--max_new_tokens"
+) -> None:
+    """Raises UserError where a prompt does not fit a model's context with so many new tokens, as `budget` is to say."""
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) + new_tokens > context:
             raise UserError(
                 f"prompt {number} has {len(prompt)} tokens and with {new_tokens} new ones does not fit the model's "
-                f"context of {context}; shorten it, or lower --max_new_tokens"
+                f"context of {context}; shorten it, or lower {budget}"
             )

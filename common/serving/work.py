@@ -316,9 +316,10 @@ class Chat:
         from common.generation.generate import check_context
 
         context = context_of(view.model.config)
-        budget = self.max_tokens or max(1, min(ANSWER_TOKENS, context - len(prompt)))
+        budgets = 1 + (self.thinking and self.schema is not None)  # thinking before JSON has one of its own
+        budget = self.max_tokens or max(1, min(ANSWER_TOKENS, (context - len(prompt)) // budgets))
         steering = self._steering(view, budget)
-        check_context([prompt], budget * (1 + (self.thinking and steering is not None)), context)
+        check_context([prompt], budget * budgets, context, "max_tokens")
         batch.ask(
             number,
             prompt,

@@ -96,6 +96,20 @@ def test_thinking_is_asked_for_and_no_part_of_an_answer(tmp_path):
         served.refused(422, "/v1/chat/completions", {**chat, "chat_template_kwargs": {"documents": []}})
 
 
+def test_thinking_before_json_fits_both_its_budgets_into_the_context(tmp_path):
+    tokenizer = tokenizers.align(tokenizer_of(FAMILIES["qwq"]))
+    texts = ("7 " * count for count in range(0, 2000, 10))
+    text = next(text for text in texts if len(tokenizers.encode_prompt(tokenizer, text, thinking=True)) > 1980)
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "boolean"}}}
+    ask = {"model": "base", "messages": [{"role": "user", "content": text}], "response_format": form}
+    ask["chat_template_kwargs"] = {"enable_thinking": True}
+    with serve(tmp_path / "none", base_model=build_base(tmp_path / "base", tokenizer)) as served:
+        message = served.refused(422, "/v1/chat/completions", ask | {"max_tokens": 60})
+        assert "with 120 new ones" in message and message.endswith("shorten it, or lower max_tokens")
+        answer = served.post("/v1/chat/completions", ask)
+        assert answer["choices"][0]["message"]["content"] in ("true", "false")
+
+
 def test_a_model_without_thinking_does_not_think_before_json(served):
     ask = {"document": DOCUMENT, "schema": SCHEMA, "run": "sft", "max_new_tokens": 80, "thinking": True}
     assert "knows no thinking" in served.refused(422, "/infer/idp", ask)
