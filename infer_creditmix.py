@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError("--engine ray is for --input and --output; leave it out with --features")
     if args.engine == "ray" and args.strict_input:
         raise cli.UserError("--strict_input is for one machine; leave it out with --engine ray: answers have a warning")
-    if args.engine == "local" and args.workers:
+    if args.engine != "ray" and args.workers:
         raise cli.UserError("--workers goes with --engine ray; add it, or leave --workers out")
     if args.engine == "ray" and args.cascade:
         raise cli.UserError("--cascade is for one machine; leave it out with --engine ray")
-    records.check_output(args.output, args.input, tables.FORMATS if args.engine == "local" else ("jsonl",))
+    records.check_output(args.output, args.input, ("jsonl",) if args.engine == "ray" else tables.FORMATS)
     models.check_model_dir(args.model_dir, args.base)
     task = task_for(args.task, args.model_dir)
     settings, source = scoring_settings(args, task), source_of(args, args.model_dir)

@@ -220,6 +220,19 @@ def test_labels_are_ranked_as_torch_ranks_them(file, capsys):
 
 
 @pytest.mark.parametrize("file", ["qwen2"], indirect=True)
+def test_a_table_is_labelled_on_one_machine(file, tmp_path):
+    """As by torch, not as by Ray, which writes JSONL and takes workers."""
+    rows, table = tmp_path / "rows.csv", tmp_path / "answers.csv"
+    rows.write_text('features\n"Age: 23.0, Occupation: Scientist"\n')
+    argv = ["--model_dir", file, "--input", str(rows), "--output", str(table), "--engine", "llama_cpp"]
+    with pytest.raises(UserError, match="--workers goes with --engine ray"):
+        infer_creditmix.main([*argv, "--workers", "2"])
+    infer_creditmix.main(argv)
+    header, answer = table.read_text().splitlines()
+    assert header.startswith('"model_name","prediction"') and any(f'"{label}"' in answer for label in CREDITMIX.labels)
+
+
+@pytest.mark.parametrize("file", ["qwen2"], indirect=True)
 def test_a_teachers_labels_are_ranked_as_a_students(file, tmp_path, capsys):
     """teacher_generate.py --probabilities, and a larger model that unsure rows are handed on to."""
     text = "Age: 23.0, Occupation: Scientist"
