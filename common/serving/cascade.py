@@ -88,7 +88,8 @@ class ServedCascade:
         """Whether a run is itself the one that others are handed on to."""
         if not isinstance(self.teacher, RunTeacher):
             return False
-        return self.server.registry.short.get(self.teacher.run, self.teacher.run) == version.name
+        name = self.teacher.run.partition("@")[0]  # each of its versions is
+        return self.server.registry.short.get(name, name) == version.name
 
     async def _of_run(self, request: Request, run: str, task: LabelTask, texts: Sequence[str]) -> list[Reply]:
         """What a run of this server answers; one that cannot be asked answers nothing."""

@@ -12,6 +12,7 @@ from support.served import make_runs, metric, same, serve
 from support.teacher import HANG
 
 from common.cli import UserError
+from common.models import adapters
 from common.serving.settings import ServerSettings
 from common.teachers.cascade.settings import CascadeSettings, RunTeacher, endpoint
 
@@ -69,6 +70,14 @@ def test_a_larger_run_answers(runs):
             assert (answer["prediction"], answer["answered_by"]) == (wanted["prediction"], "kd")
             same({key: answer[key] for key in mine} | {"prediction": mine["prediction"]}, mine)
         assert {a["answered_by"] for a in served.post("/infer/kd/batch", rows)} == {str(runs / "creditmix_kd")}
+
+
+def test_a_version_of_a_run_that_teaches_does_not_ask_itself(runs):
+    teacher = RunTeacher(f"kd@{adapters.adapter_hash(runs / 'creditmix_kd')[:16]}")
+    with serve(runs, cascade=CascadeSettings(teacher, ALL, timeout=20.0)) as served:
+        assert served.post("/infer/sft", {"features": ROWS[0]})["answered_by"] == teacher.run
+        for run in ("kd", teacher.run):
+            assert served.post(f"/infer/{run}", {"features": ROWS[0]})["answered_by"] == str(runs / "creditmix_kd")
 
 
 def test_a_run_that_is_not_there_leaves_the_student_s_answer(runs):
