@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LEAST_TEMPERATURE = 1e-5  # logits that are divided by much less leave the range of float32
 LOOKUP = 10  # tokens, as in transformers' examples and in vLLM's
 
 
@@ -14,7 +15,7 @@ class Decoding:
 
     Attributes:
         max_new_tokens: budget of one answer.
-        temperature: 0 is greedy.
+        temperature: 0, or less than `LEAST_TEMPERATURE`, is greedy.
         top_p: sample from the fewest tokens that have this much probability together (nucleus sampling, Holtzman et
             al. 2020, arXiv:1904.09751).
         num_samples: answers to each prompt.
@@ -31,6 +32,11 @@ class Decoding:
     seed: int = 0
     thinking: bool = False
     prompt_lookup_num_tokens: int = LOOKUP
+
+    @property
+    def greedy(self) -> bool:
+        """The likeliest token is taken each time."""
+        return self.temperature < LEAST_TEMPERATURE
 
     def as_dict(self) -> dict[str, Any]:
         """For keys of what is kept: thinking is named only where it is asked for, as before there was any."""

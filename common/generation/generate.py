@@ -162,7 +162,7 @@ class TextBatch:
         decoding = asked.decoding
         samples = range(decoding.num_samples)
         for sample in reversed(samples) if first else samples:
-            drawn = Drawn(decoding.temperature, decoding.top_p, decoding.seed, sample) if decoding.temperature else None
+            drawn = None if decoding.greedy else Drawn(decoding.temperature, decoding.top_p, decoding.seed, sample)
             wanted = Wanted((asked, sample), prompt, decoding.max_new_tokens, drawn, **asked.how)
             self.batch.add(wanted, first=first)
 
@@ -172,7 +172,7 @@ class TextBatch:
             raise UserError("the model's chat template knows no thinking; ask without it")
         decoding = asked.decoding
         budget = max(1, decoding.max_new_tokens - len(self._end_of_thinking()))
-        drawn = Drawn(decoding.temperature, decoding.top_p, decoding.seed) if decoding.temperature else None
+        drawn = None if decoding.greedy else Drawn(decoding.temperature, decoding.top_p, decoding.seed)
         return Wanted(
             (asked, None),
             asked.prompt,

@@ -59,6 +59,15 @@ def test_samples_do_not_depend_on_the_batch(model, tokenizer, prompts):
     assert [a.tokens for a in other[0]] != [a.tokens for a in together[0]]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_lower_the_temperature_the_nearer_to_greedy(model, tokenizer, prompts, top_p):
+    """Also where dividing by it leaves float32's range."""
+    greedy = generation.generate(model, tokenizer, prompts[:2], Decoding(6))
+    for temperature in (2e-5, 1e-9, 1e-40):
+        decoding = Decoding(6, temperature=temperature, top_p=top_p)
+        assert generation.generate(model, tokenizer, prompts[:2], decoding) == greedy
+
+
 def test_sampling_follows_the_distribution(model, tokenizer, prompts):
     prompt = prompts[0]
     with torch.inference_mode():
