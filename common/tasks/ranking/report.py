@@ -249,7 +249,8 @@ def against_words(result: Result) -> list[tuple[str, str]]:
         verdict = _verdict(interval, True)
         state = {1: "bad", 0: "unknown", -1: "good"}[verdict]
         sentence = {
-            1: f"A bag of words labels more of these rows correctly than {name}: {figures} ({by})",
+            1: f"A bag of words labels more of these rows correctly than {name}: {figures} ({by}); "
+            "train longer (--epochs) or on a larger base, or take the bag of words",
             0: f"These rows do not show that {name} is better than a bag of words: {figures} ({by})",
             -1: f"{name} is better than a bag of words: {figures} ({by})",
         }[verdict]

@@ -136,6 +136,7 @@ def test_people_see_whether_a_bag_of_words_is_better(low, high, state, words):
     }
     ((shown, sentence),) = report.against_words(result)
     assert shown == state and words in sentence
+    assert ("train longer (--epochs)" in sentence) == (state == "bad")
 
 
 @pytest.mark.parametrize(
