@@ -107,6 +107,7 @@ class TrainSettings:
             method=self.method,
             completion_len=completion_len,
             lora_dropout=self.lora_dropout,
+            rounds=self.quantization_aware is not None,
         )
 
     def memory_flags(self, batch: int) -> Mapping[str, Callable[[Plan], Any]]:

@@ -69,6 +69,7 @@ class Training:
     cuda: bool = True
     bfloat16: bool = False  # on a CPU: the base lies in it
     by_hand: bool = False  # on a CPU: the adapter has the backward pass that a large base gets
+    rounds: bool = False  # all weights are trained, and rounded in the forward pass (`quantization_aware`)
     terms: tuple[str, ...] = ("forward_kl",)  # of distill
     teacher: ModelShape | None = None  # of distill: one that is on the device, too
     teacher_four_bit: bool = True
@@ -106,6 +107,12 @@ class Training:
         """Batches are prefix trees: attention and head have backward passes of their own, too."""
         teacher = self.teacher is None or (self.teacher.reads_prefix_trees and self.teacher.large)
         return self.by_hand and self.student.reads_prefix_trees and teacher and not self.maps
+
+    @property
+    def rounded(self) -> int:
+        """Bytes that one layer keeps of its matrices' rounding: each divided by its scale, and rounded."""
+        linear = sum(inputs * outputs for inputs, outputs in self.student.projections)
+        return 2 * FLOAT32 * linear if self.rounds else 0
 
     @property
     def full(self) -> bool:
@@ -200,6 +207,7 @@ def kept_by_layer(plan: Training) -> float:
     - SDPA: queries, keys and values, the output and a log-sum-exp a head. With padding keys and values are repeated
       for every head, and each layer turns the mask into numbers (a row of max_len for each token).
     - the MLP: gate and up, and SiLU's result.
+    Where weights are rounded, so is the input of each projection, which is kept beside the input itself.
     Eager attention keeps its map, in float32 and in the type it goes on with.
     By hand (`lora_training`) the adapter keeps the input that all matrices that read it share; the attention of a
     `prefix_tree` keeps its queries, keys and values alone.
@@ -220,6 +228,7 @@ def kept_by_layer(plan: Training) -> float:
         per_input = in_adapter + mask
         norms += 7 * plan.lora_r * in_adapter  # A's results
     inputs = (5 * d + (q if not plan.full else 0) if separate else 2 * d) + f
+    inputs += 5 * d + q + f if plan.rounds else 0
     if plan.as_tree:
         return norms + inputs * per_input + (2 * q + 2 * shape.key + 3 * f) * element
     attention = (3 * q if plan.padded else q + 2 * shape.key) + q + (plan.max_len if plan.padded else 0)
@@ -233,8 +242,8 @@ def layer_work(plan: Training) -> float:
     The MLP's last projection is where it is largest: the gradients of its input (f), of the residual and of its result
     (d). Without dropout, and where the matrix itself is trained, its input's gradient is a sum of two and the two are
     there, too. Making the layer again holds the normed input and the adapter's result besides. Where LoRA has to cast
-    its input, there is a float32 copy of that. 4-bit weights are unpacked to bfloat16, a matrix at a time; weights that
-    are trained get a gradient of their own first.
+    its input, there is a float32 copy of that. To round the last projection's input takes it apart in seven. 4-bit
+    weights are unpacked to bfloat16, a matrix at a time; weights that are trained get a gradient of their own first.
     """
     shape = plan.student
     d, f = shape.hidden, shape.intermediate
@@ -245,7 +254,7 @@ def layer_work(plan: Training) -> float:
         work = (f + (4 if plan.checkpointing else 2) * d) * plan.stream
         work += f * FLOAT32 if plan.stream == BFLOAT16 and not (plan.cuda and plan.four_bit) else 0
     else:
-        work = (2 * f + 2 * d) * plan.stream
+        work = (7 * f if plan.rounds else 2 * f + 2 * d) * plan.stream
     largest = max(inputs * outputs for inputs, outputs in shape.projections)
     return plan.tokens * work + largest * (FLOAT32 if plan.full else BFLOAT16 if plan.four_bit else 0)
 
@@ -311,7 +320,7 @@ def kept(plan: Training) -> float:
         size = shape.layers * plan.tokens * shape.hidden * plan.residual
         size += shape.layers * shape.heads * plan.tokens * plan.max_len * plan.stream if plan.maps else 0
     else:
-        size = shape.layers * plan.tokens * kept_by_layer(plan) + plan.casts
+        size = shape.layers * (plan.tokens * kept_by_layer(plan) + plan.rounded) + plan.casts
     size += plan.max_len * shape.head_dim * 2 * plan.residual  # cosines and sines
     size += plan.tokens * plan.max_len * BOOL if plan.padded else 0  # the mask
     if plan.states and plan.cuda:  # mixed precision turns what a model hands out into float32
@@ -325,7 +334,7 @@ def moments(plan: Training) -> dict[str, float]:
     loss = loss_work(plan) + tokens * FLOAT32 * (d + 1)  # what the last norm keeps
     layer = layer_work(plan)
     if plan.checkpointing:
-        layer += tokens * kept_by_layer(plan) + plan.casts / plan.student.layers
+        layer += tokens * kept_by_layer(plan) + plan.rounded + plan.casts / plan.student.layers
         layer -= tokens * d * FLOAT32 if plan.residual == FLOAT32 else 0  # its input is the checkpoint itself
     else:  # the last norm's backward pass: six tensors of its width, and what it keeps
         loss = max(loss, tokens * FLOAT32 * (7 * d + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from common.cli import UserError
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.training import quantization_aware
+from common.training.settings import TrainSettings
+from common.vram import formulas, model_shape
 
 TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 IDS = torch.arange(5, 25)[None]
@@ -69,3 +72,12 @@ def test_distillation_and_dpo_learn_to_bear_it_too(base, rows, tmp_path):
     for name in ("distill", "dpo"):
         plain = models.load_for_inference(ModelSource(str(tmp_path / name), dtype="float32"))[0]
         assert not any("quant" in key for key in plain.state_dict())
+
+
+def test_what_rounding_keeps_is_predicted(base):
+    settings = TrainSettings(student=base, save_dir="-", lora_r=0, gradient_checkpointing="off")
+    plain, rounded = (
+        formulas.predict(replace(settings, quantization_aware=kind).plan(cuda=False)).tensors for kind in (None, "int8")
+    )
+    linear = model_shape.of(base).parameters()["linear"]
+    assert rounded - plain > 2 * 4 * linear

@@ -17,7 +17,7 @@ from common.distillation.settings import DEFAULT_WEIGHTS, DistillSettings
 from common.models import loading
 from common.models.flags import source_of
 from common.models.source import ModelSource
-from common.training import run
+from common.training import quantization_aware, run
 from common.training.settings import DpoSettings, KdSettings, TrainSettings
 from common.vram import __main__ as command
 from common.vram import formulas as peak_memory
@@ -43,6 +43,7 @@ def config(hidden=64, intermediate=192, layers=2, heads=4, kv_heads=2, vocabular
 
 
 WIDE = config(128, 512, layers=4)
+ROUNDED = {"lora_r": 0, "rounds": True}
 NO_TREES = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}
 
 
@@ -55,6 +56,9 @@ def student_of(plan: Training, settings: dict):
     student = gpu_8gb.random_model(settings, four_bit=plan.four_bit, device="cpu")
     if plan.full:
         student.requires_grad_(True)
+        if plan.rounds:
+            pytest.importorskip("torchao")
+            student = quantization_aware.prepare(student, "int8")
     else:
         student = adapters.add_lora(student, r=plan.lora_r, alpha=32, dropout=plan.lora_dropout, seed=0)
         student.enable_input_require_grads()
@@ -91,8 +95,10 @@ def measured(student, optimizer, step) -> int:
         (config(256, 1024, layers=3, heads=8), {"batch": 3, "max_len": 64, "completion_len": 12}),
         (config(128, 256, layers=3, heads=8, head_dim=32), {"max_len": 128, "completion_len": 1, "lora_r": 64}),
         (config(tie_word_embeddings=False), {"max_len": 100, "completion_len": 50, "lora_r": 0}),
+        (WIDE, {"batch": 2, "max_len": 256, "completion_len": 40, **ROUNDED}),
+        (config(256, 1024, layers=3, heads=8), {"batch": 3, "max_len": 64, "completion_len": 12, **ROUNDED}),
     ],
-    ids=["padded", "logits", "no dropout", "grouped heads", "rank and head size", "all weights"],
+    ids=["padded", "logits", "no dropout", "grouped heads", "rank and head size", "all weights", "rounded", "larger"],
 )
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_training_peak(settings, plan, checkpointing):
