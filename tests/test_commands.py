@@ -152,6 +152,7 @@ def test_help_and_usage_errors_come_without_torch(script):
     assert re.fullmatch(rf"error: .* \(see: python {script} --help\)\n", told.stderr)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_does_something(script):
     source = (ROOT / script).read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from support.inputs import PROMPTS
 
@@ -12,6 +13,7 @@ from common.models import tokenizers
 from common.models.source import ModelSource
 
 
+@pytest.mark.processes
 def test_every_row_is_timed_in_passes_on_answers_of_one_length(folders, monkeypatch):
     model, tokenizer = models.load_for_inference(ModelSource(folders["student"]))
     masked = latency.NeverEnd(tokenizer, model.generation_config).change(torch.zeros(len(tokenizer)))

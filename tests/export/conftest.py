@@ -48,7 +48,7 @@ def onnx(run, dev, tmp_path_factory) -> Path:
         shared = shared.parent
     with FileLock(shared / "onnx.lock"):
         if not (shared / "onnx").is_dir():
-            made = tmp_path_factory.mktemp("exports") / "onnx"
-            export_run(run, "onnx", made, dev)
+            made = tmp_path_factory.mktemp("exports")
+            export_run(run, "onnx", made / "out", dev)
             made.rename(shared / "onnx")
-    return shared / "onnx"
+    return shared / "onnx" / "out"

@@ -173,6 +173,7 @@ def test_log_probabilities_are_for_those_who_ask(model, tokenizer, prompts):
     assert len(asked.logprobs) == len(asked.tokens) and bare.logprobs == [] and bare.tokens == asked.tokens
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_architecture_writes_in_company_as_alone(name, tokenizer, prompts, tmp_path):
     """Beyond the window of those that slide one; with states that are carried on."""

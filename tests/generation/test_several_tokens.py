@@ -70,6 +70,7 @@ def same(found: dict, expected: dict, near: float = 1e-4) -> None:
         assert answer.logprobs == pytest.approx(other.logprobs, abs=near)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "gpt2", "phi"])
 def test_what_is_looked_up_stays_only_where_it_is_right(name, tokenizer, prompts, tmp_path):
     """Models of random weights soon repeat themselves, so that drafts are right now and again, and wrong."""

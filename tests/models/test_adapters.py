@@ -95,6 +95,7 @@ def logits(model, ids: list[int]) -> torch.Tensor:
 IDS = [5, 28, 29, 60, 7]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", KINDS)
 def test_an_adapter_alone_on_its_base(name, of_kind, base):
     from peft import PeftModel

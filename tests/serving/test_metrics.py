@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import socket
 from collections import Counter
 
 import pytest
@@ -117,16 +116,6 @@ def test_the_module_has_the_app(monkeypatch, runs, capsys):
         serve_creditmix.app  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         serve_creditmix.other  # noqa: B018
-
-
-def test_a_port_that_is_taken(runs, monkeypatch, caplog):
-    import serve_creditmix
-
-    monkeypatch.setenv("RUNS_DIR", str(runs))
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        with pytest.raises(SystemExit):
-            serve_creditmix.main(["--port", str(other.getsockname()[1])])
 
 
 def test_memory_is_flat(served, monkeypatch):

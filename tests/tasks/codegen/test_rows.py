@@ -135,6 +135,7 @@ def test_plans_follow_the_solution():
     assert plans.steps_of(solution, "help")[-1] == "Return x."
 
 
+@pytest.mark.processes
 def test_real_problems_are_read_and_split():
     path = SHARED / "data/mbpp/sanitized-mbpp.json"
     if not path.is_file():
@@ -204,6 +205,7 @@ def test_families_are_many_and_their_tests_are_sharp():
     assert caught / tried > 0.9
 
 
+@pytest.mark.processes
 def test_parameters_decide_the_group():
     """Two problems are one group when their programs are the same but for the name; every family has some held out."""
     count = 60 * len(code_synthesis.FAMILIES)

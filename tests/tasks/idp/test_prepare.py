@@ -28,6 +28,7 @@ from common.tasks.idp.training_rows import TrainingRowBuilder
 from common.tasks.idp.written_values import TypedFields
 
 
+@pytest.mark.processes
 def test_what_prepare_writes(data):
     schema = json_schema.load(data / "idp_schema.json")
     sft, kd, dpo = (read_rows(data / f"idp_{what}.jsonl") for what in ("sft", "kd", "dpo"))
@@ -229,6 +230,7 @@ def test_trainers_take_the_rows(data, tiny_base, tmp_path, trainer, file, flags)
     assert (tmp_path / "run" / "train_groups.txt").read_text().count("\n") == 2
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not (SHARED / "data" / "sroie").is_dir(), reason="no receipts here")
 def test_real_receipts_are_prepared(tmp_path):
     schema = {"type": "object", "required": ["company", "date", "total"], "additionalProperties": False,

@@ -128,6 +128,7 @@ def read(loaded, schema=LINES, document=DOCUMENT, free=False, **settings):
     return Extractor(loaded, schema, preflight, ExtractionSettings(**settings), HELD).extract([document])[0]
 
 
+@pytest.mark.processes
 def test_an_answer_that_the_budget_cut_is_tried_again_with_twice_of_it(write, loaded):
     length = len(write(compact(WHOLE)))
     whole = read(loaded, max_new_tokens=length)

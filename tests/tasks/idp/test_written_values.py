@@ -210,6 +210,7 @@ def test_shared_cases():
         assert read("number", case["written"], NOWHERE).value == float(case["value"])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("junk", ["12 a ", "1 234 ", "1,", "(", "- ", "x", "31/12/2017", "31/12/2017 ", "5 mei 2017\n"])
 def test_long_texts_take_no_time(junk):
     amounts.find(junk * 20_000)

@@ -268,7 +268,10 @@ def test_all_features_need_the_csv(tmp_path, capsys):
 
 def test_an_outdir_that_is_a_file_or_would_replace_the_source_is_refused(tmp_path, capsys):
     source = write_source(tmp_path / "creditmix_val.jsonl", customers())
-    for outdir, remedy in ((source / "below", "is a file; choose a folder"), (tmp_path, "choose another --outdir")):
+    for outdir, remedy in (
+        (source / "below", "creditmix_val.jsonl is no folder; choose another place"),
+        (tmp_path, "choose another --outdir"),
+    ):
         code = cli.run(creditmix_prepare.main, ["--src", str(source), "--outdir", str(outdir)])
         assert code == cli.BAD_INPUT and remedy in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [source]
