@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -313,4 +314,5 @@ def draw_series(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
     axes.set_title(title, loc="left", fontsize=9, color=plots.INK, y=1.09)
     verdict = f"not as expected ({form}): {disagreement}" if disagreement else f"{form}, as expected"
     colour = plots.WRONG if disagreement else plots.RIGHT
-    axes.text(0, 1.02, verdict, va="bottom", transform=axes.transAxes, fontsize=9, color=colour)
+    shown = textwrap.shorten(verdict, 62, placeholder=" …")  # what fits; the table has all of it
+    axes.text(0, 1.02, shown, va="bottom", transform=axes.transAxes, fontsize=9, color=colour)

@@ -15,7 +15,7 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEAD_SECONDS = 10.0  # that a client has for the line and the headers of a request
-MAX_INCOMPLETE = 100  # connections of one client that have not brought a whole request yet
+MAX_INCOMPLETE = 500  # connections of one client, perhaps a proxy of many, that have not brought a whole request yet
 
 
 class PatientProtocol(AutoHTTPProtocol):

@@ -55,6 +55,7 @@ def is_closed(connection: socket.socket) -> bool:
 
 def test_idle_connections_leave_the_server_reachable(client, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 2.0)
+    monkeypatch.setattr(connections, "MAX_INCOMPLETE", 100)
     idle = [connect(client) for _ in range(300)]
     assert client.ask("GET", "/healthz")[0] == 200
     wait_for(lambda: sum(map(is_closed, idle)) >= 300 - connections.MAX_INCOMPLETE, 20)  # the oldest
