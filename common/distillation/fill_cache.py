@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from common.vram.formulas import Inference
 
 SHARD_TOKENS = 1 << 16  # at most so many are lost when the writing of a cache is interrupted
+NF4 = "NF4"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def written_cache(
     from accelerate import PartialState
 
     targets = Targets.of(settings, signals)
+    settings = as_it_was_written(settings, record)
     cache = open_cache(settings, targets, teacher_width, translation)
     state = PartialState(cpu=not torch.cuda.is_available())
     missing = cache.missing(rows)
@@ -173,6 +175,17 @@ def written_cache(
     return cache
 
 
+def as_it_was_written(settings: DistillSettings, record: RunRecord | None) -> DistillSettings:
+    """The settings, or with --auto_fit, where 4 bits once were what fitted and filled the cache, those of then."""
+    written = teacher_cache.written_facts(settings.teacher_cache).get("precision")
+    if not settings.auto_fit or written != NF4 or loading.use_4bit(settings.load_teacher_in_4bit):
+        return settings
+    log(f"{settings.teacher_cache} was written by a teacher in 4 bits: --load_teacher_in_4bit on")
+    changes = {"load_teacher_in_4bit": "on"}
+    run.note_fit(record, changes)
+    return replace(settings, **changes)
+
+
 def open_cache(
     settings: DistillSettings, targets: Targets, teacher_width: int, translation: Translation | None = None
 ) -> TeacherCache:
@@ -180,7 +193,7 @@ def open_cache(
     teacher_cache.check_vocabulary(targets.vocabulary)
     facts = {
         "teacher": adapters.adapter_hash(settings.teacher),
-        "precision": "NF4" if loading.use_4bit(settings.load_teacher_in_4bit) else "16 or 32 bits",
+        "precision": NF4 if loading.use_4bit(settings.load_teacher_in_4bit) else "16 or 32 bits",
         "vocabulary": targets.vocabulary,
         "targets": "topk with the row's own" if targets.own else settings.cache_targets,
         "k": targets.k,

@@ -87,11 +87,22 @@ def unpack(packed: np.ndarray) -> dict[str, np.ndarray]:
     return {"ids": ids, **{name: packed[name].astype(np.float32) for name in names}}
 
 
+def visible(folder: Path) -> list[Path]:
+    """A folder's files; those that are being written have hidden names."""
+    return list(folder.glob("[!.]*"))
+
+
+def written_facts(folder: str | Path) -> dict[str, Any]:
+    """What the distributions in a folder depend on; empty where it holds none."""
+    path = Path(folder, META)
+    return read_json(path) if path.is_file() and any(Path(folder).glob("*.rows")) else {}
+
+
 class TeacherCache:
     """The cache in a folder, of one teacher, one kind of targets, one temperature."""
 
     def __init__(self, folder: str | Path, facts: dict[str, Any], record: np.dtype) -> None:
-        """Opens the folder, or begins it.
+        """Opens the folder. It becomes this cache's with the first shard: one without any is nobody's yet.
 
         Args:
             facts: what the distributions depend on besides the token ids: teacher, hash, targets, temperature, ...
@@ -100,23 +111,23 @@ class TeacherCache:
             UserError: it holds the distributions of something else; the message says of what.
         """
         self.folder, self.record = Path(folder), record
-        facts = {**facts, "record": str(record.descr)}
-        path = self.folder / META
-        if path.is_file():
-            written = read_json(path)
-            for name, value in facts.items():
-                if written.get(name) != value:
-                    raise UserError(
-                        f"the teacher cache {folder} was written with another {name} ({written.get(name)}, not "
-                        f"{value}); name another folder, or delete this one"
-                    )
-        else:
-            if any(file.name != META for file in self.folder.glob("[!.]*")):
-                raise UserError(f"{folder} holds files that are no teacher cache; name a new folder")
-            write_json(path, facts)
+        self.facts = {**facts, "record": str(record.descr)}
+        self._check()
         self._where: dict[bytes, tuple[np.ndarray, int, int]] = {}
         self._shards: set[str] = set()
         self.refresh()
+
+    def _check(self) -> None:
+        """Raises UserError where the folder is not this cache's to read and to write."""
+        if visible(self.folder) and not Path(self.folder, META).is_file():
+            raise UserError(f"{self.folder} holds files that are no teacher cache; name a new folder")
+        written = written_facts(self.folder)
+        for name, value in self.facts.items():
+            if written and written.get(name) != value:
+                raise UserError(
+                    f"the teacher cache {self.folder} was written with another {name} ({written.get(name)}, not "
+                    f"{value}); name another folder, or delete this one"
+                )
 
     def refresh(self) -> None:
         """Find the shards that have come since, also those of other processes."""
@@ -146,7 +157,13 @@ class TeacherCache:
 
         Args:
             packed: records of the rows' completion tokens, in order.
+
+        Raises:
+            UserError: since it was opened, the folder has become the cache of something else.
         """
+        if not self._shards:
+            self._check()
+            write_json(self.folder / META, self.facts)
         index = np.array([(row_key(row), completion_tokens(row)) for row in rows], INDEX)
         digest = hashlib.sha256(index.tobytes()).hexdigest()[:16]
         path = self.folder / f"{digest}.rows"
@@ -164,7 +181,7 @@ class TeacherCache:
     def sizes(self) -> dict[str, int | float]:
         """{"rows", "tokens", "bytes", "bytes_per_token"} of all that is in the folder."""
         tokens = sum(stop - start for _, start, stop in self._where.values())
-        size = sum(os.stat(path).st_size for path in self.folder.glob("[!.]*"))
+        size = sum(os.stat(path).st_size for path in visible(self.folder))
         return {
             "rows": len(self._where),
             "tokens": tokens,

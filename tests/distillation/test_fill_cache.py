@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import chain, repeat
 
 import pytest
 from support.distillation import distill, loss_column
@@ -76,29 +77,47 @@ def test_an_interrupted_cache_goes_on(base, teacher, uneven, tmp_path, monkeypat
     assert len(seen) == 16 - sum(shards)
 
 
-@pytest.mark.parametrize("auto_fit", [False, True])
-def test_a_teacher_that_does_not_fit_is_said_before_it_is_loaded(
-    auto_fit, base, teacher, uneven, tmp_path, monkeypatch
-):
+@pytest.fixture
+def tight(teacher, monkeypatch):
+    """`tight(**plan)`: the memory that is free is a byte less than the teacher's pass takes under that plan."""
+
+    def leave(**changes) -> None:
+        plan = preflight.inference_plan(ModelSource(teacher), max_batch_tokens=1 << 20, generates=True)
+        needed = preflight.predict(replace(plan, generates=False, logits=CHUNK_LOGITS, **changes)).total
+        free = chain([1 << 40], repeat(needed - 1))  # of the student's training, then of the teacher's pass
+        monkeypatch.setattr(preflight, "free_bytes", lambda: next(free))
+
+    return leave
+
+
+def test_a_teacher_that_does_not_fit_is_said_before_it_is_loaded(base, teacher, uneven, tmp_path, tight, monkeypatch):
     """Its pass has a batch of its own; what training changes is another matter."""
-    plan = preflight.inference_plan(ModelSource(teacher), max_batch_tokens=1 << 20, generates=True)
-    needed = preflight.predict(replace(plan, generates=False, logits=CHUNK_LOGITS)).total
-    free = iter([1 << 40, needed - 1])  # of the student's training, then of the teacher's pass
-    monkeypatch.setattr(preflight, "free_bytes", lambda: next(free))
-    more = [
-        "--teacher",
-        teacher,
-        "--data",
-        uneven,
-        "--teacher_cache",
-        tmp_path / "cache",
-        "--max_batch_tokens",
-        1 << 20,
-    ]
+    more = ["--teacher", teacher, "--data", uneven, "--teacher_cache", tmp_path / "cache"]
+    more += ["--max_batch_tokens", 1 << 20]
+    tight()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"are free; --max_batch_tokens {1 << 19}"):
+        patch.setattr(objective, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+        distill(base, tmp_path / "run", *more)
+    tight()
+    run = distill(base, tmp_path / "run", *more, "--auto_fit", "--overwrite")
+    assert run_json(run)["auto_fit"] == {"max_batch_tokens": 1 << 19}
+
+
+@pytest.mark.parametrize("auto_fit", [False, True])
+def test_an_empty_cache_is_nobodys(auto_fit, base, teacher, uneven, tmp_path, tight, monkeypatch):
+    """A teacher that fits in 4 bits alone can be loaded in them, though the cache was opened for another precision."""
+    more = ["--teacher", teacher, "--data", uneven, "--teacher_cache", tmp_path / "cache", "--max_steps", 1]
+    tight(batch_tokens=512)
     if auto_fit:
-        run = distill(base, tmp_path / "run", *more, "--auto_fit")
-        assert run_json(run)["auto_fit"] == {"max_batch_tokens": 1 << 19}
+        first = distill(base, tmp_path / "first", *more, "--auto_fit")
+        assert run_json(first)["auto_fit"]["load_teacher_in_4bit"] == "on"
+        more += ["--auto_fit"]  # which, with more memory, still finds what it has written
     else:
-        monkeypatch.setattr(objective, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
-        with pytest.raises(UserError, match=f"are free; --max_batch_tokens {1 << 19}"):
-            distill(base, tmp_path / "run", *more)
+        with pytest.raises(UserError, match=r"are free; .*--load_teacher_in_4bit on"):
+            distill(base, tmp_path / "first", *more)
+        more += ["--load_teacher_in_4bit", "on"]
+    monkeypatch.undo()
+    run = distill(base, tmp_path / "run", *more)
+    assert run_json(run).get("auto_fit") == ({"load_teacher_in_4bit": "on"} if auto_fit else None)
+    with pytest.raises(UserError, match=r"another precision \(NF4, not 16 or 32 bits\)"):
+        distill(base, tmp_path / "other", *more[:8], "--load_teacher_in_4bit", "off")

@@ -92,6 +92,9 @@ def test_a_stale_or_foreign_cache_is_refused(tmp_path):
         TeacherCache(tmp_path / "cache", FACTS | {"temperature": 2.0}, record_type(4))
     with pytest.raises(UserError, match="another record"):
         TeacherCache(tmp_path / "cache", FACTS, record_type(5))
+    for temperature in (1.0, 2.0):  # of a cache without a row
+        TeacherCache(tmp_path / "empty", FACTS | {"temperature": temperature}, record_type(4))
+    assert not (tmp_path / "empty").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files that are no teacher cache"):
