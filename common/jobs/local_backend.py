@@ -21,6 +21,7 @@ from common.jobs.backend import GONE, Device, Ended
 from common.jobs.folder import WORKER, JobFolder
 from common.jobs.store import CANCELLED, FAILED, RUNNING, TO_PAUSE, Job
 from common.jobs.worker import BUSY, STOPPED, failure
+from common.vram.machine import machine_bytes
 
 ROOT = Path(__file__).parents[2]
 GRACE = 5.0  # seconds a training gets to save a checkpoint when it is cancelled
@@ -141,11 +142,16 @@ def environment_of(pid: int) -> list[bytes]:
         return []
 
 
-def ask_cards(query: str) -> list[str]:
-    """What nvidia-smi says of each card; empty where there is none. Asking torch would take memory on the card."""
+def ask_cards(query: str, cards: Sequence[str] = ()) -> list[str]:
+    """What nvidia-smi says of each card; empty where there is none. Asking torch would take memory on the card.
+
+    Args:
+        cards: names of those that are meant, as CUDA_VISIBLE_DEVICES has them; empty: all.
+    """
     if shutil.which("nvidia-smi") is None:
         return []
-    words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    meant = [f"--id={','.join(cards)}"] * bool(cards)
+    words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", *meant]
     try:
         output = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -156,17 +162,13 @@ def ask_cards(query: str) -> list[str]:
 def find_cards() -> list[str]:
     """The NVIDIA cards that may be used, as names for CUDA_VISIBLE_DEVICES."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+        return [name for word in chosen.split(",") if (name := word.strip()) not in ("", "-1")]
     return ask_cards("index")
 
 
 def find_device(cards: Sequence[str]) -> Device:
     """The smallest of the cards, else this machine, or what of it the container may have."""
     if cards:
-        sizes = [int(size) << 20 for size in ask_cards("memory.total") if size.isdigit()]
+        sizes = [int(size) << 20 for size in ask_cards("memory.total", cards) if size.isdigit()]
         return Device(True, min(sizes, default=None))
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(Path(file).read_text()))
-    return Device(False, min(sizes))
+    return Device(False, machine_bytes())

@@ -16,6 +16,7 @@ from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS
 from common.models.source import LLAMA_CPP, LoadedModel, ModelSource
 from common.vram import model_shape as shapes
 from common.vram.formulas import BFLOAT16, CUDA_CONTEXT, GB, Inference, Packed, Plan, Training, predict
+from common.vram.machine import free_machine_bytes
 
 DESKTOP = 0.7  # GB of a card that also draws the screen
 LEAST_LEN, LEAST_BATCH_TOKENS = 128, 512  # shorter rows, or smaller batches, are not proposed
@@ -48,16 +49,6 @@ def free_bytes() -> int | None:
         device = int(os.environ.get("LOCAL_RANK", 0))
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + int(CUDA_CONTEXT)
     return free_machine_bytes()
-
-
-def free_machine_bytes() -> int | None:
-    """Memory that a process can have of the machine, whatever card there is; None if unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes here share it
 
 
 def is_wsl() -> bool:

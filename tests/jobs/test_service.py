@@ -18,6 +18,14 @@ from common.jobs.routes import create_app
 
 pytestmark = pytest.mark.processes
 
+SMI = """#!/bin/sh
+# three cards, of which those of --id are asked for
+case "$*" in *--id=*) ids=${*##*--id=} ;; *) ids=0,1,GPU-ab ;; esac
+for id in $(echo $ids | tr , " "); do
+    case $id in 0) echo 8188 ;; 1) echo 6144 ;; GPU-ab) echo 4096 ;; *) exit 6 ;; esac
+done
+"""
+
 
 def test_key_prefix_and_limits(tmp_path):
     data = make_place(tmp_path)
@@ -95,11 +103,16 @@ def test_cards(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert local_backend.find_cards() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 8188\necho 6144\n")
+    (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert local_backend.find_cards() == ["8188", "6144"]
+    assert local_backend.find_cards() == ["8188", "6144", "4096"]
     assert local_backend.find_device(["0", "1"]) == Device(True, 6144 << 20)
+    assert local_backend.find_device(["0"]) == Device(True, 8188 << 20)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-ab, 0")
+    assert local_backend.find_device(local_backend.find_cards()) == Device(True, 4096 << 20)
+    assert local_backend.find_device(["9"]) == Device(True, None)  # a name that nvidia-smi does not know
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", "/nowhere")
     assert local_backend.find_cards() == []
     assert local_backend.find_device(["0"]) == Device(True, None)
