@@ -8,6 +8,7 @@ from common.tasks.idp import amounts, dates
 from common.tasks.idp.readers import Conventions
 
 NEAR = 24  # characters between a date and its time
+LONGEST_TIME = 32  # characters, so that "10:12:31 PM" does not lose its half of the day
 
 
 def copies(kind: str, conventions: Conventions) -> Iterator[str]:
@@ -28,5 +29,6 @@ def copies(kind: str, conventions: Conventions) -> Iterator[str]:
             if kind == "date":
                 yield document[date.start : date.end]
                 continue
-            for time in dates.find_times(document[date.end : date.end + NEAR]):
-                yield document[date.start : date.end + time.end].strip()
+            for time in dates.find_times(document[date.end : date.end + NEAR + LONGEST_TIME]):
+                if time.start < NEAR:
+                    yield document[date.start : date.end + time.end].strip()

@@ -20,9 +20,12 @@ TURN = 69  # two digits of a year from here on are of 19xx, as POSIX has it
 _WORD = r"[^\s\d.,;:/()\[\]'\"-]+"
 _FILLER = r"(?:(?!\d)[^\s\d]{1,4}\s+|d['’])?"  # "de", "of", "gada"
 _GAP = r"(?:[\s.,/-]|(?<=\d)(?:st|nd|rd|th|er|re|e|º|ª)\b|'){0,4}?"
+# Behind the name of a month: "05 Jan 12.99" and "Jan 12 14:30" go on with an amount and a time, not with a year.
+_YEAR = r"(?P<y>\d{4}(?!\d|[.,]\d\d(?![\d:h]))|'?\d{2}(?!\d|[.,:]\d))"
+_YEAR_FILLER = r"(?:(?!\d)[^\s\d]{1,4}\s+(?=\d{4})|del?\s+|d['’])?"  # a short year behind any other may be a price
 _NAMED = [
-    rf"(?P<d>\d{{1,2}}){_GAP}{_FILLER}(?P<name>{_WORD})\.?{_GAP}{_FILLER}(?P<y>\d{{4}}|\d{{2}})(?!\d)",
-    rf"(?P<name>{_WORD})\.?[\s-]{{0,3}}(?P<d>\d{{1,2}})(?:st|nd|rd|th|\.)?[\s,/-]{{1,3}}(?P<y>\d{{4}}|'?\d{{2}})(?!\d)",
+    rf"(?P<d>\d{{1,2}}){_GAP}{_FILLER}(?P<name>{_WORD})\.?{_GAP}{_YEAR_FILLER}{_YEAR}",
+    rf"(?P<name>{_WORD})\.?[\s-]{{0,3}}(?P<d>\d{{1,2}})(?:st|nd|rd|th|\.)?(?!,\d\d(?!\d))[\s,/-]{{1,3}}{_YEAR}",
     rf"(?P<y>\d{{4}})[.\s,/-]{{1,3}}{_FILLER}(?P<name>{_WORD})\.?[\s-]{{1,3}}(?P<d>\d{{1,2}})(?!\d)",
     rf"(?P<y>\d{{4}})[.\s,]{{1,3}}{_FILLER}(?P<d>\d{{1,2}})\.?\s+(?P<name>{_WORD})",
 ]
@@ -40,10 +43,14 @@ _ALONE = [
         r"(?P<y>(?:19|20)\d\d)(?P<m>\d\d)(?P<d>\d\d)",
     )
 ]
-_ZONE = r"(?:Z|UTC|GMT)(?![^\W\d_])|[+-]\d\d:?\d\d"
+_ZONE = (
+    r"(?:UTC|GMT)\s?[+-](?:1[0-4]|0?\d)(?::?[0-5]\d)?|(?:Z|UTC|GMT)(?![\w+])|\+(?:0\d|1[0-4]):?[0-5]\d"
+    r"|(?(sec)-(?:0\d|1[0-4]):?[0-5]\d|(?!))"  # "09:00-10:30" is from one time to another
+)
 _TIME = re.compile(
-    r"(?<![\w.,:/-])(?P<h>\d{1,2})(?:(?P<s>[:.hH])(?P<m>\d\d)(?:(?P=s)(?P<sec>\d\d)(?:\.\d+)?)?)?"
-    rf"\s*(?P<half>[ap]\.?m\b\.?)?\s*(?P<zone>{_ZONE})?(?![\w:/-])",
+    r"(?:(?<![\w.,:/+-])|(?<=[:.h]\d\d-)|(?<=[ap]m-)|(?<=(?<![^\W\d_])T)(?=\d\d:))"  # "9:00-10:30", "9am-5pm"
+    r"(?P<h>\d{1,2})(?:(?P<s>[:.h])(?P<m>\d\d)(?:(?P=s)(?P<sec>\d\d)(?:\.\d+)?)?)?"
+    rf"\s*(?P<half>[ap]\.?m\b\.?)?\s*(?P<zone>{_ZONE})?(?![\w:/]|-(?!\d\d?(?:[:.h]\d\d|[ap]m)))",
     re.IGNORECASE,
 )
 
@@ -191,9 +198,16 @@ def _time(match: re.Match) -> FoundTime | None:
         clock = datetime.time(hour, int(parts["m"] or 0), int(parts["sec"] or 0)).isoformat()
     except ValueError:
         return None
-    zone = (parts["zone"] or "").upper()
-    offset = f"{zone[:3]}:{zone[-2:]}" if zone[:1] in ("+", "-") else "Z" if zone else None
-    return FoundTime(*match.span(), clock, offset)
+    return FoundTime(*match.span(), clock, _offset(parts["zone"]) if parts["zone"] else None)
+
+
+def _offset(zone: str) -> str:
+    """ "GMT+8", "UTC", "+0800" and the like as RFC 3339 has it."""
+    digits = "".join(filter(str.isdigit, zone))
+    if not digits:
+        return "Z"
+    hours, minutes = (digits[:-2], digits[-2:]) if len(digits) > 2 else (digits, "00")
+    return f"{'-' if '-' in zone else '+'}{hours:0>2}:{minutes}"
 
 
 @functools.lru_cache(maxsize=16)  # of a document's fields each asks for the same text

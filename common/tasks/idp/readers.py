@@ -147,7 +147,7 @@ def _date_time(text: str, conventions: Conventions) -> Reading:
     day, note = _read_date(text, conventions)
     if day is None:
         return Reading(None, note)
-    time = dates.only_time(dates.masked(text).replace("\nT", "\n"))
+    time = dates.only_time(dates.masked(text))
     if time is None:
         return Reading(None, "has no time of the day")
     notes = [part for part in (note, _offset_note(time, conventions)) if part]

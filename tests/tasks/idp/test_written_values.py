@@ -11,6 +11,7 @@ import infer_idp
 from common import cli
 from common.generation import json_schema
 from common.tasks.idp import amounts, dates, languages, written_values
+from common.tasks.idp.copies import copies
 from common.tasks.idp.copying import Copyist
 from common.tasks.idp.readers import Conventions, ReadingSettings, read
 from common.tasks.idp.written_values import TypedFields
@@ -61,6 +62,8 @@ def date_of(text: str, document: str = "", order: str | None = None) -> str | No
         ("19 april 2014Factuurdatum:", "2014-04-19"),
         ("12 Jan 31, 2022", "2022-01-31"),  # a number before it, and a year of four digits
         ("1 januari 2020 t/m 1 januari 2020", "2020-01-01"),
+        ("3 de febrero de 21", "2021-02-03"),
+        ("12 Mar 2018,15:30", "2018-03-12"),
     ],
 )
 def test_dates(text, value):
@@ -70,10 +73,18 @@ def test_dates(text, value):
 @pytest.mark.parametrize(
     "text",
     ["", "tomorrow", "31.02.2020", "February 2020", "99/99/9999", "3112-01-20", "1.1.1.1", "192.168.10.12", "12.345.67",
-     "22/9/2022 - 30/9/2022", "5 stuks 20", "12 Uhr 2014", "3 กุมภาพันธ์ 2564", "717,97", "774-00-01-454"],
+     "22/9/2022 - 30/9/2022", "5 stuks 20", "12 Uhr 2014", "3 กุมภาพันธ์ 2564", "717,97", "774-00-01-454", "Jan 12 14:30"],
 )  # fmt: skip
 def test_no_dates(text):
     assert date_of(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["05 Jan 12.99", "05 Jan 12,50", "05 Jan '12.99", "05 Jan 2012.50", "05 January ATM 20"]
+)
+def test_an_amount_behind_a_day_and_month_is_no_year(text):
+    assert date_of(text) is None
+    assert text.split()[-1].strip("'") in [*copies("number", Conventions(text))]
 
 
 def test_a_month_of_two_languages_needs_one():
@@ -200,6 +211,44 @@ def test_integers_and_times():
     assert read("date-time", "2018-04-02T14:30:00Z", here).note is None
     assert read("date-time", "2018-04-02", here).value is None
     assert json_schema.errors(stamp.value, {"type": "string", "format": "date-time"}) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("14:30 GMT+8", "14:30:00+08:00"),
+        ("14:30 UTC+02:00", "14:30:00+02:00"),
+        ("14:30 GMT-0530 (home)", "14:30:00-05:30"),
+        ("14:30:00-0800", "14:30:00-08:00"),
+        ("14:30 UTC", "14:30:00Z"),
+        ("UTC+02:00: at 14:30 UTC+02:00", "14:30:00+02:00"),
+        ("09:00-10:30", None),
+        ("14:30-15:30", None),
+        ("9am-5pm", None),
+    ],
+)
+def test_offsets_of_times(text, value):
+    assert read("time", text, NOWHERE).value == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "document", "texts"),
+    [
+        ("time", "09:00-10:30", ["09:00", "10:30"]),
+        ("time", "09:00:00-10:30:00", ["09:00:00", "10:30:00"]),
+        ("time", "9am-5pm, B12-10:30", ["9am", "5pm"]),
+        ("date-time", "at 2019-03-04T14:30:00Z", ["2019-03-04T14:30:00Z"]),
+        ("date-time", "05/12/2017               10:12:31 PM", ["05/12/2017               10:12:31 PM"]),
+    ],
+)
+def test_times_are_copied_whole(kind, document, texts):
+    assert [*copies(kind, Conventions(document))] == texts
+
+
+def test_a_true_date_and_time_is_copied_from_its_iso_form():
+    copyist = Copyist(TypedFields({"type": "string", "format": "date-time"}))
+    assert copyist.written("2019-03-04T14:30:00Z", "at 2019-03-04T14:30:00Z") == "2019-03-04T14:30:00Z"
+    assert (copyist.copied, copyist.missed) == (1, 0)
 
 
 @pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="no cases here")
