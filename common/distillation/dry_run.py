@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.data import shapes, squad
+from common.data import squad
 from common.distillation import rows as distill_rows
 from common.distillation.settings import DistillSettings
 from common.tasks.ranking.task import LabelTask
@@ -19,8 +19,11 @@ def show(settings: DistillSettings, task: LabelTask) -> int:
     Raises:
         UserError: as `distill_rows.read_both`.
     """
-    named = (("training rows", settings.data or settings.dataset, "train"), ("held out", settings.eval_data, "dev"))
-    parts = [part_of(settings, task, *file) for file in named if file[1]]
+    parts = [part_of(settings, task, "training rows", settings.data_name, "train")]
+    if settings.eval_data:
+        parts.append(part_of(settings, task, "held out", settings.eval_data, "dev"))
+    if settings.labels:
+        distill_rows.check_fed(settings, parts[0].rows)
     sides_of = label_sides if settings.labels else preview.completion_sides
     readers = [settings.teacher] if settings.teacher else []
     reserved = settings.max_new_tokens if settings.on_policy else 0
@@ -28,16 +31,11 @@ def show(settings: DistillSettings, task: LabelTask) -> int:
 
 
 def part_of(settings: DistillSettings, task: LabelTask, name: str, path: str, part: str) -> Part:
-    """The rows of a file, or of the data set."""
-    if settings.dataset and part == "train":
-        source = (settings.dataset, settings.subset, settings.split, settings.text_column)
-        return Part(name, path, distill_rows.read_dataset(*source, settings.skip_bad_rows))
-    if settings.labels:
-        return Part(name, path, distill_rows.read_labelled(path, task, settings.skip_bad_rows))
-    answered = part == "dev" or settings.needs_completions
-    if Path(path).suffix == ".txt" or squad.is_squad(path):
-        return Part(name, path, distill_rows.read(path, part, settings.skip_bad_rows, answered=answered))
-    return dry_run.part_of(name, path, shapes.DISTILL if answered else shapes.ON_POLICY)
+    """The rows of a file, with all that is wrong with them where it has rows of its own, or of the data set."""
+    of_dataset = part == "train" and settings.dataset
+    if settings.labels or of_dataset or Path(path).suffix == ".txt" or squad.is_squad(path):
+        return Part(name, path, distill_rows.read_part(settings, task, part))
+    return dry_run.part_of(name, path, distill_rows.takes_of(settings, part))
 
 
 def label_sides(row: dict[str, Any]) -> list[Side]:

@@ -12,7 +12,7 @@ from common.cli import UserError, log, reason
 from common.data import rows as records
 from common.data import shapes, squad, tables, training_files
 from common.distillation.alignment import Vocabulary
-from common.distillation.settings import DistillSettings
+from common.distillation.settings import DEFAULT_WEIGHTS, DistillSettings
 from common.files import read_text
 from common.models import tokenizers
 from common.tasks.ranking.task import LabelTask
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBABILITIES = "probabilities"
+ADDED_BY = {PROBABILITIES: "teacher_generate.py --probabilities writes them", "output": "the gold label"}
 MASS = 1e-3  # how far the probabilities of a row may add up to something else than 1
 
 
@@ -30,38 +31,70 @@ def read_both(settings: DistillSettings, task: LabelTask) -> tuple[list[dict], l
     """Rows to train on and rows to judge by (none without `eval_data`), of the kind that the settings ask for.
 
     Raises:
-        UserError: as `read`, `read_dataset` and `read_labelled`, or labelled rows to judge by without a gold label.
+        UserError: as `read_part`, or no row feeds a loss term that was asked for.
     """
-
-    def read_file(path: str, part: str) -> list[dict]:
-        if not settings.labels:
-            answered = part == "dev" or settings.needs_completions
-            return read(path, part, settings.skip_bad_rows, answered=answered)
-        rows = read_labelled(path, task, settings.skip_bad_rows)
-        if part == "dev" and not (rows := [row for row in rows if row.get("output")]):
-            raise UserError(f"{path} has no row with an output to judge by; add gold labels, or leave --eval_data out")
-        return rows
-
-    held_out = read_file(settings.eval_data, "dev") if settings.eval_data else []
-    if settings.dataset:
-        source = (settings.dataset, settings.subset, settings.split, settings.text_column)
-        rows = read_dataset(*source, settings.skip_bad_rows)
-    else:
-        rows = read_file(settings.data, "train")
-    if settings.on_policy and any("input" not in row for row in rows):
-        raise UserError(
-            f"--on_policy needs prompts, and {settings.data_name} has running text; give rows with an input"
-        )
+    held_out = read_part(settings, task, "dev") if settings.eval_data else []
+    rows = read_part(settings, task, "train")
+    if settings.labels:
+        check_fed(settings, rows)
     return rows, held_out
 
 
-def read(path: str, part: str, skip_bad_rows: bool = False, *, answered: bool = True) -> list[dict]:
+def read_part(settings: DistillSettings, task: LabelTask, part: str) -> list[dict]:
+    """Rows of "train", to learn from, or of "dev", to judge by.
+
+    Raises:
+        UserError: as `read`, `read_dataset` and `read_labelled`; labelled rows to judge by without a gold label, or
+            running text where prompts are needed.
+    """
+    training = part == "train"
+    path, takes = settings.data if training else settings.eval_data, takes_of(settings, part)
+    if training and settings.dataset:
+        source = (settings.dataset, settings.subset, settings.split, settings.text_column)
+        rows = read_dataset(*source, settings.skip_bad_rows, takes)
+    elif settings.labels:
+        rows = read_labelled(path, task, settings.skip_bad_rows)
+        if not training and not (rows := [row for row in rows if row.get("output")]):
+            raise UserError(f"{path} has no row with an output to judge by; add gold labels, or leave --eval_data out")
+    else:
+        rows = read(path, part, settings.skip_bad_rows, takes)
+    if training and settings.on_policy and any("input" not in row for row in rows):
+        raise UserError(
+            f"--on_policy needs prompts, and {settings.data_name} has running text; give rows with an input"
+        )
+    return rows
+
+
+def takes_of(settings: DistillSettings, part: str) -> str:
+    """Whose rows the data of a part have to be: one of `shapes.TAKES`."""
+    return shapes.DISTILL if part == "dev" or settings.needs_completions else shapes.ON_POLICY
+
+
+def check_fed(settings: DistillSettings, rows: Sequence[dict]) -> None:
+    """Say how many labelled rows each loss term learns from.
+
+    Raises:
+        UserError: one that was asked for by name would learn from none.
+    """
+    key_of = {term: "output" if term == "ce" else PROBABILITIES for term in settings.weights}
+    counts = {term: sum(bool(row.get(key)) for row in rows) for term, key in key_of.items()}
+    log("; ".join(f"{term} learns from {count:,} of {len(rows):,} rows" for term, count in counts.items()))
+    starved = next((term for term, count in counts.items() if not count), None)
+    if starved and settings.weights != DEFAULT_WEIGHTS:  # one of those is fed by any row
+        instead = "ce" if key_of[starved] == PROBABILITIES else "forward_kl"
+        raise UserError(
+            f"{settings.data} has no row with {key_of[starved]}, from which --{starved} learns; add it "
+            f"({ADDED_BY[key_of[starved]]}), or leave --{starved} out and give --{instead} a weight"
+        )
+
+
+def read(path: str, part: str, skip_bad_rows: bool = False, takes: str = shapes.DISTILL) -> list[dict]:
     """Rows {"input", "output"} or {"text"} of a file.
 
     Args:
         path: SQuAD's JSON, a text file (`.txt`, one row), or rows of any shape that `training_files` knows.
         part: of SQuAD's articles, "train" or "dev".
-        answered: False where "input" alone is enough.
+        takes: shapes.DISTILL, or shapes.ON_POLICY, where "input" alone is enough.
 
     Raises:
         UserError: none of these, or without a usable row.
@@ -73,11 +106,16 @@ def read(path: str, part: str, skip_bad_rows: bool = False, *, answered: bool = 
         return [{"text": text}]
     if squad.is_squad(path):
         return squad.rows(path, part, skip_bad_rows)
-    return training_files.read(path, shapes.DISTILL if answered else shapes.ON_POLICY, skip_bad_rows)
+    return training_files.read(path, takes, skip_bad_rows)
 
 
 def read_dataset(
-    name: str, subset: str | None, split: str, text_column: str, skip_bad_rows: bool = False
+    name: str,
+    subset: str | None,
+    split: str,
+    text_column: str,
+    skip_bad_rows: bool = False,
+    takes: str = shapes.DISTILL,
 ) -> list[dict]:
     """The same of a data set of the Hub, or of a folder of files, by the datasets library.
 
@@ -95,16 +133,17 @@ def read_dataset(
             f"--dataset {name} cannot be read ({reason(error)}); check --subset and --split, or give a file with --data"
         ) from error
     try:
-        return _rows_of(dataset, name, text_column, skip_bad_rows)
+        return _rows_of(dataset, name, text_column, skip_bad_rows, takes)
     except UnicodeDecodeError as error:  # in a column that says of itself that it is text
         raise UserError(f"--dataset {name}: {tables.no_text(error)}; convert it to UTF-8, e.g. with iconv") from error
 
 
-def _rows_of(dataset: Dataset, name: str, text_column: str, skip_bad_rows: bool) -> list[dict]:
+def _rows_of(dataset: Dataset, name: str, text_column: str, skip_bad_rows: bool, takes: str) -> list[dict]:
     columns = set(dataset.column_names)
-    if shapes.shape_of(dict.fromkeys(columns, True), (shapes.TEACHER, shapes.COMPLETION)):
+    with_prompts = [kind for kind in shapes.TAKES[takes] if kind != shapes.TEXT]
+    if shapes.shape_of(dict.fromkeys(columns, True), with_prompts):
         rows = [(number, decoded(row)) for number, row in enumerate(dataset, start=1)]
-        return training_files.read_numbered(name, rows, shapes.DISTILL, skip_bad_rows, "row")
+        return training_files.read_numbered(name, rows, takes, skip_bad_rows, "row")
     if text_column not in columns:
         raise UserError(
             f"--dataset {name} has the columns {', '.join(sorted(columns))}; name that of the text by --text_column"

@@ -63,6 +63,20 @@ def test_judging_needs_gold(base, labelled, tmp_path):
     assert all(0 <= value < 100 for value in loss_column(run))  # a label that the teacher rules out is no infinity
 
 
+@pytest.mark.parametrize(("term", "key"), [("forward_kl", "probabilities"), ("ce", "output")])
+def test_a_term_that_no_row_feeds_is_refused(term, key, base, tmp_path, capsys):
+    """It would train on nothing; by default, where the other one is fed, it only goes without."""
+    known = {"output": "Good", "probabilities": dict(zip(LABELS, (1, 0, 0), strict=True))}
+    del known[key]
+    more = ("--labels", "--data", write_rows(tmp_path / "rows.jsonl", [{"input": p, **known} for p in PROMPTS[:3]]))
+    for dry in ((), ("--dry_run",)):
+        with pytest.raises(UserError, match=f"rows.jsonl has no row with {key}, from which --{term} learns; add it"):
+            distill(base, tmp_path / "run", *more, f"--{term}", 1, *dry)
+    assert not (tmp_path / "run").exists()
+    distill(base, tmp_path / "run", *more, "--dry_run")
+    assert f"{term} learns from 0 of 3 rows" in capsys.readouterr().err
+
+
 def test_every_row_says_something(base, labelled, tmp_path):
     good = {"input": PROMPTS[0], "output": "Good"}
     for row, words in (

@@ -11,6 +11,7 @@ import pytest
 from support.inputs import write_rows
 
 from common.cli import UserError
+from common.data import shapes
 from common.distillation import rows
 
 
@@ -31,6 +32,13 @@ def test_pairs_and_text(tmp_path):
     assert read == [{"input": "é 1", "output": "Good"}, {"input": "2", "output": "Bad"}]
     text = write(tmp_path / "text", text=[b"one\n", "zwei ü".encode()])
     assert rows.read_dataset(text, None, "train", "text") == [{"text": "one\nzwei ü"}]
+
+
+def test_prompts_alone_are_for_on_policy(tmp_path):
+    path = write(tmp_path / "asked", prompt=["1", "2"], source=["x", "y"])
+    assert rows.read_dataset(path, None, "train", "text", takes=shapes.ON_POLICY) == [{"input": "1"}, {"input": "2"}]
+    with pytest.raises(UserError, match="has the columns prompt, source; name that of the text"):
+        rows.read_dataset(path, None, "train", "text")
 
 
 def test_bytes_of_no_text_are_named(tmp_path):

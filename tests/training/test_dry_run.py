@@ -121,6 +121,10 @@ def test_distillation(dry, tiny_base, tmp_path):
     flags = ("--student", tiny_base, "--data", asked, "--teacher", tiny_base, "--on_policy")
     code, out = dry(distill_train.main, *flags)
     assert code == cli.DONE and "0 learnt" in out and "tokens a row" in out
+    (tmp_path / "dataset").mkdir()
+    write_rows(tmp_path / "dataset" / "train.jsonl", [{"prompt": PROMPTS[0]}])
+    flags = ("--student", tiny_base, "--dataset", tmp_path / "dataset", "--teacher", tiny_base, "--on_policy")
+    assert dry(distill_train.main, *flags)[0] == cli.DONE
     labelled = {"input": PROMPTS[0], "probabilities": {"Good": 0.2, "Standard": 0.7, "Bad": 0.1}}
     path = write_rows(tmp_path / "c.jsonl", [labelled])
     assert "[+Standard<|im_end|>+]" in dry(distill_train.main, "--student", tiny_base, "--data", path, "--labels")[1]
