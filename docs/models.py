@@ -40,14 +40,14 @@ def facts_of(name: str) -> dict[str, str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = loading.load_config(name)
+    config = loading.whole_config(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tokenizer = tokenizers.load_tokenizer(name)
     return {
         "architecture": f"`{config.model_type}`",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.1f} million",
-        "context": f"{config.max_position_embeddings:,} tokens",
+        "context": f"{config.get_text_config().max_position_embeddings:,} tokens",
         **facts_of_template(tokenizer),
         "tokens of CreditMix's labels": label_tokens(tokenizer),
         "LoRA is put on": lora(model),

@@ -8,7 +8,7 @@ and de-quantised), on which the result stays closest to what was trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,16 +216,17 @@ def merge(
     quantised = _quantised_in_4bit(empty) if from_nf4 else set()
     checkpoint = Checkpoint(base)
     deltas = Deltas(model_dir) if adapters.is_adapter(model_dir) else None
-    if deltas and (missing := deltas.names - checkpoint.shapes.keys()):
+    places = places_in(empty, checkpoint.shapes)
+    if deltas and (missing := deltas.names.difference(places.values())):
         raise UserError(
             f"the adapter {model_dir} has {min(missing)}, which its base has not; give its base with --base"
         )
 
     def merged(name: str) -> torch.Tensor:
-        weight = checkpoint.read(name)
-        if name in quantised:
+        weight, place = checkpoint.read(name), places[name]
+        if place in quantised:
             weight = through_nf4(weight)
-        return deltas.add_to(name, weight) if deltas and name in deltas.names else weight
+        return deltas.add_to(place, weight) if deltas and place in deltas.names else weight
 
     number_type = getattr(torch, dtype)
     _write_weights(checkpoint, merged, target, number_type, max_shard_bytes)
@@ -233,6 +234,27 @@ def merge(
     empty.config.save_pretrained(target)
     empty.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def places_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Where in a model the tensors of a file go: {their name there: the parameter's name}.
+
+    Models with a vision tower are stored under other names than they have in memory. A tensor that is only a part of a
+    parameter keeps its own.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    changes = get_model_conversion_mapping(model)
+    parts = [change for change in changes if isinstance(change, WeightConverter)]
+    renamed = [change for change in changes if not isinstance(change, WeightConverter)]
+    parameters = model.state_dict()
+
+    def place(name: str) -> str:
+        found, part = rename_source_key(name, renamed, parts, model.base_model_prefix, parameters)
+        return name if part else found
+
+    return {name: place(name) for name in names}
 
 
 def _quantised_in_4bit(model: PreTrainedModel) -> set[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from common.models import gguf_import
 from common.models.source import TORCH, ModelSource, looks_local
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -132,18 +134,30 @@ def tokenizer_folder(model_dir: str, base: str | None = None) -> str:
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
-    """The last names of a model's linear layers but its head: LORA_TARGETS of a Llama or Qwen, in that order.
+    """The last names of a model's linear layers that read text, but its head: LORA_TARGETS of a Llama or Qwen, in that
+    order.
 
     A hybrid mixes its tokens in layers with other names, and some models have one matrix for q, k and v.
     """
+    head = model.get_output_embeddings()
+    names = {name.rpartition(".")[2] for name in _linear_layers(model.get_decoder())}
+    names -= {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+    return [name for name in LORA_TARGETS if name in names] + sorted(names.difference(LORA_TARGETS))
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, Conv1D)  # bitsandbytes' layers are Linear, too
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds)}
-    names -= {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
-    return [name for name in LORA_TARGETS if name in names] + sorted(names.difference(LORA_TARGETS))
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _of_images(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """The layers with these last names that a text never goes through: those of a vision tower."""
+    read = set(_linear_layers(model.get_decoder()).values())
+    layers = _linear_layers(model).items()
+    return [name for name, module in layers if name.rpartition(".")[2] in targets and module not in read]
 
 
 def adapted_layers(model: PeftModel) -> dict[str, int]:
@@ -154,18 +168,20 @@ def adapted_layers(model: PeftModel) -> dict[str, int]:
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, seed: int) -> PeftModel:
-    """A fresh LoRA adapter (Hu et al. 2021) on all of the model's linear layers but the head, base frozen."""
+    """A fresh LoRA adapter (Hu et al. 2021) on all linear layers that read text but the head, base frozen."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
+    targets = lora_targets(model)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
         task_type="CAUSAL_LM",
-        target_modules=lora_targets(model),
+        target_modules=targets,
+        exclude_modules=_of_images(model, targets) or None,
     )
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
@@ -264,8 +280,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     import torch
     from accelerate.utils import align_module_device
 
-    config = model.config
-    shape = [config.model_type, config.vocab_size, getattr(config, "hidden_size", 0)]
+    config = model.config.get_text_config()
+    shape = [model.config.model_type, config.vocab_size, getattr(config, "hidden_size", 0)]
     digest = hashlib.sha256(json.dumps(shape).encode())
     names = [name for name, _ in model.named_parameters() if "norm" in name or "ln_" in name]
     owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]

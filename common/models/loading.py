@@ -57,13 +57,18 @@ def load_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedCo
     Raises:
         UserError: there is none.
     """
+    return whole_config(model_dir, trust_remote_code).get_text_config()
+
+
+def whole_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """As `load_config`, with what a model has beside its language model: a vision tower, say."""
     from transformers import AutoConfig
 
     name = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
     if gguf := gguf_import.local_gguf(name):
         return gguf_import.config_of(gguf)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name} has no readable config.json ({reason(error)}); give a model folder or a Hub id"

@@ -134,11 +134,9 @@ def _check_by_counting(name: str, shape: ModelShape, trust_remote_code: bool) ->
     import torch
     from transformers import AutoModelForCausalLM
 
-    from common.models.loading import load_config
-
     expected = sum(shape.parameters().values())
     try:
-        config = load_config(name, trust_remote_code)
+        config = loading.whole_config(name, trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any model's code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.families import config_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.models import adapters
@@ -44,3 +45,12 @@ def test_targets(kind, more, expected):
     adapted = adapters.add_lora(model, r=2, alpha=2, dropout=0.0, seed=0)
     counts = adapters.adapted_layers(adapted)
     assert set(counts) == set(expected) and sum(counts.values()) == linear
+
+
+def test_a_vision_tower_gets_no_adapter():
+    """No text goes through it, though its layers have the names of those that text goes through."""
+    config = config_of("gemma3 with images", vocab_size=64, pad_token_id=0)
+    adapted = adapters.add_lora(AutoModelForCausalLM.from_config(config), r=2, alpha=2, dropout=0.0, seed=0)
+    assert adapters.adapted_layers(adapted) == dict.fromkeys(LORA_TARGETS, 4)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert all(".language_model." in name for name in trained)

@@ -13,7 +13,7 @@ from common.models import gguf_file, tokenizers
 from common.vram import model_shape
 from docs import models
 from support.chat_templates import FAMILIES, tokenizer_of
-from support.families import ARCHITECTURES, SHAPE
+from support.families import ARCHITECTURES, config_of
 
 
 def templates() -> str:
@@ -30,9 +30,8 @@ def templates() -> str:
 def architectures() -> str:
     """A line for each architecture: the layers that an adapter is put on, and what is known of it beside."""
     lines = []
-    for name, (kind, changes) in ARCHITECTURES.items():
-        shape = {} if kind == "GPT2Config" else SHAPE
-        config = getattr(transformers, kind)(vocab_size=64, pad_token_id=0, eos_token_id=1, **shape | changes)
+    for name in ARCHITECTURES:
+        config = config_of(name, vocab_size=64, pad_token_id=0, eos_token_id=1)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         read = {"mistral", *(each.model_type for each in gguf_file.ARCHITECTURES.values())}  # as llama's

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from support.families import VISION
 from support.label_tasks import AWKWARD, TEXTS
 
 from common.cli import UserError
@@ -33,6 +34,7 @@ DELTA_NET = {
     "linear_value_head_dim": 8,
 }
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = SIZE | {"head_dim": 8, "sliding_window": WINDOW, "layer_types": SLIDING}
 CONVOLUTIONS = ["conv", "conv", "full_attention", "conv"]
 ARCHITECTURES = {
     "llama": ("Llama", SIZE),
@@ -51,7 +53,8 @@ ARCHITECTURES = {
     ),
     "lfm2": ("Lfm2", SIZE | {"block_auto_adjust_ff_dim": False, "layer_types": CONVOLUTIONS}),
     "gemma2": ("Gemma2", SIZE | {"head_dim": 8, "sliding_window": WINDOW, "final_logit_softcapping": 0.5}),
-    "gemma3": ("Gemma3Text", SIZE | {"head_dim": 8, "sliding_window": WINDOW, "layer_types": SLIDING}),
+    "gemma3": ("Gemma3Text", GEMMA),
+    "gemma3_images": ("Gemma3", {"text_config": GEMMA, "vision_config": VISION}),
     "smollm3": ("SmolLM3", SIZE),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     "phi": ("Phi", SIZE),
@@ -63,7 +66,9 @@ def model_of(name: str, tokenizer, **more):
     """A model of random weights, those of the head's bias too."""
     kind, settings = ARCHITECTURES[name]
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **ids, **settings, **more)
+    text = settings.get("text_config", settings) | ids | more | {"vocab_size": len(tokenizer)}
+    settings = settings | {"text_config": text} if "text_config" in settings else text
+    config = getattr(transformers, f"{kind}Config")(**settings)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     head = model.get_output_embeddings()
