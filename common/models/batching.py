@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,32 @@ EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
 MAPS_AT_ONCE = 1 << 24  # numbers of attention maps made at a time where they are made: 64 MB in float32
 CPU_TOKENS_PER_BATCH = 16_384  # of a training batch on a CPU
 UNLIMITED = 1 << 30  # tokens that a model can read whose config names no limit
+
+
+def first_batch(accumulation: int | None, world: int) -> int:
+    """Rows in one pass of each of `world` processes so that an optimizer step has EFFECTIVE_BATCH, as far as it can.
+
+    Args:
+        accumulation: passes an optimizer step; None: they follow from the rows (`accumulation_of`).
+    """
+    return max(1, EFFECTIVE_BATCH // (world * (accumulation or 1)))
+
+
+def first_cpu_batch(tokens_a_row: int, accumulation: int | None, world: int) -> int:
+    """`first_batch`, halved until it is within CPU_TOKENS_PER_BATCH: what a CPU trains with where no batch is given.
+
+    Args:
+        tokens_a_row: of the longest row; of a preference both answers with their prompts.
+    """
+    batch = first_batch(accumulation, world)
+    while batch > 1 and batch * tokens_a_row > CPU_TOKENS_PER_BATCH:
+        batch //= 2
+    return batch
+
+
+def accumulation_of(batch: int, world: int) -> int:
+    """Passes an optimizer step that has at least EFFECTIVE_BATCH rows, where nothing else is asked for."""
+    return max(1, math.ceil(EFFECTIVE_BATCH / (batch * world)))
 
 
 def by_token_budget(

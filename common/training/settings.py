@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from common import distributed as launch
 from common import run_record
 from common.files import sha256_file
+from common.models.batching import accumulation_of
 from common.models.source import ModelSource
 from common.vram import model_shape
 from common.vram.formulas import Plan, Training
@@ -102,6 +104,8 @@ class TrainSettings:
             lora_r=self.lora_r,
             max_len=min(longest or self.max_len, self.max_len),
             batch=self.per_device_train_batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            world=launch.world_size(),
             load_in_4bit=self.load_in_4bit,
             gradient_checkpointing=self.gradient_checkpointing,
             method=self.method,
@@ -114,11 +118,12 @@ class TrainSettings:
         """The flags that decide the memory, each as a function of a plan (see `common.vram.preflight.Flags`).
 
         Args:
-            batch: rows in one pass of the plan as it is; in smaller ones more are accumulated, where that was asked.
+            batch: rows in one pass of the plan as it is; of smaller ones more are accumulated, so that a step keeps the
+                rows that it was asked to have.
         """
-        accumulation = self.gradient_accumulation_steps
         flags: dict[str, Callable[[Any], Any]] = {"per_device_train_batch_size": lambda plan: plan.batch}
-        if accumulation:
+        if self.per_device_train_batch_size or self.gradient_accumulation_steps:
+            accumulation = self.gradient_accumulation_steps or accumulation_of(batch, launch.world_size())
             flags["gradient_accumulation_steps"] = lambda plan: accumulation * -(-batch // plan.batch)
         return flags | {
             "gradient_checkpointing": lambda plan: "on" if plan.checkpointing else "off",

@@ -7,7 +7,6 @@ DPO uses TRL (`common.training.dpo`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed as launch
 from common.cli import UserError, log
 from common.files import grant
-from common.models import adapters, loading
-from common.models.batching import CPU_TOKENS_PER_BATCH, EFFECTIVE_BATCH, context_of
+from common.models import adapters, batching, loading
 from common.training import checkpoints, quantization_aware
 from common.training.batches import LengthGroupedOrder
 from common.training.checkpoints import CHECKPOINTS, EXTRA, EXTRA_FILE
@@ -62,7 +60,7 @@ class TrainingRows:
 def limit_length(settings: Settings, *others: str) -> Settings:
     """The settings with max_len within the context of the student (and of `others` that read along), and say so."""
     for name in (settings.student, *others):
-        limit = context_of(loading.load_config(name, settings.trust_remote_code))
+        limit = batching.context_of(loading.load_config(name, settings.trust_remote_code))
         if settings.max_len <= limit:
             continue
         log(f"--max_len {settings.max_len} is more than the context of {name}; using {limit}")
@@ -99,7 +97,7 @@ def fit_batch_size(settings: TrainSettings, longest: int, try_batch: Callable[[i
     """(per-device batch, accumulation steps) from the settings, else the largest real batch that fits.
 
     Args:
-        longest: tokens of the longest row.
+        longest: tokens of the longest row, of a preference with both answers.
         try_batch: runs forward and backward on that many copies of the longest row (only called on CUDA).
     """
     import torch
@@ -107,10 +105,10 @@ def fit_batch_size(settings: TrainSettings, longest: int, try_batch: Callable[[i
     world = launch.world_size()
     per_device, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     if per_device is None:
-        per_device = max(1, EFFECTIVE_BATCH // (world * (accumulation or 1)))
         if launch.fsdp():
             per_device = 1  # nothing is sharded yet, so nothing can be tried
         elif torch.cuda.is_available():
+            per_device = batching.first_batch(accumulation, world)
             while per_device > 1:
                 try:
                     try_batch(per_device)
@@ -119,11 +117,8 @@ def fit_batch_size(settings: TrainSettings, longest: int, try_batch: Callable[[i
                     per_device //= 2
                 torch.cuda.empty_cache()
         else:
-            while per_device > 1 and per_device * longest > CPU_TOKENS_PER_BATCH:
-                per_device //= 2
-    if accumulation is None:
-        accumulation = max(1, math.ceil(EFFECTIVE_BATCH / (per_device * world)))
-    return per_device, accumulation
+            per_device = batching.first_cpu_batch(longest, accumulation, world)
+    return per_device, accumulation or batching.accumulation_of(per_device, world)
 
 
 def try_step(settings: TrainSettings, student: Any, loss: Callable[[], torch.Tensor]) -> None:
