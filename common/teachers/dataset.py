@@ -24,7 +24,7 @@ from common.teachers.tasks import (
 
 @dataclass
 class Written:
-    """What comes out: rows for OUT, rejects, and for each answer (of a pair the chosen) its group and if it is gold."""
+    """What comes out: rows for OUT, rejects, and for each answer (the first of several) its group and if it is gold."""
 
     rows: list[dict]
     rejects: list[dict]
@@ -68,9 +68,8 @@ def write_answers(
                 asked = item.prompt + REASON_REQUEST
                 group = {key: item.kept[key] for key in item.kept.keys() & {"group"}}
                 written.rows.append({"input": asked, "teacher_output": parsed.extra["reason"], **group})
-        if not parsed.unanswered and task.judged(item):  # an answer that cannot be used does not agree
-            right = parsed.fault is None and task.score(item, parsed.answer) == 1
-            written.agreement.append((item.kept.get("group"), right))
+        if not parsed.unanswered and task.judged(item):
+            written.agreement.append((item.kept.get("group"), _is_gold(task, item, parsed)))
     return written
 
 
@@ -106,6 +105,9 @@ def write_pairs(
             written.rejects.append(_rejected(item, missing[0].reason, [], not missing[0].lasting))
             continue
         whole.append(item)
+        first = parsed_at[indices[0]]
+        if task.judged(item):  # the side that is chosen by gold would always agree with it
+            written.agreement.append((item.kept.get("group"), _is_gold(task, item, first)))
         texts.append([replies[index].text for index in indices])
         options.append(preferences.candidates(task, item, [parsed_at[index] for index in indices], texts[-1]))
     if by_teacher:
@@ -118,10 +120,13 @@ def write_pairs(
         else:
             sides = {"chosen": pair.chosen, "rejected": pair.rejected}
             written.rows.append({"prompt": item.prompt, **sides, **item.kept})
-            if task.judged(item):
-                written.agreement.append((item.kept.get("group"), task.score(item, pair.chosen) == 1))
     written.rejects.sort(key=lambda row: row["row"])
     return written
+
+
+def _is_gold(task: TeacherTask, item: Item, answer: ParsedAnswer) -> bool:
+    """Whether an answer agrees with gold; one that cannot be used does not."""
+    return answer.fault is None and task.score(item, answer.answer) == 1
 
 
 def _rejected(item: Item, fault: str, texts: Sequence[str], unanswered: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _RANKED = re.compile(r"best\W*?(\d+)\b.*?worst\W*?(\d+)\b", re.IGNORECASE | re.D
 
 @dataclass(frozen=True)
 class Candidate:
-    """One answer to a row: as a training row would have it (the raw text where it cannot be used), and how good it is.
+    """One answer to a row: as a training row would have it (what cannot be used, without its thinking), and how good.
 
     Attributes:
         quality: (usable, score against gold or 0, understood); compared in this order.
@@ -44,7 +44,7 @@ def candidates(task: TeacherTask, item: Item, answers: Sequence[ParsedAnswer], t
     for parsed, text in zip(answers, texts, strict=True):
         usable = parsed.fault is None
         score = task.score(item, parsed.answer) if usable and task.judged(item) else 0.0
-        shown = parsed.answer if parsed.answer is not None else text.strip()
+        shown = parsed.answer if parsed.answer is not None else final_answer(text).strip()
         if shown:  # an empty answer is nothing to train on
             different.setdefault(shown, Candidate(shown, (usable, score, parsed.answer is not None)))
     return [*different.values()]

@@ -29,7 +29,7 @@ def figures(asked: int, totals: dict[str, int], written: Written, price_in: floa
         "requests": totals,
         "cost": round(cost, 6) if price_in or price_out else None,
         "agreement_with_gold": agreement,
-        "statement": _statement(agreement),
+        "statement": _statement(agreement, pairs=any("chosen" in row for row in written.rows)),
         "uncovered_mass": _uncovered(written.rows),
     }
 
@@ -42,10 +42,16 @@ def _agreement(judged: Sequence[tuple[str | None, bool]]) -> dict[str, Any] | No
     return {"agree": sum(right), "of": len(right), **mean_interval(right, groups if all(groups) else None)}
 
 
-def _statement(agreement: dict[str, Any] | None) -> str:
-    """What the agreement means for a student, in words."""
+def _statement(agreement: dict[str, Any] | None, pairs: bool) -> str:
+    """What the agreement means for a student, in words.
+
+    Args:
+        pairs: what was written are preferences, which a teacher's mistakes are the other side of.
+    """
     if agreement is None:
         return "The rows have no gold (or no tests that were run), so nothing is known of how good the teacher is."
+    if pairs:
+        return f"{agreement['agree']} of {agreement['of']} rows have a first answer that is gold's."
     if agreement["high"] < 1:
         return (
             f"The teacher is worse than the gold that it would replace: {agreement['of'] - agreement['agree']} of its "
@@ -90,7 +96,8 @@ def summary(record: dict[str, Any]) -> str:
 def warnings(record: dict[str, Any]) -> list[str]:
     """What nobody should overlook."""
     agreement, mass = record["agreement_with_gold"], record["uncovered_mass"]
-    sentences = [record["statement"]] if agreement and agreement["high"] < 1 else []
+    worse = agreement and agreement["high"] < 1 and not record["settings"]["preferences"]
+    sentences = [record["statement"]] if worse else []
     if mass and mass["rows_above_half"]:
         sentences.append(
             f"in {mass['rows_above_half']:,} rows the teacher gives the labels less than half of its probability; it "

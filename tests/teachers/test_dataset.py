@@ -42,7 +42,7 @@ def test_reasons(stub, files):
     assert (rationale["teacher_output"], rationale["group"]) == ("Low debt.\nHigh income.", "ab" * 8)
 
 
-def test_pairs_by_gold(stub, files):
+def test_pairs_by_gold(stub, files, capsys):
     """Four samples a row, each with a seed of its own; the best and the worst of them."""
     rows = numbered(3, output="Good", group="ab" * 8)
     said = {"20": ["Bad", "Good", "Good", "Bad"], "21": ["Bad", "hm", "Bad", "Standard"], "22": ["Good"] * 4}
@@ -58,7 +58,9 @@ def test_pairs_by_gold(stub, files):
     ]
     assert {(body["seed"], body["temperature"]) for body in stub.asked} == {(seed, 0.8) for seed in range(4)}
     found = run_of(files)["agreement_with_gold"]
-    assert (found["agree"], found["of"]) == (1, 1)  # of what is chosen
+    assert (found["agree"], found["of"]) == (1, 3)  # of first answers: what is chosen by gold always agrees with it
+    assert run_of(files)["statement"] == "1 of 3 rows have a first answer that is gold's."
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_pairs_by_the_teachers_own_ranking(stub, files):
@@ -80,6 +82,15 @@ def test_pairs_by_the_teachers_own_ranking(stub, files):
     (ranking,) = (body for body in stub.asked if len(body["messages"]) == 3)
     assert "Answer 1:\nGood\n\nAnswer 2:\nBad" in question_of(ranking) and rows[0]["input"] in question_of(ranking)
     assert "two different numbers from 1 to 2" in ranking["messages"][2]["content"]
+
+
+def test_thinking_is_no_side_of_a_pair(stub, files):
+    """Not of an answer that cannot be used either; one that is still thinking has said nothing."""
+    rows, said = numbered(2, output="Good"), ["<think>Bad?</think>Good", "<think>hm</think>I cannot say", "<think>oh"]
+    stub.reply = lambda body: said[body["seed"] if "Age: 20" in question_of(body) else body["seed"] % 2 * 2]
+    assert generate(stub, *files(rows), "--preferences", "--num_samples", "3") == 0
+    assert [(row["chosen"], row["rejected"]) for row in lines(files.out)] == [("Good", "I cannot say")]
+    assert rejects_of(files)[0]["reason"].startswith("all answers are the same")
 
 
 def test_the_best_and_the_worst():
