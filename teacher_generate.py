@@ -15,7 +15,7 @@ that cannot be used (no label of the set, JSON that the schema refuses, code tha
 is asked for again with the reason, --max_tries times in all. Writes OUT, OUT.rejects.jsonl (rows without a usable
 answer, and why), OUT.raw.jsonl (every raw answer as it came; an interrupted run goes on from it and asks nothing twice)
 and OUT.run.json (settings, tokens, cost, agreement with gold). Exit code 1: some rows got no answer, for a reason that
-may pass; the same command asks for those again.
+may pass, and the same command asks for those again; or no answer to any row could be used.
 """
 
 from __future__ import annotations
@@ -78,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         cli.log(f"warning: {warning}")
     if unanswered := record["rows"]["unanswered"]:
         cli.log(f"error: {unanswered} of {len(items)} rows got no answer; the same command asks for them again")
+        return cli.FAILED
+    if not written.rows:
+        cli.log(f"error: no answer could be used, and {args.out} is empty; the reasons are in {args.out}.rejects.jsonl")
         return cli.FAILED
     return None
 

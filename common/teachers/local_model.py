@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from common.cli import UserError
 from common.generation.decoding import Decoding
 from common.generation.generate import TextBatch
 from common.models import tokenizers
@@ -30,16 +31,24 @@ class LocalTeacher:
         self.key: Any = ["local", identity, {name: kept[name] for name in DECIDING if name in kept}]
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Answer | NoAnswer], None]) -> None:
-        """See `interview.Teacher`; a chat that does not fit the model's context gets no answer."""
-        context = context_of(self.loaded.model.config)
-        room = context - self.decoding.max_new_tokens
+        """See `interview.Teacher`; a chat that does not fit the model's context gets no answer.
+
+        Raises:
+            UserError: none would fit.
+        """
+        context, budget = context_of(self.loaded.model.config), self.decoding.max_new_tokens
+        room = context - budget
+        if room <= 0:
+            raise UserError(
+                f"--max_new_tokens {budget} leaves nothing of the teacher's {context} for a prompt; lower it"
+            )
         fitting = []
         for index, question in enumerate(questions):
             prompt = tokenizers.encode_chat(self.loaded.tokenizer, question.messages, thinking=self.decoding.thinking)
             if len(prompt) <= room:
                 fitting.append((question.sample, index, prompt))
             else:
-                reason = f"its {len(prompt)} tokens do not fit the {room} that the teacher has for them"
+                reason = f"{len(prompt)} tokens do not fit the {room} that --max_new_tokens {budget} leaves"
                 keep(index, NoAnswer(reason, lasting=True))
         batch = TextBatch(self.loaded.model, self.loaded.tokenizer, self.loaded.max_batch_tokens)
         for sample, index, prompt in sorted(fitting, key=lambda fitted: -len(fitted[2])):

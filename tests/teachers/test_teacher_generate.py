@@ -13,6 +13,7 @@ from support.teacher import lines, numbered, rejects_of, run_of
 
 import teacher_generate
 from common import cli
+from common.cli import UserError
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
 from common.models import loading as models
@@ -22,11 +23,12 @@ from common.teachers.interview import Question
 from common.teachers.local_model import LocalTeacher
 
 
-def test_a_local_teacher(base, files, monkeypatch):
+def test_a_local_teacher(base, files, monkeypatch, capsys):
     """Its raw answers are the model's own, in one batch or several; a second run loads nothing from it again."""
     rows = [{"input": text[: 60 + 9 * index]} for index, text in enumerate(CORPUS[:5])] + [{"input": "x" * 4000}]
     argv = ["--teacher", base, *files(rows), "--max_new_tokens", "6", "--max_tries", "1"]
-    assert teacher_generate.main(argv) is None
+    assert teacher_generate.main(argv) == cli.FAILED  # none of what a model writes that has learnt nothing can be used
+    assert "no answer could be used, and" in capsys.readouterr().err
     model, tokenizer = models.load_for_inference(ModelSource(base))
     prompts = [tokenizers.encode_prompt(tokenizer, row["input"]) for row in rows[:5]]
     wanted = [found for (found,) in generation.generate(model, tokenizer, prompts, Decoding(6))]
@@ -36,10 +38,12 @@ def test_a_local_teacher(base, files, monkeypatch):
         value = raw[row]
         assert (value["text"], value["finished"]) == (answer.text, answer.finished)
         assert (value["prompt_tokens"], value["completion_tokens"]) == (len(prompt), len(answer.tokens))
-    assert re.search(r"its \d+ tokens do not fit the \d+ that the teacher has", rejects_of(files)[-1]["reason"])
+    assert re.search(r"^\d+ tokens do not fit the \d+ that --max_new_tokens 6 leaves", rejects_of(files)[-1]["reason"])
     monkeypatch.setattr(generation.TextBatch, "ask", None)
-    assert teacher_generate.main(argv) is None
+    teacher_generate.main(argv)
     assert run_of(files)["requests"]["asked_now"] == 0
+    with pytest.raises(UserError, match="--max_new_tokens 2048 leaves nothing of the teacher's 2048 for a prompt"):
+        teacher_generate.main([*argv, "--max_new_tokens", "2048"])
 
 
 def test_a_local_teacher_answers_at_once_unless_thinking_is_on(tmp_path):
