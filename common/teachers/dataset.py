@@ -48,7 +48,10 @@ def write_answers(
         probabilities: the answers carry the labels' probabilities, or the likeliest first tokens.
     """
     suffix = REASONS if reasons else ""
-    questions = [Question(item.number, [{"role": "user", "content": item.prompt + suffix}]) for item in items]
+    questions = [
+        Question(item.number, [{"role": "user", "content": item.prompt + suffix}], ends=None if reasons else item.ends)
+        for item in items
+    ]
 
     def read(indices: list[int], answers: list[Answer]) -> list[ParsedAnswer]:
         if probabilities:
@@ -90,7 +93,7 @@ def write_pairs(
     """
     owners = [item for item in items for _ in range(samples)]
     questions = [
-        Question(item.number, [{"role": "user", "content": item.prompt}], index % samples)
+        Question(item.number, [{"role": "user", "content": item.prompt}], index % samples, item.ends)
         for index, item in enumerate(owners)
     ]
     replies = interview.ask(questions)

@@ -7,7 +7,7 @@ A teacher is an endpoint (`chat_endpoint`, `decisions_endpoint`), a local model 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from common.cli import UserError
@@ -27,11 +27,13 @@ class Question:
     Attributes:
         row: the number of the row that it is about, for the raw answers.
         sample: which of the answers to the same chat it is, from 0.
+        ends: whether a growing answer holds all that was asked for, so that a local teacher need not write on.
     """
 
     row: int
     messages: Messages
     sample: int = 0
+    ends: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def until_usable(
                     {"role": "assistant", "content": final_answer(answered[index].text) or "(nothing)"},
                     {"role": "user", "content": AGAIN.format(fault=parsed.fault)},
                 ]
-                again[index] = Question(question.row, question.messages + turns, question.sample)
+                again[index] = replace(question, messages=question.messages + turns)
         asked = again
         if not asked:
             break

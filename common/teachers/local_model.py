@@ -46,12 +46,14 @@ class LocalTeacher:
         for index, question in enumerate(questions):
             prompt = tokenizers.encode_chat(self.loaded.tokenizer, question.messages, thinking=self.decoding.thinking)
             if len(prompt) <= room:
-                fitting.append((question.sample, index, prompt))
+                fitting.append((question, index, prompt))
             else:
                 reason = f"{len(prompt)} tokens do not fit the {room} that --max_new_tokens {budget} leaves"
                 keep(index, NoAnswer(reason, lasting=True))
         batch = TextBatch(self.loaded.model, self.loaded.tokenizer, self.loaded.max_batch_tokens)
-        for sample, index, prompt in sorted(fitting, key=lambda fitted: -len(fitted[2])):
-            batch.ask((index, len(prompt)), prompt, replace(self.decoding, seed=self.decoding.seed + sample))
+        for question, index, prompt in sorted(fitting, key=lambda fitted: -len(fitted[2])):
+            decoding = replace(self.decoding, seed=self.decoding.seed + question.sample)
+            ends = None if decoding.thinking else question.ends  # a draft within the thinking ends nothing
+            batch.ask((index, len(prompt)), prompt, decoding, stop=ends)
         for (index, length), _, answer in batch.run():
             keep(index, Answer(answer.text, answer.finished, length, len(answer.tokens)))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from common.cli import UserError
@@ -48,6 +49,7 @@ class Item:
         gold: the answer that the row has; None where it has none.
         kept: what the written row takes over: "output", "group", "id".
         tests: what the code must pass; None where there is no code or no test.
+        ends: whether a growing answer is whole, whatever a teacher would write after it; None: no telling.
     """
 
     number: int
@@ -55,6 +57,7 @@ class Item:
     gold: str | None
     kept: dict[str, Any] = field(default_factory=dict)
     tests: grading.Tests | None = None
+    ends: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,8 @@ class Code:
         """A problem as it is asked, with its solution as gold."""
         gold = code_prompt.code_answer(problem.solution)
         kept = {"id": problem.task_id, "output": gold, "group": problem.group}
-        return Item(number, code_prompt.direct_prompt(problem.prompt), gold, kept, problem.graded_by())
+        prompt = code_prompt.direct_prompt(problem.prompt)
+        return Item(number, prompt, gold, kept, problem.graded_by(), Code._ends(prompt))
 
     def fault(self, row: dict) -> str | None:
         """Why a row cannot be asked: no text under "input" or "prompt", tests that are no list of texts, or no text
@@ -312,7 +316,14 @@ class Code:
         prompt = row["input"] if "input" in row else code_prompt.direct_prompt(row["prompt"])
         asserts, gold = tuple(row.get("tests") or ()), row.get("output") or None
         tests = grading.Tests(asserts, row.get("setup") or "", row.get("entry_point")) if asserts else None
-        return Item(number, prompt, gold, _kept(row, gold, row.get("group")), tests)
+        return Item(number, prompt, gold, _kept(row, gold, row.get("group")), tests, self._ends(prompt))
+
+    @staticmethod
+    def _ends(prompt: str) -> Callable[[str], bool]:
+        """Whether an answer has all of the plan or code that `parse` reads: untrained models go on to explain it."""
+        if prompt.endswith(code_prompt.PLAN_REQUEST):
+            return code_answer.plan_ends
+        return partial(code_answer.answer_ends, names=code_prompt.names_asked_for(prompt))
 
     def parse(self, text: str, prompt: str = "") -> str:
         """The code in a text, or the plan where the prompt asks for one, in the tags of training rows."""

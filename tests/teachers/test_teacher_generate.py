@@ -62,6 +62,20 @@ def test_a_local_teacher_answers_at_once_unless_thinking_is_on(tmp_path):
     assert keys[1] == ["local", "identity", keys[0][2] | {"thinking": True}]
 
 
+def test_a_local_teacher_ends_where_the_answer_is_whole(base):
+    loaded = LoadedModel(*models.load_for_inference(ModelSource(base)), 2048)
+    answers: dict = {}
+    for ends in (None, lambda text: len(text) > 2):
+        question = Question(1, [{"role": "user", "content": "Age: 23"}], ends=ends)
+        LocalTeacher(loaded, "identity", Decoding(12)).ask(
+            [question], lambda _, answer, ends=ends: answers.update({ends is None: answer})
+        )
+    whole, ended = answers[True], answers[False]
+    assert whole.text.startswith(ended.text)
+    assert ended.finished
+    assert ended.completion_tokens < whole.completion_tokens == 12
+
+
 def test_samples_of_a_local_teacher_differ(base, files):
     argv = ["--teacher", base, *files(numbered(2)), "--max_new_tokens", "6", "--preferences", "--num_samples", "3"]
     teacher_generate.main([*argv, "--temperature", "1"])

@@ -178,6 +178,15 @@ def test_code(prompt, text, answer, fault):
     assert (parsed.fault or "").startswith(fault or "") and bool(parsed.fault) == bool(fault)
 
 
+def test_code_is_whole_before_it_is_explained():
+    """A fence with the function asked for ends an answer, one with its use does not; a plan ends with its tag."""
+    ends = Code(False, False).item(1, {"prompt": "Write a function add(a, b)."}).ends
+    use, whole = "```python\nprint(add(1, 2))\n```", "```python\ndef add(a, b):\n    return a + b\n```"
+    assert [ends(text) for text in ("", use, whole[:-3], whole)] == [False, False, False, True]
+    plan = Code(False, False).item(1, {"input": codegen.plan_prompt("Add.")}).ends
+    assert [plan(text) for text in ("<PLAN>\n1. add", "<PLAN>\n1. add\n</PLAN>")] == [False, True]
+
+
 @pytest.mark.processes
 def test_code_that_fails_its_tests_is_asked_for_again(tmp_path, stub, files):
     try:
