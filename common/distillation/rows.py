@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -222,11 +222,16 @@ def encode_for_both(
     rows: Sequence[dict],
     max_len: int,
     whole: bool,
+    *,
+    context: int,
 ) -> list[tuple[tokenizers.Encoded, tokenizers.Encoded]]:
     """Rows as `encode` gives them, each in the tokens of the student and in those of the teacher.
 
     A prompt that is too long may lose more text in the tokens of the one than of the other. Rows that leave no room for
     the answer in either are left out, as are windows of running text without a whole character.
+
+    Args:
+        context: tokens that the teacher can read. A window of running text that is more in its tokens is halved.
     """
     pairs = [(row["input"], row["output"]) for row in rows if "input" in row]
     both: list[tuple[tokenizers.Encoded, tokenizers.Encoded]] = []
@@ -236,11 +241,33 @@ def encode_for_both(
     running = [row["text"] for row in rows if "text" in row]
     if running:
         words = Vocabulary.of(tokenizer).words, Vocabulary.of(teachers).words
-        for text in running:
-            for window in tokenizers.windows(tokenizer, text, max_len):
-                if pair := window_for_both(window, teachers, *words):
-                    both.append(pair)
+        windows = [window for text in running for window in tokenizers.windows(tokenizer, text, max_len)]
+        found = [list(windows_for_both(window, teachers, *words, context)) for window in windows]
+        if halved := sum(len(parts) > 1 for parts in found):
+            log(f"{path}: {halved} of {len(windows)} windows halved, longer than the teacher's {context} in its tokens")
+        parts = [part for parts in found for part in parts]
+        both += [part for part in parts if part]
+        if unread := sum(part is None for part in parts):
+            log(f"{path}: {unread} of {len(parts)} windows left out, without a place where both cut the text")
     return both
+
+
+def windows_for_both(
+    window: tokenizers.Encoded,
+    teachers: PreTrainedTokenizerBase,
+    words: Sequence[bytes],
+    their_words: Sequence[bytes],
+    context: int,
+) -> Iterator[tuple[tokenizers.Encoded, tokenizers.Encoded] | None]:
+    """`window_for_both`, of halves of the window (and of their halves) where it is more than the teacher can read."""
+    pair = window_for_both(window, teachers, words, their_words)
+    if pair is None or len(pair[1].input_ids) <= context:
+        yield pair
+        return
+    begins = int(not words[window.input_ids[0]])  # a BOS begins each half
+    bos, ids = window.input_ids[:begins], window.input_ids[begins:]
+    for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
+        yield from windows_for_both(tokenizers.Encoded([*bos, *half], 1), teachers, words, their_words, context)
 
 
 def window_for_both(

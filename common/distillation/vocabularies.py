@@ -45,6 +45,11 @@ def teacher_tokenizer(settings: DistillSettings) -> PreTrainedTokenizerBase:
     return _tokenizer_of(settings.teacher, settings.trust_remote_code)
 
 
+def teacher_context(settings: DistillSettings) -> int:
+    """Tokens that the teacher can read."""
+    return context_of(loading.load_config(settings.teacher, settings.trust_remote_code))
+
+
 @lru_cache(maxsize=1)
 def _tokenizer_of(teacher: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     return tokenizers.load_tokenizer(adapters.tokenizer_folder(teacher), trust_remote_code=trust_remote_code)
@@ -60,9 +65,8 @@ def translated_rows(
     """
     theirs = teacher_tokenizer(settings)
     name, limits = settings.data_name, (settings.max_len, settings.idp_mode)
-    return translation_of(
-        settings, tokenizer, theirs, distill_rows.encode_for_both(tokenizer, theirs, name, rows, *limits)
-    )
+    both = distill_rows.encode_for_both(tokenizer, theirs, name, rows, *limits, context=teacher_context(settings))
+    return translation_of(settings, tokenizer, theirs, both)
 
 
 def translated_answers(
@@ -71,7 +75,7 @@ def translated_answers(
     """The same of rows in the student's tokens, beside their prompts: what they learn is the end of a text."""
     theirs = teacher_tokenizer(settings)
     student = Vocabulary.of(tokenizer)
-    limit = context_of(loading.load_config(settings.teacher, settings.trust_remote_code))
+    limit = teacher_context(settings)
     both = []
     for prompt, row in answered:
         *earlier, run = student.runs(row)
@@ -81,6 +85,8 @@ def translated_answers(
             reading = replace(reading, input_ids=reading.input_ids[:-1])
         if len(reading.input_ids) <= limit:
             both.append((row, reading))
+    if left := len(answered) - len(both):
+        log(f"{left} of {len(answered)} rows left out, longer than the teacher's {limit} in its tokens")
     return translation_of(settings, tokenizer, theirs, both)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -116,12 +117,30 @@ def strangers():
 
 def test_windows_of_running_text_end_at_characters(tokenizer, strangers):
     text = "Größe: 你好, naïve \U0001f600 texts. " * 4
-    pairs = distill_rows.encode_for_both(tokenizer, strangers, "x", [{"text": text}], 23, False)
+    pairs = distill_rows.encode_for_both(tokenizer, strangers, "x", [{"text": text}], 23, False, context=99)
     student, teacher = Vocabulary.of(tokenizer), Vocabulary.of(strangers)
     assert len(pairs) > 3
     assert all(same_text(student.runs(ours), teacher.runs(theirs)) for ours, theirs in pairs)
     learnt = sum(len(ours.learnt) for ours, _ in pairs)
     assert learnt > 0.7 * len(tokenizer.encode(text))
+
+
+def test_windows_that_are_longer_in_the_teacher_s_tokens_are_halved(tokenizer, strangers, capsys):
+    """The teacher reads no more than its context, and no text is lost to that."""
+    student, teacher = Vocabulary.of(tokenizer), Vocabulary.of(strangers)
+    bos, text = tokenizer.convert_tokens_to_ids("<|im_start|>"), " ".join(CORPUS[:3])
+    window = Encoded([bos, *tokenizer.encode(text)], 1)
+    (whole,) = distill_rows.windows_for_both(window, strangers, student.words, teacher.words, 9999)
+    context = len(whole[1].input_ids) // 3
+    parts = list(distill_rows.windows_for_both(window, strangers, student.words, teacher.words, context))
+    assert len(parts) == 4 and all(ours.input_ids[0] == bos for ours, _ in parts)
+    assert all(len(theirs.input_ids) <= context for _, theirs in parts)
+    assert all(same_text(student.runs(ours), teacher.runs(theirs)) for ours, theirs in parts)
+    assert [token for ours, _ in parts for token in ours.input_ids[1:]] == window.input_ids[1:]
+    limits = (64, False)
+    distill_rows.encode_for_both(tokenizer, strangers, "x", [{"text": text + " \U0001f600" * 64}], *limits, context=64)
+    said = capsys.readouterr().err
+    assert re.search(r"x: \d+ of \d+ windows halved, longer than the teacher's 64 in its tokens", said)
 
 
 @pytest.mark.processes
@@ -156,7 +175,8 @@ def test_running_text_of_a_tokenizer_that_puts_a_space_before_it(tokenizer, stra
     spaced.backend_tokenizer.normalizer = Prepend(" ")
     assert spaced.encode("x") != strangers.encode("x")
     student, teacher = Vocabulary.of(tokenizer), Vocabulary.of(spaced)
-    pairs = distill_rows.encode_for_both(tokenizer, spaced, "x", [{"text": "The cat sat on the mat. " * 9}], 20, False)
+    pairs = distill_rows.encode_for_both(tokenizer, spaced, "x", [{"text": "The cat sat on the mat. " * 9}], 20, False,
+                                         context=99)  # fmt: skip
     assert len(pairs) > 3 and all(same_text(student.runs(a), teacher.runs(b)) for a, b in pairs)
 
 
@@ -190,7 +210,7 @@ def test_the_student_s_own_token_is_kept():
     assert known["logprobs"].exp()[:, 1].tolist() == pytest.approx([0.015, 0.1, 0.1])
 
 
-def test_answers_that_the_teacher_cannot_read_are_left_out(base, strangers, tokenizer, tmp_path):
+def test_answers_that_the_teacher_cannot_read_are_left_out(base, strangers, tokenizer, tmp_path, capsys):
     from common.distillation import vocabularies
     from common.distillation.settings import DistillSettings
 
@@ -201,8 +221,10 @@ def test_answers_that_the_teacher_cannot_read_are_left_out(base, strangers, toke
     cut, half = Encoded([*prompt, *word], len(prompt)), Encoded([*prompt, *tokenizer.encode("ö")[:1]], len(prompt))
     special = Encoded([*prompt, *word, tokenizer.pad_token_id, *word], len(prompt))
     answered = [("Hi", cut), ("Hi", half), ("Hi", special)]
-    kept, translation = vocabularies.translated_answers(settings, tokenizer, answered)
+    long = Encoded([*prompt, *word * 3000], len(prompt))
+    kept, translation = vocabularies.translated_answers(settings, tokenizer, [*answered, ("Hi", long)])
     assert kept == [cut]
+    assert "1 of 4 rows left out, longer than the teacher's 2048 in its tokens" in capsys.readouterr().err
     assert strangers.decode(translation.reading(cut).input_ids).endswith("Good")
     with pytest.raises(UserError, match="no row has the same text"):
         vocabularies.translated_answers(settings, tokenizer, [("Hi", half)])
