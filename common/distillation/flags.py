@@ -126,8 +126,8 @@ def resolve_weights(args: argparse.Namespace) -> dict[str, float]:
 
 
 def checked(settings: DistillSettings) -> DistillSettings:
-    """The same settings, refused where they cannot work together. Raises UserError."""
-    training_flags.checked(settings)
+    """The settings as `training_flags.checked`, refused where they cannot work together. Raises UserError."""
+    settings = training_flags.checked(settings)
     if not 0 < settings.temperature < math.inf:
         raise UserError(f"--temperature {settings.temperature} must be above 0")
     if (settings.data is None) == (settings.dataset is None):

@@ -143,7 +143,7 @@ class Planner:
             if name == "dataset" and os.path.isfile(value):
                 name = "data"  # a file is none of the datasets library's
             argv += flag(self.fields(method)[name], value)
-        if (method == DISTILL or QAT in given) and "lora_r" not in given:
+        if (method == DISTILL or QAT in given) and not given.keys() & {"lora_r", "init_adapter"}:
             argv.append("--lora_r=0")  # a whole model, unless an adapter is asked for
         settings = self._parse(method, argv, names)
         script = str(self.scripts / METHODS[method].script)

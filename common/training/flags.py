@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from common.training.checkpoints import CHECKPOINTS, ROUNDS, can_go_on
 from common.training.settings import DpoSettings, KdSettings, TrainSettings
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+LORA = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}  # flag: what PEFT calls it
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 
@@ -66,7 +68,7 @@ def _add_run_flags(parser: argparse.ArgumentParser, defaults: type[TrainSettings
         help="show rows as the model would see them, what is learnt, memory, steps and time; loads no weights",
     )
     run.add_argument("--overwrite", action="store_true", help="replace a run that --save_dir already holds")
-    run.add_argument("--init_adapter", metavar="DIR", help="start from this adapter instead of a fresh one")
+    run.add_argument("--init_adapter", metavar="DIR", help="start from this adapter, and its rank, alpha and dropout")
     run.add_argument("--skip_bad_rows", action="store_true", help="go on without bad rows, and count them")
     run.add_argument("--idp_mode", action="store_true", help="structured output: leave a long row out, never cut it")
     run.add_argument(
@@ -155,7 +157,7 @@ def dpo_settings(args: argparse.Namespace) -> DpoSettings:
 
 
 def checked(settings: Settings) -> Settings:
-    """The same settings, refused where they cannot work, before anything is read.
+    """The settings, those of LoRA as `of_adapter`; refused where they cannot work, before anything is read.
 
     Raises:
         UserError: a value out of range, or a run folder that would be lost.
@@ -185,6 +187,7 @@ def checked(settings: Settings) -> Settings:
         raise UserError(f"--student {settings.student} is an adapter; give its base, and this folder as --init_adapter")
     if settings.init_adapter and not adapters.is_adapter(settings.init_adapter):
         raise UserError(f"--init_adapter {settings.init_adapter} holds no adapter; give a run folder")
+    settings = of_adapter(settings)
     if settings.dry_run:
         return settings
     check_kept(settings)
@@ -195,6 +198,29 @@ def checked(settings: Settings) -> Settings:
         if can_go_on(save_dir):
             raise UserError(f"{save_dir} holds an unfinished run; pass --resume to go on, or --overwrite")
     return settings
+
+
+def of_adapter(settings: Settings) -> Settings:
+    """The settings with rank, alpha and dropout of the adapter that is started from, which goes on with its own.
+
+    DPO's dropout of 0 stays, as it switches the adapter's off.
+
+    Raises:
+        UserError: a flag says otherwise, or the adapter's config is broken.
+    """
+    if not settings.init_adapter:
+        return settings
+    config = adapters.read_config(settings.init_adapter)
+    own = {flag: config[key] for flag, key in LORA.items() if isinstance(config.get(key), int | float)}
+    if isinstance(settings, DpoSettings) and settings.lora_dropout == 0:
+        own.pop("lora_dropout", None)
+    for flag, value in own.items():
+        asked = getattr(settings, flag)
+        if asked not in (value, getattr(type(settings), flag)):
+            raise UserError(
+                f"--{flag} {asked}: the adapter {settings.init_adapter} goes on with its own, {value}; leave it out"
+            )
+    return replace(settings, **own)
 
 
 def check_kept(settings: TrainSettings) -> None:

@@ -112,6 +112,7 @@ class TrainSettings:
             completion_len=completion_len,
             lora_dropout=self.lora_dropout,
             rounds=self.quantization_aware is not None,
+            reference=self.method == DpoSettings.method and self.init_adapter is not None,
         )
 
     def memory_flags(self, batch: int) -> Mapping[str, Callable[[Plan], Any]]:

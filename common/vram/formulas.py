@@ -70,6 +70,7 @@ class Training:
     bfloat16: bool = False  # on a CPU: the base lies in it
     by_hand: bool = False  # on a CPU: the adapter has the backward pass that a large base gets
     rounds: bool = False  # all weights are trained, and rounded in the forward pass (`quantization_aware`)
+    reference: bool = False  # of dpo: beside the adapter there is a copy of it as it was
     terms: tuple[str, ...] = ("forward_kl",)  # of distill
     teacher: ModelShape | None = None  # of distill: one that is on the device, too
     teacher_four_bit: bool = True
@@ -355,7 +356,8 @@ def predict_training(plan: Training) -> Prediction:
         "student's weights": weight_bytes(plan.student, four_bit=plan.four_bit and not plan.full, width=plan.residual),
         "teacher's weights": teacher
         and weight_bytes(teacher, four_bit=plan.teacher_four_bit, width=BFLOAT16 if plan.cuda else FLOAT32),
-        "gradients, AdamW" if plan.full else "adapter, gradients, AdamW": (3 if plan.full else 4) * learnt,
+        "gradients, AdamW" if plan.full else "adapter, gradients, AdamW": (3 if plan.full else 4 + plan.reference)
+        * learnt,
         "activations kept": kept(plan),
         largest: peak[largest],
     }

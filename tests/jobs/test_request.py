@@ -162,6 +162,12 @@ def test_a_distilled_student_is_a_whole_model_unless_an_adapter_is_asked_for(pla
     assert planner.plan(payload(data, lora_r=4), Path("run")).settings.lora_r == 4
     body = {"method": "sft", "student": str(data / "student"), "data": str(data / "rows.jsonl")}
     assert planner.plan(body, Path("run")).settings.lora_r == 16  # the script's own default
+    (data / "adapter").mkdir()
+    (data / "adapter" / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}')
+    started = planner.plan(payload(data, init_adapter=str(data / "adapter")), Path("run")).settings
+    assert (started.lora_r, started.lora_alpha, started.lora_dropout) == (8, 16, 0.1)
+    field, message = refused(planner, body | {"init_adapter": str(data / "adapter"), "lora_r": 4})
+    assert field == "lora_r" and "goes on with its own, 8; leave it out" in message
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

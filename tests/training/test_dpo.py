@@ -52,7 +52,7 @@ def test_reference_log_probs(start, untrained, base, unbroken):
     reference = models.load_base(ModelSource(base, dtype="float32")).eval()
     more = ["--lora_dropout", 0.5]
     if start == "sft":
-        more += ["--init_adapter", unbroken("sft")]
+        more = ["--lora_dropout", 0.2, "--init_adapter", unbroken("sft")]  # as that was trained with
         reference = models.load_for_inference(ModelSource(str(unbroken("sft")), dtype="float32"))[0]
     trainer, encoded = untrained(*more)
     assert ("ref" in trainer.model.peft_config) == (start == "sft")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import dpo_train
@@ -13,6 +15,7 @@ from common.models import hub
 from common.models.loading import is_on
 from common.training import flags
 from common.training.settings import DpoSettings, KdSettings, TrainSettings
+from common.vram.formulas import predict
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,31 @@ def test_the_recipe_of_each_method():
     assert (TrainSettings.learning_rate, KdSettings.learning_rate, DpoSettings.learning_rate) == (2e-4, 2e-4, 5e-5)
     assert (TrainSettings.lora_dropout, DpoSettings.lora_dropout) == (0.05, 0.0)
     assert (TrainSettings.lora_r, TrainSettings.lora_alpha, TrainSettings.max_len) == (16, 32, 1024)
+
+
+def test_an_adapter_that_is_started_from_goes_on_with_its_own_settings(tiny_base, tmp_path):
+    """In the record, and in what memory is predicted for; a flag that says otherwise would do nothing."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}')
+    common = ["--student", tiny_base, "--data", "d", "--save_dir", "r", "--init_adapter", str(tmp_path)]
+
+    def settings_of(script, read, *more: str) -> TrainSettings:
+        return read(cli.parse_args(script.build_parser(), [*common, *more]))
+
+    started = settings_of(sft_train, flags.sft_settings)
+    assert (started.lora_r, started.lora_alpha, started.lora_dropout) == (4, 8, 0.1)
+    assert (started.plan().lora_r, started.plan().lora_dropout, started.plan().reference) == (4, 0.1, False)
+    dpo = settings_of(dpo_train, flags.dpo_settings)
+    assert (dpo.lora_r, dpo.lora_dropout) == (4, 0.0)  # which switches the adapter's off
+    alone = replace(dpo, init_adapter=None).plan()
+    weights = alone.trained * alone.trained_width
+    assert predict(dpo.plan()).total - predict(alone).total == weights  # the copy that is the reference
+    for flag, value in (("lora_r", "8"), ("lora_alpha", "16"), ("lora_dropout", "0.2")):
+        with pytest.raises(UserError, match=f"--{flag} {value}: the adapter .* goes on with its own"):
+            settings_of(sft_train, flags.sft_settings, f"--{flag}", value)
+    assert settings_of(dpo_train, flags.dpo_settings, "--lora_dropout", "0.1", "--lora_r", "4").lora_dropout == 0.1
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json is broken"):
+        settings_of(sft_train, flags.sft_settings)
 
 
 @pytest.mark.parametrize("beta", ["0.0", "nan", "inf"])
