@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from common.cli import UserError, log
 from common.distillation import objective, teacher_cache
 from common.distillation.objective import Signals
 from common.distillation.settings import DistillSettings
-from common.distillation.teacher_cache import TeacherCache, pack, unpack
+from common.distillation.teacher_cache import TeacherCache, completion_tokens, pack, row_key, unpack
 from common.models import adapters, loading
 from common.models.batching import CHUNK_LOGITS, by_token_budget
 from common.models.tokenizers import Encoded
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from common.run_record import RunRecord
     from common.vram.formulas import Inference
 
-SHARD_TOKENS = 1 << 16  # at most so many are lost when the writing of a cache is interrupted
+SHARD_TOKENS, SHARD_BYTES, SHARD_SECONDS = 1 << 16, 1 << 28, 60  # of what is lost at most when a pass is killed
 NF4 = "NF4"
 
 
@@ -66,15 +69,17 @@ class Targets:
         kept = k if signals.distributions else 0
         return cls(drawn, settings.keeps_own, kept, settings.temperature, signals.vocabulary, layers)
 
-    def outcomes(self, logits: torch.Tensor, tokens: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
+    def outcomes(self, logits: torch.Tensor, tokens: torch.Tensor, chances: torch.Tensor) -> dict[str, torch.Tensor]:
         """`teacher_cache.pack`'s arguments of logits [n, vocabulary].
 
         Args:
             tokens: those that the rows go on with [n].
+            chances: numbers from 0 to 1 that decide what is drawn [n, k].
         """
         logprobs = losses.log_probs(logits[:, : self.vocabulary], self.temperature)
         if self.drawn:
-            draws = torch.multinomial(logprobs.exp(), self.k, replacement=True, generator=rng)
+            up_to = logprobs.exp().cumsum(dim=-1)
+            draws = torch.searchsorted(up_to, chances * up_to[:, -1:], right=True).clamp(max=self.vocabulary - 1)
             return {"ids": draws, "rest": -(logprobs.exp() * logprobs).sum(dim=-1)}
         top, ids = logprobs.topk(self.k)
         if self.own:  # where it is not among them, and the teacher has it at all
@@ -142,13 +147,14 @@ def written_cache(
     cache = open_cache(settings, targets, teacher_width, translation)
     state = PartialState(cpu=not torch.cuda.is_available())
     missing = cache.missing(rows)
+    state.wait_for_everyone()  # before any writes, so that all divide the same rows
     if missing:
         log(f"{len(missing):,} of {len(rows):,} rows are not in {cache.folder}; the teacher reads them first")
         fitted = teacher_within_memory(settings, record)
         if fitted.load_teacher_in_4bit != settings.load_teacher_in_4bit:  # then it is another cache
             return written_cache(fitted, record, signals, teacher_width, tokenizer, rows, translation)
         share = missing[state.process_index :: state.num_processes]
-        batch_tokens, seed = fitted.max_batch_tokens, fitted.seed + state.process_index
+        batch_tokens = fitted.max_batch_tokens
         try:
             reader = objective.load_teacher(fitted, signals)
             fill_cache(
@@ -159,7 +165,7 @@ def written_cache(
                 tokenizer.pad_token_id,
                 translation,
                 max_batch_tokens=batch_tokens,
-                seed=seed,
+                seed=fitted.seed,
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -252,43 +258,60 @@ def fill_cache(
         seed: of what is drawn.
     """
     device, as_tree = teacher.model.device, prefix_tree.install_where_it_pays(teacher.model)
-    rng = torch.Generator(device).manual_seed(seed)
     rows = rows[::-1]  # rows of one length in the order in which caches have always had them
-    shard: list[Encoded] = []
-    packed: list = []
+    shard: list[tuple[Sequence[Encoded], np.ndarray]] = []
+    begun = time.monotonic()
 
     def flush() -> None:
+        nonlocal begun
         if shard:
-            cache.add(shard, np.concatenate(packed))
-            shard.clear(), packed.clear()
+            cache.add([row for rows, _ in shard for row in rows], np.concatenate([packed for _, packed in shard]))
+        shard.clear()
+        begun = time.monotonic()
+
+    def is_full() -> bool:
+        tokens, size = (sum(measured(packed) for _, packed in shard) for measured in (len, attrgetter("nbytes")))
+        return tokens >= SHARD_TOKENS or size >= SHARD_BYTES or time.monotonic() - begun >= SHARD_SECONDS
 
     size = max(1, CHUNK_LOGITS // teacher.head.weight.shape[0])
     read = rows
     if translation is not None:
         read, pad_id = [translation.reading(row) for row in rows], 0  # the student's may be none of the teacher's
-    with tqdm(total=len(rows), unit=" rows", desc="teacher") as progress:
+    with tqdm(total=len(rows), unit=" rows", desc="teacher") as progress, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(flush)  # what was read before an exception, too
         for numbers in by_token_budget([len(row.input_ids) for row in read], max_batch_tokens):
             batch_rows = [rows[number] for number in numbers]
             batch = send_to_device(collate([read[number] for number in numbers], pad_id, as_tree=as_tree), device)
             states = teacher.read(teacher.model, batch)
             last, tokens = scored(states.last, batch), batch["labels"][:, 1:][predicted(batch)]
             if translation is None:
-                pieces = zip(last.split(size), tokens.split(size), strict=True)
-                parts = [targets.outcomes(teacher.logits(piece), own, rng) for piece, own in pieces]
+                chances = uniform(batch_rows, targets.k if targets.drawn else 0, seed).to(device)
+                pieces = zip(last.split(size), tokens.split(size), chances.split(size), strict=True)
+                parts = [targets.outcomes(teacher.logits(piece), *of_piece) for piece, *of_piece in pieces]
                 values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             else:
                 logits_of = lambda part, last=last: teacher.logits(last[part])  # noqa: E731 (of this batch)
                 values = translation.outcomes(batch_rows, logits_of, targets.k, targets.own)
             if targets.layers:
                 values["hidden"] = states.hidden_at(batch, targets.layers)
-            packed.append(pack(cache.record, **{name: value.cpu().float().numpy() for name, value in values.items()}))
-            shard += batch_rows
-            if sum(map(len, packed)) >= SHARD_TOKENS:
+            arrays = {name: value.cpu().float().numpy() for name, value in values.items()}
+            shard.append((batch_rows, pack(cache.record, **arrays)))
+            if is_full():
                 flush()
             progress.update(len(batch_rows))
-        flush()
     sizes = cache.sizes()
     log(
         f"teacher cache {cache.folder}: {sizes['rows']:,} rows, {sizes['tokens']:,} tokens, {sizes['bytes']:,} bytes, "
         f"{sizes['bytes_per_token']} a token"
     )
+
+
+def uniform(rows: Sequence[Encoded], k: int, seed: int) -> torch.Tensor:
+    """Numbers from 0 to 1, [completion tokens of the rows, k], by the seed and the content of each row alone: neither
+    its batch nor where an interrupted pass went on changes what is drawn of it."""
+
+    def of(row: Encoded) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(int(row_key(row)[:15], 16) + seed)
+        return torch.rand(completion_tokens(row), k, generator=rng)
+
+    return torch.cat([of(row) for row in rows])

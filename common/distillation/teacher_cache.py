@@ -4,9 +4,8 @@ Each row's completion tokens have one record a token: the teacher's top k log-pr
 draws from the distribution and its entropy), and hidden states where they are asked for. A row is found by its content
 (its token ids), never by its position or its training step, so shuffling, accumulation and resuming are safe.
 
-A folder holds meta.json (whose distributions these are) and shards: `*.tokens`, records that are read by memory map,
-and `*.rows`, the keys and token counts of the rows in it, written last: it makes the shard count. What was written
-before an interruption stays.
+A folder holds meta.json (whose distributions these are) and shards: `*.tokens`, records, and `*.rows`, the keys and
+token counts of the rows in it, written last: it makes the shard count. What was written before an interruption stays.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ class TeacherCache:
         self.folder, self.record = Path(folder), record
         self.facts = {**facts, "record": str(record.descr)}
         self._check()
-        self._where: dict[bytes, tuple[np.ndarray, int, int]] = {}
+        self._where: dict[bytes, tuple[Path, int, int]] = {}  # shard, first record, records
         self._shards: set[str] = set()
         self.refresh()
 
@@ -142,10 +141,9 @@ class TeacherCache:
         expected = int(index["tokens"].sum()) * self.record.itemsize
         if not tokens.is_file() or tokens.stat().st_size != expected:
             raise UserError(f"{tokens} is damaged; delete it and {path.name}, and run again")
-        packed = np.memmap(tokens, self.record, mode="r")
         start = 0
         for key, count in zip(index["key"].tolist(), index["tokens"].tolist(), strict=True):
-            self._where[key] = (packed, start, start + count)
+            self._where[key] = (tokens, start, count)
             start += count
 
     def missing(self, rows: Sequence[Encoded]) -> list[Encoded]:
@@ -175,12 +173,14 @@ class TeacherCache:
 
     def get(self, row: Encoded) -> np.ndarray | None:
         """Records [completion tokens] of a row; None where the cache does not hold it."""
-        packed, start, stop = self._where.get(row_key(row), (None, 0, 0))
-        return None if packed is None else packed[start:stop]
+        if (where := self._where.get(row_key(row))) is None:
+            return None
+        shard, start, count = where  # opened each time: there may be more of them than a process may hold open
+        return np.fromfile(shard, self.record, count, offset=start * self.record.itemsize)
 
     def sizes(self) -> dict[str, int | float]:
         """{"rows", "tokens", "bytes", "bytes_per_token"} of all that is in the folder."""
-        tokens = sum(stop - start for _, start, stop in self._where.values())
+        tokens = sum(count for _, _, count in self._where.values())
         size = sum(os.stat(path).st_size for path in visible(self.folder))
         return {
             "rows": len(self._where),

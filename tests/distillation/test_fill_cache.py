@@ -7,13 +7,19 @@ from dataclasses import replace
 from itertools import chain, repeat
 
 import pytest
+import torch
 from support.distillation import distill, loss_column
+from support.inputs import read_rows
 from support.models import distance, run_json
 
 from common.cli import UserError
 from common.distillation import fill_cache, objective
+from common.distillation import rows as distill_rows
+from common.distillation.teacher_cache import TeacherCache, record_type, unpack
+from common.models import loading
 from common.models.batching import CHUNK_LOGITS
 from common.models.source import ModelSource
+from common.training.hidden_states import HiddenStateReader
 from common.vram import preflight
 
 pytestmark = pytest.mark.processes
@@ -75,6 +81,64 @@ def test_an_interrupted_cache_goes_on(base, teacher, uneven, tmp_path, monkeypat
     )
     distill(base, tmp_path / "run", *more)
     assert len(seen) == 16 - sum(shards)
+
+
+@pytest.fixture(scope="module")
+def filling(teacher, uneven):
+    """`filling(folder, rows, seed)` has the teacher read them, 40 tokens at a time, and gives the cache with draws."""
+    model, tokenizer = loading.load_for_inference(ModelSource(teacher, dtype="float32"))
+    reader = HiddenStateReader(model)
+    size = reader.head.weight.shape[0]
+    targets = fill_cache.Targets(drawn=True, own=False, k=8, temperature=50.0, vocabulary=size, layers=[])
+
+    def fill(folder, rows, seed: int = 0) -> TeacherCache:
+        cache = TeacherCache(folder, {}, record_type(targets.k, logprobs=False))
+        fill_cache.fill_cache(cache, reader, rows, targets, 0, max_batch_tokens=40, seed=seed)
+        return cache
+
+    fill.rows = distill_rows.encode(tokenizer, uneven, read_rows(uneven), 1024, False)
+    fill.reader = reader
+    return fill
+
+
+def draws(cache: TeacherCache, rows) -> list[list]:
+    return [unpack(cache.get(row))["ids"].tolist() for row in rows]
+
+
+def test_draws_are_those_of_a_row_and_a_seed(filling, tmp_path):
+    """Whatever is read along with it, and wherever an interrupted pass went on."""
+    rows = filling.rows
+    whole = draws(filling(tmp_path / "whole", rows), rows)
+    filling(tmp_path / "parts", rows[:5])
+    assert draws(filling(tmp_path / "parts", rows[5:]), rows) == whole
+    assert draws(filling(tmp_path / "other", rows, seed=1), rows) != whole
+    assert len({tuple(token) for row in whole for token in row}) == sum(map(len, whole))
+
+
+@pytest.mark.parametrize(("limit", "value"), [("SHARD_TOKENS", 1), ("SHARD_BYTES", 1), ("SHARD_SECONDS", 0)])
+def test_a_shard_is_bounded_in_tokens_bytes_and_seconds(limit, value, filling, tmp_path, monkeypatch):
+    filling(tmp_path / "one", filling.rows)
+    monkeypatch.setattr(fill_cache, limit, value)
+    filling(tmp_path / "many", filling.rows)
+    one, many = (len(list((tmp_path / name).glob("*.rows"))) for name in ("one", "many"))
+    assert one == 1 < many
+
+
+def test_what_was_read_before_an_exception_is_kept(filling, tmp_path, monkeypatch):
+    read, calls = filling.reader.read, []
+
+    def out_of_memory(*args):
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        calls.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(filling.reader, "read", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        filling(tmp_path / "cache", filling.rows)
+    monkeypatch.undo()
+    kept = TeacherCache(tmp_path / "cache", {}, record_type(8, logprobs=False))
+    assert kept.sizes()["rows"] == sum(len(batch["input_ids"]) for _, batch in calls) > 0
 
 
 @pytest.fixture

@@ -66,12 +66,12 @@ def test_a_long_prompt_leaves_room_for_an_answer(whole, tokenizer):
 def test_the_own_token_is_kept():
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]]).repeat(3, 1)
     targets = Targets(drawn=False, own=True, k=2, temperature=1.0, vocabulary=5, layers=[])
-    kept = targets.outcomes(logits, torch.tensor([0, 4, 5]), torch.Generator())
+    kept = targets.outcomes(logits, torch.tensor([0, 4, 5]), torch.empty(3, 0))
     assert kept["ids"].tolist() == [[0, 1], [0, 4], [0, 1]]  # 5 is none of the shared vocabulary
     p = logits[0, :5].softmax(dim=0)
     assert kept["logprobs"].exp()[1].tolist() == pytest.approx([float(p[0]), float(p[4])])
     assert kept["rest"].tolist() == pytest.approx([float(p[2:].sum()), float(p[1:4].sum()), float(p[2:].sum())])
-    plain = replace(targets, own=False).outcomes(logits, torch.tensor([0, 4, 5]), torch.Generator())
+    plain = replace(targets, own=False).outcomes(logits, torch.tensor([0, 4, 5]), torch.empty(3, 0))
     assert plain["ids"].tolist() == [[0, 1]] * 3
 
 
