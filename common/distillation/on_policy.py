@@ -107,7 +107,9 @@ def train(
     done: list[RoundStatistics] = []
     for number in range(1, settings.rounds + 1):
         done.append(one_round(rounds, number, done))
-        record.write(rounds=[asdict(statistics) for statistics in done])
+        first = run_record.read(rounds.folder(1)) or {}
+        of_the_first = {name: first[name] for name in OF_THE_FIRST if name in first}
+        record.write(rounds=[asdict(statistics) for statistics in done], **of_the_first)
         round_statistics.write(settings.save_dir, done)
     close(rounds, done)
 
@@ -262,8 +264,6 @@ def train_round(rounds: Rounds, number: int, rows: Sequence[Encoded], cache: Tea
         done, left = rounds.steps_before(number), settings.rounds - number + 1
         trainer.add_callback(progress.live_log_callback(whole.path.parent, done, left))
         run.train_and_save(trainer, settings, record)
-    if number == 1:
-        whole.write(**{name: record.facts[name] for name in OF_THE_FIRST if name in record.facts})
     return record.facts["train_loss"]
 
 
@@ -287,15 +287,4 @@ def close(rounds: Rounds, done: Sequence[RoundStatistics]) -> None:
         for statistics in done
         for entry in progress.read_loss_curve(rounds.folder(statistics.round))
     ]
-    progress.write_loss_curve(str(folder), history)
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    steps, mean = rounds.steps_before(len(done) + 1), progress.mean_loss(history)
-    rounds.record.end(
-        "done",
-        steps=steps,
-        train_loss=mean,
-        final_loss=losses[-1] if losses else None,
-        final_eval_loss=evals[-1] if evals else None,
-    )
-    log(f"saved {folder} ({len(done)} rounds, {steps} steps, loss {mean:.4f})")
+    run.end(rounds.record, str(folder), history, rounds.steps_before(len(done) + 1))

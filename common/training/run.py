@@ -287,21 +287,26 @@ def watched_train(trainer: Trainer, settings: TrainSettings, record: RunRecord |
 
 
 def close(trainer: Trainer, save_dir: str, record: RunRecord, best: dict[str, Any] | None) -> None:
-    """Write the loss curve and end the record as done."""
+    """`end` a training."""
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    end(record, save_dir, history, trainer.state.global_step, best=best)
+
+
+def end(record: RunRecord, save_dir: str, history: Sequence[dict[str, Any]], steps: int, **more: Any) -> None:
+    """Write the loss curve, a history of optimizer steps, and end the record as done, with `more` in it."""
     progress.write_loss_curve(save_dir, history)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     train_loss = progress.mean_loss(history)
     record.end(
         "done",
-        steps=trainer.state.global_step,
+        steps=steps,
         train_loss=train_loss,
         final_loss=losses[-1] if losses else None,
         final_eval_loss=evals[-1] if evals else None,
-        best=best,
+        **more,
     )
-    log(f"saved {save_dir} ({trainer.state.global_step} steps, loss {train_loss:.4f})")
+    log(f"saved {save_dir} ({steps} steps, loss {train_loss:.4f})")
 
 
 def step_down(settings: TrainSettings, record: RunRecord | None) -> str:

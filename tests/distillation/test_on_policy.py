@@ -138,6 +138,7 @@ def test_resumed_equals_unbroken(unbroken, base, tmp_path, monkeypatch):
             assert not (folder / on_policy.STATISTICS).exists()
     distill(base, run, *more, *resume)
     assert distance(run, run_folder) < 1e-5
+    assert run_json(run).keys() == run_json(run_folder).keys() >= set(on_policy.OF_THE_FIRST)
     told, whole = rounds_of(run), rounds_of(run_folder)
     for name in ("answers", "tokens", "cut", "repetition"):
         assert [line[name] for line in told] == [line[name] for line in whole]
