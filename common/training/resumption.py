@@ -24,6 +24,7 @@ FREE = frozenset({
     *("student", "data", "eval_data", "skip_bad_rows", "trust_remote_code", "teacher_cache"),
     *("ignore_collapse", "dry_run"),
     *("auto_fit", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    "max_batch_tokens",
 })  # fmt: skip
 IF_GIVEN = ("teacher",)  # what a cache has from it may be enough to go on; another one is a change
 ELSEWHERE = ("path",)  # of a data file's description: where it lies

@@ -111,6 +111,12 @@ def test_another_teacher_is_named_and_one_may_be_left_out():
     assert resumption.differences(before, asked | {"teacher": "large"}, {}) == []
 
 
+def test_a_pass_may_be_smaller_after_it_ran_out_of_memory():
+    """Of training and of the teacher's reading, as their messages say."""
+    for name in ("per_device_train_batch_size", "max_batch_tokens"):
+        assert resumption.differences({"settings": {name: 8}}, {name: 4}, {}) == []
+
+
 def test_how_a_step_is_cut_and_reported_may_change(base, run, rows):
     more = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_steps", 7)
     train(sft_train.main, base, rows["sft"], run, *SHORT, *more, "--resume")
