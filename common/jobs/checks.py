@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.cli import UserError
 from common.jobs import within_reach
@@ -193,8 +195,23 @@ def changed(folder: str) -> float:
         return 0.0
 
 
+class DoesNotFit(Problem):
+    """422: a training is predicted to need more memory than its device has.
+
+    Args:
+        needed, size: bytes.
+        changes: fields of the request, and the values with which it would fit.
+    """
+
+    def __init__(self, needed: int, size: int, changes: Mapping[str, Any]) -> None:
+        self.fields = ", ".join(f"{field}={value}" for field, value in changes.items())
+        self.sentence = f"about {needed / 1e9:.1f} GB are needed, the device has {size / 1e9:.1f}; it would fit with "
+        first = next(iter(changes))
+        super().__init__(422, f"{first}: {self.sentence}{self.fields}", first)
+
+
 def check_memory(settings: TrainSettings, device: Device) -> None:
-    """Raises Problem 422 where a training is predicted to need more memory than its device has.
+    """Raises Problem 422 where a training is predicted to need more memory than its device has (see `DoesNotFit`).
 
     A model of a kind that cannot be predicted passes: its training finds out.
     """
@@ -214,10 +231,7 @@ def check_memory(settings: TrainSettings, device: Device) -> None:
     try:
         changes = preflight.advise(plan, settings.memory_flags(plan.batch), device.size)
     except UserError as error:
-        raise Problem(422, f"student: {error}", "student") from error
-    field = next(iter(changes))
-    message = (
-        f"about {needed / 1e9:.1f} GB are needed, the device has {device.size / 1e9:.1f}; it would fit with "
-        f"{preflight.words(changes)}"
-    )
-    raise Problem(422, f"{field}: {message}", field)
+        raise Problem(422, f"student: {error}".replace("--lora_r 16", "lora_r=16"), "student") from error
+    if "teacher_cache" in changes:  # the service keeps caches by name
+        changes["teacher_cache"] = f"cache-{secrets.token_hex(4)}"
+    raise DoesNotFit(needed, device.size, changes)

@@ -163,9 +163,8 @@ def chosen(asked: DpoHyperparameters, rows: int, dpo: bool) -> dict[str, int | f
 def payloads(
     request: FineTuningRequest, base: Base, training: StoredFile, validation: StoredFile | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What was asked for, with the hyperparameters, and the job as this service's own request, in ever smaller passes.
-
-    The first that fits is to be taken.
+    """What was asked for, with the hyperparameters, and the job as this service's own request, in ever smaller passes,
+    and then the same checkpointed. The first that fits is to be taken.
     """
     hyper = chosen(request.asked(), training.rows or 1, request.is_dpo)
     defaults = DpoSettings if request.is_dpo else TrainSettings
@@ -189,6 +188,7 @@ def payloads(
         payload["beta"] = hyper["beta"]
     sizes = [size for size in range(min(batch, ROWS_AT_ONCE), 0, -1) if batch % size == 0]
     passes = [{"per_device_train_batch_size": size, "gradient_accumulation_steps": batch // size} for size in sizes]
+    passes += [sizes | {"gradient_checkpointing": "on"} for sizes in passes]
     return {"asked": request.body(), "hyperparameters": hyper}, [payload | sizes for sizes in passes]
 
 

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from common.data.shapes import DPO, SFT
 from common.jobs import fine_tuning_view as view
+from common.jobs.checks import DoesNotFit
 from common.jobs.file_routes import page_of
 from common.jobs.files import FINE_TUNE, StoredFile, file_id
 from common.jobs.fine_tuning import KEY, FineTuningRequest, base_of, is_fine_tuning, payloads, renamed
@@ -56,16 +57,16 @@ class FineTuning:
         settings = self.service.settings
         base = base_of(request.model, settings.fine_tuning_models, settings.runs_dir)
         asked, passes = payloads(request, base, training, validation or None)
-        for payload in passes[:-1]:
+        refused: list[Problem] = []
+        for payload in passes:
             try:
                 return self.service.submit(payload, key, asked)
+            except DoesNotFit as problem:  # a smaller pass may
+                fields = f"student: {problem.sentence}{problem.fields}, through POST /distill"
+                refused.append(Problem(422, fields, "student"))
             except Problem as problem:
-                if problem.param != "per_device_train_batch_size":
-                    raise renamed(problem, settings.fine_tuning_models) from problem
-        try:
-            return self.service.submit(passes[-1], key, asked)
-        except Problem as problem:
-            raise renamed(problem, settings.fine_tuning_models) from problem
+                raise renamed(problem, settings.fine_tuning_models) from problem
+        raise renamed(refused[0])
 
     def _file(self, field: str, name: str, trainer: str) -> StoredFile:
         file = self.service.files.find(name)

@@ -16,7 +16,11 @@ from support.jobs_served import make_place
 from support.openai_jobs import chats, in_process, preferences
 
 from common.jobs import fine_tuning
+from common.jobs.backend import Device
 from common.jobs.folder import JobFolder
+from common.training.settings import TrainSettings
+from common.vram.formulas import predict
+from common.vram.model_shape import QWEN_3B
 
 
 @pytest.fixture
@@ -85,6 +89,36 @@ def test_a_dpo_job(place):
 def test_what_auto_stands_for(rows, epochs, batch):
     chosen = fine_tuning.chosen(fine_tuning.DpoHyperparameters(batch_size="auto"), rows, dpo=False)
     assert chosen == {"n_epochs": epochs, "batch_size": batch, "learning_rate_multiplier": 1.0}
+
+
+def test_a_job_is_taken_in_the_largest_pass_that_fits(place, monkeypatch):
+    """Smaller passes, then checkpointed ones; what would need another length or 4 bits is /distill's to say."""
+    (place / "student" / "config.json").write_text(json.dumps(QWEN_3B))
+    client, service = in_process(place)
+    training = client.files.create(file=chats(40), purpose="fine-tune").id
+    given = {"model": str(place / "student"), "training_file": training, "hyperparameters": {"batch_size": 8}}
+
+    def taken(free: int) -> tuple[str, str | None]:
+        service.runner.backend.device = Device(False, free)
+        flags = flags_of(stored(service, client.fine_tuning.jobs.create(**given)))
+        return flags["per_device_train_batch_size"], flags.get("gradient_checkpointing")
+
+    def needed(batch: int, checkpointing: str) -> int:
+        settings = TrainSettings(
+            student=given["model"],
+            save_dir="-",
+            per_device_train_batch_size=batch,
+            gradient_checkpointing=checkpointing,
+        )
+        return predict(settings.plan(cuda=False)).total
+
+    assert taken(needed(4, "off")) == ("4", None)
+    assert taken(needed(1, "off")) == ("1", None)
+    assert taken(needed(4, "on")) == ("4", "on")
+    assert taken(needed(1, "on")) == ("1", "on")
+    with pytest.raises(UnprocessableEntityError, match=r"model: about .* fit with .*on.*, through POST /distill") as no:
+        taken(needed(1, "on") - 1)
+    assert no.value.param == "model" and "--" not in no.value.message
 
 
 def test_what_cannot_be_is_refused_by_openais_names(place):

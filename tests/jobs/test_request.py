@@ -16,7 +16,7 @@ from common.cli import UserError
 from common.jobs import checks as job_checks
 from common.jobs import proof_rows as job_proof
 from common.jobs.backend import Device
-from common.jobs.checks import Reach, Vocabularies, check_memory
+from common.jobs.checks import DoesNotFit, Reach, Vocabularies, check_memory
 from common.jobs.request import METHODS, RANGES, Planner
 from common.jobs.routes import EXAMPLE
 from common.training.settings import TrainSettings
@@ -385,10 +385,30 @@ def test_a_large_model_on_a_small_card(planner, data):
         check_memory(planner.plan(body | {"lora_r": 0}, Path("run")).settings, card)
     assert (raised.value.status_code, raised.value.param) == (422, "student")
     wide = planner.plan(body | {"per_device_train_batch_size": 64, "max_len": 1024}, Path("run")).settings
-    with pytest.raises(Problem, match="it would fit with --per_device_train_batch_size") as raised:
+    with pytest.raises(Problem, match="it would fit with per_device_train_batch_size=") as raised:
         check_memory(wide, card)
     assert raised.value.param == "per_device_train_batch_size"
     assert wide.per_device_train_batch_size == 64  # the request itself is not changed
+
+
+@pytest.mark.parametrize("body", [{"per_device_train_batch_size": 64}, {"max_len": 4096}, {"method": "distill"}])
+def test_what_would_fit_can_be_sent(planner, data, body):
+    """The fields of the answer, added to the request that was refused, make one that is taken."""
+    from common.vram.model_shape import QWEN_3B, QWEN_7B
+
+    for name, shape in (("qwen", QWEN_3B), ("seven", QWEN_7B)):
+        (data / name).mkdir(exist_ok=True)
+        (data / name / "config.json").write_text(json.dumps(shape))
+    body = {"method": "sft", "student": str(data / "qwen"), "data": str(data / "rows.jsonl")} | body
+    if body["method"] == "distill":
+        body |= {"teacher": str(data / "seven"), "lora_r": 16}
+    card = Device(True, 8_188 << 20)
+    with pytest.raises(DoesNotFit) as raised:
+        check_memory(planner.plan(body, Path("run")).settings, card)
+    changes = dict(field.split("=") for field in str(raised.value.detail).partition("fit with ")[2].split(", "))
+    assert ("teacher_cache" in changes) == (body["method"] == "distill")
+    more = {field: int(value) if value.isdigit() else value for field, value in changes.items()}
+    check_memory(planner.plan(body | more, Path("run")).settings, card)
 
 
 def test_a_model_of_an_unknown_kind_passes(data):
