@@ -187,7 +187,8 @@ def one_round(rounds: Rounds, number: int, before: Sequence[RoundStatistics]) ->
     part = Round.of(settings, number, len(rounds.data))
     student = rounds.student_before(number)
     answers = student_answers.written_answers(settings, rounds.tokenizer, rounds.prompts, part, student, folder)
-    statistics = round_statistics.of_answers(number, answers, len(part.rows) - len(part.asked))
+    own_rows = len(part.rows) - len(part.asked)
+    statistics = round_statistics.of_answers(number, answers, own_rows, settings.sample_temperature)
     stop_if_collapsed(settings, before[0] if before else statistics, statistics)
     end = rounds.tokenizer.eos_token_id
     numbered, of_answers = student_answers.training_rows(part, rounds.prompts, answers, end)
@@ -198,7 +199,7 @@ def one_round(rounds: Rounds, number: int, before: Sequence[RoundStatistics]) ->
         asked = [(rounds.data[index]["input"], row) for index, row in numbered]
         rows, translation = vocabularies.translated_answers(settings, rounds.tokenizer, asked)
     cache = trainers.written_cache(settings, rounds.record, rounds.signals, rounds.tokenizer, rows, translation)
-    if settings.temperature == 1 and settings.keeps_own:
+    if settings.temperature == settings.sample_temperature == 1 and settings.keeps_own:
         statistics = replace(statistics, kl=kl_to_teacher(answers, of_answers, cache))
     log(f"round {number} of {settings.rounds}: {statistics}")
     loss = train_round(rounds, number, rows, cache)

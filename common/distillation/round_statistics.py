@@ -32,9 +32,10 @@ class RoundStatistics:
         empty: share of answers without a token.
         repetition: share of an answer's 4-grams that it has had before (seq-rep-4, Welleck et al. 2019,
             arXiv:1908.04319), mean of the answers.
-        entropy: nats a token, of the student's distributions: the mean of -log p of what it drew at temperature 1.
+        entropy: nats a token, of the student's distributions: the mean of -log p of what it drew. None where it drew at
+            another temperature than 1, that is from other distributions.
         kl: nats a token, KL(student || teacher) on its answers: the mean of log p - log q of what it drew. None where
-            the teacher's probabilities were not kept at temperature 1.
+            it drew, or the teacher's probabilities were kept, at another temperature than 1.
         loss: mean of the round's training.
     """
 
@@ -69,8 +70,14 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def of_answers(number: int, answers: Sequence[StudentAnswer], own_rows: int) -> RoundStatistics:
-    """What can be told of answers by themselves."""
+def of_answers(
+    number: int, answers: Sequence[StudentAnswer], own_rows: int, temperature: float = 1.0
+) -> RoundStatistics:
+    """What can be told of answers by themselves.
+
+    Args:
+        temperature: that they were drawn at.
+    """
     count, prompts = len(answers), len({answer.row for answer in answers})
     if not answers:
         return RoundStatistics(number, 0, 0, own_rows)
@@ -84,7 +91,7 @@ def of_answers(number: int, answers: Sequence[StudentAnswer], own_rows: int) -> 
         cut=sum(not answer.finished for answer in answers) / count,
         empty=sum(not answer.tokens for answer in answers) / count,
         repetition=sum(repetition(answer.tokens) for answer in answers) / count,
-        entropy=-sum(answer.logprob for answer in answers) / max(1, tokens),
+        entropy=-sum(answer.logprob for answer in answers) / max(1, tokens) if temperature == 1 else None,
     )
 
 
@@ -106,6 +113,8 @@ def collapse(first: RoundStatistics, now: RoundStatistics) -> str | None:
         return f"{100 * now.cut:.0f} % of its answers do not end, against {100 * first.cut:.0f} % in round 1"
     if now.tokens < first.tokens / LENGTH_LOST:
         return f"its answers have {now.tokens:.1f} tokens, against {first.tokens:.1f} in round 1"
+    if first.entropy is None or now.entropy is None:
+        return None
     lost = first.entropy > LEAST_ENTROPY and now.entropy < first.entropy / ENTROPY_LOST
     gained = now.entropy > WILD_ENTROPY and now.entropy > ENTROPY_GAINED * first.entropy
     if lost or gained:

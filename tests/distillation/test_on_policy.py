@@ -45,6 +45,9 @@ def test_a_teacher_that_is_the_student_has_nothing_to_say(base, prompts, tmp_pat
     (only,) = rounds_of(run)
     assert float(only["kl"]) == pytest.approx(0, abs=0.02)  # ids that pad the LM head have 1 % of the student's mass
     assert float(only["entropy"]) > 1
+    more = ("--teacher", base, "--data", prompts, *ROUNDS, "--rounds", 1, "--sample_temperature", 0.5)
+    (cooler,) = rounds_of(distill(base, tmp_path / "cooler", *more))
+    assert (cooler["kl"], cooler["entropy"]) == ("", "")  # of what was drawn from other distributions: not known
 
 
 @pytest.mark.parametrize("lora", ["--lora_r=4", "--lora_r=0"])

@@ -113,6 +113,7 @@ def test_figures_of_answers():
     assert (told.round, told.prompts, told.answers, told.own_rows) == (2, 2, 3, 5)
     assert (told.tokens, told.cut, told.empty) == pytest.approx((4 / 3, 1 / 3, 1 / 3))
     assert told.entropy == pytest.approx(3.5 / 4)
+    assert round_statistics.of_answers(2, answers, 5, temperature=0.7) == replace(told, entropy=None)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,7 @@ def test_figures_of_answers():
         ({"tokens": 9.0}, "9.0 tokens, against 40.0 in round 1"),
         ({"entropy": 0.07}, "entropy of its answers is 0.070 nats a token, against 0.800"),
         ({"entropy": 4.0}, "entropy of its answers is 4.000"),
+        ({"entropy": None}, None),
         ({"cut": 0.45, "tokens": 90.0, "entropy": 0.2, "repetition": 0.4}, None),
     ],
 )
