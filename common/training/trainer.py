@@ -17,7 +17,7 @@ from common.cli import UserError, log
 from common.files import grant
 from common.models import adapters, batching, loading
 from common.training import checkpoints, quantization_aware
-from common.training.batches import LengthGroupedOrder
+from common.training.batches import IGNORE, LengthGroupedOrder
 from common.training.checkpoints import CHECKPOINTS, EXTRA, EXTRA_FILE
 from common.training.schedule import WarmFromTheStart
 from common.training.settings import TrainSettings
@@ -236,9 +236,12 @@ def loss_trainer(
             super().log(logs, *args, **kwargs)
 
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            """(None, sum of the loss, its items), each spread over the rows of the batch: see `mean_of_items`."""
+            inputs = self._prepare_inputs(inputs)
             with torch.no_grad():
-                value, _ = (data.eval_loss or data.loss)(model, self._prepare_inputs(inputs), None)
-            return value.detach(), None, None
+                total, _ = (data.eval_loss or data.loss)(model, inputs, 1)
+            rows, items = len(inputs["labels"]), (inputs["labels"] != IGNORE).sum()
+            return None, (total / rows).repeat(rows), (items / rows).repeat(rows)
 
         def save_model(self, output_dir=None, _internal_call=False):
             super().save_model(output_dir, _internal_call)
@@ -259,7 +262,13 @@ def loss_trainer(
         eval_dataset=list(data.eval_rows) or None,
         data_collator=data.collate,
         processing_class=tokenizer,
+        compute_metrics=mean_of_items,
     )
+
+
+def mean_of_items(judged: Any) -> dict[str, float]:
+    """The loss of rows that are judged, whatever their batches: their sum over their items."""
+    return {"loss": float(judged.predictions.sum(dtype="float64") / max(judged.label_ids.sum(dtype="float64"), 1))}
 
 
 def fitted_trainer(

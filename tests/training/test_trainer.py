@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.inputs import read_rows, write_rows
 from support.models import distance, run_json, weights
 from support.training import loss_curve, train
 
@@ -13,15 +14,20 @@ pytestmark = pytest.mark.processes
 
 
 def test_accumulation_equals_a_real_batch(base, uneven, tmp_path):
+    """So does what is judged, whose batches are of the same size: 13 rows of uneven answers."""
+    held_out = write_rows(tmp_path / "held_out.jsonl", read_rows(uneven)[:13])
     runs = [
         train(sft_train.main, base, uneven, tmp_path / f"{size}x{accumulation}", "--per_device_train_batch_size",
-              size, "--gradient_accumulation_steps", accumulation, "--max_steps", 6, "--lora_dropout", 0)
+              size, "--gradient_accumulation_steps", accumulation, "--max_steps", 6, "--lora_dropout", 0,
+              "--eval_data", held_out)
         for size, accumulation in ((4, 1), (2, 2), (1, 4))
     ]  # fmt: skip
     assert max(t.abs().max() for name, t in weights(runs[0]).items() if "lora_B" in name) > 1e-3
     assert distance(runs[0], runs[1]) < 1e-5
     assert distance(runs[0], runs[2]) < 1e-5
     assert loss_curve(runs[0]) == pytest.approx(loss_curve(runs[2]), abs=1e-5)
+    judged = [run_json(run)["final_eval_loss"] for run in runs]
+    assert judged == pytest.approx([judged[0]] * 3, abs=1e-4)
     assert {run_json(run)["effective_batch"] for run in runs} == {4}
 
 
