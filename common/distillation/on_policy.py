@@ -27,7 +27,7 @@ from common.files import read_json, write_json
 from common.models import tokenizers
 from common.models.tokenizers import Encoded
 from common.run_record import RunRecord
-from common.training import checkpoints, progress, run
+from common.training import checkpoints, progress, resumption, run
 from common.training.checkpoints import ROUNDS
 from common.training.trainer import limit_length
 from common.vram import model_shape, preflight
@@ -255,9 +255,9 @@ def train_round(rounds: Rounds, number: int, rows: Sequence[Encoded], cache: Tea
         return before["train_loss"]
     settings = settings_of_round(rounds, number)
     record = RunRecord(settings.save_dir, whole.facts["argv"], settings.as_dict(), method=settings.method)
-    base = before.get(FINGERPRINT) or whole.facts.get(FINGERPRINT)
-    if base and not settings.full:  # whose base is the round's before
-        record.write(**{FINGERPRINT: base})
+    # a base that is trained itself is another one in each round
+    begun = before if settings.full else {FINGERPRINT: whole.facts.get(FINGERPRINT), **before}
+    record.write(**{name: begun[name] for name in resumption.BEGUN_WITH if begun.get(name)})
     with run.recorded_failure(record):
         tokenizer = rounds.tokenizer
         unlearnt = student_answers.unlearnt_tokens(tokenizer)

@@ -68,6 +68,12 @@ def is_whole(file: Path) -> bool:
     return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)
 
 
+def ends_epoch(checkpoint: str) -> bool:
+    """Whether a whole checkpoint is of the last step of an epoch, or of its training."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return state["epoch"] % 1 == 0 or state["global_step"] >= state["max_steps"]
+
+
 def is_sharded(checkpoint: str) -> bool:
     """Whether a checkpoint was written under FSDP."""
     return (Path(checkpoint) / FSDP_OPTIMIZER).is_file()
@@ -146,7 +152,7 @@ def best_callback(trainer: Any, folder: Path) -> TrainerCallback:
             best = read_best(folder)
             if not state.is_world_process_zero or (best and best["eval_loss"] <= metrics["eval_loss"]):
                 return
-            building = folder.with_name(f".{BEST}.building")
+            building = _building(folder)
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
             student = trainer.accelerator.unwrap_model(trainer.model)
@@ -155,10 +161,24 @@ def best_callback(trainer: Any, folder: Path) -> TrainerCallback:
                 building / BEST_FACTS,
                 {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]},
             )
-            shutil.rmtree(folder, ignore_errors=True)
-            building.rename(folder)
+            put_best(folder)
 
     return Best()
+
+
+def put_best(folder: Path) -> None:
+    """Put weights that were the best where the best are, once best.json, the last of their files, is written.
+
+    A kill may come before or after any of this; the next start goes on with it.
+    """
+    building = _building(folder)
+    if (building / BEST_FACTS).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+
+
+def _building(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.building")
 
 
 def best_folder(save_dir: str | Path) -> Path:
@@ -168,7 +188,9 @@ def best_folder(save_dir: str | Path) -> Path:
 
 def forget_best(save_dir: str | Path) -> None:
     """Let the next evaluation be the best, where the one before was of something else."""
-    shutil.rmtree(best_folder(save_dir), ignore_errors=True)
+    folder = best_folder(save_dir)
+    for stale in (folder, _building(folder)):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:

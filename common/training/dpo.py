@@ -18,6 +18,7 @@ from common.models import chats, tokenizers
 from common.models.batching import REFERENCE_TOKENS
 from common.training import checkpoints, run
 from common.training.batches import collate, encode_rows
+from common.training.resumption import ResumesExactly
 from common.training.schedule import WarmFromTheStart
 from common.training.settings import DpoSettings
 from common.training.trainer import (
@@ -133,7 +134,7 @@ def build_trainer(
 
     lengths = list(map(len, pairs))
 
-    class PairTrainer(checkpoints.StudentSaver, WarmFromTheStart, DPOTrainer):
+    class PairTrainer(checkpoints.StudentSaver, ResumesExactly, WarmFromTheStart, DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset  # encoded by common.models.tokenizers, as every other script does
 

@@ -191,8 +191,10 @@ def checked(settings: Settings) -> Settings:
     if settings.dry_run:
         return settings
     check_kept(settings)
+    if settings.overwrite and not settings.resume:  # whatever is there, a broken record too
+        return settings
     save_dir, run = settings.save_dir, run_record.read(settings.save_dir)
-    if run and not settings.overwrite and not settings.resume:
+    if run and not settings.resume:
         if run.get("state") == "done":
             raise UserError(f"{save_dir} holds a finished run; choose another --save_dir, or pass --overwrite")
         if can_go_on(save_dir):

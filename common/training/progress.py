@@ -111,6 +111,10 @@ def interruption_callback() -> TrainerCallback:
             if self.received is not None:
                 control.should_save = control.should_training_stop = True
 
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if self.received is not None and state.epoch % 1 and state.global_step < state.max_steps:
+                control.should_evaluate = False  # an unbroken run does not judge these weights
+
     return Interruption()
 
 

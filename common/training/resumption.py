@@ -26,6 +26,7 @@ FREE = frozenset({
     *("auto_fit", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
     "max_batch_tokens",
 })  # fmt: skip
+BEGUN_WITH = ("base_fingerprint", "effective_batch")  # facts of a training that are known once its models are loaded
 IF_GIVEN = ("teacher",)  # what a cache has from it may be enough to go on; another one is a change
 ELSEWHERE = ("path",)  # of a data file's description: where it lies
 
@@ -64,6 +65,25 @@ def refuse_changes(save_dir: str, words: list[str]) -> None:
             f"--resume: the run in {save_dir} was begun with {'; '.join(words)}; give what it was begun with, or pass "
             "--with_changes to go on with what is new"
         )
+
+
+class ResumesExactly:
+    """Mixed into a Trainer: a training that goes on ends as one that nobody has disturbed."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which stops after a step: one too many, where the last one lies within the epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, whose data loader draws from the generator that the next epoch's dropout draws from."""
+        import torch
+
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
 
 
 def lock_folder(save_dir: str | Path) -> int | None:

@@ -52,13 +52,15 @@ def start(
         The record in the main process, None in others.
 
     Raises:
-        UserError: the launch does not do what was asked of it.
+        UserError: the launch does not do what was asked of it; the run cannot go on (see `stop_where_done` and
+            `resumption.refuse_changes`).
         NothingToDo: the run that is to go on has ended.
     """
     launch.check(reads_teacher=settings.reads_teacher)
     folder = Path(settings.save_dir)
+    data = settings.described_data(len(rows))
     if settings.resume:
-        stop_where_done(settings, settings.described_data(len(rows)))
+        stop_where_done(settings, data)
     folder.mkdir(parents=True, exist_ok=True)
     if not launch.is_main():
         return None
@@ -70,7 +72,7 @@ def start(
         task = task | {"json_spacing": spacing}
     lock = resumption.lock_folder(folder)
     try:
-        record = open_record(settings, folder, rows, argv, prompts, task)
+        record = open_record(settings, folder, rows, data, argv, prompts, task)
     except BaseException:
         resumption.unlock(lock)
         raise
@@ -79,25 +81,35 @@ def start(
 
 
 def stop_where_done(settings: TrainSettings, data: dict[str, Any]) -> None:
-    """Raises NothingToDo where the run has ended, with these settings and data, and has its weights."""
-    run = run_record.read(settings.save_dir) or {}
-    if run.get("state") != "done" or resumption.differences(run, settings.as_dict(), data):
+    """Refuse to go on with a run that has ended and has its weights.
+
+    Raises:
+        NothingToDo: these were its settings and data.
+        UserError: it has nothing left to go on from, and would be replaced.
+    """
+    run, save_dir = run_record.read(settings.save_dir) or {}, settings.save_dir
+    if run.get("state") != "done" or not any(Path(save_dir, name).is_file() for name in WEIGHTS):
         return
-    if any(Path(settings.save_dir, name).is_file() for name in WEIGHTS):
-        raise NothingToDo(f"the run in {settings.save_dir} has ended; nothing is left to train")
+    if not resumption.differences(run, settings.as_dict(), data):
+        raise NothingToDo(f"the run in {save_dir} has ended; nothing is left to train")
+    if not checkpoints.can_go_on(save_dir):
+        raise UserError(
+            f"{save_dir} holds a finished run, and no checkpoints to go on from; choose another --save_dir, or pass "
+            "--overwrite without --resume"
+        )
 
 
 def open_record(
     settings: TrainSettings,
     folder: Path,
     rows: Sequence[dict],
+    data: dict[str, Any],
     argv: Sequence[str] | None,
     prompts: Sequence[str],
     task: task_record.Record | None,
 ) -> RunRecord:
     """`start`, in a folder that no other training writes to."""
     before = (run_record.read(folder) or {}) if settings.resume and checkpoints.can_go_on(str(folder)) else {}
-    data = settings.described_data(len(rows))
     if not settings.with_changes and STEPPED_DOWN not in os.environ:
         resumption.refuse_changes(settings.save_dir, resumption.differences(before, settings.as_dict(), data))
     judged_by = {"eval_sha256": data.get("eval_sha256")}
@@ -138,7 +150,7 @@ def open_record(
         data=data,
         **({task_record.KEY: task} if task else {}),
         prompt_endings=list(dict.fromkeys([*task_record.prompt_endings(prompts), *inherited])),
-        **({"base_fingerprint": before["base_fingerprint"]} if before.get("base_fingerprint") else {}),
+        **{name: before[name] for name in resumption.BEGUN_WITH if before.get(name)},
     )
 
 
@@ -224,8 +236,13 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
         arguments = trainer.args
         fingerprint = adapters.fingerprint(student if settings.full else student.get_base_model())
         begun_on = record.facts.get("base_fingerprint", fingerprint)
-        if checkpoint and fingerprint != begun_on and not settings.with_changes:
-            resumption.refuse_changes(settings.save_dir, [f"other base weights than those of {settings.student}"])
+        rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        before = record.facts.get("effective_batch", rows)
+        if checkpoint and not settings.with_changes:
+            changed = [f"other base weights than those of {settings.student}"] if fingerprint != begun_on else []
+            changed += [f"{before} rows an optimizer step, now {rows}"] if rows != before else []
+            resumption.refuse_changes(settings.save_dir, changed)
+        checkpoints.put_best(best)
         if fingerprint != begun_on:
             checkpoints.forget_best(settings.save_dir)
         record.write(
@@ -233,7 +250,7 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
             base_fingerprint=fingerprint,
             adapted=adapters.adapted_layers(student) if hasattr(student, "peft_config") else None,
             trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
-            effective_batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            effective_batch=rows,
         )
     watched_train(trainer, settings, record, checkpoint)
     weights = checkpoints.trained_state(trainer)
@@ -249,13 +266,16 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
 
 
 def to_resume_from(trainer: Trainer, settings: TrainSettings) -> str | None:
-    """The checkpoint to go on from; None where there is none.
+    """The checkpoint to go on from, judged first where its epoch is over; None where there is none.
 
     Raises:
         UserError: it was written under FSDP and this run is without, or vice versa.
     """
     checkpoint = checkpoints.newest_checkpoint(settings.save_dir)
     log(f"going on from {checkpoint}" if checkpoint else "no complete checkpoint to go on from; starting afresh")
+    if checkpoint and trainer.args.eval_strategy != "no":
+        # what is saved at the end of an epoch is judged after that, unless a kill comes first
+        trainer.args.eval_on_start = checkpoints.ends_epoch(checkpoint)
     if checkpoint and checkpoints.is_sharded(checkpoint) != trainer.is_fsdp_enabled:
         raise UserError(
             f"{checkpoint} was written {'without' if trainer.is_fsdp_enabled else 'under'} FSDP; launch --resume as "

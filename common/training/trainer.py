@@ -19,6 +19,7 @@ from common.models import adapters, batching, loading
 from common.training import checkpoints, quantization_aware
 from common.training.batches import IGNORE, LengthGroupedOrder
 from common.training.checkpoints import CHECKPOINTS, EXTRA, EXTRA_FILE
+from common.training.resumption import ResumesExactly
 from common.training.schedule import WarmFromTheStart
 from common.training.settings import TrainSettings
 
@@ -212,7 +213,7 @@ def loss_trainer(
     from safetensors.torch import load_file, save_file
     from transformers import Trainer
 
-    class LossTrainer(checkpoints.StudentSaver, WarmFromTheStart, Trainer):
+    class LossTrainer(checkpoints.StudentSaver, ResumesExactly, WarmFromTheStart, Trainer):
         terms, logged_at = None, 0  # sums since the step of the last log
 
         def _get_train_sampler(self, train_dataset=None):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.inputs import PROMPTS, write_rows
 from support.models import build_base, run_json, weights
-from support.training import train
+from support.training import SCRIPTS, train
 
 import sft_train
 from common import run_record
 from common.cli import NothingToDo, UserError
+from common.training import checkpoints, resumption
 from common.training import flags as training_flags
-from common.training import resumption
 from common.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.processes
@@ -123,6 +124,16 @@ def test_how_a_step_is_cut_and_reported_may_change(base, run, rows):
     assert run_record.read(run)["state"] == "done"
 
 
+def test_other_rows_a_step_are_refused(base, run, rows):
+    """Which rows a checkpoint has seen is told by its steps."""
+    more = ("--gradient_accumulation_steps", 4, "--resume")
+    for _ in range(2):  # the second time, too
+        with pytest.raises(UserError, match="begun with 2 rows an optimizer step, now 8; give what it was begun with"):
+            train(sft_train.main, base, rows["sft"], run, *SHORT, *more)
+    train(sft_train.main, base, rows["sft"], run, *SHORT, *more, "--with_changes")
+    assert run_record.read(run)["effective_batch"] == 8
+
+
 def test_another_base_is_refused(base, run, rows, tokenizer, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
     other = build_base(tmp_path / "other", tokenizer, embeddings=0.3, seed=1)
@@ -131,6 +142,18 @@ def test_another_base_is_refused(base, run, rows, tokenizer, tmp_path):
     with pytest.raises(UserError, match="begun with other base weights than those of"):  # the second time, too
         train(sft_train.main, other, rows["sft"], run, *SHORT, "--resume")
     train(sft_train.main, str(moved), rows["sft"], run, *SHORT, "--resume")
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_from_the_last_step_nothing_is_trained(kind, base, rows, tmp_path):
+    """Though its epoch has more."""
+    main, more = SCRIPTS[kind], ("--max_steps", 5, "--save_steps", 5, "--per_device_train_batch_size", 2)
+    folder = train(main, base, rows[kind], tmp_path / "run", *more)
+    before = weights(folder)
+    rewrite(folder, state="failed")
+    train(main, base, rows[kind], folder, *more, "--resume")
+    assert (run_json(folder)["state"], run_json(folder)["steps"]) == ("done", 5)
+    assert all(bool((before[name] == tensor).all()) for name, tensor in weights(folder).items())
 
 
 def test_two_trainings_never_share_a_folder(base, run, rows):
@@ -157,6 +180,12 @@ def test_a_broken_record_is_said(run, content, base, rows):
         train(sft_train.main, base, rows["sft"], run, *SHORT, "--resume")
 
 
+def test_a_broken_record_is_replaced_as_its_message_says(run, base, rows):
+    (run / "run.json").write_text("{")
+    train(sft_train.main, base, rows["sft"], run, *SHORT, "--overwrite")
+    assert run_record.read(run)["state"] == "done"
+
+
 @pytest.fixture(scope="module")
 def judged(base, tmp_path_factory) -> tuple[str, Path, list]:
     """(rows, a finished run on them, its flags): each epoch is worse by the rows it is judged by, which say the
@@ -177,6 +206,10 @@ def finished(judged, tmp_path) -> Path:
     return run
 
 
+def rewrite(run: Path, **facts: str) -> None:
+    (run / "run.json").write_text(json.dumps(run_json(run) | facts))
+
+
 def same(run: Path, other: Path) -> bool:
     ours, theirs = weights(run), weights(other)
     return all(bool((ours[name] == theirs[name]).all()) for name in ours)
@@ -195,12 +228,65 @@ def test_of_a_finished_run_nothing_is_trained_or_lost(base, judged, finished):
         train(sft_train.main, base, data, finished, *more, 4, "--resume")
 
 
+def test_a_finished_run_without_checkpoints_is_not_replaced(base, judged, finished):
+    """Under other settings, of which none can be gone on with."""
+    data, _, more = judged
+    shutil.rmtree(finished / "checkpoints")
+    (finished / "calibration.json").write_text("{}")
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="a finished run, and no checkpoints to go on from; choose another --save_dir"):
+        train(sft_train.main, base, data, finished, *more, 4, "--resume", "--with_changes")
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
+
+
 @pytest.mark.parametrize(("epochs", "changes"), [(3, []), (4, ["--with_changes"])], ids=["closing failed", "longer"])
 def test_the_best_epoch_stays_the_best(epochs, changes, base, judged, finished):
     data, run, more = judged
-    (finished / "run.json").write_text(json.dumps(run_json(finished) | {"state": "failed"}))
+    rewrite(finished, state="failed")
     train(sft_train.main, base, data, finished, *more, epochs, *changes, "--resume")
     assert run_json(finished)["steps"] == 2 * epochs
+    assert run_json(finished)["best"] == run_json(run)["best"]
+    assert same(finished, run)
+
+
+def test_weights_of_an_interruption_are_not_judged(base, judged, tmp_path, monkeypatch):
+    """The best epoch is an unbroken run's."""
+    from transformers import Trainer
+
+    data, run, more = judged
+    step = Trainer.training_step
+
+    def interrupted_step(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "training_step", interrupted_step)
+        train(sft_train.main, base, data, tmp_path / "run", *more, 3)
+    assert newest_checkpoint(str(tmp_path / "run")).endswith("checkpoint-1")
+    assert not checkpoints.best_folder(tmp_path / "run").exists()
+    train(sft_train.main, base, data, tmp_path / "run", *more, 3, "--resume")
+    assert run_json(tmp_path / "run")["best"] == run_json(run)["best"]
+    assert same(tmp_path / "run", run)
+
+
+def test_an_evaluation_that_a_kill_took_is_made_up_for(base, judged, finished):
+    data, run, more = judged
+    shutil.rmtree(checkpoints.best_folder(finished))
+    rewrite(finished, state="running")
+    train(sft_train.main, base, data, finished, *more, 3, "--resume")
+    record = run_json(finished)
+    assert (record["steps"], record["best"]["step"]) == (6, 6)
+    assert record["final_eval_loss"] == record["best"]["eval_loss"] == run_json(run)["final_eval_loss"]
+
+
+def test_weights_are_found_where_a_kill_left_them(base, judged, finished):
+    """Between the removal of the best weights before and the renaming of the new ones."""
+    data, run, more = judged
+    best = checkpoints.best_folder(finished)
+    best.rename(best.with_name(".best.building"))
+    rewrite(finished, state="running")
+    train(sft_train.main, base, data, finished, *more, 3, "--resume")
     assert run_json(finished)["best"] == run_json(run)["best"]
     assert same(finished, run)
 

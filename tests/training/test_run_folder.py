@@ -144,8 +144,7 @@ def test_an_adapter_is_no_student(unbroken, rows, tmp_path):
 
 
 def test_eval_data_is_measured_and_changes_nothing(base, rows, uneven, tmp_path):
-    # without dropout: a data loader draws from the generator that dropout draws from
-    more = ("--max_steps", 6, "--per_device_train_batch_size", 8, "--lora_dropout", 0)
+    more = ("--max_steps", 6, "--per_device_train_batch_size", 8)  # with dropout, and a loader that draws, too
     plain = train(sft_train.main, base, rows["sft"], tmp_path / "plain", *more)
     judged = train(sft_train.main, base, rows["sft"], tmp_path / "judged", *more, "--eval_data", rows["sft"])
     assert distance(plain, judged) == 0
