@@ -73,6 +73,7 @@ OF_THE_SERVER = (
 )
 JOB_NAME = "name"  # of the job: a setting of none of the scripts
 MODELS, FILES = ("student", "teacher"), ("data", "eval_data", "task")
+INPUTS = (*MODELS, "init_adapter", *FILES, "dataset")  # what a training reads
 LONGEST = 4096  # characters of a text
 MOST = 1e9
 RANGES = {  # of numbers, both ends included; where the scripts would take more, or find out late

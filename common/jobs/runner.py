@@ -144,9 +144,14 @@ class Runner:
             used += sum(JobFolder(self.jobs_dir / job.id).size() for job in self.store.handed())
         for job_id, when, size in ended:
             too_old = self.keep_days is not None and time.time() - when > self.keep_days * DAY
-            if too_old or (self.quota is not None and used > self.quota):
-                self.delete(job_id)
+            too_much = self.quota is not None and used > self.quota
+            if (too_old or too_much) and not self.needing(job_id) and self.delete(job_id):
                 used -= size
+
+    def needing(self, job_id: str) -> list[Job]:
+        """The jobs that have not ended and need what another has left."""
+        folder = os.path.realpath(self.jobs_dir / job_id)  # as a model in reach is named
+        return [job for job in self.store.needing(folder) if job.id != job_id]
 
     def delete(self, job_id: str) -> bool:
         """Delete a job that has ended, and its folder; False where it has not."""

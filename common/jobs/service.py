@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from common.cli import UserError
 from common.jobs import choices, local_backend, progress
 from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
-from common.jobs.files import FILE_ID, FileStore, StoredFile
+from common.jobs.files import FileStore, StoredFile
 from common.jobs.fine_tuning import KEY, PUBLISHED, Publication, model_name
 from common.jobs.folder import ARTIFACTS, JOB_ID, WORKER, JobFolder, check_system
 from common.jobs.publication import is_anothers
 from common.jobs.recovery import adopt_folders, keep_row
-from common.jobs.request import JOB_NAME, PlannedJob, Planner
+from common.jobs.request import INPUTS, JOB_NAME, PlannedJob, Planner
 from common.jobs.runner import Runner
 from common.jobs.store import (
     CANCELLED,
@@ -102,9 +103,11 @@ class JobServiceSettings:
         )
 
 
-def needs(job: Job, path: str) -> bool:
-    """Whether a job's commands name a file."""
-    return any(path in word for command in job.commands for word in command["argv"])
+def lost_inputs(commands: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """{field: path} of the local models and files that a job's training reads and that are not there any more."""
+    words = [word.partition("=") for command in commands if command["output"] == "" for word in command["argv"]]
+    named = {flag.removeprefix("--"): path for flag, _, path in words if os.path.isabs(path)}
+    return {field: path for field, path in named.items() if field in INPUTS and not os.path.exists(path)}
 
 
 def roots_of(text: str | None, default: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -148,8 +151,8 @@ class Service:
         except OSError as error:
             raise UserError(f"DATA_DIR={settings.data_dir}: {error.strerror}; choose another folder") from error
         self.reach = Reach(settings.allowed_roots, own=settings.data_dir, uploaded=self.uploaded)
-        # held while a job is taken, with the name and the files that it needs, and while a file is deleted
-        self._files_in_use = threading.Lock()
+        # held while a job is taken, with the name, the files and the models that it needs, and while one is deleted
+        self._in_use = threading.Lock()
         self.vocabularies = Vocabularies()
         self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
         backend, at_once = self.make_backend()
@@ -204,18 +207,17 @@ class Service:
 
     def delete_file(self, name: str) -> None:
         """Raises Problem 404, or 409 where a job that has not ended needs it."""
-        with self._files_in_use:
+        with self._in_use:
             path = str(self.files.path(self.file(name)))
-            for job in self.store.unended():
-                if needs(job, path):
-                    raise Problem(409, f"the job {job.id}, which is {job.state}, needs the file; cancel it first")
+            for job in self.store.needing(path):
+                raise Problem(409, f"the job {job.id}, which is {job.state}, needs the file; cancel it first")
             self.files.delete(name)
 
     def delete_expired_files(self) -> None:
         """Delete the files whose time has passed, but for those that a job needs which has not ended."""
-        with self._files_in_use:
+        with self._in_use:
             for file in self.files.expired():
-                if not any(needs(job, str(self.files.path(file))) for job in self.store.unended()):
+                if not self.store.needing(str(self.files.path(file))):
                     self.files.delete(file.id)
 
     def submit(self, payload: dict[str, Any], key: str | None, fine_tuning: dict[str, Any] | None = None) -> Job:
@@ -244,14 +246,13 @@ class Service:
                 published = Publication(self.settings.runs_dir, self.settings.data_dir)
                 name = model_name(payload["student"], fine_tuning["asked"].get("suffix"), job_id)
                 commands = [*commands, *published.commands(plan.settings, name, job_id)]
-            with self._files_in_use:
+            with self._in_use:
                 if key is not None and (known := self.store.by_key(key, request)):
                     return known
                 if fine_tuning is None and (name := payload.get(JOB_NAME)):
                     commands = [*commands, *self._named(name, plan, job_id)]
-                for field, value in payload.items():
-                    if isinstance(value, str) and FILE_ID.fullmatch(value) and not self.files.find(value):
-                        raise Problem(422, f"{field}: there is no such file any more", field)
+                for field in lost_inputs(commands):
+                    raise Problem(422, f"{field}: it is not there any more", field)
                 job = self.store.submit(plan.method, request, commands, job_id, key)
         except KeyTaken:
             raise Problem(422, "Idempotency-Key: it was used for another request", "Idempotency-Key") from None
@@ -297,12 +298,18 @@ class Service:
         return job
 
     def resume(self, job_id: str) -> Job:
-        """Raises Problem 404, or 409 for one that is neither paused nor failed nor cancelled, or has lost its name."""
-        with self._files_in_use:
+        """Raises Problem 404, or 409 for one that is neither paused nor failed nor cancelled, or has lost its name or
+        something that it reads."""
+        with self._in_use:
             job = self.get(job_id)
             name = job.request.get(JOB_NAME)
-            if name and job.state in (PAUSED, FAILED, CANCELLED) and self._is_taken(name, job_id):
-                raise Problem(409, f"there is another run called {name} by now; send the job again under another name")
+            if job.state in (PAUSED, FAILED, CANCELLED):
+                if name and self._is_taken(name, job_id):
+                    sentence = f"there is another run called {name} by now; send the job again under another name"
+                    raise Problem(409, sentence)
+                for field, path in lost_inputs(job.commands).items():
+                    named = next((value for value in job.request.values() if str(value) in path), path)
+                    raise Problem(409, f"{field}: {named} is not there any more; send the job again with another")
             resumed = self.store.resume(job_id)
         if not resumed:
             state = "being paused; wait until it is" if job.cancel == TO_PAUSE else job.state
@@ -311,10 +318,13 @@ class Service:
         return self.get(job_id)
 
     def delete(self, job_id: str) -> None:
-        """Raises Problem 404, or 409 for one that has not ended."""
-        job = self.get(job_id)
-        if not self.runner.delete(job_id):
-            raise Problem(409, f"the job is {job.state}; cancel it first")
+        """Raises Problem 404, or 409 for one that has not ended, or whose model another needs which has not ended."""
+        with self._in_use:
+            job = self.get(job_id)
+            for other in self.runner.needing(job_id):
+                raise Problem(409, f"the job {other.id}, which is {other.state}, needs its model; cancel that first")
+            if not self.runner.delete(job_id):
+                raise Problem(409, f"the job is {job.state}; cancel it first")
 
     def describe(self, job: Job) -> dict[str, Any]:
         """A job as the API shows it."""

@@ -85,6 +85,10 @@ class Job:
     bytes: int
     stops: list[dict[str, Any]] = field(default_factory=list)
 
+    def needs(self, path: str) -> bool:
+        """Whether its commands name a file or folder, or what is in it."""
+        return any(path in word for command in self.commands for word in command["argv"])
+
 
 JSON_COLUMNS = ("request", "commands", "error", "artifacts", "stops")
 ADDED = {"stops": "TEXT NOT NULL DEFAULT '[]'"}  # columns that tables of earlier versions lack
@@ -375,6 +379,10 @@ class Store:
     def unended(self) -> list[Job]:
         """The jobs that wait, run or are paused."""
         return [_job(row) for row in self._rows("SELECT * FROM job WHERE state IN ('queued', 'running', 'paused')")]
+
+    def needing(self, path: str) -> list[Job]:
+        """Those of `unended` that need a file or folder."""
+        return [job for job in self.unended() if job.needs(path)]
 
     def ids(self) -> set[str]:
         return {row["id"] for row in self._rows("SELECT id FROM job")}

@@ -96,6 +96,20 @@ def test_deleting(served):
     served.until(running)
 
 
+def test_what_another_job_needs_is_not_deleted(served):
+    first = served.submit()
+    served.until(first)
+    second = served.submit("slow", max_steps=1000, student=str(served.artifacts(first)))
+    sentence = served.refused(409, f"/jobs/{first}", None, "DELETE")
+    assert second in sentence and "needs its model; cancel that first" in sentence
+    served.ask("POST", f"/cancel/{second}")
+    served.until(second)
+    assert served.ask("DELETE", f"/jobs/{first}")[0] == 204
+    assert "student: " in (sentence := served.refused(409, f"/resume/{second}", None))
+    assert f"{first}/artifacts is not there any more" in sentence
+    assert served.status(second)["state"] == "cancelled"
+
+
 def test_retention(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "CLEAN", 0.0)
     with serve_jobs(make_place(tmp_path)) as served:
@@ -116,3 +130,10 @@ def test_retention(tmp_path, monkeypatch):
         (served.service.jobs_dir / "of_nobody").mkdir()
         wait_for(lambda: {folder.name for folder in served.service.jobs_dir.iterdir()} == {ids[1], "of_nobody"})
         assert store.find(ids[1]).state == "succeeded"
+        going_on = served.submit("slow", max_steps=1000, student=str(served.artifacts(ids[1])))
+        served.ask("POST", f"/pause/{going_on}")
+        running.keep_days = 1e-9
+        running.clean()
+        assert store.find(ids[1]) is not None  # as what goes on from it has not ended
+        served.ask("POST", f"/cancel/{going_on}")
+        wait_for(lambda: store.find(ids[1]) is None)

@@ -93,6 +93,9 @@ def test_a_plain_upload_is_data_of_a_job(place):
     assert client.delete(f"/v1/files/{sent['id']}").status_code == 200
     gone = client.post("/distill", json={"method": "sft", "student": str(place / "student"), "data": sent["id"]})
     assert gone.status_code == 422
+    resumed = client.post(f"/resume/{stored.id}")
+    assert (resumed.status_code, f"data: {sent['id']} is not there any more" in resumed.text) == (409, True)
+    assert client.get(f"/status/{stored.id}").json()["state"] == "cancelled"
 
 
 def test_limits(place):
