@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import cli
 from common.cli import UserError
@@ -12,6 +14,7 @@ from common.distillation.settings import (
     CACHES,
     DEFAULT_WEIGHTS,
     DIVERGENCES,
+    OF_HIDDEN,
     OF_LOGITS,
     ON_POLICY_WEIGHTS,
     DistillSettings,
@@ -19,6 +22,23 @@ from common.distillation.settings import (
 from common.models import loading
 from common.training import flags as training_flags
 
+OF_LAYERS = (*OF_HIDDEN, "attention_mse")
+Companion = tuple[str, Callable[[DistillSettings], Any]]
+ON_POLICY: Companion = ("--on_policy", lambda settings: settings.on_policy)
+CACHE: Companion = ("--teacher_cache", lambda settings: settings.teacher_cache or settings.on_policy)
+DATASET: Companion = ("--dataset", lambda settings: settings.dataset)
+GOES_WITH: dict[str, Companion] = {  # flags that would do nothing alone
+    **dict.fromkeys(("rounds", "prompts_per_round", "num_samples", "max_new_tokens", "sample_temperature"), ON_POLICY),
+    **dict.fromkeys(("lmbda", "ignore_collapse"), ON_POLICY),
+    **dict.fromkeys(("cache_k", "cache_targets", "max_batch_tokens"), CACHE),
+    **dict.fromkeys(("subset", "split", "text_column"), DATASET),
+    "load_teacher_in_4bit": ("--teacher", lambda settings: settings.teacher),
+    "jsd_beta": ("--jsd", lambda settings: settings.jsd),
+    "layer_map": (
+        ", ".join(f"--{name}" for name in OF_LAYERS),
+        lambda settings: settings.weights.keys() & set(OF_LAYERS),
+    ),
+}
 WEIGHTS = {  # flag: names of it in other recipes, what it weighs
     "forward_kl": (("alpha_kl", "gamma_kl"), "KL(teacher || student)"),
     "reverse_kl": ((), "KL(student || teacher)"),
@@ -132,6 +152,9 @@ def checked(settings: DistillSettings) -> DistillSettings:
         raise UserError(f"--temperature {settings.temperature} must be above 0")
     if (settings.data is None) == (settings.dataset is None):
         raise UserError("give either --data FILE or --dataset NAME")
+    for name, (companion, is_there) in GOES_WITH.items():
+        if getattr(settings, name) != getattr(DistillSettings, name) and not is_there(settings):
+            raise UserError(f"--{name} goes with {companion}; give that too, or leave it out")
     weights = settings.weights
     if settings.on_policy:
         check_on_policy(settings)
@@ -149,8 +172,6 @@ def checked(settings: DistillSettings) -> DistillSettings:
         raise UserError(f"--teacher is missing; {of_teacher[0]} needs one (with --ce alone, none is needed)")
     if not of_teacher and settings.teacher:
         raise UserError("--ce alone asks nothing of the teacher; give another term a weight, or leave --teacher out")
-    if settings.cache_targets == "sampled" and not settings.teacher_cache:
-        raise UserError("--cache_targets is of --teacher_cache; give that too, or leave it out")
     if not settings.teacher and settings.teacher_cache:
         raise UserError("--teacher_cache without --teacher; give both, or leave it out")
     if not settings.teacher:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common import cli
 from common.cli import UserError
@@ -23,7 +25,10 @@ from common.teachers.settings import EndpointSettings, LocalSettings, address_fa
 from common.teachers.tasks import Code, Documents, Labels, TeacherTask
 
 SAMPLES, TEMPERATURE = 4, 0.8  # of each row with --preferences
-ENDPOINT_ONLY = ("model", "api_key_env", "requests_per_minute", "extra_body", "top_logprobs")
+ENDPOINT_ONLY: dict[str, Any] = {  # flags, with their defaults
+    **dict.fromkeys(("model", "api_key_env", "requests_per_minute", "extra_body", "top_logprobs")),
+    **{name: getattr(EndpointSettings, name) for name in ("concurrency", "timeout", "max_attempts")},
+}
 TOP_LOGPROBS = 20  # the most that OpenAI gives
 
 
@@ -72,10 +77,17 @@ def _add_teacher_group(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--api_key_env", metavar="NAME", help=f"environment variable with the key; default: {build.KEY_VARIABLE}"
     )
-    who.add_argument("--concurrency", type=cli.positive_int, default=8, help="requests at the same time")
+    who.add_argument(
+        "--concurrency", type=cli.positive_int, default=ENDPOINT_ONLY["concurrency"], help="requests at the same time"
+    )
     who.add_argument("--requests_per_minute", type=above_zero, help="at most; default: no limit")
-    who.add_argument("--timeout", type=above_zero, default=120.0, help="seconds for one attempt")
-    who.add_argument("--max_attempts", type=cli.positive_int, default=6, help="of a request that fails, with backoff")
+    who.add_argument("--timeout", type=above_zero, default=ENDPOINT_ONLY["timeout"], help="seconds for one attempt")
+    who.add_argument(
+        "--max_attempts",
+        type=cli.positive_int,
+        default=ENDPOINT_ONLY["max_attempts"],
+        help="of a request that fails, with backoff",
+    )
     who.add_argument("--extra_body", metavar="JSON", help="more for each request's body; null takes a field out")
     who.add_argument("--price_in", type=not_negative, default=0.0, help="per million tokens of prompts")
     who.add_argument("--price_out", type=not_negative, default=0.0, help="per million tokens of answers")
@@ -151,14 +163,26 @@ def _check_teacher(args: argparse.Namespace) -> None:
     if bool(args.teacher) == bool(args.endpoint):
         raise UserError("give either --teacher with a local model, or --endpoint with --model")
     if args.teacher:
-        given = [name for name in ENDPOINT_ONLY if getattr(args, name) is not None]
-        if given:
+        if given := _changed(args, ENDPOINT_ONLY):
             raise UserError(f"--{given[0]} goes with --endpoint; leave it out, or give --endpoint for --teacher")
         if thinks(args) and args.probabilities:
             raise UserError("--thinking on is for answers that are written; leave it out with --probabilities")
         models.check_model_dir(args.teacher, args.base)
     else:
         _check_endpoint(args)
+
+
+def _changed(args: argparse.Namespace, defaults: Mapping[str, Any]) -> list[str]:
+    """The flags of `defaults` that have another value."""
+    return [name for name, default in defaults.items() if getattr(args, name) != default]
+
+
+def _local_only() -> dict[str, Any]:
+    """Flags of a model that runs here, with their defaults."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in (add_model_flags, add_engine_flag, add_lookup_flag):
+        add(parser)
+    return vars(parser.parse_args([]))
 
 
 def _check_endpoint(args: argparse.Namespace) -> None:
@@ -168,6 +192,8 @@ def _check_endpoint(args: argparse.Namespace) -> None:
             "--thinking on goes with a local --teacher; an endpoint is told by --extra_body, such as "
             '\'{"chat_template_kwargs": {"enable_thinking": true}}\''
         )
+    if given := _changed(args, _local_only()):
+        raise UserError(f"--{given[0]} goes with a local --teacher; leave it out with --endpoint")
     if not args.model:
         raise UserError("--endpoint needs --model with the model's name there")
     if fault := address_fault(args.endpoint):

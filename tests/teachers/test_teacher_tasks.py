@@ -207,7 +207,7 @@ def test_code_that_fails_its_tests_is_asked_for_again(tmp_path, stub, files):
     assert run_of(files)["agreement_with_gold"]["agree"] == 1
     assert generate(stub, *files([bare]), "--task", "codegen", "--max_tries", "1") == 0  # no consent: only compiled
     assert lines(files.out)[0]["teacher_output"] == codegen.code_answer(WRONG)
-    assert generate(stub, *files([bare]), "--task", "codegen", "--confirm_run_unsafe_code", "--max_tries", "1") == 0
+    assert generate(stub, *files([bare]), *argv[4:], "--max_tries", "1") == cli.FAILED
     assert lines(files.out) == [] and "fails its tests" in rejects_of(files)[0]["reason"]
 
 
