@@ -39,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse_args(build_parser(), argv)
     folder = JobFolder(args.folder)
     lock = folder.take_lock()
-    if lock is None or folder.read(PLAN).get("attempt") != args.attempt or folder.result(args.attempt):
+    if lock is None or folder.read(PLAN).get("attempt") != args.attempt:
         return BUSY
+    if result := folder.result(args.attempt):  # of a pod that was lost after it had ended
+        return exit_code(result["state"])
     log(f"{folder.path.name}: attempt {args.attempt}; the commands write to {folder.log}")
     return Worker(folder, args.attempt, lock).run()
 
@@ -54,7 +56,7 @@ class Worker:
 
     def __init__(self, folder: JobFolder, attempt: int, lock: int) -> None:
         self.folder, self.attempt, self.lock = folder, attempt, lock
-        self.child: subprocess.Popen | None = None
+        self.child: subprocess.Popen | None = None  # the command, until it was asked to stop
         self.stopped = False
         self.prctl = ctypes.CDLL(None).prctl
 
@@ -83,9 +85,12 @@ class Worker:
         return command["output"] == "" and self.folder.read_record().get("state") == "done"
 
     def _stop(self, *_) -> None:
+        """Ask the command to stop, once: a server that was started again asks again, and a training that is asked
+        twice ends without its checkpoint."""
         self.stopped = True
-        if self.child is not None:
-            self.child.send_signal(signal.SIGTERM)
+        child, self.child = self.child, None
+        if child is not None:
+            child.send_signal(signal.SIGTERM)
 
     def _run(self, command: dict[str, Any]) -> tuple[str | None, int]:
         """(why it failed or None, exit code) of a command."""
@@ -97,7 +102,7 @@ class Worker:
         with self.folder.open_log() as output:
             output.write(f"$ {shlex.join(['python', Path(argv[0]).name, *argv[1:]])}\n".encode())
             start = os.fstat(output.fileno()).st_size
-            self.child = subprocess.Popen(
+            child = self.child = subprocess.Popen(
                 [sys.executable, *argv],
                 cwd=self.folder.path,
                 env=os.environ | {"TQDM_MININTERVAL": "10"},  # a log is no place for ten lines a second
@@ -108,15 +113,19 @@ class Worker:
                 preexec_fn=lambda: self.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0),
             )
         if self.stopped:  # asked to while the command started
-            self.child.send_signal(signal.SIGTERM)
-        code = self.child.wait()
+            self._stop()
+        code = child.wait()
         return (failure(code, self.folder.log_tail(start=start)) if code else None), code
 
     def _end(self, state: str, error: dict[str, Any] | None) -> int:
         artifacts = self.folder.list_artifacts()
         self.folder.write(RESULT, {"attempt": self.attempt, "state": state, "error": error, "artifacts": artifacts})
         log(f"{self.folder.path.name}: {state}")
-        return cli.DONE if state == "succeeded" else cli.FAILED
+        return exit_code(state)
+
+
+def exit_code(state: str) -> int:
+    return cli.DONE if state == "succeeded" else cli.FAILED
 
 
 def failure(code: int, tail: Sequence[str]) -> str:
