@@ -164,6 +164,6 @@ class Runner:
             deleted = self.store.delete(job_id, set_aside)
         except sqlite3.OperationalError:  # a full disk: its files make room
             delete_set_aside(self.jobs_dir)
-            deleted = self.store.delete(job_id)
+            deleted = self.store.delete(job_id, set_aside)
         delete_set_aside(self.jobs_dir)
         return deleted

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +150,10 @@ class Service:
             self.files = FileStore(settings.data_dir, settings.max_file_bytes, settings.files_quota)
             self.files.clean()
             adopt_folders(self.store, self.jobs_dir)
-        except OSError as error:
-            raise UserError(f"DATA_DIR={settings.data_dir}: {error.strerror}; choose another folder") from error
+        except (OSError, sqlite3.Error) as error:
+            words = error.strerror if isinstance(error, OSError) else str(error)
+            remedy = f"choose another folder, or give it to user {os.getuid()}"
+            raise UserError(f"DATA_DIR={settings.data_dir}: {words}; {remedy}") from error
         self.reach = Reach(settings.allowed_roots, own=settings.data_dir, uploaded=self.uploaded)
         # held while a job is taken, with the name, the files and the models that it needs, and while one is deleted
         self._in_use = threading.Lock()
@@ -253,13 +257,25 @@ class Service:
                     commands = [*commands, *self._named(name, plan, job_id)]
                 for field in lost_inputs(commands):
                     raise Problem(422, f"{field}: it is not there any more", field)
-                job = self.store.submit(plan.method, request, commands, job_id, key)
+                with self._no_trace(job_id):
+                    job = self.store.submit(plan.method, request, commands, job_id, key)
         except KeyTaken:
             raise Problem(422, "Idempotency-Key: it was used for another request", "Idempotency-Key") from None
         except OSError as error:
             raise Problem(503, f"the job cannot be kept ({error.strerror}); try again", retry_after=60) from error
         self.runner.wake()
         return job
+
+    @contextlib.contextmanager
+    def _no_trace(self, job_id: str) -> Iterator[None]:
+        """Of a job that is not taken no folder stays, from which a later start would take it in."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError, sqlite3.Error):
+                if self.store.find(job_id) is None:
+                    JobFolder(self.jobs_dir / job_id).set_aside()
+            raise
 
     def _named(self, name: str, plan: PlannedJob, job_id: str) -> list[dict[str, Any]]:
         """What gives the run of a job that has a name a place among those that are served, under it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sqlite3
@@ -9,12 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.jobs_served import ServedJobs, make_place, serve_jobs, write_data
+from support.jobs_served import ServedJobs, make_place, serve_jobs, settings, write_data
 from support.processes import wait_for
 
 from common.jobs import runner
 from common.jobs.folder import JobFolder
 from common.jobs.recovery import job_of
+from common.jobs.routes import create_app
 from common.jobs.store import open_store
 
 pytestmark = pytest.mark.processes
@@ -110,6 +112,47 @@ def test_folders_of_a_service_that_kept_no_rows(tmp_path):
         assert failed["error"]["reason"] == before["failed"]["error"]["reason"]
         states = {job["state"] for job in served.ask("GET", "/jobs")[1]["jobs"]}
         assert states == {"succeeded", "failed"}  # one that was cancelled can be resumed all the same
+
+
+class Failing(sqlite3.Connection):
+    """A connection whose next statement of a kind fails."""
+
+    statement, fault = None, ""
+
+    def execute(self, sql: str, *args):
+        if sql == Failing.statement:
+            Failing.statement = None
+            raise sqlite3.OperationalError(Failing.fault)
+        return super().execute(sql, *args)
+
+
+def test_a_job_that_was_not_taken_is_not_there_after_the_next_start(tmp_path, monkeypatch):
+    """Its row is kept in its folder before the table has it, and then the disk is full."""
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Failing))
+    place = make_place(tmp_path)
+    service = create_app(settings(place)).state.service
+    payload = {"method": "sft", **inputs(place)}
+    monkeypatch.setattr(Failing, "statement", "COMMIT")
+    monkeypatch.setattr(Failing, "fault", "database or disk is full")
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        service.submit(payload, None)
+    taken = service.submit(payload, None)
+    lose(place)
+    store = create_app(settings(place)).state.service.store
+    assert [job.id for job in store.page(10)] == [taken.id]
+
+
+def test_a_job_that_is_deleted_at_the_second_try_is_not_there_after_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Failing))
+    place = make_place(tmp_path)
+    service = create_app(settings(place)).state.service
+    job = service.submit({"method": "sft", **inputs(place)}, None)
+    service.cancel(job.id)
+    monkeypatch.setattr(Failing, "statement", "BEGIN IMMEDIATE")
+    monkeypatch.setattr(Failing, "fault", "database is locked")
+    service.delete(job.id)
+    assert list(service.jobs_dir.iterdir()) == []
+    assert create_app(settings(place)).state.service.store.page(10) == []
 
 
 def test_nothing_is_deleted_that_is_no_jobs(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,12 @@ def test_settings_from_the_environment(monkeypatch, tmp_path):
             JobServiceSettings.from_environment()
         monkeypatch.delenv(name)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="choose another folder"):
-        create_app(settings(tmp_path / "file" / "data"))
+    (tmp_path / "closed" / "jobs.db").mkdir(parents=True)  # for SQLite as a file that another user owns
+    for folder, reason in (("file/data", "Not a directory"), ("closed", "unable to open database file")):
+        place = tmp_path / folder
+        message = f"DATA_DIR={place}: {reason}; choose another folder, or give it to user {os.getuid()}"
+        with pytest.raises(UserError, match=re.escape(message)):
+            create_app(settings(place))
 
 
 def test_cards(monkeypatch, tmp_path):
