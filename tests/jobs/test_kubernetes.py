@@ -137,10 +137,12 @@ def pod_labels(body: dict):
     return body["spec"]["template"]["metadata"]["labels"].items()
 
 
-def test_the_jobs_have_the_image_of_the_service():
+def test_the_service_is_asked_for_by_its_name_and_gives_the_jobs_its_image():
     (deployment,) = (body for name, body in MANIFESTS if name == "api-deployment.yaml")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert {"name": "IMAGE", "value": container["image"]} in container["env"]
+    (service,) = (body for name, body in MANIFESTS if name == "api-service.yaml")
+    assert {"name": "ALLOWED_HOSTS", "value": service["metadata"]["name"]} in container["env"]
 
 
 def test_the_inference_servers_pod_starts_it_with_its_own_settings(monkeypatch):
