@@ -94,19 +94,26 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     check_flags(args, task)
     # after the checks, so that a mistyped flag answers before numpy and scipy are imported
     from common.tasks.ranking import baseline, evaluate
+    from common.tasks.ranking.row_check import fits_all
 
     settings = scoring_settings(args, task)
     sources = [source_of(args, model_dir) for model_dir in args.model_dir]
     if args.fit_calibration:
         goal = decision_goal(args, task)
-        dev, _ = task.read(args.fit_calibration, args.features, args.skip_bad_rows)
+        fits = fits_all(sources, task, settings.max_batch_tokens)
+        dev, _ = task.read(args.fit_calibration, args.features, args.skip_bad_rows, fits)
         for source in sources:
             evaluate.fit_calibration(source, task, settings, dev, args.fit_calibration, goal, args.decision_json)
         model_card.refresh(args.model_dir)
         if not args.data:
             return None
     draw = evaluate.Draw(args.split, args.val_per_class, args.val_frac, args.seed)
-    rows, class_counts = draw.rows(task, task.read(args.data, args.features, args.skip_bad_rows)[0], args.data)
+    cascade = judged_cascade(args)
+    if cascade and cascade.local_teacher and cascade.local_teacher.model_dir not in args.model_dir:
+        sources.append(cascade.local_teacher)
+    fits = fits_all(sources, task, settings.max_batch_tokens)
+    labelled, _ = task.read(args.data, args.features, args.skip_bad_rows, fits)
+    rows, class_counts = draw.rows(task, labelled, args.data)
     result = {
         "evaluator": task.name,
         "version": 1,
@@ -125,9 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **run_record.provenance("eval_creditmix.py", argv),
     }
     store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
-    cascade = judged_cascade(args)
-    if cascade and cascade.local_teacher and cascade.local_teacher.model_dir not in args.model_dir:
-        sources.append(cascade.local_teacher)
     training = baseline.training_rows(args.controls, args.model_dir, task)
     entries, differences, scores = evaluate.evaluate_models(sources, task, settings, rows, args.seed, training, store)
     result["baseline"] = baseline.facts(training)

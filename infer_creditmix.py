@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         ray_scoring.score(scoring, args.workers)
         return
-    file_scoring.check_input(args.input, task, args.skip_bad_rows, args.strict_input)
+    file_scoring.check_input(args.input, scoring.check, args.skip_bad_rows)
     file_scoring.classify_file(scoring, Classifier.load(source, task, settings), hand_on)
 
 

@@ -15,6 +15,7 @@ from common.data import rows, shapes, training_files
 from common.tasks.ranking import file_scoring
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.row_check import RowCheck
 
 TICKETS = load_task(str(ROOT / "recipes" / "ticket_severity.yaml"))
 GOOD = '{"input": "a", "output": "b", "n": 12345678901234567890}\n'
@@ -54,7 +55,7 @@ READERS = {
     "labels": lambda path: TICKETS.read(path),
     "creditmix": lambda path: CREDITMIX.read(path),
     "a teacher": lambda path: TICKETS.read_teacher(path),
-    "texts": lambda path: file_scoring.check_input(path, TICKETS, skip_bad_rows=True),
+    "texts": lambda path: file_scoring.check_input(path, RowCheck(TICKETS), skip_bad_rows=True),
 }
 
 

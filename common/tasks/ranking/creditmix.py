@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,10 +61,14 @@ class CreditMix(LabelTask):
         return group_of(self.text_of(row) or "")
 
     def read(
-        self, path: str | Path, features: str = "six", skip_bad_rows: bool = False
+        self,
+        path: str | Path,
+        features: str = "six",
+        skip_bad_rows: bool = False,
+        text_fault: Callable[[str], str | None] = lambda text: None,
     ) -> tuple[list[dict], dict[str, int]]:
         """See `read_labelled`."""
-        return read_labelled(path, features, skip_bad_rows)
+        return read_labelled(path, features, skip_bad_rows, text_fault)
 
 
 CREDITMIX = CreditMix(
@@ -240,7 +244,10 @@ def _debt_group(debt: float) -> str:
 
 
 def read_labelled(
-    path: str | Path, features: str = "six", skip_bad_rows: bool = False
+    path: str | Path,
+    features: str = "six",
+    skip_bad_rows: bool = False,
+    text_fault: Callable[[str], str | None] = lambda text: None,
 ) -> tuple[list[dict], dict[str, int]]:
     """Cleaned labelled rows of a file, and what was done to get them.
 
@@ -251,6 +258,7 @@ def read_labelled(
         features: "six" or "all": the columns of the raw CSV that make the line. Question lines stay as they are, but
             asking for "all" where they hold six only is an error.
         skip_bad_rows: go on without bad rows, which are then named and counted, instead of stopping.
+        text_fault: a further check of a features line that is not made of the raw CSV: why its row is bad, or None.
 
     Returns:
         Rows {"question": features line, "answer": label, "group": group hash} in the file's order, and counts: "rows
@@ -266,7 +274,11 @@ def read_labelled(
     label_fault = CREDITMIX.label_fault("answer", UNLABELLED)
 
     def fault_of(row: dict) -> str | None:
-        return label_fault(row) or amount_fault(split_features(row["question"]))
+        return (
+            label_fault(row)
+            or amount_fault(split_features(row["question"]))
+            or text_fault(clean_features(row["question"]))
+        )
 
     good = records.check_rows(path, numbered, ("question", "answer"), skip_bad_rows, unit, fault_of)
     if features == "all" and all({key for key, _ in split_features(row["question"])} <= SIX_KEYS for row in good):

@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.cli import UserError, log
 from common.data import tables
@@ -20,6 +23,7 @@ from common.files import sha256_file, write_jsonl
 from common.models import adapters
 from common.models.source import ModelSource
 from common.tasks.ranking.classifier import CALIBRATION, Classifier
+from common.tasks.ranking.row_check import PromptRoom, RowCheck
 from common.tasks.ranking.settings import ScoringSettings
 from common.tasks.ranking.task import LabelTask
 
@@ -39,7 +43,7 @@ class FileScoring:
         source: the model.
         input: a file of rows; for `ray_scoring` also a folder, a pattern or an address.
         output: a JSONL, CSV or Parquet file, by its ending; for `ray_scoring` a folder.
-        skip_bad_rows: list rows without a text, and go on; else the first one is an error.
+        skip_bad_rows: list bad rows (see `check`), and go on; else the first one is an error.
         strict: rows whose text is not of the task (see `LabelTask.warning`) are bad ones, too.
         handed_on: what decides which rows are handed on, and to whom, as JSON; None where none are.
     """
@@ -52,6 +56,12 @@ class FileScoring:
     skip_bad_rows: bool = False
     strict: bool = False
     handed_on: Any = None
+
+    @cached_property
+    def check(self) -> RowCheck:
+        """Of the rows."""
+        room = PromptRoom.of(self.source, self.task, self.settings.max_batch_tokens)
+        return RowCheck(self.task, room, self.strict)
 
     def decided_by(self) -> dict[str, Any]:
         """All that decides the answers but the rows themselves, as JSON."""
@@ -76,43 +86,34 @@ class FileScoring:
         return json.loads(json.dumps(facts))
 
 
-def row_fault(row: Any, task: LabelTask, strict: bool) -> str | None:
-    """Why a row cannot be classified; None where it can."""
-    if isinstance(row, ValueError):
-        return str(row)
-    text = task.text_of(row)
-    if text is None:
-        return f"no text under '{task.text_field}'"
-    return task.warning(text) if strict else None
-
-
-def check_input(path: str, task: LabelTask, skip_bad_rows: bool, strict: bool = False) -> None:
+def check_input(path: str, check: RowCheck, skip_bad_rows: bool) -> None:
     """Read the file once, before a model loads: a bad row is found now, not in the middle of a night's work.
 
     Raises:
-        UserError: a row without a text (unless `skip_bad_rows`), or no row with one.
+        UserError: a row that `check` refuses (unless `skip_bad_rows`), or no other row.
     """
     rows = good = 0
     unit, numbered, _ = iter_rows(path)
     for rows, (number, row) in enumerate(numbered, start=1):  # noqa: B007 (counted to the end)
-        fault = row_fault(row, task, strict)
+        _, fault = check.read(row)
         if fault is None:
             good += 1
         elif not skip_bad_rows:
             raise UserError(f"{path}, {unit} {number}: {fault}; mend the row, or pass --skip_bad_rows")
     if not good:
         have = "usable rows" if rows else "rows"
-        raise UserError(f"{path} has no {have}; each needs its text under '{task.text_field}'")
+        raise UserError(f"{path} has no {have}; each needs its text under '{check.task.text_field}'")
 
 
-def good_texts(path: str, task: LabelTask, bad: list[dict], strict: bool = False) -> Iterator[str]:
-    """The text of each good row; the bad ones are added to `bad`."""
+def good_texts(path: str, check: RowCheck, bad: list[dict]) -> Iterator[str]:
+    """The text of each good row; the bad ones are added to `bad`, with why."""
     unit, numbered, _ = iter_rows(path)
     for number, row in numbered:
-        if row_fault(row, task, strict) is not None:
-            bad.append({unit: number, "row": str(row) if isinstance(row, ValueError) else row})
+        text, fault = check.read(row)
+        if text is None:
+            bad.append({unit: number, "fault": fault, "row": str(row) if isinstance(row, ValueError) else row})
         else:
-            yield task.text_of(row)
+            yield text
 
 
 def classify_file(scoring: FileScoring, classifier: Classifier, hand_on: HandOn | None = None) -> None:
@@ -121,31 +122,31 @@ def classify_file(scoring: FileScoring, classifier: Classifier, hand_on: HandOn 
     Args:
         hand_on: makes of texts and their answers what is written; None: the answers as they are.
     """
-    settings, task = scoring.settings, scoring.task
+    settings, check = scoring.settings, scoring.check
     # "batch" estimates from the first window, also where the answers of that window are there already
-    first = (
-        list(islice(good_texts(scoring.input, task, [], scoring.strict), WINDOW))
-        if settings.calibration == "batch"
-        else []
-    )
+    first = list(islice(good_texts(scoring.input, check, []), WINDOW)) if settings.calibration == "batch" else []
     first_raw = classifier.raw_scores(first) if first else None
+    known = dict(zip(first, first_raw, strict=True)) if first else {}
     calibration = classifier.calibration(settings.calibration, first_raw, settings.label_bias)
 
+    def own(texts: list[str]) -> list[dict]:
+        raw = np.stack([known[text] for text in texts]) if known.keys() >= set(texts) else None
+        return classifier.answers(texts, calibration, raw)
+
     def answers(window: list[str]) -> list[dict]:
-        own = classifier.answers(window, calibration, first_raw if window == first else None)
-        return hand_on(window, own) if hand_on else own
+        return hand_on(window, own(window)) if hand_on else own(window)
 
     def takes_over(count: int, last: dict) -> bool:
         """Whether the last of `count` answers is what is answered to that row now."""
-        text = next(islice(good_texts(scoring.input, task, [], scoring.strict), count - 1, None), None)
-        return text is not None and same_answer(last, classifier.answers([text], calibration)[0])
+        text = next(islice(good_texts(scoring.input, check, []), count - 1, None), None)
+        return text is not None and same_answer(last, own([text])[0])
 
     texts = (*ANSWER_TEXTS, *HANDED_ON_TEXTS) if hand_on else ANSWER_TEXTS
     bad: list[dict] = []
     decided_by = [scoring.decided_by(), sha256_file(scoring.input)]
     for _ in write_answers(
         scoring.output,
-        good_texts(scoring.input, task, bad, scoring.strict),
+        good_texts(scoring.input, check, bad),
         answers,
         window=HANDED_ON if hand_on else WINDOW,
         decided_by=decided_by,

@@ -28,6 +28,7 @@ from common.models.batching import (
     context_of,
 )
 from common.tasks.ranking.label_tree import LabelTree, label_tokens
+from common.tasks.ranking.row_check import length_fault, longest_prompt
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -119,13 +120,10 @@ class Ranker:
         return self.raw_scores(self.task.null_inputs[:num_null_prompts]).mean(axis=0)
 
     def _check_lengths(self, prompts: Sequence[list[int]], start: int) -> None:
-        room = self.context - max(self.tree.depths) - 1
+        most = longest_prompt(self.tree, self.context)
         for row, prompt in enumerate(prompts, start=start + 1):
-            if len(prompt) > room:
-                raise UserError(
-                    f"row {row} has {len(prompt)} tokens and with its longest label does not fit the model's context "
-                    f"of {self.context}; shorten the row"
-                )
+            if len(prompt) > most:
+                raise UserError(f"row {row} {length_fault(len(prompt), self.context)}; shorten the row")
 
     def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
         """Tokens that all prompts start with, short of the last one; () where a cache would not pay.

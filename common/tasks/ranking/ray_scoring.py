@@ -129,8 +129,8 @@ def inspect_all(source: FileSystem, blocks: list[Block], scoring: FileScoring) -
     """
     from ray.data import from_items
 
-    task = scoring.task
-    inspected = from_items(blocks, override_num_blocks=len(blocks)).map(row_blocks.inspect, fn_args=(source, task))
+    arguments = (source, scoring.check)
+    inspected = from_items(blocks, override_num_blocks=len(blocks)).map(row_blocks.inspect, fn_args=arguments)
     first: dict[str, int] = {}
     parts = []
     for block in sorted(inspected.iter_rows(), key=lambda block: (block["file"], block["start"])):
@@ -146,7 +146,7 @@ def inspect_all(source: FileSystem, blocks: list[Block], scoring: FileScoring) -
             parts.append(block | {"part": len(parts)})
     if not any(block["good"] for block in parts):
         have = "usable rows" if parts else "rows"
-        raise UserError(f"{scoring.input} has no {have}; each needs its text under '{task.text_field}'")
+        raise UserError(f"{scoring.input} has no {have}; each needs its text under '{scoring.task.text_field}'")
     return parts
 
 
@@ -214,15 +214,15 @@ class Scorer:
             return {"rows": 0, "error": f"{_place(block)}: {error}"}
 
     def _answers(self, block: Block, rejects: list[dict]) -> Iterator[str]:
-        task = self.scoring.task
-        rows = row_blocks.rows_of(self.places.source, block, task)
+        check = self.scoring.check
+        rows = row_blocks.rows_of(self.places.source, block, check.task)
         while window := list(islice(rows, WINDOW)):
             good = {}
             for number, row in window:
-                text = task.text_of(row)
+                text, fault = check.read(row)
                 if text is None:
                     row = str(row) if isinstance(row, ValueError) else row
-                    rejects.append({"id": _id(block, number), "line": number, "row": row})
+                    rejects.append({"id": _id(block, number), "line": number, "fault": fault, "row": row})
                 else:
                     good[_id(block, number)] = text
             answers = self.classifier.answers(list(good.values()), self.calibration) if good else []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, reason
 from common.data.rows import check_columns, csv_rows
+from common.tasks.ranking.row_check import RowCheck
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _parquet_rows(system: FileSystem, block: Block, task: LabelTask) -> Iterator
             position += batch.num_rows
 
 
-def inspect(block: Block, system: FileSystem, task: LabelTask) -> Block:
+def inspect(block: Block, system: FileSystem, check: RowCheck) -> Block:
     """The block with its number of "rows" (of a JSONL file all lines), how many are "good" and how many "bad".
 
     Also with what is wrong: "broken", if it cannot be read, and the first "fault" of a row, with its place from 0
@@ -225,15 +226,14 @@ def inspect(block: Block, system: FileSystem, task: LabelTask) -> Block:
 
     result = {"rows": 0, "good": 0, "bad": 0, "broken": "", "fault": "", "fault_at": 0}
     try:
-        for index, row in enumerate(_rows(system, block, task)):
+        for index, row in enumerate(_rows(system, block, check.task)):
             result["rows"] += 1
-            if task.text_of(row) is not None:
-                result["good"] += 1
-            elif row is not BLANK:
-                result["bad"] += 1
-                if result["bad"] == 1:
-                    result["fault"] = str(row) if isinstance(row, ValueError) else f"no text under '{task.text_field}'"
-                    result["fault_at"] = index
+            if row is BLANK:
+                continue
+            _, fault = check.read(row)
+            result["good" if fault is None else "bad"] += 1
+            if fault and not result["fault"]:
+                result |= {"fault": fault, "fault_at": index}
     except (ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
         result["broken"] = reason(error)
     return block | result

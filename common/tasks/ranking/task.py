@@ -188,13 +188,18 @@ class LabelTask:
                     )
 
     def read(
-        self, path: str | Path, features: str = "six", skip_bad_rows: bool = False
+        self,
+        path: str | Path,
+        features: str = "six",
+        skip_bad_rows: bool = False,
+        text_fault: Callable[[str], str | None] = lambda text: None,
     ) -> tuple[list[dict], dict[str, int]]:
         """Labelled rows of a JSON list, JSONL or CSV file (also gzipped) or of Parquet, and what was done to get them.
 
         Args:
             features: of CreditMix's raw CSV (see `creditmix.read_labelled`).
             skip_bad_rows: go on without bad rows, which are then named and counted, instead of stopping.
+            text_fault: a further check of a clean text: why its row is bad, or None.
 
         Returns:
             Rows {text_field: text, label_field: label, "group": group hash}, and counts: "rows read", "rows kept",
@@ -213,7 +218,7 @@ class LabelTask:
         def fault(row: dict) -> str | None:
             if self.group_key and row.get("group") is None and not self._named_group(row):
                 return f"the group key '{self.group_key}' is missing or empty"
-            return label_fault(row)
+            return label_fault(row) or text_fault(self.clean(row[self.text_field]))
 
         good = records.check_rows(path, numbered, (self.text_field, self.label_field), skip_bad_rows, unit, fault)
         rows = [

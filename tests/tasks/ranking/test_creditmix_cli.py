@@ -22,6 +22,7 @@ from common.tasks.ranking import creditmix, file_scoring
 from common.tasks.ranking.calibration import Calibration, batch_calibration
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.settings import ScoringSettings
 
 pytestmark = pytest.mark.processes
 
@@ -374,8 +375,19 @@ def test_an_interrupted_file_without_a_key_goes_on(method, trained, questions, t
     assert near(answers(trained, rows, output, "--calibration", method), whole, 1e-5)
     assert output.read_text().startswith("".join(lines[:9]))
     assert f"going on after 9 answers of {output}" in capsys.readouterr().err
-    assert scored == ([23] if method == "batch" else []) + [1, 14]
+    assert scored == ([23] if method == "batch" else [1, 14])
     assert not partial.exists()
+
+
+def test_rows_that_batch_calibration_has_scored_are_not_scored_again(base, questions, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": question} for question in questions])
+    monkeypatch.setattr(file_scoring, "HANDED_ON", 8)
+    scored, raw_scores = [], Classifier.raw_scores
+    monkeypatch.setattr(Classifier, "raw_scores", lambda self, t: scored.append(len(t)) or raw_scores(self, t))
+    source, settings = ModelSource(base), ScoringSettings(calibration="batch")
+    scoring = file_scoring.FileScoring(source, CREDITMIX, settings, rows, str(tmp_path / "answers.jsonl"))
+    file_scoring.classify_file(scoring, Classifier.load(source, CREDITMIX), lambda texts, own: own)
+    assert scored == [23]
 
 
 def test_ctrl_c_leaves_what_was_answered(trained, questions, tmp_path, monkeypatch, capsys):
@@ -438,10 +450,37 @@ def test_bad_rows(trained, questions, tmp_path, capsys):
     assert near(found, answers(trained, only, tmp_path / "only_answers.jsonl"), 1e-5)
     rejects = [json.loads(line) for line in (tmp_path / "answers.jsonl.rejects.jsonl").read_text().splitlines()]
     assert [reject["line"] for reject in rejects] == [2, 4, 5]
-    assert rejects[2]["row"] == {"answer": "Good"}
+    assert (rejects[2]["row"], rejects[2]["fault"]) == ({"answer": "Good"}, "no text under 'question'")
     assert "3 bad rows" in capsys.readouterr().err
     answers(trained, only, tmp_path / "answers.jsonl", "--skip_bad_rows")
     assert not (tmp_path / "answers.jsonl.rejects.jsonl").exists()
+
+
+def test_a_row_beyond_the_context_is_a_bad_row_before_the_model_loads(
+    base, questions, data, tmp_path, monkeypatch, capsys
+):
+    texts = [*questions[:3], "Occupation: " + "9 " * 3000, questions[3]]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"features": text} for text in texts])
+    argv = ["--model_dir", base, "--input", rows, "--output", str(tmp_path / "answers.jsonl")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "load", None)
+        assert cli.run(infer_creditmix.main, argv) == cli.BAD_INPUT
+        told = capsys.readouterr().err
+        assert f"error: {rows}, line 4: the row has " in told
+        assert "does not fit the model's context of 2048; mend the row, or pass --skip_bad_rows" in told
+        judged = [
+            row | {"question": texts[3]} if n == 1 else row
+            for n, row in enumerate(rows_of(data / "creditmix_val.jsonl"))
+        ]
+        held_out = write_rows(tmp_path / "val.jsonl", judged)
+        for flag in ("--data", "--fit_calibration"):
+            with pytest.raises(UserError, match=r"val.jsonl, line 2: the row has \d+ tokens"):
+                eval_creditmix.main(["--model_dir", base, flag, held_out])
+    found = answers(base, rows, tmp_path / "answers.jsonl", "--skip_bad_rows")
+    assert len(found) == 4
+    (reject,) = [json.loads(line) for line in (tmp_path / "answers.jsonl.rejects.jsonl").read_text().splitlines()]
+    assert (reject["line"], reject["row"]["features"]) == (4, texts[3])
+    assert "does not fit the model's context" in reject["fault"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from common.cli import UserError
 from common.data import rows as records
 from common.tasks.ranking import ray_scoring, row_blocks
 from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.row_check import RowCheck
 
 pytestmark = pytest.mark.processes
 
@@ -51,7 +52,7 @@ def cut_and_read(where: Path | str) -> list[tuple[str, int, object]]:
     system, root, files = row_blocks.find_files(str(where))
     found, lines = [], {}
     for block in row_blocks.cut(system, root, files, CREDITMIX):
-        counted = row_blocks.inspect(block, system, CREDITMIX)
+        counted = row_blocks.inspect(block, system, RowCheck(CREDITMIX))
         first = lines.setdefault(block["name"], 1)
         lines[block["name"]] += counted["rows"]
         rows = list(row_blocks.rows_of(system, block | {"first": first}, CREDITMIX))
@@ -105,7 +106,7 @@ def test_every_row_of_a_csv_file_has_the_number_of_its_line(separator, tmp_path)
     path.write_text('question\n"Age: 3"4\n')
     system, root, files = row_blocks.find_files(str(path))
     (block,) = row_blocks.cut(system, root, files, CREDITMIX)
-    assert "line 2: not CSV" in row_blocks.inspect(block, system, CREDITMIX)["broken"]
+    assert "line 2: not CSV" in row_blocks.inspect(block, system, RowCheck(CREDITMIX))["broken"]
     for header, sentence in (("text", "has no column 'question', only text"), ("question,question", "is given twice")):
         path.write_text(f"{header}\n")
         with pytest.raises(UserError, match=sentence):
@@ -339,8 +340,10 @@ def test_a_bad_row_is_named(cluster, tiny_base, tmp_path, monkeypatch, capsys):
     packed.write_bytes(gzip.compress(json.dumps({"question": question(1)}).encode() * 50)[:-20])
     with pytest.raises(UserError, match=r"rows.jsonl.gz cannot be read \(.*\); copy or download it again"):
         infer_creditmix.main(command(tiny_base, packed, tmp_path / "answers"))
-    rows.write_text(json.dumps({"question": "9 " * 3000}))
-    with pytest.raises(UserError, match=r"rows.jsonl, rows 1 to 1: row 1 has \d+ tokens .* shorten the row"):
+    rows.write_text("\n".join(json.dumps({"question": text}) for text in (question(0), "9 " * 3000)))
+    with pytest.raises(
+        UserError, match=r"rows.jsonl, row 2: the row has \d+ tokens .* does not fit the model's context"
+    ):
         infer_creditmix.main(argv)
 
 
