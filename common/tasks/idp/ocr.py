@@ -23,15 +23,17 @@ def installed() -> bool:
 
 
 def open_image(path: str | Path) -> Iterator[Image]:
-    """The frames of an image file, upright. Raises UserError where it is none."""
+    """The frames of an image file, upright. Raises UserError where it is none, or one beyond all bounds."""
     from PIL import Image, ImageOps, ImageSequence
 
+    page = 1
     try:
         with Image.open(path) as image:
-            for frame in ImageSequence.Iterator(image):
+            for page, frame in enumerate(ImageSequence.Iterator(image), start=1):  # noqa: B007 (for the message)
                 yield ImageOps.exif_transpose(frame)
-    except (OSError, ValueError) as error:  # Pillow's own error is one of them
-        raise UserError(f"{path} cannot be read as an image ({error}); check the file") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # of Pillow
+        which = f"page {page} of {path}" if page > 1 else str(path)
+        raise UserError(f"{which} cannot be read as an image ({error}); check the file") from error
 
 
 def recognise(image: Image, scale: float = 1.0) -> list[Word]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +31,33 @@ def read_pages(source: str | Path | bytes, name: str | None = None) -> list[list
     Raises:
         UserError: a file that cannot be read, is encrypted or broken.
     """
+    name = name or str(source)
+    pages = []
     with closing(open_pdf(source, name)) as document:
-        return [_words(page) for page in document]
+        for number in range(len(document)):
+            with _named(name, number):
+                pages.append(_words(document[number]))
+    return pages
 
 
-def open_pdf(source: str | Path | bytes, name: str | None = None) -> Any:
+@contextmanager
+def _named(name: str, number: int) -> Iterator[None]:
+    """What PDFium cannot do with a page is an error that names it."""
+    from pypdfium2 import PdfiumError
+
+    try:
+        yield
+    except PdfiumError as error:
+        raise UserError(
+            f"{name}: page {number + 1} cannot be read ({error}); repair it, e.g. qpdf in.pdf out.pdf"
+        ) from error
+
+
+def open_pdf(source: str | Path | bytes, name: str) -> Any:
     """The `pypdfium2.PdfDocument` of a file. Raises what `read_pages` raises."""
     import pypdfium2
     from pypdfium2 import raw
 
-    name = name or str(source)
     try:
         return pypdfium2.PdfDocument(source if isinstance(source, bytes) else Path(source).read_bytes())
     except OSError as error:
@@ -53,9 +70,11 @@ def open_pdf(source: str | Path | bytes, name: str | None = None) -> Any:
 
 def draw_pages(path: str | Path, numbers: Sequence[int], dpi: int) -> Iterator[Image]:
     """The pages with these numbers, from 0, as images. Raises what `read_pages` raises."""
-    with closing(open_pdf(path)) as document:
+    with closing(open_pdf(path, str(path))) as document:
         for number in numbers:
-            yield document[number].render(scale=dpi / POINTS).to_pil()
+            with _named(str(path), number):
+                image = document[number].render(scale=dpi / POINTS).to_pil()
+            yield image
 
 
 def _words(page: Any) -> list[Word]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import UserError
-from common.files import read_text
+from common.cli import UserError, log
+from common.data.resumable import AnswerStore, content_key
+from common.files import read_text, sha256_file
 from common.tasks.idp import layout, ocr, pdf
 from common.tasks.idp.documents import Document, clean, to_row
 
@@ -19,11 +20,25 @@ SUFFIXES = (".pdf", ".txt", *IMAGES)
 OCR = ("auto", "on", "off")
 
 
-def folder_rows(folder: str | Path, recognise: str = "auto") -> Iterator[tuple[str, dict | ValueError]]:
-    """(file name, {"id": that name, "document"[, "lines"]} or what is wrong) of each document in a folder, by name."""
-    for path in document_files(folder):
+def folder_rows(
+    folder: str | Path, recognise: str = "auto", kept: str | Path | None = None
+) -> Iterator[tuple[str, dict | ValueError]]:
+    """(file name, {"id": that name, "document"[, "lines"]} or what is wrong) of each document in a folder, by name.
+
+    With a progress bar, as text recognition takes seconds a page.
+
+    Args:
+        kept: a file that keeps what was read as it comes, so that an interruption loses one document; None: none does.
+    """
+    from tqdm import tqdm
+
+    store = AnswerStore(kept)
+    for path in tqdm(document_files(folder), unit=" files"):
         try:
-            yield path.name, {"id": path.name} | to_row(read_document(path, recognise))
+            key = content_key(sha256_file(path), recognise, ocr.installed())
+            if key not in store:
+                store.add([(key, to_row(read_document(path, recognise)))])
+            yield path.name, {"id": path.name} | store[key]
         except UserError as error:
             yield path.name, ValueError(str(error))
 
@@ -63,9 +78,12 @@ def _pages(path: str | Path, recognise: str) -> list[list[layout.Word]]:
     scan = not any(pages)
     if scan and recognise == "off":
         raise UserError(f"{path} has {len(pages)} pages and no text, as a scan has; pass --ocr auto")
-    if recognise == "off" or not (scan or recognise == "on" or ocr.installed()):
-        return pages
     wanted = [number for number, words in enumerate(pages) if recognise == "on" or not words]
+    if recognise == "off" or not (scan or recognise == "on" or ocr.installed()):
+        if wanted:
+            remedy = "pass --ocr auto" if recognise == "off" else "pip install -r requirements/ocr.txt"
+            log(f"{path}: {len(wanted)} of {len(pages)} pages have no text; {remedy} to read them")
+        return pages
     for number, image in zip(wanted, pdf.draw_pages(path, wanted, ocr.DPI), strict=True):
         pages[number] = _recognised(path, image, ocr.DPI / pdf.POINTS)
     return pages

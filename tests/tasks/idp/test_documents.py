@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pypdfium2
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 from support.documents import pdf as pdf_of
@@ -110,6 +111,64 @@ def test_words_of_a_pdf_and_where_they_are_shown(tmp_path):
     assert 36 < y0 < 50 < y1 < 56
     (tmp_path / "c.pdf").write_bytes(pdf_of("Invoice 7").replace(b"[0 0 612 792]", b"[0 0 612 792] /Rotate 90"))
     assert [word.text for word in pdf.read_pages(tmp_path / "c.pdf")[0]] == ["Invoice", "7"]  # from top to bottom
+
+
+def test_pages_without_text_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pdf, "read_pages", lambda path: [[Word("Total", (0, 0, 9, 9))], [], []])
+    monkeypatch.setattr(ocr, "installed", lambda: False)
+    for recognise, remedy in (("auto", "pip install -r requirements/ocr.txt"), ("off", "pass --ocr auto")):
+        assert reading.read_document("mixed.pdf", recognise).text == "Total"
+        assert f"mixed.pdf: 2 of 3 pages have no text; {remedy} to read them" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise pypdfium2.PdfiumError("Failed to load page.")
+
+    monkeypatch.setattr(ocr, "installed", lambda: True)
+    for name, content, broken in (
+        ("text.pdf", pdf_of("Total 12.50"), (pypdfium2.PdfDocument, "get_page")),
+        ("layer.pdf", pdf_of("Total 12.50"), (pypdfium2.PdfPage, "get_textpage")),
+        ("scan.pdf", pdf_of(), (pypdfium2.PdfPage, "render")),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with monkeypatch.context() as patch:
+            patch.setattr(*broken, fail)
+            with pytest.raises(UserError, match=rf"{name}: page 1 cannot be read \(Failed to load page\.\)"):
+                reading.read_document(tmp_path / name)
+
+
+def test_an_image_beyond_all_bounds_is_named(tmp_path, monkeypatch):
+    scan_of("Total 12.50").save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"a\.png cannot be read as an image \(Image size .* exceeds limit"):
+        reading.read_document(tmp_path / "a.png")
+    ((name, fault),) = reading.folder_rows(tmp_path)
+    assert name == "a.png" and "cannot be read as an image" in str(fault)
+
+
+def test_what_was_recognised_in_a_folder_is_kept(tmp_path, monkeypatch):
+    folder, seen = tmp_path / "in", []
+    folder.mkdir()
+    for number in range(4):
+        scan_of(f"Total {number}").save(folder / f"{number}.png")
+
+    def recognise(image, scale=1.0):
+        seen.append(len(seen))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return [Word(f"text {len(seen)}", (0, 0, 9, 9))]
+
+    monkeypatch.setattr(ocr, "recognise", recognise)
+    with pytest.raises(KeyboardInterrupt):
+        list(reading.folder_rows(folder, "auto", tmp_path / "out.documents"))
+    rows = dict(reading.folder_rows(folder, "auto", tmp_path / "out.documents"))
+    assert [row["document"] for row in rows.values()] == ["text 1", "text 2", "text 4", "text 5"]
+    assert rows["0.png"]["lines"] == [{"text": "text 1", "box": [0, 0, 9, 9]}]
+    assert [*reading.folder_rows(folder, "auto", tmp_path / "out.documents")] == [*rows.items()]
+    assert len(seen) == 5
+    list(reading.folder_rows(folder, "on", tmp_path / "out.documents"))
+    assert len(seen) == 9  # read otherwise, it is read anew
 
 
 def test_an_encrypted_pdf_is_named(tmp_path):
