@@ -25,7 +25,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import cli
 from common.data import rows as records
@@ -45,7 +45,10 @@ from common.vram import preflight as vram
 if TYPE_CHECKING:
     from common.teachers.cascade.documents import DocumentCascade
 
-NOT_DECIDING = ("output", "max_batch_tokens", "prompt_lookup_num_tokens")  # flags that do not decide the answers
+NOT_DECIDING = (  # flags that do not decide the answers, or only by what the rows and the model then are
+    "output", "max_batch_tokens", "prompt_lookup_num_tokens", "cascade_per_hour", "cascade_timeout", "cascade_keep",
+    "skip_bad_rows", "ocr", "auto_fit", "load_in_4bit",
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         cli.log(f"checked after decoding, not enforced by it: {', '.join(keyword.path for keyword in unenforced)}")
     if args.input:
         # read through before a model loads: a bad row is found now, not in the middle of a night's work
-        rows, document = read_input(args), None
+        numbered, document = read_input(args), None
     elif args.document_file:
         document = reading.read_document(args.document_file, args.ocr)
     else:
@@ -116,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, form, calibration)
     cascade = document_cascade(handing, extractor, args.model_dir, threshold) if handing else None
     if document is None:
-        return extract_rows(args, rows, extractor, shown, cascade)
+        return extract_rows(args, numbered, extractor, shown, cascade)
     ((_, extraction, answer),) = answers(extractor, shown, cascade, [document])
     if extraction.pieces > 1:
         cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
@@ -132,17 +135,31 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return cli.CUT if extraction.cut else None
 
 
-def read_input(args: argparse.Namespace) -> list[dict]:
-    """The documents of a folder, or the rows of a file."""
+def read_input(args: argparse.Namespace) -> list[tuple[int | str, dict]]:
+    """(its file's name, row) of each document in a folder, or (its line, row) of each row of a file."""
     if Path(args.input).is_dir():
-        rows, unit = reading.folder_rows(args.input, args.ocr), "file"
+        rows, unit = reading.folder_rows(args.input, args.ocr, documents_kept(args.output)), "file"
     else:
         rows, unit = records.iter_jsonl(args.input), "line"
-    return records.check_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.lines_fault)
+    return records.good_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.lines_fault)
+
+
+def deciding(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that decide the answers."""
+    return {key: value for key, value in vars(args).items() if key not in NOT_DECIDING}
+
+
+def documents_kept(output: str) -> Path:
+    """Where the texts of a folder's documents are kept until they are answered: recognising them takes long."""
+    return Path(f"{output}.documents")
 
 
 def extract_rows(
-    args: argparse.Namespace, rows: list[dict], extractor: Extractor, shown: Shown, cascade: DocumentCascade | None
+    args: argparse.Namespace,
+    numbered: list[tuple[int | str, dict]],
+    extractor: Extractor,
+    shown: Shown,
+    cascade: DocumentCascade | None,
 ) -> int | None:
     """Write an answer to each row; says how many documents were long, and how many got no valid answer."""
     from common.data.resumable import content_key, write_each
@@ -153,14 +170,16 @@ def extract_rows(
             named = {"id": rows[number]["id"]} if "id" in rows[number] else {}
             yield number, named | shown_answer
 
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_DECIDING}
+    numbers, rows = zip(*numbered, strict=True)
+    settings = deciding(args) | {"load_in_4bit": getattr(extractor.model, "is_loaded_in_4bit", False)}
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]
     decided_by = [settings, content_key(rows), extractor.schema, *model]
     counts = Counter()
     for row in write_each(args.output, rows, answer, decided_by=decided_by, what="documents"):
         counts.update({"documents"} | ({"pieces", "error", "cut", "notes"} & row.keys()))
+    documents_kept(args.output).unlink(missing_ok=True)
     if shown.accept_from is not None:
-        accepted, others = write_split(args.output)
+        accepted, others = write_split(args.output, numbers)
         cli.log(f"{accepted:,} answers are accepted, {others:,} are to be reviewed; they lie beside {args.output}")
     if counts["pieces"]:
         cli.log(f"{counts['pieces']} of {counts['documents']} documents were read in pieces, merged by confidence")

@@ -136,15 +136,15 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def check_rows(
+def good_rows(
     path: str | Path,
     numbered: Iterable[tuple[int, Any]],
     keys: Sequence[str],
     skip_bad_rows: bool = False,
     unit: str = "line",
     fault_of: Callable[[dict], str | None] = lambda row: None,
-) -> list[dict]:
-    """The good rows of `numbered` (number, row). A bad one stops, or is counted and said, never dropped in silence.
+) -> list[tuple[Any, dict]]:
+    """The good ones of `numbered` (number, row). A bad one stops, or is counted and said, never dropped in silence.
 
     Args:
         unit: what the numbers count: "line", "row" in a JSON list, "file" of a folder's documents.
@@ -157,7 +157,7 @@ def check_rows(
     for number, row in numbered:
         fault = row_fault(row, keys) or fault_of(row)
         if fault is None:
-            rows.append(row)
+            rows.append((number, row))
         elif skip_bad_rows:
             bad += 1
             log(f"{path}, {unit} {number}: {fault}; skipped")
@@ -176,6 +176,18 @@ def check_rows(
         needed = f"each needs the keys {', '.join(keys)}" if keys else "every one of them is bad, so mend the file"
         raise UserError(f"{path} has no usable rows; {needed}")
     return rows
+
+
+def check_rows(
+    path: str | Path,
+    numbered: Iterable[tuple[int, Any]],
+    keys: Sequence[str],
+    skip_bad_rows: bool = False,
+    unit: str = "line",
+    fault_of: Callable[[dict], str | None] = lambda row: None,
+) -> list[dict]:
+    """`good_rows` without their numbers."""
+    return [row for _, row in good_rows(path, numbered, keys, skip_bad_rows, unit, fault_of)]
 
 
 def read_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class Shown:
         confidence: with the confidence of each field.
         written: with what the model copied for each field.
         accept_from: an answer of this confidence needs no review (see `calibration.acceptance`); None: nothing is said.
-        evidence: with where each field stands in the document.
+        evidence: with where each field stands in the document, and the document's text.
     """
 
     confidence: bool = False
@@ -52,6 +53,7 @@ class Shown:
                 answer["confidence"] = {name: round(value, DIGITS) for name, value in extraction.confidence.items()}
             if self.evidence:
                 answer["evidence"] = evidence.shown(document, extraction.as_written)
+                answer["document"] = document.text  # cleaned, and of a PDF laid out: what places are counted in
             if self.written:
                 answer["written"] = extraction.written_leaves
         if extraction.notes:
@@ -71,10 +73,11 @@ class Shown:
         return document_confidence(extraction.confidence) >= self.accept_from
 
 
-def write_split(output: str) -> tuple[int, int]:
+def write_split(output: str, numbers: Sequence[Any]) -> tuple[int, int]:
     """Write the answers in `output`, NAME.jsonl, also to NAME.accepted.jsonl and NAME.review.jsonl beside it.
 
-    Those without an "id" get the number of their row, from 1, as "row".
+    Args:
+        numbers: of their rows in the input, whose bad ones have no answer; those without an "id" get theirs as "row".
 
     Returns:
         (accepted, to be reviewed).
@@ -85,7 +88,7 @@ def write_split(output: str) -> tuple[int, int]:
             accepted: stack.enter_context(atomic_write(path.with_name(f"{path.stem}.{name}.jsonl")))
             for accepted, name in ((True, "accepted"), (False, "review"))
         }
-        for number, answer in rows.iter_jsonl(output):
+        for number, (_, answer) in zip(numbers, rows.iter_jsonl(output), strict=True):
             named = answer if "id" in answer else {"row": number} | answer
             files[answer["accepted"]].write(jsonl_text([named]))
             counts[answer["accepted"]] += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from common.data import splits
 from common.files import read_json
 from common.generation import json_schema
 from common.tasks.idp import documents, reading
+from common.tasks.idp.field_metrics import leaves
 
 KEYS = ("document",)
-DATE = re.compile(r"^(\d+)[-/.](\d+)[-/.](\d+)$")
 
 
 def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = False) -> list[dict]:
@@ -38,6 +39,8 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
     def fault(row: dict) -> str | None:
         if not isinstance(row.get("fields"), dict):
             return "'fields' must be a JSON object"
+        if endless := next((value for _, value in leaves(row["fields"]) if not _is_json(value)), None):
+            return f"'fields' has {json.dumps(endless)}, which JSON has not; write null"
         if wrong := splits.group_fault(row, "idp_prepare.py") or documents.lines_fault(row):
             return wrong
         wrong = json_schema.errors(row["fields"], schema)
@@ -49,6 +52,11 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
         facts = {"document": text, "fields": row["fields"], "group": row.get("group") or documents.group_of(text)}
         rows.append({key: row[key] for key in ("id", "lines") if row.get(key) is not None} | facts)
     return rows
+
+
+def _is_json(leaf: Any) -> bool:
+    """Whether JSON can hold a leaf: Python reads NaN and 1e999, too."""
+    return not isinstance(leaf, float) or math.isfinite(leaf)
 
 
 def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -182,10 +182,10 @@ def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_fil
     data = write_rows(tmp_path / "dev.jsonl", rows)
     model = ["--model_dir", str(run), "--schema", schema_file]
     documents, out = (
-        write_rows(tmp_path / "in.jsonl", [row | {"id": row["id"]} for row in rows]),
+        write_rows(tmp_path / "in.jsonl", [rows[0], {"bad": 1}, *({"document": row["document"]} for row in rows[1:])]),
         tmp_path / "out.jsonl",
     )
-    asked = [*model, "--input", documents, "--output", str(out), "--accept_above", "0.9"]
+    asked = [*model, "--input", documents, "--output", str(out), "--skip_bad_rows", "--accept_above", "0.9"]
     with pytest.raises(UserError, match=r"--accept_above needs a calibration of .*fit one with eval_idp\.py"):
         infer_idp.main(asked)
     assert eval_idp.main([*model, "--fit_calibration", data]) is None
@@ -194,8 +194,8 @@ def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_fil
     assert infer_idp.main(asked) is None
     assert "70 answers are accepted, 30 are to be reviewed" in capsys.readouterr().err
     accepted, review = (read_rows(tmp_path / f"out.{name}.jsonl") for name in ("accepted", "review"))
-    assert [row["id"] for row in accepted] == list(range(70))
-    assert [row["id"] for row in review] == list(range(70, 100))
+    assert [row.get("id", row.get("row")) for row in accepted] == [0, *range(3, 72)]  # the second row is a bad one
+    assert [row["row"] for row in review] == list(range(72, 102))
     assert [row["accepted"] for row in read_rows(out)] == [True] * 70 + [False] * 30
     with pytest.raises(UserError, match=r"needs at least 368 independent .*, and there are 100"):
         infer_idp.main([*asked[:-1], "0.99"])

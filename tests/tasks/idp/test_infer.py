@@ -76,7 +76,13 @@ def test_evidence_stands_beside_the_fields(capsys, monkeypatch, tiny_base, schem
             "company": {"found": True, "start": 0, "end": 4, "text": "ACME", "match": "exact"},
             "total": {"found": True, "start": 11, "end": 16, "text": "12.50", "match": "read"},
         },
+        "document": ROW["document"],
     }
+    _, out, _ = infer(capsys, tiny_base, schema_file, "--document", "\r\nACME  \r\nTotal 12.50", "--evidence")
+    answer = json.loads(out)
+    assert answer["document"] == "ACME\nTotal 12.50"
+    for name, text in (("company", "ACME"), ("total", "12.50")):
+        assert answer["document"][answer["evidence"][name]["start"] : answer["evidence"][name]["end"]] == text
     lines = [{"text": "ACME", "box": [0, 0, 4, 1], "page": 2}]
     source, output = tmp_path / "docs.jsonl", tmp_path / "out.jsonl"
     write_rows(source, [ROW | {"lines": lines}, {"document": "nothing"}, {"document": "x", "lines": 3}])

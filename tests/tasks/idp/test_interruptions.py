@@ -55,6 +55,21 @@ def test_documents_are_read_together_as_alone(loaded):
             assert getattr(together[number], name) == getattr(alone, name), name
 
 
+def test_flags_that_decide_no_answer_leave_those_that_there_are(argv):
+    def deciding(*more: str) -> dict:
+        return infer_idp.deciding(infer_idp.build_parser().parse_args([*argv, *more]))
+
+    same = ["--cascade_per_hour", "5", "--cascade_timeout", "2", "--cascade_keep", "--auto_fit", "--skip_bad_rows"]
+    assert deciding() == deciding(*same)
+    for other in (
+        ["--dates", "day"],
+        ["--cascade", "http://there/v1"],
+        ["--cascade_below", "0.5"],
+        ["--dtype", "float16"],
+    ):
+        assert deciding() != deciding(*other)
+
+
 def test_an_interrupted_file_keeps_every_document_that_was_read(argv, tmp_path, monkeypatch, capsys):
     infer_idp.main(argv)
     unbroken = read_rows(tmp_path / "out")
@@ -76,7 +91,7 @@ def test_an_interrupted_file_keeps_every_document_that_was_read(argv, tmp_path, 
     with next(tmp_path.glob("out.*.partial")).open("a") as handle:
         handle.write('{"key": "')  # as a kill within a line leaves it
     capsys.readouterr()
-    infer_idp.main(argv)
+    infer_idp.main([*argv, "--skip_bad_rows", "--auto_fit"])  # neither decides an answer
     assert [len(texts) for texts in asked] == [9, 4]
     assert read_rows(tmp_path / "out") == unbroken
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]

@@ -168,6 +168,7 @@ def test_documents_alike_stay_together():
         (ROW | {"fields": {"company": "A"}}, "do not satisfy the schema: .*'total' is a required property"),
         (ROW | {"fields": {"company": "A", "total": "12"}}, r"do not satisfy the schema: \$.total"),
         (ROW | {"fields": ROW["fields"] | {"date": "12/09/2025"}}, r"do not satisfy the schema: \$.date"),
+        (ROW | {"fields": ROW["fields"] | {"total": float("nan")}}, "'fields' has NaN, which JSON has not; write null"),
         (ROW | {"group": "x"}, "group 'x' is not the 16 hex digits"),
         ("not a row", "a JSON object is needed"),
     ],
