@@ -62,19 +62,19 @@ class Prompts:
             UserError: no prompt fits.
         """
         prompts: list[list[int] | None] = []
-        room, cut = settings.max_len - settings.max_new_tokens, 0
+        room, counts = settings.max_len - settings.max_new_tokens, {"cut": 0, "left out": 0}
         for row in rows if settings.lmbda > 0 else []:
             ids: list[int] | None = chats.encode_prompt(tokenizer, row["input"])
             if len(ids) > room:
                 fits = (tokenizer, row["input"], settings.max_new_tokens, settings.max_len)
                 shorter = None if settings.idp_mode else chats.shortened(*fits)
-                ids, cut = chats.encode_prompt(tokenizer, shorter) if shorter else None, cut + 1
+                ids = chats.encode_prompt(tokenizer, shorter) if shorter else None
+                counts["cut" if shorter else "left out"] += 1
             prompts.append(ids)
-        if cut:
-            done = "left out" if settings.idp_mode else "cut"
+        if said := ", ".join(f"{count} of {len(rows)} prompts {done}" for done, count in counts.items() if count):
             log(
-                f"{settings.data_name}: {cut} of {len(rows)} prompts {done}, to leave room for --max_new_tokens "
-                f"{settings.max_new_tokens} within --max_len {settings.max_len}"
+                f"{settings.data_name}: {said}, to leave room for --max_new_tokens {settings.max_new_tokens} within "
+                f"--max_len {settings.max_len}"
             )
         if prompts and not any(prompts):
             raise UserError(f"{settings.data_name}: no prompt fits; raise --max_len or lower --max_new_tokens")

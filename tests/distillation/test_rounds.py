@@ -56,10 +56,14 @@ def test_answers_become_rows(tokenizer):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_long_prompt_leaves_room_for_an_answer(whole, tokenizer):
-    rows = [{"input": "word " * 60}, {"input": "short"}]
-    long, short = Prompts.of(replace(SETTINGS, idp_mode=whole), tokenizer, rows).prompts
-    assert short is not None
+def test_a_long_prompt_leaves_room_for_an_answer(whole, tokenizer, capsys):
+    """One that is long before its question cannot be cut."""
+    instructed = [{"role": "system", "content": "word " * 60}, {"role": "user", "content": "short"}]
+    rows = [{"input": "word " * 60}, {"input": "short"}, {"input": instructed}]
+    long, short, never = Prompts.of(replace(SETTINGS, idp_mode=whole), tokenizer, rows).prompts
+    said = "2 of 3 prompts left out, to" if whole else "1 of 3 prompts cut, 1 of 3 prompts left out, to"
+    assert f"d: {said} leave room" in capsys.readouterr().err
+    assert short is not None and never is None
     assert long is None if whole else 10 < len(long) <= 20
 
 
