@@ -13,7 +13,8 @@ from common.cli import UserError, log
 from common.data import tables
 from common.files import open_text, parse_json, read_json
 
-csv.field_size_limit((1 << 31) - 1)  # what every system takes: a cell may be as long as a value of JSON
+LONGEST = 64 << 20  # characters of what is read whole: a cell, in a file that was sent a line
+csv.field_size_limit(LONGEST)
 
 SFT_KEYS = ("input", "output")
 KD_KEYS = ("input", "teacher_output")

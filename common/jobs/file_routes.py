@@ -26,7 +26,7 @@ FORM = {
     "type": "object",
     "required": ["file"],
     "properties": {
-        "file": {"type": "string", "format": "binary", "description": "JSONL, JSON, CSV or Parquet"},
+        "file": {"type": "string", "format": "binary", "description": "JSONL, JSON, CSV, Parquet or text"},
         "purpose": {"type": "string", "enum": [files.FINE_TUNE], "default": files.FINE_TUNE},
         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
@@ -45,7 +45,7 @@ class FileObject(BaseModel):
     status: str
     status_details: str | None = Field(description="Keys of its rows that are not read")
     sha256: str
-    rows: int | None = Field(description="None of a file of results")
+    rows: int | None = Field(description="None of running text and of a file of results")
 
 
 class FileList(BaseModel):

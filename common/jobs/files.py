@@ -25,7 +25,7 @@ from typing import IO, Any
 from common.cli import UserError
 from common.data import rows as records
 from common.data import tables, training_files
-from common.data.shapes import PROMPT, TAKES, shape_of
+from common.data.shapes import DISTILL, PROMPT, TAKES, shape_of
 from common.files import open_text, write_json
 from common.web.app import Problem
 
@@ -33,8 +33,9 @@ FOLDER, RECORD, CONTENT = "files", "file.json", "content"
 INCOMING, GONE = ".incoming-", ".deleted-"
 STALE = 86_400.0  # seconds after which a folder that was being received belongs to nobody
 FILE_ID = re.compile(r"file-[0-9a-f]{16}")
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-MOST_OF_A_LIST = 64 << 20  # bytes
+TEXT = ".txt"  # running text, one row
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", TEXT)
+MOST_AT_ONCE = records.LONGEST  # characters of a list, or of a line
 LOOKED_AT = 100  # rows, by what most of which are the others are judged
 FINE_TUNE, RESULTS = "fine-tune", "fine-tune-results"
 
@@ -45,7 +46,7 @@ class StoredFile:
 
     Attributes:
         name: of the content in the file's folder.
-        rows: that it has; None of one that has none.
+        rows: that it has; None of one that has none, as running text.
         trainer: script that takes its rows; None of one that has none.
         warning: what its rows have that is not read, in a sentence.
         created, expires: seconds since 1970; None: it is kept until it is deleted.
@@ -194,8 +195,8 @@ class Incoming:
         self._handle.flush()
         os.fsync(self._handle.fileno())
         shown = shown_name(filename)
-        suffix = Path(shown.removesuffix(".gz")).suffix.lower()
-        name = CONTENT + (suffix if suffix in SUFFIXES else ".jsonl")
+        with refused_as(self.path, shown):
+            name = CONTENT + suffix_of(self.path, shown)
         self.path = self.path.rename(self.folder / name)
         facts = checked_rows(self.path, shown, self.store.max_bytes) if purpose == FINE_TUNE else {}
         file = StoredFile(
@@ -243,6 +244,30 @@ def shown_name(filename: str) -> str:
     return "".join(char for char in last if char.isprintable())[-200:] or "rows.jsonl"
 
 
+@contextlib.contextmanager
+def refused_as(path: Path, filename: str) -> Iterator[None]:
+    """Turn what is wrong with a file into a Problem 422 that has its client's name for it."""
+    try:
+        yield
+    except UserError as error:
+        raise Problem(422, f"file: {str(error).replace(str(path), filename)}", "file") from error
+
+
+def suffix_of(path: Path, filename: str) -> str:
+    """The ending by which trainers know what a file is: of one that is called .txt and holds rows, theirs.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    suffix = Path(filename.removesuffix(".gz")).suffix.lower()
+    if suffix != TEXT:
+        return suffix if suffix in SUFFIXES else ".jsonl"
+    if tables.is_parquet(path):
+        return ".parquet"
+    with open_text(path) as handle:
+        return {"{": ".jsonl", "[": ".json"}.get(handle.read(4096).lstrip()[:1], TEXT)
+
+
 def checked_rows(path: Path, filename: str, max_bytes: int) -> dict[str, Any]:
     """{"rows", "trainer", "warning"} of a training file (see `StoredFile`), each row of which is looked at.
 
@@ -252,12 +277,13 @@ def checked_rows(path: Path, filename: str, max_bytes: int) -> dict[str, Any]:
     Raises:
         Problem: 422 that names the lines of bad rows, or what the file is where no trainer takes it; 413.
     """
-    try:
+    with refused_as(path, filename):
         check_unpacked(path, max_bytes)
+        if path.suffix == TEXT:
+            check_text(path)
+            return {"rows": None, "trainer": DISTILL, "warning": None}
         trainer = trainer_of(row for _, row in islice(records.iter_rows(path)[1], LOOKED_AT))
         inspection = training_files.inspect(path, trainer)
-    except UserError as error:
-        raise Problem(422, f"file: {str(error).replace(str(path), filename)}", "file") from error
     if inspection.faults:
         number, fault = inspection.faults[0]
         more = ", ".join(str(other) for other, _ in inspection.faults[1:])
@@ -266,27 +292,42 @@ def checked_rows(path: Path, filename: str, max_bytes: int) -> dict[str, Any]:
     return {"rows": inspection.good, "trainer": trainer, "warning": inspection.warning}
 
 
+def check_text(path: Path) -> None:
+    """Raises UserError where there is none."""
+    with open_text(path) as handle:
+        if not any(line.strip() for line in handle):
+            raise UserError(f"{path} is empty; give a text file with text in it")
+
+
 def check_unpacked(path: Path, max_bytes: int) -> None:
-    """Bound what is read of a file that may be packed, and more so of a list, which is read whole.
+    """Bound what is read of a file that may be packed, and more so of what is read whole: a list, or a line.
 
     Raises:
         Problem: 413.
         UserError: it cannot be read.
     """
+    is_list, line, longest = False, 0, 0  # characters of the line that is being read, and of the longest one
     if tables.is_parquet(path):
-        size, most, is_list = tables.parquet_bytes(path, max_bytes), max_bytes, False
+        size, most = tables.parquet_bytes(path, max_bytes), max_bytes
     else:
         with open_text(path) as handle:
-            start = handle.read(4096)
-            size, is_list = len(start), start.lstrip().startswith("[")
-            most = min(MOST_OF_A_LIST, max_bytes) if is_list else max_bytes
-            while size <= most and (piece := handle.read(1 << 20)):
+            piece = handle.read(4096)
+            size, is_list = len(piece), piece.lstrip().startswith("[")
+            most = min(MOST_AT_ONCE, max_bytes) if is_list else max_bytes
+            while piece and size <= most:
+                first, *others = piece.split("\n")
+                longest = max(longest, line + len(first), max(map(len, others), default=0))
+                line = len(others[-1]) if others else line + len(first)
+                piece = handle.read(1 << 20)
                 size += len(piece)
     if size > most and is_list:
         limit = f"a JSON list has at most {most:,} bytes, as it is read whole; send one object a line"
         raise Problem(413, f"file: {limit}", "file")
     if size > most:
         raise Problem(413, f"file: unpacked it has more than {most:,} bytes; send it in several files", "file")
+    if longest > MOST_AT_ONCE:
+        limit = f"a line has at most {MOST_AT_ONCE:,} characters, as it is read whole; send one row a line"
+        raise Problem(413, f"file: {limit}", "file")
 
 
 def trainer_of(rows: Iterable[Any]) -> str:

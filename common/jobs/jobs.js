@@ -273,7 +273,8 @@ async function upload() {
   try {
     const {answer} = await ask("files", {raw: form, method: "POST"});
     $("data").value = answer.id;
-    $("sent").textContent = answer.filename + ": " + answer.rows + " rows, kept as " + answer.id;
+    $("sent").textContent = answer.filename + ": " + (answer.rows === null ? "text" : answer.rows + " rows") +
+      ", kept as " + answer.id;
   } catch (error) { $("sent").replaceChildren(errorBox(error)); }
   $("upload").value = "";
 }

@@ -15,6 +15,7 @@ from support.jobs_served import make_place, serve_jobs, settings, sha256
 from support.processes import wait_for
 
 from common.data import tables
+from common.distillation import rows as distillation_rows
 from common.jobs import files
 from common.jobs.routes import create_app
 from common.web import multipart
@@ -130,7 +131,7 @@ def test_a_file_goes_when_its_time_has_passed_unless_a_job_needs_it(place, monke
 
 
 def test_what_is_small_only_while_it_is_packed_or_sent(place, monkeypatch):
-    monkeypatch.setattr(files, "MOST_OF_A_LIST", 20)
+    monkeypatch.setattr(files, "MOST_AT_ONCE", 20)
     client = client_of(place, max_file_bytes=100_000)
     rows = b'[{"input": "a", "output": "b"}]'
     for endless in (rows, b" " * 100 + rows, gzip.compress(rows), b"\xef\xbb\xbf" + rows):
@@ -141,9 +142,37 @@ def test_what_is_small_only_while_it_is_packed_or_sent(place, monkeypatch):
     assert len(table) < 10_000  # the text stands in it once
     answer = send(client, table, "rows.parquet")
     assert (answer.status_code, "unpacked it has more than 100,000 bytes" in answer.text) == (413, True)
+    for endless in (ROWS, b"\n\n" + ROWS, b"a" * 5000 + b"\n" + b"b\n" * 5000, gzip.compress(ROWS), b"a,b\n" + ROWS):
+        assert "a line has at most 20 characters, as it is read whole" in send(client, endless, "rows.csv").text
     assert os.listdir(place / "files") == []
+    assert send(client, b"line\n" * 1000, "a.txt").status_code == 200
+    monkeypatch.setattr(files, "MOST_AT_ONCE", 29)  # as many as the longest line has
     assert send(client, gzip.compress(ROWS), "rows.jsonl.gz").json()["rows"] == 2
     assert send(client, tables.packed([{"input": "a", "output": "b"}], "parquet"), "rows.parquet").json()["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "rows", "ending"),
+    [
+        (ROWS, 2, ".jsonl"),
+        (gzip.compress(ROWS), 2, ".jsonl"),
+        (b'\n [{"input": "a", "output": "b"}]', 1, ".json"),
+        (b"Call me Ishmael.\nSome years ago ...", None, ".txt"),
+        (gzip.compress(b"Call me Ishmael."), None, ".txt"),
+    ],
+)
+def test_a_text_file_is_kept_as_what_it_was_checked_as(place, content, rows, ending):
+    """Of rows in a file called .txt each is one, for a distillation too, which would take such a file for prose."""
+    client = client_of(place)
+    sent = send(client, content, "book.txt.gz" if content[:2] == b"\x1f\x8b" else "book.txt").json()
+    assert (sent["rows"], sent["filename"].startswith("book.txt")) == (rows, True)
+    stored = client.app.state.service.files.find(sent["id"])
+    assert stored.name == f"content{ending}"
+    if rows is None:
+        assert stored.trainer == "distill_train.py"
+        assert send(client, b" \n", "empty.txt").status_code == 422
+        (row,) = distillation_rows.read(str(client.app.state.service.files.path(stored)), "train")
+        assert row["text"].startswith("Call me Ishmael.")
 
 
 def test_a_full_disk(place, monkeypatch):
