@@ -40,6 +40,8 @@ KNOWN = {  # so that these need neither weights nor network
 # Kinds whose parameters are counted rightly below (a test counts them on models); others are counted when asked for.
 DENSE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3"})
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 TOLERANCE = 0.02  # of the parameters, in norms and biases that are not counted
 
 
@@ -104,13 +106,17 @@ def from_config(config: dict[str, Any]) -> ModelShape:
     """The shape that config.json's keys describe.
 
     Raises:
-        UnknownShape: another architecture.
+        UnknownShape: another architecture, or no config.
     """
-    config = config.get("text_config", config)
+    config = config.get("text_config", config) if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        raise UnknownShape("a model's config is a JSON object")
     kind = config.get("model_type", "a model without model_type")
     dense = not any("expert" in name and config[name] for name in config)
     dense = dense and set(config.get("layer_types") or ()) <= ATTENTION
-    if not dense or not {"hidden_size", "intermediate_size"} <= config.keys():
+    sizes = [config.get(name) for name in SIZES]
+    sizes += [size for name in OPTIONAL_SIZES if (size := config.get(name))]
+    if not dense or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise UnknownShape(f"the memory of {kind} cannot be predicted; only dense decoders with gated MLPs are known")
     heads = config["num_attention_heads"]
     return ModelShape(

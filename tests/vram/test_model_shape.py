@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -55,6 +57,26 @@ def test_families_known_by_heart(kind, more):
 def test_others_are_refused(kind, more, message, tmp_path):
     config_of(kind, **more).save_pretrained(tmp_path)
     with pytest.raises(UnknownShape, match=message):
+        model_shape.of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoConfig.for_model("mamba").to_dict(),  # which has no heads
+        {"text_config": None},
+        ["a list"],
+        SIZES | {"model_type": "llama", "num_hidden_layers": "3"},
+        SIZES | {"model_type": "llama", "num_attention_heads": 0},
+        SIZES | {"model_type": "llama", "num_key_value_heads": [2, 2, 4]},
+    ],
+)
+def test_what_says_too_little_is_of_an_unknown_shape(config, tmp_path):
+    """From the Hub, too, where nothing else would catch it."""
+    with pytest.raises(UnknownShape):
+        model_shape.from_config(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnknownShape):
         model_shape.of(str(tmp_path))
 
 
