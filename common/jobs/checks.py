@@ -18,6 +18,7 @@ from typing import Any
 from common.cli import UserError
 from common.jobs import within_reach
 from common.jobs.backend import Device
+from common.jobs.files import CONTENT, FILE_ID, FOLDER
 from common.jobs.folder import ARTIFACTS
 from common.models import adapters, gguf_import, hub
 from common.training.settings import TrainSettings
@@ -27,7 +28,8 @@ from common.web.app import Problem
 IMPORTING = threading.Lock()
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-SERVICE_FILES = ("jobs.db", "runner.lock", "reserve")  # how the names of the service's own files begin
+CACHES = "caches"  # of teachers, in the service's folder; they are asked for by name
+TABLE, OTHERS = "jobs.db", ("runner.lock", "reserve", CACHES)  # the service's own; how the table's files begin
 HUB_SECONDS = 8.0  # a question to the Hub may take
 TOKENIZER_SECONDS = 60.0  # two tokenizers may take to be loaded, the first time also downloaded
 REMEMBER = 600.0  # seconds that a yes of the Hub holds
@@ -46,7 +48,7 @@ class Reach:
 
     Args:
         roots: folders under which local paths are allowed.
-        own: the service's own folder, of which only what trainings have left is in reach.
+        own: the service's own folder, of which only what trainings have left, and what was sent, is in reach.
         uploaded: where a file that was sent to the service is, by its id.
     """
 
@@ -68,7 +70,7 @@ class Reach:
         return path if inside and os.path.exists(path) and not self._is_own(path) else None
 
     def _is_own(self, path: str) -> bool:
-        """Whether a path is, or holds, a file by which the service runs: its table, a job's plan or its log."""
+        """Whether a path is, or holds, what the service runs by: its table, a job's plan or log, a file's record."""
         if self.own is None:
             return False
         if path == self.own or self.own.startswith(path.rstrip(os.sep) + os.sep):
@@ -76,7 +78,9 @@ class Reach:
         first, *others = os.path.relpath(path, self.own).split(os.sep)
         if first == "jobs":  # jobs/<id>/artifacts is what a training has left
             return len(others) < 2 or others[1] != ARTIFACTS
-        return first.startswith(SERVICE_FILES)
+        if first == FOLDER:  # files/<id>/content.jsonl is what was sent
+            return len(others) < 2 or not FILE_ID.fullmatch(others[0]) or not others[1].startswith(CONTENT)
+        return first in OTHERS or first.startswith(TABLE)
 
     def model(self, field: str, name: str) -> str:
         """The place of a model: a folder or a GGUF here, else an id on the Hub. Raises Problem 422."""

@@ -19,7 +19,7 @@ from common import cli
 from common.cli import UserError
 from common.distillation import flags as distillation_flags
 from common.distillation.settings import DistillSettings
-from common.jobs.checks import NAME, Reach
+from common.jobs.checks import CACHES, NAME, Reach
 from common.training import flags as training_flags
 from common.training.settings import TrainSettings
 from common.web.app import Problem
@@ -196,7 +196,7 @@ class Planner:
         if name == "dataset":
             return self.reach.dataset(field, value)
         if name == "teacher_cache":
-            return str(self.data_dir / "caches" / self.reach.plain_name(field, value))
+            return str(self.data_dir / CACHES / self.reach.plain_name(field, value))
         if isinstance(value, str) and ("/" in value or value.startswith((".", "~"))):
             raise Problem(422, f"{field}: must not be a path", field)
         return value

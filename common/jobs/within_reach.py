@@ -18,16 +18,18 @@ MOST_NAMED = 10  # in a sentence
 
 
 def folders(reach: Reach) -> Iterator[tuple[Path, list[str]]]:
-    """(a folder under an allowed root, the names of its files); links are not followed."""
-    seen = 0
-    for root in reach.roots:
-        for parent, inside, files in os.walk(root):
+    """(a folder under an allowed root, the names of its files); links are not followed.
+
+    Each root has its own allowance, and one that lies in another is walked once.
+    """
+    roots = set(reach.roots)
+    for root in dict.fromkeys(reach.roots):
+        for seen, (parent, inside, files) in enumerate(os.walk(root)):
+            if seen == MOST_FOLDERS:
+                break
             depth = len(Path(parent).relative_to(root).parts)
             kept = (name for name in sorted(inside) if not name.startswith(".") and name != CHECKPOINTS)
-            inside[:] = [] if depth >= DEPTH else kept
-            seen += 1
-            if seen > MOST_FOLDERS:
-                return
+            inside[:] = [] if depth >= DEPTH else (n for n in kept if os.path.join(parent, n) not in roots)
             reached = [name for name in files if not name.startswith(".") and reach.local(os.path.join(parent, name))]
             if reached:
                 yield Path(parent), reached
