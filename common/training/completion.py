@@ -89,7 +89,7 @@ def completion_loss(
 
 
 class SharedCompletionLoss:
-    """`completion_loss` of a batch, be it a prefix tree or not, on a student whose LM head is frozen."""
+    """`completion_loss` of a batch, be it a prefix tree or not; quick on a student whose LM head is frozen."""
 
     def __init__(self, student: HiddenStateReader) -> None:
         self.reader = student
@@ -98,11 +98,18 @@ class SharedCompletionLoss:
         self, model: Any, batch: dict[str, Any], num_items: torch.Tensor | int | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `common.training.trainer.Loss`."""
+        import torch
+
         from common.training.hidden_states import predicted, scored
         from common.training.losses import FrozenHeadCrossEntropy
 
         states = scored(self.reader.read(model, batch).last, batch)
         targets = batch["labels"][:, 1:][predicted(batch)]
-        total, hits = FrozenHeadCrossEntropy.apply(states, self.reader.head.weight, targets)
+        if self.reader.frozen_head:
+            total, hits = FrozenHeadCrossEntropy.apply(states, self.reader.head.weight, targets)
+        else:
+            logits = self.reader.logits(states).float()
+            total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            hits = (logits.detach().argmax(dim=-1) == targets).sum()
         items = max(1, len(targets)) if num_items is None else num_items
         return total / items, {ACCURACY: hits / items}

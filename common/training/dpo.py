@@ -124,14 +124,23 @@ def build_trainer(
     pairs: Sequence[EncodedPair],
     eval_pairs: Sequence[EncodedPair] = (),
 ) -> Trainer:
-    """TRL's DPOTrainer on pairs that are encoded already, with reference log-probabilities computed once."""
+    """TRL's DPOTrainer on pairs that are encoded already, with reference log-probabilities computed once.
+
+    Raises:
+        UserError: the adapter that is started from is on the LM head, too, which TRL multiplies by itself.
+    """
     import torch
     from datasets import Dataset
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.utils.data import DataLoader
     from trl import DPOConfig, DPOTrainer
 
     from common.training import prefix_tree
 
+    if isinstance(student.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            f"the adapter {settings.init_adapter} is on the LM head, too, which DPO cannot train; give another"
+        )
     lengths = list(map(len, pairs))
 
     class PairTrainer(checkpoints.StudentSaver, ResumesExactly, WarmFromTheStart, DPOTrainer):

@@ -93,6 +93,12 @@ class HiddenStateReader:
         last, self._last = self._last, None
         return HiddenStates(last, output.hidden_states if self.keep_layers else None, output.attentions)
 
+    @property
+    def frozen_head(self) -> bool:
+        """Whether the logits are a product with a weight that is not trained, neither itself nor by an adapter."""
+        plain = type(self.head) is torch.nn.Linear and self.head.bias is None and not self.cap
+        return plain and not self.head.weight.requires_grad
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, vocabulary] of last hidden states [n, width]."""
         logits = self.head(hidden.to(self.head.weight.dtype))

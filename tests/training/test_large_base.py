@@ -13,7 +13,9 @@ from support.training import loss_curve, train
 import dpo_train
 import kd_train
 import sft_train
+from common.cli import UserError
 from common.models import loading, tokenizers
+from common.models.source import ModelSource
 from common.training import batches, checkpoints, completion, losses, prefix_tree
 from common.training.batches import IGNORE
 from common.training.settings import TrainSettings
@@ -80,6 +82,35 @@ def test_in_bfloat16_the_adapter_stays_float32(base, rows, tmp_path, monkeypatch
     run = train(sft_train.main, base, rows["sft"], tmp_path / "run", *plain)
     assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}
     assert loss_curve(run)[-1] < 0.5 * loss_curve(run)[0]
+
+
+@pytest.fixture
+def with_head(base, tmp_path) -> str:
+    """An adapter on the LM head, too."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(loading.load_base(ModelSource(base)), config)
+    model.save_pretrained(tmp_path / "with_head", save_embedding_layers=False)
+    return str(tmp_path / "with_head")
+
+
+def test_an_adapter_on_the_head_is_trained(with_head, base, tokenizer, large):
+    student = prepare_student(TrainSettings(student=base, save_dir="-", init_adapter=with_head), tokenizer).eval()
+    encoded = [tokenizers.encode_pair(tokenizer, "Classify this customer, who is " + text, "Good") for text in "abc"]
+    data = completion.completion_rows(encoded, tokenizer, student)
+    loss, terms = data.loss(student, data.collate(encoded), None)
+    expected, of_expected = completion.completion_loss(student, batches.collate(encoded, tokenizer.pad_token_id))
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert {name: float(term) for name, term in terms.items()} == {n: float(term) for n, term in of_expected.items()}
+    loss.backward()
+    assert student.get_output_embeddings().lora_A["default"].weight.grad.abs().max() > 0
+
+
+def test_dpo_refuses_an_adapter_on_the_head(with_head, base, rows, tmp_path):
+    with pytest.raises(UserError, match="with_head is on the LM head, too, which DPO cannot train; give another"):
+        train(dpo_train.main, base, rows["dpo"], tmp_path / "run", "--init_adapter", with_head)
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * 97, 1 << 26])
