@@ -256,7 +256,7 @@ def loss_trainer(
             if extra := getattr(self.model, EXTRA, None):
                 extra.load_state_dict(load_file(Path(checkpoint) / EXTRA_FILE))
 
-    return LossTrainer(
+    trainer = LossTrainer(
         model=student,
         args=arguments,
         train_dataset=list(data.rows),
@@ -265,6 +265,8 @@ def loss_trainer(
         processing_class=tokenizer,
         compute_metrics=mean_of_items,
     )
+    trainer.model_accepts_loss_kwargs = True  # whatever the model's own loss takes: ours takes the items of a step
+    return trainer
 
 
 def mean_of_items(judged: Any) -> dict[str, float]:
