@@ -106,9 +106,11 @@ def put_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pa
 
 
 def put_files(source: Path, folder: Path) -> None:
-    """Move a saved student's files into `folder`, its config last."""
+    """Move a saved student's files and folders into `folder`, its config last."""
     for file in sorted(source.iterdir(), key=lambda file: file.name in (adapters.ADAPTER_CONFIG, "config.json")):
-        os.replace(file, folder / file.name)
+        if (there := folder / file.name).is_dir():  # which no rename replaces
+            shutil.rmtree(there)
+        os.replace(file, there)
 
 
 def copy_files(source: Path, folder: Path, leave_out: Sequence[str] = ()) -> None:

@@ -19,7 +19,7 @@ from common.cli import UserError
 from common.models import adapters, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
-from common.training import batches, losses
+from common.training import batches, checkpoints, losses
 
 pytestmark = pytest.mark.processes
 
@@ -92,6 +92,15 @@ def test_a_finished_run_is_kept_unless_told_otherwise(base, rows, tmp_path):
     train(sft_train.main, base, without_groups, run, *more, "--overwrite")
     assert not stale.exists()
     assert run_record.read_groups(run) is None
+
+
+def test_a_tokenizer_of_two_templates_is_put_in_place_again(base, tmp_path):
+    """Which it saves in a folder."""
+    model, tokenizer = models.load_base(ModelSource(base)), tokenizers.load_tokenizer(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    for _ in range(2):
+        checkpoints.put_student(model, tokenizer, tmp_path)
+    assert [file.name for file in (tmp_path / "additional_chat_templates").iterdir()] == ["tool_use.jinja"]
 
 
 @pytest.mark.parametrize(
