@@ -20,7 +20,7 @@ from common import run_record
 from common.cli import UserError, log
 from common.comparison.rows import LABELS, ROWS, SQUAD, TEXT
 from common.data.resumable import AnswerStore, content_key
-from common.models import adapters, tokenizers
+from common.models import adapters, chats, tokenizers
 from common.models import loading as models
 from common.models.batching import context_of
 from common.models.source import LoadedModel, ModelSource
@@ -176,7 +176,7 @@ class MeasuredModel:
         text = self.measurement.task.prompt(content["text"]) if kind == LABELS else content.get("input", "")
         ids = tokenizers.encode_prompt(self.tokenizer, text)
         if len(ids) > room:
-            ids = tokenizers.truncate_prompt(self.tokenizer, text, new_tokens, self.limit)
+            ids = chats.shortened_ids(self.tokenizer, text, room)
         if ids is None:
             raise UserError(
                 f"{self.limit} tokens leave no room for a prompt and {new_tokens} new ones; raise --max_len, or lower "

@@ -66,10 +66,8 @@ class Prompts:
         for row in rows if settings.lmbda > 0 else []:
             ids: list[int] | None = chats.encode_prompt(tokenizer, row["input"])
             if len(ids) > room:
-                fits = (tokenizer, row["input"], settings.max_new_tokens, settings.max_len)
-                shorter = None if settings.idp_mode else chats.shortened(*fits)
-                ids = chats.encode_prompt(tokenizer, shorter) if shorter else None
-                counts["cut" if shorter else "left out"] += 1
+                ids = None if settings.idp_mode else chats.shortened_ids(tokenizer, row["input"], room)
+                counts["cut" if ids else "left out"] += 1
             prompts.append(ids)
         if said := ", ".join(f"{count} of {len(rows)} prompts {done}" for done, count in counts.items() if count):
             log(

@@ -8,7 +8,7 @@ begins, and then the answer with its end. Answers before it stand in that text a
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.models import chat_template, tokenizers
@@ -142,18 +142,12 @@ def _in_pieces(
     return ids, positions
 
 
-def shortened(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion_length: int, max_len: int
-) -> Prompt | None:
-    """The prompt cut to leave room for `completion_length` tokens in `max_len`; None when nothing would be left.
+def shortened(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:
+    """A prompt that does not fit, cut so that it does; None when nothing would be left.
 
     A chat loses its oldest questions with their answers, but neither its system turn nor the last question; a text, or
     a last question that then is still too long, loses its end.
     """
-
-    def fits(prompt: Prompt) -> bool:
-        return len(encode_prompt(tokenizer, prompt)) <= max_len - completion_length
-
     if isinstance(prompt, str):
         return tokenizers.longest_beginning(prompt, fits)
     asked = [number for number, turn in enumerate(prompt) if turn["role"] == "user"]
@@ -175,3 +169,9 @@ def shortened(
 
     question = tokenizers.longest_beginning(kept[last]["content"], lambda text: fits(with_question(text)))
     return with_question(question) if question else None
+
+
+def shortened_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, room: int) -> list[int] | None:
+    """Token ids of a prompt that has more than `room` of them, cut to as many (see `shortened`)."""
+    shorter = shortened(prompt, lambda prompt: len(encode_prompt(tokenizer, prompt)) <= room)
+    return encode_prompt(tokenizer, shorter) if shorter else None

@@ -365,19 +365,6 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_len: int) -> list
     return [Encoded(piece, 1) for piece in pieces if len(piece) > 1]
 
 
-def truncate_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completion_length: int, max_len: int
-) -> list[int] | None:
-    """Prompt ids cut to leave room for `completion_length` tokens in `max_len`; None when no prompt text would be left.
-
-    The cut falls on the end of the user's text, so that the instruction at its start and the chat template's frame
-    around it stay whole.
-    """
-    room = max_len - completion_length
-    beginning = longest_beginning(prompt, lambda text: len(encode_prompt(tokenizer, text)) <= room)
-    return encode_prompt(tokenizer, beginning) if beginning else None
-
-
 def longest_beginning(text: str, fits: Callable[[str], bool]) -> str | None:
     """As much of the text from its start as fits; None where that would be nothing, or white space."""
     known, too_long = 0, len(text) + 1  # characters, by bisection: some have several tokens, most share one

@@ -60,10 +60,12 @@ def fit_row(
     row = chats.encode(tokenizer, prompt, completion)
     if len(row.input_ids) <= max_len:
         return row, False
-    answer = len(tokenizers.encode_completion(tokenizer, completion))
-    shorter = None if whole else chats.shortened(tokenizer, prompt, answer, max_len)
-    row = chats.encode(tokenizer, shorter, completion) if shorter else None
-    return (row, True) if row and len(row.input_ids) <= max_len else (None, False)
+
+    def fits(prompt: chats.Prompt) -> bool:
+        return len(chats.encode(tokenizer, prompt, completion).input_ids) <= max_len
+
+    shorter = None if whole else chats.shortened(prompt, fits)
+    return (chats.encode(tokenizer, shorter, completion), True) if shorter else (None, False)
 
 
 def collate(batch: Sequence[tokenizers.Encoded], pad_id: int) -> dict[str, torch.Tensor]:

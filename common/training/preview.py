@@ -92,8 +92,8 @@ class Limit:
         """A side made short enough, as the trainers do; None where it is left out."""
         if side.answer is not None:
             return batches.fit_row(tokenizer, side.prompt, side.answer, self.max_len, self.whole)[0]
-        shorter = None if self.whole else chats.shortened(tokenizer, side.prompt, self.reserved, self.max_len)
-        return Side(shorter, None).encode(tokenizer) if shorter else None
+        ids = None if self.whole else chats.shortened_ids(tokenizer, side.prompt, self.max_len - self.reserved)
+        return Encoded(ids, len(ids)) if ids else None
 
 
 @dataclass

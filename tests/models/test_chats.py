@@ -205,14 +205,24 @@ def test_a_chat_that_is_too_long_loses_its_oldest_questions():
     tokenizer = aligned(FAMILIES["qwen2.5"])
     brief = {"role": "system", "content": "Be brief."}
     chat = [brief, *CHAT]
-    answer = 3
 
-    def room(turns) -> int:
-        return len(chats.encode_prompt(tokenizer, turns)) + answer
+    def size(turns) -> int:
+        return len(chats.encode_prompt(tokenizer, turns))
 
-    assert chats.shortened(tokenizer, chat, answer, room([brief, *CHAT[2:]])) == [brief, *CHAT[2:]]
-    assert chats.shortened(tokenizer, chat, answer, room([brief, *CHAT[2:]]) - 1) == [brief, CHAT[4]]
-    cut = chats.shortened(tokenizer, chat, answer, room([brief, CHAT[4]]) - 1)
+    def cut_to(room: int):
+        return chats.shortened(chat, lambda turns: len(chats.encode_prompt(tokenizer, turns)) <= room)
+
+    assert cut_to(size([brief, *CHAT[2:]])) == [brief, *CHAT[2:]]
+    assert cut_to(size([brief, *CHAT[2:]]) - 1) == [brief, CHAT[4]]
+    cut = cut_to(size([brief, CHAT[4]]) - 1)
     assert cut[0] == brief and CHAT[4]["content"].startswith(cut[1]["content"]) and 0 < len(cut[1]["content"]) < 4
-    assert chats.shortened(tokenizer, chat, answer, room([brief])) is None
-    assert chats.shortened(tokenizer, "Age: 23?", answer, 10_000) == "Age: 23?"
+    assert cut_to(size([brief])) is None
+
+
+def test_a_text_that_is_too_long_keeps_as_much_as_fits(tokenizer):
+    text = "Which? " + "日本 語é 12.5, word " * 30
+    whole = tokenizers.encode_prompt(tokenizer, text)
+    for room in range(30, len(whole), 37):
+        ids = chats.shortened_ids(tokenizer, text, room)
+        assert room - 6 < len(ids) <= room  # a character has up to four tokens
+    assert chats.shortened_ids(tokenizer, text, 5) is None

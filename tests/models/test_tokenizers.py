@@ -126,16 +126,6 @@ def test_neither_end_nor_template(tokenizer):
         tokenizers.align(plain(tokenizer))
 
 
-def test_truncation_keeps_as_much_as_fits(tokenizer):
-    text = "Which? " + "日本 語é 12.5, word " * 30
-    whole = tokenizers.encode_prompt(tokenizer, text)
-    for room in range(30, len(whole), 37):
-        ids = tokenizers.truncate_prompt(tokenizer, text, 7, room + 7)
-        assert room - 6 < len(ids) <= room  # a character has up to four tokens
-    assert tokenizers.truncate_prompt(tokenizer, text, 7, len(whole) + 7) == whole
-    assert tokenizers.truncate_prompt(tokenizer, text, 7, 12) is None
-
-
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer can be loaded from .*; give a model folder or a Hub id"):
         tokenizers.load_tokenizer(str(tmp_path))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
+from support.chat_templates import FAMILIES, SMOLLM3, tokenizer_of
 from support.inputs import LABELS, write_rows
 from support.models import distance
 from support.training import train
 
 import kd_train
 from common.cli import UserError
+from common.models import chats, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.tokenizers import Encoded
 from common.training import batches
 from common.training.completion import completion_rows
@@ -93,6 +95,20 @@ def test_the_prompt_is_cut_and_the_completion_is_not(tokenizer, capsys):
     assert len(encoded[2].input_ids) > 60  # no more is cut than must be
     assert tokenizer.decode(encoded[0].input_ids).count("word") == 1
     assert "rows.jsonl: 3 of 4 prompts cut to fit --max_len 64" in capsys.readouterr().err
+
+
+def test_a_row_that_thinks_is_cut_as_it_is_asked(capsys):
+    """Behind the prompt of thinking, which is the longer one here."""
+    tokenizer = tokenizer_of(
+        replace(FAMILIES["smollm3"], template=SMOLLM3.replace("/think'", "/think " + "x " * 30 + "'"))
+    )
+    tokenizer = tokenizers.align(tokenizer)
+    answer = "<think>\nSo.\n</think>\n\nGood"
+    room = len(chats.encode(tokenizer, "Which? ", answer).input_ids) + 20
+    pairs = [("Which? " + "word " * 50, answer)]
+    (row,) = batches.encode_rows(tokenizer, "rows.jsonl", pairs, room, whole=False)
+    assert room - 6 < len(row.input_ids) <= room
+    assert "1 of 1 prompts cut" in capsys.readouterr().err
 
 
 def test_a_row_without_room_for_its_completion_is_left_out(tokenizer, capsys):
