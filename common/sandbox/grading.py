@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cli import UserError
 from common.sandbox import box as sandbox
 from common.sandbox.box import Box, BoxError, Limits
 
@@ -76,7 +77,7 @@ def grade(solution: str, tests: Tests, limits: Limits = sandbox.DEFAULT, *, allo
     """Judge one solution (Python source).
 
     Raises:
-        UserError: no sandbox works on this machine and `allow_unsafe` is false.
+        UserError: no sandbox works on this machine and `allow_unsafe` is false, or one that does will not start.
     """
     return grade_many([(solution, tests)], limits, allow_unsafe=allow_unsafe)[0]
 
@@ -96,7 +97,7 @@ def grade_many(
     KeyboardInterrupt kills every box before it is passed on.
 
     Raises:
-        UserError: no sandbox works on this machine and `allow_unsafe` is false.
+        UserError: no sandbox works on this machine and `allow_unsafe` is false, or one that does will not start.
     """
     level = sandbox.level(allow_unsafe)
     stop = threading.Event()
@@ -115,25 +116,38 @@ def grade_many(
 
 
 def _judge(solution: str, tests: Tests, limits: Limits, level: str, stop: threading.Event) -> Verdict:
-    """Start both boxes and carry messages, first from the solution, until the tests give their verdict."""
+    """Start both boxes, once more where one does not start, and let them come to a verdict.
+
+    Raises:
+        UserError: a box did not start the second time either.
+    """
     start = time.monotonic()
-    with Box(level, limits, stop=stop) as code, Box(level, limits, stop=stop) as judge:
-        code.run(_program("run_solution", solution))
-        judge.run(_program("run_tests", list(tests.asserts), tests.setup, tests.entry_point))
-        deadline = time.monotonic() + limits.seconds
-        try:
-            while True:
-                judge.send(code.receive(deadline), deadline)
-                message = judge.receive(deadline)
-                if message.startswith(b"verdict\n"):
-                    if code.fault:  # it was killed, and nobody needed it any more
-                        raise code.fault
-                    break
-                code.send(message, deadline)
-            outcome, error, detail = f"{message.decode('ascii', 'replace')}\n\n\n".split("\n")[1:4]
-        except BoxError as fault:
-            outcome, error, detail = "failed", fault.error, str(fault)
-    return Verdict(outcome == "passed", error, detail, time.monotonic() - start)
+    for _ in range(2):
+        with Box(level, limits, stop=stop) as code, Box(level, limits, stop=stop) as judge:
+            try:
+                code.run(_program("run_solution", solution))
+                judge.run(_program("run_tests", list(tests.asserts), tests.setup, tests.entry_point))
+            except BoxError as error:  # of a machine that has too much to do
+                fault = error
+                continue
+            outcome, error, detail = _verdict(code, judge, time.monotonic() + limits.seconds)
+        return Verdict(outcome == "passed", error, detail, time.monotonic() - start)
+    raise UserError(f"a sandbox did not start ({fault}); let less run beside it, and give the same command again")
+
+
+def _verdict(code: Box, judge: Box, deadline: float) -> list[str]:
+    """Carry messages, first from the solution, until the tests give their verdict: outcome, error, detail."""
+    try:
+        while True:
+            judge.send(code.receive(deadline), deadline)
+            message = judge.receive(deadline)
+            if message.startswith(b"verdict\n"):
+                if code.fault:  # it was killed, and nobody needed it any more
+                    raise code.fault
+                return f"{message.decode('ascii', 'replace')}\n\n\n".split("\n")[1:4]
+            code.send(message, deadline)
+    except BoxError as fault:
+        return ["failed", fault.error, str(fault)]
 
 
 def _program(function: str, *arguments: object) -> str:

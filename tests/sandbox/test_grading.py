@@ -9,9 +9,10 @@ import pytest
 from support.boxes import leftovers
 from support.inputs import SHARED
 
+from common.cli import UserError
 from common.sandbox import box as sandbox
 from common.sandbox import grading
-from common.sandbox.box import Limits
+from common.sandbox.box import Box, BoxError, Limits
 from common.sandbox.grading import Tests, Verdict
 
 pytestmark = pytest.mark.processes
@@ -39,6 +40,26 @@ def test_a_verdict():
     verdict = grading.grade("def square(x): return x * 3", SQUARE)
     assert verdict == Verdict(False, "assertion", "assert square(-4) == 16", verdict.seconds)
     assert verdict.seconds > 0
+
+
+@pytest.mark.parametrize("faults", [1, 2])
+def test_boxes_that_do_not_start_get_another_try(faults, monkeypatch):
+    run, left = Box.run, ["judge"] * faults
+
+    def start(box, program):
+        if "run_tests" in program.rsplit("\n", 2)[1] and left:
+            left.pop()
+            raise BoxError("timeout", "not done within 10 s")
+        run(box, program)
+
+    monkeypatch.setattr(Box, "run", start)
+    if faults == 1:
+        assert grading.grade("def square(x): return x * x", SQUARE).passed
+    else:
+        with pytest.raises(
+            UserError, match=r"a sandbox did not start \(not done within 10 s\); let less run"
+        ):
+            grading.grade("def square(x): return x * x", SQUARE)
 
 
 OUTCOMES = {
