@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     judged = {"llama.cpp": evaluation.judge(control_answers(args, folder, problems, store))}
     seconds = {"llama.cpp": time.perf_counter() - started}
     started = time.perf_counter()
-    judged["ours"] = evaluation.judge(evaluation.write_answers(ours, evaluate.DIRECT))
+    judged["ours"] = evaluation.judge(evaluation.write_answers(ours, evaluate.DIRECT, ours.load))
     seconds["ours"] = time.perf_counter() - started
 
     rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -127,15 +128,16 @@ class Evaluation:
             plan_then_code: also judge code that is written after a plan, paired with direct answers.
             tries: if above 1, also judge code that is asked for again where it fails the first test of its problem.
         """
-        answers = self.write_answers(settings, DIRECT)
+        load = functools.cache(settings.load)  # one model for all, if any is needed
+        answers = self.write_answers(settings, DIRECT, load)
         direct = self.judge(answers)
         entry = self.figures(direct)
         if plan_then_code:
-            planned = self.judge(self.write_answers(settings, PLAN_THEN_CODE))
+            planned = self.judge(self.write_answers(settings, PLAN_THEN_CODE, load))
             entry[PLAN_THEN_CODE] = self.figures(planned)
             entry["plan_difference"] = self.difference(planned, direct)
         if tries > 1:
-            tried = self.judge(self.try_again(settings, answers, tries))
+            tried = self.judge(self.try_again(settings, answers, tries, load))
             entry[TRIED] = self.figures(tried)
             entry["tried_difference"] = self.difference(tried, direct)
         return entry, direct
@@ -171,7 +173,7 @@ class Evaluation:
         """What of an answer's code is run."""
         return code if self.keep_main else source.without_usage(code)
 
-    def write_answers(self, settings: WriterSettings, mode: str) -> list[list[dict]]:
+    def write_answers(self, settings: WriterSettings, mode: str, load: Callable[[], CodeWriter]) -> list[list[dict]]:
         """The answers of a model, as `CodeAnswer` in JSON; only those that are not in the store are made."""
         parts: list[Any] = ["answer", settings.identity(), mode, self.decoding.as_dict()]
         shown = [SHOWN_PLAN_REQUEST] if mode == PLAN_THEN_CODE and not is_trained(settings.source.model_dir) else []
@@ -180,7 +182,7 @@ class Evaluation:
                    if key not in self.store]  # fmt: skip
         if missing:
             check_lengths(settings.source, [prompt for _, prompt in missing], self.decoding.max_new_tokens)
-            writer = settings.load()
+            writer = load()
             with progress_bar(len(missing), f"{settings.source.model_dir}, {mode}") as progress:
                 tasks = [prompt for _, prompt in missing]
                 for index, answers in writer.write_each(tasks, self.decoding, mode == PLAN_THEN_CODE):
@@ -188,13 +190,16 @@ class Evaluation:
                     progress.update()
         return [self.store[key] for key in keys]
 
-    def try_again(self, settings: WriterSettings, first: Sequence[Sequence[dict]], tries: int) -> list[list[dict]]:
+    def try_again(
+        self, settings: WriterSettings, first: Sequence[Sequence[dict]], tries: int, load: Callable[[], CodeWriter]
+    ) -> list[list[dict]]:
         """The first answers, each asked for again while it fails the first test of its problem, `tries` in all."""
         parts = ["answer", settings.identity(), TRIED, tries, self.decoding.as_dict()]
+        parts += ["keep_main"] if self.keep_main else []  # another verdict, and so other answers
         keys = [content_key(*parts, problem.prompt, asdict(problem.graded_by())) for problem in self.problems]
         missing = [index for index, key in enumerate(keys) if key not in self.store]
         if missing:
-            writer = settings.load()
+            writer = load()
             with progress_bar(len(missing), f"{settings.source.model_dir}, {TRIED}") as progress:
                 for start in range(0, len(missing), TOGETHER):
                     window = missing[start : start + TOGETHER]
@@ -205,6 +210,7 @@ class Evaluation:
                         [first_test(self.problems[index]) for index in window],
                         tries,
                         first=[CodeAnswer(**first[index][0]) for index in window],
+                        program=self.program,
                         allow_unsafe=self.allow_unsafe,
                     )
                     self.store.add(

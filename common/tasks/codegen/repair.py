@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from common.generation.decoding import Decoding
@@ -30,6 +30,7 @@ def write_until_passing(
     tries: int,
     *,
     first: Sequence[CodeAnswer] | None = None,
+    program: Callable[[str], str] = source.without_usage,
     allow_unsafe: bool = False,
 ) -> list[list[Trial]]:
     """The tries at each task, of which the last one passes its tests, or is number `tries`.
@@ -38,6 +39,7 @@ def write_until_passing(
         decoding: of one answer; each further try has the next seed.
         tests: of each task, which the model is shown.
         first: the first tries, where they are there already.
+        program: what of an answer's code is run.
         allow_unsafe: where no sandbox works, run code without one.
     """
     trials: list[list[Trial]] = [[] for _ in tasks]
@@ -51,9 +53,7 @@ def write_until_passing(
             if number and not writer.style.chat:
                 how = replace(how, temperature=how.temperature or TEMPERATURE)
             answers = [answer for (answer,) in writer.write(asked, how)]
-        pairs = [
-            (source.without_usage(answer.code), tests[index]) for index, answer in zip(waiting, answers, strict=True)
-        ]
+        pairs = [(program(answer.code), tests[index]) for index, answer in zip(waiting, answers, strict=True)]
         verdicts = grading.grade_many(pairs, allow_unsafe=allow_unsafe)
         for index, answer, verdict in zip(waiting, answers, verdicts, strict=True):
             trials[index].append(Trial(answer, verdict))

@@ -73,8 +73,10 @@ def test_plan_then_code_is_judged_beside_direct_answers(evaluate, tiny_base, mon
                 [CodeAnswer(made(number), "", True, 9)] for number in HELD_OUT if problem(number)["prompt"] in tasks
             ]
 
-    monkeypatch.setattr(CodeWriter, "load", classmethod(lambda cls, *source, **how: Planner({})))
+    loads = []
+    monkeypatch.setattr(CodeWriter, "load", classmethod(lambda cls, *source, **how: loads.append(0) or Planner({})))
     model = evaluate(tiny_base, "--plan_then_code")["models"][0]
+    assert len(loads) == 1
     assert (model["pass_at_1"]["value"], model["plan_then_code"]["pass_at_1"]["value"]) == (0, 1)
     assert model["plan_difference"]["pass_at_1"] == {"value": 1, "low": 1, "high": 1}
     assert "plan_then_code" not in evaluate(tiny_base)["models"][0]
@@ -151,6 +153,25 @@ def test_usage_at_the_top_level_is_not_run_unless_asked_for(evaluate, scripted, 
     assert evaluate(tiny_base)["models"][0]["pass_at_1"]["value"] == 1
     model = evaluate(tiny_base, "--keep_main")["models"][0]
     assert (model["pass_at_1"]["value"], model["errors"]) == (0, {"exception:NameError": 4})
+
+
+def test_a_try_is_run_as_it_is_judged(evaluate, tiny_base, tmp_path, monkeypatch):
+    """With --keep_main an answer that fails by what it does at its top level is asked for again."""
+
+    class Mender(Scripted):
+        def write(self, tasks, decoding, plans=None, **more):
+            self.asked += len(tasks)
+            usage = "" if decoding.seed else "\n\nprint(nobody_knows)"
+            of_task = [number for text in tasks for number in HELD_OUT if f"plus{number}(n)" in text]
+            return [[CodeAnswer(right(number) + usage, "", True, 9)] for number in of_task]
+
+    writer = Mender({})
+    writer.style = SimpleNamespace(chat=True)
+    monkeypatch.setattr(CodeWriter, "load", classmethod(lambda cls, *source, **how: writer))
+    tried = ["--max_tries", "2", "--report_dir", str(tmp_path / "report")]
+    assert evaluate(tiny_base, *tried)["models"][0]["tried"]["pass_at_1"]["value"] == 1 and writer.asked == 4
+    model = evaluate(tiny_base, *tried, "--keep_main")["models"][0]
+    assert (model["pass_at_1"]["value"], model["tried"]["pass_at_1"]["value"]) == (0, 1) and writer.asked == 8
 
 
 def test_problems_of_the_training_are_counted(evaluate, scripted, tiny_base, tmp_path):
