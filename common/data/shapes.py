@@ -47,6 +47,7 @@ class Shape:
         keys: that a row of this shape has; by them it is known.
         read: a row to the keys that the trainers read. Raises ValueError with what is wrong.
         optional: keys that are read where they are there.
+        nested: (a key that has an object, its keys that are read).
         example: a row, as JSON.
     """
 
@@ -56,6 +57,7 @@ class Shape:
     read: Callable[[Row], Row]
     example: str
     optional: tuple[str, ...] = ()
+    nested: tuple[str, tuple[str, ...]] | None = None
 
     def fits(self, row: Any) -> bool:
         """Whether a row has the shape's keys; what is null or empty counts as not there."""
@@ -192,6 +194,7 @@ SHAPES = (  # a row is of the first that fits
         _openai_preference,
         '{"input": {"messages": [{"role": "user", "content": "Hi"}]}, "preferred_output": [{"role": "assistant", '
         '"content": "Hello"}], "non_preferred_output": [{"role": "assistant", "content": "What?"}]}',
+        nested=("input", ("messages",)),
     ),
     Shape(
         "preferences",

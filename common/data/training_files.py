@@ -74,6 +74,9 @@ def _converted(row: Any, shape: Shape, unread: Counter[str]) -> Row:
     converted = shape.read(row)
     known = {*shape.keys, *shape.optional, *OWN}
     unread.update(key for key, value in row.items() if key not in known and value not in EMPTY)
+    if shape.nested:
+        outer, read = shape.nested
+        unread.update(f"{outer}.{key}" for key, value in row[outer].items() if key not in read and value not in EMPTY)
     return {key: row[key] for key in KEPT & row.keys()} | converted
 
 

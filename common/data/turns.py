@@ -21,12 +21,14 @@ def of(value: Any, key: str) -> list[Turn]:
     """The turns of a list of messages, or of a single message; system turns without a text are passed over.
 
     Raises:
-        ValueError: it is none, or holds what a text model cannot be taught: tools, images, an unknown role.
+        ValueError: it is none, has no text, or holds what a text model cannot be taught: tools, images, an unknown role.
     """
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"'{key}' must be a list of turns")
     turns = [_turn(message, f"turn {number} of '{key}'") for number, message in enumerate(messages, start=1)]
+    if not any(turns):
+        raise ValueError(f"'{key}' has no turn with a text")
     return [turn for turn in turns if turn]
 
 

@@ -127,7 +127,18 @@ def test_keys_that_are_not_read_are_named_once(tmp_path, capsys):
     assert training_files.inspect(path, SFT).warning == warning
 
 
+def test_tools_that_are_only_offered_are_named_wherever_they_stand(tmp_path):
+    pair = {"preferred_output": [HELLO], "non_preferred_output": [HELLO | {"content": "What?"}]}
+    offered = {"messages": [HI], "tools": [1], "parallel_tool_calls": True}
+    path = write_rows(tmp_path / "rows.jsonl", [pair | {"input": given} for given in (offered, {"messages": [HI]})])
+    found = training_files.inspect(path, DPO)
+    assert (found.good, found.warning) == (
+        2, "keys that are not read: 'input.tools' (1 of 2 rows), 'input.parallel_tool_calls' (1 of 2 rows)",
+    )  # fmt: skip
+
+
 BAD = [
+    ({"messages": [BRIEF | {"content": ""}]}, "'messages' has no turn with a text"),
     ({"messages": []}, "'messages' must be a list of turns"),
     ({"messages": "Hi"}, "'messages' must be a list of turns"),
     ({"messages": [HI, "Hello"]}, "turn 2 of 'messages' needs a role and a content, or from and value"),
@@ -162,6 +173,7 @@ BAD_PAIRS = [
     ({"prompt": "Hi", "chosen": "Hello"}, "key 'rejected' is missing"),
     ({"prompt": "Hi", "chosen": [MORE, HELLO], "rejected": [MORE, WHAT]}, "'chosen' begins with other turns than"),
     ({"chosen": [HI, HELLO], "rejected": [MORE, WHAT]}, "'chosen' and 'rejected' differ before their last turn"),
+    ({"prompt": "Hi", "chosen": [BRIEF | {"content": " "}], "rejected": [WHAT]}, "'chosen' has no turn with a text"),
     ({"chosen": [HI], "rejected": [HI]}, "the last turn of 'chosen' is not the assistant's"),
     ({"input": "Hi", "preferred_output": [HELLO], "non_preferred_output": [WHAT]}, "'input' must be an object"),
     ({"input": {"messages": [HI]}, "preferred_output": [HELLO], "non_preferred_output": 5}, "'non_preferred_output' m"),
