@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import Annotated, Any, Literal
 
@@ -22,13 +23,14 @@ SENTENCES = {
     422: "A field is missing or wrong, or a row of the file is; the message names its line",
 }
 UPLOADS = ("/files", "/v1/files")  # where bodies are streamed
+ANCHOR = "created_at"  # what a file's time is counted from
 FORM = {
     "type": "object",
     "required": ["file"],
     "properties": {
         "file": {"type": "string", "format": "binary", "description": "JSONL, JSON, CSV, Parquet or text"},
         "purpose": {"type": "string", "enum": [files.FINE_TUNE], "default": files.FINE_TUNE},
-        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[anchor]": {"type": "string", "enum": [ANCHOR]},
         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
     },
 }
@@ -164,9 +166,11 @@ def purpose_of(form: multipart.Form) -> str:
 
 def expiry_of(form: multipart.Form) -> float | None:
     """When the file goes, in seconds since 1970. Raises Problem 422."""
-    seconds = form.fields.get("expires_after[seconds]")
-    if seconds is None:
+    anchor, seconds = (form.fields.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
+    if anchor not in (None, ANCHOR):
+        raise Problem(422, f"expires_after: the anchor must be {ANCHOR}", "expires_after")
+    if anchor is None and seconds is None:
         return None
-    if not (seconds.isascii() and seconds.isdigit() and 3600 <= int(seconds[:9]) <= 2_592_000):
+    if not (seconds and re.fullmatch("[0-9]{4,7}", seconds) and 3600 <= int(seconds) <= 2_592_000):
         raise Problem(422, "expires_after: seconds must be between 3,600 and 2,592,000", "expires_after")
     return time.time() + int(seconds)

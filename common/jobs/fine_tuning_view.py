@@ -12,12 +12,12 @@ from common.jobs import progress
 from common.jobs.files import file_id
 from common.jobs.fine_tuning import KEY, PUBLISHED, VALIDATION, model_name
 from common.jobs.folder import ARTIFACTS, JobFolder
+from common.jobs.progress import BEAT, POLL
 from common.jobs.store import CANCELLED, ENDED, FAILED, PAUSED, SUCCEEDED, TO_PAUSE, Job
 
 PREFIX = "ftjob-"
 ORGANIZATION = "distill-slm"
 STOPPED = {FAILED: "it failed", CANCELLED: "The job was cancelled", PAUSED: "The job is paused"}
-POLL, BEAT = 0.25, 15.0  # seconds between two looks for something new; of silence before a sign of life
 
 
 def job_object(job: Job, folder: JobFolder, results: bool) -> dict[str, Any]:

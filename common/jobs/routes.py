@@ -327,5 +327,5 @@ def add_results(router: APIRouter, service: Service) -> None:
         job = service.get(job_id)
         located = artifacts.locate(service.folder(job).artifacts, job.artifacts, path)
         if located is None:
-            raise Problem(404, "the job has no such file; /artifacts/{job_id} lists them", "path")
+            raise Problem(404, f"the job has no such file; {prefix}/artifacts/{job.id} lists them", "path")
         return artifacts.answer(request, *located)

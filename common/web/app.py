@@ -131,6 +131,9 @@ def request_id(request: Request) -> str:
     return request.scope["state"]["request_id"]
 
 
+OF_THE_SERVER = ("/healthz", "/readyz", "/metrics")  # asked for without a server's prefix
+
+
 def open_paths(prefix: str = "") -> frozenset[str]:
     """Paths that need no API key: the page (it asks for the key), the API's description, health."""
     public = ("/", "/favicon.ico", "/openapi.json")

@@ -9,23 +9,27 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from common.web.app import Receive, Scope, Send
+from common.web.app import OF_THE_SERVER, Receive, Scope, Send
 
 
 def together(main: FastAPI, other: FastAPI, prefix: str, moved: Sequence[str]) -> Starlette:
     """One application of two.
 
     Args:
-        other: whose paths all begin with `prefix`.
+        other: whose paths all begin with `prefix`; those that it has of itself (`OF_THE_SERVER`) are asked for under it.
         moved: paths that are asked for without the prefix, and are the other's, with all that is below them.
     """
+
+    own = {prefix + path: path for path in OF_THE_SERVER}
 
     def is_below(path: str, *parents: str) -> bool:
         return any(path == parent or path.startswith(f"{parent}/") for parent in parents)
 
     async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if is_below(path, *moved):
+        if path in own:
+            await other({**scope, "path": own[path], "raw_path": own[path].encode()}, receive, send)
+        elif is_below(path, *moved):
             raw = prefix.encode() + scope.get("raw_path", path.encode())
             await other({**scope, "path": prefix + path, "raw_path": raw}, receive, send)
         else:

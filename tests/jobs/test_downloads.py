@@ -88,7 +88,8 @@ def test_a_link_put_in_a_listed_files_place_is_not_followed(served):
     elsewhere.write_bytes(file.read_bytes())
     file.unlink()
     file.symlink_to(elsewhere)
-    served.refused(404, f"/download/{job_id}/config.json", None, "GET")
+    sentence = served.refused(404, f"/download/{job_id}/config.json", None, "GET")
+    assert f"/artifacts/{job_id} lists them" in sentence
     inner = served.artifacts(job_id) / "int8"
     inner.rename(served.data / "moved")
     inner.symlink_to(served.data / "moved")

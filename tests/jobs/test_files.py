@@ -199,7 +199,11 @@ def test_a_form_that_is_none(place):
     assert (answer.status_code, "the form has no end" in answer.text) == (400, True)
     two = [("file", ("a.jsonl", ROWS)), ("file", ("b.jsonl", ROWS))]
     assert "one file in a request" in client.post("/v1/files", files=two).text
-    assert "expires_after" in send(client, ROWS, **{"expires_after[seconds]": "5"}).text
+    for seconds in ("5", "0003600999999", "3600.5", "٣٦٠٠"):
+        assert "seconds must be" in send(client, ROWS, **{"expires_after[seconds]": seconds}).text
+    assert "seconds must be" in send(client, ROWS, **{"expires_after[anchor]": "created_at"}).text
+    anchored = {"expires_after[seconds]": "3600", "expires_after[anchor]": "last_active_at"}
+    assert "the anchor must be created_at" in send(client, ROWS, **anchored).text
     assert os.listdir(place / "files") == []
 
 

@@ -21,6 +21,10 @@ def application(name: str, path: str, log: list[str]) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan)
 
+    @app.get("/readyz")
+    def ready() -> list[str]:
+        return [name, "ready"]
+
     @app.get(path + "/{rest:path}")
     def answer(rest: str, request: Request) -> list[str]:
         return [name, rest, request.url.query]
@@ -43,4 +47,7 @@ def test_each_has_its_paths_and_its_life():
             ("/trainings", "one", "trainings"),
         ):
             assert client.get(f"{path}?a=1").json() == [name, rest, "a=1"]
+        assert client.get("/readyz").json() == ["one", "ready"]
+        assert client.get("/training/readyz").json() == ["other", "ready"]  # which it has without its prefix
+        assert client.get("/training/readyz/x").json()[:2] == ["other", "readyz/x"]
     assert log[2:] == ["other ends", "one ends"]
