@@ -21,7 +21,7 @@ def of(value: Any, key: str) -> list[Turn]:
     """The turns of a list of messages, or of a single message; system turns without a text are passed over.
 
     Raises:
-        ValueError: it is none, has no text, or holds what a text model cannot be taught: tools, images, an unknown role.
+        ValueError: it is none, has no text, or what a text model cannot be taught: tools, images, an unknown role.
     """
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:

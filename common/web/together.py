@@ -16,7 +16,7 @@ def together(main: FastAPI, other: FastAPI, prefix: str, moved: Sequence[str]) -
     """One application of two.
 
     Args:
-        other: whose paths all begin with `prefix`; those that it has of itself (`OF_THE_SERVER`) are asked for under it.
+        other: whose paths all begin with `prefix`; what it has without (`OF_THE_SERVER`) is asked for under it, too.
         moved: paths that are asked for without the prefix, and are the other's, with all that is below them.
     """
 

@@ -56,9 +56,7 @@ def test_boxes_that_do_not_start_get_another_try(faults, monkeypatch):
     if faults == 1:
         assert grading.grade("def square(x): return x * x", SQUARE).passed
     else:
-        with pytest.raises(
-            UserError, match=r"a sandbox did not start \(not done within 10 s\); let less run"
-        ):
+        with pytest.raises(UserError, match=r"a sandbox did not start \(not done within 10 s\); let less run"):
             grading.grade("def square(x): return x * x", SQUARE)
 
 
