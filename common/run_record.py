@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,24 @@ def was_trained(model_dir: str | Path) -> bool:
         return json.loads(Path(model_dir, gguf_import.EXPORT_RECORD).read_text())["origin"]["base"] is not None
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def check_unseen(model_dir: str, groups: Iterable[str], rows: str, dev: str) -> None:
+    """Refuse to fit a calibration on what a model was trained on.
+
+    Args:
+        groups: hash of each row.
+        rows: what the rows are, up to "that MODEL was trained on".
+        dev: what to give instead.
+
+    Raises:
+        UserError: it was trained on some of the groups.
+    """
+    seen, of = splits.overlap(groups, read_groups(model_dir) or set())
+    if seen:
+        raise UserError(
+            f"{seen} of {of} {rows} that {model_dir} was trained on; a calibration needs unseen ones: give {dev}"
+        )
 
 
 def contamination(model_dir: str, groups: Sequence[str]) -> dict[str, int] | None:

@@ -79,3 +79,12 @@ def interval(value: float, samples: np.ndarray) -> Interval:
     """Value and 2.5 and 97.5 % percentiles of its replicates, rounded to six digits."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return {"value": round(float(value), 6), "low": round(float(low), 6), "high": round(float(high), 6)}
+
+
+def centred(samples: np.ndarray, value: float) -> np.ndarray:
+    """Replicates of ECE shifted to have the value as their mean.
+
+    ECE adds up absolute values, so resampling noise only ever adds to it: unshifted, the replicates of a well
+    calibrated model all lie above its value, which would fall outside its own interval.
+    """
+    return samples - samples.mean() + value

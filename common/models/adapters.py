@@ -302,12 +302,10 @@ def identity(source: ModelSource) -> list[Any]:
 def adapter_hash(folder: str | Path) -> str:
     """SHA-256 of the weights that a folder is run with: an adapter's, a plain model's, an ONNX export's or a GGUF's; of
     several files that of their hashes, of a Hub id the name's."""
-    from common.files import sha256_file
-
     if gguf := gguf_import.file_of(folder):
         return gguf_import.sha256_of(gguf)
     for pattern in HASHED:
         if files := sorted(Path(folder).glob(pattern)):
-            hashes = [sha256_file(file) for file in files]
+            hashes = [gguf_import.sha256_of(file) for file in files]
             return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return hashlib.sha256(str(folder).encode()).hexdigest()

@@ -47,6 +47,7 @@ OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.onnx", "pytorch
 # owner/name:Q4_K_M, and what people copy from `ollama run`
 ON_HUB = re.compile(r"(?:(?:https://)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+):([\w.-]+)")
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+NOTED = 1 << 26  # bytes of a file whose hash is kept: smaller ones are read in no time
 PACKED = "-packed"  # ends the name of a folder without weights
 ROOM = 1.05  # what is asked of the disk, for what is written
 
@@ -208,8 +209,10 @@ def ends_and_rows(path: Path) -> tuple[list[int], int]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read again only when its size or time of change is another than when it was read last."""
+    """SHA-256 of a file; a large one is read again only where its size or time of change is another than it was."""
     stat = path.stat()
+    if stat.st_size < NOTED:
+        return sha256_file(path)
     known = {"path": os.path.realpath(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     note = cache_folder() / ".sha256" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError):
@@ -217,7 +220,8 @@ def sha256_of(path: Path) -> str:
         if {key: before.get(key) for key in known} == known:
             return before["sha256"]
     digest = sha256_file(path)
-    write_json(note, known | {"sha256": digest})
+    with contextlib.suppress(OSError):  # it is read again then
+        write_json(note, known | {"sha256": digest})
     return digest
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.evaluation import plots
-from common.evaluation.bootstrap import REPLICATES, interval, mean_interval, unit_of_rows
+from common.evaluation.bootstrap import REPLICATES, centred, interval, mean_interval, unit_of_rows
 from common.evaluation.reliability import Curve, auroc, expected_calibration_error, reliability_bins
 from common.evaluation.reliability import diagram as draw
 from common.tasks.idp.calibration import ConfidenceCalibration
@@ -93,7 +93,7 @@ def _calibrated(raw: np.ndarray, calibration: ConfidenceCalibration | None) -> n
 
 
 def _resampled(confidence: np.ndarray, right: np.ndarray, groups: Sequence[str], seed: int) -> dict[str, Any]:
-    """AUROC and ECE with bootstrap intervals; that of ECE is shifted to its value, since noise only adds to it."""
+    """AUROC and ECE with bootstrap intervals (that of ECE: `bootstrap.centred`)."""
     units, count = unit_of_rows(groups, len(groups))
     members = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units, minlength=count))[:-1])
     rng = np.random.default_rng(seed)
@@ -104,7 +104,7 @@ def _resampled(confidence: np.ndarray, right: np.ndarray, groups: Sequence[str],
         areas += [] if area is None else [area]
         errors.append(expected_calibration_error(confidence[drawn], right[drawn]))
     area, error = auroc(confidence, right), expected_calibration_error(confidence, right)
-    shifted = np.maximum(np.array(errors) - np.mean(errors) + error, 0.0)
+    shifted = np.maximum(centred(np.array(errors), error), 0.0)
     return {
         "auroc": None if area is None else interval(area, np.array(areas)),
         "ece": interval(error, shifted),

@@ -150,12 +150,8 @@ class Evaluation:
 
 def check_unseen(model_dir: str, rows: Sequence[dict], data: str) -> None:
     """Raises UserError where a model was trained on some of the documents `rows` of `data`."""
-    seen, of = splits.overlap((row["group"] for row in rows), run_record.read_groups(model_dir) or set())
-    if seen:
-        raise cli.UserError(
-            f"{seen} of {of} documents of {data} are among those that {model_dir} was trained on; a calibration needs "
-            "unseen ones: give the dev documents that idp_prepare.py wrote"
-        )
+    dev = "the dev documents that idp_prepare.py wrote"
+    run_record.check_unseen(model_dir, (row["group"] for row in rows), f"documents of {data} are among those", dev)
 
 
 def fit_calibration(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -121,15 +122,22 @@ def _model_drift(before: dict, after: dict, baseline: dict, now: dict, order: np
 
 
 def _same_rows(baseline: dict, now: dict) -> np.ndarray | None:
-    """For each row of `now` its place in `baseline`; None unless both hold the same ids, once each, and labels."""
+    """For each row of `now` its place in `baseline`; None unless both hold the same ids with the same labels."""
     if not (baseline.get("rows") and now.get("rows")):
         return None
-    index_of = {row: i for i, row in enumerate(baseline["rows"]["ids"])}
-    ids = now["rows"]["ids"]
-    if len(index_of) != len(baseline["rows"]["ids"]) or len(set(ids)) != len(ids) or index_of.keys() != set(ids):
-        return None
-    order = np.array([index_of[row] for row in ids])
-    return order if np.array_equal(np.asarray(baseline["rows"]["y"])[order], now["rows"]["y"]) else None
+    index_of = {key: index for index, key in enumerate(_keys(baseline["rows"]))}
+    keys = _keys(now["rows"])
+    return np.array([index_of[key] for key in keys]) if index_of.keys() == set(keys) else None
+
+
+def _keys(rows: dict) -> list[tuple[str, int, int]]:
+    """(id, label, how many of both were before) of each row: a text that occurs twice is two rows."""
+    seen: Counter[tuple[str, int]] = Counter()
+    keys = []
+    for pair in zip(rows["ids"], rows["y"], strict=True):
+        keys.append((*pair, seen[pair]))
+        seen[pair] += 1
+    return keys
 
 
 def _unpaired(before: Interval, after: Interval) -> Interval:

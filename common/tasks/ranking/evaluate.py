@@ -104,14 +104,9 @@ def fit_calibration(
         UserError: the model was trained on groups of the dev rows; see also `fit_vector_scaling` and `fit_decision`.
     """
     model_dir = source.model_dir
-    trained = run_record.read_groups(model_dir) or set()
-    seen, of = splits.overlap((row["group"] for row in dev), trained)
-    if seen:
-        raise UserError(
-            f"{seen} of {of} rows of {dev_file} are of {task.group_name}s that {model_dir} was trained on; "
-            "a calibration needs unseen ones: give the dev rows that creditmix_prepare.py wrote"
-        )
     y, groups = np.array(true_labels(task, dev)), [row["group"] for row in dev]
+    rows = f"rows of {dev_file} are of {task.group_name}s"
+    run_record.check_unseen(model_dir, groups, rows, "the dev rows that creditmix_prepare.py wrote")
     check_labels(y, task.labels)
     if goal.target_precision is not None:
         check_count(len(independent_rows(y, groups, balance=True)), goal.target_precision, goal.guarantee)

@@ -5,8 +5,9 @@ are taken once per unit of resampling; a bootstrap replicate is then a weighted 
 of all metrics are one sparse matrix product, and point values and replicates come from the same formulas. They equal
 scikit-learn's (accuracy, precision, recall, F1 with zero_division=0, multi-class Brier, log loss).
 
-Intervals are 95 % percentile intervals (for ECE see `_centred`). Rows of one customer (document, article) are not
-independent: when `groups` are given, whole groups are resampled with replacement (cluster bootstrap), otherwise rows.
+Intervals are 95 % percentile intervals (for ECE see `bootstrap.centred`). Rows of one customer (document, article) are
+not independent: when `groups` are given, whole groups are resampled with replacement (cluster bootstrap), otherwise
+rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common.cli import UserError
 from common.evaluation.bootstrap import (
     REPLICATES,
     Interval,
+    centred,
     interval,
     resample,
     safe_ratio,
@@ -83,7 +85,7 @@ def evaluate(
 
     result: dict[str, Any] = {"n": rows, "groups": None if groups is None else count, "replicates": replicates}
     per_class = {name: values.pop(name) for name in ("precision", "recall", "f1")}
-    samples["ece"] = np.maximum(_centred(samples["ece"], values["ece"][0]), 0.0)
+    samples["ece"] = np.maximum(centred(samples["ece"], values["ece"][0]), 0.0)
     for name, value in values.items():
         result[name] = interval(value[0], samples[name])
     result["per_class"] = _per_class(per_class, samples, y, labels)
@@ -140,7 +142,7 @@ def compare(
     for name in ("accuracy", "macro_f1", "ece", "brier", "nll"):
         value = values[0][name][0] - values[1][name][0]
         replicas = samples[0][name] - samples[1][name]
-        differences[name] = interval(value, _centred(replicas, value) if name == "ece" else replicas)
+        differences[name] = interval(value, centred(replicas, value) if name == "ece" else replicas)
     return differences
 
 
@@ -204,15 +206,6 @@ def _metrics(sums: np.ndarray, classes: int) -> dict[str, np.ndarray]:
         "recall": safe_ratio(hits, true),
         "f1": f1,
     }
-
-
-def _centred(samples: np.ndarray, value: float) -> np.ndarray:
-    """Replicates of ECE shifted to have the value as their mean.
-
-    ECE adds up absolute values, so resampling noise only ever adds to it: unshifted, the replicates of a well
-    calibrated model all lie above its value, which would fall outside its own interval.
-    """
-    return samples - samples.mean() + value
 
 
 # What the plots show, small enough to be stored with the result.

@@ -235,6 +235,7 @@ def test_paired_drift_sees_what_unpaired_cannot():
     worse[flipped] = np.roll(raw[flipped], 1, axis=1)
     order = np.random.default_rng(0).permutation(1_500)
     ids = np.array([f"row{i}" for i in range(1_500)])
+    ids[1] = ids[0]  # a text that occurs twice
     before = result_of(raw, y, ids)
     unpaired = drift(result_of(raw, y), result_of(worse, y))
     paired = drift(before, result_of(worse[order], y[order], ids[order]))
