@@ -141,7 +141,7 @@ def read_input(args: argparse.Namespace) -> list[tuple[int | str, dict]]:
         rows, unit = reading.folder_rows(args.input, args.ocr, documents_kept(args.output)), "file"
     else:
         rows, unit = records.iter_jsonl(args.input), "line"
-    return records.good_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.lines_fault)
+    return records.good_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.row_fault)
 
 
 def deciding(args: argparse.Namespace) -> dict[str, Any]:

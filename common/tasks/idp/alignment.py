@@ -15,6 +15,7 @@ MOST_PLACES = 2000  # of one value: "1" stands everywhere
 SHORTEST_NEAR = 5  # characters that a value must have to be found with edits; fewer say too little
 EDITS = 0.3  # of its characters
 NUMERAL = re.compile(r"\d{1,3}(?:[ \u00a0\u202f'’]\d{3})+(?:[.,]\d+)?|\d+(?:[.,'’]\d+)*")
+SPACELESS = re.compile(r"\d+(?:[.,'’]\d+)*")  # "Cable 2 150.00" has a 2 and a 150, where it does not have 2,150
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,13 @@ class Haystack:
             sought = abs(float(value))
         except OverflowError:
             return []
-        return [
-            Match(match.start(), match.end(), "read")
-            for match in NUMERAL.finditer(self.text)
+        places = {
+            match.span()
+            for form in (NUMERAL, SPACELESS)
+            for match in form.finditer(self.text)
             if any(abs(reading - sought) < 1e-9 * max(1.0, sought) for reading in readings(match[0]))
-        ][:MOST_PLACES]
+        }
+        return [Match(*place, "read") for place in sorted(places)[:MOST_PLACES]]
 
     def _find_date(self, wanted: dates.FoundDate) -> list[Match]:
         """Every place of a date, whichever way it is written; where day and month could change places, either way."""
@@ -145,7 +148,8 @@ def readings(numeral: str) -> set[float]:
     """What a numeral may mean: "1.234" is 1234 where the point groups thousands, and 1.234 where it is a decimal's."""
     parts = re.split(r"[ \u00a0\u202f'’.,]", numeral)
     meanings = set()
-    if all(len(part) == 3 for part in parts[1:]):
+    indian = "," in numeral and len(parts[-1]) == 3 and all(len(part) == 2 for part in parts[1:-1])  # 12,34,567
+    if indian or all(len(part) == 3 for part in parts[1:]):
         meanings.add(float("".join(parts)))
     if len(parts) > 1 and numeral[-len(parts[-1]) - 1] in ".,":
         meanings.add(float(f"{''.join(parts[:-1])}.{parts[-1]}"))

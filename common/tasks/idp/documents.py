@@ -51,9 +51,16 @@ def to_row(document: Document) -> dict[str, Any]:
 
 
 def of_row(row: dict) -> Document:
-    """The document of a row {"document"[, "lines": [{"text", "box"[, "page"]}]]}, as `lines_fault` passes it."""
+    """The document of a row {"document"[, "lines": [{"text", "box"[, "page"]}]]}, as `row_fault` passes it."""
     text = clean(row["document"])
     return Document(text, place_lines(text, row.get("lines") or ()))
+
+
+def row_fault(row: dict) -> str | None:
+    """Why a row with a "document" cannot be read; None where it can."""
+    if not clean(row["document"]).strip():
+        return "'document' has no text, only control characters"
+    return lines_fault(row)
 
 
 def lines_fault(row: dict) -> str | None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import category
 
 import edlib
 import numpy as np
@@ -86,7 +87,7 @@ def compare(gold: Any, predicted: Any, path: Path = (), answer_path: Path = ()) 
 
     Args:
         path: of the field.
-        place: of `found` in its answer; differs from `path` in the numbers of list items.
+        answer_path: of `predicted` in its answer; differs from `path` in the numbers of list items.
     """
     if isinstance(gold, dict) and isinstance(predicted, dict):
         keys = [*gold, *(key for key in predicted if key not in gold)]
@@ -123,7 +124,7 @@ def _leaf(path: Path, gold: Any, predicted: Any, answer_path: Path) -> Leaf:
 def _pair_items(gold: list, predicted: list) -> list[tuple[Any, Any, int]]:
     """Items paired for the most agreeing leaves (an assignment problem), the others with None.
 
-    With each pair comes the place of its second item in `found`, 0 where there is none.
+    With each pair comes the place of its second item in `predicted`, 0 where there is none.
     """
     if gold == predicted:
         return list(zip(gold, predicted, range(len(predicted)), strict=True))
@@ -158,11 +159,22 @@ def same_normalised(gold: Any, predicted: Any) -> bool:
     if isinstance(gold, int | float) or (isinstance(gold, str) and re.search(r"\d[.,]\d\d\b", gold)):
         amounts = amount(gold), amount(predicted)
         if None not in amounts:
+            if _currencies_differ(str(gold), str(predicted)):
+                return False
             return abs(amounts[0] - amounts[1]) < 1e-9 * max(1.0, abs(amounts[0]))
     gold, predicted = str(gold), str(predicted)
     return "".join(gold.split()) == "".join(predicted.split()) or (
         date(gold) is not None and date(gold) == date(predicted)
     )
+
+
+def _currencies_differ(*texts: str) -> bool:
+    """Whether two amounts name two currencies in the same way: by codes, or by signs; € may well be EUR."""
+    for kind in (lambda text: {*re.findall(r"[A-Z]{3}", text)}, lambda text: {c for c in text if category(c) == "Sc"}):
+        one, other = map(kind, texts)
+        if one and other and one != other:
+            return True
+    return False
 
 
 def amount(leaf: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,17 +14,43 @@ from common.tasks.idp.evidence import stands
 
 OVERLAP = 200  # characters that two pieces of a long document share, so that a line item is whole in one of them
 
+DEFINITION = re.compile(r"#/(\$defs|definitions)/([\w.-]+)")
 DEMANDS = ("required", "dependentRequired", "minProperties", "minItems")  # keywords that make an answer say something
 
 
 def optional(schema: Schema) -> Schema:
-    """The schema of an answer to a piece: what does not stand there may be left out. Items of lists are whole."""
+    """The schema of an answer to a piece: what does not stand there may be left out. Items of lists are whole.
+
+    A definition that a list's items share with a field is there twice then, the second time under NAME_part.
+    """
     if not isinstance(schema, dict):
         return schema
-    kept = {key: value for key, value in schema.items() if key not in DEMANDS}
-    if isinstance(kept.get("properties"), dict):
-        kept["properties"] = {name: optional(member) for name, member in kept["properties"].items()}
-    return kept
+    parts: dict[str, Any] = {}
+
+    def part(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        kept = {key: value for key, value in node.items() if key not in DEMANDS}
+        if isinstance(kept.get("properties"), dict):
+            kept["properties"] = {name: part(member) for name, member in kept["properties"].items()}
+        for key in ("allOf", "anyOf"):
+            if isinstance(kept.get(key), list):
+                kept[key] = [part(branch) for branch in kept[key]]
+        if found := DEFINITION.fullmatch(str(kept.get("$ref"))):
+            kept["$ref"] = reference(*found.groups())
+        return kept
+
+    def reference(where: str, name: str) -> str:
+        own = f"{name}_part"
+        if name not in schema.get(where, {}) or own in schema.get("$defs", {}):
+            return f"#/{where}/{name}"
+        if own not in parts:
+            parts[own] = None  # so that one that refers to itself comes to an end
+            parts[own] = part(schema[where][name])
+        return f"#/$defs/{own}"
+
+    whole = part(schema)
+    return whole | {"$defs": schema.get("$defs", {}) | parts} if parts else whole
 
 
 def pieces(text: str, fits: Callable[[str], bool]) -> list[str]:

@@ -101,12 +101,15 @@ def _number(text: str, conventions: Conventions) -> Reading:
 
 
 def _integer(text: str, conventions: Conventions) -> Reading:
-    number = _number(text, conventions)
-    if number.value is None:
+    number, amount = _number(text, conventions), amounts.only(text)
+    if number.value is None or amount is None:
         return number
-    return (
-        Reading(int(number.value), number.note) if number.value == int(number.value) else Reading(None, "is no integer")
-    )
+    if number.value == int(number.value):
+        return Reading(int(number.value), number.note)
+    whole = [int(reading) for reading in amount.readings if reading == int(reading)]
+    if not whole:
+        return Reading(None, "is no integer")
+    return Reading(whole[0], "is read as a whole number, as the field takes no other")  # 1.234 as 1234
 
 
 def _plain(value: Decimal) -> int | float:

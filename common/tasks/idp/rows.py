@@ -41,7 +41,7 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
             return "'fields' must be a JSON object"
         if endless := next((value for _, value in leaves(row["fields"]) if not _is_json(value)), None):
             return f"'fields' has {json.dumps(endless)}, which JSON has not; write null"
-        if wrong := splits.group_fault(row, "idp_prepare.py") or documents.lines_fault(row):
+        if wrong := splits.group_fault(row, "idp_prepare.py") or documents.row_fault(row):
             return wrong
         wrong = json_schema.errors(row["fields"], schema)
         return f"the fields do not satisfy the schema: {wrong[0]}" if wrong else None

@@ -51,6 +51,14 @@ def test_numbers(value, found):
     assert [TEXT[match.start : match.end] for match in Haystack(TEXT).find_number(value)] == found
 
 
+def test_numbers_beside_each_other_and_indian_ones():
+    text = "Cable 2 150.00 | 2 500 | 12,34,567.00 | 12,34,567"
+    found = {
+        value: [text[m.start : m.end] for m in Haystack(text).find_number(value)] for value in (150, 2500, 1234567)
+    }
+    assert found == {150: ["150.00"], 2500: ["2 500"], 1234567: ["12,34,567.00", "12,34,567"]}
+
+
 @pytest.mark.parametrize(
     ("value", "found"),
     [

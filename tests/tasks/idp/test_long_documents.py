@@ -82,6 +82,24 @@ def test_an_answer_to_a_piece_may_leave_fields_out():
     assert long_documents.optional(True) is True
 
 
+def test_definitions_are_left_out_too_where_they_are_fields_but_not_as_items():
+    person = {"type": "object", "properties": {"name": {"type": "string"}, "boss": {"$ref": "#/$defs/person"}},
+              "required": ["name"]}  # fmt: skip
+    schema = {
+        "$defs": {"person": person},
+        "allOf": [{"type": "object", "properties": {"to": {"$ref": "#/$defs/person"}}, "required": ["to"]}],
+        "properties": {"from": {"anyOf": [{"$ref": "#/$defs/person"}, {"type": "null"}]},
+                       "all": {"type": "array", "items": {"$ref": "#/$defs/person"}}},
+        "required": ["from"],
+    }  # fmt: skip
+    part = long_documents.optional(schema)
+    for answer in ({}, {"to": {}}, {"to": {"boss": {}}}, {"from": {}, "all": [{"name": "A"}]}):
+        assert json_schema.errors(answer, part) == []
+        assert json_schema.errors(answer, schema)
+    assert json_schema.errors({"all": [{}]}, part) and json_schema.errors({"all": [{"name": "A", "boss": {}}]}, part)
+    assert json_schema.preflight(part).enforced
+
+
 def test_a_document_is_cut_between_blocks():
     text = "a first line\n" * 14 + "\n" + "another line\n" * 18
     left, right = long_documents.halves(text)

@@ -81,6 +81,7 @@ def test_not_same(a, b):
         (-3.5, "-3.50"),
         ("$8.20", "8.20"),
         ("31.00", "RM31.00"),
+        ("€ 12.50", "12,50 EUR"),
         pytest.param(10**309, f"1{309 * '0'}", id="beyond floats"),
     ],
 )
@@ -98,6 +99,8 @@ def test_same_normalised(gold, found):
         (1, True),
         ("Acme", "acme"),
         (8.2, "abc"),
+        ("12.50 EUR", "12.50 USD"),
+        ("€12.50", "$12.50"),
         pytest.param(10**309, 10**309 + 1, id="beyond floats"),
         pytest.param(10**309, 1.5, id="of which one is beyond floats"),
     ],

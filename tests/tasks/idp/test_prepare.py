@@ -164,6 +164,7 @@ def test_documents_alike_stay_together():
     ("row", "fault"),
     [
         ({"document": "x"}, "'fields' must be a JSON object"),
+        ({"document": "\x01\x02", "fields": ROW["fields"]}, "'document' has no text, only control characters"),
         ({"document": " ", "fields": {}}, "'document' must be a non-empty string"),
         (ROW | {"fields": {"company": "A"}}, "do not satisfy the schema: .*'total' is a required property"),
         (ROW | {"fields": {"company": "A", "total": "12"}}, r"do not satisfy the schema: \$.total"),

@@ -200,6 +200,8 @@ def test_an_amount_that_nothing_decides_is_said():
 def test_integers_and_times():
     values = [read("integer", text, NOWHERE).value for text in ("2 stuks", "3,00", "2,50", "7.740.001.454", "x")]
     assert values == [2, 3, None, 7740001454, None]
+    thousands = read("integer", "1.234", Conventions("1.50 and 1.234"))
+    assert (thousands.value, thousands.note) == (1234, "is read as a whole number, as the field takes no other")
     texts = ["14:30", "2.30 pm", "14h30", "9 am", "10:12:31", "12:30 AM", "14:30:00+08:00", "25:00", "12", "9-10"]
     assert [read("time", text, NOWHERE).value for text in texts] == [
         *["14:30:00Z"] * 3, "09:00:00Z", "10:12:31Z", "00:30:00Z", "14:30:00+08:00", None, None, None,
