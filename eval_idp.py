@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import cli, run_record
 from common.data.resumable import AnswerStore
@@ -30,6 +31,11 @@ from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.idp import flags as idp_flags
 from common.vram import preflight as vram
+
+if TYPE_CHECKING:
+    from common.tasks.idp.evaluate import Evaluation
+    from common.tasks.idp.extractor import Extractor
+    from common.tasks.idp.metrics import JudgedDocument
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     preflight = json_schema.preflight(schema, args.best_effort or args.decoding == "unconstrained")
 
     from common.tasks.idp import evaluate, metrics, report
-    from common.tasks.idp.answer_form import form_of
 
     if args.fit_calibration:
         _fit_calibration(args, schema, preflight)
@@ -79,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = [row["group"] for row in rows]
     entries, judged = [], []
     for model_dir in args.model_dir:
-        source, form = source_of(args, model_dir), form_of(model_dir, args.typed_fields)
-        loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit, text_only=True)
-        entry, answers = evaluation.measure(model_dir, loaded, form, adapters.identity(source))
+        entry, answers = _measured(args, evaluation, model_dir)
         entries.append({"model_dir": model_dir, "contamination": run_record.contamination(model_dir, groups)} | entry)
         judged.append(answers)
     result = {
@@ -111,6 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report.json_line(result))
 
 
+def _measured(args: argparse.Namespace, evaluation: Evaluation, model_dir: str) -> tuple[dict, list[JudgedDocument]]:
+    """`Evaluation.measure` of a model, which is gone before the next one is loaded."""
+    from common.tasks.idp.answer_form import form_of
+
+    source, form = source_of(args, model_dir), form_of(model_dir, args.typed_fields)
+    loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit, text_only=True)
+    return evaluation.measure(model_dir, loaded, form, adapters.identity(source))
+
+
 def _check_flags(args: argparse.Namespace) -> None:
     """Raises UserError where the flags do not go together."""
     if len(set(args.model_dir)) < len(args.model_dir):
@@ -129,18 +141,24 @@ def _fit_calibration(args: argparse.Namespace, schema: json_schema.Schema, prefl
     """Fit the confidences of every model on the dev documents. Raises UserError: a model was trained on them."""
     from common.tasks.idp import evaluate
     from common.tasks.idp import rows as idp_rows
-    from common.tasks.idp.answer_form import form_of
-    from common.tasks.idp.extractor import Extractor
 
-    settings = idp_flags.extraction_settings(args)
     dev = idp_rows.read(args.fit_calibration, schema, args.skip_bad_rows)
     for model_dir in args.model_dir:
         evaluate.check_unseen(model_dir, dev, args.fit_calibration)
     for model_dir in args.model_dir:
-        loaded = vram.load_within_memory(source_of(args, model_dir), args.max_batch_tokens, auto_fit=args.auto_fit)
-        extractor = Extractor(loaded, schema, preflight, settings, form_of(model_dir, args.typed_fields))
-        evaluate.fit_calibration(model_dir, dev, args.fit_calibration, extractor)
+        evaluate.fit_calibration(model_dir, dev, args.fit_calibration, _extractor(args, schema, preflight, model_dir))
     model_card.refresh(args.model_dir)
+
+
+def _extractor(
+    args: argparse.Namespace, schema: json_schema.Schema, preflight: json_schema.Preflight, model_dir: str
+) -> Extractor:
+    from common.tasks.idp.answer_form import form_of
+    from common.tasks.idp.extractor import Extractor
+
+    source, settings = source_of(args, model_dir), idp_flags.extraction_settings(args)
+    loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit, text_only=True)
+    return Extractor(loaded, schema, preflight, settings, form_of(model_dir, args.typed_fields))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import UserError
 from common.files import sha256_file
-from common.models import adapters
+from common.models import adapters, gguf_import
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -248,3 +248,15 @@ def test_the_hash_of_one_file_is_its_own(tmp_path):
     assert adapters.adapter_hash(tmp_path) == sha256_file(tmp_path / "config.json")
     (tmp_path / "model.onnx").write_bytes(b"weights")
     assert adapters.adapter_hash(tmp_path) == sha256_file(tmp_path / "model.onnx")
+
+
+def test_large_weights_are_hashed_once(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setenv("GGUF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_import, "NOTED", 4)
+    monkeypatch.setattr(gguf_import, "sha256_file", lambda path: read.append(path) or sha256_file(path))
+    weights = tmp_path / "model.safetensors"
+    for content in (b"weights", b"other weights"):
+        weights.write_bytes(content)
+        assert {adapters.adapter_hash(tmp_path) for _ in range(3)} == {sha256_file(weights)}
+    assert read == [weights] * 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -181,12 +181,11 @@ class Extractor:
                 f"the schema takes {bare} tokens and the answer {written}, which leaves no room for a document "
                 f"in {self.room + written}; lower --max_new_tokens, or raise --max_len where the model allows it"
             )
-        self.grammar = self.part_grammar = None
+        self.grammar = None
         if preflight is not None:
             self.columns = loaded.model.config.get_text_config().vocab_size
-            whole = self.typed.grammar_schema("") if self.typed else preflight.grammar_schema
-            self.grammar = self._grammar(whole)
-            self.part_grammar = cache(lambda: self._grammar(long_documents.optional(whole)))
+            self.whole = self.typed.grammar_schema("") if self.typed else preflight.grammar_schema
+            self.grammar = self._grammar(self.whole)
             shortest = self.grammar.shortest
             if shortest is not None and shortest > max_new_tokens:
                 raise UserError(f"the shortest JSON of this schema has {shortest} tokens; raise --max_new_tokens")
@@ -280,10 +279,15 @@ class Extractor:
         if self.grammar is None:
             return None
         if self.typed is None:
-            return self.part_grammar() if part else self.grammar
+            return self.part_grammar if part else self.grammar
         between()
         schema = self.typed.grammar_schema(piece)
         return self._grammar(long_documents.optional(schema) if part else schema)
+
+    @cached_property
+    def part_grammar(self) -> JsonGrammar:
+        """What holds the answer to a piece where nothing is copied."""
+        return self._grammar(long_documents.optional(self.whole))
 
     def _grammar(self, schema: dict[str, Any]) -> JsonGrammar:
         from common.generation.json_grammar import JsonGrammar

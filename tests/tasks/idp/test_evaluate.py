@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,27 @@ def dataset(tmp_path_factory) -> str:
     ]  # fmt: skip
     twin = rows[3] | {"document": "shop 3, B, total 3.50"}
     return write_rows(tmp_path_factory.mktemp("set") / "rows.jsonl", [*rows, twin])
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(capsys, monkeypatch, tiny_base, schema_file, dataset, tmp_path):
+    loaded, load = [], eval_idp.vram.load_within_memory
+
+    def loading(*args, **kwargs):
+        assert all(reference() is None for reference in loaded)
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model.model))
+        return model
+
+    def extract_each(self, texts, *args, **kwargs):
+        fields = {"company": "A", "total": 1}
+        return enumerate([Extraction(fields, None, "", dict.fromkeys(fields, 0.5))] * len(texts))
+
+    monkeypatch.setattr(eval_idp.vram, "load_within_memory", loading)
+    monkeypatch.setattr(Extractor, "extract_each", extract_each)
+    runs = [str(shutil.copytree(tiny_base, tmp_path / name)) for name in "ab"]
+    argv = ["--model_dir", *runs, "--schema", schema_file, "--data", dataset, "--split", "all"]
+    evaluate(capsys, *argv, "--fit_calibration", dataset)
+    assert len(loaded) == 4
 
 
 def test_evaluation(capsys, tiny_base, schema_file, dataset, tmp_path):
