@@ -20,4 +20,4 @@ say "ruff check"
 "$python" -m ruff check --quiet .
 say "pytest"
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes start, and read what the first has compiled
-exec "$python" -m pytest -m "" -n 3 --dist worksteal "$@" # more than there are cores: many wait for processes of their own
+exec "$python" -m pytest -m "" -n 4 --dist worksteal "$@" # more than there are cores: many wait for processes of their own

@@ -215,7 +215,7 @@ def test_test_script_runs_ruff_then_pytest_with_the_arguments(checkout):
     assert run(checkout, "test.sh", "tests/x.py", "-k", "a b").returncode == 0
     found = [json.loads(line) for line in (checkout / "calls.log").read_text().splitlines()]
     assert found[-2][:3] == ["-m", "ruff", "check"]
-    assert found[-1] == ["-m", "pytest", "-m", "", "-n", "3", "--dist", "worksteal", "tests/x.py", "-k", "a b"]
+    assert found[-1] == ["-m", "pytest", "-m", "", "-n", "4", "--dist", "worksteal", "tests/x.py", "-k", "a b"]
 
 
 @pytest.mark.parametrize(
