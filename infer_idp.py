@@ -101,10 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if not document.text.strip():
             raise cli.UserError("--document is empty; give the text of a document")
 
-    calibration = None if args.no_constraint else calibrations.ConfidenceCalibration.load(args.model_dir, schema)
-    threshold = calibrations.acceptance(calibration, args.accept_above, args.model_dir)
-    shown = Shown(args.confidence, args.written, threshold, args.evidence)
-
+    source, settings = source_of(args, args.model_dir), idp_flags.extraction_settings(args)
+    form = form_of(args.model_dir, args.typed_fields)
+    way = {"typed_fields": form.typed_fields, "thinking": settings.thinking, "engine": source.engine}
+    accept_from(args, schema, way)  # so that a calibration that is missing is said before a model loads
     handing = cascade_settings(args)
 
     from common.teachers.cascade.documents import (  # half of the teachers' room, which --help can spare
@@ -112,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         document_cascade,
     )
 
-    source = source_of(args, args.model_dir)
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit, text_only=True)
-    settings = idp_flags.extraction_settings(args)
-    form = form_of(args.model_dir, args.typed_fields)
+    way = calibrations.way_of(loaded.model, form, settings.thinking)
+    calibration, threshold = accept_from(args, schema, way)
+    shown = Shown(args.confidence, args.written, threshold, args.evidence)
     extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, form, calibration)
     cascade = document_cascade(handing, extractor, args.model_dir, threshold) if handing else None
     if document is None:
@@ -133,6 +133,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     answer = answer if shown.more_than_fields or cascade else extraction.value
     print(json.dumps(answer, indent=2, ensure_ascii=False))
     return cli.CUT if extraction.cut else None
+
+
+def accept_from(
+    args: argparse.Namespace, schema: json_schema.Schema, way: dict[str, Any]
+) -> tuple[calibrations.ConfidenceCalibration | None, float | None]:
+    """(what was fitted for the model asked in this way, the confidence from which --accept_above accepts)."""
+    fitted = None if args.no_constraint else calibrations.ConfidenceCalibration.load(args.model_dir, schema, way)
+    return fitted, calibrations.acceptance(fitted, args.accept_above, args.model_dir)
 
 
 def read_input(args: argparse.Namespace) -> list[tuple[int | str, dict]]:

@@ -179,7 +179,8 @@ class Extract:
             )
             try:
                 form = form_of(model_dir, self.typed_fields)
-                fitted = calibration.ConfidenceCalibration.load(model_dir, schema) if self.confidence else None
+                way = calibration.way_of(view.model, form, self.thinking)
+                fitted = calibration.ConfidenceCalibration.load(model_dir, schema, way) if self.confidence else None
             except UserError as error:  # of the files in the run folder, not of a request
                 raise Unusable(str(error)) from error
             return Extractor(loaded, schema, json_schema.preflight(schema), settings, form, fitted)

@@ -25,6 +25,9 @@ from common.evaluation.guarantee import GUARANTEE, guaranteed_threshold
 from common.files import read_json, write_json
 from common.generation.json_schema import Schema
 from common.models import adapters
+from common.models.gguf_model import GgufModel
+from common.models.source import LLAMA_CPP, TORCH
+from common.tasks.idp.answer_form import AnswerForm
 
 FILE = "idp_calibration.json"  # in the run folder
 FORMAT_VERSION = 1
@@ -39,7 +42,7 @@ class ConfidenceCalibration:
     Attributes:
         documents: of one dev document of each group, where that got a whole, valid answer: its confidence (see
             `document_confidence`), and whether every field of it was right.
-        fitted_on: provenance: file, hashes, documents, fields.
+        fitted_on: provenance: file, hashes, documents, fields, and `way_of` the model.
     """
 
     slope: float = 1.0
@@ -75,8 +78,14 @@ class ConfidenceCalibration:
         return path
 
     @classmethod
-    def load(cls, model_dir: str | Path, schema: Schema) -> ConfidenceCalibration | None:
+    def load(
+        cls, model_dir: str | Path, schema: Schema, way: Mapping[str, Any] | None = None
+    ) -> ConfidenceCalibration | None:
         """What was fitted for this model and this schema; None where nothing was, or for others.
+
+        Args:
+            way: in which the model is asked (`way_of`); None: whichever. What a file does not say of it, as those of
+                before do not, is taken to be the same.
 
         Raises:
             UserError: the file is broken, or of another version.
@@ -91,10 +100,22 @@ class ConfidenceCalibration:
             content["documents"] = tuple((float(sure), bool(right)) for sure, right in content["documents"])
             calibration = cls(**content)
             facts = calibration.fitted_on
-            fits = facts["model_sha256"] == adapters.adapter_hash(model_dir) and facts["schema"] == content_key(schema)
+            asked = {"model_sha256": adapters.adapter_hash(model_dir), "schema": content_key(schema)}
+            fits = {name: facts[name] for name in asked} == asked
+            fits = fits and all(facts.get(name, value) == value for name, value in (way or {}).items())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a calibration file of this version ({error}); {REMEDY}") from error
         return calibration if fits else None
+
+
+def way_of(model: Any, form: AnswerForm, thinking: bool) -> dict[str, Any]:
+    """What decides the confidences of a loaded model beside its weights, the schema and a document."""
+    return {
+        "typed_fields": form.typed_fields,
+        "thinking": thinking,
+        "engine": LLAMA_CPP if isinstance(model, GgufModel) else TORCH,
+        "load_in_4bit": bool(getattr(model, "is_loaded_in_4bit", False)),
+    }
 
 
 def acceptance(calibration: ConfidenceCalibration | None, precision: float | None, model_dir: str) -> float | None:
@@ -107,7 +128,8 @@ def acceptance(calibration: ConfidenceCalibration | None, precision: float | Non
         return None
     if calibration is None:
         raise UserError(
-            f"--accept_above needs a calibration of {model_dir} on documents of this schema, held to it; fit one with "
+            f"--accept_above needs a calibration of {model_dir} on documents of this schema, held to it, with the same "
+            "--typed_fields, --thinking, --engine and --load_in_4bit; fit one with "
             f"eval_idp.py --model_dir {model_dir} --fit_calibration DEV.jsonl"
         )
     return calibration.threshold(precision)

@@ -105,7 +105,8 @@ class Evaluation:
             form: in which it is asked.
             identity: what tells its answers from those of another model (`adapters.identity`).
         """
-        calibration = calibrations.ConfidenceCalibration.load(name, self.schema)
+        way = calibrations.way_of(loaded.model, form, self.settings.thinking)
+        calibration = calibrations.ConfidenceCalibration.load(name, self.schema, way)
         groups = [row["group"] for row in self.rows]
         figures: dict[str, dict] = {}
         judged: dict[str, list[metrics.JudgedDocument]] = {}
@@ -189,6 +190,7 @@ def fit_calibration(
             "sha256": None if Path(data).is_dir() else sha256_file(data),
             "model_sha256": adapters.adapter_hash(model_dir),
             "schema": content_key(extractor.schema),
+            **calibrations.way_of(extractor.model, extractor.form, extractor.settings.thinking),
             "documents": len(rows),
             "independent_documents": len(independent),
             "fields": len(pairs),

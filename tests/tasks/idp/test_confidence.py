@@ -18,6 +18,7 @@ from common.data import splits
 from common.evaluation.reliability import auroc, expected_calibration_error, reliability_bins
 from common.generation.result import Generation
 from common.tasks.idp import calibration, confidence, confidence_metrics
+from common.tasks.idp.answer_form import AnswerForm
 from common.tasks.idp.calibration import ConfidenceCalibration
 from common.tasks.idp.extractor import Extraction, Extractor
 
@@ -197,6 +198,9 @@ def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_fil
     assert [row.get("id", row.get("row")) for row in accepted] == [0, *range(3, 72)]  # the second row is a bad one
     assert [row["row"] for row in review] == list(range(72, 102))
     assert [row["accepted"] for row in read_rows(out)] == [True] * 70 + [False] * 30
+    assert fitted["fitted_on"].items() >= {"typed_fields": "written", "thinking": False, "load_in_4bit": False}.items()
+    with pytest.raises(UserError, match=r"held to it, with the same --typed_fields"):
+        infer_idp.main([*asked, "--typed_fields", "held"])
     with pytest.raises(UserError, match=r"needs at least 368 independent .*, and there are 100"):
         infer_idp.main([*asked[:-1], "0.99"])
     report = tmp_path / "report"
@@ -245,6 +249,12 @@ def test_a_calibration_is_of_one_model_and_one_schema(tiny_base, schema_file, tm
     ConfidenceCalibration(2.0, 0.1, ((0.9, True),), facts).save(run)
     assert ConfidenceCalibration.load(run, schema) == ConfidenceCalibration(2.0, 0.1, ((0.9, True),), facts)
     assert ConfidenceCalibration.load(run, {"type": "object"}) is None
+    way = calibration.way_of(None, AnswerForm("written"), False)
+    assert ConfidenceCalibration.load(run, schema, way).slope == 2.0  # of before files said in which way
+    for other in ({"typed_fields": "held"}, {"thinking": True}, {"engine": "llama_cpp"}, {"load_in_4bit": True}):
+        ConfidenceCalibration(2.0, 0.1, ((0.9, True),), facts | way | other).save(run)
+        assert ConfidenceCalibration.load(run, schema, way) is None
+        assert ConfidenceCalibration.load(run, schema, way | other)
     ConfidenceCalibration(fitted_on=facts | {"model_sha256": "another"}).save(run)
     assert ConfidenceCalibration.load(run, schema) is None
     (run / calibration.FILE).write_text('{"version": 1}')
