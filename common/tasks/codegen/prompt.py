@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
+from common.tasks.codegen import source
+
 BUILTINS = frozenset(dir(builtins))
 
 SHOWN_TEST = "\nIt must pass this test:\n"
@@ -33,11 +35,8 @@ PLAN_AGAIN_REQUEST = (
 
 def is_stub(task: str) -> bool:
     """Whether a task is Python code that ends in a function of which only the docstring is written."""
-    try:
-        body = ast.parse(task).body
-    except (SyntaxError, ValueError):
-        return False
-    last = body[-1] if body else None
+    tree = source.parsed(task)
+    last = tree.body[-1] if tree and tree.body else None
     return isinstance(last, ast.FunctionDef) and len(last.body) == 1 and ast.get_docstring(last) is not None
 
 
@@ -50,7 +49,7 @@ def names_asked_for(task: str) -> tuple[str, ...]:
     called: dict[str, None] = {}
     for line in task.splitlines():
         if line.startswith("assert "):
-            with suppress(SyntaxError, ValueError):
+            with suppress(*source.NOT_PYTHON):
                 calls = [node.func for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call)]
                 called |= {func.id: None for func in calls if isinstance(func, ast.Name) and func.id not in BUILTINS}
     if called:

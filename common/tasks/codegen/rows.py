@@ -95,8 +95,9 @@ def _fault(row: dict) -> str | None:
     for text in (field["solution"], field["setup"], *field["tests"]):
         try:
             ast.parse(text)
-        except (SyntaxError, ValueError, TypeError) as error:
-            return f"not Python ({error.args[0]}): {str(text).strip()[:60]!r}"
+        except (*source.NOT_PYTHON, TypeError) as error:
+            why = error.args[0] if error.args else "too much of it"
+            return f"not Python ({why}): {str(text).strip()[:60]!r}"
     return None
 
 
@@ -179,7 +180,7 @@ def _tests_listed(row: dict) -> dict:
         return row
     try:
         parts = [(isinstance(node, ast.Assert), ast.unparse(node)) for node in ast.parse(row["tests"]).body]
-    except (SyntaxError, ValueError):
+    except source.NOT_PYTHON:
         return row
     first = next((index for index, (is_assert, _) in enumerate(parts) if is_assert), len(parts))
     setup = [_setup_of(row), *(text for _, text in parts[:first])]
@@ -194,7 +195,7 @@ def _setup_of(row: dict) -> str:
 
 def _called(solution: str, tests: Sequence[str]) -> str | None:
     """The last function of the solution that a test names, which may be called like a built-in one."""
-    with suppress(SyntaxError, ValueError):  # rows are checked with their fields
+    with suppress(*source.NOT_PYTHON):  # rows are checked with their fields
         functions = [node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
         named = [name for name in functions if any(re.search(rf"\b{name}\b", test) for test in tests)]
         return named[-1] if named else None

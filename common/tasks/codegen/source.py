@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 DEFINITION = re.compile(r"^(?:async )?(?:def|class) +(\w+)|^(\w+) *= *lambda\b", re.MULTILINE)
 BUILTINS = {*dir(builtins), "__name__", "__file__", "__doc__"}
+NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)  # of the parser, the last of prose of 4,000 words
 
 
 def parsed(code: str) -> ast.Module | None:
@@ -20,7 +21,7 @@ def parsed(code: str) -> ast.Module | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except NOT_PYTHON:
         return None
 
 

@@ -108,7 +108,8 @@ def test_training_pairs_are_what_inference_asks_and_reads():
 
 def test_stubs_are_told_from_words():
     assert prompt.is_stub(STUB)
-    assert not any(map(prompt.is_stub, ["Write a function.", CODE, "import os", "", "def f(:"]))
+    assert prompt.names_asked_for("word " * 4000 + "\nassert " + "word " * 4000) == ()
+    assert not any(map(prompt.is_stub, ["Write a function.", CODE, "import os", "", "def f(:", "word " * 4000]))
     assert prompt.direct_prompt(STUB).startswith("Complete this Python function:\n\nfrom typing")
     assert prompt.docstring_prompt(STUB) == STUB
 

@@ -76,6 +76,7 @@ def test_formats_become_problems_that_pass_their_tests(tmp_path):
         (OWN | {"tests": []}, "it has no tests"),
         (OWN | {"tests": ["assert ("]}, "not Python"),
         (OWN | {"solution": "def f(:"}, "not Python"),
+        (OWN | {"solution": "word " * 4000}, "not Python"),  # a MemoryError of the parser
         (OWN | {"plan": "Square it."}, "'plan' must be a list of texts"),
         (OWN | {"setup": 3}, "'setup' must be a text or a list of texts"),
         (OWN | {"setup": [3]}, "'setup' must be a text or a list of texts"),
