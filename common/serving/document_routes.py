@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 from common.cli import UserError
 from common.data import task_record
 from common.generation import json_schema
-from common.serving.fields import MAX_TEXT, RunName, Text, Tokens, check_task
+from common.serving.fields import MAX_TEXT, RunName, Text, Tokens, check_task, with_fields
 from common.serving.helpers import HelperEnded
 from common.serving.model_process import QueueFull
 from common.serving.server import Server, estimate
@@ -171,12 +171,12 @@ async def extract_fields(server: Server, request: Request, body: ExtractRequest)
     answer = {
         "model_name": version.model_dir,
         "fields": None if error else extraction.value,
-        "error": error,
+        "error": error and with_fields(error),
         "text": extraction.text if error else None,
         "pieces": extraction.pieces,
         "cut": extraction.cut is not None,
         "written": None if error else extraction.written_leaves,
-        "notes": extraction.notes,
+        "notes": list(map(with_fields, extraction.notes)),
     } | who
     if body.confidence:
         sure = {} if error else extraction.confidence or {}

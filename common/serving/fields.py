@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import Field
@@ -16,6 +17,14 @@ MAX_ANSWER_TOKENS = 4096
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
 RunName = Annotated[str, Field(min_length=1, max_length=200, description="A run, or `name@hash` for one version of it")]
 Tokens = Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)]
+
+
+FLAG = re.compile(r"--(max_new_tokens|dates|utc_offset)\b")  # of the scripts, which requests have as fields
+
+
+def with_fields(message: str) -> str:
+    """What the toolkit says of a model's answer, with the request's fields where it names the scripts' flags."""
+    return FLAG.sub(r"\1", message)
 
 
 def check_task(version: Version, kind: str, instruction: str | None, asked: str) -> None:

@@ -16,6 +16,7 @@ from common.data import task_record
 from common.serving import label_tasks
 from common.serving.audit_log import AuditLog
 from common.serving.cascade import ServedCascade
+from common.serving.fields import with_fields
 from common.serving.helpers import Helpers
 from common.serving.messages import Loaded, Unusable
 from common.serving.metrics import ServingMetrics
@@ -309,7 +310,7 @@ def outcome(answer: Any) -> Any:
     if isinstance(answer, Unusable):
         raise Problem(409, str(answer))
     if isinstance(answer, UserError):
-        raise Problem(422, str(answer))
+        raise Problem(422, with_fields(str(answer)))
     if isinstance(answer, Gone):
         raise Problem(503, str(answer), retry_after=1)
     if isinstance(answer, BaseException):

@@ -179,7 +179,7 @@ class Extractor:
         if self.room < bare + SMALLEST_PIECE:
             raise UserError(
                 f"the schema takes {bare} tokens and the answer {written}, which leaves no room for a document "
-                f"in {self.room + written}; lower --max_new_tokens, or raise --max_len where the model allows it"
+                f"in {self.limit}; lower --max_new_tokens{', or raise --max_len' if self.limit < context else ''}"
             )
         self.grammar = None
         if preflight is not None:
