@@ -431,8 +431,8 @@ def test_a_server_that_comes_back_finds_its_jobs(cluster, tmp_path, monkeypatch)
         assert second.until(job_id)["state"] == "succeeded"
         assert cluster.created == [name_of(job_id)]
         # one that was handed over when its server died, and never reached the cluster
-        job = second.service.store.submit("sft", {}, second.service.store.find(job_id).commands, "f" * 16, None)
         second.service.runner.close()
+        job = second.service.store.submit("sft", {}, second.service.store.find(job_id).commands, "f" * 16, None)
         claimed = second.service.store.claim(0, "queued")
         assert claimed.id == job.id
     with serve_jobs(data, backend="kubernetes", max_running=None) as third:
