@@ -36,6 +36,7 @@ from harness.interleave import print_table, take_turns
 from bench.gpu_peers import Peer, python_of
 from common import cli
 from common.data import rows as records
+from common.models import chats
 from common.models.source import ModelSource
 
 WARM_UP = 2  # optimizer steps of each turn that are not timed
@@ -158,16 +159,13 @@ def held_out_loss(model, tokenizer, rows: Sequence[dict]) -> float:
     """Mean completion loss on the held-out rows, in nats a token."""
     import torch
 
-    from common.models import tokenizers
     from common.training import batches, losses
 
     model.eval()
     total = count = 0.0
     with torch.no_grad():
         for start in range(0, len(rows), 32):
-            encoded = [
-                tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows[start : start + 32]
-            ]
+            encoded = [chats.encode(tokenizer, row["input"], row["output"]) for row in rows[start : start + 32]]
             batch = batches.collate(encoded, tokenizer.pad_token_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             tokens = int((batch["labels"][:, 1:] != batches.IGNORE).sum())
@@ -186,7 +184,7 @@ def train_ours(args, train, held_out, per_device: int, _) -> tuple[float, float]
     from common.training.trainer import loss_trainer, prepare_student, training_arguments
 
     tokenizer = tokenizers.load_tokenizer(args.student)
-    encoded = [tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in train]
+    encoded = [chats.encode(tokenizer, row["input"], row["output"]) for row in train]
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainSettings(
             student=args.student,
@@ -215,8 +213,6 @@ def train_trl(args, train, held_out, per_device: int, defaults: bool) -> tuple[f
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from common.models import tokenizers
-
     model, tokenizer = load(args)
     rows = [
         {
@@ -225,7 +221,7 @@ def train_trl(args, train, held_out, per_device: int, defaults: bool) -> tuple[f
         }
         for row in train
     ]
-    lengths = [len(tokenizers.encode_pair(tokenizer, row["input"], row["output"]).input_ids) for row in train]
+    lengths = [len(chats.encode(tokenizer, row["input"], row["output"]).input_ids) for row in train]
     clock, read = timer(args.effective_batch * statistics.mean(lengths))
     precision = {} if defaults else {"bf16": torch.cuda.is_available(), "gradient_checkpointing": False}
     with tempfile.TemporaryDirectory() as folder:
@@ -259,13 +255,12 @@ def train_bare(args, train, held_out, per_device: int, _) -> tuple[float, float]
     """(tokens a second, held-out loss) of forward pass, backward pass and AdamW alone."""
     import torch
 
-    from common.models import tokenizers
     from common.training import losses
     from common.training.batches import collate
 
     model, tokenizer = load(args)
     cuda = model.device.type == "cuda"
-    encoded = [tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in train]
+    encoded = [chats.encode(tokenizer, row["input"], row["output"]) for row in train]
     encoded.sort(key=lambda row: len(row.input_ids))
     batches = []
     for start in range(0, len(encoded), per_device):
@@ -312,7 +307,7 @@ def train_unsloth(args, train, held_out, per_device: int, _) -> tuple[float, flo
     torch.cuda.empty_cache()  # the card is shared with that process
 
     tokenizer = tokenizers.load_tokenizer(args.student)
-    encoded = [tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in train]
+    encoded = [chats.encode(tokenizer, row["input"], row["output"]) for row in train]
     rows = [
         {
             "input_ids": row.input_ids,

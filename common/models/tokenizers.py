@@ -348,12 +348,6 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     return [*ids, tokenizer.eos_token_id]
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
-    """Prompt and completion in one sequence of token ids."""
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    return Encoded(prompt_ids + encode_completion(tokenizer, completion), len(prompt_ids))
-
-
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_len: int) -> list[Encoded]:
     """A text in windows of `max_len` tokens, none of which sees another.
 

@@ -17,7 +17,7 @@ from bench import all as everything
 from bench import label_ranking, train_throughput
 from common import cli
 from common.data import rows as records
-from common.models import tokenizers
+from common.models import chats, tokenizers
 from common.tasks.ranking import creditmix, label_tree
 from common.training import miniature
 
@@ -413,7 +413,7 @@ def test_unsloth_gets_every_row_and_its_figures_land_in_the_table(base, rows, to
     all_rows = records.read_rows(rows["sft"], records.SFT_KEYS)
     expected = []
     for row in all_rows[4:24]:
-        encoded = tokenizers.encode_pair(tokenizer, row["input"], row["output"])
+        encoded = chats.encode(tokenizer, row["input"], row["output"])
         expected.append(
             (encoded.input_ids, [-100] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :])
         )

@@ -21,8 +21,8 @@ from common.comparison import measure, perplexity
 from common.comparison import report as report_module
 from common.comparison.rows import RowSelection
 from common.data import rows as records
+from common.models import chats, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 
 pytestmark = pytest.mark.processes
@@ -112,7 +112,7 @@ def test_rows_get_perplexity_and_exact_match(evaluate, folders, here, rows):
     result = evaluate("--data", rows["sft"], "--split", "all", "--max_new_tokens", "3")
     model, tokenizer = models.load_for_inference(ModelSource(folders["teacher"]))
     pairs = [(row["input"], row["output"]) for _, row in records.iter_jsonl(rows["sft"])]
-    encoded = [tokenizers.encode_pair(tokenizer, *pair) for pair in pairs]
+    encoded = [chats.encode(tokenizer, *pair) for pair in pairs]
     nll = perplexity.negative_log_likelihood(model, encoded, tokenizer.pad_token_id, 8192).sum()
     tokens = sum(len(row.input_ids) - row.prompt_length for row in encoded)
     teacher = entries(result)["teacher"]

@@ -8,8 +8,8 @@ from support.inputs import LABELS, PROMPTS, SHARED
 
 from common.comparison import perplexity
 from common.data import splits
+from common.models import chats, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 
 REAL_TEXT = SHARED / "data/wikitext2/valid.txt"
@@ -56,7 +56,7 @@ def test_windows_start_with_bos_where_the_tokenizer_has_it_so():
 
 def test_the_surprise_of_a_batch_is_that_of_each_row_alone(folders):
     model, tokenizer = models.load_for_inference(ModelSource(folders["teacher"]))
-    rows = [tokenizers.encode_pair(tokenizer, prompt, label) for prompt, label in zip(PROMPTS, LABELS * 8, strict=True)]
+    rows = [chats.encode(tokenizer, prompt, label) for prompt, label in zip(PROMPTS, LABELS * 8, strict=True)]
     together = perplexity.negative_log_likelihood(model, rows, tokenizer.pad_token_id, 400)
     for row, found in zip(rows, together, strict=True):
         with torch.inference_mode():

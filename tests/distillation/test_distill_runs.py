@@ -15,7 +15,7 @@ from support.models import distance, run_json
 
 import sft_train
 from common.cli import UserError
-from common.models import adapters, tokenizers
+from common.models import adapters, chats
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.training import batches, losses
@@ -64,7 +64,7 @@ def test_the_best_epoch_is_kept(base, uneven, tmp_path):
     assert best["eval_loss"] == min(held_out) < held_out[-1]
     assert best["step"] == 2 * (held_out.index(min(held_out)) + 1)
     model, tokenizer = models.load_for_inference(ModelSource(str(tmp_path / "run"), dtype="float32"))
-    rows = [tokenizers.encode_pair(tokenizer, p, "Bad") for p in PROMPTS[:8]]
+    rows = [chats.encode(tokenizer, p, "Bad") for p in PROMPTS[:8]]
     loss = [losses.completion_loss(model, batches.collate(rows[i : i + 4], 0))[0].item() for i in (0, 4)]
     assert sum(loss) / 2 == pytest.approx(best["eval_loss"], abs=1e-3)
     assert not (tmp_path / "run" / "best.json").exists()

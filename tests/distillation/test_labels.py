@@ -10,8 +10,8 @@ from support.inputs import LABELS, PROMPTS, write_rows
 from common.cli import UserError
 from common.distillation.label_objective import LabelDistillation
 from common.distillation.objective import Objective
+from common.models import chats
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import torch_ranker
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -36,7 +36,7 @@ def test_label_scores_in_training_are_the_rankers(base):
     assert float(terms["forward_kl"]) == pytest.approx(
         float(4 * (soft * (soft.log() - q)).sum(dim=-1).mean()), abs=1e-4
     )
-    answers = [tokenizers.encode_pair(tokenizer, row["input"], "Bad") for row in rows]
+    answers = [chats.encode(tokenizer, row["input"], "Bad") for row in rows]
     single = [losses.completion_loss(model, batches.collate([row], 0))[0].item() for row in answers]
     assert float(terms["ce"]) == pytest.approx(sum(single) / len(single), abs=1e-4)
     assert float(total) == pytest.approx(float(terms["forward_kl"] + terms["ce"]), abs=1e-6)

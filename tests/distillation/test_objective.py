@@ -11,8 +11,8 @@ from support.distillation import distill, loss_column
 from support.models import distance, run_json
 
 from common.distillation.objective import Objective, layer_pairs
+from common.models import chats, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.training import batches, losses
 
@@ -35,7 +35,7 @@ def test_the_terms_are_their_definitions(base, teacher, uneven, tmp_path):
                   "--layer_map", "1:2,2:4")  # fmt: skip
     tokenizer = tokenizers.load_tokenizer(base)
     rows = [json.loads(line) for line in Path(uneven).read_text().splitlines()]
-    encoded = [tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows]
+    encoded = [chats.encode(tokenizer, row["input"], row["output"]) for row in rows]
     inputs = batches.collate(encoded, tokenizer.pad_token_id)
     gold = inputs.pop("labels")[:, 1:]
     mask = gold != batches.IGNORE
@@ -117,7 +117,7 @@ def test_mixed_precision(base, teacher, uneven, tokenizer):
     from common.distillation.objective import DistillationLoss, HiddenStateReader, LiveTeacher, Signals, projections
 
     rows = [json.loads(line) for line in Path(uneven).read_text().splitlines()]
-    batch = batches.collate([tokenizers.encode_pair(tokenizer, row["input"], row["output"]) for row in rows[:4]], 0)
+    batch = batches.collate([chats.encode(tokenizer, row["input"], row["output"]) for row in rows[:4]], 0)
     student = models.load_base(ModelSource(base, dtype="bfloat16"), training=True)
     signals = Signals(Objective({"forward_kl": 1.0, "ce": 1.0, "hidden_mse": 1.0}), [(1, 1), (2, 2)], len(tokenizer))
     reader = HiddenStateReader(student, [1, 2])

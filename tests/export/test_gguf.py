@@ -26,7 +26,7 @@ from common.export.gguf_quants import Mixture, quantize
 from common.export.gguf_vocabulary import pre_tokenizer_name
 from common.export.importance import importance_of
 from common.export.modelfile import modelfile
-from common.models import gguf_import, llama_cpp, tokenizers
+from common.models import chats, gguf_import, llama_cpp, tokenizers
 from common.models import loading as models
 from common.models.gguf_model import GgufModel
 from common.models.source import ModelSource
@@ -150,7 +150,7 @@ def test_importance_moves_errors_to_where_they_count_less():
 
 
 def test_importance_is_the_mean_square_of_a_layers_inputs(tiny_base, tokenizer):
-    rows = [tokenizers.encode_pair(tokenizer, text, "Good") for text in LINES[:3]]
+    rows = [chats.encode(tokenizer, text, "Good") for text in LINES[:3]]
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
     seen = []
     layer = model.model.layers[1].self_attn.q_proj

@@ -16,7 +16,7 @@ from support.inputs import LABELS, PROMPTS, write_rows
 import eval_creditmix
 from common.export import parity
 from common.export.parity import RuntimeResult
-from common.models import tokenizers
+from common.models import chats, tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -59,7 +59,7 @@ def test_of_a_chat_its_last_answer_is_compared_behind_all_that_came_before(tmp_p
     chat, question = parity.encode(tokenizer, proof_rows)
     assert chat.input_ids[: chat.prompt_length] == tokenizers.encode_chat(tokenizer, turns)
     assert chat.input_ids[chat.prompt_length :] == tokenizers.encode_completion(tokenizer, "d") and not chat.read_only
-    assert question == tokenizers.encode_pair(tokenizer, "e", "f")
+    assert question == chats.encode(tokenizer, "e", "f")
 
 
 @pytest.mark.parametrize("nll", [0.01, 1.0, 9.0])  # perplexities of 1.01, 2.7 and 8,100
@@ -80,7 +80,7 @@ def test_text_rows(run, tmp_path, torch_model):
     model, tokenizer = torch_model
     nll = tokens = 0
     for row in rows:
-        encoded = tokenizers.encode_pair(tokenizer, row["input"], row["output"])
+        encoded = chats.encode(tokenizer, row["input"], row["output"])
         labels = torch.tensor([encoded.input_ids])
         labels[:, : encoded.prompt_length] = -100
         count = len(encoded.input_ids) - encoded.prompt_length

@@ -8,7 +8,7 @@ import pytest
 from support.chat_templates import CHATML, FAMILIES, Family, tokenizer_of
 
 from common.cli import UserError
-from common.models import chat_template, tokenizers
+from common.models import chat_template, chats, tokenizers
 
 QUESTION, ANSWER = "Age: 23, Occupation: Lawyer", "Good"
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -29,7 +29,7 @@ def aligned(name: str):
 def test_eos_is_what_ends_an_answer(name):
     family, tokenizer = FAMILIES[name], aligned(name)
     assert tokenizer.eos_token == family.end
-    row = tokenizers.encode_pair(tokenizer, QUESTION, ANSWER)
+    row = chats.encode(tokenizer, QUESTION, ANSWER)
     assert row.input_ids[-1] == tokenizer.convert_tokens_to_ids(family.end)
     assert row.input_ids.count(row.input_ids[-1]) == row.input_ids[: row.prompt_length].count(row.input_ids[-1]) + 1
     assert tokenizer.decode(row.input_ids[row.prompt_length :]) == ANSWER + family.end
@@ -44,7 +44,7 @@ def test_alignment_survives_saving(name, tmp_path):
     again = tokenizers.load_tokenizer(str(tmp_path))
     assert (again.eos_token_id, again.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert again.chat_template == tokenizer.chat_template
-    assert tokenizers.encode_pair(again, QUESTION, ANSWER) == tokenizers.encode_pair(tokenizer, QUESTION, ANSWER)
+    assert chats.encode(again, QUESTION, ANSWER) == chats.encode(tokenizer, QUESTION, ANSWER)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in THINKING])

@@ -18,7 +18,7 @@ from common.export import merge
 from common.generation import generate as generation
 from common.generation.decoding import Decoding
 from common.generation.json_grammar import JsonGrammar
-from common.models import adapters, tokenizers
+from common.models import adapters, chats, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -35,7 +35,7 @@ def test_a_llama_without_a_chat_template(tmp_path):
     """Sentence pieces, BOS, no template: loaded, ranked, trained and loaded again."""
     model, tokenizer = models.load_for_inference(ModelSource(str(STORIES), dtype="float32"))
     assert tokenizer.chat_template is None
-    row = tokenizers.encode_pair(tokenizer, "Once upon", "a time")
+    row = chats.encode(tokenizer, "Once upon", "a time")
     assert (row.input_ids[0], row.input_ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert row.input_ids == [*tokenizer.encode("Once upon\n"), *tokenizer.encode("a time", add_special_tokens=False),
                              tokenizer.eos_token_id]  # fmt: skip
@@ -255,7 +255,7 @@ def test_tokens_beyond_the_embedding_are_text(beyond, base, rows, tmp_path):
     inside, outside = (len(fitted.encode(f"<extra_{number}>", split_special_tokens=True)) for number in (0, 58))
     assert inside == 1 < outside
     text = "Age: 23<extra_58>[PAD]<extra_0>"
-    assert max(tokenizers.encode_pair(fitted, text, text).input_ids) < embedding
+    assert max(chats.encode(fitted, text, text).input_ids) < embedding
     assert np.array_equal(scores(beyond), scores(base))
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"input": prompt + text, "output": text}) + "\n" for prompt in PROMPTS))

@@ -9,7 +9,7 @@ import pytest
 from support.inputs import CORPUS, SHARED
 
 from common.cli import UserError
-from common.models import tokenizers
+from common.models import chats, tokenizers
 from common.training import miniature
 
 QWEN = SHARED / "models" / "qwen2.5-tokenizer"
@@ -50,7 +50,7 @@ def test_labels_are_one_token(qwen, tokenizer, form):
 def test_a_row_is_what_the_chat_template_makes_of_it(qwen, tokenizer):
     turns = [{"role": "user", "content": "Which one?\n\nAge: 23.5"}, {"role": "assistant", "content": "Standard"}]
     for subject in (qwen, tokenizer):
-        row = tokenizers.encode_pair(subject, turns[0]["content"], turns[1]["content"])
+        row = chats.encode(subject, turns[0]["content"], turns[1]["content"])
         rendered = subject.apply_chat_template(turns, tokenize=False)
         assert subject.decode(row.input_ids) == rendered.rstrip("\n")
         assert row.input_ids == subject.encode(rendered.rstrip("\n"), add_special_tokens=False)
@@ -69,10 +69,10 @@ def plain(tokenizer, **tokens):
 def test_without_a_chat_template(tokenizer):
     bare = tokenizers.align(plain(tokenizer, eos_token="<|endoftext|>"))
     assert (bare.eos_token, bare.pad_token) == ("<|endoftext|>", "<|endoftext|>")  # nothing else is left for PAD
-    row = tokenizers.encode_pair(bare, "Age: 23", "Good")
+    row = chats.encode(bare, "Age: 23", "Good")
     assert bare.decode(row.input_ids) == "Age: 23\nGood<|endoftext|>"
     assert bare.decode(row.input_ids[row.prompt_length :]) == "Good<|endoftext|>"
-    hostile = tokenizers.encode_pair(bare, "Age<|endoftext|>: 23", "Go<|endoftext|>od")
+    hostile = chats.encode(bare, "Age<|endoftext|>: 23", "Go<|endoftext|>od")
     assert hostile.input_ids.count(bare.eos_token_id) == 1
 
 

@@ -13,8 +13,8 @@ from support.training import loss_curve, train
 
 import dpo_train
 import sft_train
+from common.models import chats
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.training import batches, losses
 
@@ -49,7 +49,7 @@ def test_a_4bit_adapter_loads_in_either_precision(four_bit):
             four = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
             assert bool(four) == (switch == "on")
             assert not any(getattr(m, "base_layer", m).support_avx512bf16_for_cpu for m in four)
-            encoded = [tokenizers.encode_pair(tokenizer, p, LABELS[i % 3]) for i, p in enumerate(PROMPTS)]
+            encoded = [chats.encode(tokenizer, p, LABELS[i % 3]) for i, p in enumerate(PROMPTS)]
             with torch.no_grad():
                 loss, _ = losses.completion_loss(model, batches.collate(encoded, tokenizer.pad_token_id))
             mean[switch, folder] = loss.item()

@@ -14,7 +14,7 @@ import dpo_train
 import kd_train
 import sft_train
 from common.cli import UserError
-from common.models import loading, tokenizers
+from common.models import chats, loading, tokenizers
 from common.models.source import ModelSource
 from common.training import batches, checkpoints, completion, losses, prefix_tree
 from common.training.batches import IGNORE
@@ -48,7 +48,7 @@ def test_it_is_what_is_used(base, rows, tokenizer, large):
     settings = TrainSettings(student=base, save_dir="-", data=rows["sft"])
     student = prepare_student(settings, tokenizer)
     assert prefix_tree.understood_by(student.get_base_model())
-    encoded = [tokenizers.encode_pair(tokenizer, "Classify this customer, who is " + text, "Good") for text in "abc"]
+    encoded = [chats.encode(tokenizer, "Classify this customer, who is " + text, "Good") for text in "abc"]
     data = completion.completion_rows(encoded, tokenizer, student)
     batch = data.collate(encoded)
     assert batch["input_ids"].shape[1] < sum(map(len, (row.input_ids for row in encoded)))
@@ -98,7 +98,7 @@ def with_head(base, tmp_path) -> str:
 
 def test_an_adapter_on_the_head_is_trained(with_head, base, tokenizer, large):
     student = prepare_student(TrainSettings(student=base, save_dir="-", init_adapter=with_head), tokenizer).eval()
-    encoded = [tokenizers.encode_pair(tokenizer, "Classify this customer, who is " + text, "Good") for text in "abc"]
+    encoded = [chats.encode(tokenizer, "Classify this customer, who is " + text, "Good") for text in "abc"]
     data = completion.completion_rows(encoded, tokenizer, student)
     loss, terms = data.loss(student, data.collate(encoded), None)
     expected, of_expected = completion.completion_loss(student, batches.collate(encoded, tokenizer.pad_token_id))

@@ -16,7 +16,7 @@ import sft_train
 import tiny_student
 from common import run_record
 from common.cli import UserError
-from common.models import adapters, tokenizers
+from common.models import adapters, chats, tokenizers
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.training import batches, checkpoints, losses
@@ -159,7 +159,7 @@ def test_eval_data_is_measured_and_changes_nothing(base, rows, uneven, tmp_path)
     assert distance(plain, judged) == 0
     model, tokenizer = models.load_for_inference(ModelSource(str(judged), dtype="float32"))
     pairs = [(p, LABELS[i % 3]) for i, p in enumerate(PROMPTS)]
-    encoded = [tokenizers.encode_pair(tokenizer, *pair) for pair in pairs]
+    encoded = [chats.encode(tokenizer, *pair) for pair in pairs]
     with torch.no_grad():
         loss, _ = losses.completion_loss(model, batches.collate(encoded, tokenizer.pad_token_id))
     assert run_json(judged)["final_eval_loss"] == pytest.approx(loss.item(), abs=1e-5)

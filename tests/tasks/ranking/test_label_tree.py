@@ -8,7 +8,7 @@ import torch
 
 from common.generation.decoding import Decoding
 from common.generation.generate import generate
-from common.models import loading, tokenizers
+from common.models import chats, loading, tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import ranker as ranker_module
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -66,7 +66,7 @@ def answering(base, tokenizer):
     model = loading.load_base(ModelSource(base, dtype="float32"), training=True)
     loading.align_model(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    rows = [tokenizers.encode_pair(tokenizer, RISKS.prompt(text), label) for text, label in map(question, range(24))]
+    rows = [chats.encode(tokenizer, RISKS.prompt(text), label) for text, label in map(question, range(24))]
     longest = max(len(row.input_ids) for row in rows)
     ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)
