@@ -11,7 +11,7 @@ import gguf
 import pytest
 from support.gguf_files import build, write
 from support.host import run_host
-from support.inputs import write_rows
+from support.inputs import read_rows, write_rows
 from support.served import ROWS, chat_turn, make_run, serve, settings
 
 import infer_codegen
@@ -218,6 +218,15 @@ def test_the_engine_of_the_base(file, base, monkeypatch):
     ):
         with pytest.raises(UserError, match=sentence):
             set_to(**variables)
+
+
+def test_a_row_beyond_the_context_is_known_before_a_gguf_is_run(gguf_runs, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"features": ROWS[0]}, {"features": "9 " * 5000}])
+    argv = ["--model_dir", str(gguf_runs / RUN), *ENGINE, "--input", rows, "--output", str(tmp_path / "out.jsonl")]
+    assert cli.run(infer_creditmix.main, argv) == cli.BAD_INPUT
+    assert "rows.jsonl, line 2: the row has " in capsys.readouterr().err
+    assert cli.run(infer_creditmix.main, [*argv, "--skip_bad_rows"]) == cli.DONE
+    assert len(read_rows(tmp_path / "out.jsonl")) == 1
 
 
 def test_an_onnx_export_writes_no_text():
