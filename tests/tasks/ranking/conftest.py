@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from support.served import make_run
 
 import creditmix_prepare
 import eval_creditmix
@@ -32,6 +34,20 @@ def trained(data, base, tmp_path_factory) -> str:
     argv = ["--student", base, "--data", str(data / "creditmix_sft.jsonl"), "--save_dir", run, "--max_steps", "24"]
     sft_train.main([*argv, "--learning_rate", "0.01", "--logging_steps", "24"])
     return run
+
+
+@pytest.fixture(scope="session")
+def distinct(base, tmp_path_factory) -> str:
+    """An adapter whose scores differ from row to row, as those of a few steps need not."""
+    return str(make_run(tmp_path_factory.mktemp("distinct") / "run", base, seed=1))
+
+
+@pytest.fixture(scope="session")
+def fitted(data, trained, tmp_path_factory) -> str:
+    """`trained` with a calibration fitted on the dev rows."""
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "fitted")
+    eval_creditmix.main(["--model_dir", str(run), "--fit_calibration", str(data / "creditmix_dev.jsonl")])
+    return str(run)
 
 
 @pytest.fixture
