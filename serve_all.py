@@ -5,8 +5,8 @@
     FINE_TUNING_MODELS='gpt-*=Qwen/Qwen2.5-3B-Instruct' python serve_all.py    # what stands in for OpenAI's models
 
 It is serve_creditmix.py, and serve_distill.py under API_PREFIX (/training, with the page of its jobs) and under
-/v1/files and /v1/fine_tuning. Both take their settings from the environment as they do alone; MAX_QUEUE and
-MAX_BODY_BYTES count for both, and RUNS_DIR is where fine-tuned models are put and served from.
+/v1/files and /v1/fine_tuning, and where a model is deleted. Both take their settings from the environment as they do
+alone; MAX_QUEUE and MAX_BODY_BYTES count for both, and RUNS_DIR is where fine-tuned models are put and served from.
 """
 
 from __future__ import annotations

@@ -22,12 +22,19 @@ from common.jobs.store import Job, KeyTaken
 from common.web import app as web
 from common.web.app import Problem
 
+OF_MODELS = {
+    403: "No job of this service has made it, so that it is deleted by hand; or as on every path",
+    404: "No such model",
+    409: "A job or another model needs it; the message says which",
+    503: "The disk does not let it go; try again after `Retry-After` seconds",
+}
 SENTENCES = {
     404: "No such fine-tuning job",
     409: "The job's state does not allow it; the message says why",
     503: "Too many jobs wait, or the disk is full; try again after `Retry-After` seconds",
 }
-OPENAIS = ("/v1/files", "/v1/fine_tuning")  # the paths of OpenAI's API that this service has
+# the paths of OpenAI's API that this service has, of one beside the inference server with the method
+OPENAIS = ("/v1/files", "/v1/fine_tuning", "DELETE /v1/models")
 PAGE = 100  # jobs that are read at once
 METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 
@@ -130,6 +137,12 @@ def add_fine_tuning(router: APIRouter, service: Service) -> None:
     tuning = FineTuning(service)
     add_jobs(router, tuning)
     add_results(router, tuning)
+
+    @router.delete("/v1/models/{model}", responses=web.responses(403, 404, 409, 503, own=OF_MODELS))
+    def delete_model(model: str) -> dict[str, Any]:
+        """Delete a fine-tuned model and its checkpoints' models; its job, and what that has left, stay."""
+        service.delete_model(model)
+        return {"id": model, "object": "model", "deleted": True}
 
 
 def add_jobs(router: APIRouter, tuning: FineTuning) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from common.jobs import progress
@@ -13,6 +14,7 @@ from common.jobs.files import file_id
 from common.jobs.fine_tuning import KEY, PUBLISHED, VALIDATION, model_name
 from common.jobs.folder import ARTIFACTS, JobFolder
 from common.jobs.progress import BEAT, POLL
+from common.jobs.published import owner_of
 from common.jobs.store import CANCELLED, ENDED, FAILED, PAUSED, SUCCEEDED, TO_PAUSE, Job
 
 PREFIX = "ftjob-"
@@ -141,14 +143,16 @@ def validation_sentence(figures: dict[str, Any]) -> str:
 
 
 def checkpoints(job: Job, folder: JobFolder) -> list[dict[str, Any]]:
-    """The models that a job has left, the last first: its own, and earlier states of it, each with its figures."""
-    published = folder.read(f"{ARTIFACTS}/{PUBLISHED}")
-    if job.state != SUCCEEDED or not published:
+    """The models that a job has left and that are there, the last first: its own, and earlier states of it, each with
+    its figures."""
+    left = folder.read(f"{ARTIFACTS}/{PUBLISHED}")
+    if job.state != SUCCEEDED or not left:
         return []
+    there = [state for state in left["checkpoints"] if owner_of(Path(left["runs_dir"]) / state["model"]) == job.id]
     figures, points = folder.read(f"{ARTIFACTS}/{VALIDATION}"), progress.curves(folder)
 
     def shown(entry: dict[str, Any]) -> dict[str, Any]:
-        step, own = entry["step"], entry["model"] == published["model"]
+        step, own = entry["step"], entry["model"] == left["model"]
         valid = latest(points, "eval_loss", step)
         metrics: dict[str, Any] = {"step": step, "train_loss": latest(points, "loss", step), "valid_loss": valid}
         if own and figures:
@@ -166,7 +170,7 @@ def checkpoints(job: Job, folder: JobFolder) -> list[dict[str, Any]]:
             "metrics": metrics,
         }
 
-    return [shown(entry) for entry in sorted(published["checkpoints"], key=lambda entry: -entry["step"])]
+    return [shown(entry) for entry in sorted(there, key=lambda entry: -entry["step"])]
 
 
 def latest(points: Sequence[dict[str, Any]], name: str, step: int) -> float | None:

@@ -29,12 +29,12 @@ from common.jobs.files import RESULTS as RESULTS_PURPOSE
 from common.jobs.files import FileStore
 from common.jobs.fine_tuning import PUBLISHED, RESULTS, VALIDATION
 from common.jobs.folder import CHECKPOINTS, JobFolder, plain_files
+from common.jobs.published import OWNER, STEP, owner_of
 from common.models import adapters
 from common.training.progress import ACCURACY
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")  # OpenAI's
 REWARD_ACCURACY = "rewards/accuracies"  # TRL's, of preferences
-OWNER = "owner.json"  # in a run's folder: the job that it is of
 OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args")  # how files of it begin
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def is_anothers(run: Path, job_id: str) -> bool:
     """Whether there is a run that is not of this job."""
-    return run.exists() and JobFolder(run).read(OWNER).get("job_id") != job_id
+    return run.exists() and owner_of(run) != job_id
 
 
 def check_name(run: Path, job_id: str) -> None:
@@ -143,7 +143,7 @@ def publish_checkpoints(run: Path, runs_dir: Path, name: str, last: int, job_id:
         if not (number.isdigit() and whole and holds_model) or int(number) == last:
             continue
         files = [(file.name, file) for file in plain_files(folder) if not file.name.startswith(OF_TRAINING)]
-        model = f"{name}-step-{number}"
+        model = f"{name}{STEP}{number}"
         if is_anothers(runs_dir / model, job_id):
             cli.log(f"the state after step {number} is left out: there is another run called {model}")
             continue

@@ -16,7 +16,7 @@ from typing import Any
 from prometheus_client import Gauge
 
 from common.cli import UserError
-from common.jobs import choices, local_backend, progress
+from common.jobs import choices, local_backend, progress, published
 from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
 from common.jobs.files import FileStore, StoredFile
@@ -149,6 +149,7 @@ class Service:
             self.jobs_dir.mkdir(exist_ok=True)
             self.files = FileStore(settings.data_dir, settings.max_file_bytes, settings.files_quota)
             self.files.clean()
+            published.delete_set_aside(settings.runs_dir)
             adopt_folders(self.store, self.jobs_dir)
         except (OSError, sqlite3.Error) as error:
             words = error.strerror if isinstance(error, OSError) else str(error)
@@ -342,13 +343,38 @@ class Service:
             if not self.runner.delete(job_id):
                 raise Problem(409, f"the job is {job.state}; cancel it first")
 
+    def delete_model(self, name: str) -> None:
+        """Delete a model that a job has published, with the earlier states of it; the job stays.
+
+        Raises:
+            Problem: 404, 403 for a run that no job has made, 409 while a job or another model needs it, 503 where the
+                disk does not let it go.
+        """
+        runs_dir = self.settings.runs_dir
+        with self._in_use:
+            folders = published.states(runs_dir, name)
+            job = self.find(published.owner_of(folders[-1]) or "")
+            if job and job.state not in ENDED:
+                raise Problem(409, f"the job {job.id}, which makes it, is {job.state}; cancel that first", "model")
+            for folder in folders:
+                for other in self.store.needing(os.path.realpath(folder)):  # as a model in reach is named
+                    words = f"the job {other.id}, which is {other.state}, needs {folder.name}; cancel that first"
+                    raise Problem(409, words, "model")
+                for run in published.standing_on(runs_dir, folder):
+                    raise Problem(409, f"the model {run} stands on {folder.name}; delete that first", "model")
+            try:
+                published.delete(folders)
+            except OSError as error:
+                message = f"the model cannot be deleted ({error.strerror}); make {runs_dir} writable and try again"
+                raise Problem(503, message, retry_after=60) from error
+
     def describe(self, job: Job) -> dict[str, Any]:
         """A job as the API shows it."""
         waiting = job.state == QUEUED and not job.handed
         return {
             "job_id": job.id,
             "name": job.request.get(JOB_NAME),
-            "served_as": self.folder(job).read(f"{ARTIFACTS}/{PUBLISHED}").get("model"),
+            "served_as": self._served_as(job),
             "method": job.method,
             "state": job.state,
             "cancelling": bool(job.cancel) and job.cancel != TO_PAUSE,
@@ -365,6 +391,11 @@ class Service:
             "resumable": job.state in (PAUSED, FAILED, CANCELLED),
             "request": job.request,
         }
+
+    def _served_as(self, job: Job) -> str | None:
+        """The run that a job has become, unless that was deleted."""
+        name = self.folder(job).read(f"{ARTIFACTS}/{PUBLISHED}").get("model")
+        return name if name and published.owner_of(self.settings.runs_dir / name) == job.id else None
 
     def choices(self) -> dict[str, Any]:
         """What a request may name, looked for again after `LOOK` seconds."""

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import sqlite3
 import threading
@@ -87,7 +88,8 @@ class Job:
 
     def needs(self, path: str) -> bool:
         """Whether its commands name a file or folder, or what is in it."""
-        return any(path in word for command in self.commands for word in command["argv"])
+        named = re.compile(re.escape(path) + r"(?![\w.-])")  # runs/tickets-2 is not in runs/tickets
+        return any(named.search(word) for command in self.commands for word in command["argv"])
 
 
 JSON_COLUMNS = ("request", "commands", "error", "artifacts", "stops")

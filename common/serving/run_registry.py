@@ -152,10 +152,14 @@ class Registry:
         The disk is looked at every `LOOK` seconds at most: at a thousand requests a second it would cost a tenth.
         """
         until, version = self._fresh.get(address, (0.0, None))
-        if time.monotonic() > until:
+        gone = version is not None and version.name != BASE and not os.path.isdir(self._folder(version.name))
+        if gone or time.monotonic() > until:  # one that was deleted is not answered for, not even for a moment
             self._fresh.pop(address, None)
             return None
         return version
+
+    def _folder(self, name: str) -> str:
+        return os.path.join(self.runs_dir, name)
 
     def kind(self, name: str) -> str | None:
         """The kind of task that a run was trained for (`task_record.KINDS`); None where nothing says so."""

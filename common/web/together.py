@@ -17,9 +17,11 @@ def together(main: FastAPI, other: FastAPI, prefix: str, moved: Sequence[str]) -
 
     Args:
         other: whose paths all begin with `prefix`; what it has without (`OF_THE_SERVER`) is asked for under it, too.
-        moved: paths that are asked for without the prefix, and are the other's, with all that is below them.
+        moved: paths that are asked for without the prefix, and are the other's, with all that is below them; of one
+            like "DELETE /v1/models" only what is asked for with that method.
     """
 
+    ways = [(method, path) for method, _, path in (way.rpartition(" ") for way in moved)]
     own = {prefix + path: path for path in OF_THE_SERVER}
 
     def is_below(path: str, *parents: str) -> bool:
@@ -29,7 +31,7 @@ def together(main: FastAPI, other: FastAPI, prefix: str, moved: Sequence[str]) -
         path = scope["path"]
         if path in own:
             await other({**scope, "path": own[path], "raw_path": own[path].encode()}, receive, send)
-        elif is_below(path, *moved):
+        elif is_below(path, *(parent for method, parent in ways if method in ("", scope.get("method")))):
             raw = prefix.encode() + scope.get("raw_path", path.encode())
             await other({**scope, "path": prefix + path, "raw_path": raw}, receive, send)
         else:

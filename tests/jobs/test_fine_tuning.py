@@ -15,7 +15,7 @@ from openai import NotFoundError, UnprocessableEntityError
 from support.jobs_served import make_place
 from support.openai_jobs import chats, in_process, preferences
 
-from common.jobs import fine_tuning
+from common.jobs import fine_tuning, publication
 from common.jobs.backend import Device
 from common.jobs.folder import JobFolder
 from common.training.settings import TrainSettings
@@ -265,7 +265,10 @@ def test_events_and_checkpoints_of_a_job_that_has_trained(place):
     folder.write("artifacts/validation.json", {"n": 5, "loss": interval, "token_accuracy": interval | {"value": 0.5}})
     name = f"ft-student-{row.id}"
     states = [{"step": 2, "model": name, "created": now}, {"step": 1, "model": f"{name}-step-1", "created": now}]
-    folder.write("artifacts/published.json", {"model": name, "checkpoints": states})
+    runs = place.parent / "runs"
+    folder.write("artifacts/published.json", {"model": name, "runs_dir": str(runs), "checkpoints": states})
+    for state in states:
+        publication.publish([], runs / state["model"], row.id)
     service.store.finish(row, "succeeded", None, [], 5)
     later = [event for event in jobs.list_events(job.id, limit=2)]  # pages of two
     assert later[3:] == events
@@ -278,6 +281,8 @@ def test_events_and_checkpoints_of_a_job_that_has_trained(place):
     assert (last.metrics.train_loss, last.metrics.valid_loss) == (2.5, 2.25)
     assert last.metrics.full_valid_mean_token_accuracy == 0.5
     assert (first.step_number, first.metrics.train_loss, first.metrics.valid_loss) == (1, 2.5, None)
+    client.models.delete(f"{name}-step-1")
+    assert [state.step_number for state in jobs.checkpoints.list(job.id)] == [2]
     done = jobs.retrieve(job.id)
     assert (done.status, done.fine_tuned_model, done.validation["n"]) == ("succeeded", name, 5)
     assert done.finished_at >= done.created_at

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from openai import OpenAI
+from openai import NotFoundError, OpenAI
 from support.inputs import ROOT
 from support.openai_jobs import preferences, until
 from support.processes import wait_for
@@ -131,3 +131,9 @@ def go_on_with_preferences(client: OpenAI, before, base: str) -> None:
     assert figures["low"] <= figures["value"] <= figures["high"]
     question = [{"role": "user", "content": "Question 1"}]
     assert client.chat.completions.create(model=done.fine_tuned_model, messages=question, max_tokens=4).choices
+    deleted = client.models.delete(done.fine_tuned_model)
+    assert (deleted.id, deleted.deleted) == (done.fine_tuned_model, True)
+    with pytest.raises(NotFoundError, match="there is no run"):
+        client.chat.completions.create(model=done.fine_tuned_model, messages=question, max_tokens=4)
+    assert client.fine_tuning.jobs.checkpoints.list(job.id).data == []
+    assert client.chat.completions.create(model=before.fine_tuned_model, messages=question, max_tokens=4).choices

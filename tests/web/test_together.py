@@ -25,6 +25,7 @@ def application(name: str, path: str, log: list[str]) -> FastAPI:
     def ready() -> list[str]:
         return [name, "ready"]
 
+    @app.delete(path + "/{rest:path}")
     @app.get(path + "/{rest:path}")
     def answer(rest: str, request: Request) -> list[str]:
         return [name, rest, request.url.query]
@@ -35,7 +36,7 @@ def application(name: str, path: str, log: list[str]) -> FastAPI:
 def test_each_has_its_paths_and_its_life():
     log: list[str] = []
     one, other = application("one", "", log), application("other", "/training", log)
-    with TestClient(together(one, other, "/training", ["/v1/files"])) as client:
+    with TestClient(together(one, other, "/training", ["/v1/files", "DELETE /v1/models"])) as client:
         assert log == ["one begins", "other begins"]
         for path, name, rest in (
             ("/", "one", ""),
@@ -47,6 +48,9 @@ def test_each_has_its_paths_and_its_life():
             ("/trainings", "one", "trainings"),
         ):
             assert client.get(f"{path}?a=1").json() == [name, rest, "a=1"]
+        assert client.get("/v1/models/a").json()[0] == "one"
+        assert client.delete("/v1/models/a").json()[:2] == ["other", "v1/models/a"]
+        assert client.delete("/v1/modelsets/a").json()[0] == "one"
         assert client.get("/readyz").json() == ["one", "ready"]
         assert client.get("/training/readyz").json() == ["other", "ready"]  # which it has without its prefix
         assert client.get("/training/readyz/x").json()[:2] == ["other", "readyz/x"]
