@@ -105,7 +105,10 @@ function textOf(row) {
   const column = $("rows-column").value;
   if (column) return row[column];
   const title = name => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
-  return Object.entries(row).filter(([, value]) => value.trim()).map(([name, value]) => title(name) + ": " + value.trim()).join(", ");
+  const own = models.find(model => model.task === labelTask() && model.text_columns);
+  const names = (own ? own.text_columns : []).filter(name => name in row);  // in the order that it was trained on
+  return (names.length ? names : Object.keys(row)).map(name => [name, row[name].trim()])
+    .filter(([, value]) => value).map(([name, value]) => title(name) + ": " + value).join(", ");
 }
 
 // The answers to some texts; where one of them is refused, the others are answered all the same.

@@ -109,6 +109,9 @@ class RunEntry(BaseModel):
     text_fields: list[str] | None = Field(
         None, description="The column that has the text of its rows, in a file of them"
     )
+    text_columns: list[str] | None = Field(
+        None, description="Of rows without it: what makes their text, a line `Key: value, Key: value` in this order"
+    )
 
 
 class ModelsAnswer(BaseModel):

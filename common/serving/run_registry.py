@@ -303,11 +303,13 @@ def describe(version: Version) -> dict[str, Any]:
         "task": None,
         "labels": None,
         "text_fields": None,
+        "text_columns": None,
     }
     if version.task:
         record = json.loads(version.task)
         about |= {"kind": record["kind"], "task": record["name"], "labels": record.get("labels")}
         about["text_fields"] = [record["text_field"]] if record.get("text_field") else None
+        about["text_columns"] = record.get("text_columns") or None
     folder = Path(version.model_dir)
     try:
         if (folder / run_record.FILE).is_file():

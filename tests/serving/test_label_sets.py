@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 from support.inputs import ROOT
@@ -12,7 +13,8 @@ from support.served import ROWS, make_run, replace_adapter, same, serve, setting
 
 from common.data import task_record
 from common.models.source import ModelSource
-from common.serving.run_registry import LOOK
+from common.serving.routes import RunEntry
+from common.serving.run_registry import LOOK, Version, describe
 from common.serving.server import Server
 from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.classifier import Classifier
@@ -39,6 +41,14 @@ def mixed(own, base):
     for seed, (name, record) in enumerate(records.items(), start=5):
         task_record.write(make_run(own / name, base, seed), record)
     return own
+
+
+@pytest.mark.parametrize("columns", [(), ("subject", "body")])
+def test_the_columns_of_a_line_are_listed_in_their_order(tmp_path, columns):
+    task = replace(TICKETS, text_columns=columns)
+    known = describe(Version("a", str(tmp_path), str(tmp_path), "0" * 64, (), task.text))
+    assert known["text_fields"] == ["ticket"]
+    assert RunEntry(**known, loaded=False, current=True).text_columns == (list(columns) or None)
 
 
 def test_two_label_sets_each_with_its_calibration(mixed, base):

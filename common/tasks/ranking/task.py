@@ -128,7 +128,11 @@ class LabelTask:
 
     def warning(self, text: str) -> str | None:
         """Why an answer to a text says little, in a sentence: the text is not of this task. None where it may be."""
-        return None
+        titles = [_title(name) for name in self.text_columns]
+        if not titles or any(re.search(rf"(?<!\w){re.escape(title)}:", text, re.IGNORECASE) for title in titles):
+            return None
+        line = ", ".join(f"{title}: ..." for title in titles)
+        return f'no column of {self.name} is in the text; give a line like those that it was trained on, "{line}"'
 
     def as_texts(self, row: Any) -> Any:
         """A row as a table would have it: with its text, where it has columns instead that make one, and with a label
@@ -354,11 +358,16 @@ def _texts(value: Any, refuse: Callable[[str], UserError]) -> list[str]:
 
 
 def _named_cells(row: dict, columns: Sequence[str]) -> Iterator[str]:
-    """ "Key: value" of each cell that is not empty; the key begins with a capital, as in CreditMix's lines."""
+    """ "Key: value" of each cell that is not empty, the key as its `_title`, as in CreditMix's lines."""
     for name in columns:
         if (value := row.get(name)) is not None and (text := str(value).strip()):
-            title = name.strip().replace("_", " ")
-            yield f"{title[:1].upper()}{title[1:]}: {text}"
+            yield f"{_title(name)}: {text}"
+
+
+def _title(name: str) -> str:
+    """What a column is called in a line."""
+    title = name.strip().replace("_", " ")
+    return f"{title[:1].upper()}{title[1:]}"
 
 
 def warned(task: LabelTask, text: str, answer: dict) -> dict:

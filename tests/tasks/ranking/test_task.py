@@ -25,7 +25,7 @@ from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.loading import load_task
 from common.tasks.ranking.settings import ScoringSettings
-from common.tasks.ranking.task import LabelTask
+from common.tasks.ranking.task import LabelTask, warned
 from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores
 from recipes import make_tickets
 
@@ -161,6 +161,18 @@ def test_a_text_column_that_no_row_has_is_named(tmp_path):
     row = {"subject": "s", "body": "b", "severity": "Low", "customer": "a"}
     with pytest.raises(UserError, match="no row has 'Body', the task's text_columns; it has subject, body"):
         task.read(write_rows(tmp_path / "x.jsonl", [row]))
+
+
+def test_a_text_of_another_form_than_its_columns_is_warned_of():
+    task = replace(load_task(TICKETS), text_columns=("subject", "hours_open"))
+    line = task.text_of({"subject": "Mail", "hours_open": 2})
+    assert line == "Subject: Mail, Hours open: 2"
+    for text in (line, "hours open: 2"):
+        assert warned(task, text, {"prediction": "Low"}) == {"prediction": "Low"}
+    form = 'give a line like those that it was trained on, "Subject: ..., Hours open: ..."'
+    for text in ("Mail", "24 hours open", "mysubject: x", "Body: x"):
+        assert task.warning(text) == f"no column of ticket_severity is in the text; {form}"
+    assert load_task(TICKETS).warning("Mail") is None
 
 
 def test_the_number_0_names_a_group(tmp_path):
