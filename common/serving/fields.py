@@ -20,10 +20,17 @@ Tokens = Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)]
 
 
 FLAG = re.compile(r"--(max_new_tokens|dates|utc_offset)\b")  # of the scripts, which requests have as fields
+LAST_REMEDY = re.compile(r",? or (?:(?!,? or |\.py\b)[^;])*--(?:(?!,? or |\.py\b)[^;])*$")
 
 
 def with_fields(message: str) -> str:
-    """What the toolkit says of a model's answer, with the request's fields where it names the scripts' flags."""
+    """What the toolkit says of a request or an answer, with the request's fields where it names the scripts' flags.
+
+    A last remedy that is a flag of no request ("change it, or pass --best_effort") is left out.
+    """
+    last = LAST_REMEDY.search(message)
+    if last and not FLAG.search(last[0]):
+        message = message[: last.start()]
     return FLAG.sub(r"\1", message)
 
 

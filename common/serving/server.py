@@ -83,7 +83,7 @@ class Server:
         except UnknownRun as error:
             raise Problem(404, str(error), param) from error
         except UserError as error:
-            raise Problem(409, str(error), param) from error
+            raise Problem(409, with_fields(str(error)), param) from error
 
     async def label_task(self, version: Version, name: str | None = None) -> LabelTask:
         """The label task of a run, or for a run that was trained for none the known one of this name.
@@ -124,7 +124,7 @@ class Server:
         except QueueFull:
             raise Problem(503, "too many schemas wait to be checked; try again", retry_after=1) from None
         if fault:
-            raise Problem(422, fault, param)
+            raise Problem(422, with_fields(fault), param)
 
     def encode(self, version: Version, prompts: Sequence[str]) -> list[str | list[int]]:
         """Prompts as token ids, where this process knows how (see `ModelProcess.encode`)."""
@@ -209,7 +209,7 @@ class Server:
         except QueueFull:
             raise Problem(503, "the queue is full; try again", retry_after=1) from None
         except Unusable as error:
-            raise Problem(409, str(error)) from None
+            raise Problem(409, with_fields(str(error))) from None
         except Gone as error:
             raise Problem(503, str(error), retry_after=10) from None
 
@@ -308,7 +308,7 @@ def outcome(answer: Any) -> Any:
             ended over it.
     """
     if isinstance(answer, Unusable):
-        raise Problem(409, str(answer))
+        raise Problem(409, with_fields(str(answer)))
     if isinstance(answer, UserError):
         raise Problem(422, with_fields(str(answer)))
     if isinstance(answer, Gone):

@@ -37,14 +37,22 @@ class CodeBatch:
         tasks: by their indices; more may be put in meanwhile.
         decoding: the second of several samples that are asked for by themselves has the next seed, and so on.
         streamer: gets the tokens of the code; for one task and one sample.
+        numbered: a sentence about a task says which one it is.
     """
 
     def __init__(
-        self, writer: CodeWriter, tasks: dict[int, str], decoding: Decoding, streamer: BaseStreamer | None = None
+        self,
+        writer: CodeWriter,
+        tasks: dict[int, str],
+        decoding: Decoding,
+        streamer: BaseStreamer | None = None,
+        *,
+        numbered: bool = True,
     ) -> None:
         from common.generation.generate import TextBatch
 
         self.writer, self.tasks, self.decoding, self.streamer = writer, tasks, decoding, streamer
+        self.numbered = numbered
         self.batch = TextBatch(writer.model, writer.tokenizer, writer.max_batch_tokens)
         self.plans = self.asked_again = self.stayed_empty = 0
 
@@ -107,9 +115,10 @@ class CodeBatch:
         prompt = self.writer.encode(text, decoding.thinking)
         context = context_of(self.writer.model.config)
         if len(prompt) + decoding.max_new_tokens > context:
+            which = f"the prompt of task {question.index + 1}" if self.numbered else "the prompt"
             raise UserError(
-                f"the prompt of task {question.index + 1} has {len(prompt)} tokens and with {decoding.max_new_tokens} "
-                f"new ones does not fit the model's context of {context}; shorten it, or lower --max_new_tokens"
+                f"{which} has {len(prompt)} tokens and with {decoding.max_new_tokens} new ones does not fit the "
+                f"model's context of {context}; shorten it, or lower --max_new_tokens"
             )
         self.batch.ask(
             question,

@@ -132,7 +132,7 @@ class CodeWriter:
             UserError: a prompt does not fit the model's context, and there is no `refuse`.
         """
         waiting: dict[int, str] = {}
-        work = CodeBatch(self, waiting, decoding, streamer)
+        work = CodeBatch(self, waiting, decoding, streamer, numbered=refuse is None)  # `refuse` is told the index
         answers: dict[int, dict[int, CodeAnswer]] = {}
         refused: set[int] = set()
         indices = count(len(tasks))
