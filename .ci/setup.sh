@@ -66,6 +66,27 @@ why() {
   fi
 }
 
+# What pip is at, by its LOG: the package, without where it comes from.
+pip_step() {
+  sed -nE -e '/\.metadata/d' -e 's/^ *Collecting ([A-Za-z0-9._-]+).*/finding \1/p' \
+    -e 's/^ *(Downloading|Using cached) ([^ ]*\/)?([A-Za-z0-9._]+)-[^ ]* (\([^)]*\)).*/getting \3 \4/p' \
+    -e 's/^ *Building wheels? for (collected packages: )?([A-Za-z0-9._-]+).*/building \2/p' \
+    -e 's/^Installing collected packages:.*/unpacking, the last part/p' "$1" 2>/dev/null | tail -n 1
+}
+
+# tell_progress LOG [EVERY]: a line every EVERY seconds (10), for as long as the script lives.
+tell_progress() {
+  local started=$SECONDS every=${2:-10} next step
+  next=$((started + every))
+  while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+    if ((SECONDS >= next)); then
+      step=$(pip_step "$1")
+      say "setup: $(duration $((SECONDS - started))): ${step:-pip starts}"
+      next=$((SECONDS + every))
+    fi
+  done
+}
+
 make_venv() {
   local interpreter=$1 log
   rm -rf .venv || die 1 "cannot remove the half-made $root/.venv; remove it yourself and run again"
@@ -77,6 +98,7 @@ make_venv() {
 
 setup() {
   local started=$SECONDS interpreter=${PYTHON:-python3} wanted="" version package lock file requirements=()
+  local teller failed=0
   exec {lock}<"$root" # two setups in one checkout take turns
   if ! flock -n "$lock" 2>/dev/null; then
     say "setup: waiting for another one in this folder"
@@ -115,7 +137,14 @@ python3.11-venv) and name it: PYTHON=python3.11 $0"
   for file in "$@"; do
     requirements+=(-r "$file")
   done
-  if ! "$python" -m pip install -q --disable-pip-version-check "${requirements[@]}" >.venv/pip.log 2>&1; then
+  : >.venv/pip.log
+  tell_progress .venv/pip.log {lock}<&- & # not pip: a command in the background does not hear Ctrl-C
+  teller=$!
+  "$python" -m pip install --progress-bar off --disable-pip-version-check "${requirements[@]}" >.venv/pip.log 2>&1 ||
+    failed=1
+  kill "$teller" 2>/dev/null || true
+  wait "$teller" 2>/dev/null || true
+  if ((failed)); then
     # pip fetches everything before it installs anything: without a network the environment is as it was.
     [[ $(why .venv/pip.log) != "pip could not get"* ]] || rm -f .venv/unfinished
     die 1 "pip install failed: $(why .venv/pip.log)"

