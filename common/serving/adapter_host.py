@@ -316,13 +316,11 @@ class Host:
         return [(name, weight.shape) for name, weight in self.model.named_parameters()]
 
     def _detach_old(self, name: str) -> None:
-        """Drop the versions of a run that are too old to be asked for, and the adapters of runs that were deleted."""
+        """Drop the versions of a run that are too old to be asked for."""
         current = self._versions.get(name, ())
         running = {request.key[0] for request in itertools.chain(*self._taken)}
         for version, view in list(self.views.items()):
-            is_old = version.name == name and version not in current
-            is_gone = version.adapter and not Path(version.model_dir).is_dir()
-            if (is_old or is_gone) and version not in running:
+            if version.name == name and version not in current and version not in running:
                 del self.views[version]
                 if view.adapter:
                     with warnings.catch_warnings():  # that PEFT makes another one active

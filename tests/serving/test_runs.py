@@ -98,22 +98,22 @@ def test_only_the_last_versions_stay_loaded(own, tmp_path, base, monkeypatch):
         assert len([version for version in process.state.views if version.name == "creditmix_sft"]) == 3
 
 
-def test_a_run_that_was_deleted_is_answered_for_no_more(own):
-    """At once, by its name and by its hash; another on the same base answers as before, and its adapter is let go."""
-    asked = {"features": ROWS[0]}
-    with serve(own) as served:
-        before = served.post("/infer/kd", asked)
-        gone = served.post("/infer/sft", asked)
-        (own / "creditmix_sft").rename(own / ".creditmix_sft.deleted")
-        for name in ("sft", "creditmix_sft", served.server.registry.versions("creditmix_sft")[0].address):
-            assert "there is no run" in served.refused(404, f"/infer/{name}", asked)
-        assert served.post("/infer/kd", asked) == before
-        served.post("/infer/dpo", asked)
-        (process,) = served.processes
-        wait_for(lambda: {version.name for version in process.state.views} == {"base", "creditmix_dpo", "creditmix_kd"})
-        assert served.post("/infer/kd", asked) == before
-        (own / ".creditmix_sft.deleted").rename(own / "creditmix_sft")
-        assert served.post("/infer/sft", asked) == gone
+def test_a_run_that_was_deleted_is_answered_for_no_more(tmp_path):
+    """At once, by its name and by its hash; another on the same base is found as before."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+        (tmp_path / name / "adapter_model.safetensors").write_text(name)
+    registry = Registry(str(tmp_path), None)
+    gone, other = registry.find("a"), registry.find("b")
+    registry.find(gone.address)
+    assert registry.known("a") == registry.known(gone.address) == gone
+    (tmp_path / "a").rename(tmp_path / ".a.deleted")
+    for address in ("a", gone.address):
+        assert registry.known(address) is None
+        with pytest.raises(UnknownRun, match="there is no run 'a'; there are: base, b"):
+            registry.find(address)
+    assert registry.known("b") == other
 
 
 def test_files_that_are_being_written_are_left_alone(own, runs, monkeypatch):
