@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from common import cli
 from common.cli import UserError
@@ -14,7 +12,7 @@ from common.distillation.settings import (
     CACHES,
     DEFAULT_WEIGHTS,
     DIVERGENCES,
-    OF_HIDDEN,
+    GOES_WITH,
     OF_LOGITS,
     ON_POLICY_WEIGHTS,
     DistillSettings,
@@ -22,23 +20,6 @@ from common.distillation.settings import (
 from common.models import loading
 from common.training import flags as training_flags
 
-OF_LAYERS = (*OF_HIDDEN, "attention_mse")
-Companion = tuple[str, Callable[[DistillSettings], Any]]
-ON_POLICY: Companion = ("--on_policy", lambda settings: settings.on_policy)
-CACHE: Companion = ("--teacher_cache", lambda settings: settings.teacher_cache or settings.on_policy)
-DATASET: Companion = ("--dataset", lambda settings: settings.dataset)
-GOES_WITH: dict[str, Companion] = {  # flags that would do nothing alone
-    **dict.fromkeys(("rounds", "prompts_per_round", "num_samples", "max_new_tokens", "sample_temperature"), ON_POLICY),
-    **dict.fromkeys(("lmbda", "ignore_collapse"), ON_POLICY),
-    **dict.fromkeys(("cache_k", "cache_targets", "max_batch_tokens"), CACHE),
-    **dict.fromkeys(("subset", "split", "text_column"), DATASET),
-    "load_teacher_in_4bit": ("--teacher", lambda settings: settings.teacher),
-    "jsd_beta": ("--jsd", lambda settings: settings.jsd),
-    "layer_map": (
-        ", ".join(f"--{name}" for name in OF_LAYERS),
-        lambda settings: settings.weights.keys() & set(OF_LAYERS),
-    ),
-}
 WEIGHTS = {  # flag: names of it in other recipes, what it weighs
     "forward_kl": (("alpha_kl", "gamma_kl"), "KL(teacher || student)"),
     "reverse_kl": ((), "KL(student || teacher)"),
@@ -152,8 +133,10 @@ def checked(settings: DistillSettings) -> DistillSettings:
         raise UserError(f"--temperature {settings.temperature} must be above 0")
     if (settings.data is None) == (settings.dataset is None):
         raise UserError("give either --data FILE or --dataset NAME")
-    for name, (companion, is_there) in GOES_WITH.items():
-        if getattr(settings, name) != getattr(DistillSettings, name) and not is_there(settings):
+    idle = settings.idle(settings.as_dict())
+    for name, others in GOES_WITH.items():
+        if name in idle and getattr(settings, name) != getattr(DistillSettings, name):
+            companion = " or ".join(f"--{other}" for other in others)
             raise UserError(f"--{name} goes with {companion}; give that too, or leave it out")
     weights = settings.weights
     if settings.on_policy:

@@ -21,6 +21,16 @@ TERMS = (*OF_LOGITS, *OF_HIDDEN, "attention_mse")
 DEFAULT_WEIGHTS: Mapping[str, float] = MappingProxyType({"forward_kl": 0.5, "ce": 0.5})
 ON_POLICY_WEIGHTS: Mapping[str, float] = MappingProxyType({"reverse_kl": 1.0})
 CACHES = "teacher_cache"  # in the run folder, where an on-policy run is given no other
+OF_DATASET = ("subset", "split", "text_column")
+GOES_WITH: Mapping[str, tuple[str, ...]] = MappingProxyType({  # setting: those without any of which it decides nothing
+    **dict.fromkeys(("rounds", "prompts_per_round", "num_samples", "max_new_tokens"), ("on_policy",)),
+    **dict.fromkeys(("sample_temperature", "lmbda", "ignore_collapse"), ("on_policy",)),
+    **dict.fromkeys(("cache_k", "cache_targets", "max_batch_tokens"), ("teacher_cache", "on_policy")),
+    **dict.fromkeys(OF_DATASET, ("dataset",)),
+    "load_teacher_in_4bit": ("teacher",),
+    "jsd_beta": ("jsd",),
+    "layer_map": (*OF_HIDDEN, "attention_mse"),
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +122,9 @@ class DistillSettings(TrainSettings):
 
     def described_data(self, rows: int) -> dict[str, Any]:
         return super().described_data(rows) if self.data else {"path": self.dataset, "rows": rows}
+
+    @classmethod
+    def idle(cls, values: Mapping[str, Any]) -> frozenset[str]:
+        """As `TrainSettings.idle`, with those of `GOES_WITH` that are alone."""
+        alone = {name for name, others in GOES_WITH.items() if not any(values.get(other) for other in others)}
+        return super().idle(values) | alone

@@ -35,6 +35,7 @@ STALE = 86_400.0  # seconds after which a folder that was being received belongs
 FILE_ID = re.compile(r"file-[0-9a-f]{16}")
 TEXT = ".txt"  # running text, one row
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", TEXT)
+ROWS = {".jsonl": re.compile(r'\s*\{\s*"'), ".json": re.compile(r"\s*\[\s*\{")}  # how rows begin, and no text does
 MOST_AT_ONCE = records.LONGEST  # characters of a list, or of a line
 LOOKED_AT = 100  # rows, by what most of which are the others are judged
 FINE_TUNE, RESULTS = "fine-tune", "fine-tune-results"
@@ -265,7 +266,8 @@ def suffix_of(path: Path, filename: str) -> str:
     if tables.is_parquet(path):
         return ".parquet"
     with open_text(path) as handle:
-        return {"{": ".jsonl", "[": ".json"}.get(handle.read(4096).lstrip()[:1], TEXT)
+        start = handle.read(4096)
+    return next((suffix for suffix, beginning in ROWS.items() if beginning.match(start)), TEXT)
 
 
 def checked_rows(path: Path, filename: str, max_bytes: int) -> dict[str, Any]:
@@ -312,7 +314,7 @@ def check_unpacked(path: Path, max_bytes: int) -> None:
     else:
         with open_text(path) as handle:
             piece = handle.read(4096)
-            size, is_list = len(piece), piece.lstrip().startswith("[")
+            size, is_list = len(piece), path.suffix != TEXT and piece.lstrip().startswith("[")
             most = min(MOST_AT_ONCE, max_bytes) if is_list else max_bytes
             while piece and size <= most:
                 first, *others = piece.split("\n")

@@ -27,6 +27,8 @@ FEW_ROWS, MANY_ROWS = 100, 25_000  # that "auto" wants to be seen at least, and 
 STEPS_AN_EPOCH = 16  # that "auto" wants at least, in batches of fewer rows where there are few
 ROWS_AT_ONCE = 4  # of a batch whose size is given; the rest is accumulated
 LOGGED = 200  # points of a loss curve
+LONGEST_BASE = 40  # characters of a base's name in a model's
+LONGEST_NAME = 128 - len("-step-1000000000")  # of a model's, whose checkpoints are to be served, too
 FIELDS = {"student": "model", "init_adapter": "model", "data": "training_file", "eval_data": "validation_file",
           "epochs": "n_epochs", "learning_rate": "learning_rate_multiplier",
           "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size"}  # fmt: skip
@@ -215,9 +217,10 @@ def model_name(student: str, suffix: str | None, job_id: str) -> str:
 
     It has no colons as OpenAI's have, which some file systems and tools read otherwise.
     """
-    base = plain(Path(student.rstrip("/")).name)[:40].strip("-.")
-    parts = ["ft", base or "model", *([words] if suffix and (words := plain(suffix)) else []), job_id]
-    return "-".join(parts)
+    behind = [*([words] if suffix and (words := plain(suffix)) else []), job_id]
+    room = min(LONGEST_BASE, LONGEST_NAME - len("-".join(["ft", "", *behind])))
+    base = plain(Path(student.rstrip("/")).name)[:room].strip("-.")
+    return "-".join(["ft", base or "model", *behind])
 
 
 def plain(text: str) -> str:

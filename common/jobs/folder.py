@@ -82,6 +82,11 @@ class JobFolder:
         """The run.json of the training; empty where it has not begun."""
         return self.read(f"{ARTIFACTS}/run.json")
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the training has ended well; what comes after it may not have."""
+        return self.read_record().get("state") == "done"
+
     def evaluations(self) -> list[run_figures.Record]:
         """What evaluators kept in the artifacts, the newest first; one that cannot be read is left out."""
         folder, records = self.artifacts / run_figures.FOLDER, []

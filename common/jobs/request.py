@@ -7,6 +7,7 @@ the scripts do not have, and none is described twice.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -18,10 +19,11 @@ from typing import Any
 from common import cli
 from common.cli import UserError
 from common.distillation import flags as distillation_flags
-from common.distillation.settings import DistillSettings
+from common.distillation.settings import OF_DATASET, DistillSettings
 from common.jobs.checks import CACHES, NAME, Reach
+from common.jobs.files import TEXT
 from common.training import flags as training_flags
-from common.training.settings import TrainSettings
+from common.training.settings import DpoSettings, KdSettings, TrainSettings
 from common.web.app import Problem
 
 
@@ -32,14 +34,15 @@ class Method:
     script: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     settings_of: Callable[[argparse.Namespace], TrainSettings]
+    kind: type[TrainSettings]
 
 
 DISTILL = "distill"
 METHODS = {
-    DISTILL: Method("distill_train.py", distillation_flags.add_flags, distillation_flags.settings_of),
-    "sft": Method("sft_train.py", training_flags.add_flags, training_flags.sft_settings),
-    "kd": Method("kd_train.py", training_flags.add_flags, training_flags.kd_settings),
-    "dpo": Method("dpo_train.py", training_flags.add_dpo_flags, training_flags.dpo_settings),
+    DISTILL: Method("distill_train.py", distillation_flags.add_flags, distillation_flags.settings_of, DistillSettings),
+    "sft": Method("sft_train.py", training_flags.add_flags, training_flags.sft_settings, TrainSettings),
+    "kd": Method("kd_train.py", training_flags.add_flags, training_flags.kd_settings, KdSettings),
+    "dpo": Method("dpo_train.py", training_flags.add_dpo_flags, training_flags.dpo_settings, DpoSettings),
 }
 EXPORTER = "export_model.py"
 EXPORTS = {"post_training_quant": "int8", "export_onnx": "onnx"}  # field: format of the exporter
@@ -137,13 +140,12 @@ class Planner:
         if ("data" in given) == ("dataset" in given):
             wanted = "data or dataset, one of the two" if "dataset" in self.fields(method) else "data"
             raise Problem(422, f"data: give {wanted}", "data")
-        argv, names = [f"--save_dir={save_dir}"], {}
-        for name, (field, value) in given.items():
-            names[name] = field
-            value = self._reached(name, field, value)
-            if name == "dataset" and os.path.isfile(value):
-                name = "data"  # a file is none of the datasets library's
-            argv += flag(self.fields(method)[name], value)
+        values = {name: self._reached(name, *asked) for name, asked in given.items()}
+        names = {name: field for name, (field, _) in given.items()}
+        if os.path.isfile(values.get("dataset", "")):
+            values, names = of_a_file(values, names), names | {"data": names["dataset"]}
+        fields = self.fields(method)
+        argv = [f"--save_dir={save_dir}", *(word for name in values for word in flag(fields[name], values[name]))]
         if (method == DISTILL or QAT in given) and not given.keys() & {"lora_r", "init_adapter"}:
             argv.append("--lora_r=0")  # a whole model, unless an adapter is asked for
         settings = self._parse(method, argv, names)
@@ -201,6 +203,12 @@ class Planner:
             raise Problem(422, f"{field}: must not be a path", field)
         return value
 
+    def asked_for(self, method: str, request: Mapping[str, Any], flag: str) -> tuple[str, Any] | None:
+        """(field, value) of a request that a flag of its training is made of; None where none is."""
+        known, names = self.fields(method), (flag, "dataset") if flag == "data" else (flag,)
+        given = ((field, value) for field, value in request.items() if field in known and value is not None)
+        return next(((field, value) for field, value in given if known[field].dest in names), None)
+
     def _parse(self, method: str, argv: list[str], names: Mapping[str, str]) -> TrainSettings:
         """The settings, when the script's parser and its checks take them."""
         try:
@@ -235,13 +243,47 @@ class Planner:
         return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
+def of_a_file(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a dataset that is a file, which is none of the datasets library's, as those of --data.
+
+    Args:
+        values, names: each setting's value, and the field that it was given as.
+
+    Raises:
+        Problem: 422 where a part or a column of its rows is asked for; of running text it would be the same.
+    """
+    for name in OF_DATASET:
+        default = getattr(DistillSettings, name)
+        if Path(values["dataset"]).suffix != TEXT and values.get(name, default) != default:
+            field = names[name]
+            raise Problem(422, f"{field}: the dataset is a file, which has no {name}; leave it out", field)
+    kept = {name: value for name, value in values.items() if name not in ("dataset", *OF_DATASET)}
+    return kept | {"data": values["dataset"]}
+
+
+def as_taken_now(command: dict[str, Any]) -> dict[str, Any]:
+    """A job's command; of a training without the flags that decide nothing beside its others, as of an earlier version,
+    which took them.
+    """
+    script, *words = command["argv"]
+    for method in METHODS.values():
+        if Path(script).name == method.script:
+            parser = cli.parser(method.script)
+            method.add_flags(parser)
+            with contextlib.suppress(UserError):  # what is wrong the script says
+                idle = method.kind.idle(vars(cli.parse_args(parser, words)))
+                words = [word for word in words if word.partition("=")[0].removeprefix("--") not in idle]
+            return command | {"argv": [script, *words]}
+    return command
+
+
 def proof_command(settings: TrainSettings, output: Path) -> list[str]:
     """What writes the rows that an export is compared on: held-out ones where there are any."""
     words = ["-m", "common.jobs.proof_rows", f"--output={output}"]
     if settings.eval_data or settings.data:
         return [*words, f"--data={settings.eval_data or settings.data}"]
     assert isinstance(settings, DistillSettings)  # no other method goes without --data
-    names = ("dataset", "subset", "split", "text_column")
+    names = ("dataset", *OF_DATASET)
     return [*words, *(f"--{name}={value}" for name in names if (value := getattr(settings, name)) is not None)]
 
 

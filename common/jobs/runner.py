@@ -9,12 +9,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.cli import log
 from common.jobs.backend import GONE, Backend, Ended
 from common.jobs.folder import JobFolder, delete_set_aside, try_lock
+from common.jobs.request import as_taken_now
 from common.jobs.store import FAILED, QUEUED, RUNNING, Job, Store
 
 TICK = 0.1  # seconds between two looks while jobs run
@@ -113,7 +115,7 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         try:
-            self.backend.start(job)
+            self.backend.start(replace(job, commands=[as_taken_now(command) for command in job.commands]))
         except OSError as error:
             self._finish(job, Ended(FAILED, {"reason": f"cannot start: {error}", "exit_code": None, "log": []}))
 

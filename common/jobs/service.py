@@ -324,9 +324,9 @@ class Service:
                 if name and self._is_taken(name, job_id):
                     sentence = f"there is another run called {name} by now; send the job again under another name"
                     raise Problem(409, sentence)
-                for field, path in lost_inputs(job.commands).items():
-                    named = next((value for value in job.request.values() if str(value) in path), path)
-                    raise Problem(409, f"{field}: {named} is not there any more; send the job again with another")
+                for flag, path in () if self.folder(job).is_trained else lost_inputs(job.commands).items():
+                    field, value = self.planner.asked_for(job.method, job.request, flag) or (flag, path)
+                    raise Problem(409, f"{field}: {value} is not there any more; send the job again with another")
             resumed = self.store.resume(job_id)
         if not resumed:
             state = "being paused; wait until it is" if job.cancel == TO_PAUSE else job.state

@@ -82,7 +82,7 @@ class Worker:
 
     def _is_done(self, command: dict[str, Any]) -> bool:
         """Whether a training had ended when its worker was killed."""
-        return command["output"] == "" and self.folder.read_record().get("state") == "done"
+        return command["output"] == "" and self.folder.is_trained
 
     def _stop(self, *_) -> None:
         """Ask the command to stop, once: a server that was started again asks again, and a training that is asked

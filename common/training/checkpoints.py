@@ -159,13 +159,22 @@ def best_callback(trainer: Any, folder: Path) -> TrainerCallback:
             building.mkdir(parents=True)
             student = trainer.accelerator.unwrap_model(trainer.model)
             save_student(student, trainer.processing_class, str(building), weights)
-            write_json(
-                building / BEST_FACTS,
-                {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]},
-            )
+            facts = {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]}
+            write_json(building / BEST_FACTS, facts | _kind_of_loss(trainer))
             put_best(folder)
 
     return Best()
+
+
+def _kind_of_loss(trainer: Any) -> dict[str, str]:
+    """How a trainer averages its held-out loss, where that has not always been so: for best.json."""
+    return {"loss": trainer.eval_loss_is} if hasattr(trainer, "eval_loss_is") else {}
+
+
+def judged_alike(trainer: Any, folder: Path) -> bool:
+    """Whether the loss of the weights in `folder`, where there are any, can be compared with those of a trainer."""
+    best = read_best(folder)
+    return not best or best.get("loss") == _kind_of_loss(trainer).get("loss")
 
 
 def put_best(folder: Path) -> None:

@@ -15,10 +15,9 @@ from common.models import adapters, loading
 from common.models.batching import EFFECTIVE_BATCH
 from common.training import quantization_aware
 from common.training.checkpoints import CHECKPOINTS, ROUNDS, can_go_on
-from common.training.settings import DpoSettings, KdSettings, TrainSettings
+from common.training.settings import LORA, DpoSettings, KdSettings, TrainSettings
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-LORA = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}  # flag: what PEFT calls it
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 

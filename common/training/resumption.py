@@ -36,7 +36,8 @@ def differences(before: Mapping[str, Any], settings: Mapping[str, Any], data: Ma
 
     Args:
         before: run.json as the run left it; what it does not say is not compared.
-        settings, data: what is asked for now, as run.json would keep it.
+        settings: those that are asked for now and decide something (see `TrainSettings.deciding`).
+        data: what is asked for now, as run.json would keep it.
     """
     settings, data = json.loads(json.dumps(settings)), json.loads(json.dumps(data))  # tuples are lists there
     known = before.get("settings")

@@ -80,6 +80,11 @@ def start(
     return record
 
 
+def may_change(settings: TrainSettings) -> bool:
+    """Whether what a run is made of may be other than it was begun with: asked for, or changed by --auto_fit itself."""
+    return settings.with_changes or STEPPED_DOWN in os.environ
+
+
 def stop_where_done(settings: TrainSettings, data: dict[str, Any]) -> None:
     """Refuse to go on with a run that has ended and has its weights.
 
@@ -90,7 +95,7 @@ def stop_where_done(settings: TrainSettings, data: dict[str, Any]) -> None:
     run, save_dir = run_record.read(settings.save_dir) or {}, settings.save_dir
     if run.get("state") != "done" or not any(Path(save_dir, name).is_file() for name in WEIGHTS):
         return
-    if not resumption.differences(run, settings.as_dict(), data):
+    if not resumption.differences(run, settings.deciding(), data):
         raise NothingToDo(f"the run in {save_dir} has ended; nothing is left to train")
     if not checkpoints.can_go_on(save_dir):
         raise UserError(
@@ -110,8 +115,8 @@ def open_record(
 ) -> RunRecord:
     """`start`, in a folder that no other training writes to."""
     before = (run_record.read(folder) or {}) if settings.resume and checkpoints.can_go_on(str(folder)) else {}
-    if not settings.with_changes and STEPPED_DOWN not in os.environ:
-        resumption.refuse_changes(settings.save_dir, resumption.differences(before, settings.as_dict(), data))
+    if not may_change(settings):
+        resumption.refuse_changes(settings.save_dir, resumption.differences(before, settings.deciding(), data))
     judged_by = {"eval_sha256": data.get("eval_sha256")}
     if not before or resumption.differences(before, {}, judged_by):
         checkpoints.forget_best(folder)  # of a training that nothing is left of, or by other rows
@@ -238,12 +243,12 @@ def train_and_save(trainer: Trainer, settings: TrainSettings, record: RunRecord 
         begun_on = record.facts.get("base_fingerprint", fingerprint)
         rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         before = record.facts.get("effective_batch", rows)
-        if checkpoint and not settings.with_changes:
+        if checkpoint and not may_change(settings):
             changed = [f"other base weights than those of {settings.student}"] if fingerprint != begun_on else []
             changed += [f"{before} rows an optimizer step, now {rows}"] if rows != before else []
             resumption.refuse_changes(settings.save_dir, changed)
         checkpoints.put_best(best)
-        if fingerprint != begun_on:
+        if fingerprint != begun_on or not checkpoints.judged_alike(trainer, best):
             checkpoints.forget_best(settings.save_dir)
         record.write(
             device=loading.describe_device(),

@@ -16,6 +16,8 @@ from common.vram import model_shape
 from common.vram.formulas import Plan, Training
 from common.vram.plans import training_plan
 
+LORA = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}  # flag: what PEFT calls it
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -142,6 +144,21 @@ class TrainSettings:
         """{flag: value}, for run.json."""
         return asdict(self)
 
+    @classmethod
+    def idle(cls, values: Mapping[str, Any]) -> frozenset[str]:
+        """Names of the settings that decide nothing beside the others, whatever they say: with an adapter that is
+        started from, which goes on with its own, those of a fresh one.
+
+        Args:
+            values: all of them by name.
+        """
+        return frozenset(LORA if values.get("init_adapter") else ())
+
+    def deciding(self) -> dict[str, Any]:
+        """{flag: value} of those that are not idle, for a run that goes on to be compared by."""
+        values = self.as_dict()
+        return {name: value for name, value in values.items() if name not in self.idle(values)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class KdSettings(TrainSettings):
@@ -159,6 +176,11 @@ class DpoSettings(TrainSettings):
     learning_rate: float = 5e-5
     lora_dropout: float = 0.0  # the reference has none, so dropout would be noise between the two
     beta: float = 0.1  # strength of the pull towards the reference
+
+    @classmethod
+    def idle(cls, values: Mapping[str, Any]) -> frozenset[str]:
+        """As `TrainSettings.idle`, but for the dropout, of which 0 switches the adapter's off."""
+        return super().idle(values) - {"lora_dropout"}
 
 
 def has_cuda() -> bool:

@@ -215,6 +215,7 @@ def loss_trainer(
 
     class LossTrainer(checkpoints.StudentSaver, ResumesExactly, WarmFromTheStart, Trainer):
         terms, logged_at = None, 0  # sums since the step of the last log
+        eval_loss_is = "per_token"  # before 0.2.0 a mean of its batches' means
 
         def _get_train_sampler(self, train_dataset=None):
             return row_order(self.args, data.lengths)

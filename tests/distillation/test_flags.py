@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 from support.distillation import distill
 
 import distill_train
 from common import cli
-from common.cli import UserError
+from common.cli import NothingToDo, UserError
 from common.distillation.flags import WEIGHTS, resolve_weights, settings_of
 from common.distillation.settings import TERMS, DistillSettings
 from common.models import hub
+from common.training import resumption, run
 
 
 def parsed(*argv: object):
@@ -42,12 +46,12 @@ def test_weights_of_two_other_recipes_have_one_meaning(tmp_path):
         ((), "--teacher is missing; forward_kl needs one"),
         (("--ce", 1, "--teacher_cache", "c"), "--teacher_cache without --teacher"),
         (("--teacher", "BASE", "--cache_targets", "sampled"), "--cache_targets goes with --teacher_cache"),
-        (("--teacher", "BASE", "--cache_k", 8), "--cache_k goes with --teacher_cache; give that too"),
+        (("--teacher", "BASE", "--cache_k", 8), "--cache_k goes with --teacher_cache or --on_policy; give that too"),
         (("--teacher", "BASE", "--lmbda", 0.5), "--lmbda goes with --on_policy"),
         (("--teacher", "BASE", "--ignore_collapse"), "--ignore_collapse goes with --on_policy"),
         (("--teacher", "BASE", "--split", "test"), "--split goes with --dataset"),
         (("--teacher", "BASE", "--forward_kl", 1, "--jsd_beta", 0.9), "--jsd_beta goes with --jsd"),
-        (("--teacher", "BASE", "--layer_map", "uniform"), "--layer_map goes with --hidden_mse, --hidden_cosine, --att"),
+        (("--teacher", "BASE", "--layer_map", "uniform"), "goes with --hidden_mse or --hidden_cosine or --attention"),
         (("--ce", 1, "--load_teacher_in_4bit", "on"), "--load_teacher_in_4bit goes with --teacher"),
         (("--ce", 1, "--teacher", "BASE"), "--ce alone asks nothing of the teacher"),
         (("--teacher", "t", "--dataset", "wikitext"), "either --data FILE or --dataset NAME"),
@@ -92,3 +96,17 @@ def test_weights_are_those_of_the_terms_that_count():
     settings = DistillSettings(**common, jsd=0.0, hidden_mse=0.1, forward_kl=1.0)
     assert settings.weights == {"forward_kl": 1.0, "hidden_mse": 0.1}
     assert DistillSettings(**common).weights == {}
+
+
+def test_a_run_goes_on_without_a_flag_that_did_nothing(tmp_path):
+    """Such a one was taken before 0.2.0."""
+    settings = DistillSettings(student="s", save_dir=str(tmp_path), data="d", teacher="t", forward_kl=1.0, resume=True)
+    before = {"settings": settings.as_dict() | {"cache_k": 32, "jsd_beta": 0.9, "layer_map": "uniform"}}
+    (tmp_path / "run.json").write_text(json.dumps(before | {"state": "done"}))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(NothingToDo):
+        run.stop_where_done(settings, {})
+    cached = replace(settings, teacher_cache="c", cache_k=8)
+    assert resumption.differences(before, cached.deciding(), {}) == ["--cache_k 32, now 8"]
+    mixed = replace(settings, jsd=0.5)
+    assert resumption.differences(before, mixed.deciding(), {}) == ["--jsd None, now 0.5", "--jsd_beta 0.9, now 0.5"]

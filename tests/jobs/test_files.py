@@ -159,6 +159,9 @@ def test_what_is_small_only_while_it_is_packed_or_sent(place, monkeypatch):
         (b'\n [{"input": "a", "output": "b"}]', 1, ".json"),
         (b"Call me Ishmael.\nSome years ago ...", None, ".txt"),
         (gzip.compress(b"Call me Ishmael."), None, ".txt"),
+        (b"[Chapter 1] Call me Ishmael.", None, ".txt"),
+        (b"{{header}}\n[1]", None, ".txt"),
+        (b"[", None, ".txt"),
     ],
 )
 def test_a_text_file_is_kept_as_what_it_was_checked_as(place, content, rows, ending):
@@ -172,7 +175,8 @@ def test_a_text_file_is_kept_as_what_it_was_checked_as(place, content, rows, end
         assert stored.trainer == "distill_train.py"
         assert send(client, b" \n", "empty.txt").status_code == 422
         (row,) = distillation_rows.read(str(client.app.state.service.files.path(stored)), "train")
-        assert row["text"].startswith("Call me Ishmael.")
+        assert row["text"] == (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
+    assert "line 1: " in send(client, b'{"input": "a", "out', "rows.txt").json()["error"]["message"]  # no prose
 
 
 def test_a_full_disk(place, monkeypatch):

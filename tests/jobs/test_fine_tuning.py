@@ -15,9 +15,10 @@ from openai import NotFoundError, UnprocessableEntityError
 from support.jobs_served import make_place
 from support.openai_jobs import chats, in_process, preferences
 
-from common.jobs import fine_tuning, publication
+from common.jobs import fine_tuning, publication, published
 from common.jobs.backend import Device
 from common.jobs.folder import JobFolder
+from common.serving import run_registry
 from common.training.settings import TrainSettings
 from common.vram.formulas import predict
 from common.vram.model_shape import QWEN_3B
@@ -68,6 +69,13 @@ def test_a_supervised_job(place):
     assert client.fine_tuning.jobs.retrieve(job.id) == job
     with pytest.raises(NotFoundError, match="no such fine-tuning job"):
         client.fine_tuning.jobs.retrieve("ftjob-" + "0" * 16)
+
+
+def test_a_checkpoint_s_name_is_one_that_is_served():
+    for suffix, base in (("s" * 64, 27), ("s" * 9, 40), (None, 40)):
+        name = fine_tuning.model_name("b" * 60, suffix, "0" * 16)
+        assert name == "-".join(["ft", "b" * base, *([suffix] if suffix else []), "0" * 16])
+        assert run_registry.NAME.fullmatch(f"{name}{published.STEP}{10**9}")
 
 
 def test_a_dpo_job(place):

@@ -143,6 +143,18 @@ def test_a_data_set_is_passed_on_with_its_part(planner, data, monkeypatch):
         "--text_column=text"]  # fmt: skip
 
 
+def test_of_a_file_no_part_and_no_column_is_asked_for(planner, data):
+    """A text file has neither, so that what is asked of it means nothing; of rows it would, and is not done."""
+    more = {"subset": "all", "split": "test", "text_column": "body"}
+    plan = planner.plan(payload(data, **more), Path("run"))
+    assert (plan.settings.data, plan.settings.split, plan.settings.dataset) == (str(data / "text.txt"), "train", None)
+    rows = payload(data) | {"dataset": str(data / "rows.jsonl")}
+    for field, value in more.items():
+        sentence = f"{field}: the dataset is a file, which has no {field}; leave it out"
+        assert refused(planner, rows | {field: value}) == (field, sentence)
+    assert planner.plan(rows | {"split": "train", "text_column": "text"}, Path("run")).settings.data == rows["dataset"]
+
+
 def test_exports_without_a_proof(planner, data):
     """No rows are written for one, and the exporter is told; without an export there is nothing to leave out."""
     body = payload(data) | {"export_onnx": True, "post_training_quant": True, "no_proof": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,10 @@ import dpo_train
 import kd_train
 import sft_train
 from common import cli
-from common.cli import UserError
+from common.cli import NothingToDo, UserError
 from common.models import hub
 from common.models.loading import is_on
-from common.training import flags
+from common.training import flags, resumption, run
 from common.training.settings import DpoSettings, KdSettings, TrainSettings
 from common.vram.formulas import predict
 
@@ -63,6 +64,22 @@ def test_an_adapter_that_is_started_from_goes_on_with_its_own_settings(tiny_base
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json is broken"):
         settings_of(sft_train, flags.sft_settings)
+
+
+def test_a_run_from_an_adapter_goes_on_whatever_its_record_says_of_that(tmp_path):
+    """Before 0.2.0 it had the flags' defaults, which the adapter never had."""
+    common = {"student": "s", "data": "d", "save_dir": str(tmp_path), "init_adapter": "a", "resume": True}
+    settings, dpo = (kind(**common, lora_r=8, lora_alpha=16, lora_dropout=0.1) for kind in (TrainSettings, DpoSettings))
+    before = {"settings": settings.as_dict() | {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}}
+    (tmp_path / "run.json").write_text(json.dumps(before | {"state": "done"}))
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(NothingToDo):
+        run.stop_where_done(settings, {})
+    slower = replace(settings, learning_rate=1e-6)
+    assert resumption.differences(before, slower.deciding(), {}) == ["--learning_rate 0.0002, now 1e-06"]
+    afresh = replace(settings, init_adapter=None)
+    assert "--lora_r 16, now 8" in resumption.differences(before, afresh.deciding(), {})
+    assert "--lora_dropout 0.0, now 0.1" in resumption.differences(before, dpo.deciding(), {})  # 0 switches it off
 
 
 @pytest.mark.parametrize("beta", ["0.0", "nan", "inf"])

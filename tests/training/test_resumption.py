@@ -19,6 +19,7 @@ from common import run_record
 from common.cli import NothingToDo, UserError
 from common.training import checkpoints, resumption
 from common.training import flags as training_flags
+from common.training import run as runs
 from common.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.processes
@@ -132,6 +133,13 @@ def test_other_rows_a_step_are_refused(base, run, rows):
             train(sft_train.main, base, rows["sft"], run, *SHORT, *more)
     train(sft_train.main, base, rows["sft"], run, *SHORT, *more, "--with_changes")
     assert run_record.read(run)["effective_batch"] == 8
+
+
+def test_a_run_that_steps_down_by_itself_may_round_its_rows_up(base, run, rows, monkeypatch):
+    """Of 5 rows a step it makes 3 passes of 2."""
+    monkeypatch.setenv(runs.STEPPED_DOWN, "1")
+    train(sft_train.main, base, rows["sft"], run, *SHORT, "--gradient_accumulation_steps", 3, "--resume")
+    assert (run_json(run)["state"], run_json(run)["effective_batch"]) == ("done", 6)
 
 
 def test_another_base_is_refused(base, run, rows, tokenizer, tmp_path):
@@ -278,6 +286,18 @@ def test_an_evaluation_that_a_kill_took_is_made_up_for(base, judged, finished):
     record = run_json(finished)
     assert (record["steps"], record["best"]["step"]) == (6, 6)
     assert record["final_eval_loss"] == record["best"]["eval_loss"] == run_json(run)["final_eval_loss"]
+
+
+def test_the_best_by_another_mean_is_not_the_best(base, judged, finished):
+    """Before 0.2.0 best.json did not say which mean its loss was."""
+    data, _, more = judged
+    path = checkpoints.best_folder(finished) / "best.json"
+    best = json.loads(path.read_text())
+    assert best.pop("loss") == "per_token"
+    path.write_text(json.dumps(best))
+    rewrite(finished, state="failed")
+    train(sft_train.main, base, data, finished, *more, 3, "--resume")
+    assert run_json(finished)["best"]["step"] == run_json(finished)["steps"] == 6
 
 
 def test_weights_are_found_where_a_kill_left_them(base, judged, finished):
