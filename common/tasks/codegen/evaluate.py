@@ -270,7 +270,7 @@ def progress_bar(total: int, what: str):
     """A bar that counts programs."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=" programs")
+    return tqdm(total=total, desc=what, unit=" programs", disable=not total)
 
 
 def _grade(pairs: Sequence[tuple[str, grading.Tests]], allow_unsafe: bool, progress=None) -> list[grading.Verdict]:
