@@ -171,11 +171,12 @@ class Extractor:
         self.schema, self.settings, self.form = schema, settings, form
         self.typed = TypedFields(schema, settings.reading) if form.written else None
         self.asked = self.typed.written_schema if self.typed else schema
+        self.asked_of_part = long_documents.optional(self.asked)
         max_new_tokens, context = settings.max_new_tokens, context_of(loaded.model.config)
         self.limit = min(settings.max_len or context, context)  # of prompt, thinking and answer
         written = max_new_tokens * (1 + settings.thinking)
         self.room = self.limit - written  # for the prompt
-        bare = len(self.encode(""))
+        bare = max(len(self.encode("", part)) for part in {False, settings.long == "split"})
         if self.room < bare + SMALLEST_PIECE:
             raise UserError(
                 f"the schema takes {bare} tokens and the answer {written}, which leaves no room for a document "
@@ -192,12 +193,14 @@ class Extractor:
 
     def encode(self, document: str, part: bool = False) -> list[int]:
         """The token ids of the prompt for a document; or for a part of one, whose answer may leave fields out."""
-        schema = long_documents.optional(self.asked) if part else self.asked
+        schema = self.asked_of_part if part else self.asked
         asked = prompt.user_turn(document, schema, self.form.typed_fields)
         return tokenizers.encode_prompt(self.tokenizer, asked, thinking=self.settings.thinking)
 
     def pieces(self, document: str, between: Callable[[], None] = lambda: None) -> list[str]:
         """A clean document as pieces whose prompts fit; none where it is to be refused instead.
+
+        A piece is asked for as a part, and for what is still required then as a whole document is.
 
         Args:
             between: see `extract_each`.
@@ -205,7 +208,7 @@ class Extractor:
 
         def fits(piece: str) -> bool:
             between()
-            return len(self.encode(piece)) <= self.room
+            return all(len(self.encode(piece, part)) <= self.room for part in {False, piece != document})
 
         if self.settings.long == "refuse" and not fits(document):
             return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,14 +15,18 @@ from common.tasks.idp.evidence import stands
 
 OVERLAP = 200  # characters that two pieces of a long document share, so that a line item is whole in one of them
 
+DEFINITIONS = ("$defs", "definitions")
 DEFINITION = re.compile(r"#/(\$defs|definitions)/([\w.-]+)")
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)  # a name that stands in a reference as it is
+_ANCHOR = re.compile(r'"\$(?:id|anchor|dynamicAnchor)"')  # another name that a reference may have
 DEMANDS = ("required", "dependentRequired", "minProperties", "minItems")  # keywords that make an answer say something
 
 
 def optional(schema: Schema) -> Schema:
     """The schema of an answer to a piece: what does not stand there may be left out. Items of lists are whole.
 
-    A definition that a list's items share with a field is there twice then, the second time under NAME_part.
+    A definition that a list's items share with a field is there twice then, the second time under NAME_part; those that
+    nothing refers to any more are left out.
     """
     if not isinstance(schema, dict):
         return schema
@@ -50,7 +55,27 @@ def optional(schema: Schema) -> Schema:
         return f"#/$defs/{own}"
 
     whole = part(schema)
-    return whole | {"$defs": schema.get("$defs", {}) | parts} if parts else whole
+    return _with_needed_definitions(whole | {"$defs": schema.get("$defs", {}) | parts}) if parts else whole
+
+
+def _with_needed_definitions(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without definitions that nothing refers to."""
+    definitions = {
+        (where, name): json.dumps(definition)
+        for where in DEFINITIONS
+        for name, definition in schema.get(where, {}).items()
+    }
+    rest = {key: value for key, value in schema.items() if key not in DEFINITIONS}
+    needed = {key for key, text in definitions.items() if not _PLAIN.fullmatch(key[1]) or _ANCHOR.search(text)}
+    texts = [json.dumps(rest), *(definitions[key] for key in needed)]
+    while texts:
+        found = definitions.keys() & {*DEFINITION.findall(texts.pop())} - needed
+        needed |= found
+        texts += [definitions[key] for key in found]
+    for where in DEFINITIONS:
+        kept = {name: definition for name, definition in schema.get(where, {}).items() if (where, name) in needed}
+        rest |= {where: kept} if kept else {}
+    return rest
 
 
 def pieces(text: str, fits: Callable[[str], bool]) -> list[str]:

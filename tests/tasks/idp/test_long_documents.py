@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import pytest
+from transformers import Qwen2Config
+
+from common.cli import UserError
 from common.generation import json_schema
+from common.models.source import LoadedModel
 from common.tasks.idp import confidence, long_documents
 from common.tasks.idp.alignment import Haystack
+from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
 
 def test_halves_are_shorter_and_share_lines():
@@ -98,6 +105,53 @@ def test_definitions_are_left_out_too_where_they_are_fields_but_not_as_items():
         assert json_schema.errors(answer, schema)
     assert json_schema.errors({"all": [{}]}, part) and json_schema.errors({"all": [{"name": "A", "boss": {}}]}, part)
     assert json_schema.preflight(part).enforced
+
+
+@pytest.mark.parametrize("where", long_documents.DEFINITIONS)
+def test_definitions_that_nothing_refers_to_are_left_out(where):
+    place = {"type": "string"}
+    person = {"type": "object", "properties": {"at": {"$ref": f"#/{where}/place"}}, "required": ["at"]}
+    others = {"a b": place, "marked": {"$anchor": "here"}}  # to which other references may point
+    schema = {
+        where: {"person": person, "place": place, "unused": place, **others},
+        "properties": {"to": {"$ref": f"#/{where}/person"}},
+    }
+    part = long_documents.optional(schema)
+    assert part.get("$defs", {}) | part.get(where, {}) == {
+        "person_part": {"type": "object", "properties": {"at": {"$ref": "#/$defs/place_part"}}},
+        "place_part": place,
+        **others,
+    }
+    schema["properties"]["all"] = {"type": "array", "items": {"$ref": f"#/{where}/person"}}
+    part = long_documents.optional(schema)
+    assert set(part[where]) - {"person_part", "place_part"} == {"person", "place", *others}
+
+
+def test_each_prompt_of_a_piece_fits(tokenizer):
+    """Also that which has a definition twice, as its items are whole where its fields are not."""
+    fields = {f"field_{number}": {"type": "string"} for number in range(12)}
+    address = {"type": "object", "properties": fields, "required": list(fields)}
+    link = {"$ref": "#/$defs/address"}
+    schema = {
+        "$defs": {"address": address},
+        "type": "object",
+        "properties": {"to": link, "stops": {"type": "array", "items": link}},
+    }
+    loaded = LoadedModel(SimpleNamespace(config=Qwen2Config(max_position_embeddings=8192)), tokenizer, 8192)
+    extractor = Extractor(loaded, schema, None, ExtractionSettings(64, max_len=4096))
+    bare, longer = (len(extractor.encode("", part)) for part in (False, True))
+    assert longer > bare
+    lines = [f"{number} Cable {number}.50" for number in range(900)]
+    for most in range(longer + 120, longer + 520, 40):
+        extractor = Extractor(loaded, schema, None, ExtractionSettings(64, max_len=most + 64))
+        pieces = extractor.pieces("\n".join(lines))
+        assert max(len(extractor.encode(piece, part)) for piece in pieces for part in (False, True)) <= most
+    documents = ["\n".join(lines[:number]) for number in range(1, 100)]
+    whole = max((text for text in documents if len(extractor.encode(text)) <= most), key=len)
+    assert len(extractor.encode(whole, part=True)) > most and extractor.pieces(whole) == [whole]
+    with pytest.raises(UserError, match=f"the schema takes {longer} tokens and the answer 64"):
+        Extractor(loaded, schema, None, ExtractionSettings(64, max_len=bare + 64 + 40))
+    Extractor(loaded, schema, None, ExtractionSettings(64, max_len=bare + 64 + 40, long="refuse"))
 
 
 def test_a_document_is_cut_between_blocks():
