@@ -18,14 +18,20 @@ YEARS = range(1900, 2200)
 TURN = 69  # two digits of a year from here on are of 19xx, as POSIX has it
 
 _WORD = r"[^\s\d.,;:/()\[\]'\"-]+"
-_FILLER = r"(?:(?!\d)[^\s\d]{1,4}\s+|d['’])?"  # "de", "of", "gada"
+_FILLER = r"(?:(?!\d)[^\s\d]{1,4}\s+|[Dd]['’])?"  # "de", "of", "gada"
 _GAP = r"(?:[\s.,/-]|(?<=\d)(?:st|nd|rd|th|er|re|e|º|ª)\b|'){0,4}?"
-# Behind the name of a month: "05 Jan 12.99" and "Jan 12 14:30" go on with an amount and a time, not with a year.
-_YEAR = r"(?P<y>\d{4}(?!\d|[.,]\d\d(?![\d:h]))|'?\d{2}(?!\d|[.,:]\d))"
-_YEAR_FILLER = r"(?:(?!\d)[^\s\d]{1,4}\s+(?=\d{4})|del?\s+|d['’])?"  # a short year behind any other may be a price
+# Behind the name of a month: "05 Jan 12.99" and "Jan 12 14:30" go on with an amount and a time, not with a year. In
+# "05 Jan 2024,45.00" the next cell of a CSV row begins: an amount has no such comma.
+_YEAR = (
+    r"(?P<y>\d{4}(?!\d|\.\d\d(?![\d:h])|,\d\d(?![\d:h]|[.,]\d))"
+    r"|(?<=[^\W\d_]-)\d\d(?=,)"  # "05-Jan-24,45"
+    r"|'?\d\d(?!\d|[.:]\d|,\d+(?![.,:]?\d)|,\d{3}(?!\d)))"
+)
+_YEAR_FILLER = r"(?:(?!\d)[^\s\d]{1,4}\s+(?=\d{4})|[Dd][Ee][Ll]?\s+|[Dd]['’])?"  # others stand before prices, too
 _NAMED = [
     rf"(?P<d>\d{{1,2}}){_GAP}{_FILLER}(?P<name>{_WORD})\.?{_GAP}{_YEAR_FILLER}{_YEAR}",
-    rf"(?P<name>{_WORD})\.?[\s-]{{0,3}}(?P<d>\d{{1,2}})(?:st|nd|rd|th|\.)?(?!,\d\d(?!\d))[\s,/-]{{1,3}}{_YEAR}",
+    # "Jan 12,50" has an amount, "JAN 05,24" a year
+    rf"(?P<name>{_WORD})\.?[\s-]{{0,3}}(?P<d>0\d|\d{{1,2}}(?!,\d\d(?!\d)))(?:st|nd|rd|th|\.)?[\s,/-]{{1,3}}{_YEAR}",
     rf"(?P<y>\d{{4}})[.\s,/-]{{1,3}}{_FILLER}(?P<name>{_WORD})\.?[\s-]{{1,3}}(?P<d>\d{{1,2}})(?!\d)",
     rf"(?P<y>\d{{4}})[.\s,]{{1,3}}{_FILLER}(?P<d>\d{{1,2}})\.?\s+(?P<name>{_WORD})",
 ]
@@ -45,10 +51,10 @@ _ALONE = [
 ]
 _ZONE = (
     r"(?:UTC|GMT)\s?[+-](?:1[0-4]|0?\d)(?::?[0-5]\d)?|(?:Z|UTC|GMT)(?![\w+])|\+(?:0\d|1[0-4]):?[0-5]\d"
-    r"|(?(sec)-(?:0\d|1[0-4]):?[0-5]\d|(?!))"  # "09:00-10:30" is from one time to another
+    r"|-(?:0\d|1[0-4])(?(sec):?|(?(iso):?))[0-5]\d"  # "09:00-10:30" is from one time to another
 )
 _TIME = re.compile(
-    r"(?:(?<![\w.,:/+-])|(?<=[:.h]\d\d-)|(?<=[ap]m-)|(?<=(?<![^\W\d_])T)(?=\d\d:))"  # "9:00-10:30", "9am-5pm"
+    r"(?:(?<![\w.,:/+-])|(?<=[:.h]\d\d-)|(?<=[ap]m-)|(?P<iso>(?<=(?<![^\W\d_])T)(?=\d\d:)))"  # "9:00-10:30", "9am-5pm"
     r"(?P<h>\d{1,2})(?:(?P<s>[:.h])(?P<m>\d\d)(?:(?P=s)(?P<sec>\d\d)(?:\.\d+)?)?)?"
     rf"\s*(?P<half>[ap]\.?m\b\.?)?\s*(?P<zone>{_ZONE})?(?![\w:/]|-(?!\d\d?(?:[:.h]\d\d|[ap]m)))",
     re.IGNORECASE,

@@ -64,6 +64,16 @@ def date_of(text: str, document: str = "", order: str | None = None) -> str | No
         ("1 januari 2020 t/m 1 januari 2020", "2020-01-01"),
         ("3 de febrero de 21", "2021-02-03"),
         ("12 Mar 2018,15:30", "2018-03-12"),
+        ("12 Mar 18,15:30", "2018-03-12"),
+        ("05 Jan 2024,45.00,Coffee", "2024-01-05"),  # as a bank's CSV has it
+        ("05-Jan-24,45.00", "2024-01-05"),
+        ("05-Jan-24,450.00", "2024-01-05"),
+        ("05-Jan-24,45", "2024-01-05"),
+        ("05 Jan 24,45.00,Coffee", "2024-01-05"),
+        ("JAN 05,24", "2024-01-05"),  # as tills have it
+        ("JAN 05,24,45.00", "2024-01-05"),
+        ("12 DE MARZO DE 19", "2019-03-12"),
+        ("3 D'ABRIL DEL 21", "2021-04-03"),
     ],
 )
 def test_dates(text, value):
@@ -73,15 +83,18 @@ def test_dates(text, value):
 @pytest.mark.parametrize(
     "text",
     ["", "tomorrow", "31.02.2020", "February 2020", "99/99/9999", "3112-01-20", "1.1.1.1", "192.168.10.12", "12.345.67",
-     "22/9/2022 - 30/9/2022", "5 stuks 20", "12 Uhr 2014", "3 กุมภาพันธ์ 2564", "717,97", "774-00-01-454", "Jan 12 14:30"],
+     "22/9/2022 - 30/9/2022", "5 stuks 20", "12 Uhr 2014", "3 กุมภาพันธ์ 2564", "717,97", "774-00-01-454",
+     "Jan 12 14:30", "05 Jan 12.30.45", "05 Jan,2012.50,12.00"],
 )  # fmt: skip
 def test_no_dates(text):
     assert date_of(text) is None
 
 
 @pytest.mark.parametrize(
-    "text", ["05 Jan 12.99", "05 Jan 12,50", "05 Jan '12.99", "05 Jan 2012.50", "05 January ATM 20"]
-)
+    "text",
+    ["05 Jan 12.99", "05 Jan 12,50", "05 Jan '12.99", "05 Jan 2012.50", "05 Jan 2012,50", "05 Jan 12,345.67",
+     "Jan 12,50", "05 January ATM 20"],
+)  # fmt: skip
 def test_an_amount_behind_a_day_and_month_is_no_year(text):
     assert date_of(text) is None
     assert text.split()[-1].strip("'") in [*copies("number", Conventions(text))]
@@ -222,6 +235,10 @@ def test_integers_and_times():
         ("14:30 UTC+02:00", "14:30:00+02:00"),
         ("14:30 GMT-0530 (home)", "14:30:00-05:30"),
         ("14:30:00-0800", "14:30:00-08:00"),
+        ("14:30:00 -08:00", "14:30:00-08:00"),
+        ("14:30-0800", "14:30:00-08:00"),
+        ("2:30 pm -0800", "14:30:00-08:00"),
+        ("T14:30-08:00", "14:30:00-08:00"),
         ("14:30 UTC", "14:30:00Z"),
         ("UTC+02:00: at 14:30 UTC+02:00", "14:30:00+02:00"),
         ("09:00-10:30", None),
@@ -231,6 +248,13 @@ def test_integers_and_times():
 )
 def test_offsets_of_times(text, value):
     assert read("time", text, NOWHERE).value == value
+
+
+@pytest.mark.parametrize("text", ["Fri, 5 Jan 2024 10:30 -0500", "2024-01-05T10:30-05:00", "2024-01-05T10:30:00-0500"])
+def test_offsets_of_dates_with_times(text):
+    reading = read("date-time", text, NOWHERE)
+    assert (reading.value, reading.note) == ("2024-01-05T10:30:00-05:00", None)
+    assert [*copies("date-time", Conventions(f"Sent {text}, by mail"))] == [text.removeprefix("Fri, ")]
 
 
 @pytest.mark.parametrize(
