@@ -30,6 +30,7 @@ from common.tasks.ranking.calibration import Calibration
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.file_scoring import FileScoring
 from common.tasks.ranking.row_blocks import Block
+from common.tasks.ranking.row_check import RowCheck
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -174,9 +175,15 @@ class Places:
 class Scorer:
     """What a worker does with a block: read, score, write. The model loads with the first one."""
 
-    def __init__(self, scoring: FileScoring, places: Places, cwd: str, threads: int, attempts: ActorHandle) -> None:
-        """Takes what is to be done, the command's working directory, threads, and `Attempts` as an actor."""
-        self.scoring, self.places = scoring, places
+    def __init__(
+        self, scoring: FileScoring, check: RowCheck, places: Places, cwd: str, threads: int, attempts: ActorHandle
+    ) -> None:
+        """Takes what is to be done, the command's working directory, threads, and `Attempts` as an actor.
+
+        Args:
+            check: `scoring.check`, made in that directory: the paths of `scoring` mean nothing where a worker begins.
+        """
+        self.scoring, self.check, self.places = scoring, check, places
         self.cwd, self.threads, self.attempts = cwd, threads, attempts
 
     @cached_property
@@ -214,12 +221,11 @@ class Scorer:
             return {"rows": 0, "error": f"{_place(block)}: {error}"}
 
     def _answers(self, block: Block, rejects: list[dict]) -> Iterator[str]:
-        check = self.scoring.check
-        rows = row_blocks.rows_of(self.places.source, block, check.task)
+        rows = row_blocks.rows_of(self.places.source, block, self.scoring.task)
         while window := list(islice(rows, WINDOW)):
             good = {}
             for number, row in window:
-                text, fault = check.read(row)
+                text, fault = self.check.read(row)
                 if text is None:
                     row = str(row) if isinstance(row, ValueError) else row
                     rejects.append({"id": _id(block, number), "line": number, "fault": fault, "row": row})
@@ -249,9 +255,10 @@ def score_all(blocks: list[Block], workers: int | None, scoring: FileScoring, pl
     # one CPU stays free for tasks that are none of the scorers'; were all taken, such a task would wait for ever
     share = {"num_gpus": share_of(workers, gpus), "num_cpus": 0} if gpus else {"num_cpus": share_of(workers, cpus - 1)}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus // workers))
+    attempts = ray.remote(num_cpus=0)(Attempts).remote()
     done = from_items(blocks, override_num_blocks=len(blocks)).map(
         Scorer,
-        fn_constructor_args=(scoring, places, os.getcwd(), threads, ray.remote(num_cpus=0)(Attempts).remote()),
+        fn_constructor_args=(scoring, scoring.check, places, os.getcwd(), threads, attempts),
         compute=ActorPoolStrategy(size=workers),
         **share,
     )

@@ -315,7 +315,7 @@ def test_a_row_that_kills_its_workers_ends_the_run(cluster, tmp_path):
     for _ in range(ray_scoring.ATTEMPTS):
         ray.get(attempts.begin.remote(3))
     places = ray_scoring.Places(SYSTEM, SYSTEM, str(tmp_path))
-    scorer = ray_scoring.Scorer(None, places, str(tmp_path), 1, attempts)
+    scorer = ray_scoring.Scorer(None, None, places, str(tmp_path), 1, attempts)
     told = scorer({"part": 3, "file": "rows.jsonl", "first": 11, "rows": 10, "good": 10})
     assert told == {
         "rows": 0,
