@@ -185,7 +185,8 @@ def extract_rows(
     counts = Counter()
     for row in write_each(args.output, rows, answer, decided_by=decided_by, what="documents"):
         counts.update({"documents"} | ({"pieces", "error", "cut", "notes"} & row.keys()))
-    documents_kept(args.output).unlink(missing_ok=True)
+    if Path(args.input).is_dir():
+        documents_kept(args.output).unlink(missing_ok=True)
     if shown.accept_from is not None:
         accepted, others = write_split(args.output, numbers)
         cli.log(f"{accepted:,} answers are accepted, {others:,} are to be reviewed; they lie beside {args.output}")

@@ -35,12 +35,20 @@ def folder_rows(
     store = AnswerStore(kept)
     for path in tqdm(document_files(folder), unit=" files"):
         try:
-            key = content_key(sha256_file(path), recognise, ocr.installed())
+            key = content_key(_content(path), recognise, ocr.installed())
             if key not in store:
                 store.add([(key, to_row(read_document(path, recognise)))])
             yield path.name, {"id": path.name} | store[key]
         except UserError as error:
             yield path.name, ValueError(str(error))
+
+
+def _content(path: Path) -> str:
+    """The SHA-256 of a file. Raises UserError where it cannot be read."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 def document_files(folder: str | Path) -> list[Path]:

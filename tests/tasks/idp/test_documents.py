@@ -171,6 +171,17 @@ def test_what_was_recognised_in_a_folder_is_kept(tmp_path, monkeypatch):
     assert len(seen) == 9  # read otherwise, it is read anew
 
 
+def test_a_file_of_a_folder_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "a.pdf").mkdir()
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    (tmp_path / "c.txt").write_text("Total 12.50")
+    folder, link, text = [row for _, row in reading.folder_rows(tmp_path)]
+    remedy = "check the path and its permissions"
+    assert str(folder) == f"{tmp_path}/a.pdf cannot be read: Is a directory; {remedy}"
+    assert str(link) == f"{tmp_path}/b.txt cannot be read: No such file or directory; {remedy}"
+    assert text == {"id": "c.txt", "document": "Total 12.50"}
+
+
 def test_an_encrypted_pdf_is_named(tmp_path):
     lock = f"/Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <{'00' * 32}> /U <{'11' * 32}> >> /ID [<00> <00>]"
     encrypted = pdf_of("x").replace(b"/Root 1 0 R", f"/Root 1 0 R {lock}".encode())

@@ -11,7 +11,7 @@ import infer_idp
 from common.generation import json_schema
 from common.models import loading
 from common.models.source import LoadedModel, ModelSource
-from common.tasks.idp.extractor import ExtractionSettings, Extractor
+from common.tasks.idp.extractor import Extraction, ExtractionSettings, Extractor
 
 ROWS = [{"document": f"Shop {number}\n" + "Cable 2.50\n" * (number % 4), "id": f"d{number}"} for number in range(9)]
 SCHEMA = {
@@ -21,6 +21,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 BUDGET, BATCH = 40, 1200
+EMPTY = Extraction({"company": "", "total": 0}, None, "")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,20 @@ def test_flags_that_decide_no_answer_leave_those_that_there_are(argv):
         ["--dtype", "float16"],
     ):
         assert deciding() != deciding(*other)
+
+
+def test_a_file_beside_the_answers_to_rows_stays(argv, tmp_path, monkeypatch):
+    """OUTPUT.documents is what a folder's files were read as, and nothing of ours where the input is a file."""
+    monkeypatch.setattr(Extractor, "extract_each", lambda self, texts, *_, **__: enumerate([EMPTY] * len(texts)))
+    (tmp_path / "out.documents").write_text("mine")
+    infer_idp.main(argv)
+    assert len(read_rows(tmp_path / "out")) == len(ROWS)
+    assert (tmp_path / "out.documents").read_text() == "mine"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("Shop 1")
+    infer_idp.main([*argv, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "of_folder")])
+    assert [row["id"] for row in read_rows(tmp_path / "of_folder")] == ["a.txt"]
+    assert not (tmp_path / "of_folder.documents").exists()
 
 
 def test_an_interrupted_file_keeps_every_document_that_was_read(argv, tmp_path, monkeypatch, capsys):
