@@ -35,6 +35,7 @@ from common.models.flags import parse_args, source_of
 from common.models.source import LLAMA_CPP
 from common.tasks.ranking.flags import add_scoring_flags, scoring_settings
 from common.tasks.ranking.loading import task_for
+from common.tasks.ranking.task import hinted
 from common.teachers.cascade.flags import add_cascade_flags, cascade_settings
 
 
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         calibration = classifier.calibration(settings.calibration, label_bias=settings.label_bias)
         answers = classifier.answers(texts, calibration)
         (answer,) = hand_on(texts, answers) if hand_on else answers
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        print(json.dumps(hinted(task, texts[0], answer), indent=2, ensure_ascii=False))
         return
     handed_on = [cascade.name, cascade.below] if cascade else None
     scoring = file_scoring.FileScoring(

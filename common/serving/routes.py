@@ -24,7 +24,7 @@ from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, WriteCode, alone
 from common.tasks.codegen.answer import compile_error
-from common.tasks.ranking.task import warned
+from common.tasks.ranking.task import hinted, warned
 from common.web import app as web
 from common.web.app import ALWAYS, Guard, Problem, responses
 
@@ -276,6 +276,7 @@ def _add_classification(app: FastAPI, server: Server) -> None:
         answers = [warned(task, *row) async for row in in_turns(zip(texts, answers, strict=True))]
         if server.cascade:
             answers = await server.cascade.answers(request, version, task, cleaned, answers)
+        answers = [hinted(task, *row) async for row in in_turns(zip(texts, answers, strict=True))]
         metrics = server.metrics
         async for text, answer in in_turns(zip(texts, answers, strict=True)):
             metrics.child(metrics.margin, version.name).observe(answer["top2_margin"])

@@ -128,11 +128,19 @@ class LabelTask:
 
     def warning(self, text: str) -> str | None:
         """Why an answer to a text says little, in a sentence: the text is not of this task. None where it may be."""
+        return None
+
+    def hint(self, text: str) -> str | None:
+        """What is said of a text that names no column, where rows without a text are lines of columns; else None.
+
+        Such a text may be right, as that of a row under the `text_field` is, of which nothing is said.
+        """
         titles = [_title(name) for name in self.text_columns]
         if not titles or any(re.search(rf"(?<!\w){re.escape(title)}:", text, re.IGNORECASE) for title in titles):
             return None
         line = ", ".join(f"{title}: ..." for title in titles)
-        return f'no column of {self.name} is in the text; give a line like those that it was trained on, "{line}"'
+        remedy = f'if the model was trained on columns, give a line such as "{line}"'
+        return f"no column of {self.name} is in the text; {remedy}"
 
     def as_texts(self, row: Any) -> Any:
         """A row as a table would have it: with its text, where it has columns instead that make one, and with a label
@@ -374,3 +382,9 @@ def warned(task: LabelTask, text: str, answer: dict) -> dict:
     """An answer, with a warning where the text is not of the task."""
     warning = task.warning(text)
     return answer | {"warning": warning} if warning else answer
+
+
+def hinted(task: LabelTask, text: str, answer: dict) -> dict:
+    """The answer to a text of which no row is known, with `LabelTask.hint` as its warning where there is one."""
+    hint = task.hint(text)
+    return answer | {"warning": hint} if hint else answer

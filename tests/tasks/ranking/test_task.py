@@ -24,8 +24,9 @@ from common.models.source import ModelSource
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.row_check import RowCheck
 from common.tasks.ranking.settings import ScoringSettings
-from common.tasks.ranking.task import LabelTask, warned
+from common.tasks.ranking.task import LabelTask, hinted
 from common.tasks.ranking.torch_ranker import TorchRanker, naive_scores
 from recipes import make_tickets
 
@@ -168,11 +169,13 @@ def test_a_text_of_another_form_than_its_columns_is_warned_of():
     line = task.text_of({"subject": "Mail", "hours_open": 2})
     assert line == "Subject: Mail, Hours open: 2"
     for text in (line, "hours open: 2"):
-        assert warned(task, text, {"prediction": "Low"}) == {"prediction": "Low"}
-    form = 'give a line like those that it was trained on, "Subject: ..., Hours open: ..."'
+        assert hinted(task, text, {"prediction": "Low"}) == {"prediction": "Low"}
+    form = 'if the model was trained on columns, give a line such as "Subject: ..., Hours open: ..."'
     for text in ("Mail", "24 hours open", "mysubject: x", "Body: x"):
-        assert task.warning(text) == f"no column of ticket_severity is in the text; {form}"
-    assert load_task(TICKETS).warning("Mail") is None
+        hint = f"no column of ticket_severity is in the text; {form}"
+        assert hinted(task, text, {"prediction": "Low"}) == {"prediction": "Low", "warning": hint}
+        assert RowCheck(task, strict=True).read({"ticket": text, "hours_open": 3}) == (text, None)
+    assert load_task(TICKETS).hint("Mail") is None
 
 
 def test_the_number_0_names_a_group(tmp_path):

@@ -46,6 +46,20 @@ def test_one_text(infer):
     assert "warning" not in json.loads(infer("--features", LINE, "--strict_input"))
 
 
+def test_texts_of_a_label_set_with_columns(infer, tmp_path):
+    """A text that names none may be that of a row with a text: it is never refused, and of a row nothing is said."""
+    task = tmp_path / "mails.yaml"
+    task.write_text("labels: [Low, High]\ninstruction: Rate.\ntext_field: mail\ntext_columns: [subject, body]\n")
+    for text, warned in (("Subject: a, Body: b", False), ("It burns", True)):
+        answer = json.loads(infer("--task", task, "--features", text, "--strict_input"))
+        assert ('give a line such as "Subject: ..., Body: ..."' in answer.get("warning", "")) == warned
+    rows = write_rows(tmp_path / "rows.jsonl", [{"mail": "It burns"}, {"subject": "a", "body": "b"}])
+    output = tmp_path / "answers.jsonl"
+    infer("--task", task, "--input", rows, "--output", output, "--strict_input")
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert ["warning" in answer for answer in answers] == [False, False]
+
+
 def test_a_file(infer, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"features": LINE}, {"features": "hello world"}, {"features": LINE}])
     output = tmp_path / "answers.jsonl"

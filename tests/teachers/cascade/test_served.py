@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.inputs import CORPUS, read_rows
-from support.served import make_runs, metric, same, serve
+from support.inputs import CORPUS, ROOT, read_rows
+from support.served import make_run, make_runs, metric, same, serve
 from support.teacher import HANG
 
 from common.cli import UserError
+from common.data import task_record
 from common.models import adapters
 from common.serving.settings import ServerSettings
+from common.tasks.ranking.loading import load_task
 from common.teachers.cascade.settings import CascadeSettings, RunTeacher, endpoint
 
 pytestmark = pytest.mark.processes
@@ -47,6 +50,18 @@ def test_an_endpoint_answers_what_is_unsure(runs, stub, tmp_path):
         assert metric(served, 'cascade_rows_total{adapter="creditmix_sft",outcome="teacher"}') == 3
         assert metric(served, 'cascade_rows_total{adapter="creditmix_sft",outcome="unsure"}') == 2
         assert len(read_rows(own / "creditmix_sft" / "cascade.jsonl")) == 3
+
+
+def test_a_text_that_names_no_column_is_handed_on_too(base, imported, stub, tmp_path):
+    """It may be that of a row with a text, which a teacher labels as any other."""
+    task = replace(load_task(str(ROOT / "recipes" / "ticket_severity.yaml")), text_columns=("subject", "body"))
+    task_record.write(make_run(tmp_path / "runs" / "severity", base, 5), task.record())
+    stub.reply = lambda body: "High"
+    cascade = CascadeSettings(endpoint(stub.url, "big", 5.0), ALL, timeout=5.0)
+    with serve(tmp_path / "runs", cascade=cascade) as served:
+        bare, line = served.post("/infer/severity/batch", [{"features": "It burns"}, {"features": "Subject: It burns"}])
+    assert [(answer["answered_by"], answer["prediction"]) for answer in (bare, line)] == [("big", "High")] * 2
+    assert bare["warning"].startswith("no column of ticket_severity is in the text") and "warning" not in line
 
 
 def test_a_teacher_that_hangs_costs_its_time_out_and_no_answer(runs, stub):
