@@ -51,11 +51,11 @@ def _statement(agreement: dict[str, Any] | None, pairs: bool) -> str:
     if agreement is None:
         return "The rows have no gold (or no tests that were run), so nothing is known of how good the teacher is."
     if pairs:
-        return f"{agreement['agree']} of {agreement['of']} rows have a first answer that is gold's."
+        return f"The first answer is right in {agreement['agree']} of {agreement['of']} rows."
     if agreement["high"] < 1:
         return (
             f"The teacher is worse than the gold that it would replace: {agreement['of'] - agreement['agree']} of its "
-            f"{agreement['of']} answers are not gold's. A student that is trained on them learns its mistakes; where "
+            f"{agreement['of']} answers are wrong. A student that is trained on them learns its mistakes; where "
             "rows have gold, train on that."
         )
     return "The teacher's answers are not significantly worse than gold."

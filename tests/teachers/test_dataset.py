@@ -59,7 +59,7 @@ def test_pairs_by_gold(stub, files, capsys):
     assert {(body["seed"], body["temperature"]) for body in stub.asked} == {(seed, 0.8) for seed in range(4)}
     found = run_of(files)["agreement_with_gold"]
     assert (found["agree"], found["of"]) == (1, 3)  # of first answers: what is chosen by gold always agrees with it
-    assert run_of(files)["statement"] == "1 of 3 rows have a first answer that is gold's."
+    assert run_of(files)["statement"] == "The first answer is right in 1 of 3 rows."
     assert "warning" not in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def test_a_teacher_that_is_worse_than_gold(stub, files, capsys):
     assert record["agreement_with_gold"].keys() == {"agree", "of", "value", "low", "high"}
     assert (record["agreement_with_gold"]["agree"], record["agreement_with_gold"]["value"]) == (30, 0.5)
     assert 0.35 < record["agreement_with_gold"]["low"] < 0.5 < record["agreement_with_gold"]["high"] < 0.65
-    wanted = "The teacher is worse than the gold that it would replace: 30 of its 60 answers are not gold's."
+    wanted = "The teacher is worse than the gold that it would replace: 30 of its 60 answers are wrong."
     assert record["statement"].startswith(wanted)
     shown = capsys.readouterr()
     assert f"warning: {wanted}" in shown.err and "agreement with gold: 30 of 60 answers, 0.500 [" in shown.out
