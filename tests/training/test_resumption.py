@@ -300,6 +300,19 @@ def test_the_best_by_another_mean_is_not_the_best(base, judged, finished):
     assert run_json(finished)["best"]["step"] == run_json(finished)["steps"] == 6
 
 
+def test_the_best_of_preferences_stays_the_best(base, rows, tmp_path):
+    """Their held-out loss is what it always was."""
+    main, more = SCRIPTS["dpo"], ("--max_steps", 2, "--save_steps", 1, "--eval_data", rows["dpo"])
+    folder = train(main, base, rows["dpo"], tmp_path / "run", *more)
+    path = checkpoints.best_folder(folder) / "best.json"
+    best = json.loads(path.read_text()) | {"eval_loss": -1.0}
+    assert best.keys() == {"step", "epoch", "eval_loss"}
+    path.write_text(json.dumps(best))
+    rewrite(folder, state="failed")
+    train(main, base, rows["dpo"], folder, *more, "--resume")
+    assert run_json(folder)["best"] == best
+
+
 def test_weights_are_found_where_a_kill_left_them(base, judged, finished):
     """Between the removal of the best weights before and the renaming of the new ones."""
     data, run, more = judged
