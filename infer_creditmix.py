@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--skip_bad_rows", action="store_true", help="list bad rows in OUTPUT.rejects.jsonl and go on")
     parser.add_argument(
-        "--strict_input", action="store_true", help="refuse a text that is not of the task, instead of a warning"
+        "--strict_input", action="store_true", help="CreditMix: refuse a line that is none, instead of a warning"
     )
     parser.add_argument(
         "--engine",

@@ -176,12 +176,14 @@ class Extractor:
         self.limit = min(settings.max_len or context, context)  # of prompt, thinking and answer
         written = max_new_tokens * (1 + settings.thinking)
         self.room = self.limit - written  # for the prompt
-        bare = max(len(self.encode("", part)) for part in {False, settings.long == "split"})
+        bare = len(self.encode(""))
         if self.room < bare + SMALLEST_PIECE:
             raise UserError(
                 f"the schema takes {bare} tokens and the answer {written}, which leaves no room for a document "
                 f"in {self.limit}; lower --max_new_tokens{', or raise --max_len' if self.limit < context else ''}"
             )
+        # asked for a part, a schema can take more: a definition may be in it twice
+        self.splits = settings.long == "split" and self.room >= len(self.encode("", True)) + SMALLEST_PIECE
         self.grammar = None
         if preflight is not None:
             self.columns = loaded.model.config.get_text_config().vocab_size
@@ -210,7 +212,7 @@ class Extractor:
             between()
             return all(len(self.encode(piece, part)) <= self.room for part in {False, piece != document})
 
-        if self.settings.long == "refuse" and not fits(document):
+        if not self.splits and not fits(document):
             return []
         return long_documents.pieces(document, fits)
 
@@ -332,10 +334,11 @@ class Extractor:
         return budget if budget > self.settings.max_new_tokens else None
 
     def _refused(self, text: str) -> Extraction:
+        remedy = "pass --long split" if self.settings.long == "refuse" else "lower --max_new_tokens"
         return Extraction(
             None,
             f"the document ({len(text):,} characters) does not fit the {self.room:,} tokens that there are for "
-            "the prompt; pass --long split, or raise --max_len where the model allows it",
+            f"the prompt; {remedy}, or raise --max_len where the model allows it",
             "",
             pieces=0,
         )

@@ -149,9 +149,10 @@ def test_each_prompt_of_a_piece_fits(tokenizer):
     documents = ["\n".join(lines[:number]) for number in range(1, 100)]
     whole = max((text for text in documents if len(extractor.encode(text)) <= most), key=len)
     assert len(extractor.encode(whole, part=True)) > most and extractor.pieces(whole) == [whole]
-    with pytest.raises(UserError, match=f"the schema takes {longer} tokens and the answer 64"):
-        Extractor(loaded, schema, None, ExtractionSettings(64, max_len=bare + 64 + 40))
-    Extractor(loaded, schema, None, ExtractionSettings(64, max_len=bare + 64 + 40, long="refuse"))
+    tight = Extractor(loaded, schema, None, ExtractionSettings(64, max_len=bare + 64 + 40))  # no room for a part
+    assert (tight.pieces(lines[0]), tight.pieces("\n".join(lines))) == ([lines[0]], [])
+    with pytest.raises(UserError, match=f"the schema takes {bare} tokens and the answer 64"):
+        Extractor(loaded, schema, None, ExtractionSettings(64, max_len=bare + 64))
 
 
 def test_a_document_is_cut_between_blocks():
