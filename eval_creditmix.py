@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import cli, run_record
-from common.data import splits
 from common.data.resumable import AnswerStore
 from common.evaluation import run_figures
 from common.export import model_card
@@ -124,11 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "labels": list(task.labels),
         "group_name": task.group_name,
         "class_counts": class_counts,
-        "rows": {
-            "ids": [splits.group_hash(row[task.text_field]) for row in rows],
-            "y": evaluate.true_labels(task, rows),
-            "groups": [row["group"] for row in rows],
-        },
+        "rows": evaluate.row_facts(task, rows),
         **run_record.provenance("eval_creditmix.py", argv),
     }
     store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)

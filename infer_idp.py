@@ -107,10 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     accept_from(args, schema, way)  # so that a calibration that is missing is said before a model loads
     handing = cascade_settings(args)
 
-    from common.teachers.cascade.documents import (  # half of the teachers' room, which --help can spare
-        answers,
-        document_cascade,
-    )
+    from common.teachers.cascade.documents import answers, document_cascade  # which --help can spare
 
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit, text_only=True)
     way = calibrations.way_of(loaded.model, form, settings.thinking)
@@ -146,7 +143,7 @@ def accept_from(
 def read_input(args: argparse.Namespace) -> list[tuple[int | str, dict]]:
     """(its file's name, row) of each document in a folder, or (its line, row) of each row of a file."""
     if Path(args.input).is_dir():
-        rows, unit = reading.folder_rows(args.input, args.ocr, documents_kept(args.output)), "file"
+        rows, unit = reading.folder_rows(args.input, args.ocr, reading.kept_beside(args.output)), "file"
     else:
         rows, unit = records.iter_jsonl(args.input), "line"
     return records.good_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.row_fault)
@@ -155,11 +152,6 @@ def read_input(args: argparse.Namespace) -> list[tuple[int | str, dict]]:
 def deciding(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that decide the answers."""
     return {key: value for key, value in vars(args).items() if key not in NOT_DECIDING}
-
-
-def documents_kept(output: str) -> Path:
-    """Where the texts of a folder's documents are kept until they are answered: recognising them takes long."""
-    return Path(f"{output}.documents")
 
 
 def extract_rows(
@@ -186,7 +178,7 @@ def extract_rows(
     for row in write_each(args.output, rows, answer, decided_by=decided_by, what="documents"):
         counts.update({"documents"} | ({"pieces", "error", "cut", "notes"} & row.keys()))
     if Path(args.input).is_dir():
-        documents_kept(args.output).unlink(missing_ok=True)
+        reading.kept_beside(args.output).unlink(missing_ok=True)
     if shown.accept_from is not None:
         accepted, others = write_split(args.output, numbers)
         cli.log(f"{accepted:,} answers are accepted, {others:,} are to be reviewed; they lie beside {args.output}")

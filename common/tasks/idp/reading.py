@@ -51,6 +51,11 @@ def _content(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
+def kept_beside(output: str) -> Path:
+    """Where the texts of a folder's documents are kept until they are answered: recognising them takes long."""
+    return Path(f"{output}.documents")
+
+
 def document_files(folder: str | Path) -> list[Path]:
     """The files of a folder that `read_document` reads, by name."""
     return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)

@@ -70,6 +70,15 @@ def true_labels(task: LabelTask, rows: Sequence[dict]) -> list[int]:
     return [task.labels.index(row[task.label_field]) for row in rows]
 
 
+def row_facts(task: LabelTask, rows: Sequence[dict]) -> dict[str, list]:
+    """What tells the rows of one evaluation from another's: hashes of their texts, their labels, their groups."""
+    return {
+        "ids": [splits.group_hash(row[task.text_field]) for row in rows],
+        "y": true_labels(task, rows),
+        "groups": [row["group"] for row in rows],
+    }
+
+
 def cost_matrix(path: str, labels: Sequence[str]) -> tuple[tuple[float, ...], ...]:
     """costs[true][predicted] from a JSON file of named labels; a pair that is left out costs 0.
 
