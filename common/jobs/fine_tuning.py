@@ -33,6 +33,7 @@ FIELDS = {"student": "model", "init_adapter": "model", "data": "training_file", 
           "epochs": "n_epochs", "learning_rate": "learning_rate_multiplier",
           "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size"}  # fmt: skip
 VALIDATION, RESULTS, PUBLISHED = "validation.json", "step_metrics.csv", "published.json"  # among the artifacts
+JUDGES, PUBLISHES = "common.jobs.validation", "common.jobs.publication"  # modules that follow a training
 
 Text = Annotated[str, StringConstraints(max_length=512)]
 Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -137,10 +138,10 @@ class Publication:
         commands, artifacts = [], settings.save_dir
         if settings.eval_data and judged:
             words = [f"--run={artifacts}", f"--data={settings.eval_data}", f"--train_data={settings.data}"]
-            commands.append({"argv": ["-m", "common.jobs.validation", *words], "output": None})
+            commands.append({"argv": ["-m", JUDGES, *words], "output": None})
         words = [f"--run={artifacts}", f"--name={name}", f"--runs_dir={self.runs_dir}", f"--data_dir={self.data_dir}"]
         words += [f"--file_id={file_id(job_id)}"] * results
-        return [*commands, {"argv": ["-m", "common.jobs.publication", *words], "output": None}]
+        return [*commands, {"argv": ["-m", PUBLISHES, *words], "output": None}]
 
 
 def chosen(asked: DpoHyperparameters, rows: int, dpo: bool) -> dict[str, int | float]:

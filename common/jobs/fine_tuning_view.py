@@ -11,7 +11,7 @@ from typing import Any
 
 from common.jobs import progress
 from common.jobs.files import file_id
-from common.jobs.fine_tuning import KEY, PUBLISHED, VALIDATION, model_name
+from common.jobs.fine_tuning import KEY, PUBLISHED, PUBLISHES, VALIDATION, model_name
 from common.jobs.folder import ARTIFACTS, JobFolder
 from common.jobs.progress import BEAT, POLL
 from common.jobs.published import owner_of
@@ -19,6 +19,7 @@ from common.jobs.store import CANCELLED, ENDED, FAILED, PAUSED, SUCCEEDED, TO_PA
 
 PREFIX = "ftjob-"
 ORGANIZATION = "distill-slm"
+NAMED = "--name="  # in the command that publishes a model
 STOPPED = {FAILED: "it failed", CANCELLED: "The job was cancelled", PAUSED: "The job is paused"}
 
 
@@ -56,8 +57,12 @@ def job_object(job: Job, folder: JobFolder, results: bool) -> dict[str, Any]:
 
 
 def name_of(job: Job) -> str:
-    """What the inference server calls the model of a job."""
-    return model_name(job.request["student"], job.request[KEY]["asked"].get("suffix"), job.id)
+    """What the inference server calls the model of a job: as its last command says, since an earlier version gave other
+    names.
+    """
+    words = [word for command in job.commands if PUBLISHES in command["argv"] for word in command["argv"]]
+    given = next((word.removeprefix(NAMED) for word in words if word.startswith(NAMED)), None)
+    return given or model_name(job.request["student"], job.request[KEY]["asked"].get("suffix"), job.id)
 
 
 def failure(job: Job) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from openai import NotFoundError, UnprocessableEntityError
 from support.jobs_served import make_place
 from support.openai_jobs import chats, in_process, preferences
 
-from common.jobs import fine_tuning, publication, published
+from common.jobs import fine_tuning, fine_tuning_view, publication, published
 from common.jobs.backend import Device
 from common.jobs.folder import JobFolder
 from common.serving import run_registry
@@ -76,6 +76,20 @@ def test_a_checkpoint_s_name_is_one_that_is_served():
         name = fine_tuning.model_name("b" * 60, suffix, "0" * 16)
         assert name == "-".join(["ft", "b" * base, *([suffix] if suffix else []), "0" * 16])
         assert run_registry.NAME.fullmatch(f"{name}{published.STEP}{10**9}")
+
+
+def test_a_model_is_named_as_its_job_named_it(place):
+    """An earlier version bounded a name elsewhere; of a job without a publication it is made of what was asked for."""
+    client, service = in_process(place)
+    training = client.files.create(file=chats(4), purpose="fine-tune").id
+    asked = client.fine_tuning.jobs.create(model=str(place / "student"), training_file=training, suffix="s" * 64)
+    job = stored(service, asked)
+    name = fine_tuning_view.name_of(job)
+    assert name == fine_tuning.model_name(str(place / "student"), "s" * 64, job.id)
+    *others, last = job.commands
+    words = ["--name=ft-longer" if word.startswith("--name=") else word for word in last["argv"]]
+    assert fine_tuning_view.name_of(dataclasses.replace(job, commands=[*others, last | {"argv": words}])) == "ft-longer"
+    assert fine_tuning_view.name_of(dataclasses.replace(job, commands=others)) == name
 
 
 def test_a_dpo_job(place):
