@@ -7,6 +7,7 @@ which can then be asked to go again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.cli import UserError
-from common.jobs.folder import DELETED, JobFolder
+from common.jobs.folder import ARTIFACTS, DELETED, JOB_ID, JobFolder
 from common.models import adapters
 from common.web.app import Problem
 
@@ -44,17 +45,32 @@ def states(runs_dir: Path, name: str) -> list[Path]:
     return [*sorted(step for step in steps if owner_of(step) == owner), run]
 
 
-def standing_on(runs_dir: Path, model: Path) -> Iterator[str]:
-    """The names of the runs whose adapters are put on a model."""
+def standing_on(runs_dir: Path, jobs_dir: Path, model: Path) -> Iterator[str]:
+    """The runs and the jobs whose adapters are put on a model: "model NAME" or "job ID" of each."""
+    place = os.path.realpath(model)
+    for name, base in (*_bases_of_runs(runs_dir), *_bases_of_jobs(jobs_dir)):
+        if os.path.realpath(base) == place:
+            yield name
+
+
+def _bases_of_runs(runs_dir: Path) -> Iterator[tuple[str, str]]:
     for run in sorted(runs_dir.iterdir()):
         if run.name.startswith(".") or not adapters.is_adapter(run):
             continue
-        try:
-            base = adapters.base_of(run)
-        except UserError:  # a broken one stands on nothing
-            continue
-        if os.path.realpath(base) == os.path.realpath(model):
-            yield run.name
+        with contextlib.suppress(UserError):  # a broken one stands on nothing
+            yield f"model {run.name}", adapters.base_of(run)
+
+
+def _bases_of_jobs(jobs_dir: Path) -> Iterator[tuple[str, str]]:
+    for folder in sorted(jobs_dir.iterdir()):
+        if JOB_ID.fullmatch(folder.name) and (base := base_of(JobFolder(folder))):
+            yield f"job {folder.name}", base
+
+
+def base_of(folder: JobFolder) -> str | None:
+    """The base that the adapter among a job's artifacts is put on; None where there is no adapter, or a broken one."""
+    base = folder.read(f"{ARTIFACTS}/{adapters.ADAPTER_CONFIG}").get("base_model_name_or_path")
+    return base if isinstance(base, str) and base and "\0" not in base else None
 
 
 def delete(folders: Sequence[Path]) -> None:

@@ -263,7 +263,7 @@ def of_a_file(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
 
 def as_taken_now(command: dict[str, Any]) -> dict[str, Any]:
     """A job's command; of a training without the flags that decide nothing beside its others, as of an earlier version,
-    which took them.
+    which took them. Those of an adapter that is started from get its own values: without one, DPO has no dropout.
     """
     script, *words = command["argv"]
     for method in METHODS.values():
@@ -271,8 +271,12 @@ def as_taken_now(command: dict[str, Any]) -> dict[str, Any]:
             parser = cli.parser(method.script)
             method.add_flags(parser)
             with contextlib.suppress(UserError):  # what is wrong the script says
-                idle = method.kind.idle(vars(cli.parse_args(parser, words)))
-                words = [word for word in words if word.partition("=")[0].removeprefix("--") not in idle]
+                values = vars(cli.parse_args(parser, words))
+                adapter, idle = values["init_adapter"], method.kind.idle(values)
+                own = training_flags.own_settings(adapter) if adapter else {}
+                taken = {name: [f"--{name}={own[name]}"] if name in own else [] for name in idle}
+                named = [(word.partition("=")[0].removeprefix("--"), word) for word in words]
+                words = [kept for name, word in named for kept in taken.get(name, [word])]
             return command | {"argv": [script, *words]}
     return command
 

@@ -20,7 +20,7 @@ from common.jobs import choices, local_backend, progress, published
 from common.jobs.backend import Backend
 from common.jobs.checks import Reach, Vocabularies, check_memory
 from common.jobs.files import FileStore, StoredFile
-from common.jobs.fine_tuning import KEY, PUBLISHED, Publication, model_name
+from common.jobs.fine_tuning import JUDGES, KEY, PUBLISHED, Publication, model_name
 from common.jobs.folder import ARTIFACTS, JOB_ID, WORKER, JobFolder, check_system
 from common.jobs.publication import is_anothers
 from common.jobs.recovery import adopt_folders, keep_row
@@ -105,11 +105,29 @@ class JobServiceSettings:
         )
 
 
-def lost_inputs(commands: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """{field: path} of the local models and files that a job's training reads and that are not there any more."""
+def lost_inputs(commands: Sequence[dict[str, Any]], folder: JobFolder | None = None) -> dict[str, str]:
+    """{field: path} of the local models and files that a job's training reads and that are not there any more.
+
+    Args:
+        folder: of a job that has begun: once it is trained, those count that are read by what has not ended.
+    """
     words = [word.partition("=") for command in commands if command["output"] == "" for word in command["argv"]]
     named = {flag.removeprefix("--"): path for flag, _, path in words if os.path.isabs(path)}
-    return {field: path for field, path in named.items() if field in INPUTS and not os.path.exists(path)}
+    lost = {field: path for field, path in named.items() if field in INPUTS and not os.path.exists(path)}
+    if folder is None or not folder.is_trained:
+        return lost
+    left = [command for command in commands[folder.read(WORKER).get("finished", 0) :] if command["output"] != ""]
+    read = {word.partition("=")[2] for command in left for word in command["argv"]}
+    lost = {field: path for field, path in lost.items() if path in read}
+    base = published.base_of(folder) if any(map(loads_model, left)) else None
+    if base and os.path.isabs(base) and not os.path.exists(base):
+        lost["student"] = base
+    return lost
+
+
+def loads_model(command: dict[str, Any]) -> bool:
+    """Whether a command that follows a training loads its model: an export, or the figures on the validation file."""
+    return bool(command["output"]) or JUDGES in command["argv"]
 
 
 def roots_of(text: str | None, default: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -324,7 +342,7 @@ class Service:
                 if name and self._is_taken(name, job_id):
                     sentence = f"there is another run called {name} by now; send the job again under another name"
                     raise Problem(409, sentence)
-                for flag, path in () if self.folder(job).is_trained else lost_inputs(job.commands).items():
+                for flag, path in lost_inputs(job.commands, self.folder(job)).items():
                     field, value = self.planner.asked_for(job.method, job.request, flag) or (flag, path)
                     raise Problem(409, f"{field}: {value} is not there any more; send the job again with another")
             resumed = self.store.resume(job_id)
@@ -360,8 +378,8 @@ class Service:
                 for other in self.store.needing(os.path.realpath(folder)):  # as a model in reach is named
                     words = f"the job {other.id}, which is {other.state}, needs {folder.name}; cancel that first"
                     raise Problem(409, words, "model")
-                for run in published.standing_on(runs_dir, folder):
-                    raise Problem(409, f"the model {run} stands on {folder.name}; delete that first", "model")
+                for other in published.standing_on(runs_dir, self.jobs_dir, folder):
+                    raise Problem(409, f"the {other} stands on {folder.name}; delete that first", "model")
             try:
                 published.delete(folders)
             except OSError as error:

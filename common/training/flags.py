@@ -204,24 +204,30 @@ def checked(settings: Settings) -> Settings:
 def of_adapter(settings: Settings) -> Settings:
     """The settings with rank, alpha and dropout of the adapter that is started from, which goes on with its own.
 
-    DPO's dropout of 0 stays, as it switches the adapter's off.
+    DPO's dropout of 0 stays, as it switches the adapter's off. A flag that says otherwise is passed over with --resume,
+    as the run may be an earlier version's, which took it.
 
     Raises:
-        UserError: a flag says otherwise, or the adapter's config is broken.
+        UserError: a flag says otherwise without --resume, or the adapter's config is broken.
     """
     if not settings.init_adapter:
         return settings
-    config = adapters.read_config(settings.init_adapter)
-    own = {flag: config[key] for flag, key in LORA.items() if isinstance(config.get(key), int | float)}
+    own = own_settings(settings.init_adapter)
     if isinstance(settings, DpoSettings) and settings.lora_dropout == 0:
         own.pop("lora_dropout", None)
     for flag, value in own.items():
         asked = getattr(settings, flag)
-        if asked not in (value, getattr(type(settings), flag)):
+        if not settings.resume and asked not in (value, getattr(type(settings), flag)):
             raise UserError(
                 f"--{flag} {asked}: the adapter {settings.init_adapter} goes on with its own, {value}; leave it out"
             )
     return replace(settings, **own)
+
+
+def own_settings(adapter: str) -> dict[str, int | float]:
+    """{flag: value} of an adapter: rank, alpha and dropout, where it has them. Raises UserError for a broken config."""
+    config = adapters.read_config(adapter)
+    return {flag: config[key] for flag, key in LORA.items() if isinstance(config.get(key), int | float)}
 
 
 def check_kept(settings: TrainSettings) -> None:

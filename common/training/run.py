@@ -95,7 +95,7 @@ def stop_where_done(settings: TrainSettings, data: dict[str, Any]) -> None:
     run, save_dir = run_record.read(settings.save_dir) or {}, settings.save_dir
     if run.get("state") != "done" or not any(Path(save_dir, name).is_file() for name in WEIGHTS):
         return
-    if not resumption.differences(run, settings.deciding(), data):
+    if not resumption.differences(run, settings.deciding(run.get("settings")), data):
         raise NothingToDo(f"the run in {save_dir} has ended; nothing is left to train")
     if not checkpoints.can_go_on(save_dir):
         raise UserError(
@@ -116,7 +116,8 @@ def open_record(
     """`start`, in a folder that no other training writes to."""
     before = (run_record.read(folder) or {}) if settings.resume and checkpoints.can_go_on(str(folder)) else {}
     if not may_change(settings):
-        resumption.refuse_changes(settings.save_dir, resumption.differences(before, settings.deciding(), data))
+        now = settings.deciding(before.get("settings"))
+        resumption.refuse_changes(settings.save_dir, resumption.differences(before, now, data))
     judged_by = {"eval_sha256": data.get("eval_sha256")}
     if not before or resumption.differences(before, {}, judged_by):
         checkpoints.forget_best(folder)  # of a training that nothing is left of, or by other rows

@@ -154,10 +154,16 @@ class TrainSettings:
         """
         return frozenset(LORA if values.get("init_adapter") else ())
 
-    def deciding(self) -> dict[str, Any]:
-        """{flag: value} of those that are not idle, for a run that goes on to be compared by."""
+    def deciding(self, before: Any = None) -> dict[str, Any]:
+        """{flag: value} of those that are not idle, for a run that goes on to be compared by.
+
+        Args:
+            before: the settings of the run as it was, if it has any: what is idle now, and was not, counts.
+        """
         values = self.as_dict()
-        return {name: value for name, value in values.items() if name not in self.idle(values)}
+        earlier = values | before if isinstance(before, dict) else values
+        idle = self.idle(values) & self.idle(earlier)
+        return {name: value for name, value in values.items() if name not in idle}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +185,8 @@ class DpoSettings(TrainSettings):
 
     @classmethod
     def idle(cls, values: Mapping[str, Any]) -> frozenset[str]:
-        """As `TrainSettings.idle`, but for the dropout, of which 0 switches the adapter's off."""
-        return super().idle(values) - {"lora_dropout"}
+        """As `TrainSettings.idle`, but for a dropout of 0, which switches the adapter's off."""
+        return super().idle(values) - ({"lora_dropout"} if values.get("lora_dropout") == 0 else set())
 
 
 def has_cuda() -> bool:

@@ -95,6 +95,21 @@ def test_what_is_needed_is_not_deleted(place):
     assert names(place) == []
 
 
+def test_what_the_adapter_of_a_job_without_a_name_stands_on_is_not_deleted(place):
+    """It is served by no name; a whole model, and a broken one, stand on nothing."""
+    run = published(place, "ft-a")
+    client, service = in_process(place)
+    for job_id, config in ((OTHER, json.dumps({"base_model_name_or_path": str(run)})), ("2" * 16, "{"), ("3" * 16, "")):
+        artifacts = service.jobs_dir / job_id / "artifacts"
+        artifacts.mkdir(parents=True)
+        if config:
+            (artifacts / "adapter_config.json").write_text(config)
+    assert refused(client, "ft-a", 409) == f"the job {OTHER} stands on ft-a; delete that first"
+    shutil.rmtree(service.jobs_dir / OTHER)
+    client.models.delete("ft-a")
+    assert names(place) == []
+
+
 def test_a_kill_leaves_no_half_of_it(place, monkeypatch):
     published(place, "ft-a")
 

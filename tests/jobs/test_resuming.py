@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 from support.jobs_served import make_place
-from support.openai_jobs import in_process
+from support.openai_jobs import chats, in_process
 from support.processes import wait_for
 
 from common.jobs.backend import Device
+from common.jobs.folder import JobFolder
 from common.jobs.request import as_taken_now
 from common.jobs.runner import Runner
+from common.jobs.service import lost_inputs
 from common.jobs.store import QUEUED, Job, Store, new_id
 from common.web.app import Problem
 
@@ -42,6 +44,53 @@ def test_a_job_is_resumed_without_the_data_that_it_has_been_trained_on(tmp_path)
             with pytest.raises(Problem, match="is not there any more"):
                 service.resume(job_id)
     assert service.resume(job_id).state == QUEUED
+
+
+@pytest.mark.parametrize("field", ["data", "eval_data", "student"])
+def test_what_follows_a_training_is_to_find_what_it_reads(tmp_path, field):
+    """The figures on the validation file are made of both files, and of the base under an adapter."""
+    place = make_place(tmp_path)
+    client, service = in_process(place)
+    training, validation = (client.files.create(file=chats(4), purpose="fine-tune").id for _ in range(2))
+    student = place / "student"
+    created = client.fine_tuning.jobs.create(model=str(student), training_file=training, validation_file=validation)
+    job_id = created.id.removeprefix("ftjob-")
+    service.cancel(job_id)
+    folder = JobFolder(service.jobs_dir / job_id)
+    folder.artifacts.mkdir(parents=True)
+    (folder.artifacts / "run.json").write_text('{"state": "done"}')
+    (folder.artifacts / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(student)}))
+    folder.write("worker.json", {"pid": 1, "finished": 1})
+    if field == "student":
+        shutil.move(student, place / "moved")
+    else:
+        client.files.delete({"data": training, "eval_data": validation}[field])
+    with pytest.raises(Problem, match=f"409: {field}: .* is not there any more"):
+        service.resume(job_id)
+    folder.write("worker.json", {"pid": 1, "finished": 2})  # which leaves the publication
+    assert service.resume(job_id).state == QUEUED
+
+
+def test_an_export_is_to_find_its_model_alone(tmp_path):
+    """Which is whole, or an adapter on its base; the rows of its proof were found before the training."""
+    place = make_place(tmp_path)
+    service = in_process(place)[1]
+    rows, student = place / "rows-3.jsonl", place / "student"
+    shutil.copy(place / "quick.jsonl", rows)
+    body = {"method": "sft", "max_steps": 3, "student": str(student), "data": str(rows), "export_onnx": True}
+    job = service.submit(body, None)
+    folder = service.folder(job)
+    folder.artifacts.mkdir(parents=True)
+    (folder.artifacts / "run.json").write_text('{"state": "done"}')
+    folder.write("worker.json", {"pid": 1, "finished": 2})
+    rows.unlink()
+    shutil.move(student, place / "moved")
+    assert lost_inputs(job.commands) == {"student": str(student), "data": str(rows)}
+    assert lost_inputs(job.commands, folder) == {}
+    (folder.artifacts / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(student)}))
+    assert lost_inputs(job.commands, folder) == {"student": str(student)}
+    folder.write("worker.json", {"pid": 1, "finished": 0})
+    assert lost_inputs(job.commands, folder).keys() == {"student", "data"}
 
 
 class Idle:
@@ -80,14 +129,19 @@ def test_a_job_of_an_earlier_version_is_started_without_flags_that_do_nothing(tm
     assert backend.started[0].commands == [{"argv": [script, *kept, "--hidden_mse=0.0"], "output": ""}, export]
 
 
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [("sft_train.py", ["--seed=1"]), ("dpo_train.py", ["--lora_dropout=0.1"])],
-)
-def test_an_adapters_own_settings_are_not_passed_on(script, words):
-    """They were taken with another value, and did nothing; DPO's dropout of 0 does."""
-    kept = ["--save_dir=run", "--student=s", "--data=rows.jsonl", "--init_adapter=a", *words]
-    command = {"argv": [script, *kept, "--lora_r=4", "--lora_alpha=2"], "output": ""}
-    assert as_taken_now(command)["argv"] == [script, *kept]
-    broken = {"argv": [script, *kept, "--no_such_flag", "--lora_r=4"], "output": ""}
-    assert as_taken_now(broken) == broken  # the script says what is wrong
+@pytest.mark.parametrize("script", ["sft_train.py", "dpo_train.py"])
+def test_an_adapter_s_own_settings_are_passed_on(tmp_path, script):
+    """Others were taken, and did nothing; DPO's dropout of 0 does, and is what it has without the flag."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}')
+    kept = ["--save_dir=run", "--student=s", "--data=rows.jsonl", f"--init_adapter={tmp_path}", "--seed=1"]
+
+    def taken(*words: str) -> list[str]:
+        return as_taken_now({"argv": [script, *kept, *words], "output": ""})["argv"][1 + len(kept) :]
+
+    assert taken("--lora_r=4", "--lora_alpha=2", "--lora_dropout=0.1") == [
+        "--lora_r=8", "--lora_alpha=16", "--lora_dropout=0.05"]  # fmt: skip
+    assert taken("--lora_dropout=0.0") == [f"--lora_dropout={'0.0' if script == 'dpo_train.py' else '0.05'}"]
+    assert taken() == []
+    assert taken("--no_such_flag", "--lora_r=4") == ["--no_such_flag", "--lora_r=4"]  # the script says what is wrong
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert taken("--lora_r=4") == []

@@ -61,6 +61,11 @@ def test_an_adapter_that_is_started_from_goes_on_with_its_own_settings(tiny_base
         with pytest.raises(UserError, match=f"--{flag} {value}: the adapter .* goes on with its own"):
             settings_of(sft_train, flags.sft_settings, f"--{flag}", value)
     assert settings_of(dpo_train, flags.dpo_settings, "--lora_dropout", "0.1", "--lora_r", "4").lora_dropout == 0.1
+    with pytest.raises(UserError, match="goes on with its own"):
+        settings_of(dpo_train, flags.dpo_settings, "--lora_dropout", "0.2")
+    for value, taken in (("0.2", 0.1), ("0", 0.0)):  # of a run of an earlier version, too
+        resumed = settings_of(dpo_train, flags.dpo_settings, "--lora_dropout", value, "--lora_r", "8", "--resume")
+        assert (resumed.lora_r, resumed.lora_dropout) == (4, taken)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json is broken"):
         settings_of(sft_train, flags.sft_settings)
@@ -69,7 +74,7 @@ def test_an_adapter_that_is_started_from_goes_on_with_its_own_settings(tiny_base
 def test_a_run_from_an_adapter_goes_on_whatever_its_record_says_of_that(tmp_path):
     """Before 0.2.0 it had the flags' defaults, which the adapter never had."""
     common = {"student": "s", "data": "d", "save_dir": str(tmp_path), "init_adapter": "a", "resume": True}
-    settings, dpo = (kind(**common, lora_r=8, lora_alpha=16, lora_dropout=0.1) for kind in (TrainSettings, DpoSettings))
+    settings = TrainSettings(**common, lora_r=8, lora_alpha=16, lora_dropout=0.1)
     before = {"settings": settings.as_dict() | {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}}
     (tmp_path / "run.json").write_text(json.dumps(before | {"state": "done"}))
     (tmp_path / "adapter_model.safetensors").touch()
@@ -79,7 +84,25 @@ def test_a_run_from_an_adapter_goes_on_whatever_its_record_says_of_that(tmp_path
     assert resumption.differences(before, slower.deciding(), {}) == ["--learning_rate 0.0002, now 1e-06"]
     afresh = replace(settings, init_adapter=None)
     assert "--lora_r 16, now 8" in resumption.differences(before, afresh.deciding(), {})
-    assert "--lora_dropout 0.0, now 0.1" in resumption.differences(before, dpo.deciding(), {})  # 0 switches it off
+
+
+def test_a_dpo_from_an_adapter_goes_on_with_its_dropout_or_without(tmp_path):
+    """Of all values 0 alone decides: it switches the adapter's off, then as now."""
+    common = {"student": "s", "data": "d", "save_dir": str(tmp_path), "init_adapter": "a", "resume": True}
+    own, off = (DpoSettings(**common, lora_dropout=dropout) for dropout in (0.05, 0.0))
+
+    def changed(before: float, now: DpoSettings) -> list[str]:
+        record = {"settings": now.as_dict() | {"lora_dropout": before}}
+        return resumption.differences(record, now.deciding(record["settings"]), {})
+
+    assert changed(0.1, own) == changed(0.0, off) == []
+    assert (changed(0.1, off), changed(0.0, own)) == (["--lora_dropout 0.1, now 0.0"], ["--lora_dropout 0.0, now 0.05"])
+    (tmp_path / "adapter_model.safetensors").touch()
+    for before, error in ((0.1, NothingToDo), (0.0, UserError)):
+        record = {"state": "done", "settings": own.as_dict() | {"lora_dropout": before}}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        with pytest.raises(error, match=r"nothing is left to train|no checkpoints to go on from"):
+            run.stop_where_done(own, {})
 
 
 @pytest.mark.parametrize("beta", ["0.0", "nan", "inf"])
