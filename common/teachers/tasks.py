@@ -23,7 +23,7 @@ from common.sandbox import grading
 from common.tasks.codegen import answer as code_answer
 from common.tasks.codegen import prompt as code_prompt
 from common.tasks.codegen import rows as code_problems
-from common.tasks.codegen import source
+from common.tasks.codegen import source, style
 from common.tasks.idp import documents, field_metrics
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp.copying import Copyist
@@ -322,8 +322,8 @@ class Code:
     def _ends(prompt: str) -> Callable[[str], bool]:
         """Whether an answer has all of the plan or code that `parse` reads: untrained models go on to explain it."""
         if prompt.endswith(code_prompt.PLAN_REQUEST):
-            return code_answer.plan_ends
-        return partial(code_answer.answer_ends, names=code_prompt.names_asked_for(prompt))
+            return style.CHAT.plan_ends
+        return partial(style.CHAT.ends, prompt)
 
     def parse(self, text: str, prompt: str = "") -> str:
         """The code in a text, or the plan where the prompt asks for one, in the tags of training rows."""

@@ -12,6 +12,7 @@ import builtins
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 
 from common.tasks.codegen import source
 
@@ -40,6 +41,7 @@ def is_stub(task: str) -> bool:
     return isinstance(last, ast.FunctionDef) and len(last.body) == 1 and ast.get_docstring(last) is not None
 
 
+@lru_cache(maxsize=4096)  # asked after every token of an answer
 def names_asked_for(task: str) -> tuple[str, ...]:
     """The functions and classes that a task wants defined: its stub's, those of the tests that it shows, or the one
     that its words name; none where it does not say.
