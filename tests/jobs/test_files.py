@@ -155,10 +155,10 @@ def test_what_is_small_only_while_it_is_packed_or_sent(place, monkeypatch):
     ("content", "rows", "ending"),
     [
         (ROWS, 2, ".jsonl"),
-        (gzip.compress(ROWS), 2, ".jsonl"),
+        (gzip.compress(ROWS, mtime=0), 2, ".jsonl"),
         (b'\n [{"input": "a", "output": "b"}]', 1, ".json"),
         (b"Call me Ishmael.\nSome years ago ...", None, ".txt"),
-        (gzip.compress(b"Call me Ishmael."), None, ".txt"),
+        (gzip.compress(b"Call me Ishmael.", mtime=0), None, ".txt"),
         (b"[Chapter 1] Call me Ishmael.", None, ".txt"),
         (b"{{header}}\n[1]", None, ".txt"),
         (b"[", None, ".txt"),
