@@ -1,12 +1,15 @@
-"""Speed of a run and of its exports, in turn: rows scored a second and greedy tokens a second, each in its own runtime.
+"""Speed of a run and of its exports, each in its own runtime, in turn: greedy tokens and ranked rows a second.
 
     python bench/exports.py --model_dir runs/creditmix_sft exports/onnx exports/int8 exports/gguf \\
         --data data/creditmix_dev.jsonl
+    python bench/exports.py --model_dir runs/receipts exports/onnx exports/q4 --data data/idp_val.jsonl
 
-Rows are scored in batches (llama.cpp's one by one), text is written for one prompt at a time. Figures are medians of
-the rounds, after one that does not count; ratios are to the first model. The last line is JSON.
+Rows with a label are ranked, in batches (in llama.cpp one by one); of rows with `input` and `output` there is text
+alone. Text is written for one prompt at a time, and for --together prompts at once, up to 64 tokens each, by what
+infer_*.py and the server write it with; a graph of ONNX, which nothing but the proof has write, by the proof's loop.
+Figures are medians of the rounds, after one that does not count; ratios are to the first model. The last line is JSON.
 
-Each entry has its limit beside it, and `of_limit` is the share that is reached. Of text: one reading, for each token,
+Each entry has its limit beside it, and `of_limit` is the share that is reached. Of text: one reading, for each step,
 of as many bytes as the model's weights have, which no runtime can do without (a sum over a buffer, in turn with the
 rest). A miniature is far from it: its weights fit the cache, and the calls take the time. Of rows: a bare forward pass
 of the first torch model, its adapter merged, over the tokens in which rows differ; a faster runtime than torch and
@@ -20,6 +23,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.interleave import print_table, take_turns
 
@@ -27,17 +31,22 @@ from bench.label_ranking import bare_forward
 from common import cli
 from common.models.batching import CPU_BATCH_TOKENS
 from common.models.source import ModelSource
+from common.models.torch_runtime import Runtime, TorchRuntime
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.rankers import ranker_of
 
-PROMPTS, TOKENS = 3, 64  # of the text that is timed
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ALONE, TOKENS = 3, 64  # prompts that are answered one by one, and tokens of each answer, at most
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="bench/exports.py")
-    parser.add_argument("--model_dir", required=True, nargs="+", help="the run, and folders that export_model.py made")
-    parser.add_argument("--data", required=True, help="labelled rows")
+    parser.add_argument("--model_dir", required=True, nargs="+", help="the run, and what export_model.py made of it")
+    parser.add_argument("--data", required=True, help="labelled rows, or rows of input and output")
     parser.add_argument("--rows", type=cli.positive_int, default=512)
+    parser.add_argument("--together", type=cli.positive_int, default=16, help="prompts that are answered at once")
     parser.add_argument("--rounds", type=cli.positive_int, default=5)
     return parser
 
@@ -47,39 +56,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from common.export import parity
     from common.export import pipeline as export
-    from common.models import tokenizers
 
-    proof_rows = parity.read_proof_rows(args.data, CREDITMIX, "", args.rows)
-    turns: dict[str, dict[str, Callable[[], float]]] = {"rows": {}, "tokens": {}}
+    proof_rows = parity.read_proof_rows(args.data, CREDITMIX, "", max(args.rows, args.together))
+    texts = proof_rows.texts[: args.rows]
+    turns: dict[str, dict[str, Callable[[], float]]] = {"rows": {}, "tokens": {}, "tokens_together": {}}
     limit_of: dict[tuple[str, str], str] = {}
     forward = ""  # the model whose bare forward pass is the limit
     for model_dir in args.model_dir:
-        runtime, tokenizer = export.load(model_dir, lambda tokenizer: parity.longest(tokenizer, proof_rows) + TOKENS)
-        ranker = ranker_of(getattr(runtime, "model", runtime), tokenizer, CREDITMIX)
-        prompts = [tokenizers.encode_prompt(tokenizer, prompt) for prompt in proof_rows.prompts[:PROMPTS]]
-
-        def score(ranker=ranker) -> None:
-            ranker.raw_scores(proof_rows.texts)
-
-        def write(runtime=runtime, prompts=prompts) -> None:
-            for prompt in prompts:
-                runtime.generate([prompt], TOKENS, ())
-
-        turns["rows"][model_dir] = speed(len(proof_rows.texts), score)
-        turns["tokens"][model_dir] = speed(len(prompts) * TOKENS, write)
+        runtime, tokenizer = export.load(model_dir)
+        if proof_rows.task:
+            ranker = ranker_of(getattr(runtime, "model", runtime), tokenizer, proof_rows.task)
+            turns["rows"][model_dir] = ranking(ranker, texts)
+            if isinstance(runtime, TorchRuntime) and not forward:
+                forward = "bare forward"
+                turns["rows"][forward] = speed(len(texts), merged_forward(model_dir, texts))
+        prompts = [row.input_ids[: row.prompt_length] for row in parity.encode(tokenizer, proof_rows)]
         size = weight_bytes(model_dir, runtime)
-        limit_of["tokens", model_dir] = f"{size / 1e6:,.1f} MB read"
-        turns["tokens"][limit_of["tokens", model_dir]] = speed(
-            len(prompts) * TOKENS, reading(size, len(prompts) * TOKENS)
-        )
-        if isinstance(runtime, parity.TorchRuntime) and not forward:
-            forward = "bare forward"
-            turns["rows"][forward] = speed(len(proof_rows.texts), merged_forward(model_dir, proof_rows.texts))
+        for unit, batches in (
+            ("tokens", [[prompt] for prompt in prompts[:ALONE]]),
+            ("tokens_together", [prompts[: args.together]]),
+        ):
+            turns[unit][model_dir] = writing(runtime, tokenizer, batches)
+            limit_of[unit, model_dir] = f"{size / 1e6:,.1f} MB read"
+            tokens = sum(map(len, batches)) * TOKENS
+            turns[unit][limit_of[unit, model_dir]] = speed(tokens, reading(size, len(batches) * TOKENS))
     limit_of |= {("rows", model_dir): forward for model_dir in args.model_dir if forward}
 
     rows = [{"name": model_dir} for model_dir in args.model_dir]
     ratios: dict[str, dict] = {"of_limit": {}}
     for unit, contestants in turns.items():
+        if not contestants:
+            continue
         table = take_turns(contestants, args.rounds, unit, warm_up=True)
         print_table(table, unit)
         speeds = {name: entry[f"{unit}_per_s"] for name, entry in table.items()}
@@ -90,6 +97,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         ratios[unit] = {name: round(speeds[name] / speeds[args.model_dir[0]], 2) for name in args.model_dir}
         ratios["of_limit"][unit] = {row["name"]: row[unit].get("of_limit") for row in rows}
     print(json.dumps({"bench": "exports", "settings": vars(args), "rows": rows, "ratios": ratios}))
+
+
+def ranking(ranker, texts: Sequence[str]) -> Callable[[], float]:
+    """Rows ranked a second."""
+    return speed(len(texts), lambda: ranker.raw_scores(texts))
+
+
+def writing(
+    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Sequence[Sequence[int]]]
+) -> Callable[[], float]:
+    """Tokens written a second: of greedy answers to batches of prompts, one after the other."""
+    from common.generation import generate as generation
+    from common.generation.decoding import Decoding
+    from common.models import packed_weights
+    from common.models.onnx_runtime import OnnxModel
+
+    if isinstance(runtime, OnnxModel):
+        ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+        def write(prompts: Sequence[Sequence[int]]) -> int:
+            return sum(map(len, runtime.generate(prompts, TOKENS, ends)))
+    else:
+        model = getattr(runtime, "model", runtime)
+        packs = isinstance(runtime, TorchRuntime) and len(batches[0]) > 1
+
+        def write(prompts: Sequence[Sequence[int]]) -> int:
+            if packs:  # as the scripts that write text have it; there is no way back, so not before
+                packed_weights.allow(model)
+            answers = generation.generate(model, tokenizer, prompts, Decoding(TOKENS))
+            return sum(len(answer.tokens) for (answer,) in answers)
+
+    def turn() -> float:
+        started = time.perf_counter()
+        tokens = sum(map(write, batches))
+        return tokens / (time.perf_counter() - started)
+
+    return turn
 
 
 def speed(count: int, run: Callable[[], None]) -> Callable[[], float]:
@@ -103,12 +147,11 @@ def speed(count: int, run: Callable[[], None]) -> Callable[[], float]:
 
 def weight_bytes(model_dir: str, runtime) -> int:
     """Bytes of a model's weights: in memory for torch, else in its files."""
-    from common.export import parity
     from common.export import pipeline as export
 
-    if isinstance(runtime, parity.TorchRuntime):
+    if isinstance(runtime, TorchRuntime):
         return runtime.model.get_memory_footprint()
-    return sum(file.stat().st_size for file in Path(model_dir).iterdir() if file.suffix in export.WEIGHTS)
+    return export.weight_bytes(Path(model_dir))
 
 
 def reading(size: int, times: int) -> Callable[[], None]:

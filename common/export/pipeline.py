@@ -28,7 +28,8 @@ from common.export.parity import ProofRows, RuntimeResult
 from common.files import atomic_write, lies_in, read_json, sha256_file
 from common.models import adapters, chats, gguf_import, unproven
 from common.models import loading as models
-from common.models.source import ModelSource
+from common.models.batching import MAX_BATCH_TOKENS
+from common.models.source import LLAMA_CPP, ModelSource
 from common.models.tokenizers import PROBES, stop_ids
 from common.models.torch_runtime import Runtime, TorchRuntime
 from common.tasks.ranking import decision_json
@@ -245,7 +246,7 @@ class Export:
         runtime = load()
         seconds = time.perf_counter() - started
         return parity.measure(
-            runtime, self.tokenizer, self.proof_rows, seconds_to_load=seconds, size=sum(map(_weight_bytes, files))
+            runtime, self.tokenizer, self.proof_rows, seconds_to_load=seconds, size=sum(map(weight_bytes, files))
         )
 
     def _prove(self, load: Callable[[], Runtime], files: Collection[Path]) -> dict[str, Any]:
@@ -443,21 +444,16 @@ class Export:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def load(model_dir: str, context: Callable[[PreTrainedTokenizerBase], int]) -> tuple[Runtime, PreTrainedTokenizerBase]:
-    """A run or an export of it in its own runtime, and its tokenizer.
-
-    Args:
-        context: tokens that a row may have, which llama.cpp must know beforehand.
-    """
-    from common.models.gguf_model import GgufModel
+def load(model_dir: str) -> tuple[Runtime, PreTrainedTokenizerBase]:
+    """A run or an export of it in its own runtime, and its tokenizer."""
     from common.models.onnx_runtime import OnnxModel, is_onnx
     from common.models.tokenizers import load_tokenizer
 
     if is_onnx(model_dir):
         return OnnxModel(model_dir), load_tokenizer(model_dir)
-    if files := list(Path(model_dir).glob("*.gguf")):
-        tokenizer = load_tokenizer(model_dir)
-        return GgufModel(files[0], context(tokenizer)), tokenizer
+    if gguf_import.local_gguf(model_dir):
+        packed = ModelSource(gguf_import.packed_folder(model_dir), engine=LLAMA_CPP)
+        return models.load_gguf(packed, MAX_BATCH_TOKENS)
     model, tokenizer = models.load_for_inference(ModelSource(model_dir))
     return TorchRuntime(model), tokenizer
 
@@ -466,7 +462,8 @@ def _metric(proof: dict[str, Any]) -> float:
     return proof["metric"]["export"]["value"]
 
 
-def _weight_bytes(path: Path) -> int:
+def weight_bytes(path: Path) -> int:
+    """Of a model's file, or of all that are in its folder."""
     files = path.iterdir() if path.is_dir() else (path,)
     return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
 
