@@ -9,10 +9,11 @@
 
 merged is a plain transformers folder, onnx and int8 are for ONNX Runtime, gguf is for llama.cpp and Ollama (a Modelfile
 lies beside it), gguf_lora is the adapter alone for llama.cpp's --lora and Ollama's ADAPTER. The proof runs the exported
-files in that runtime, and the run itself, on --proof_data: rows of a label task (default: its dev rows) or rows of
-input and output. It goes to export.json with the SHA-256 of every file. Where the metric has fallen by more than
---max_metric_drop, the exit code is 1 and the files are kept apart in SAVE_DIR.rejected. The table goes to stdout, and
-last one JSON line. --no_proof leaves all of that out; the files and their card then say that they are unproven.
+files in that runtime, and the run itself, on --proof_data, by default the dev rows of the run's task: rows with a
+label, documents or problems; or rows of input and output. It goes to export.json with the SHA-256 of every file. Where
+the metric has fallen by more than --max_metric_drop, the exit code is 1 and the files are kept apart in
+SAVE_DIR.rejected. The table goes to stdout, and last one JSON line. --no_proof leaves all of that out; the files and
+their card then say that they are unproven.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from common.tasks.ranking.task import LabelTask
 FORMATS = ("merged", "onnx", "int8", "gguf", "gguf_lora")
 SCALES = ("block", "channel")
 MAX_METRIC_DROP = 0.01
+DEV_ROWS = {task_record.IDP: "data/idp_dev.jsonl", task_record.CODEGEN: "data/codegen_dev.jsonl"}
 DTYPES = {"merged": ("float32", "bfloat16", "float16"), "onnx": ("float32", "float16")}
 
 
@@ -71,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="put a proven export there; a new one is private")
     proof = parser.add_argument_group("proof")
     proof.add_argument("--task", metavar="FILE.yaml", help="the label set; default: that of the run, else CreditMix")
-    proof.add_argument("--proof_data", help="rows to compare on; default: data/TASK_dev.jsonl")
+    proof.add_argument("--proof_data", help="rows to compare on; default: the task's dev rows, data/TASK_dev.jsonl")
     proof.add_argument("--proof_rows", type=cli.positive_int, help="so many of them, evenly spaced; default: all")
     proof.add_argument(
         "--max_metric_drop",
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     check_flags(args)
     task = load_task(args.task) if args.task else trained_for(args.model_dir) or CREDITMIX
-    data = None if args.no_proof else args.proof_data or default_rows(task, args.model_dir)
+    data = None if args.no_proof else args.proof_data or default_rows(task, args)
     if data and not Path(data).is_file():
         raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
 
@@ -136,16 +138,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.DONE
 
 
-def default_rows(task: LabelTask, model_dir: str) -> str:
-    """The rows of a proof where none are given: the label task's dev rows.
+def default_rows(task: LabelTask, args: argparse.Namespace) -> str:
+    """The rows of a proof where none are given: the dev rows of what the run was trained for.
 
     Raises:
-        UserError: the run was trained for something else.
+        UserError: the run was trained for something that has none.
     """
-    if fault := mismatch(task, task_record.read(model_dir)):
+    record = task_record.read(args.model_dir)
+    if record and record["kind"] in DEV_ROWS and not args.task:
+        return DEV_ROWS[record["kind"]]
+    if fault := mismatch(task, record):
         raise cli.UserError(
-            f"{model_dir} {fault}; give rows of input and output like those of its training with --proof_data, or the "
-            "label set that it was trained for with --task"
+            f"{args.model_dir} {fault}; give rows of input and output like those of its training with --proof_data, or "
+            "the label set that it was trained for with --task"
         )
     return f"data/{task.name}_dev.jsonl"
 

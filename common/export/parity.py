@@ -26,6 +26,8 @@ from common.models import chats, tokenizers
 from common.models.torch_runtime import Runtime
 from common.tasks.codegen import prompt as code_prompt
 from common.tasks.codegen import rows as code_rows
+from common.tasks.idp import rows as idp_rows
+from common.tasks.idp.training_rows import TrainingRowBuilder
 from common.tasks.ranking import loading, metrics
 from common.tasks.ranking.calibration import Calibration, Scores
 from common.tasks.ranking.classifier import CALIBRATION
@@ -75,7 +77,8 @@ class ProofRows:
 def read_proof_rows(
     path: str, task: LabelTask, model_dir: str, most: int | None, *, runs_code: bool = False
 ) -> ProofRows:
-    """Rows with a text and a label of `task`, training rows with an answer, or a coder's problems with their tests.
+    """Rows with a text and a label of `task`, training rows with an answer, labelled documents of an IDP run, or a
+    coder's problems with their tests.
 
     Of a chat the last answer is compared, which follows all turns before it.
 
@@ -90,12 +93,15 @@ def read_proof_rows(
     """
     unit, numbered, _ = records.iter_rows(path)
     number, first = next(numbered, (1, None))
-    kind = (task_record.read(model_dir) or {}).get("kind")
+    record = task_record.read(model_dir) or {}
+    kind = record.get("kind")
     if shapes.shape_of(first, (shapes.COMPLETION,)):
         rows = _spaced(training_files.read(path, shapes.SFT), most)
         prompts, outputs = [row["input"] for row in rows], [row["output"] for row in rows]
         task_record.check_prompts(model_dir, map(turns.last_text, prompts), path)
         return ProofRows(path, prompts, outputs, text_metric=text_metric.of_outputs(kind, outputs))
+    if kind == task_record.IDP:
+        return _read_documents(path, most, record)
     if kind == task_record.CODEGEN:
         return _read_problems(path, most, runs_code)
     if records.row_fault(first, (task.text_field, task.label_field)) is not None:
@@ -117,6 +123,20 @@ def read_proof_rows(
         [row["group"] for row in rows],
         Calibration.load(fitted, task.labels) if fitted.is_file() else plain,
     )
+
+
+def _read_documents(path: str, most: int | None, record: task_record.Record) -> ProofRows:
+    if "schema" not in record:
+        raise UserError(
+            f"{path} holds documents, and the run does not say for which JSON Schema it was trained; give rows of "
+            "input and output like those of its training with --proof_data"
+        )
+    rows = _spaced(idp_rows.read(path, record["schema"]), most)
+    builder = TrainingRowBuilder(record["schema"], record["typed_fields"], seed=0)
+    asked = builder.pairs(rows)
+    outputs = [builder.text(fields) for _, fields in asked]
+    metric = text_metric.of_outputs(task_record.IDP, outputs)
+    return ProofRows(path, [prompt for prompt, _ in asked], outputs, text_metric=metric)
 
 
 def _read_problems(path: str, most: int | None, runs_code: bool) -> ProofRows:

@@ -31,21 +31,26 @@ class TrainingRowBuilder:
     def of(self, rows: Sequence[dict]) -> tuple[list[dict], list[dict], list[dict]]:
         """SFT, KD and DPO rows of labelled documents; of one without a possible mistake there is no DPO row."""
         rng = random.Random(self.seed)
-        copyist = Copyist(self.typed) if self.typed else None
+        shuffled = rng.sample(rows, len(rows))
         sft, kd, dpo = [], [], []
-        for row in rng.sample(rows, len(rows)):
-            fields, document = row["fields"], row["document"]
-            if copyist:
-                fields = copyist.written(fields, document)
-            asked, answer = prompt.user_turn(document, self.asked, self.typed_fields), self.text(fields)
-            group = {"group": row["group"]}
+        for row, (asked, fields) in zip(shuffled, self.pairs(shuffled), strict=True):
+            answer, group = self.text(fields), {"group": row["group"]}
             sft.append({"input": asked, "output": answer, **group})
             kd.append({"input": asked, "teacher_output": answer, **group})
-            if (wrong := self._wrong(fields, document, rng)) is not None:
+            if (wrong := self._wrong(fields, row["document"], rng)) is not None:
                 dpo.append({"prompt": asked, "chosen": answer, "rejected": wrong, **group})
+        return sft, kd, dpo
+
+    def pairs(self, rows: Sequence[dict]) -> list[tuple[str, dict]]:
+        """(what a model is asked, the fields that it is to answer with) of labelled documents; they are counted."""
+        copyist = Copyist(self.typed) if self.typed else None
+        found = []
+        for row in rows:
+            fields = copyist.written(row["fields"], row["document"]) if copyist else row["fields"]
+            found.append((prompt.user_turn(row["document"], self.asked, self.typed_fields), fields))
         if copyist:
             self.counts = {"fields": copyist.copied + copyist.missed, "not_in_document": copyist.missed}
-        return sft, kd, dpo
+        return found
 
     def text(self, fields: dict) -> str:
         """Fields in the form in which they are asked for, as JSON."""
