@@ -44,7 +44,7 @@ def write(model_dir: str | Path, base: Path, path: Path, unproven: bool = False)
             alpha = deltas.scale * len(a)
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_tensor(f"{target}.lora_a", np.ascontiguousarray(a))  # [rank, in]
-        writer.add_tensor(f"{target}.lora_b", np.ascontiguousarray(as_llama_cpp(name, b, config)))  # [out, rank]
+        writer.add_tensor(f"{target}.lora_b", np.ascontiguousarray(as_llama_cpp(target, b, config)))  # [out, rank]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -22,6 +22,7 @@ WITHOUT_LLAMA_CPP = ("Q8_0", "F16", "BF16")  # written by the gguf package alone
 DEFAULT = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of a mixture's tensors
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not made of blocks of 256 weights
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+WHOLE = ".shortconv.conv.weight"  # small matrices that are not rounded
 
 
 @dataclass
@@ -33,16 +34,18 @@ class Mixture:
         layers: of the model.
         tied: the head is the embedding.
         is_70b: what llama.cpp calls so (`is_70b`): there, 8 heads share the values.
+        values: layers that have an attn_v, which count by themselves; None: all of them.
     """
 
     quant: str
     layers: int
     tied: bool
     is_70b: bool = False
+    values: int | None = None
     seen: dict[str, int] = field(default_factory=dict)
 
     def kind_of(self, name: str, shape: Sequence[int]) -> gguf.GGMLQuantizationType:
-        """What a tensor is stored in. Vectors (norms, biases) are F32; what no blocks fit is F16.
+        """What a tensor is stored in. Vectors (norms, biases) and `WHOLE` are F32; what no blocks fit is F16.
 
         Args:
             name: in GGUF: "blk.0.attn_v.weight".
@@ -51,7 +54,7 @@ class Mixture:
         import gguf
 
         kinds = gguf.GGMLQuantizationType
-        if len(shape) == 1:
+        if len(shape) == 1 or name.endswith(WHOLE):
             return kinds.F32
         wanted = self._wanted(name)
         for kind in (wanted, FALLBACK.get(wanted, wanted), "F16"):
@@ -68,7 +71,8 @@ class Mixture:
         if part in ("attn_v", "ffn_down"):
             index = self.seen.get(part, 0)
             self.seen[part] = index + 1
-            if _needs_more_bits(index, self.layers):
+            of = self.layers if part == "ffn_down" or self.values is None else self.values
+            if _needs_more_bits(index, of):
                 return "Q6_K"
             if part == "attn_v" and self.is_70b and self.quant == "Q4_K_M":
                 return "Q5_K"

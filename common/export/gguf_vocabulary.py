@@ -25,7 +25,8 @@ PROBE = (
 def add_tokenizer(
     writer: gguf.GGUFWriter, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
 ) -> None:
-    """Tokens and merges, from tokenizer.json: byte-level BPE (Qwen) or BPE with byte fallback (Llama).
+    """Tokens and merges, from tokenizer.json: byte-level BPE (Qwen, SmolLM3, LFM2), or BPE with byte fallback as
+    SentencePiece has it (Llama 2, Gemma).
 
     Args:
         stops: every token that ends an answer, EOS first.
@@ -39,7 +40,7 @@ def add_tokenizer(
     byte_level = '"ByteLevel"' in json.dumps(spec["pre_tokenizer"])
     if not (byte_level or spec["model"].get("byte_fallback")):
         raise UserError("a BPE tokenizer without bytes is not written to GGUF; choose another format")
-    tokens, types = _tokens(spec, config.vocab_size, byte_level)
+    tokens, types = _tokens(spec, config.vocab_size, byte_level, None if byte_level else tokenizer.unk_token_id)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
     if byte_level:
         writer.add_tokenizer_model("gpt2")
@@ -48,17 +49,19 @@ def add_tokenizer(
     else:  # llama.cpp merges the pair with the highest score first, so a token scores by the rank of its merge
         ranks = {pair.replace(" ", ""): rank for rank, pair in reversed(list(enumerate(merges, start=1)))}
         writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
         writer.add_token_scores([-float(ranks.get(token, 0)) for token in tokens])
-        writer.add_add_space_prefix(True)
+        writer.add_add_space_prefix(_begins_with_a_space(tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
-    writer.add_add_bos_token(adds_bos)
+    writer.add_add_bos_token(adds_bos(tokenizer))
+    writer.add_add_eos_token(False)
     others = [token for token in stops[1:] if token != tokenizer.pad_token_id]
     for number, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
         (tokenizer.eos_token_id, writer.add_eos_token_id),
-        (others[0] if others else None, writer.add_eot_token_id),
+        (next(iter(others), None), writer.add_eot_token_id),
+        (next(iter(others[1:]), None), writer.add_eom_token_id),
         (tokenizer.pad_token_id, writer.add_pad_token_id),
         (tokenizer.unk_token_id, writer.add_unk_token_id),
     ):
@@ -68,7 +71,24 @@ def add_tokenizer(
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _tokens(spec: dict[str, Any], size: int, byte_level: bool) -> tuple[list[str], list[gguf.TokenType]]:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts its BOS before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+
+
+def _begins_with_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before a text: Llama's does, Gemma's does not."""
+    backend, text = tokenizer.backend_tokenizer, "a"
+    if backend.normalizer:
+        text = backend.normalizer.normalize_str(text)
+    if backend.pre_tokenizer:
+        text = backend.pre_tokenizer.pre_tokenize_str(text)[0][0]
+    return text.startswith("▁")
+
+
+def _tokens(
+    spec: dict[str, Any], size: int, byte_level: bool, unknown: int | None
+) -> tuple[list[str], list[gguf.TokenType]]:
     """(token, its type) of every row of the embedding."""
     import gguf
 
@@ -84,6 +104,8 @@ def _tokens(spec: dict[str, Any], size: int, byte_level: bool) -> tuple[list[str
             continue
         tokens[added["id"]] = added["content"]
         types[added["id"]] = kinds.CONTROL if added["special"] else kinds.USER_DEFINED
+    if unknown is not None:
+        types[unknown] = kinds.UNKNOWN
     return tokens, types
 
 

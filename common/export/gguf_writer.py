@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.data import task_record
 from common.export.gguf_quants import Mixture, is_70b, quantize
 from common.export.gguf_vocabulary import add_tokenizer
 from common.export.merge import Checkpoint
+from common.files import read_json
+from common.models import gguf_architectures
+from common.models.gguf_architectures import Architecture
 from common.models.gguf_file import TASK_KEY, UNPROVEN_KEY
 
 if TYPE_CHECKING:
@@ -20,7 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # transformers' model type: llama.cpp's architecture
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    kind: name
+    for name, facts in gguf_architectures.ARCHITECTURES.items()
+    if facts.keys
+    for kind in (facts.model_type, *facts.also)
+}
 
 
 def file_name(quant: str) -> str:
@@ -31,6 +40,42 @@ def file_name(quant: str) -> str:
 def architecture_of(config: PreTrainedConfig) -> str:
     """llama.cpp's name for it."""
     return ARCHITECTURES[config.model_type]
+
+
+def check(folder: Path, form: str) -> None:
+    """Refuse a model that has no equal in llama.cpp, by its config alone.
+
+    Args:
+        form: as it is called by the user, for the message.
+
+    Raises:
+        UserError: of another architecture, or one of these with something that llama.cpp's does not have.
+    """
+    from transformers import AutoConfig
+
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"{form} is for the architectures {', '.join(ARCHITECTURES)}, and {folder} is {kind}; use --format merged"
+        )
+    own_keys(AutoConfig.from_pretrained(folder))
+
+
+def own_keys(config: PreTrainedConfig) -> dict[str, Any]:
+    """The metadata that not all architectures have, without the architecture's name.
+
+    Raises:
+        UserError: the model has something that llama.cpp's architecture does not have.
+    """
+    facts = _facts_of(config)
+    found = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or facts.activation
+    if found != facts.activation:
+        raise gguf_architectures.refusal(config, f"{found} for an activation")
+    return facts.keys(config)
+
+
+def _facts_of(config: PreTrainedConfig) -> Architecture:
+    return gguf_architectures.ARCHITECTURES[architecture_of(config)]
 
 
 def tensor_names(config: PreTrainedConfig) -> gguf.TensorNameMap:
@@ -69,15 +114,20 @@ def write(
 
     config = AutoConfig.from_pretrained(merged)
     checkpoint = Checkpoint(merged)
+    plan = planned(checkpoint, config, quant)
     writer = gguf.GGUFWriter(path, architecture_of(config), use_temp_file=True)  # or all weights are in memory at once
-    _add_shape(writer, config, quant)
+    width = next(checkpoint.shapes[name][0] for name, target, _ in plan if target == "blk.0.ffn_up.weight")
+    for key, value in (shape_keys(config) | {"feed_forward_length": width} | own_keys(config)).items():
+        _add(writer, f"{architecture_of(config)}.{key}", value)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quant}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if task:
         writer.add_string(TASK_KEY, task_record.text_of(task))
     if unproven:
         writer.add_bool(UNPROVEN_KEY, True)
     add_tokenizer(writer, config, tokenizer, stops)
-    for name, target, kind in planned(checkpoint, config, quant):
-        array = as_llama_cpp(name, checkpoint.read(name).to(torch.float32).numpy(), config)
+    for name, target, kind in plan:
+        array = as_llama_cpp(target, checkpoint.read(name).to(torch.float32).numpy(), config)
         writer.add_tensor(target, quantize(array, kind, (importance or {}).get(name)), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -102,8 +152,13 @@ def planned(
         if targets[name] is None:
             raise UserError(f"{name} has no place in a GGUF of {config.model_type}; choose another format")
     layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
-    large = is_70b(architecture_of(config), layers, heads, kv_heads)
-    mixture = Mixture(quant, layers, tied="output.weight" not in targets.values(), is_70b=large)
+    mixture = Mixture(
+        quant,
+        layers,
+        tied="output.weight" not in targets.values(),
+        is_70b=is_70b(architecture_of(config), layers, heads, kv_heads),
+        values=sum(target.endswith(".attn_v.weight") for target in targets.values()),
+    )
     ordered = sorted(targets, key=_layer_first)
     return [(name, targets[name], mixture.kind_of(targets[name], checkpoint.shapes[name])) for name in ordered]
 
@@ -127,39 +182,52 @@ def _layer_first(name: str) -> tuple[int, str]:
     return (numbers[0] if numbers else -1, name)
 
 
-def as_llama_cpp(name: str, rows: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
-    """A weight (or the B of a LoRA) [out, ...] with its rows in llama.cpp's order."""
-    if architecture_of(config) != "llama":
-        return rows
-    if ".q_proj." in name:
-        return _interleave(rows, config.num_attention_heads)
-    return _interleave(rows, config.num_key_value_heads) if ".k_proj." in name else rows
+def as_llama_cpp(target: str, array: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
+    """A tensor, or the B of a LoRA on it, as llama.cpp has it.
+
+    Args:
+        target: its name in GGUF.
+        array: [out, ...] in transformers, float32.
+    """
+    facts = _facts_of(config)
+    if re.fullmatch(facts.ones_added, target):
+        array = array + 1
+    if re.fullmatch(facts.rotated, target):
+        heads = config.num_attention_heads if ".attn_q." in target else config.num_key_value_heads
+        array = _interleave(array, heads)
+    return array[:, 0] if array.ndim == 3 else array  # a convolution of each column alone: [columns, 1, kernel]
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp rotates neighbouring rows of a head, transformers those half a head apart."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    rows = len(weight)
+    return weight.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _add_shape(writer: gguf.GGUFWriter, config: PreTrainedConfig, quant: str) -> None:
-    import gguf
-
+def shape_keys(config: PreTrainedConfig) -> dict[str, Any]:
+    """The metadata that all architectures have, without the architecture's name."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"positions scaled by {rope['rope_type']} are not written to GGUF; choose another format")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quant}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(getattr(config, "rms_norm_eps", 0)),  # LFM2 has its own
+        "rope.dimension_count": head_dim,
+    }
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """In the types that llama.cpp expects: 32 bits each."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)

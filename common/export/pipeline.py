@@ -97,7 +97,10 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
         return folder
     from common.export import gguf_writer, onnx_writer
 
-    known = (gguf_writer if form in ("gguf", "gguf_lora") else onnx_writer).ARCHITECTURES
+    if form in ("gguf", "gguf_lora"):
+        gguf_writer.check(folder, form)
+        return folder
+    known = onnx_writer.ARCHITECTURES
     full = set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}
     if kind not in known or not full or (config.get("sliding_window") and config.get("use_sliding_window", True)):
         raise UserError(

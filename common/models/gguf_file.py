@@ -11,12 +11,12 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.files import grant, write_json
+from common.models.gguf_architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     import gguf
@@ -32,26 +32,7 @@ NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=T
 SHARD_BYTES = 2_000_000_000  # of one file of weights, and so about half of the memory that a conversion takes
 CHUNK_NUMBERS = 1 << 24  # de-quantised at a time
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """How a GGUF architecture becomes a transformers model.
-
-    Attributes:
-        model_type: of transformers.
-        config: from the file to the keys of a config that not all architectures have.
-        rotated: tensors whose rows llama.cpp orders by rotated pairs, transformers by halves of a head.
-        transposed: tensors stored [out, in] that transformers keeps as [in, out].
-        ones_added: tensors that llama.cpp stores with 1 added to each number.
-    """
-
-    model_type: str
-    config: Callable[[GgufFile], dict[str, Any]] = lambda file: {}
-    rotated: str = r"(?!)"
-    transposed: str = r"(?!)"
-    ones_added: str = r"(?!)"
+NO_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight|blk\.\d+\.rope_freqs\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,99 +205,6 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
         if isinstance(value, float):
             config[name] = float(f"{value:.7g}")
     return AutoConfig.for_model(architecture.model_type, **config | architecture.config(file))
-
-
-def _rope(file: GgufFile) -> dict[str, Any]:
-    """Positions: plain, or stretched linearly, by YaRN or in Llama 3's way."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(file.own("rope.freq_base", 10_000.0))}
-    kind = file.get(f"{file.architecture}.rope.scaling.type", "none")
-    if kind in ("linear", "yarn"):
-        rope |= {"rope_type": kind, "factor": float(file.own("rope.scaling.factor"))}
-        if kind == "yarn":
-            rope["original_max_position_embeddings"] = file.own("rope.scaling.original_context_length")
-    elif kind != "none" or file.has("rope_factors_long.weight"):
-        kind = "longrope" if kind == "none" else kind
-        raise UserError(f"{file.path} scales its positions by {kind}, which cannot be read; give the original model")
-    if file.has("rope_freqs.weight"):
-        rope |= _llama3_rope(file, rope["rope_theta"])
-    return {"rope_parameters": rope}
-
-
-def _llama3_rope(file: GgufFile, theta: float) -> dict[str, Any]:
-    """Llama 3's stretching, of which a GGUF keeps one divisor for each frequency (convert_hf_to_gguf.py)."""
-    import numpy as np
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    divisors = file.rows(file.tensors["rope_freqs.weight"]).view(np.float32)[0]
-    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(divisors.max()), **LLAMA3_ROPE}
-    config = LlamaConfig(head_dim=2 * len(divisors), rope_parameters=rope, max_position_embeddings=1 << 17)
-    plain = theta ** -(np.arange(len(divisors)) / len(divisors))
-    if not np.allclose(plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy(), divisors, rtol=1e-3):
-        raise UserError(f"{file.path} scales its positions in an unknown way; give the original model")
-    return rope
-
-
-def _llama(file: GgufFile) -> dict[str, Any]:
-    more: dict[str, Any] = {"attention_bias": file.has("blk.0.attn_q.bias"), "mlp_bias": file.has("blk.0.ffn_up.bias")}
-    if whole_heads := file.own("rope.dimension_count", 0):  # in files without a key_length
-        more["head_dim"] = file.own("attention.key_length", whole_heads)
-    return _rope(file) | more
-
-
-def _qwen3(file: GgufFile) -> dict[str, Any]:
-    return _rope(file) | {"attention_bias": file.has("blk.0.attn_q.bias")}
-
-
-def _gemma3(file: GgufFile) -> dict[str, Any]:
-    """Only the layers that see all are stretched, and the largest model scales attention by its own width."""
-    rope = _rope(file)["rope_parameters"]
-    largest = file.own("block_count") == 62  # as llama.cpp tells it
-    head_dim, heads = file.own("attention.key_length"), file.own("attention.head_count")
-    local = {"rope_type": "default", "rope_theta": 10_000.0}
-    return {
-        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
-        "sliding_window": file.own("attention.sliding_window"),
-        "query_pre_attn_scalar": file.own("embedding_length") // heads if largest else head_dim,
-    }
-
-
-def _lfm2(file: GgufFile) -> dict[str, Any]:
-    per_layer = file.own("attention.head_count_kv")
-    return _rope(file) | {
-        "layer_types": ["full_attention" if heads else "conv" for heads in per_layer],
-        "norm_eps": float(f"{file.own('attention.layer_norm_rms_epsilon'):.7g}"),
-        "conv_L_cache": file.own("shortconv.l_cache"),
-        "block_auto_adjust_ff_dim": False,  # the width in the file is the final one
-    }
-
-
-def _phi3(file: GgufFile) -> dict[str, Any]:
-    window = file.own("attention.sliding_window", 0)
-    part = file.own("rope.dimension_count") / (file.own("embedding_length") // file.own("attention.head_count"))
-    rope = _rope(file)["rope_parameters"] | {"partial_rotary_factor": part}
-    return {"rope_parameters": rope, "sliding_window": window or None}
-
-
-def _gpt2(file: GgufFile) -> dict[str, Any]:
-    return {
-        "n_inner": file.own("feed_forward_length"),
-        "layer_norm_epsilon": float(f"{file.own('attention.layer_norm_epsilon'):.7g}"),
-    }
-
-
-PAIRED = r"blk\.\d+\.attn_[qk]\.(weight|bias)"
-ARCHITECTURES = {
-    "llama": Architecture("llama", _llama, rotated=PAIRED),
-    "qwen2": Architecture("qwen2", _rope),
-    "qwen3": Architecture("qwen3", _qwen3),
-    "smollm3": Architecture("smollm3", _rope, rotated=PAIRED),
-    "gemma3": Architecture("gemma3_text", _gemma3, ones_added=r".*norm\.weight"),
-    "lfm2": Architecture("lfm2", _lfm2),
-    "phi3": Architecture("phi3", _phi3),
-    "gpt2": Architecture("gpt2", _gpt2, transposed=r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight"),
-}
-NO_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight|blk\.\d+\.rope_freqs\.weight")
 
 
 def empty_model(config: PreTrainedConfig) -> torch.nn.Module:

@@ -13,7 +13,6 @@ import numpy as np
 
 from common.cli import UserError
 from common.models import llama_cpp
-from common.models.source import CannotDo
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
@@ -79,6 +78,7 @@ class GgufModel:
         self.hooks: list[Callable[[], None]] = []
         self.adapter: int | None = None
         self._row: Sequences | None = None
+        self._row_ids: list[int] = []
         self._texts: Sequences | None = None
         if adapter:
             self.adapter = self.lib.llama_adapter_lora_init(self.handle, os.fsencode(adapter))
@@ -102,12 +102,18 @@ class GgufModel:
     def after(self, kept: int, tokens: Sequence[int], wanted: int | None = None) -> np.ndarray:
         """Logits after each of `tokens` [tokens, vocabulary], read after the first `kept` of what was read before.
 
+        Recurrent layers have no way back within a text but to its start: with them, those `kept` are read anew.
+
         Args:
             wanted: of this many last tokens only; None: of all.
         """
         if self._row is None:
             self._row = Sequences(self, 1, self.context)
-        return self._row.read(0, tokens, kept=kept, wanted=len(tokens) if wanted is None else wanted)
+        wanted = len(tokens) if wanted is None else wanted
+        self._row_ids[kept:] = tokens
+        if not self._row.cut(0, kept):
+            kept, tokens = 0, self._row_ids
+        return self._row.read(0, tokens, kept=kept, wanted=wanted)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of the tokens [tokens, vocabulary]."""
@@ -188,16 +194,9 @@ class Sequences:
 
         Returns:
             The logits after its last `wanted` tokens [wanted, vocabulary].
-
-        Raises:
-            CannotDo: a recurrent layer would have to go back within a text.
         """
-        # what comes after leaves the cache; a recurrent layer has no way back but to the start
-        if not self._forget(sequence, kept):
-            raise CannotDo(
-                f"{self._name} has recurrent layers, which cannot go back in a text, and labels are ranked so; "
-                "run it in torch (without --engine, or ENGINE=torch)"
-            )
+        gone = self.cut(sequence, kept)
+        assert gone, "a recurrent layer cannot go back within a text: see `GgufModel.after`"
         parts = []
         for start in range(0, len(ids), MOST_AT_ONCE):
             part = ids[start : start + MOST_AT_ONCE]
@@ -212,14 +211,11 @@ class Sequences:
 
     def copy(self, source: int, target: int) -> None:
         """Let a sequence begin anew as another one is."""
-        self._forget(target, 0)
+        self.cut(target, 0)
         self._lib.llama_memory_seq_cp(self._lib.llama_get_memory(self._context), source, target, -1, -1)
 
-    def cut(self, sequence: int, kept: int) -> None:
-        """Leave the first so many tokens of a sequence."""
-        self._forget(sequence, kept)
-
-    def _forget(self, sequence: int, kept: int) -> bool:
+    def cut(self, sequence: int, kept: int) -> bool:
+        """Leave the first so many tokens of a sequence; False where a recurrent layer would have to go back to them."""
         return self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), sequence, kept, -1)
 
     def _decode(

@@ -44,7 +44,8 @@ class TorchRuntime:
         import torch
         from transformers import DynamicCache
 
-        answer, ids, cache = [], torch.tensor([prompt], device=self.model.device), DynamicCache()
+        answer, ids = [], torch.tensor([prompt], device=self.model.device)
+        cache = DynamicCache(config=self.model.config)  # by which it knows of layers that keep a state
         with torch.inference_mode():
             while len(answer) < max_new_tokens:
                 logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

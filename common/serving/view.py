@@ -126,7 +126,6 @@ class View:
         self.host, self.version, self.adapter, self.tokenizer = host, version, adapter, tokenizer
         self.kept: OrderedDict[Any, Any] = OrderedDict()  # what works keep for their next batch
         self._classifiers: dict[str, Classifier] = {}
-        self._ranks = True  # labels, as far as is known
         self._calibrations: dict[str, tuple[float, tuple | None, Calibration]] = {}
         self._asked: OrderedDict[str, Asked] = OrderedDict()
 
@@ -151,19 +150,15 @@ class View:
             from common.tasks.ranking.classifier import Classifier
 
             started = time.perf_counter()
-            try:
-                self._classifiers[key] = Classifier.on(
-                    LoadedModel(self.host.model, self.tokenizer, self.host.settings.max_batch_tokens),
-                    self.version.model_dir,
-                    task,
-                    num_null_prompts=self._null_prompts(task),
-                    model_hash=self.version.sha256,
-                    prior_dir=self.prior_dir(),
-                )
-                self.calibration(task)  # which asks for the prior, where it takes one
-            except CannotDo:
-                self._ranks = False
-                raise
+            self._classifiers[key] = Classifier.on(
+                LoadedModel(self.host.model, self.tokenizer, self.host.settings.max_batch_tokens),
+                self.version.model_dir,
+                task,
+                num_null_prompts=self._null_prompts(task),
+                model_hash=self.version.sha256,
+                prior_dir=self.prior_dir(),
+            )
+            self.calibration(task)  # which asks for the prior, where it takes one
             self.host.report_loaded("prior", self.version.name, time.perf_counter() - started)
         return self._classifiers[key]
 
@@ -213,8 +208,8 @@ class View:
 
     @property
     def warm(self) -> bool:
-        """Whether it can rank at once, or cannot at all."""
-        return bool(self._classifiers) or not self._ranks
+        """Whether it can rank at once."""
+        return bool(self._classifiers)
 
     def keep(self, key: Any, make: Callable[[], Any], most: int = 16) -> Any:
         """`make()`, or what it gave the last time; the least recently used goes when there are more than `most`."""

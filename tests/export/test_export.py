@@ -118,7 +118,7 @@ def test_an_unknown_architecture(tiny_base, dev, tmp_path):
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"model_type": "ours"}))
     assert "with full attention, and" in refused(str(strange), dev, tmp_path, form="onnx")
-    assert "gguf is for the architectures llama, mistral, qwen2, qwen3 with full attention" in refused(
+    assert "gguf is for the architectures llama, mistral, qwen2, qwen3, smollm3, gemma3_text, lfm2, and" in refused(
         str(strange), dev, tmp_path, form="gguf"
     )
     assert "is of no known architecture" in refused(str(strange), dev, tmp_path)

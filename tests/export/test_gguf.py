@@ -1,9 +1,8 @@
-"""GGUF exports: read by llama.cpp they equal transformers, and Ollama's template is the chat template."""
+"""GGUF exports: read by llama.cpp they equal transformers, in every quantisation, as whole models and as adapters."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,58 +16,26 @@ from support.models import build_base
 from support.served import make_run
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as bpe
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.cli import UserError
 from common.data import task_record
-from common.export import gguf_lora, gguf_quants, gguf_writer, parity
+from common.export import gguf_quants, parity
 from common.export.gguf_quants import Mixture, quantize
 from common.export.gguf_vocabulary import pre_tokenizer_name
 from common.export.importance import importance_of
-from common.export.modelfile import modelfile
-from common.models import chats, gguf_import, llama_cpp, tokenizers
+from common.models import chats, gguf_import, llama_cpp
 from common.models import loading as models
 from common.models.gguf_model import GgufModel
 from common.models.source import ModelSource
-from common.models.torch_runtime import TorchRuntime
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.torch_ranker import TorchRanker
 
 pytestmark = pytest.mark.exports
 
-TEXT = "Age: 23, Annual Income: 19114.12, Outstanding Debt: 809.98"
-
 
 # Files beside the weights.
-
-
-def test_modelfile(tokenizer):
-    """Ollama's template filled in gives the text that the chat template gives."""
-    text = modelfile(tokenizer, "model-F16.gguf", ["<|im_end|>", "<|endoftext|>"], 2048)
-    assert text.startswith("FROM ./model-F16.gguf\nTEMPLATE")
-    assert text.endswith(
-        'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n'
-        "PARAMETER num_ctx 2048\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
-    )
-    template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
-    default = re.search(r'SYSTEM """(.*?)"""', text, re.DOTALL)
-
-    def ollama(system: str, prompt: str) -> str:
-        with_system = re.sub(r"{{ if .System }}(.*?){{ end }}", r"\1" if system else "", template, flags=re.DOTALL)
-        asked = with_system.partition("{{ .Response }}")[0]
-        return asked.replace("{{ .System }}", system).replace("{{ .Prompt }}", prompt)
-
-    for system in ("", "Be brief."):
-        turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "Hi"}]
-        expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        assert ollama(system or (default[1] if default else ""), "Hi") == expected
-    assert template.endswith("{{ .Response }}<|im_end|>\n")
-
-
-def test_a_modelfile_of_a_long_context_and_an_adapter(tokenizer):
-    text = modelfile(tokenizer, "base.gguf", ["</s>"], 1 << 17, "adapter.gguf")
-    assert text.startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n") and "PARAMETER num_ctx 8192\n" in text
 
 
 def test_every_stop_token_survives(tmp_path, tokenizer, dev):
@@ -217,41 +184,6 @@ def test_an_adapter_alone(rslora, run, dev, tmp_path):
 def test_a_whole_model_is_no_adapter(tiny_base, dev, tmp_path):
     with pytest.raises(UserError, match="is a whole model; use --format gguf"):
         export_run(tiny_base, "gguf_lora", tmp_path / "lora", dev)
-
-
-SHAPES = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-}
-
-
-@pytest.mark.parametrize("family", SHAPES)
-def test_families_in_llama_cpp(family, tokenizer, tmp_path):
-    """A small model of random weights, as a whole and with an adapter on it: llama.cpp's logits are transformers'."""
-    pytest.importorskip("xllamacpp")
-    config = AutoConfig.for_model(
-        family, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
-        **SHAPES[family],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    base = tmp_path / "base"
-    model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    run = str(make_run(tmp_path / "run", str(base), seed=2))
-    stops = tokenizers.stop_ids(tokenizer)
-    gguf_writer.write(base, tmp_path / "base.gguf", "F16", tokenizer, stops)
-    gguf_lora.write(run, base, tmp_path / "adapter.gguf")
-    ids = tokenizer.encode(TEXT)
-    for source, adapter in ((str(base), None), (run, tmp_path / "adapter.gguf")):
-        expected = TorchRuntime(models.load_for_inference(ModelSource(source, dtype="float32"))[0]).logits(ids)
-        exported = GgufModel(tmp_path / "base.gguf", 64, adapter)
-        assert exported.tokenize(TEXT) == ids
-        assert np.abs(exported.logits(ids) - expected).max() < 0.01 * np.abs(expected).max()
-        exported.close()
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the pretrained model is not there")

@@ -63,9 +63,13 @@ def test_what_cannot_be_read(tmp_path, pair):
         GgufModel(model.name, 10, path)
 
 
-def test_recurrent_layers_cannot_go_back(tmp_path):
+def test_recurrent_layers_read_anew_what_they_cannot_go_back_to(tmp_path):
     model = GgufModel(write(build("lfm2"), "lfm2", tmp_path / "model.gguf"), 100)
-    model.after(0, IDS, 1)
-    with pytest.raises(UserError, match="has recurrent layers, which cannot go back in a text"):
-        model.after(5, IDS[5:])
+    whole = model.logits(IDS)
+    model.after(0, IDS[:5], 1)
+    first = model.after(5, IDS[5:])
+    model.after(5, IDS[::-1][:3], 1)
+    assert model.after(5, IDS[5:]) == pytest.approx(first, abs=1e-3)
+    assert first == pytest.approx(whole[5:], abs=1e-3)
+    assert model.after(3, IDS[3:6], 2) == pytest.approx(whole[4:6], abs=1e-3)
     model.close()
