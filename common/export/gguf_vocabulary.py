@@ -40,7 +40,7 @@ def add_tokenizer(
     byte_level = '"ByteLevel"' in json.dumps(spec["pre_tokenizer"])
     if not (byte_level or spec["model"].get("byte_fallback")):
         raise UserError("a BPE tokenizer without bytes is not written to GGUF; choose another format")
-    tokens, types = _tokens(spec, config.vocab_size, byte_level, None if byte_level else tokenizer.unk_token_id)
+    tokens, types = _tokens(spec, config.vocab_size, byte_level)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
     if byte_level:
         writer.add_tokenizer_model("gpt2")
@@ -86,9 +86,7 @@ def _begins_with_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text.startswith("▁")
 
 
-def _tokens(
-    spec: dict[str, Any], size: int, byte_level: bool, unknown: int | None
-) -> tuple[list[str], list[gguf.TokenType]]:
+def _tokens(spec: dict[str, Any], size: int, byte_level: bool) -> tuple[list[str], list[gguf.TokenType]]:
     """(token, its type) of every row of the embedding."""
     import gguf
 
@@ -104,8 +102,6 @@ def _tokens(
             continue
         tokens[added["id"]] = added["content"]
         types[added["id"]] = kinds.CONTROL if added["special"] else kinds.USER_DEFINED
-    if unknown is not None:
-        types[unknown] = kinds.UNKNOWN
     return tokens, types
 
 

@@ -215,7 +215,7 @@ def test_gemmas_tokens(tmp_path):
     assert {key: file.get(f"tokenizer.ggml.{key}") for key in keys} == keys
     tokens, types = (file.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     kinds = dict(zip(tokens, types, strict=True))
-    assert (kinds["<eos>"], kinds["<unk>"], kinds["<0x0A>"], kinds["A"]) == (3, 2, 6, 1)
+    assert (kinds["<eos>"], kinds["<unk>"], kinds["<0x0A>"], kinds["A"]) == (3, 3, 6, 1)
     assert {kinds[token] for token in PLAIN} == {4}
     model = GgufModel(tmp_path / "model.gguf", 64)
     assert {5, 1, 4} <= model.ends()
