@@ -129,6 +129,8 @@ def write(
     for name, target, kind in plan:
         array = as_llama_cpp(target, checkpoint.read(name).to(torch.float32).numpy(), config)
         writer.add_tensor(target, quantize(array, kind, (importance or {}).get(name)), raw_dtype=kind)
+    if (divisors := gguf_architectures.rope_divisors(config)) is not None:
+        writer.add_tensor("rope_freqs.weight", divisors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -168,9 +170,10 @@ def predicted_bytes(folder: str | Path, quant: str) -> int:
     import gguf
     from transformers import AutoConfig
 
-    checkpoint = Checkpoint(folder)
-    total = 0
-    for name, _, kind in planned(checkpoint, AutoConfig.from_pretrained(folder), quant):
+    checkpoint, config = Checkpoint(folder), AutoConfig.from_pretrained(folder)
+    divisors = gguf_architectures.rope_divisors(config)
+    total = 0 if divisors is None else divisors.nbytes
+    for name, _, kind in planned(checkpoint, config, quant):
         numbers, size = gguf.GGML_QUANT_SIZES[kind]
         total += math.prod(checkpoint.shapes[name]) // numbers * size
     return total

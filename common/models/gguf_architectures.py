@@ -14,12 +14,18 @@ from common.cli import UserError
 from common.models.batching import UNLIMITED, window_of
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedConfig
 
     from common.models.gguf_file import GgufFile
 
 FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"  # layers, as transformers names them
+YARN, LLAMA3 = "yarn", "llama3"  # ways of stretching positions, as both name them
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN_ROPE = {
+    **{"beta_fast": 32, "beta_slow": 1, "truncate": True},
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim")),
+}
 GEMMA3_PERIOD = 6  # the last of so many layers of a Gemma 3 sees all; where a file does not say
 GEMMA3_LOCAL_THETA = 10_000.0  # of its other layers' positions, likewise
 GEMMA3_LARGEST = 62  # layers of the one that scales attention by its own width, as llama.cpp tells it
@@ -61,12 +67,12 @@ def refusal(config: PreTrainedConfig, what: str) -> UserError:
 
 
 def _rope(file: GgufFile) -> dict[str, Any]:
-    """Positions: plain, or stretched linearly, by YaRN or in Llama 3's way."""
+    """Positions: plain, or stretched linearly, by YaRN (with its usual settings) or in Llama 3's way."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(file.own("rope.freq_base", 10_000.0))}
     kind = file.get(f"{file.architecture}.rope.scaling.type", "none")
-    if kind in ("linear", "yarn"):
+    if kind in ("linear", YARN):
         rope |= {"rope_type": kind, "factor": float(file.own("rope.scaling.factor"))}
-        if kind == "yarn":
+        if kind == YARN:
             rope["original_max_position_embeddings"] = file.own("rope.scaling.original_context_length")
     elif kind != "none" or file.has("rope_factors_long.weight"):
         kind = "longrope" if kind == "none" else kind
@@ -80,35 +86,53 @@ def _llama3_rope(file: GgufFile, theta: float) -> dict[str, Any]:
     """Llama 3's stretching, of which a GGUF keeps one divisor for each frequency (convert_hf_to_gguf.py)."""
     import numpy as np
     from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     divisors = file.rows(file.tensors["rope_freqs.weight"]).view(np.float32)[0]
-    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(divisors.max()), **LLAMA3_ROPE}
+    rope = {"rope_type": LLAMA3, "rope_theta": theta, "factor": float(divisors.max()), **LLAMA3_ROPE}
     config = LlamaConfig(head_dim=2 * len(divisors), rope_parameters=rope, max_position_embeddings=1 << 17)
-    plain = theta ** -(np.arange(len(divisors)) / len(divisors))
-    if not np.allclose(plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy(), divisors, rtol=1e-3):
+    if not np.allclose(rope_divisors(config), divisors, rtol=1e-3):
         raise UserError(f"{file.path} scales its positions in an unknown way; give the original model")
     return rope
 
 
-def _rope_keys(config: PreTrainedConfig, rope: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of positions, plain or stretched linearly."""
+def rope_divisors(config: PreTrainedConfig) -> np.ndarray | None:
+    """What the tensor rope_freqs.weight divides each frequency by [half a head], where Llama 3's way stretches them."""
+    import numpy as np
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if config.rope_parameters.get("rope_type") != LLAMA3:
+        return None
+    stretched = ROPE_INIT_FUNCTIONS[LLAMA3](config, "cpu")[0].numpy()
+    plain = config.rope_parameters["rope_theta"] ** -(np.arange(len(stretched)) / len(stretched))
+    return (plain / stretched).astype(np.float32)
+
+
+def _rope_keys(config: PreTrainedConfig, rope: dict[str, Any], *others: str) -> dict[str, Any]:
+    """Metadata of positions.
+
+    Args:
+        others: the ways of stretching them, besides the linear one, that llama.cpp has for the architecture.
+    """
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear"):
+    if kind not in ("default", "linear", *others):
         raise UserError(f"positions scaled by {kind} are not written to GGUF; choose another format")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise refusal(config, "a part of each head turned")
     keys = {"rope.freq_base": float(rope["rope_theta"])}
-    if kind == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if kind in ("linear", YARN):
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == YARN:
+        if changed := [key for key, usual in YARN_ROPE.items() if rope.get(key, usual) not in (None, usual)]:
+            raise refusal(config, f"{changed[0]} {rope[changed[0]]}")
+        keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     return keys
 
 
-def _full(config: PreTrainedConfig) -> dict[str, Any]:
-    """Metadata of a model whose layers all see the whole text."""
+def _full(config: PreTrainedConfig, *others: str) -> dict[str, Any]:
+    """Metadata of a model whose layers all see the whole text; `others`: see `_rope_keys`."""
     if window_of(config) != UNLIMITED:
         raise refusal(config, "a sliding window")
-    return _rope_keys(config, config.rope_parameters)
+    return _rope_keys(config, config.rope_parameters, YARN, *others)
 
 
 # The architectures, each with its config and its metadata.
@@ -119,6 +143,10 @@ def _llama(file: GgufFile) -> dict[str, Any]:
     if whole_heads := file.own("rope.dimension_count", 0):  # in files without a key_length
         more["head_dim"] = file.own("attention.key_length", whole_heads)
     return _rope(file) | more
+
+
+def _llama_keys(config: PreTrainedConfig) -> dict[str, Any]:
+    return _full(config, LLAMA3)
 
 
 def _qwen3(file: GgufFile) -> dict[str, Any]:
@@ -215,7 +243,7 @@ def _gpt2(file: GgufFile) -> dict[str, Any]:
 
 PAIRED = r"blk\.\d+\.attn_[qk]\.(weight|bias)"
 ARCHITECTURES = {
-    "llama": Architecture("llama", _llama, _full, also=("mistral",), rotated=PAIRED),
+    "llama": Architecture("llama", _llama, _llama_keys, also=("mistral",), rotated=PAIRED),
     "qwen2": Architecture("qwen2", _rope, _full),
     "qwen3": Architecture("qwen3", _qwen3, _full),
     "smollm3": Architecture("smollm3", _rope, _smollm3_keys, rotated=PAIRED),

@@ -49,12 +49,19 @@ GEMMA = {
 }
 LOCAL = {"rope_type": "default", "rope_theta": 10_000.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8192,
+}
 FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, stretched": ("llama", {"rope_parameters": LINEAR}),
+    "llama 3": ("llama", {"rope_parameters": LLAMA3}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
+    "qwen2, YaRN": ("qwen2", {"rope_parameters": YARN, "max_position_embeddings": 512}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
     "gemma3": ("gemma3_text", GEMMA),
@@ -144,7 +151,7 @@ def test_the_same_model_again(family, tokenizer, tmp_path, monkeypatch):
         assert read.encode(text) == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", [*KINDS, "llama 3"])
 @pytest.mark.parametrize("quant", gguf_quants.QUANTS)
 def test_its_bytes_are_known_beforehand(family, quant, tokenizer, tmp_path):
     base = build(family, tokenizer, tmp_path / "base", intermediate_size=512)
@@ -259,6 +266,8 @@ def test_gemmas_tokens(tmp_path):
         ("smollm3", {"mlp_bias": True}, "with biases"),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}, "with a sliding window"),
         ("lfm2", {"conv_bias": True}, "with biases"),
+        ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16}}, "qwen2 with beta_fast 16"),
+        ("qwen2", {"rope_parameters": LLAMA3}, "positions scaled by llama3 are not written"),
         ("lfm2", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "positions scaled by dynamic are not written"),
         ("llama", {"model_type": "qwen3_5_text"}, ", lfm2, and .* is qwen3_5_text; use --format merged"),
         ("mistral", {"sliding_window": 8}, "llama.cpp knows no mistral with a sliding window"),
