@@ -117,17 +117,17 @@ class LocalBackend:
 def kill_marked(job_id: str) -> int:
     """SIGKILL to every process of a job, also one that left its group; how many there were."""
     mark = f"{MARK}={job_id}".encode()
-    killed = 0
-    for _ in range(10):  # one may fork while the others are killed
+    killed: set[int] = set()
+    for _ in range(100):  # one may fork while the others are killed, and on a busy machine dying takes a while
         marked = [pid for pid in process_ids() if mark in environment_of(pid)]
         for pid in marked:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        killed += len(marked)
+        killed.update(marked)
         if not marked:
             break
         time.sleep(0.01)
-    return killed
+    return len(killed)
 
 
 def process_ids() -> list[int]:

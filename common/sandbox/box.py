@@ -285,7 +285,7 @@ class Box:
         if self.fault:
             return self.fault
         with suppress(subprocess.TimeoutExpired):
-            status = self.process.wait(1)
+            status = self.process.wait(CLOSE_SECONDS)
             number = -status if status < 0 else status - 128  # bubblewrap passes a signal on as a shell does
             if number == signal.SIGXCPU:
                 return BoxError("timeout", f"more than {self.limits.seconds:g} s of CPU time")
