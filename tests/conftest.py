@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from support.http_server import free_port
 from support.inputs import CORPUS, GROUPS, LABELS, PROMPTS, write_rows
 from support.models import build_base
 from support.pages import ARGUMENTS, BROWSERS
@@ -106,9 +106,7 @@ def spawn():
         return child
 
     def ranks(main: Callable, argv: Sequence[str], folder: Path, **environment: str) -> list:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
         return [
             start(main, argv, folder / f"rank{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **common)

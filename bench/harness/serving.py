@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from support.http_server import free_port
 
 from common import cli
 from harness.memory import own_bytes
@@ -32,9 +33,7 @@ class ServerProcess:
     """
 
     def __init__(self, runs_dir: str, *, quiet: bool = False, **environment: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.runs_dir, self.environment = runs_dir, environment
         self.output = subprocess.DEVNULL if quiet else None
         self.process: subprocess.Popen | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 import pytest
-from support.jobs_served import make_place, processes_of, serve_jobs
+from support.jobs_served import make_place, processes_of, serve_jobs, write_data
 from support.processes import wait_for
 
 from common.jobs import local_backend, runner
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.processes
 
 def test_jobs_start_in_order_and_no_more_than_may_run(tmp_path):
     with serve_jobs(make_place(tmp_path), max_running=2) as served:
-        ids = [served.submit("slow", max_steps=8) for _ in range(6)]
+        ids = [served.submit("slow", max_steps=steps) for steps in (40, 40, 8, 8, 8, 8)]
         wait_for(lambda: [served.status(job_id)["ahead"] for job_id in ids] == [None, None, 0, 1, 2, 3])
         seen = []
         while any(served.status(job_id)["ended"] is None for job_id in ids):
@@ -30,7 +30,6 @@ def test_jobs_start_in_order_and_no_more_than_may_run(tmp_path):
 
 
 def test_cancelling(served, monkeypatch):
-    monkeypatch.setattr(local_backend, "GRACE", 0.3)
     first, second = served.submit("endless", max_steps=10_000), served.submit()
     status = served.ask("POST", f"/cancel/{second}")[1]  # it waits
     assert (status["state"], status["started"]) == ("cancelled", None)
@@ -44,8 +43,10 @@ def test_cancelling(served, monkeypatch):
     assert served.ask("POST", f"/cancel/{first}")[0] == 200  # twice is no error
     deaf = served.submit("deaf", max_steps=10_000)
     wait_for(lambda: (served.artifacts(deaf) / "steps.txt").exists())
-    served.ask("POST", f"/cancel/{deaf}")
-    assert served.until(deaf)["state"] == "cancelled"
+    with monkeypatch.context() as patch:
+        patch.setattr(local_backend, "GRACE", 0.3)
+        served.ask("POST", f"/cancel/{deaf}")
+        assert served.until(deaf)["state"] == "cancelled"
     assert processes_of(deaf) == []
     assert served.ask("POST", f"/resume/{first}")[0] == 200
     status = served.until(first, "running")
@@ -58,7 +59,8 @@ def test_cancelling(served, monkeypatch):
 
 
 def test_pausing(served):
-    running, waiting = served.submit("slow", max_steps=400), served.submit()
+    write_data(served.data / "slower.jsonl", {"seconds": 0.5})  # so that it takes a moment to be paused
+    running, waiting = served.submit("slower", max_steps=400), served.submit()
     assert served.ask("POST", f"/pause/{waiting}")[1]["state"] == "paused"
     wait_for(lambda: (served.artifacts(running) / "steps.txt").exists())
     status = served.ask("POST", f"/pause/{running}")[1]

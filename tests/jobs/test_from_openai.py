@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 from openai import NotFoundError, OpenAI
+from support.http_server import free_port
 from support.inputs import ROOT
 from support.openai_jobs import preferences, until
 from support.processes import wait_for
@@ -27,9 +27,7 @@ pytestmark = pytest.mark.processes
 @contextlib.contextmanager
 def serve_all(place: Path, base: str) -> Iterator[str]:
     """The URL of both servers in a process group of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = {
         "RUNS_DIR": str(place / "runs"),
         "DATA_DIR": str(place / "jobs"),

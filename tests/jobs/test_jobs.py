@@ -120,7 +120,7 @@ def test_events_are_what_was_logged(served, done):
 
 
 def test_events_come_while_the_job_runs(served):
-    job_id = served.submit("slow", max_steps=60)
+    job_id = served.submit("slow", max_steps=200)
     served.until(job_id, "running")
     connection = served.connect()
     connection.request("GET", f"/events/{job_id}")

@@ -31,9 +31,10 @@ def once(process: Process, job_id: str, to_the_end: int = 1) -> None:
         assert sha256((folder / entry["path"]).read_bytes()) == entry["sha256"]
 
 
-def test_a_killed_server_finds_its_jobs_again(process):
-    count = 300  # more than a server needs to start on a busy machine
-    ids = [process.submit("slow", max_steps=count), process.submit()]
+def test_a_killed_server_finds_its_jobs_again(process, tmp_path):
+    count, go_on = 20, tmp_path / "go_on"
+    write_data(process.data / "held.jsonl", {"hold_at": 5, "until": str(go_on)})
+    ids = [process.submit("held", max_steps=count), process.submit()]
     wait_for(lambda: (process.artifacts(ids[0]) / "steps.txt").exists())
     before = processes_of(ids[0])
     process.kill()
@@ -41,6 +42,7 @@ def test_a_killed_server_finds_its_jobs_again(process):
     process.start()
     assert processes_of(ids[0]) == before
     assert process.status(ids[0])["state"] == "running"
+    go_on.touch()
     for job_id in ids:
         once(process, job_id)
         assert process.status(job_id)["attempt"] == 1
@@ -49,8 +51,8 @@ def test_a_killed_server_finds_its_jobs_again(process):
 
 
 def test_a_killed_server_whose_worker_died_too_resumes_from_the_checkpoint(process):
-    job_id = process.submit("slow", max_steps=20)
-    wait_for(lambda: (process.artifacts(job_id) / "steps.txt").exists())
+    job_id = process.submit("slow", max_steps=60)
+    wait_for(lambda: (process.artifacts(job_id) / "checkpoints/checkpoint-1/state.json").exists())
     process.kill()
     local_backend.kill_marked(job_id)
     process.start()
@@ -61,7 +63,7 @@ def test_a_killed_server_whose_worker_died_too_resumes_from_the_checkpoint(proce
 
 
 def test_a_server_that_is_told_to_stop_ends_its_streams_and_leaves_its_workers(process):
-    job_id = process.submit("slow", max_steps=100)
+    job_id = process.submit("slow", max_steps=1000)  # more than a server needs to start on a busy machine
     process.until(job_id, "running")
     connection = process.connect()
     connection.request("GET", f"/events/{job_id}")
@@ -96,7 +98,7 @@ def test_a_cancelled_job_stays_so_after_a_kill(process):
 
 @pytest.mark.parametrize("victim", ["worker", "trainer"])
 def test_a_killed_worker_is_a_failure_that_can_be_resumed(served, victim):
-    job_id = served.submit("slow", max_steps=30)
+    job_id = served.submit("slow", max_steps=100)
     wait_for(lambda: (served.artifacts(job_id) / "steps.txt").exists())
     worker = JobFolder(served.artifacts(job_id).parent).read("worker.json")["pid"]
     (trainer,) = (pid for pid in processes_of(job_id) if pid != worker)

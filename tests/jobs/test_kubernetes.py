@@ -359,13 +359,13 @@ def test_a_failure_of_the_cluster(served, cluster, pod, reason):
 
 
 def test_an_evicted_pod_goes_on_in_another(served, cluster):
-    job_id = served.submit("slow", max_steps=40)
+    job_id = served.submit("slow", max_steps=100)
     wait_for(lambda: (served.artifacts(job_id) / "steps.txt").exists())
     cluster.evict(name_of(job_id))
     status = served.until(job_id)
     assert (status["state"], status["attempt"]) == ("succeeded", 1)
     steps = list(map(int, (served.artifacts(job_id) / "steps.txt").read_text().split()))
-    assert steps == [*range(1, 41)]  # from its checkpoint: none left out, none twice
+    assert steps == [*range(1, 101)]  # from its checkpoint: none left out, none twice
     assert (served.artifacts(job_id).parent / "log.txt").read_text().count("training from step") == 2
 
 
@@ -424,7 +424,7 @@ def test_a_server_that_comes_back_finds_its_jobs(cluster, tmp_path, monkeypatch)
     data = make_place(tmp_path)
     monkeypatch.setattr(Service, "make_backend", lambda service: (backend(cluster.url, service.jobs_dir), 1000))
     with serve_jobs(data, backend="kubernetes", max_running=None) as first:
-        job_id = first.submit("slow", max_steps=30)
+        job_id = first.submit("slow", max_steps=150)
         first.until(job_id, "running")
     with serve_jobs(data, backend="kubernetes", max_running=None) as second:
         assert second.status(job_id)["state"] == "running"

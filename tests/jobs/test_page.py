@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from support.jobs_served import make_place, serve_jobs, sha256
+from support.jobs_served import make_place, serve_jobs, sha256, write_data
 from support.pages import COLOURS, SIZES, contrast, rgb, violations
 from support.processes import wait_for
 
@@ -50,7 +50,8 @@ def test_nothing_comes_from_elsewhere(served):
 
 
 def test_a_job_from_the_form_to_its_files(page, served):
-    fill(page, served, "slow", 30)
+    write_data(served.data / "slower.jsonl", {"seconds": 0.1})  # so that the page is seen at work
+    fill(page, served, "slower", 30)
     page.get_by_label("Export an int8 model afterwards").check()
     page.get_by_role("button", name="Submit").click()
     page.get_by_role("progressbar").first.wait_for()

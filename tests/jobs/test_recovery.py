@@ -179,8 +179,9 @@ def test_a_folder_whose_deletion_was_interrupted_goes(tmp_path):
         job_id = served.submit()
         served.until(job_id)
         half = data / "jobs" / "0123456789abcdef.deleted"
-        half.mkdir()
-        (half / "rest").touch()
+        (tmp_path / "half").mkdir()
+        (tmp_path / "half" / "rest").touch()
+        (tmp_path / "half").rename(half)
         wait_for(lambda: not half.exists())
         assert served.artifacts(job_id).is_dir()
 

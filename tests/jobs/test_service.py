@@ -129,7 +129,7 @@ def test_cards(monkeypatch, tmp_path):
 def test_each_job_has_a_card_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     with serve_jobs(make_place(tmp_path), max_running=None) as served:
-        ids = [served.submit("slow", max_steps=6) for _ in range(3)]
+        ids = [served.submit("slow", max_steps=40) for _ in range(3)]
         for job_id in ids:
             served.until(job_id)
         used = [

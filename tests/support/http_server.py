@@ -1,14 +1,33 @@
-"""An application on a port of its own, in a thread of this process, and a client that talks to it."""
+"""Ports, an application on one of its own in a thread of this process, and a client that talks to it."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
+import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+_tries = itertools.count(os.getpid())
+
+
+def free_port() -> int:
+    """A port for a server that is started with its number.
+
+    It is below those that Linux gives to whoever asks for any, and each worker of pytest has a range of its own: until
+    the server listens, nobody else does.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 10_000 + 1000 * (worker % 20) + next(_tries) % 1000
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Client:

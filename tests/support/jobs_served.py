@@ -1,7 +1,8 @@
 """What the tests of the job service share: stand-ins for the scripts, and the service on a port of its own.
 
 A stand-in trains nothing and imports no torch. It has its script's flags and leaves what a trainer leaves: run.json,
-the live log, checkpoints, weights. Its data file tells it how to behave: {"seconds": a step, "fail_at": step, ...}.
+the live log, checkpoints, weights. Its data file tells it how to behave: {"seconds": a step, "fail_at": step,
+"hold_at": step, "until": a file that it then waits for, ...}.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +23,7 @@ from common.jobs.local_backend import environment_of, process_ids
 from common.jobs.routes import create_app
 from common.jobs.service import JobServiceSettings
 from common.jobs.store import ENDED
-from support.http_server import Client, run_app
+from support.http_server import Client, free_port, run_app
 from support.inputs import ROOT
 from support.processes import wait_for
 
@@ -74,6 +74,8 @@ def main(argv=None):
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     print("training from step", start, flush=True)
     for step in range(start + 1, total + 1):
+        while step == how.get("hold_at") and not os.path.exists(how["until"]):
+            time.sleep(0.01)
         time.sleep(how.get("seconds", 0))
         with open(folder / "steps.txt", "a") as done:
             done.write(f"{{step}}\\n")
@@ -223,9 +225,7 @@ class Process(ServedJobs):
 
     def __init__(self, data: Path) -> None:
         self.data, self.prefix, self.jobs = data, "", data / "jobs"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
