@@ -52,10 +52,21 @@ def test_requests_for_all_adapters_at_once_never_mix(served, expected):
 
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(client, range(32)))
-    shared = metric(served, 'batch_rows_sum{base="', "creditmix") / metric(
-        served, 'batch_rows_count{base="', "creditmix"
-    )
-    assert shared > 1.5  # they did share passes
+
+
+def test_requests_that_wait_share_passes(served, expected):
+    def rows_and_passes() -> tuple[float, float]:
+        return tuple(metric(served, f'batch_rows_{of}{{base="', "creditmix") for of in ("sum", "count"))
+
+    with ThreadPoolExecutor(16) as pool, served.held():
+        before = rows_and_passes()
+        asked = [pool.submit(served.post, f"/infer/{NAMES[i % 4]}", {"features": ROWS[i]}) for i in range(16)]
+        wait_for(lambda: served.waiting() == 16)
+    for number, future in enumerate(asked):
+        same(future.result(), expected[NAMES[number % 4]][number])
+    rows, passes = (after - earlier for after, earlier in zip(rows_and_passes(), before, strict=True))
+    assert rows == 16
+    assert rows / passes > 1.5
 
 
 def test_text_goes_on_while_rows_are_answered_between_its_tokens(served, expected, monkeypatch):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from support.inputs import ROOT
+from support.processes import wait_for
 from support.served import ROWS, make_run, metric, serve
 
 from common.data import task_record
@@ -193,8 +194,7 @@ def test_requests_share_batches(served):
     before = metric(served, "batch_rows_count", 'task="decision"')
     with ThreadPoolExecutor(8) as pool, served.held():
         asked = [pool.submit(served.post, "/v1/decisions", body(TEAM, given=row)) for row in ROWS[:8]]
-        while served.waiting() < 8:
-            pass
+        wait_for(lambda: served.waiting() == 8)
     for future, wanted in zip(asked, alone, strict=True):
         (answer,), (single,) = future.result()["answers"], wanted
         shares = [one["probability"] for one in answer["probabilities"]]

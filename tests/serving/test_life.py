@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.http_server import Client
+from support.http_server import Client, free_port
 from support.inputs import LABELS, ROOT
 from support.models import build_base
 from support.processes import wait_for
@@ -114,7 +113,6 @@ def test_a_model_whose_process_is_killed_is_started_again(own):
 
 def test_a_model_that_does_not_answer_is_ended_and_started_again(own, monkeypatch):
     """A process that stands still takes the place of one that is busy for ever."""
-    monkeypatch.setattr(server, "GRACE", 0.5)
     row = {"features": ROWS[0]}
     with ThreadPoolExecutor(2) as pool, serve(own) as served:
         before = served.post("/infer/sft", row)
@@ -125,6 +123,7 @@ def test_a_model_that_does_not_answer_is_ended_and_started_again(own, monkeypatc
         monkeypatch.setattr(served.server, "settings", settings(own))
         asked = pool.submit(served.ask, "POST", "/infer/kd", row)
         wait_for(lambda: served.waiting() == 1)
+        monkeypatch.setattr(server, "GRACE", 0.5)
         monkeypatch.setattr(served.server, "settings", settings(own, request_timeout=0.5))
         status, answer, headers = asked.result()
         assert (status, headers["retry-after"]) == (503, "1")
@@ -134,27 +133,33 @@ def test_a_model_that_does_not_answer_is_ended_and_started_again(own, monkeypatc
 
 
 class Slow(Classify):
-    """Many steps, each short, that together take longer than a process may be silent."""
+    """Many steps, each short, that together take much longer than a process may be silent."""
 
     def run(self, view, payloads):
-        for _ in range(35):
+        for _ in range(60):
             time.sleep(0.1)
             view.model(torch.tensor([[1]]))
         return super().run(view, payloads)
 
 
 def test_long_work_that_shows_signs_of_life_is_not_ended(runs, expected, monkeypatch):
-    monkeypatch.setattr(server, "GRACE", adapter_host.BEAT)
-    with serve(runs) as served:
-        served.post("/infer/sft", {"features": ROWS[0]})
-        monkeypatch.setattr(routes, "Classify", Slow)
-        monkeypatch.setattr(served.server, "settings", settings(runs, request_timeout=0.8))
-        late = "no answer within 0.8 s; send less, or raise REQUEST_TIMEOUT"
-        assert served.refused(504, "/infer/sft", {"features": ROWS[0]}) == late
-        monkeypatch.undo()
-        same(served.post("/infer/sft", {"features": ROWS[0]}), expected["sft"][0])
+    row = {"features": ROWS[0]}
+    with ThreadPoolExecutor(1) as pool, serve(runs) as served:
+        served.post("/infer/sft", row)
         (process,) = served.processes
+        with monkeypatch.context() as patch:
+            patch.setattr(routes, "Classify", Slow)
+            asked = pool.submit(served.refused, 504, "/infer/sft", row)
+            wait_for(served.busy)
+        monkeypatch.setattr(server, "GRACE", 3 * adapter_host.BEAT)
+        monkeypatch.setattr(served.server, "settings", settings(runs, request_timeout=0.8))
+        served.expire()
+        assert asked.result() == "no answer within 0.8 s; send less, or raise REQUEST_TIMEOUT"
+        wait_for(lambda: not served.busy())  # it has ended its work, by itself or not
         assert not process.closed.done()
+        monkeypatch.setattr(served.server, "settings", settings(runs))
+        same(served.post("/infer/sft", row), expected["sft"][0])
+        assert served.processes == [process]
 
 
 @pytest.fixture
@@ -169,7 +174,7 @@ def two_bases(tmp_path, tokenizer) -> Path:
 def test_a_base_that_hangs_while_it_has_to_leave_is_ended(two_bases, monkeypatch):
     """It has no answer to give any more, only its place."""
     row = {"features": ROWS[0]}
-    with ThreadPoolExecutor(1) as pool, serve(two_bases, max_bases=1, request_timeout=30.0) as served:
+    with ThreadPoolExecutor(1) as pool, serve(two_bases, max_bases=1) as served:
         served.post("/infer/run0", row)
         (process,) = served.processes
         os.kill(process.process.pid, signal.SIGSTOP)
@@ -178,6 +183,8 @@ def test_a_base_that_hangs_while_it_has_to_leave_is_ended(two_bases, monkeypatch
             wait_for(lambda: served.waiting() == 1)
             monkeypatch.setattr(server, "GRACE", 0.5)
             monkeypatch.setattr(served.server, "settings", settings(two_bases, request_timeout=0.5))
+            wait_for(process.closed.done)
+            monkeypatch.undo()  # the other one has its time
             assert asked.result()[0] == 200
         finally:
             process.kill()
@@ -227,6 +234,13 @@ def test_a_process_that_ends_while_it_loads_is_not_started_for_each_request(runs
         assert len(starts) == 1
 
 
+def is_gone(pid: int) -> bool:
+    try:
+        return "zombie" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+
+
 def alive(served) -> bool:
     try:
         return served.ask("GET", "/healthz")[0] == 200
@@ -236,9 +250,7 @@ def alive(served) -> bool:
 
 def test_a_server_that_is_killed_leaves_no_process(runs):
     """The real start of both processes, and the real end of one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [sys.executable, str(ROOT / "serve_creditmix.py"), "--port", str(port)]
     environment = os.environ | {"RUNS_DIR": str(runs), "PRELOAD": "1"}
     started = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -248,6 +260,7 @@ def test_a_server_that_is_killed_leaves_no_process(runs):
         (model,) = map(int, children.read_text().split())
         served = Client(port)
         wait_for(lambda: alive(served))  # the model's process is started before the port is opened
+        wait_for(lambda: served.ask("GET", "/readyz")[0] == 200)
         for path, body in (
             ("/infer/sft", {"features": ROWS[0]}),
             ("/infer/idp", {"document": "a", "schema": {"type": "null"}, "run": "sft"}),
@@ -260,7 +273,7 @@ def test_a_server_that_is_killed_leaves_no_process(runs):
     finally:
         started.kill()
         started.wait()
-    wait_for(lambda: not Path(f"/proc/{model}").exists() or "zombie" in Path(f"/proc/{model}/status").read_text())
+    wait_for(lambda: is_gone(model))
 
 
 def test_a_very_long_document_keeps_nobody_waiting(runs, expected):
@@ -279,7 +292,6 @@ def test_a_very_long_document_keeps_nobody_waiting(runs, expected):
             same(served.post(f"/infer/{name}", {"features": ROWS[0]}), expected[name][0])
         assert not long.done()
         served.server.settings = settings(runs, request_timeout=0.2)
-        for pending, (request, _) in list(served.server.waiting.items()):
-            served.server.waiting[pending] = (request, time.monotonic())
+        served.expire()
         assert long.result()[0] == 504
         wait_for(lambda: any(isinstance(answer, Abandoned) for answer in answers), 30)

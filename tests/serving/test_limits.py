@@ -77,8 +77,11 @@ def test_an_abandoned_text_stops(served, monkeypatch):
     answers = []
     on_answers = process.on_answers
     monkeypatch.setattr(process, "on_answers", lambda message: (answers.extend(message.answers), on_answers(message)))
-    monkeypatch.setattr(served.server, "settings", settings("x", request_timeout=0.2))  # of requests from now on
-    served.refused(504, "/v1/chat/completions", {"model": "base", **LONG, "max_tokens": 1500})
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(served.refused, 504, "/v1/chat/completions", {"model": "base", **LONG})
+        wait_for(served.busy)
+        served.expire()
+        late.result()
     wait_for(lambda: answers)
     assert [type(answer) for answer in answers] == [Abandoned]
 

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 from harness.memory import own_bytes
 from support.inputs import LABELS
+from support.processes import wait_for
 from support.served import (
     JSON,
     ROWS,
@@ -135,6 +136,7 @@ def test_memory_is_flat(served, monkeypatch):
                 sent = body if isinstance(body, bytes) else json.dumps(body)
                 connection.request("POST", path, sent, JSON)
                 connection.getresponse().read()
+        wait_for(lambda: not served.uvicorn.server_state.tasks)  # what answered the last one
         gc.collect()
         return Counter(type(thing).__name__ for thing in gc.get_objects())
 

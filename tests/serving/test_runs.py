@@ -118,7 +118,7 @@ def test_a_run_that_was_deleted_is_answered_for_no_more(tmp_path):
 
 def test_files_that_are_being_written_are_left_alone(own, runs, monkeypatch):
     monkeypatch.setattr("common.serving.run_registry.LOOK", 0.0)
-    monkeypatch.setattr("common.serving.run_registry.SETTLING", 0.8)
+    monkeypatch.setattr("common.serving.run_registry.SETTLING", 3.0)
     with serve(own) as served:
         before = served.post("/infer/sft", {"features": ROWS[0]})
         weights = own / "creditmix_sft" / "adapter_model.safetensors"

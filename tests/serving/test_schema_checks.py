@@ -80,8 +80,8 @@ def test_real_schemas():
 
 
 def test_one_that_takes_too_long_is_refused_and_its_process_ended(command, log):
-    faults = checked(checks_by(command, 0.5), "sleep", "b", True, "b")
-    assert faults[0] == "the schema takes longer than 0.5 s to check; make it smaller or simpler"
+    faults = checked(checks_by(command, 2.0), "sleep", "b", True, "b")
+    assert faults[0] == "the schema takes longer than 2 s to check; make it smaller or simpler"
     assert faults[1:] == ["refused b", None, "refused b"]
     (pid,) = map(int, log.read_text().split())
     assert not is_alive(pid)
@@ -93,7 +93,7 @@ def test_a_process_that_ends_is_replaced(command):
 
 
 def test_answers_are_remembered(command, log):
-    checks = checks_by(command, 0.2)
+    checks = checks_by(command, 1.0)
     started = time.monotonic()
 
     async def twice() -> list:
@@ -109,7 +109,7 @@ def test_answers_are_remembered(command, log):
 
 
 def test_what_a_busy_moment_may_have_caused_is_forgotten_after_a_while(command, monkeypatch):
-    checks = checks_by(command, 0.5)
+    checks = checks_by(command, 2.0)
 
     async def at_times(*seconds: float) -> list:
         try:
@@ -122,7 +122,7 @@ def test_what_a_busy_moment_may_have_caused_is_forgotten_after_a_while(command, 
             await checks.close()
 
     assert asyncio.run(at_times(0.0, 60.0)) == [
-        "the schema takes longer than 0.5 s to check; make it smaller or simpler", "refused busy"]  # fmt: skip
+        "the schema takes longer than 2 s to check; make it smaller or simpler", "refused busy"]  # fmt: skip
 
 
 @pytest.mark.parametrize("start", ["import time; time.sleep(600)", "raise SystemExit(1)"])
@@ -152,7 +152,7 @@ def test_no_more_than_some_wait(command, monkeypatch):
 def test_the_server_answers_others_while_a_schema_is_checked(runs, command, log, monkeypatch):
     with ThreadPoolExecutor(2) as pool, serve(runs) as served:
         served.server.schema_checks.helpers.command = command
-        monkeypatch.setattr(served.server.schema_checks.helpers, "seconds", 1.0)
+        monkeypatch.setattr(served.server.schema_checks.helpers, "seconds", 3.0)
         body = {"document": "a", "run": "sft"}
         assert "refused" in served.refused(422, "/infer/idp", body | {"schema": {"type": "object"}})
         wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"title": "sleep"}}}
@@ -175,7 +175,7 @@ def test_evidence_that_takes_too_long_is_done_without(runs, log, monkeypatch):
         real = served.server.evidence.command
         served.server.evidence.command = [
             sys.executable, "-c", f"print(input() and '{{}}', flush=True); input(); {sleeper}"]  # fmt: skip
-        monkeypatch.setattr(served.server.evidence, "seconds", 0.5)
+        monkeypatch.setattr(served.server.evidence, "seconds", 2.0)
         late = pool.submit(served.post, "/infer/idp", body)
         wait_for(log.exists, 60)
         assert served.ask("GET", "/healthz")[0] == 200

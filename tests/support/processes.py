@@ -51,3 +51,11 @@ def fork_server():
     trainers = ["transformers.trainer", "trl.trainer.dpo_trainer", "transformers.models.qwen2.modeling_qwen2"]
     context.set_forkserver_preload(["torch", "peft", "datasets", "matplotlib.figure", *trainers])
     return context
+
+
+@functools.cache
+def import_for_forks() -> None:
+    """Wait until that one has its imports."""
+    child = fork_server().Process(target=int)
+    child.start()
+    child.join()

@@ -26,7 +26,7 @@ from common.serving.settings import ServerSettings
 from common.tasks.ranking.creditmix import CREDITMIX
 from support.http_server import Client, run_app
 from support.inputs import CORPUS
-from support.processes import fork_server
+from support.processes import fork_server, import_for_forks
 
 ROWS = [text.partition("\n\n")[2] for text in CORPUS[:24]]  # features of unlike lengths
 ROWS = [row[: 30 + 9 * (i % 8)] for i, row in enumerate(ROWS)]
@@ -38,9 +38,9 @@ LONG = {  # a chat whose answer cannot be short
     "messages": [{"role": "user", "content": "Age: 23"}],
     "response_format": {
         "type": "json_schema",
-        "json_schema": {"name": "long", "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 30}},
+        "json_schema": {"name": "long", "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 200}},
     },
-    "max_tokens": 400,
+    "max_tokens": 1500,
     "temperature": 1,  # greedily it would repeat itself, which is soon done
     "seed": 1,
 }
@@ -143,6 +143,11 @@ class Served(Client):
         """Jobs that are being worked on."""
         return sum(process.busy for process in self.processes)
 
+    def expire(self) -> None:
+        """The time of the requests that are under way is over."""
+        for pending, (request, _) in list(self.server.waiting.items()):
+            self.server.waiting[pending] = (request, time.monotonic())
+
     @contextlib.contextmanager
     def held(self, run: str = "sft") -> Iterator[None]:
         """The model's process stands still, so that what is sent to it waits."""
@@ -161,6 +166,7 @@ model_process.launch = fork
 @contextlib.contextmanager
 def serve(runs_dir: Path | str, **changes: Any) -> Iterator[Served]:
     """The server in a thread of this process; stopped at the end as by a signal."""
+    import_for_forks()  # so that no request waits for it
     app = create_app(settings(runs_dir, **changes))
     with run_app(app) as (server, port):
         yield Served(app, server, port)

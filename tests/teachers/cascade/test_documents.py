@@ -93,7 +93,7 @@ def test_one_document(student, stub, capsys):
     assert json.loads(capsys.readouterr().out) == {"fields": FIELDS, "answered_by": "big"}
 
 
-def test_the_server(student, stub, imported):
+def test_the_server(student, stub):
     stub.reply = reply_of
     ask = {"document": DOCUMENTS[0], "schema": SCHEMA, "run": "student", "max_new_tokens": 64}
     cascade = CascadeSettings(endpoint(stub.url, "big", 5.0), 0.9999, per_hour=1, timeout=5.0)
@@ -105,7 +105,7 @@ def test_the_server(student, stub, imported):
         assert metric(served, 'cascade_rows_total{adapter="student",outcome="teacher"}') == 1
 
 
-def test_a_larger_run_of_the_server(student, base, imported):
+def test_a_larger_run_of_the_server(student, base):
     make_run(student.parent / "larger", base, seed=2)
     ask = {"document": DOCUMENTS[0], "schema": SCHEMA, "max_new_tokens": 96}
     with serve(student.parent) as plain:

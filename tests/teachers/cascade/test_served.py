@@ -27,7 +27,7 @@ ALL = 0.9999  # a row below this is handed on
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, base, imported) -> Path:
+def runs(tmp_path_factory, base) -> Path:
     return make_runs(tmp_path_factory.mktemp("cascade") / "runs", base)
 
 
@@ -52,7 +52,7 @@ def test_an_endpoint_answers_what_is_unsure(runs, stub, tmp_path):
         assert len(read_rows(own / "creditmix_sft" / "cascade.jsonl")) == 3
 
 
-def test_a_text_that_names_no_column_is_handed_on_too(base, imported, stub, tmp_path):
+def test_a_text_that_names_no_column_is_handed_on_too(base, stub, tmp_path):
     """It may be that of a row with a text, which a teacher labels as any other."""
     task = replace(load_task(str(ROOT / "recipes" / "ticket_severity.yaml")), text_columns=("subject", "body"))
     task_record.write(make_run(tmp_path / "runs" / "severity", base, 5), task.record())
