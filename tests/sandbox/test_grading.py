@@ -35,6 +35,14 @@ def errors(pairs: list[tuple[str, Tests]], limits: Limits | None = None) -> list
     return [verdict.error for verdict in grading.grade_many(pairs, limits or Limits())]
 
 
+def check(expected: dict[tuple[str, Tests], str]) -> None:
+    """Each pair ends as expected. Those without an end have little time; others may need more on a busy machine."""
+    endless = [pair for pair, word in expected.items() if word == "timeout"]
+    found = dict(zip(endless, errors(endless, Limits(seconds=2)), strict=True))
+    others = [pair for pair in expected if pair not in found]
+    assert found | dict(zip(others, errors(others), strict=True)) == expected
+
+
 def test_a_verdict():
     assert grading.grade("def square(x): return x * x", SQUARE).passed
     verdict = grading.grade("def square(x): return x * 3", SQUARE)
@@ -90,7 +98,7 @@ OUTCOMES = {
 
 
 def test_every_kind_of_error():
-    assert errors([(solution, SQUARE) for solution in OUTCOMES], Limits(seconds=2)) == list(OUTCOMES.values())
+    check({(solution, SQUARE): word for solution, word in OUTCOMES.items()})
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,7 @@ def test_faults_of_the_tests():
             ("import os; os.write(int(__import__('sys').argv[2]), b'\\0\\0\\0\\x10verdict\\nfailed\\n\\xff')",)
         ): "\ufffd",
     }
-    assert errors([(solution, each) for each in tests], Limits(seconds=2)) == list(tests.values())
+    check({(solution, each): word for each, word in tests.items()})
 
 
 def test_humaneval_and_names():

@@ -45,7 +45,7 @@ def slowly(main, argv) -> int | None:
     step = Trainer.training_step
 
     def training_step(*args, **kwargs):
-        time.sleep(0.03)
+        time.sleep(0.1)
         return step(*args, **kwargs)
 
     Trainer.training_step = training_step

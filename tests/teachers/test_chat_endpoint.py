@@ -120,7 +120,7 @@ def test_failures_that_pass_are_tried_again(stub, files):
         return FAILURES[(index + tries[index]) % len(FAILURES)] if tries[index] <= 2 else "Bad"
 
     stub.reply = reply
-    assert generate(stub, *files(rows), "--timeout", "0.5", "--concurrency", "10", "--max_attempts", "3") == 0
+    assert generate(stub, *files(rows), "--timeout", "3", "--concurrency", "10", "--max_attempts", "3") == 0
     assert [row["teacher_output"] for row in lines(files.out)] == ["Bad"] * len(rows)
     assert [*tries.values()] == [3] * len(rows)
     assert run_of(files)["requests"]["attempts"] == 3 * len(rows)
@@ -262,10 +262,10 @@ def test_what_no_repetition_mends_stops_at_once(stub, files, capsys, reply, mess
 
 def test_an_endpoint_that_is_not_there(files, capsys):
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))  # and listens to nobody
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
-    argv = ["--endpoint", url, "--model", "m", *files(numbered(3))]
-    assert cli.run(teacher_generate.main, argv) == cli.BAD_INPUT
+        argv = ["--endpoint", url, "--model", "m", *files(numbered(3))]
+        assert cli.run(teacher_generate.main, argv) == cli.BAD_INPUT
     stderr = capsys.readouterr().err
     assert f"error: --endpoint {url}/chat/completions cannot be reached (" in stderr and "start it, or check" in stderr
 
@@ -276,12 +276,20 @@ def test_stopped_and_run_again(stub, files, ending, code):
     """With answers on the disk and requests under way: the second run asks only what has no answer yet."""
     rows = numbered(9)
     argv = [*files(rows), "--concurrency", "2"]
-    stub.reply = lambda body: HANG if question_of(body) in [row["input"] for row in rows[5:]] else "Standard"
+    hung = []
+
+    def reply(body):
+        if question_of(body) not in [row["input"] for row in rows[5:]]:
+            return "Standard"
+        hung.append(body)
+        return HANG
+
+    stub.reply = reply
     command = [sys.executable, str(ROOT / "teacher_generate.py"), "--endpoint", stub.url, "--model", "m", *argv]
     hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job is started deaf to it
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=hearing)
     raw = Path(f"{files.out}.raw.jsonl")
-    wait_for(lambda: raw.exists() and raw.read_text().count("\n") >= 5 and len(stub.asked) >= 7)
+    wait_for(lambda: raw.exists() and raw.read_text().count("\n") >= 5 and len(hung) == 2)
     child.send_signal(ending)
     assert child.wait(30) == code
     kept = raw.read_text().count("\n")
