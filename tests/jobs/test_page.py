@@ -84,7 +84,8 @@ def test_a_job_from_the_form_to_its_files(page, served):
 
 
 def test_cancel_and_resume(page, served):
-    fill(page, served, "slow", 400)
+    write_data(served.data / "leisurely.jsonl", {"seconds": 1.0})  # each step draws the buttons anew
+    fill(page, served, "leisurely", 400)
     page.get_by_role("button", name="Submit").click()
     page.get_by_role("img", name=re.compile("Curve to step")).first.wait_for()
     page.get_by_role("button", name="Cancel").click()
