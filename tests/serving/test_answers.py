@@ -74,13 +74,20 @@ def test_text_goes_on_while_rows_are_answered_between_its_tokens(served, expecte
     chat = {"model": "kd", **LONG}
     alone = served.post("/v1/chat/completions", chat)["choices"][0]["message"]["content"]
     order = []
-    with ThreadPoolExecutor(1) as pool:
+
+    def row(turn: int) -> dict:
+        answer = served.post(f"/infer/{NAMES[turn % 4]}", {"features": ROWS[turn]})
+        order.append("row")
+        return answer
+
+    with ThreadPoolExecutor(7) as pool:
         text = pool.submit(lambda: (served.post("/v1/chat/completions", chat), order.append("text"))[0])
         wait_for(served.busy)
-        for turn in range(6):
-            name = NAMES[turn % 4]
-            same(served.post(f"/infer/{name}", {"features": ROWS[turn]}), expected[name][turn])
-            order.append("row")
+        with served.stopped():  # it has hardly begun
+            rows = [pool.submit(row, turn) for turn in range(6)]
+            wait_for(lambda: served.waiting() == 6)
+        for turn, future in enumerate(rows):
+            same(future.result(), expected[NAMES[turn % 4]][turn])
         assert text.result()["choices"][0]["message"]["content"] == alone
     assert order.index("text") >= 2  # rows were answered before the text was done
 

@@ -80,8 +80,9 @@ def test_an_abandoned_text_stops(served, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(served.refused, 504, "/v1/chat/completions", {"model": "base", **LONG})
         wait_for(served.busy)
-        served.expire()
-        late.result()
+        with served.stopped():
+            served.expire()
+            late.result()
     wait_for(lambda: answers)
     assert [type(answer) for answer in answers] == [Abandoned]
 

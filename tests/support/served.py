@@ -38,9 +38,9 @@ LONG = {  # a chat whose answer cannot be short
     "messages": [{"role": "user", "content": "Age: 23"}],
     "response_format": {
         "type": "json_schema",
-        "json_schema": {"name": "long", "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 200}},
+        "json_schema": {"name": "long", "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 30}},
     },
-    "max_tokens": 1500,
+    "max_tokens": 400,
     "temperature": 1,  # greedily it would repeat itself, which is soon done
     "seed": 1,
 }
@@ -149,15 +149,21 @@ class Served(Client):
             self.server.waiting[pending] = (request, time.monotonic())
 
     @contextlib.contextmanager
-    def held(self, run: str = "sft") -> Iterator[None]:
-        """The model's process stands still, so that what is sent to it waits."""
-        self.post(f"/infer/{run}", {"features": ROWS[0]})
+    def stopped(self) -> Iterator[None]:
+        """The model's process stands still in the middle of what it does."""
         (process,) = self.processes
         os.kill(process.process.pid, signal.SIGSTOP)
         try:
             yield
         finally:
             os.kill(process.process.pid, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def held(self, run: str = "sft") -> Iterator[None]:
+        """The model's process is there and stands still, so that what is sent to it waits."""
+        self.post(f"/infer/{run}", {"features": ROWS[0]})
+        with self.stopped():
+            yield
 
 
 model_process.launch = fork
