@@ -98,14 +98,16 @@ function showState(job) {
   if (!isOver(job) && job.state !== "paused" && !job.pausing && !job.cancelling) actions.push(action("Pause", "pause/", "POST"));
   if (job.resumable) actions.push(action("Resume", "resume/", "POST"));
   if (isOver(job)) actions.push(action("Delete", "jobs/", "DELETE"));
-  $("actions").replaceChildren(...actions);
+  const names = buttons => buttons.map(button => button.dataset.asks).join(" ");
+  // the same buttons stay: one that is drawn anew loses the focus, and a click that was half done
+  if (names(actions) !== names([...$("actions").querySelectorAll("button")])) $("actions").replaceChildren(...actions);
   $("request").textContent = JSON.stringify(job.request, null, 2);
   if (isOver(job)) showFiles(job.job_id);
   refresh();
 }
 
 function action(name, path, method) {
-  const button = element("button", {type: "button", class: "plain"}, name);
+  const button = element("button", {type: "button", class: "plain", "data-asks": path + chosen}, name);
   button.addEventListener("click", async () => {
     if (method === "DELETE" && !confirm("Delete the job and its files?")) return;
     button.disabled = true;
@@ -113,7 +115,10 @@ function action(name, path, method) {
       await ask(path + chosen, {method});
       if (method === "DELETE") location.hash = "list";
       else if (name === "Resume") openJob(chosen);
-    } catch (error) { $("actions").append(errorBox(error)); }
+    } catch (error) {
+      button.disabled = false;
+      $("actions").append(errorBox(error));
+    }
     refresh();
   });
   return button;

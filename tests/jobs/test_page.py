@@ -84,10 +84,14 @@ def test_a_job_from_the_form_to_its_files(page, served):
 
 
 def test_cancel_and_resume(page, served):
-    write_data(served.data / "leisurely.jsonl", {"seconds": 1.0})  # each step draws the buttons anew
-    fill(page, served, "leisurely", 400)
+    fill(page, served, "slow", 400)
     page.get_by_role("button", name="Submit").click()
     page.get_by_role("img", name=re.compile("Curve to step")).first.wait_for()
+    page.get_by_role("button", name="Cancel").focus()
+    steps = page.locator("#about").get_by_text(re.compile("^[0-9]+ of 400$"))
+    before = steps.inner_text()
+    wait_for(lambda: steps.inner_text() != before)
+    assert page.evaluate("document.activeElement.innerText") == "Cancel"  # it is not drawn anew at every step
     page.get_by_role("button", name="Cancel").click()
     page.get_by_role("button", name="Resume").click()
     page.get_by_role("button", name="Cancel").click()
