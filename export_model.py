@@ -4,10 +4,12 @@
     python export_model.py --model_dir runs/creditmix_sft --format merged --save_dir runs/creditmix_sft_merged
     python export_model.py --model_dir runs/creditmix_sft --format onnx --save_dir exports/onnx
     python export_model.py --model_dir runs/creditmix_sft --format int8 --save_dir exports/int8
+    python export_model.py --model_dir runs/creditmix_sft --format onnx_genai --save_dir exports/onnx_genai
     python export_model.py --model_dir runs/creditmix_sft --format gguf --quant Q4_K_M --save_dir exports/gguf
     python export_model.py --model_dir runs/creditmix_sft --format gguf_lora --save_dir exports/adapter
 
-merged is a plain transformers folder, onnx and int8 are for ONNX Runtime, gguf is for llama.cpp and Ollama (a Modelfile
+merged is a plain transformers folder, onnx and int8 are for ONNX Runtime, onnx_genai is for onnxruntime-genai, which
+writes text by itself, gguf is for llama.cpp and Ollama (a Modelfile
 lies beside it), gguf_lora is the adapter alone for llama.cpp's --lora and Ollama's ADAPTER. The proof runs the exported
 files in that runtime, and the run itself, on --proof_data, by default the dev rows of the run's task: rows with a
 label, documents or problems; or rows of input and output. It goes to export.json with the SHA-256 of every file. Where
@@ -33,11 +35,15 @@ from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.loading import load_task, mismatch, trained_for
 from common.tasks.ranking.task import LabelTask
 
-FORMATS = ("merged", "onnx", "int8", "gguf", "gguf_lora")
+FORMATS = ("merged", "onnx", "int8", "onnx_genai", "gguf", "gguf_lora")
 SCALES = ("block", "channel")
 MAX_METRIC_DROP = 0.01
 DEV_ROWS = {task_record.IDP: "data/idp_dev.jsonl", task_record.CODEGEN: "data/codegen_dev.jsonl"}
-DTYPES = {"merged": ("float32", "bfloat16", "float16"), "onnx": ("float32", "float16")}
+DTYPES = {
+    "merged": ("float32", "bfloat16", "float16"),
+    "onnx": ("float32", "float16"),
+    "onnx_genai": ("int4", "int8", "float32"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="what an adapter is compared on: its base in NF4 or not; auto: as it was trained",
     )
-    parser.add_argument("--dtype", help="of merged (default: the base's own) or onnx (float32, float16)")
+    parser.add_argument(
+        "--dtype", help="of merged (default: the base's own), onnx (float32, float16), onnx_genai (int4, int8, float32)"
+    )
     parser.add_argument("--max_shard_gb", type=float, default=2.0, help="of one file of weights; bounds the memory")
     parser.add_argument("--quant", choices=QUANTS, help="of gguf, or of gguf_lora's base; default: Q8_0")
     parser.add_argument("--imatrix", metavar="DATA", help="gguf: rows as of --proof_data; which weights matter")
@@ -108,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_dir=args.model_dir,
         base=base,
         four_bit=pipeline.trained_in_4bit(args.model_dir, args.load_in_4bit),
-        dtype=args.dtype or (pipeline.own_dtype(base) if args.format == "merged" else "float32"),
+        dtype=args.dtype or (pipeline.own_dtype(base) if args.format == "merged" else default_dtype(args.format)),
         quant=quant,
         scales=args.scales or SCALES[0],
         keep_lm_head=args.keep_lm_head,
@@ -136,6 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.push_to_hub:
         publish.push(target, args.push_to_hub)
     return cli.DONE
+
+
+def default_dtype(form: str) -> str:
+    """Of an export other than merged; what is not asked for it is written from float32."""
+    return DTYPES.get(form, ("float32",))[0]
 
 
 def default_rows(task: LabelTask, args: argparse.Namespace) -> str:

@@ -34,6 +34,7 @@ WHAT = {
     "merged": "Adapter merged into the weights",
     "onnx": "ONNX graph",
     "int8": "ONNX graph in INT8",
+    "onnx_genai": "ONNX folder for onnxruntime-genai",
     "gguf": "GGUF file",
     "gguf_lora": "LoRA adapter as GGUF",
 }
@@ -42,6 +43,19 @@ ASKED_BY = {
     task_record.IDP: "infer_idp.py --model_dir {0} --schema schema.json --document_file document.pdf",
     task_record.CODEGEN: 'infer_codegen.py --model_dir {0} --prompt "Write a function ..."',
 }
+GENAI = """import json
+
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+messages = json.dumps([{"role": "user", "content": "..."}])
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+generator = og.Generator(model, og.GeneratorParams(model))
+generator.append_tokens(tokenizer.encode(prompt))
+while not generator.is_done():
+    generator.generate_next_token()
+    print(tokenizer.decode(generator.get_next_tokens()), end="", flush=True)"""
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "weight_decay", "max_len", "seed"),
     *("lora_r", "lora_alpha", "lora_dropout"),
@@ -157,12 +171,13 @@ def _metadata(folder: Path, base: str | None, rights: str | None, run: dict, tas
 
     form = export.get("format")
     libraries = {None: "peft" if adapters.is_adapter(str(folder)) else "transformers", "merged": "transformers"}
+    libraries |= dict.fromkeys(("onnx", "int8", "onnx_genai"), "onnx")
     tags = ["distill-slm", run.get("method"), task and task["name"], form, export.get("unproven") and "unproven"]
     is_hub_id = base and _name(base) == base and "/" in base
     data = ModelCardData(
         base_model=base if is_hub_id else None,
         license=rights,
-        library_name=libraries.get(form, "onnx" if form in ("onnx", "int8") else "gguf"),
+        library_name=libraries.get(form, "gguf"),
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(filter(None, tags))),
     )
@@ -304,6 +319,8 @@ def _use_section(folder: Path, base: str | None, task: dict | None, export: dict
     if form in ("onnx", "int8"):
         code = 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")'
         blocks.append(("ONNX Runtime", "python", code))
+    if form == "onnx_genai":
+        blocks.append(("onnxruntime-genai", "python", GENAI))
     if form in ("gguf", "gguf_lora"):
         (file,) = [file_name for file_name in export["files"] if file_name.endswith(".gguf")]
         model = f"-m {file}" if form == "gguf" else f"-m base-{export['base_quant']}.gguf --lora {file}"

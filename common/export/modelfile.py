@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODELFILE = "Modelfile"
-LONGEST_CONTEXT = 8192  # Ollama takes the memory of all of it at once
+LONGEST_CONTEXT = 8192  # Ollama and onnxruntime-genai take the memory of all of it at once
 
 
 def modelfile(

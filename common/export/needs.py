@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
-from common.export import gguf_writer
+from common.export import genai_writer, gguf_writer
 from common.export import merge as merging
 from common.export.gguf_quants import WITHOUT_LLAMA_CPP
 from common.models import adapters
@@ -29,8 +29,14 @@ ROOM = 1.1  # what is asked of the disk, for what is written
 SPOOL = 256_000_000  # bytes of a GGUF that wait in memory before its temporary file gets them
 ONNX_COPIES = 3  # of the weights while a graph is made: torch's, the graph's and what is written
 ONNX_READ = 2  # copies of the file while ONNX Runtime opens it
-WRITERS = {"onnx": ("onnx", "onnx_ir", "onnxscript"), "int8": ("onnx", "onnx_ir", "onnxscript", "onnxruntime")}
-PROVERS = {"onnx": ("onnxruntime",), "int8": ("onnxruntime",)}
+GENAI_COPIES = 2  # of the weights while the builder works: torch's, and those that it rounds
+WRITERS = {
+    "onnx": ("onnx", "onnx_ir", "onnxscript"),
+    "int8": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
+    "onnx_genai": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"),
+}
+PROVERS = {"onnx": ("onnxruntime",), "int8": ("onnxruntime",), "onnx_genai": ("onnxruntime_genai",)}
+OPTIONAL = ("onnxruntime_genai",)  # packages of requirements/export.txt
 GGUFS = ("gguf", "gguf_lora")
 
 
@@ -55,11 +61,12 @@ def check_runtime(form: str, model_dir: str, quant: str, *, proves: bool = True)
         raise UserError(f"{model_dir} is a whole model; use --format gguf")
     for package in WRITERS.get(form, ()):
         if not _installed(package):
-            raise UserError(f"--format {form} is written with {package}, which is not installed; {_remedy()}")
+            raise UserError(f"--format {form} is written with {package}, which is not installed; {_remedy(package)}")
     for package in PROVERS.get(form, ()) if proves else ():
         if not _installed(package):
             raise UserError(
-                f"--format {form} is proven in {package}, which is not installed; {_remedy()}, or pass --no_proof"
+                f"--format {form} is proven in {package}, which is not installed; {_remedy(package)}, or pass "
+                "--no_proof"
             )
     if form in GGUFS and (proves or (form == "gguf" and quant not in WITHOUT_LLAMA_CPP)):
         from common.models import llama_cpp
@@ -74,8 +81,8 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _remedy() -> str:
-    return "pip install -r requirements.txt"
+def _remedy(package: str) -> str:
+    return f"pip install -r requirements{'/export' if package in OPTIONAL else ''}.txt"
 
 
 # The disk.
@@ -83,7 +90,7 @@ def _remedy() -> str:
 
 def disk_bytes(settings: ExportSettings) -> tuple[int, int]:
     """(what lies beside the export while it is made, what lies in the folder for temporary files), at most."""
-    numbers, out = merging.Checkpoint(settings.base).numbers, FLOAT_BYTES[settings.dtype]
+    numbers, out = merging.Checkpoint(settings.base).numbers, FLOAT_BYTES.get(settings.dtype, FLOAT32)
     temporary = 0
     if settings.format == "merged":
         both = settings.proves and settings.four_bit and adapters.is_adapter(settings.model_dir)
@@ -92,6 +99,8 @@ def disk_bytes(settings: ExportSettings) -> tuple[int, int]:
         written = settings.format == "gguf" or settings.proves  # gguf_lora: of the base, for the proof
         temporary = gguf_writer.predicted_bytes(settings.base, settings.quant) if written else 0
         size = temporary + (numbers * FLOAT32 if settings.format == "gguf" else _adapter_bytes(settings))
+    elif settings.format == "onnx_genai":
+        size = numbers * FLOAT32 + genai_writer.predicted_bytes(settings.base, settings.dtype)
     else:  # float32 weights, merged or as a graph, and what is made of them
         size = numbers * (FLOAT32 + (out if settings.format == "onnx" else FLOAT32))
     return int(size * ROOM), int(temporary * ROOM)
@@ -156,7 +165,13 @@ def phases(settings: ExportSettings) -> list[Phase]:
         width = FLOAT_BYTES[settings.dtype] if form == "merged" else FLOAT32
         shard = 2 * min(settings.max_shard_bytes, numbers * width) + 2 * largest * FLOAT32
         found.append(Phase("merging", _process(shard), "lower --max_shard_gb"))
-    if form in WRITERS:
+    if form == "onnx_genai":
+        size = genai_writer.predicted_bytes(settings.base, settings.dtype)
+        made = GENAI_COPIES * numbers * FLOAT32 + size
+        found.append(Phase("the graph", _process(made), f"choose --format gguf, or {machine}"))
+        if settings.proves:
+            found.append(Phase("its proof in onnxruntime-genai", _process(ONNX_READ * size), more))
+    elif form in WRITERS:
         made = ONNX_COPIES * numbers * FLOAT_BYTES[settings.dtype]
         found.append(Phase("the graph", _process(made), f"choose --format gguf, or {machine}"))
         if settings.proves:

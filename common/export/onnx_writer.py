@@ -4,6 +4,9 @@ The graph's inputs and outputs have the names that are usual for decoders: input
 past_key_values.N.key and .value to logits, present.N.key and .value. One graph reads a prompt (with an empty past) and
 goes on from it token by token; rows, tokens and past are dynamic. An optional input bounds how many logits are
 computed, since those of a whole batch of prompts can take gigabytes.
+
+Layers that see a window alone have it in their mask. Their keys and values are kept whole like those of the others: a
+cache that forgets would tie the graph to one length of the past.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import nn
 
 from common.cli import UserError, reason
+from common.files import read_json
 from common.models.gguf_file import UNPROVEN_KEY
 from common.models.onnx_runtime import KEEP, MODEL_FILE
 
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir
     from transformers import PreTrainedModel
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3")
 OPSET = 18
 DATA_FILE = MODEL_FILE + "_data"
 PROTOBUF_LIMIT = 2_000_000_000  # bytes that one file may have; larger models keep their weights beside it
@@ -48,10 +52,26 @@ class _WithCache(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=DynamicCache(list(past)),
+            past_key_values=DynamicCache(list(past)),  # made without the config, it keeps what is out of a window
             use_cache=True,
         )
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+def check(folder: str | Path, form: str) -> None:
+    """Refuse a model folder whose architecture has no graph here.
+
+    Args:
+        form: the format, in the sentence.
+
+    Raises:
+        UserError: it says which have.
+    """
+    kind = read_json(Path(folder) / "config.json").get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"{form} is for the architectures {', '.join(ARCHITECTURES)}, and {folder} is {kind}; use --format merged"
+        )
 
 
 def export(model: PreTrainedModel, folder: str | Path, *, protobuf_limit: int = PROTOBUF_LIMIT) -> Path:

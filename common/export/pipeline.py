@@ -62,7 +62,7 @@ class ExportSettings:
         proof_rows: that the run and the export are compared on; None: they are not, and the export is unproven.
     """
 
-    format: str  # merged, onnx, int8, gguf or gguf_lora
+    format: str  # merged, onnx, int8, onnx_genai, gguf or gguf_lora
     model_dir: str
     base: Path
     four_bit: bool
@@ -89,24 +89,18 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
     """
     adapter = adapters.is_adapter(model_dir)
     folder = merging.local_base((base or adapters.base_of(model_dir)) if adapter else model_dir)
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if config.get("quantization_config"):
+    if read_json(folder / "config.json").get("quantization_config"):
         raise UserError(f"{folder} is stored quantised; give its 16-bit original{' with --base' if adapter else ''}")
     if form == "merged":
         return folder
-    from common.export import gguf_writer, onnx_writer
+    from common.export import genai_writer, gguf_writer, onnx_writer
 
     if form in ("gguf", "gguf_lora"):
         gguf_writer.check(folder, form)
-        return folder
-    known = onnx_writer.ARCHITECTURES
-    full = set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}
-    if kind not in known or not full or (config.get("sliding_window") and config.get("use_sliding_window", True)):
-        raise UserError(
-            f"{form} is for the architectures {', '.join(known)} with full attention, and {folder} is "
-            f"{kind}{'' if kind not in known else ' with a sliding window'}; use --format merged"
-        )
+    elif form == "onnx_genai":
+        genai_writer.check(folder)
+    else:
+        onnx_writer.check(folder, form)
     return folder
 
 
@@ -228,6 +222,7 @@ class Export:
             "merged": self._merged,
             "onnx": self._onnx,
             "int8": self._int8,
+            "onnx_genai": self._onnx_genai,
             "gguf": self._gguf,
             "gguf_lora": self._gguf_lora,
         }
@@ -349,6 +344,34 @@ class Export:
             onnx_writer.mark_unproven(folder)
         return self._proven(lambda: OnnxModel(str(folder)), [folder])
 
+    def _onnx_genai(self, stage: Path) -> tuple[Path, dict[str, Any]]:
+        from common.export import genai_writer, onnx_writer
+        from common.models.batching import context_of
+
+        merged, facts = self._plain(stage)
+        dtype = self.settings.dtype
+        log(f"building for onnxruntime-genai, in {dtype}")
+        folder = stage / "onnx_genai"
+        context = context_of(models.load_config(str(self.settings.base)))
+        genai_writer.write(merged, folder, dtype, self.tokenizer, self.stops, context)
+        shutil.rmtree(merged)
+        if not self.settings.proves:
+            onnx_writer.mark_unproven(folder)
+        facts |= {"dtype": dtype, "runtime": _runtime("onnxruntime-genai")}
+        return folder, facts | self._proven_in_genai(folder)
+
+    def _proven_in_genai(self, folder: Path) -> dict[str, Any]:
+        """The proof of a folder that onnxruntime-genai has read as the same tokens."""
+        from common.models.genai_model import GenaiModel
+
+        if not self.settings.proves:
+            return {unproven.RECORD_KEY: True}
+        context = self._context()
+        alike = self._check_tokens(GenaiModel(folder, context).tokenize, "onnxruntime-genai")
+        return {
+            "proof": self._prove(lambda: GenaiModel(folder, context), [folder]) | {"prompts_tokenized_alike": alike}
+        }
+
     def _gguf(self, stage: Path) -> tuple[Path, dict[str, Any]]:
         from common.export import gguf_writer
 
@@ -388,14 +411,18 @@ class Export:
 
         if not self.settings.proves:
             return {unproven.RECORD_KEY: True}
-        context = parity.longest(self.tokenizer, self.proof_rows) + parity.TIMED_TOKENS
+        context = self._context()
 
         def load() -> GgufModel:
             return GgufModel(files[0], context, *files[1:])
 
         with contextlib.closing(load()) as model:
-            alike = self._check_tokens(model)
+            alike = self._check_tokens(model.tokenize, "llama.cpp")
         return {"proof": self._prove(load, files) | {"prompts_tokenized_alike": alike}}
+
+    def _context(self) -> int:
+        """Tokens that a runtime has to have room for in the proof."""
+        return parity.longest(self.tokenizer, self.proof_rows) + parity.TIMED_TOKENS
 
     def _imatrix_facts(self) -> dict[str, Any]:
         """ "imatrix": the rows that it was measured on."""
@@ -423,22 +450,22 @@ class Export:
         with atomic_write(folder / MODELFILE) as handle:
             handle.write(modelfile(self.tokenizer, gguf_file, stop, context, adapter))
 
-    def _check_tokens(self, model: GgufModel) -> str:
-        """That llama.cpp reads the proof's prompts and answers, and awkward texts, as the same tokens; how many.
+    def _check_tokens(self, tokenize: Callable[[str], list[int]], runtime: str) -> str:
+        """That a runtime reads the proof's prompts and answers, and awkward texts, as the same tokens; how many.
 
         Raises:
             UserError: it does not.
         """
 
         def other(texts: Iterable[str]) -> list[str]:
-            return [text for text in texts if model.tokenize(text) != self._plain_ids(text)]
+            return [text for text in texts if tokenize(text) != self._plain_ids(text)]
 
         asked = [[turn["content"] for turn in chats.as_turns(prompt)] for prompt in self.proof_rows.prompts]
         prompts = [other(texts) for texts in asked]
         wrong = [*other((*self.proof_rows.outputs, *PROBES)), *chain.from_iterable(prompts)]
         if wrong:
             raise UserError(
-                f"llama.cpp reads other tokens than the model was trained on, in {wrong[0][:60]!r} for one; choose "
+                f"{runtime} reads other tokens than the model was trained on, in {wrong[0][:60]!r} for one; choose "
                 "another format"
             )
         return f"{prompts.count([])} of {len(prompts)}"
@@ -449,11 +476,14 @@ class Export:
 
 def load(model_dir: str) -> tuple[Runtime, PreTrainedTokenizerBase]:
     """A run or an export of it in its own runtime, and its tokenizer."""
+    from common.models.genai_model import GenaiModel, is_genai
     from common.models.onnx_runtime import OnnxModel, is_onnx
     from common.models.tokenizers import load_tokenizer
 
     if is_onnx(model_dir):
         return OnnxModel(model_dir), load_tokenizer(model_dir)
+    if is_genai(model_dir):
+        return GenaiModel(model_dir, MAX_BATCH_TOKENS), load_tokenizer(model_dir)
     if gguf_import.local_gguf(model_dir):
         packed = ModelSource(gguf_import.packed_folder(model_dir), engine=LLAMA_CPP)
         return models.load_gguf(packed, MAX_BATCH_TOKENS)

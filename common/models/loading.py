@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from common import distributed as launch
 from common.cli import UserError, log, reason
 from common.models import adapters, gguf_import, hub
+from common.models.genai_model import is_genai
 from common.models.source import ModelSource, looks_local
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def check_model_dir(model_dir: str, base: str | None = None, *, ask_hub: bool = 
             hub.check(base)
     elif gguf := gguf_import.local_gguf(model_dir):
         gguf_import.check(gguf)
+    elif is_genai(model_dir):
+        raise UserError(
+            f"{model_dir} is an export for onnxruntime-genai, which runs it as its README.md says; here give the run "
+            "that it was made from, or an export of it in another format"
+        )
     elif Path(model_dir).is_dir() and not (Path(model_dir) / "config.json").is_file():
         raise UserError(
             f"{model_dir} holds neither {adapters.ADAPTER_CONFIG} nor config.json; give a run folder or a model"

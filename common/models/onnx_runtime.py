@@ -15,6 +15,7 @@ import numpy as np
 
 from common.cli import UserError, reason
 from common.models import tokenizers, unproven
+from common.models.genai_model import is_genai
 from common.models.gguf_file import UNPROVEN_KEY
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ KEEP = "num_logits_to_keep"  # an optional input: logits of this many last posit
 
 
 def is_onnx(folder: str | Path) -> bool:
-    """Whether `folder` holds an ONNX export."""
-    return (Path(folder) / MODEL_FILE).is_file()
+    """Whether `folder` holds an ONNX export that `OnnxModel` runs: one for onnxruntime-genai has other inputs."""
+    return (Path(folder) / MODEL_FILE).is_file() and not is_genai(folder)
 
 
 class OnnxModel:

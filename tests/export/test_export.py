@@ -117,13 +117,18 @@ def test_an_unknown_architecture(tiny_base, dev, tmp_path):
     strange = Path(shutil.copytree(tiny_base, tmp_path / "strange"))
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"model_type": "ours"}))
-    assert "with full attention, and" in refused(str(strange), dev, tmp_path, form="onnx")
+    assert "onnx is for the architectures llama, mistral, qwen2, qwen3, gemma3_text, smollm3, and" in refused(
+        str(strange), dev, tmp_path, form="onnx"
+    )
+    assert "onnx_genai is for the architectures llama, mistral, qwen2, qwen3, gemma3_text, and" in refused(
+        str(strange), dev, tmp_path, form="onnx_genai"
+    )
     assert "gguf is for the architectures llama, mistral, qwen2, qwen3, smollm3, gemma3_text, lfm2, and" in refused(
         str(strange), dev, tmp_path, form="gguf"
     )
     assert "is of no known architecture" in refused(str(strange), dev, tmp_path)
     (strange / "config.json").write_text(json.dumps(config | {"use_sliding_window": True, "sliding_window": 8}))
-    assert "with a sliding window" in refused(str(strange), dev, tmp_path, form="onnx")
+    assert "with a sliding window" in refused(str(strange), dev, tmp_path, form="gguf")
 
 
 def test_an_adapter_without_its_base(run, dev, tmp_path, tokenizer):

@@ -13,7 +13,7 @@ import pytest
 
 import export_model
 from common.cli import UserError
-from common.export import gguf_writer, needs, parity
+from common.export import genai_writer, gguf_writer, needs, parity
 from common.export import merge as merging
 from common.export.parity import ProofRows
 from common.export.pipeline import ExportSettings
@@ -22,7 +22,7 @@ from common.vram import preflight as vram
 
 pytestmark = pytest.mark.exports
 ROWS = ProofRows("dev.jsonl", ["prompt"], ["output"])
-FORMATS = ("merged", "onnx", "int8", "gguf", "gguf_lora")
+FORMATS = ("merged", "onnx", "int8", "onnx_genai", "gguf", "gguf_lora")
 
 
 @pytest.fixture
@@ -73,8 +73,9 @@ def test_the_bytes_of_a_gguf_are_known_beforehand(quant, plan, tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_no_room(form, run, dev, tmp_path, monkeypatch):
-    pytest.importorskip("xllamacpp")
+    pytest.importorskip("onnxruntime_genai" if form == "onnx_genai" else "xllamacpp")
     monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(genai_writer, "HEAD_STEP", 1)  # it would refuse the miniature's heads
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     said = refused(run, dev, tmp_path, form)
     assert f"--format {form} needs about 0.0" in said
@@ -96,8 +97,9 @@ def test_no_room_for_temporary_files(plan, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_no_memory(form, run, dev, tmp_path, monkeypatch):
-    pytest.importorskip("xllamacpp")
+    pytest.importorskip("onnxruntime_genai" if form == "onnx_genai" else "xllamacpp")
     monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(genai_writer, "HEAD_STEP", 1)  # it would refuse the miniature's heads
     for name in ("free_bytes", "free_machine_bytes"):
         monkeypatch.setattr(vram, name, lambda: 1 << 20)
     said = refused(run, dev, tmp_path, form)
@@ -116,6 +118,7 @@ def test_each_part_of_an_export_is_asked_for(plan):
         "merged": ["the run itself", "merging", "its proof"],
         "onnx": ["the run itself", "merging", "the graph", "its proof in ONNX Runtime"],
         "int8": ["the run itself", "merging", "the graph", "its proof in ONNX Runtime"],
+        "onnx_genai": ["the run itself", "merging", "the graph", "its proof in onnxruntime-genai"],
         "gguf": ["the run itself", "merging", "writing the GGUF", "its proof in llama.cpp"],
         "gguf_lora": ["the run itself", "writing the GGUF", "its proof in llama.cpp"],
     }
@@ -135,6 +138,7 @@ def test_each_part_of_an_export_is_asked_for(plan):
         ("onnx", "onnxscript", "onnx is written with onnxscript, which is not installed; pip install -r"),
         ("onnx", "onnxruntime", r"is proven in onnxruntime, .* pip install -r requirements.txt, or pass --no_proof"),
         ("int8", "onnxruntime", "int8 is written with onnxruntime, which is not installed; pip install -r"),
+        ("onnx_genai", "onnxruntime_genai", r"genai, which is not installed; pip install -r requirements/export.txt"),
     ],
 )
 def test_a_runtime_that_is_not_there(form, package, sentence, run, dev, tmp_path, monkeypatch):

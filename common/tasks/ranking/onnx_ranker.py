@@ -31,11 +31,15 @@ class OnnxRanker(Ranker):
         task: LabelTask,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
-        context, vocabulary = sizes_of(model.config)
-        # padding stands between a shared prefix and a row, and an exported window counts it
-        context = min(context, window_of(model.config))
-        super().__init__(tokenizer, task, context, vocabulary, max_batch_tokens)
+        super().__init__(tokenizer, task, *sizes_of(model.config), max_batch_tokens)
         self.model, self.name, self.precision = model, model.name, (model.dtype, False)
+        self.window = window_of(model.config)
+
+    def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
+        """None where rows reach beyond a window: padding stands between a shared start and a row, and an exported
+        window counts it."""
+        longest = max(map(len, prompts)) + max(self.tree.depths)
+        return super()._shared_prefix(prompts) if longest <= self.window else ()
 
     def _read_prefix(self, prefix: tuple[int, ...]) -> list[np.ndarray]:
         return [value.numpy() for value in self.model.forward(*left_padded([prefix], 0), None, 1)[1]]

@@ -2,8 +2,8 @@
 
 `label_tree` says what a label's score is. Everything that is subtracted or scaled afterwards is in `calibration`.
 
-The log-probabilities come from torch (`torch_ranker`), from ONNX Runtime (`onnx_ranker`) or from llama.cpp
-(`gguf_ranker`); nothing here imports any of them.
+The log-probabilities come from torch (`torch_ranker`), from ONNX Runtime (`onnx_ranker`), or from llama.cpp or
+onnxruntime-genai (`row_ranker`); nothing here imports any of them.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from common.models import adapters, gguf_import, loading, onnx_runtime, tokenizers
-from common.models.batching import MAX_BATCH_TOKENS, context_of, window_of
+from common.models import adapters, gguf_import, loading, tokenizers
+from common.models.batching import MAX_BATCH_TOKENS, context_of
 from common.models.source import LLAMA_CPP, ModelSource
 from common.tasks.ranking.label_tree import LabelTree, label_tokens
 from common.tasks.ranking.task import LabelTask
@@ -55,8 +55,6 @@ class PromptRoom:
         context = context_of(config)
         if source.engine == LLAMA_CPP:
             context = min(context, max_batch_tokens)
-        elif onnx_runtime.is_onnx(source.model_dir):
-            context = min(context, window_of(config))
         folder = os.path.abspath(folder) if os.path.isdir(folder) else folder
         tokenizer = _tokenizer(folder, trust_remote_code=source.trust_remote_code)
         most = longest_prompt(LabelTree(label_tokens(tokenizer, task)), context)

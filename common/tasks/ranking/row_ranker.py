@@ -1,4 +1,4 @@
-"""The label ranker on a GGUF export."""
+"""The label ranker on a runtime that reads row by row: a GGUF in llama.cpp, or a folder in onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.models.genai_model import GenaiModel
 from common.models.gguf_model import GgufModel
 from common.tasks.ranking.label_tree import label_scores
 from common.tasks.ranking.ranker import Ranker
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class GgufRanker(Ranker):
-    """Scores rows against a task's labels with a GGUF, row by row (see `Ranker`)."""
+class RowRanker(Ranker):
+    """Scores rows against a task's labels, row by row (see `Ranker`)."""
 
-    def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> None:
+    def __init__(self, model: GgufModel | GenaiModel, tokenizer: PreTrainedTokenizerBase, task: LabelTask) -> None:
         super().__init__(tokenizer, task, model.context, model.vocabulary)
-        self.model, self.name, self.precision = model, model.name, ("gguf", False)
+        self.model, self.name, self.precision = model, model.name, (model.dtype, False)
 
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         rows = []
