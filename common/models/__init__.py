@@ -1,1 +1,1 @@
-"""Tokenizers and models: loading, adapters, and the runtimes torch, ONNX Runtime and llama.cpp."""
+"""Tokenizers and models: loading, adapters, and the runtimes torch, ONNX Runtime, onnxruntime-genai and llama.cpp."""
