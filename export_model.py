@@ -111,12 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_dir = Path(args.save_dir)
     files = {"--proof_data": data, "--imatrix": args.imatrix, "--task": args.task}
     pipeline.check_kept(save_dir, {"--model_dir": args.model_dir, "the base": base, **files})
+    dtype = pipeline.own_dtype(base) if args.format == "merged" else DTYPES.get(args.format, ("float32",))[0]
     settings = pipeline.ExportSettings(
         format=args.format,
         model_dir=args.model_dir,
         base=base,
         four_bit=pipeline.trained_in_4bit(args.model_dir, args.load_in_4bit),
-        dtype=args.dtype or (pipeline.own_dtype(base) if args.format == "merged" else default_dtype(args.format)),
+        dtype=args.dtype or dtype,
         quant=quant,
         scales=args.scales or SCALES[0],
         keep_lm_head=args.keep_lm_head,
@@ -144,11 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.push_to_hub:
         publish.push(target, args.push_to_hub)
     return cli.DONE
-
-
-def default_dtype(form: str) -> str:
-    """Of an export other than merged; what is not asked for it is written from float32."""
-    return DTYPES.get(form, ("float32",))[0]
 
 
 def default_rows(task: LabelTask, args: argparse.Namespace) -> str:

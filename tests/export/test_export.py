@@ -127,8 +127,6 @@ def test_an_unknown_architecture(tiny_base, dev, tmp_path):
         str(strange), dev, tmp_path, form="gguf"
     )
     assert "is of no known architecture" in refused(str(strange), dev, tmp_path)
-    (strange / "config.json").write_text(json.dumps(config | {"use_sliding_window": True, "sliding_window": 8}))
-    assert "with a sliding window" in refused(str(strange), dev, tmp_path, form="gguf")
 
 
 def test_an_adapter_without_its_base(run, dev, tmp_path, tokenizer):
