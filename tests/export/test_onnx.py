@@ -106,11 +106,18 @@ def test_nobody_has_to_ask_for_fewer_logits(onnx):
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path):
+    """Those of a graph that is quantised then, too."""
     model = small("qwen3")
     onnx_writer.export(model, tmp_path, protobuf_limit=1000)
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     assert (tmp_path / onnx_writer.DATA_FILE).stat().st_size > 0.9 * parameters
     check_equal(tmp_path, model)
+    for scales in ("block", "channel"):
+        (folder := tmp_path / scales).mkdir()
+        path = onnx_writer.quantize(tmp_path, folder, scales=scales)
+        assert path.stat().st_size < parameters / 10 + 50_000  # the graph alone
+        assert 0.2 * parameters < sum(file.stat().st_size for file in folder.glob("*data")) < 0.6 * parameters
+        check_equal(folder, model, allowed=0.1)
 
 
 @pytest.mark.parametrize(("scales", "operator"), [("block", "MatMulNBits"), ("channel", "MatMulInteger")])
