@@ -6,7 +6,7 @@ import re
 
 import pytest
 from support.jobs_served import make_place, serve_jobs, sha256, write_data
-from support.pages import COLOURS, SIZES, contrast, rgb, violations
+from support.pages import SIZES, colours_of, contrast, violations
 from support.processes import wait_for
 
 from common.evaluation import run_figures
@@ -196,8 +196,8 @@ def test_on_a_phone(browser, served, scheme):
         "figcaption span",
         ".default",
     ):
-        colours = page.locator(f"main {kind}").first.evaluate(COLOURS)
-        assert contrast(*map(rgb, colours)) >= 4.5, (scheme, kind, colours)
+        colours = colours_of(page, kind)
+        assert contrast(*colours) >= 4.5, (scheme, kind, colours)
     assert page.get_by_role("button", name="Submit").bounding_box()["height"] >= 44  # a thumb
     context.close()
 

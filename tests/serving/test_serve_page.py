@@ -8,7 +8,7 @@ import re
 import pytest
 from support.documents import pdf
 from support.inputs import ROOT
-from support.pages import COLOURS, SIZES, contrast, rgb, violations
+from support.pages import SIZES, colours_of, contrast, violations
 from support.served import make_run, serve
 
 from common.data.rows import numbered_rows
@@ -156,8 +156,8 @@ def test_on_a_phone(browser, served, scheme):
     page.get_by_role("article").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     for kind in ("h2:visible", ".quiet:visible", "label:visible", "button:visible", "a:visible"):
-        colours = page.locator(f"main {kind}").first.evaluate(COLOURS)
-        assert contrast(*map(rgb, colours)) >= 4.5, (scheme, kind, colours)
+        colours = colours_of(page, kind)
+        assert contrast(*colours) >= 4.5, (scheme, kind, colours)
     assert page.get_by_role("button", name="Classify", exact=True).bounding_box()["height"] >= 44  # a thumb
     context.close()
 

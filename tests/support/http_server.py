@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+LONGEST = 300  # seconds; a first request waits for a process that imports torch, on a busy machine beside others
 _tries = itertools.count(os.getpid())
 
 
@@ -41,7 +42,7 @@ class Client:
         return f"http://127.0.0.1:{self.port}"
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=LONGEST)
 
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -90,5 +91,5 @@ def run_app(app) -> Iterator[tuple[Any, int]]:
         yield server, server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(LONGEST)
     assert not thread.is_alive()

@@ -23,7 +23,7 @@ from common.jobs.local_backend import environment_of, process_ids
 from common.jobs.routes import create_app
 from common.jobs.service import JobServiceSettings
 from common.jobs.store import ENDED
-from support.http_server import Client, free_port, run_app
+from support.http_server import LONGEST, Client, free_port, run_app
 from support.inputs import ROOT
 from support.processes import wait_for
 
@@ -202,7 +202,7 @@ class ServedJobs(Client):
 
     def until(self, job_id: str, *states: str) -> dict[str, Any]:
         """The status once it is one of these states; ended is enough where none is named."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + LONGEST
         while (status := self.status(job_id))["state"] not in (states or ENDED):
             assert time.monotonic() < end, f"waited in vain for {states or ENDED}: {status}"
             time.sleep(0.02)

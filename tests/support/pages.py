@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.inputs import ROOT
+from support.processes import wait_for
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
@@ -18,6 +19,18 @@ COLOURS = """element => {
   while (getComputedStyle(ground).backgroundColor === "rgba(0, 0, 0, 0)") ground = ground.parentElement;
   return [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor];
 }"""
+
+
+def colours_of(page, kind: str) -> list[list[float]]:
+    """The colours of the first element of a kind and of its ground; one that is being drawn anew has none as yet."""
+    found: list[str] = []
+
+    def has_them() -> bool:
+        found[:] = page.locator(f"main {kind}").first.evaluate(COLOURS)
+        return all(found)
+
+    wait_for(has_them)
+    return list(map(rgb, found))
 
 
 def rgb(colour: str) -> list[float]:

@@ -24,7 +24,7 @@ from common.serving.model_process import ModelProcess
 from common.serving.routes import create_app
 from common.serving.settings import ServerSettings
 from common.tasks.ranking.creditmix import CREDITMIX
-from support.http_server import Client, run_app
+from support.http_server import LONGEST, Client, run_app
 from support.inputs import CORPUS
 from support.processes import fork_server, import_for_forks
 
@@ -100,7 +100,7 @@ def settings(runs_dir: Path | str, **changes: Any) -> ServerSettings:
         "idp_schema": "none.json",
         "max_bases": 2,
         "host": HostSettings(**host),
-        "request_timeout": 60.0,
+        "request_timeout": float(LONGEST),
         "max_body_bytes": 1 << 20,
         "api_key": None,
         "audit_log": None,
