@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROOM = 1.1  # what is asked of the disk, for what is written
 SPOOL = 256_000_000  # bytes of a GGUF that wait in memory before its temporary file gets them
-ONNX_COPIES = 3  # of the weights while a graph is made: torch's, the graph's and what is written
+ONNX_COPIES = 4  # of the weights while a graph is made: torch's, the graph's, its protobuf and what is written
 ONNX_READ = 2  # copies of the file while ONNX Runtime opens it
 GENAI_COPIES = 2  # of the weights while the builder works: torch's, and those that it rounds
 WRITERS = {
