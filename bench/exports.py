@@ -6,7 +6,7 @@
 
 Rows with a label are ranked, in batches (in llama.cpp one by one); of rows with `input` and `output` there is text
 alone. Text is written for one prompt at a time, and for --together prompts at once, up to 64 tokens each, by what
-infer_*.py and the server write it with; a graph of ONNX, which nothing but the proof has write, by the proof's loop.
+infer_*.py and the server write it with; in ONNX Runtime and onnxruntime-genai as the proof does.
 Figures are medians of the rounds, after one that does not count; ratios are to the first model. The last line is JSON.
 
 Each entry has its limit beside it, and `of_limit` is the share that is reached. Of text: one reading, for each step,
@@ -111,9 +111,9 @@ def writing(
     from common.generation import generate as generation
     from common.generation.decoding import Decoding
     from common.models import packed_weights
-    from common.models.onnx_runtime import OnnxModel
+    from common.models.gguf_model import GgufModel
 
-    if isinstance(runtime, OnnxModel):
+    if not isinstance(runtime, TorchRuntime | GgufModel):
         ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
         def write(prompts: Sequence[Sequence[int]]) -> int:

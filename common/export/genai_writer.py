@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, reason
-from common.export.merge import Checkpoint
+from common.export.merge import Checkpoint, check_architecture
 from common.export.modelfile import LONGEST_CONTEXT
 from common.export.onnx_writer import quiet_exporter
-from common.files import read_json
 from common.models import genai_model
 from common.models import loading as models
+from common.models.batching import head_size
 from common.vram.formulas import FLOAT32
 
 if TYPE_CHECKING:
@@ -45,23 +45,13 @@ OPTIONS = ["hf_token=false", "hf_remote=false", "windowed_kv_cache=false"]
 EMBEDDINGS, HEAD = "embed_tokens", "lm_head"
 
 
-def head_size(config: PreTrainedConfig) -> int:
-    """Numbers of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def check(folder: str | Path) -> None:
     """Refuse a model folder that the builder would not write, or not as it is.
 
     Raises:
         UserError: it says why.
     """
-    kind = read_json(Path(folder) / "config.json").get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(
-            f"onnx_genai is for the architectures {', '.join(ARCHITECTURES)}, and {folder} is {kind}; use "
-            "--format merged"
-        )
+    kind = check_architecture(folder, "onnx_genai", ARCHITECTURES)
     config = models.load_config(str(folder))
     if (size := head_size(config)) % HEAD_STEP:
         raise UserError(

@@ -12,9 +12,9 @@ from common.cli import UserError
 from common.data import task_record
 from common.export.gguf_quants import Mixture, is_70b, quantize
 from common.export.gguf_vocabulary import add_tokenizer
-from common.export.merge import Checkpoint
-from common.files import read_json
+from common.export.merge import Checkpoint, check_architecture
 from common.models import gguf_architectures
+from common.models.batching import head_size
 from common.models.gguf_architectures import Architecture
 from common.models.gguf_file import TASK_KEY, UNPROVEN_KEY
 
@@ -53,11 +53,7 @@ def check(folder: Path, form: str) -> None:
     """
     from transformers import AutoConfig
 
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(
-            f"{form} is for the architectures {', '.join(ARCHITECTURES)}, and {folder} is {kind}; use --format merged"
-        )
+    check_architecture(folder, form, ARCHITECTURES)
     own_keys(AutoConfig.from_pretrained(folder))
 
 
@@ -209,7 +205,7 @@ def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def shape_keys(config: PreTrainedConfig) -> dict[str, Any]:
     """The metadata that all architectures have, without the architecture's name."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_size(config)
     return {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,

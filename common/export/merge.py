@@ -8,7 +8,7 @@ and de-quantised), on which the result stays closest to what was trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,20 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NF4_BLOCK = 64  # weights that share a scale, as bitsandbytes has it in a model
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt")
+
+
+def check_architecture(folder: str | Path, form: str, known: Collection[str]) -> str:
+    """The model type of a folder, which must be one of those that a format is `known` to be for.
+
+    Raises:
+        UserError: it is another; the sentence names `form` and those.
+    """
+    kind = read_json(Path(folder) / "config.json").get("model_type")
+    if kind not in known:
+        raise UserError(
+            f"{form} is for the architectures {', '.join(known)}, and {folder} is {kind}; use --format merged"
+        )
+    return kind
 
 
 class Checkpoint:

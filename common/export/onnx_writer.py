@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from common.cli import UserError, reason
-from common.files import read_json
+from common.models.batching import head_size
 from common.models.gguf_file import UNPROVEN_KEY
 from common.models.onnx_runtime import KEEP, MODEL_FILE
 
@@ -56,22 +56,6 @@ class _WithCache(nn.Module):
             use_cache=True,
         )
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-
-
-def check(folder: str | Path, form: str) -> None:
-    """Refuse a model folder whose architecture has no graph here.
-
-    Args:
-        form: the format, in the sentence.
-
-    Raises:
-        UserError: it says which have.
-    """
-    kind = read_json(Path(folder) / "config.json").get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(
-            f"{form} is for the architectures {', '.join(ARCHITECTURES)}, and {folder} is {kind}; use --format merged"
-        )
 
 
 def export(model: PreTrainedModel, folder: str | Path, *, protobuf_limit: int = PROTOBUF_LIMIT) -> Path:
@@ -121,7 +105,7 @@ def _example(model: PreTrainedModel) -> tuple[tuple, tuple]:
     """Inputs that the model is traced with, and which of their dimensions are dynamic."""
     config = model.config
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_size(config)
     rows, tokens, past = 2, 3, 5  # an example of at least two tokens, or the exporter takes the number as fixed
     cache = [tuple(torch.zeros(rows, heads, past, size, dtype=model.dtype) for _ in range(2)) for _ in range(layers)]
     example = (

@@ -100,7 +100,7 @@ def base_folder(model_dir: str, base: str | None, form: str) -> Path:
     elif form == "onnx_genai":
         genai_writer.check(folder)
     else:
-        onnx_writer.check(folder, form)
+        merging.check_architecture(folder, form, onnx_writer.ARCHITECTURES)
     return folder
 
 

@@ -78,6 +78,11 @@ def layer_kinds(config: PreTrainedConfig) -> set[str]:
     return set(kinds or ["full_attention" if window_of(config) == UNLIMITED else "sliding_attention"])
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """Numbers of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def window_of(config: PreTrainedConfig) -> int:
     """Tokens back that a model of this config sees at most, in any of its layers (sliding window attention)."""
     config = config.get_text_config()
