@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.inputs import ROOT
+from support.processes import LONGEST
 
 import infer_creditmix
 import sft_train
@@ -343,5 +344,7 @@ def test_a_shell_completes_flags(tmp_path):
         "_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(out), "_ARGCOMPLETE_SHELL": "bash",
         "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n",
     }  # fmt: skip
-    subprocess.run([sys.executable, "sft_train.py"], cwd=ROOT, env=os.environ | environment, check=False, timeout=60)
+    subprocess.run(
+        [sys.executable, "sft_train.py"], cwd=ROOT, env=os.environ | environment, check=False, timeout=LONGEST
+    )
     assert out.read_text().split() == ["--learning_rate"]

@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 import yaml
 from support.inputs import ROOT
+from support.processes import LONGEST
 from support.scripts import parser_of
 
 from common import cli
@@ -137,7 +138,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def run(script: str, *argv: str) -> subprocess.CompletedProcess:
     words = [sys.executable, "-c", BLOCKER, script, *argv]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
 
 
 @pytest.mark.processes

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.inputs import ROOT, SHARED
+from support.processes import LONGEST
 
 from common.cli import UserError
 from common.generation import json_schema
@@ -232,7 +233,7 @@ class Resources(html.parser.HTMLParser):
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from support.inputs import ROOT
+from support.processes import LONGEST
 
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 MODULES = sorted(ROOT.glob("common/**/*.py"))
@@ -34,7 +35,7 @@ def imported(path) -> set[str]:
 def test_rooms_import_only_rooms_below_them():
     """The contracts in pyproject.toml, by import-linter."""
     command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
-    result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

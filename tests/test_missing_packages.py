@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from support.inputs import ROOT
+from support.processes import LONGEST
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 
@@ -58,5 +59,5 @@ def test_a_module_of_the_projects_own_has_a_traceback():
 
 def test_without_what_windows_lacks_everything_is_imported(spawn, tmp_path):
     child = spawn(import_everything, [str(ROOT / script) for script in SCRIPTS], tmp_path / "log")
-    child.join(120)
+    child.join(LONGEST)
     assert child.exitcode == 0, (tmp_path / "log").read_text()

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.processes import LONGEST
 from support.shell_stand_in import FAKE_PYTHON
 
 pytestmark = pytest.mark.processes
@@ -56,7 +57,7 @@ def run(checkout: Path, script: str = "demo.sh", *arguments: str, cwd: Path | No
         env=environment(checkout, **extra),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LONGEST,
     )
 
 
@@ -380,7 +381,7 @@ def test_an_interrupted_training_is_resumed_unless_its_inputs_changed(checkout):
         second = run(checkout)
         assert second.returncode == 1 and "another demo.sh is at work" in second.stderr
         os.killpg(demo.pid, signal.SIGINT)  # Ctrl-C reaches the whole process group
-        stderr = demo.communicate(timeout=30)[1]
+        stderr = demo.communicate(timeout=LONGEST)[1]
         return demo.returncode, stderr
 
     code, stderr = interrupt_sft()

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from support.pages import SIZES, violations
+from support.pages import SIZES, new_page, violations
 
 from common.evaluation import results
 from common.tasks.ranking import report, row_table
@@ -214,8 +214,7 @@ def test_names_that_end_alike_are_told_apart():
 @pytest.mark.parametrize("size", SIZES)
 def test_a_cell_opens_its_rows_and_axe_finds_nothing(browser, tmp_path, rows, scheme, size):
     file = report.write_report(tmp_path, made(), rows)
-    context = browser.new_context(viewport=SIZES[size], color_scheme=scheme)
-    page = context.new_page()
+    page = new_page(browser, viewport=SIZES[size], color_scheme=scheme)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
@@ -235,4 +234,4 @@ def test_a_cell_opens_its_rows_and_axe_finds_nothing(browser, tmp_path, rows, sc
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]
     assert faults == []
     assert violations(page) == []
-    context.close()
+    page.close()

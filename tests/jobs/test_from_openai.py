@@ -17,7 +17,7 @@ from openai import NotFoundError, OpenAI
 from support.http_server import free_port
 from support.inputs import ROOT
 from support.openai_jobs import preferences, until
-from support.processes import wait_for
+from support.processes import LONGEST, wait_for
 
 from common.web import launch
 
@@ -45,7 +45,7 @@ def serve_all(place: Path, base: str) -> Iterator[str]:
         yield f"http://localhost:{port}"
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(LONGEST)
         log.close()
 
 

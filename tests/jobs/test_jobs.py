@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.jobs_served import sha256
+from support.processes import LONGEST
 
 from common.jobs import local_backend
 
@@ -135,7 +136,7 @@ def test_events_come_while_the_job_runs(served):
     assert served.status(job_id)["state"] == "running"
     assert served.status(job_id)["command"] == {"number": 1, "of": 1, "name": "sft_train.py"}
     left = served.status(job_id)["progress"]["seconds_left"]
-    assert 0 < left < 30
+    assert 0 < left < 200 * LONGEST
     served.ask("POST", f"/cancel/{job_id}")
     rest = stream.read().decode()
     assert '"state": "cancelled"' in rest  # and the stream has ended

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from support.jobs_served import Process, make_place, processes_of, serve_jobs, sha256, write_data
-from support.processes import wait_for
+from support.processes import LONGEST, wait_for
 
 from common.jobs import local_backend
 from common.jobs.folder import JobFolder
@@ -70,7 +70,7 @@ def test_a_server_that_is_told_to_stop_ends_its_streams_and_leaves_its_workers(p
     stream = connection.getresponse()
     wait_for(lambda: (process.artifacts(job_id) / "steps.txt").exists())
     process.process.send_signal(signal.SIGTERM)
-    assert process.process.wait(20) in (0, -signal.SIGTERM)
+    assert process.process.wait(LONGEST) in (0, -signal.SIGTERM)
     assert b"event: state" in stream.read()
     assert len(processes_of(job_id)) == 2
     process.start()

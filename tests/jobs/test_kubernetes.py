@@ -14,7 +14,7 @@ import pytest
 import yaml
 from support.inputs import ROOT
 from support.jobs_served import make_place, serve_jobs, sha256
-from support.processes import wait_for
+from support.processes import LONGEST, wait_for
 
 pytest.importorskip("kubernetes")
 pytest.importorskip("kubernetes_validate")
@@ -484,5 +484,5 @@ def test_kubectl_reads_the_manifests():
         if path.name == "trainjob.yaml":
             continue  # of a kind that it does not know without a server
         words = ["kubectl", "label", "--local", "-f", str(path), "checked=yes", "-o", "name"]
-        result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST)
         assert result.returncode == 0, result.stderr

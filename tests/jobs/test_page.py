@@ -6,7 +6,7 @@ import re
 
 import pytest
 from support.jobs_served import make_place, serve_jobs, sha256, write_data
-from support.pages import SIZES, colours_of, contrast, violations
+from support.pages import SIZES, colours_of, contrast, new_page, violations
 from support.processes import wait_for
 
 from common.evaluation import run_figures
@@ -24,7 +24,7 @@ def served(tmp_path_factory):
 @pytest.fixture
 def page(browser, served):
     """The page; at the end, nothing may have gone wrong in its script."""
-    opened = browser.new_page()
+    opened = new_page(browser)
     faults: list[str] = []
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.goto(served.url)
@@ -59,7 +59,7 @@ def test_a_job_from_the_form_to_its_files(page, served):
     page.get_by_text(re.compile(r"\d+(\.\d)?\s%, \d+ s left")).first.wait_for()
     page.get_by_role("img", name=re.compile("Curve to step")).first.wait_for()
     assert "training from step 0" in page.locator("#log").inner_text()
-    page.get_by_role("heading", name="Files").wait_for(timeout=30_000)
+    page.get_by_role("heading", name="Files").wait_for()
     status = served.status(job_id)
     assert status["state"] == "succeeded"
     assert page.locator("#about .tag").inner_text() == "succeeded"
@@ -110,7 +110,7 @@ def test_a_file_is_sent_and_trained_on(page, served):
     page.locator("#sent").get_by_text("rows.jsonl: 1 rows, kept as file-").wait_for()
     assert re.fullmatch(r"file-[0-9a-f]{16}", page.get_by_label("Data file", exact=True).input_value())
     page.get_by_role("button", name="Submit").click()
-    page.get_by_role("heading", name="Files").wait_for(timeout=30_000)
+    page.get_by_role("heading", name="Files").wait_for()
     assert page.locator("#about .tag").inner_text() == "succeeded"
 
 
@@ -154,7 +154,7 @@ def test_the_fields_follow_the_method(page):
 
 def test_with_a_key(browser, tmp_path):
     with serve_jobs(make_place(tmp_path), api_key="s3cret", api_prefix="/slm") as served:
-        page = browser.new_page()
+        page = new_page(browser)
         page.goto(f"{served.url}/slm/")
         page.get_by_text("send the API key").wait_for()
         page.get_by_text("API key", exact=True).click()
@@ -178,8 +178,7 @@ def test_on_a_phone(browser, served, scheme):
     """No sideways scrolling, and text that stands out from its ground in both schemes."""
     job_id = served.submit("failing")
     served.until(job_id)
-    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
-    page = context.new_page()
+    page = new_page(browser, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page.goto(f"{served.url}/#job-{job_id}")
     page.get_by_role("img", name=re.compile("Curve")).first.wait_for()
     page.get_by_role("heading", name="Files").wait_for()
@@ -199,7 +198,7 @@ def test_on_a_phone(browser, served, scheme):
         colours = colours_of(page, kind)
         assert contrast(*colours) >= 4.5, (scheme, kind, colours)
     assert page.get_by_role("button", name="Submit").bounding_box()["height"] >= 44  # a thumb
-    context.close()
+    page.close()
 
 
 def test_the_fields_suggest_what_is_there_and_say_their_defaults(page, served):
@@ -243,9 +242,8 @@ def test_a_job_has_a_name_and_the_figures_of_its_run(page, served):
 def test_axe_finds_nothing(browser, served, scheme, size):
     job_id = served.submit("quick")
     served.until(job_id)
-    context = browser.new_context(viewport=SIZES[size], color_scheme=scheme)
-    page = context.new_page()
+    page = new_page(browser, viewport=SIZES[size], color_scheme=scheme)
     page.goto(f"{served.url}/#job-{job_id}")
     page.get_by_role("heading", name="Files").wait_for()
     assert violations(page) == []
-    context.close()
+    page.close()

@@ -10,6 +10,7 @@ import pytest
 from support.inputs import CORPUS, ROOT, write_rows
 from support.jobs_served import serve_jobs
 from support.models import build_base
+from support.processes import LONGEST
 
 import export_model
 from common.cli import UserError
@@ -321,7 +322,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(data, monkeypatch):
 
     hung = threading.Event()
     monkeypatch.setattr(job_checks, "HUB_SECONDS", 0.2)
-    monkeypatch.setattr(HfApi, "model_info", lambda *args, **more: hung.wait(60))
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **more: hung.wait(LONGEST))
     blamed, sentence = refused(Planner(ROOT, data, Reach([data])), payload(data) | {"student_model": "gpt2"})
     assert (blamed, "did not answer within 0.2 s" in sentence) == ("student_model", True)
     hung.set()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.inputs import ROOT
-from support.processes import wait_for
+from support.processes import LONGEST, wait_for
 
 from common.jobs.folder import PLAN, RESULT, JobFolder
 from common.jobs.worker import BUSY, STOPPED
@@ -47,7 +47,7 @@ def test_a_command_is_asked_once_to_stop(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         worker.wait(0.3)
     (tmp_path / "enough").touch()
-    assert worker.wait(30) == STOPPED
+    assert worker.wait(LONGEST) == STOPPED
     assert (tmp_path / "asked").read_text() == "x"
 
 
@@ -56,7 +56,7 @@ def test_an_attempt_that_has_ended_ends_again_as_it_did(tmp_path):
     folder = prepared(tmp_path, "open('again', 'w')")
     for state, code in (("succeeded", 0), ("failed", 1)):
         folder.write(RESULT, {"attempt": 1, "state": state, "error": None, "artifacts": []})
-        assert start(folder).wait(30) == code
+        assert start(folder).wait(LONGEST) == code
     folder.write(PLAN, {"attempt": 2, "commands": []})
-    assert start(folder).wait(30) == BUSY
+    assert start(folder).wait(LONGEST) == BUSY
     assert not (tmp_path / "again").exists()

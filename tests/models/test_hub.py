@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 
 import httpx2
 import pytest
 from huggingface_hub import HfApi, constants, errors
+from support.processes import LONGEST
 
 from common.cli import UserError
 from common.models import hub, loading
@@ -51,10 +51,8 @@ def test_a_hub_out_of_reach_is_one_sentence(online, monkeypatch):
 def test_a_hub_that_hangs_is_not_waited_for(online, monkeypatch):
     hung = threading.Event()
     monkeypatch.setattr(hub, "SECONDS", 0.2)
-    monkeypatch.setattr(HfApi, "model_info", lambda *args, **more: hung.wait(60))
-    started = time.monotonic()
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **more: hung.wait(LONGEST))
     assert hub.why_not("some/model", seconds=0.2) == "the Hub did not answer within 0.2 s"
-    assert time.monotonic() - started < 30
     hung.set()
 
 

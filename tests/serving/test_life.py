@@ -194,15 +194,13 @@ def test_the_end_waits_neither_for_a_base_that_loads_and_leaves_nor_for_one_behi
     starts = []
 
     def launch(end):
-        starts.append(subprocess.Popen(["sleep", "10"]))
+        starts.append(subprocess.Popen(["sleep", "600"]))
         return starts[-1]
 
     monkeypatch.setattr(model_process, "launch", launch)
     with serve(two_bases, max_bases=1, request_timeout=0.5) as served:
         for run in ("run0", "run1"):
             served.refused(504, f"/infer/{run}", {"features": ROWS[0]})
-        started = time.monotonic()
-    assert time.monotonic() - started < 8
     assert [process.poll() for process in starts] == [-signal.SIGKILL]
 
 
@@ -294,4 +292,4 @@ def test_a_very_long_document_keeps_nobody_waiting(runs, expected):
         served.server.settings = settings(runs, request_timeout=0.2)
         served.expire()
         assert long.result()[0] == 504
-        wait_for(lambda: any(isinstance(answer, Abandoned) for answer in answers), 30)
+        wait_for(lambda: any(isinstance(answer, Abandoned) for answer in answers))

@@ -126,7 +126,7 @@ def test_files_that_are_being_written_are_left_alone(own, runs, monkeypatch):
         weights.write_bytes(whole[:1000])
         assert served.post("/infer/sft", {"features": ROWS[0]}) == before
         weights.write_bytes(whole)
-        wait_for(lambda: served.post("/infer/sft", {"features": ROWS[0]}) != before, 20)
+        wait_for(lambda: served.post("/infer/sft", {"features": ROWS[0]}) != before)
 
 
 def test_a_new_calibration_is_picked_up(own):
@@ -184,7 +184,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_harms_nobody(
         replace_adapter(bare, own / "creditmix_kd")
         for file in ("adapter_config.json", "run.json"):
             shutil.copy(own / "creditmix_kd" / file, bare / file)
-        wait_for(lambda: served.ask("POST", "/infer/bare", row)[0] == 200, 20)  # once its files have settled
+        wait_for(lambda: served.ask("POST", "/infer/bare", row)[0] == 200)  # once its files have settled
         assert served.post("/infer/bare", row)["raw_scores"] == served.post("/infer/kd", row)["raw_scores"]
 
 

@@ -271,7 +271,7 @@ def test_a_stream_whose_reader_goes_away_ends(served):
     connection.getresponse().read(100)
     assert served.busy()
     connection.close()
-    wait_for(lambda: not served.busy(), 20)
+    wait_for(lambda: not served.busy())
     assert not served.waiting()
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from support.documents import pdf
 from support.inputs import ROOT
-from support.pages import SIZES, colours_of, contrast, violations
+from support.pages import SIZES, colours_of, contrast, new_page, violations
 from support.served import make_run, serve
 
 from common.data.rows import numbered_rows
@@ -29,7 +29,7 @@ CHOICE = {
 @pytest.fixture
 def page(browser, served):
     """The page with the models listed; at the end, nothing may have gone wrong in its script."""
-    opened = browser.new_page()
+    opened = new_page(browser)
     faults: list[str] = []
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.goto(served.url)
@@ -47,7 +47,7 @@ def test_nothing_comes_from_elsewhere():
 
 def test_a_row_by_every_model_side_by_side(page, served):
     page.get_by_role("button", name="Classify", exact=True).click()
-    page.get_by_role("article").nth(3).wait_for(timeout=60_000)
+    page.get_by_role("article").nth(3).wait_for()
     answers = page.get_by_role("article")
     assert [answer.get_attribute("aria-label") for answer in answers.all()] == [
         "base", "creditmix_dpo", "creditmix_kd", "creditmix_sft"]  # fmt: skip
@@ -125,7 +125,7 @@ def test_fields_and_code(page, served):
     page.get_by_label("What the code is to do").fill("x")
     page.get_by_label("Write a plan first").check()
     page.get_by_role("button", name="Generate").click()
-    page.get_by_label("Code", exact=True).wait_for(timeout=60_000)
+    page.get_by_label("Code", exact=True).wait_for()
 
 
 def test_hovering_a_field_marks_its_text(page):
@@ -149,8 +149,7 @@ def test_hovering_a_field_marks_its_text(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone(browser, served, scheme):
     """No sideways scrolling, and text that stands out from its ground in both schemes."""
-    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
-    page = context.new_page()
+    page = new_page(browser, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page.goto(served.url)
     page.get_by_role("button", name="Classify", exact=True).click()
     page.get_by_role("article").first.wait_for()
@@ -159,14 +158,13 @@ def test_on_a_phone(browser, served, scheme):
         colours = colours_of(page, kind)
         assert contrast(*colours) >= 4.5, (scheme, kind, colours)
     assert page.get_by_role("button", name="Classify", exact=True).bounding_box()["height"] >= 44  # a thumb
-    context.close()
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_axe_finds_nothing(browser, served, scheme, size):
-    context = browser.new_context(viewport=SIZES[size], color_scheme=scheme)
-    page = context.new_page()
+    page = new_page(browser, viewport=SIZES[size], color_scheme=scheme)
     page.goto(served.url)
     page.get_by_role("button", name="Classify", exact=True).click()
     page.get_by_role("article").first.wait_for()
@@ -176,9 +174,9 @@ def test_axe_finds_nothing(browser, served, scheme, size):
         page.get_by_label("Task", exact=True).select_option(task)
         if button:
             page.get_by_role("button", name=button).click()
-            page.locator(f"#{task}").get_by_role("button", name="Copy").first.wait_for(timeout=60_000)
+            page.locator(f"#{task}").get_by_role("button", name="Copy").first.wait_for()
         assert violations(page) == [], task
-    context.close()
+    page.close()
 
 
 def test_every_control_has_a_name(page):
@@ -196,7 +194,7 @@ def test_each_label_set_has_its_models(browser, own, base):
     tickets = load_task(str(ROOT / "recipes" / "ticket_severity.yaml"))
     task_record.write(make_run(own / "severity", base, seed=5), tickets.record())
     with serve(own) as served:
-        page = browser.new_page()
+        page = new_page(browser)
         page.goto(served.url)
         page.get_by_role("checkbox", name="creditmix_sft").wait_for()
         assert page.get_by_role("checkbox", name="severity").count() == 0
@@ -228,7 +226,7 @@ def test_a_csv_file_becomes_a_table_and_a_download(page, served, tmp_path):
     page.locator("#rows-file").set_input_files(rows_csv(tmp_path, 70))
     page.wait_for_function("document.querySelector('#rows-column').value === 'features'")  # once the file is read
     page.get_by_role("button", name="Classify the rows").click()
-    page.get_by_text(re.compile(r"^70 rows in \d+\.\d s$")).wait_for(timeout=60_000)
+    page.get_by_text(re.compile(r"^70 rows in \d+\.\d s$")).wait_for()
     with page.expect_download() as saved:
         page.get_by_role("button", name="Download CSV").click()
     _, rows, columns = numbered_rows(saved.value.path().rename(tmp_path / "labels.csv"))
@@ -251,7 +249,7 @@ def test_files_of_documents_become_a_table(page, tmp_path):
     page.get_by_label("Schema", exact=True).fill(json.dumps(CHOICE))
     page.locator("#files").set_input_files([str(tmp_path / f"{name}.pdf") for name in ("one", "scan", "two")])
     page.get_by_role("button", name="Extract").click()
-    page.get_by_text(re.compile(r"3 of 3 files in")).wait_for(timeout=60_000)
+    page.get_by_text(re.compile(r"3 of 3 files in")).wait_for()
     names = page.get_by_label("Results").get_by_role("rowheader").all_inner_texts()
     assert names == ["one.pdf", "scan.pdf", "two.pdf"]
     assert "no text, as a scan has" in page.get_by_label("Results").inner_text()
@@ -265,7 +263,7 @@ def test_a_chat_is_streamed_stopped_and_copied(page, served):
     page.get_by_label("Tokens of an answer").fill("12")
     page.get_by_label("Message", exact=True).fill("Age: 23")
     page.get_by_role("button", name="Send").click()
-    page.get_by_text(re.compile(r"12 tokens, \d+\.\d s; cut off by the token budget")).wait_for(timeout=60_000)
+    page.get_by_text(re.compile(r"12 tokens, \d+\.\d s; cut off by the token budget")).wait_for()
     asked = {"model": "base", "messages": [{"role": "user", "content": "Age: 23"}], "max_tokens": 12}
     wanted = served.post("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
     assert page.get_by_role("region", name="base").text_content() == wanted
@@ -279,7 +277,7 @@ def test_a_chat_is_streamed_stopped_and_copied(page, served):
 
 
 def test_a_link_tries_one_run(browser, served):
-    page = browser.new_page()
+    page = new_page(browser)
     page.goto(f"{served.url}/#run=creditmix_kd")
     page.get_by_role("checkbox", name="creditmix_kd").wait_for()
     assert page.locator("#compare input:checked").evaluate_all("boxes => boxes.map(box => box.value)") == [

@@ -26,6 +26,7 @@ import yaml
 from kubernetes.utils import parse_quantity
 
 from support.inputs import ROOT
+from support.processes import LONGEST
 
 VERSION = "1.37"
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -144,7 +145,7 @@ class Cluster:
         process = self.processes.pop(name, None)
         if process is not None and process.poll() is None:
             process.terminate()
-            process.wait(20)
+            process.wait(LONGEST)
 
     def lose_watch(self) -> None:
         """Every watch ends with 410 Gone: what happened meanwhile has to be listed."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.documents import pdf
+from support.processes import LONGEST
 
 
 def try_every_operation(url: str, place: Path) -> set[str]:
@@ -34,7 +35,7 @@ def try_every_operation(url: str, place: Path) -> set[str]:
         operation = result.ok()
 
         def check(case):
-            case.call_and_validate(excluded_checks=left_out, timeout=60)
+            case.call_and_validate(excluded_checks=left_out, timeout=LONGEST)
 
         run(given(case=operation.as_strategy())(check))()
         tried.add(operation.path)

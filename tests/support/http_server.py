@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-LONGEST = 300  # seconds; a first request waits for a process that imports torch, on a busy machine beside others
+from support.processes import LONGEST
+
 _tries = itertools.count(os.getpid())
 
 
@@ -80,7 +81,9 @@ def run_app(app) -> Iterator[tuple[Any, int]]:
 
     from common.web.connections import PatientProtocol
 
-    config = uvicorn.Config(app, port=0, log_level="warning", access_log=False, http=PatientProtocol)
+    config = uvicorn.Config(
+        app, port=0, log_level="warning", access_log=False, http=PatientProtocol, timeout_keep_alive=LONGEST
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

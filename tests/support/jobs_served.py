@@ -232,7 +232,7 @@ class Process(ServedJobs):
         values = json.dumps(dataclasses.asdict(settings(self.data)), default=str)
         words = [sys.executable, str(Path(__file__).with_name("job_server.py")), str(self.port), values]
         self.process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
-        wait_for(self.is_up, 30)
+        wait_for(self.is_up)
 
     def is_up(self) -> bool:
         with contextlib.suppress(OSError):

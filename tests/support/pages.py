@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.inputs import ROOT
-from support.processes import wait_for
+from support.processes import LONGEST, wait_for
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
@@ -19,6 +19,13 @@ COLOURS = """element => {
   while (getComputedStyle(ground).backgroundColor === "rgba(0, 0, 0, 0)") ground = ground.parentElement;
   return [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor];
 }"""
+
+
+def new_page(browser, **options):
+    """A page of the browser, with a context of its own; it waits as long as a first request may take."""
+    page = browser.new_page(**options)
+    page.set_default_timeout(1000 * LONGEST)
+    return page
 
 
 def colours_of(page, kind: str) -> list[list[float]]:

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+LONGEST = 300  # seconds; a first request waits for a process that imports torch, on a busy machine beside others
+
 
 def join(children: Sequence, folder: Path) -> None:
     """Wait for the two of `spawn.ranks`, which must have done their work."""
     for rank, child in enumerate(children):
-        child.join(120)
+        child.join(LONGEST)
         assert child.exitcode == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = LONGEST) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -13,6 +13,7 @@ from typing import Any
 import teacher_generate
 from common import cli
 from common.tasks.ranking.creditmix import CREDITMIX
+from support.processes import LONGEST
 
 SCHEMA = {
     "type": "object",
@@ -56,7 +57,7 @@ class Stub:
                 stub.headers.append(dict(self.headers))
                 reply = stub.reply(body) if self.path in PATHS else (404, {}, b"no such path")
                 if reply == HANG:
-                    stub.release.wait(60)
+                    stub.release.wait(LONGEST)
                 if reply in (CUT, HANG):
                     self.connection.shutdown(socket.SHUT_RDWR)
                     self.close_connection = True

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 from support.inputs import CORPUS, LABELS, ROOT
-from support.processes import wait_for
+from support.processes import LONGEST, wait_for
 from support.served import make_runs, serve
 from support.teacher import CUT, HANG, error, generate, lines, numbered, question_of, rejects_of, run_of
 
@@ -53,7 +53,7 @@ def test_rows_keep_their_order_and_what_they_carry(stub, files, capsys):
             together[0] += 1
             most[0] = max(most[0], together[0])
         index = [row["input"] for row in rows].index(question_of(body))
-        wait_for(lambda: most[0] == 4, 20)
+        wait_for(lambda: most[0] == 4)
         time.sleep(0.02 * (8 - index))
         with lock:
             together[0] -= 1
@@ -291,7 +291,7 @@ def test_stopped_and_run_again(stub, files, ending, code):
     raw = Path(f"{files.out}.raw.jsonl")
     wait_for(lambda: raw.exists() and raw.read_text().count("\n") >= 5 and len(hung) == 2)
     child.send_signal(ending)
-    assert child.wait(30) == code
+    assert child.wait(LONGEST) == code
     kept = raw.read_text().count("\n")
     assert not files.out.exists()
     with raw.open("a") as handle:

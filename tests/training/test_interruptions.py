@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.models import distance, run_json
-from support.processes import wait_for
+from support.processes import LONGEST, wait_for
 from support.training import KINDS, checkpoint, flags, loss_curve, slowly, train
 
 import sft_train
@@ -44,7 +44,7 @@ def test_killed_and_resumed_equals_unbroken(kind, unbroken, spawn, steps, tmp_pa
     child = spawn(partial(slowly, main), flags(base, data, save_dir, *unbroken.settings(kind)), tmp_path / "log")
     wait_for(lambda: checkpoint(save_dir, 15) or not child.is_alive())
     child.kill()
-    child.join(120)
+    child.join(LONGEST)
     assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
     assert run_json(save_dir)["state"] == "running"
     assert not adapters.is_adapter(save_dir)
@@ -66,7 +66,7 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, spawn, tmp_path):
     child = spawn(partial(slowly, main), flags(base, data, save_dir, *unbroken.settings("sft")), tmp_path / "log")
     wait_for(lambda: checkpoint(save_dir, 15) or not child.is_alive())
     os.kill(child.pid, signal.SIGINT)
-    child.join(120)
+    child.join(LONGEST)
     log = (tmp_path / "log").read_text()
     assert child.exitcode == cli.INTERRUPTED, log[-2000:]
     assert "a checkpoint will be saved" in log
@@ -110,7 +110,7 @@ def test_resuming_without_a_checkpoint_starts_afresh(base, rows, tmp_path, capsy
 def test_a_full_disk(base, rows, spawn, tmp_path):
     save_dir = tmp_path / "run"
     child = spawn(sft_train.main, flags(base, rows["sft"], save_dir, "--max_steps", 1), tmp_path / "log", 30_000)
-    child.join(120)
+    child.join(LONGEST)
     log = (tmp_path / "log").read_text()
     assert child.exitcode == cli.FAILED, log[-2000:]
     assert "error: cannot write" in log

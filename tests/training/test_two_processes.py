@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.inputs import ROOT
 from support.models import distance, run_json
-from support.processes import join, wait_for
+from support.processes import LONGEST, join, wait_for
 from support.training import RESUMABLE, checkpoint, flags, loss_curve, train
 from torch.distributed.run import main as torchrun
 
@@ -38,7 +38,7 @@ def test_torchrun_equals_one_process(base, uneven, spawn, tmp_path):
     argv = flags(base, uneven, two, *TOGETHER, "--per_device_train_batch_size", 1)
     child = spawn(torchrun, [*launcher, *argv], tmp_path / "log")
     train(sft_train.main, base, uneven, one, *TOGETHER, "--per_device_train_batch_size", 2)
-    child.join(300)
+    child.join(LONGEST)
     assert child.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
     equal(two, one)
 
@@ -67,7 +67,7 @@ def test_two_processes_stop_together(base, rows, spawn, tmp_path):
     with contextlib.suppress(ProcessLookupError):  # it may have stopped already
         os.kill(children[0].pid, signal.SIGINT)
     for rank, child in enumerate(children):
-        child.join(60)
+        child.join(LONGEST)
         assert child.exitcode == cli.INTERRUPTED, (tmp_path / f"rank{rank}.log").read_text()[-3000:]
     assert run_json(save_dir)["error"] == "interrupted"
     newest = max(int(path.name[11:]) for path in (save_dir / "checkpoints").glob("checkpoint-*"))

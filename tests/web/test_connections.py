@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi import FastAPI, Request
 from support.http_server import Client, run_app
-from support.processes import wait_for
+from support.processes import LONGEST, wait_for
 
 from common.web import app as web
 from common.web import connections
@@ -38,7 +38,7 @@ def client() -> Iterator[Client]:
 
 
 def connect(client: Client, text: bytes = b"") -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", client.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", client.port), timeout=LONGEST)
     connection.sendall(text)
     return connection
 
@@ -66,8 +66,8 @@ def test_idle_connections_leave_the_server_reachable(client, monkeypatch):
     monkeypatch.setattr(connections, "MAX_INCOMPLETE", 100)
     idle = [connect(client) for _ in range(300)]
     assert client.ask("GET", "/healthz")[0] == 200
-    wait_for(lambda: sum(map(is_closed, idle)) >= 300 - connections.MAX_INCOMPLETE, 20)  # the oldest
-    wait_for(lambda: all(map(is_closed, idle)), 20)
+    wait_for(lambda: sum(map(is_closed, idle)) >= 300 - connections.MAX_INCOMPLETE)  # the oldest
+    wait_for(lambda: all(map(is_closed, idle)))
     assert connections.PatientProtocol.incomplete == {}
 
 
@@ -82,7 +82,7 @@ def test_half_a_head_is_not_waited_for(client, monkeypatch, answered):
     connection.sendall(b"GET /healthz HTTP/1.1\r\n")
     started = time.monotonic()
     while not is_closed(connection):
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < LONGEST
         time.sleep(0.1)
         try:
             connection.sendall(b"X: 1\r\n")
@@ -102,7 +102,7 @@ def test_half_bodies_of_one_client_are_bounded(client, monkeypatch):
     monkeypatch.setattr(connections, "MAX_INCOMPLETE", 5)
     half = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\na"
     oldest, *others = [connect(client, half) for _ in range(6)]
-    wait_for(lambda: is_closed(oldest), 20)
+    wait_for(lambda: is_closed(oldest))
     assert not any(map(is_closed, others))
     for connection in others:
         connection.setblocking(True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi import FastAPI
 from support.http_server import Client, run_app
+from support.pages import new_page
 
 from common.web import app as web
 from common.web import docs_pages
@@ -54,7 +55,7 @@ def test_assets_are_sent_compressed(client):
 
 @pytest.mark.parametrize("path", ["/v1/docs", "/v1/redoc"])
 def test_they_show_the_api_offline(client, browser, path):
-    page = browser.new_page()
+    page = new_page(browser)
     asked, faults = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: faults.append(str(error)))

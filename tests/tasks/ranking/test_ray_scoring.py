@@ -211,7 +211,7 @@ def run_until_driver_is_killed(argv, address, token, output):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    wait_for(lambda: len(list(output.glob("part-*.jsonl"))) >= 5 or driver.poll() is not None, 300)
+    wait_for(lambda: len(list(output.glob("part-*.jsonl"))) >= 5 or driver.poll() is not None)
     driver.kill()
     message = driver.communicate()[1].decode()
     assert driver.returncode == -signal.SIGKILL, message
@@ -228,9 +228,9 @@ def run_while_worker_is_killed(argv, token, output, early, parts):
     killed = []
 
     def kill() -> None:
-        wait_for(lambda: len(scorers(token)) == 2, 300)  # both found a place
+        wait_for(lambda: len(scorers(token)) == 2)  # both found a place
         killed.append(scorers(token))
-        wait_for(lambda: len(list(output.glob("part-*.jsonl"))) > early, 300)
+        wait_for(lambda: len(list(output.glob("part-*.jsonl"))) > early)
         os.kill(killed[0][0], signal.SIGKILL)
         killed.append(len(list(output.glob("part-*.jsonl"))))
 

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from support.processes import LONGEST
 from support.teacher import HANG, error, question_of
 
 from common.cli import UserError
@@ -70,9 +71,7 @@ def test_beyond_the_budget_nothing_is_asked(stub):
 
 def test_a_late_answer_is_none(stub):
     stub.reply = lambda body: HANG if question_of(body).endswith("21") else "Good"
-    started = time.monotonic()
     found = cascade(stub, timeout=2.0).ask(TASK, items(3))
-    assert time.monotonic() - started < 20
     assert [reply.answer for reply in found] == ["Good", None, "Good"]
     assert "nothing within 2 seconds" in found[1].reason
     assert len(stub.asked) == 3  # there is an answer already, so it is not tried again
@@ -88,7 +87,7 @@ def test_a_request_waits_for_all_of_its_rows_together(stub, monkeypatch):
 
     stub.reply = slow
     replies, done = cascade(stub, timeout=3.0).begin(TASK, items(100))
-    done.result(30)
+    done.result(LONGEST)
     assert 1 <= sum(reply.answer == "Good" for reply in replies) <= 48
     assert len(stub.asked) < 100
     assert replies[-1].reason == "the teacher has not answered within 3 seconds"
@@ -115,7 +114,7 @@ def test_rows_that_are_not_sent_take_nothing_from_the_budget(stub, monkeypatch):
     asking = cascade(stub, per_hour=3)
     assert "refuses the API key" in asking.ask(TASK, items(1))[0].reason
     replies, done = asking.begin(TASK, items(3))
-    done.result(30)
+    done.result(LONGEST)
     resting = "the teacher has just failed, and is left alone for a while"
     assert {reply.reason for reply in [*replies, *asking.ask(TASK, items(3))]} == {resting}
     stub.reply = lambda body: "Bad"

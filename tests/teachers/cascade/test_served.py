@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.inputs import CORPUS, ROOT, read_rows
+from support.processes import LONGEST
 from support.served import make_run, make_runs, metric, same, serve
 from support.teacher import HANG
 
@@ -71,7 +72,7 @@ def test_a_teacher_that_hangs_costs_its_time_out_and_no_answer(runs, stub):
         served.post("/infer/sft", {"features": ROWS[0]})
         started = time.monotonic()
         answers = served.post("/infer/sft/batch", [{"features": row} for row in ROWS])
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < LONGEST
         assert {answer["unsure"] for answer in answers} == {True}
         assert not (runs / "creditmix_sft" / "cascade.jsonl").exists()
 
