@@ -199,6 +199,11 @@ def changed(folder: str) -> float:
         return 0.0
 
 
+def as_fields(changes: Mapping[str, Any]) -> str:
+    """Fields of a request and their values, as a sentence names them."""
+    return ", ".join(f"{field}={value}" for field, value in changes.items())
+
+
 class DoesNotFit(Problem):
     """422: a training is predicted to need more memory than its device has.
 
@@ -208,7 +213,7 @@ class DoesNotFit(Problem):
     """
 
     def __init__(self, needed: int, size: int, changes: Mapping[str, Any]) -> None:
-        self.fields = ", ".join(f"{field}={value}" for field, value in changes.items())
+        self.fields = as_fields(changes)
         self.sentence = f"about {needed / 1e9:.1f} GB are needed, the device has {size / 1e9:.1f}; it would fit with "
         first = next(iter(changes))
         super().__init__(422, f"{first}: {self.sentence}{self.fields}", first)
@@ -234,8 +239,8 @@ def check_memory(settings: TrainSettings, device: Device) -> None:
         return
     try:
         changes = preflight.advise(plan, settings.memory_flags(plan.batch), device.size)
-    except UserError as error:
-        raise Problem(422, f"student: {error}".replace("--lora_r 16", "lora_r=16"), "student") from error
+    except preflight.NothingFits as error:
+        raise Problem(422, f"student: {error.sentence(as_fields)}", "student") from error
     if "teacher_cache" in changes:  # the service keeps caches by name
         changes["teacher_cache"] = f"cache-{secrets.token_hex(4)}"
     raise DoesNotFit(needed, device.size, changes)

@@ -38,6 +38,24 @@ SERVER: Flags = {
 }
 
 
+class NothingFits(UserError):
+    """No settings of a plan need as little memory as is free.
+
+    Args:
+        finding: the sentence without its remedy.
+        model: what could be taken in place of the model.
+        changes: flags that would make a smaller plan of it, as `changed_flags` gives them; empty: none would.
+    """
+
+    def __init__(self, finding: str, model: str, changes: Mapping[str, Any]) -> None:
+        self.finding, self.model, self.changes = finding, model, dict(changes)
+        super().__init__(self.sentence(words))
+
+    def sentence(self, named: Callable[[Mapping[str, Any]], str]) -> str:
+        """Finding and remedy, with the changes as `named` writes them."""
+        return f"{self.finding}; take {f'{named(self.changes)}, or ' if self.changes else ''}{self.model}"
+
+
 def free_bytes() -> int | None:
     """Memory that a process can have: of the CUDA card where there is one, else of the machine; None if unknown.
 
@@ -276,20 +294,22 @@ def advise(plan: Plan, flags: Flags, free: int) -> dict[str, Any]:
     """The flags that would make `plan` fit into `free` bytes.
 
     Raises:
-        UserError: none would.
+        NothingFits: none would.
     """
     fitted = fit(plan, free)
     if fitted is None:
         least = replace(plan, **{name: values[-1] for name, values in options(plan).items()})
-        instead = "--lora_r 16, or a smaller student" if isinstance(plan, Training) and plan.full else "a smaller model"
-        raise UserError(
+        full = isinstance(plan, Training) and plan.full
+        raise NothingFits(
             f"about {predict(plan).total / GB:.1f} GB are needed, {free / GB:.1f} are free, and no settings need less "
-            f"than {predict(least).total / GB:.1f}; take {instead}"
+            f"than {predict(least).total / GB:.1f}",
+            "a smaller student" if full else "a smaller model",
+            {"lora_r": Training.lora_r} if full else {},
         )
     return changed_flags(plan, fitted, flags)
 
 
-def words(changes: dict[str, Any]) -> str:
+def words(changes: Mapping[str, Any]) -> str:
     """Flags as they are typed."""
     return ", ".join(f"{name}={value}" if name.isupper() else f"--{name} {value}" for name, value in changes.items())
 

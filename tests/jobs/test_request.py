@@ -397,6 +397,7 @@ def test_a_large_model_on_a_small_card(planner, data):
     with pytest.raises(Problem) as raised:
         check_memory(planner.plan(body | {"lora_r": 0}, Path("run")).settings, card)
     assert (raised.value.status_code, raised.value.param) == (422, "student")
+    assert str(raised.value.detail).endswith("; take lora_r=16, or a smaller student")
     wide = planner.plan(body | {"per_device_train_batch_size": 64, "max_len": 1024}, Path("run")).settings
     with pytest.raises(Problem, match="it would fit with per_device_train_batch_size=") as raised:
         check_memory(wide, card)

@@ -348,8 +348,10 @@ def test_preflight_stops_or_says_what_to_change(tiny_base, capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(cli.UserError, match=r"no settings need less than .* take a smaller model"):
         vram.preflight(plan, flags, free=1000)
-    with pytest.raises(cli.UserError, match="--lora_r 16"):
+    with pytest.raises(vram.NothingFits, match=r"; take --lora_r 16, or a smaller student$") as raised:
         vram.preflight(replace(plan, lora_r=0), flags, free=1000)
+    assert raised.value.changes == {"lora_r": 16}
+    assert raised.value.sentence(str).endswith("; take {'lora_r': 16}, or a smaller student")
 
 
 def test_every_setting_of_a_training_has_its_flag(tiny_base):
