@@ -93,14 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     check_flags(args, task)
     # after the checks, so that a mistyped flag answers before numpy and scipy are imported
     from common.tasks.ranking import baseline, evaluate
-    from common.tasks.ranking.row_check import fits_all
+    from common.tasks.ranking.row_check import PromptRoom, RowCheck, fits_all
 
     settings = scoring_settings(args, task)
     sources = [source_of(args, model_dir) for model_dir in args.model_dir]
+    checks = [RowCheck(task, PromptRoom.of(source, task, settings.max_batch_tokens)) for source in sources]
     if args.fit_calibration:
         goal = decision_goal(args, task)
-        fits = fits_all(sources, task, settings.max_batch_tokens)
-        dev, _ = task.read(args.fit_calibration, args.features, args.skip_bad_rows, fits)
+        dev, _ = task.read(args.fit_calibration, args.features, args.skip_bad_rows, fits_all(checks))
         for source in sources:
             evaluate.fit_calibration(source, task, settings, dev, args.fit_calibration, goal, args.decision_json)
         model_card.refresh(args.model_dir)
@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     cascade = judged_cascade(args)
     if cascade and cascade.local_teacher and cascade.local_teacher.model_dir not in args.model_dir:
         sources.append(cascade.local_teacher)
-    fits = fits_all(sources, task, settings.max_batch_tokens)
-    labelled, _ = task.read(args.data, args.features, args.skip_bad_rows, fits)
+        checks.append(RowCheck(task, PromptRoom.of(cascade.local_teacher, task, settings.max_batch_tokens)))
+    labelled, _ = task.read(args.data, args.features, args.skip_bad_rows, fits_all(checks))
     rows, class_counts = draw.rows(task, labelled, args.data)
     result = {
         "evaluator": task.name,

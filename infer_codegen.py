@@ -98,7 +98,7 @@ def read_tasks(path: str, skip_bad_rows: bool) -> list[str]:
     def fault(row: dict) -> str | None:
         return None if task_of(row) else "no task under 'prompt' or 'input'"
 
-    rows = records.check_rows(path, records.iter_jsonl(path), (), skip_bad_rows, fault_of=fault)
+    rows = records.check_rows(path, records.iter_jsonl(path), (), skip_bad_rows, fault_of=fault).rows
     return [task_of(row) for row in rows]
 
 

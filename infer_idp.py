@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         cli.log(f"checked after decoding, not enforced by it: {', '.join(keyword.path for keyword in unenforced)}")
     if args.input:
         # read through before a model loads: a bad row is found now, not in the middle of a night's work
-        numbered, document = read_input(args), None
+        checked, document = read_input(args), None
     elif args.document_file:
         document = reading.read_document(args.document_file, args.ocr)
     else:
@@ -104,19 +104,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     source, settings = source_of(args, args.model_dir), idp_flags.extraction_settings(args)
     form = form_of(args.model_dir, args.typed_fields)
     way = {"typed_fields": form.typed_fields, "thinking": settings.thinking, "engine": source.engine}
-    accept_from(args, schema, way)  # so that a calibration that is missing is said before a model loads
+    calibration = None if args.no_constraint else calibrations.ConfidenceCalibration.load(args.model_dir, schema, way)
+    # before a model loads, so that a calibration that is missing is said now
+    threshold = calibrations.acceptance(calibration, args.accept_above, args.model_dir)
     handing = cascade_settings(args)
 
     from common.teachers.cascade.documents import answers, document_cascade  # which --help can spare
 
     loaded = vram.load_within_memory(source, args.max_batch_tokens, auto_fit=args.auto_fit, text_only=True)
-    way = calibrations.way_of(loaded.model, form, settings.thinking)
-    calibration, threshold = accept_from(args, schema, way)
+    if calibration and not calibration.is_of(calibrations.way_of(loaded.model, form, settings.thinking)):
+        calibration, threshold = None, calibrations.acceptance(None, args.accept_above, args.model_dir)
     shown = Shown(args.confidence, args.written, threshold, args.evidence)
     extractor = Extractor(loaded, schema, None if args.no_constraint else preflight, settings, form, calibration)
     cascade = document_cascade(handing, extractor, args.model_dir, threshold) if handing else None
     if document is None:
-        return extract_rows(args, numbered, extractor, shown, cascade)
+        return extract_rows(args, checked, extractor, shown, cascade)
     ((_, extraction, answer),) = answers(extractor, shown, cascade, [document])
     if extraction.pieces > 1:
         cli.log(f"the document was read in {extraction.pieces} pieces, merged by confidence")
@@ -132,21 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return cli.CUT if extraction.cut else None
 
 
-def accept_from(
-    args: argparse.Namespace, schema: json_schema.Schema, way: dict[str, Any]
-) -> tuple[calibrations.ConfidenceCalibration | None, float | None]:
-    """(what was fitted for the model asked in this way, the confidence from which --accept_above accepts)."""
-    fitted = None if args.no_constraint else calibrations.ConfidenceCalibration.load(args.model_dir, schema, way)
-    return fitted, calibrations.acceptance(fitted, args.accept_above, args.model_dir)
-
-
-def read_input(args: argparse.Namespace) -> list[tuple[int | str, dict]]:
-    """(its file's name, row) of each document in a folder, or (its line, row) of each row of a file."""
+def read_input(args: argparse.Namespace) -> records.CheckedRows:
+    """The documents of a folder, by file, or the rows of a file, by line."""
     if Path(args.input).is_dir():
         rows, unit = reading.folder_rows(args.input, args.ocr, reading.kept_beside(args.output)), "file"
     else:
         rows, unit = records.iter_jsonl(args.input), "line"
-    return records.good_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.row_fault)
+    return records.check_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.row_fault)
 
 
 def deciding(args: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +150,7 @@ def deciding(args: argparse.Namespace) -> dict[str, Any]:
 
 def extract_rows(
     args: argparse.Namespace,
-    numbered: list[tuple[int | str, dict]],
+    checked: records.CheckedRows,
     extractor: Extractor,
     shown: Shown,
     cascade: DocumentCascade | None,
@@ -170,7 +164,7 @@ def extract_rows(
             named = {"id": rows[number]["id"]} if "id" in rows[number] else {}
             yield number, named | shown_answer
 
-    numbers, rows = zip(*numbered, strict=True)
+    numbers, rows = checked
     settings = deciding(args) | {"load_in_4bit": getattr(extractor.model, "is_loaded_in_4bit", False)}
     model = [adapters.adapter_hash(args.model_dir), shown.accept_from, extractor.calibration]
     decided_by = [settings, content_key(rows), extractor.schema, *model]

@@ -103,7 +103,7 @@ def adapters_in(runs_dir: str) -> list[str]:
 
 
 def read_texts(path: str) -> list[str]:
-    rows = records.check_rows(path, records.iter_jsonl(path), ())
+    rows = records.check_rows(path, records.iter_jsonl(path), ()).rows
     texts = [row.get("features") or row.get("question") for row in rows]
     if not all(isinstance(text, str) for text in texts):
         raise cli.UserError(f"{path}: every row needs its text under 'features' or 'question'")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.cli import UserError, log
 from common.data import tables
@@ -137,14 +137,25 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def good_rows(
+class CheckedRows(NamedTuple):
+    """The good rows of a file.
+
+    Attributes:
+        numbers: of its lines, rows or files, one a row.
+    """
+
+    numbers: list[Any]
+    rows: list[dict]
+
+
+def check_rows(
     path: str | Path,
     numbered: Iterable[tuple[int, Any]],
     keys: Sequence[str],
     skip_bad_rows: bool = False,
     unit: str = "line",
     fault_of: Callable[[dict], str | None] = lambda row: None,
-) -> list[tuple[Any, dict]]:
+) -> CheckedRows:
     """The good ones of `numbered` (number, row). A bad one stops, or is counted and said, never dropped in silence.
 
     Args:
@@ -154,11 +165,12 @@ def good_rows(
     Raises:
         UserError: the first bad row, by file and line (unless `skip_bad_rows`), no good row, or no row at all.
     """
-    rows, bad = [], 0
+    numbers, rows, bad = [], [], 0
     for number, row in numbered:
         fault = row_fault(row, keys) or fault_of(row)
         if fault is None:
-            rows.append((number, row))
+            numbers.append(number)
+            rows.append(row)
         elif skip_bad_rows:
             bad += 1
             log(f"{path}, {unit} {number}: {fault}; skipped")
@@ -176,19 +188,7 @@ def good_rows(
     if not rows:
         needed = f"each needs the keys {', '.join(keys)}" if keys else "every one of them is bad, so mend the file"
         raise UserError(f"{path} has no usable rows; {needed}")
-    return rows
-
-
-def check_rows(
-    path: str | Path,
-    numbered: Iterable[tuple[int, Any]],
-    keys: Sequence[str],
-    skip_bad_rows: bool = False,
-    unit: str = "line",
-    fault_of: Callable[[dict], str | None] = lambda row: None,
-) -> list[dict]:
-    """`good_rows` without their numbers."""
-    return [row for _, row in good_rows(path, numbered, keys, skip_bad_rows, unit, fault_of)]
+    return CheckedRows(numbers, rows)
 
 
 def read_rows(
@@ -199,7 +199,7 @@ def read_rows(
 ) -> list[dict]:
     """All rows of a file that have a non-empty text under each of `keys` (see `numbered_rows`, `check_rows`)."""
     unit, numbered, _ = numbered_rows(path)
-    return check_rows(path, numbered, keys, skip_bad_rows, unit, fault_of)
+    return check_rows(path, numbered, keys, skip_bad_rows, unit, fault_of).rows
 
 
 def check_output(output: str | None, source: str | None, forms: Sequence[str] = ("jsonl",)) -> None:

@@ -57,7 +57,7 @@ def rows(path: str | Path, split: str = "all", skip_bad_rows: bool = False) -> l
     Raises:
         UserError: not SQuAD's JSON, a question without text or answer, or no question in the split.
     """
-    questions = records.check_rows(path, _questions(path), ("id", "input", "output"), skip_bad_rows, "question")
+    questions = records.check_rows(path, _questions(path), ("id", "input", "output"), skip_bad_rows, "question").rows
     chosen = [row for row in questions if split in ("all", splits.part_of(row["group"]))]
     if not chosen:
         raise UserError(

@@ -135,7 +135,7 @@ def read_numbered(
 ) -> list[Row]:
     """`read`, of rows that are there already; `path` and `unit` are for the sentences."""
     inspection = Inspection(file_shape(path, numbered, trainer), unit)
-    good = records.check_rows(path, inspection.read(numbered, trainer), (), skip_bad_rows, unit, fault_of)
+    good = records.check_rows(path, inspection.read(numbered, trainer), (), skip_bad_rows, unit, fault_of).rows
     if inspection.warning:
         log(f"{path}: {inspection.warning}")
     return good

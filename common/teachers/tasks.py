@@ -85,7 +85,7 @@ def read_items(path: str, task: TeacherTask, skip_bad_rows: bool = False) -> lis
     unit, given, _ = records.numbered_rows(path)
     numbered = [(number, training_files.as_question(row)) for number, row in given]
     numbers = {id(row): number for number, row in numbered}
-    good = records.check_rows(path, numbered, (), skip_bad_rows, unit, task.fault)
+    good = records.check_rows(path, numbered, (), skip_bad_rows, unit, task.fault).rows
     return [task.item(numbers[id(row)], row) for row in good]
 
 

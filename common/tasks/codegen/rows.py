@@ -62,7 +62,7 @@ def read(path: str | Path, skip_bad_rows: bool = False) -> list[CodeProblem]:
         UserError: no such file, or a row of no known format, by file and number.
     """
     unit, numbered, _ = records.numbered_rows(path)
-    return problems_of(records.check_rows(path, numbered, (), skip_bad_rows, unit, fault_of=_fault))
+    return problems_of(records.check_rows(path, numbered, (), skip_bad_rows, unit, fault_of=_fault).rows)
 
 
 def problems_of(rows: Sequence[dict]) -> list[CodeProblem]:

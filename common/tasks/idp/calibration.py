@@ -101,11 +101,14 @@ class ConfidenceCalibration:
             calibration = cls(**content)
             facts = calibration.fitted_on
             asked = {"model_sha256": adapters.adapter_hash(model_dir), "schema": content_key(schema)}
-            fits = {name: facts[name] for name in asked} == asked
-            fits = fits and all(facts.get(name, value) == value for name, value in (way or {}).items())
+            fits = {name: facts[name] for name in asked} == asked and calibration.is_of(way or {})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a calibration file of this version ({error}); {REMEDY}") from error
         return calibration if fits else None
+
+    def is_of(self, way: Mapping[str, Any]) -> bool:
+        """Whether it was fitted on a model that was asked in this way; see `load`."""
+        return all(self.fitted_on.get(name, value) == value for name, value in way.items())
 
 
 def way_of(model: Any, form: AnswerForm, thinking: bool) -> dict[str, Any]:

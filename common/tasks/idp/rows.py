@@ -47,7 +47,7 @@ def read(path: str | Path, schema: json_schema.Schema, skip_bad_rows: bool = Fal
         return f"the fields do not satisfy the schema: {wrong[0]}" if wrong else None
 
     rows = []
-    for row in records.check_rows(path, numbered, KEYS, skip_bad_rows, unit, fault):
+    for row in records.check_rows(path, numbered, KEYS, skip_bad_rows, unit, fault).rows:
         text = documents.clean(row["document"])
         facts = {"document": text, "fields": row["fields"], "group": row.get("group") or documents.group_of(text)}
         rows.append({key: row[key] for key in ("id", "lines") if row.get(key) is not None} | facts)

@@ -280,7 +280,7 @@ def read_labelled(
             or text_fault(clean_features(row["question"]))
         )
 
-    good = records.check_rows(path, numbered, ("question", "answer"), skip_bad_rows, unit, fault_of)
+    good = records.check_rows(path, numbered, ("question", "answer"), skip_bad_rows, unit, fault_of).rows
     if features == "all" and all({key for key, _ in split_features(row["question"])} <= SIX_KEYS for row in good):
         raise UserError(f"{path} holds the six features only; --features all needs the raw credit-score CSV")
     return clean_rows(good, path, bad=len(numbered) - len(good))
@@ -338,7 +338,7 @@ def _read_raw_table(
     def fault_of(row: dict) -> str | None:
         return label_fault(row) or amount_fault((key, _history_months(row[source])) for source, key, *_ in columns)
 
-    raw = records.check_rows(path, numbered, (), skip_bad_rows, unit, fault_of)
+    raw = records.check_rows(path, numbered, (), skip_bad_rows, unit, fault_of).rows
     tally: Counter[str] = Counter()
     customers = [row.get("Customer_ID", "").strip() for row in raw]
     table = [{key: clean_value(key, _history_months(row[source]), tally) for source, key, *_ in columns} for row in raw]

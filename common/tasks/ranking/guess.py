@@ -127,7 +127,7 @@ def guess(path: str) -> Guess:
 
 def _columns(path: str) -> list[Column]:
     unit, numbered, names = records.numbered_rows(path)
-    rows = records.check_rows(path, ((number, row) for number, row in numbered), (), True, unit)
+    rows = records.check_rows(path, ((number, row) for number, row in numbered), (), True, unit).rows
     names = names or list(dict.fromkeys(name for row in rows for name in row))
     columns = []
     for name in names:

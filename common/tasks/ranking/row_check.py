@@ -110,9 +110,8 @@ class RowCheck:
         return fault and f"the row {fault}"
 
 
-def fits_all(sources: Sequence[ModelSource], task: LabelTask, max_batch_tokens: int) -> Callable[[str], str | None]:
+def fits_all(checks: Sequence[RowCheck]) -> Callable[[str], str | None]:
     """A check of texts: why one does not fit the context of some model, or None."""
-    checks = [RowCheck(task, PromptRoom.of(source, task, max_batch_tokens)) for source in sources]
 
     def fault(text: str) -> str | None:
         return next((found for check in checks if (found := check.too_long(text))), None)

@@ -232,7 +232,7 @@ class LabelTask:
                 return f"the group key '{self.group_key}' is missing or empty"
             return label_fault(row) or text_fault(self.clean(row[self.text_field]))
 
-        good = records.check_rows(path, numbered, (self.text_field, self.label_field), skip_bad_rows, unit, fault)
+        good = records.check_rows(path, numbered, (self.text_field, self.label_field), skip_bad_rows, unit, fault).rows
         rows = [
             {
                 self.text_field: self.clean(row[self.text_field]),
@@ -267,7 +267,7 @@ class LabelTask:
             )
         fault_of = self.label_fault(answer, self.unlabelled)
         labels: dict[str, str] = {}
-        for row in records.check_rows(path, numbered, (key, answer), skip_bad_rows, unit, fault_of):
+        for row in records.check_rows(path, numbered, (key, answer), skip_bad_rows, unit, fault_of).rows:
             text = self.clean(row[key].removeprefix(self.prompt("")))
             if (label := row[answer].strip()) not in self.unlabelled:
                 labels.setdefault(text, label)

@@ -166,7 +166,7 @@ def answers(monkeypatch):
 
 
 @pytest.mark.processes
-def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_file, tmp_path):
+def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_file, tmp_path, monkeypatch):
     """All that is right is surer than all that is wrong: what is accepted is right, and the rest is to be reviewed."""
     import shutil
 
@@ -192,7 +192,10 @@ def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_fil
     assert eval_idp.main([*model, "--fit_calibration", data]) is None
     fitted = json.loads((run / calibration.FILE).read_text())
     assert (fitted["fitted_on"]["fields"], fitted["fitted_on"]["right"]) == (200, 170)
+    read, load = [], ConfidenceCalibration.load
+    monkeypatch.setattr(ConfidenceCalibration, "load", lambda *which: read.append(which[0]) or load(*which))
     assert infer_idp.main(asked) is None
+    assert read == [str(run)]  # once, which takes the hash of the weights
     assert "70 answers are accepted, 30 are to be reviewed" in capsys.readouterr().err
     accepted, review = (read_rows(tmp_path / f"out.{name}.jsonl") for name in ("accepted", "review"))
     assert [row.get("id", row.get("row")) for row in accepted] == [0, *range(3, 72)]  # the second row is a bad one
@@ -203,6 +206,11 @@ def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_fil
         infer_idp.main([*asked, "--typed_fields", "held"])
     with pytest.raises(UserError, match=r"needs at least 368 independent .*, and there are 100"):
         infer_idp.main([*asked[:-1], "0.99"])
+    file = run / calibration.FILE
+    file.write_text(json.dumps(fitted | {"fitted_on": fitted["fitted_on"] | {"load_in_4bit": True}}))
+    with pytest.raises(UserError, match=r"with the same .* --load_in_4bit"):  # known when the model is loaded
+        infer_idp.main(asked)
+    file.write_text(json.dumps(fitted))
     report = tmp_path / "report"
     eval_idp.main([*model, "--data", data, "--split", "all", "--report_dir", str(report), "--decoding", "constrained"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])["models"][0]

@@ -20,6 +20,7 @@ from common.tasks.ranking import creditmix
 from common.tasks.ranking.calibration import Calibration, batch_calibration
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.row_check import PromptRoom
 
 pytestmark = pytest.mark.processes
 
@@ -141,14 +142,16 @@ def test_fitting_on_trained_customers_is_refused(trained, dataset, tmp_path):
     assert not (run / "calibration.json").exists()
 
 
-def test_fitted_decisions(trained, data, evaluate, tmp_path, capsys):
+def test_fitted_decisions(trained, data, evaluate, tmp_path, capsys, monkeypatch):
     run = shutil.copytree(trained, tmp_path / "run")
     dev = str(data / "creditmix_dev.jsonl")
     costs = tmp_path / "costs.json"
     costs.write_text(json.dumps({"Good": {"Bad": 1000}, "Standard": {"Bad": 1000}}))
-    eval_creditmix.main(["--model_dir", str(run), "--fit_calibration", dev, "--optimize", "cost", "--costs",
-                         str(costs), "--abstain_below", "0.99"])  # fmt: skip
-    (model,) = evaluate(run, "--val_per_class", "20")["models"]
+    measured, of = [], PromptRoom.of
+    monkeypatch.setattr(PromptRoom, "of", lambda *asked: measured.append(asked[0].model_dir) or of(*asked))
+    fitting = ("--fit_calibration", dev, "--optimize", "cost", "--costs", str(costs), "--abstain_below", "0.99")
+    (model,) = evaluate(run, "--val_per_class", "20", *fitting)["models"]
+    assert measured == [str(run)]  # once, for the rows of both files
     assert [row[2] for row in model["confusion_matrix"]] == [0, 0, 0]  # Bad is too costly to say
     assert model["mean_cost"]["value"] == 0
     assert model["coverage"]["value"] == 0
