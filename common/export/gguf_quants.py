@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.models.gguf_architectures import WHOLE
+
 if TYPE_CHECKING:
     import gguf
 
@@ -22,7 +24,6 @@ WITHOUT_LLAMA_CPP = ("Q8_0", "F16", "BF16")  # written by the gguf package alone
 DEFAULT = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of a mixture's tensors
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not made of blocks of 256 weights
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
-WHOLE = ".shortconv.conv.weight"  # small matrices that are not rounded
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Mixture:
         import gguf
 
         kinds = gguf.GGMLQuantizationType
-        if len(shape) == 1 or name.endswith(WHOLE):
+        if len(shape) == 1 or WHOLE.fullmatch(name):
             return kinds.F32
         wanted = self._wanted(name)
         for kind in (wanted, FALLBACK.get(wanted, wanted), "F16"):

@@ -7,6 +7,7 @@ no file, so a config that has it otherwise is refused.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +242,8 @@ def _gpt2(file: GgufFile) -> dict[str, Any]:
     }
 
 
+# Matrices that stay in float32 whatever type the others have: no matrix product reads them.
+WHOLE = re.compile(r"blk\.\d+\.shortconv\.conv\.weight|position_embd\.weight")
 PAIRED = r"blk\.\d+\.attn_[qk]\.(weight|bias)"
 ARCHITECTURES = {
     "llama": Architecture("llama", _llama, _llama_keys, also=("mistral",), rotated=PAIRED),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.files import grant, write_json
-from common.models.gguf_architectures import ARCHITECTURES
+from common.models.gguf_architectures import ARCHITECTURES, WHOLE
 
 if TYPE_CHECKING:
     import gguf
@@ -172,7 +172,8 @@ class GgufFile:
     @property
     def dtype(self) -> str:
         """What the weights are kept in: the type of the file's matrices; bfloat16 where they are quantised."""
-        kinds = {tensor.kind.name for tensor in self.tensors.values() if len(tensor.shape) > 1}
+        matrices = {name: tensor for name, tensor in self.tensors.items() if len(tensor.shape) > 1}
+        kinds = {tensor.kind.name for name, tensor in matrices.items() if not WHOLE.fullmatch(name)}
         if not kinds <= FLOATS.keys():
             return "bfloat16"
         return FLOATS[kinds.pop()] if len(kinds) == 1 else "float32"

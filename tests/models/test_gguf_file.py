@@ -49,7 +49,7 @@ def test_equal_to_llama_cpp(family, tmp_path):
     assert max(abs(float(ours[token]) - value) for token, value in theirs.items()) < 5e-3  # its cache is in half
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "lfm2", "gpt2"])
 def test_half_precision_and_quantised(family, tmp_path):
     source = build(family)
     half = imported(write(source, family, tmp_path / "half.gguf", "F16"))

@@ -85,7 +85,8 @@ def write(
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         array = _as_llama_cpp(family, target, weight.float().numpy(), config)
-        number_type = gguf.GGMLQuantizationType[kind if array.ndim > 1 and "conv" not in target else "F32"]
+        whole = array.ndim == 1 or "conv.conv" in target or target == "position_embd.weight"  # as its converter does
+        number_type = gguf.GGMLQuantizationType["F32" if whole else kind]
         writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), number_type), raw_dtype=number_type)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
