@@ -9,7 +9,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
+
+import pytest
 
 LONGEST = 300  # seconds; a first request waits for a process that imports torch, on a busy machine beside others
 
@@ -50,8 +53,10 @@ def run_child(
 def fork_server():
     """Where processes are forked from one that has the heavy imports: a start in some milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    trainers = ["transformers.trainer", "trl.trainer.dpo_trainer", "transformers.models.qwen2.modeling_qwen2"]
-    context.set_forkserver_preload(["torch", "peft", "datasets", "matplotlib.figure", *trainers])
+    context.set_forkserver_preload(["support.preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it looks for them
+        forkserver.ensure_running()
     return context
 
 

@@ -141,7 +141,7 @@ def test_each_prompt_of_a_piece_fits(tokenizer):
     extractor = Extractor(loaded, schema, None, ExtractionSettings(64, max_len=4096))
     bare, longer = (len(extractor.encode("", part)) for part in (False, True))
     assert longer > bare
-    lines = [f"{number} Cable {number}.50" for number in range(900)]
+    lines = [f"{number} Cable {number}.50" for number in range(300)]
     for most in range(longer + 120, longer + 520, 40):
         extractor = Extractor(loaded, schema, None, ExtractionSettings(64, max_len=most + 64))
         pieces = extractor.pieces("\n".join(lines))
