@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MAX_BATCH_TOKENS = 8192  # of a batch to score or to write for
+TEXT_BATCH_TOKENS = (32_768, 16_384, MAX_BATCH_TOKENS)  # of texts: writing reads all weights a token, for any number
 CPU_BATCH_TOKENS = 2048  # where a CPU is fastest: what passes between layers still fits its caches (docs/results.md)
 LOGITS_AT_ONCE = 1 << 24  # rows x scored columns x vocabulary of a batch of labels, unless one row has more
 KEPT_TOKENS = 512  # of prefixes whose keys and values are kept

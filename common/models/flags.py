@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from common import cli
 from common.cli import UserError
 from common.models import gguf_import
-from common.models.batching import MAX_BATCH_TOKENS
+from common.models.batching import MAX_BATCH_TOKENS, TEXT_BATCH_TOKENS
 from common.models.source import ENGINES, LLAMA_CPP, TORCH, ModelSource
 
+CHOSEN_BATCH = "the most of {}, {} and {} that half of the free memory has room for".format(*TEXT_BATCH_TOKENS)
 MODEL_FLAGS = ("student", "teacher", "model_dir", "base")
 
 
@@ -56,14 +57,22 @@ def add_engine_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the base of an adapter is, precision and batches."""
+def add_model_flags(parser: argparse.ArgumentParser, *, chosen_batch: str | None = None) -> None:
+    """Where the base of an adapter is, precision and batches.
+
+    Args:
+        chosen_batch: how the loader chooses --max_batch_tokens, in words (`CHOSEN_BATCH`), where texts are written.
+            None: it is MAX_BATCH_TOKENS.
+    """
     model = parser.add_argument_group("model")
     model.add_argument("--base", help="base of the adapter, where it has moved from where it was trained")
     model.add_argument("--load_in_4bit", choices=("auto", "on", "off"), default="auto", help="NF4; auto: on CUDA")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     model.add_argument(
-        "--max_batch_tokens", type=cli.positive_int, default=MAX_BATCH_TOKENS, help="tokens in one forward pass"
+        "--max_batch_tokens",
+        type=cli.positive_int,
+        default=None if chosen_batch else MAX_BATCH_TOKENS,
+        help="tokens in one forward pass" + (f" (default: {chosen_batch})" if chosen_batch else ""),
     )
     model.add_argument(
         "--auto_fit", action="store_true", help="where memory is short, take settings that fit, and say so"

@@ -15,7 +15,8 @@ from common.generation import json_schema
 from common.generation.decoding import Decoding
 from common.generation.flags import add_lookup_flag
 from common.models import loading as models
-from common.models.flags import add_engine_flag, add_model_flags, add_thinking_flag, source_of, thinks
+from common.models.batching import MAX_BATCH_TOKENS
+from common.models.flags import CHOSEN_BATCH, add_engine_flag, add_model_flags, add_thinking_flag, source_of, thinks
 from common.sandbox import box as sandbox
 from common.tasks.idp.flags import add_form_flag
 from common.tasks.ranking.loading import task_for
@@ -61,7 +62,11 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("running code (--task codegen)")
     running.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run the tests, in the sandbox")
     running.add_argument("--allow_no_sandbox", action="store_true", help="where no sandbox works, run it without one")
-    add_model_flags(parser)
+    _add_local_flags(parser)
+
+
+def _add_local_flags(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser, chosen_batch=f"{CHOSEN_BATCH}; with --probabilities {MAX_BATCH_TOKENS}")
     add_engine_flag(parser)
 
 
@@ -180,7 +185,7 @@ def _changed(args: argparse.Namespace, defaults: Mapping[str, Any]) -> list[str]
 def _local_only() -> dict[str, Any]:
     """Flags of a model that runs here, with their defaults."""
     parser = argparse.ArgumentParser(add_help=False)
-    for add in (add_model_flags, add_engine_flag, add_lookup_flag):
+    for add in (_add_local_flags, add_lookup_flag):
         add(parser)
     return vars(parser.parse_args([]))
 

@@ -60,10 +60,10 @@ class LocalSettings:
     """A model that answers here.
 
     Attributes:
-        max_batch_tokens: tokens in one forward pass.
+        max_batch_tokens: tokens in one forward pass; None: as `load_within_memory` chooses.
         auto_fit: where memory is short, take settings that fit.
     """
 
     source: ModelSource
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     auto_fit: bool = False

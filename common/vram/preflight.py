@@ -12,7 +12,7 @@ from common import distributed as launch
 from common.cli import UserError, log
 from common.models import gguf_import
 from common.models import loading as models
-from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS
+from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS, TEXT_BATCH_TOKENS
 from common.models.source import LLAMA_CPP, LoadedModel, ModelSource
 from common.vram import model_shape as shapes
 from common.vram.formulas import BFLOAT16, CUDA_CONTEXT, GB, Inference, Packed, Plan, Training, predict
@@ -179,39 +179,71 @@ def changed_flags(plan: Plan, fitted: Plan, flags: Flags) -> dict[str, Any]:
     return {name: value(fitted) for name, value in flags.items() if value(fitted) != value(plan)}
 
 
+def roomiest(plan: Inference | Packed, free: int | None) -> Inference | Packed:
+    """The plan with the most of TEXT_BATCH_TOKENS whose peak is within half of `free` bytes; with the least of them
+    where none is, or where what is free is not known.
+
+    The other half is for what else is running, or is loaded later, as the teacher of a cascade is.
+    """
+    if isinstance(plan, Inference) and plan.offload:  # what is free is for weights
+        return plan
+    plans = [replace(plan, batch_tokens=tokens) for tokens in TEXT_BATCH_TOKENS]
+    return next((plan for plan in plans if free is not None and predict(plan).total <= free / 2), plans[-1])
+
+
 def fit_inference(
-    source: ModelSource, max_batch_tokens: int, *, auto_fit: bool, generates: bool = True, text_only: bool = False
+    source: ModelSource,
+    max_batch_tokens: int | None,
+    *,
+    auto_fit: bool,
+    generates: bool = True,
+    text_only: bool = False,
 ) -> tuple[ModelSource, int]:
     """The source and the batch tokens of an inference that fits the memory: those given, or, with `auto_fit`, milder.
 
     Models whose memory is not known pass, with a notice.
 
     Args:
+        max_batch_tokens: None: of `text_only` the `roomiest`, else MAX_BATCH_TOKENS.
         generates: False where only labels are ranked.
         text_only: see `load_within_memory`.
 
     Raises:
         UserError: too little memory is free, and `auto_fit` is off; the message names what would fit.
     """
+    tokens = max_batch_tokens or MAX_BATCH_TOKENS
 
     def planned() -> Inference | Packed:
         if source.engine == LLAMA_CPP:
             ranks = not text_only
-            return packed_plan(source, max_batch_tokens=max_batch_tokens, writes=generates, ranks=ranks)
-        return inference_plan(source, max_batch_tokens=max_batch_tokens, generates=generates, text_only=text_only)
+            return packed_plan(source, max_batch_tokens=tokens, writes=generates, ranks=ranks)
+        return inference_plan(source, max_batch_tokens=tokens, generates=generates, text_only=text_only)
 
     plan, flags = if_known(planned), PACKED if source.engine == LLAMA_CPP else INFERENCE
-    changes = preflight(plan, flags, auto_fit=auto_fit) if plan else {}
+    if plan is None:
+        return source, tokens
+    free, chosen = free_for(plan), max_batch_tokens is None and text_only
+    if chosen:
+        plan = roomiest(plan, free)
+        tokens = plan.batch_tokens
+    note = f", at --max_batch_tokens {tokens}, as chosen" if chosen else ""
+    changes = preflight(plan, flags, auto_fit=auto_fit, free=free, note=note)
     fitted = replace(source, load_in_4bit=changes.get("load_in_4bit", source.load_in_4bit))
-    return fitted, changes.get("max_batch_tokens", max_batch_tokens)
+    return fitted, changes.get("max_batch_tokens", tokens)
 
 
 def load_within_memory(
-    source: ModelSource, max_batch_tokens: int, *, auto_fit: bool, generates: bool = True, text_only: bool = False
+    source: ModelSource,
+    max_batch_tokens: int | None,
+    *,
+    auto_fit: bool,
+    generates: bool = True,
+    text_only: bool = False,
 ) -> LoadedModel:
     """`models.load_for_inference`, or `models.load_gguf`, once it is known to fit the memory (see `fit_inference`).
 
     Args:
+        max_batch_tokens: see there.
         generates: False where only labels are ranked.
         text_only: nothing but texts will be asked of it, so that its weights may be packed (`packed_weights`).
 
@@ -253,14 +285,22 @@ def if_known(plan: Callable[[], AnyPlan]) -> AnyPlan | None:
         return None
 
 
-def preflight(plan: Plan, flags: Flags, *, auto_fit: bool = False, free: int | None = None) -> dict[str, Any]:
+def free_for(plan: Plan) -> int | None:
+    """Memory that a plan can have; None if unknown."""
+    return free_machine_bytes() if isinstance(plan, Packed) else free_bytes()
+
+
+def preflight(
+    plan: Plan, flags: Flags, *, auto_fit: bool = False, free: int | None = None, note: str = ""
+) -> dict[str, Any]:
     """Say how much memory `plan` will take, and stop where it is too much, unless something milder may be taken.
 
     Args:
         flags: those of the command that the plan is of.
         auto_fit: take milder settings where they are needed. Environment variables among them are set here; flags are
             the caller's to change.
-        free: bytes; None: `free_bytes()`.
+        free: bytes; None: `free_for` it.
+        note: ends the line that says how much.
 
     Returns:
         What has to change, {flag: value}; empty where it fits.
@@ -268,13 +308,12 @@ def preflight(plan: Plan, flags: Flags, *, auto_fit: bool = False, free: int | N
     Raises:
         UserError: more than is free; the message names the smallest changes that would fit.
     """
-    available = free_machine_bytes if isinstance(plan, Packed) else free_bytes
-    prediction, free = predict(plan), available() if free is None else free
+    prediction, free = predict(plan), free_for(plan) if free is None else free
     if isinstance(plan, Training):  # whose parts the flags change
         log(prediction.table() + (f"\n{'free':28} {free / GB:6.2f} GB" if free is not None else ""))
     else:
         known = f"of {free / GB:.2f} GB free" if free is not None else "(what is free is not known)"
-        log(f"memory: {prediction.total / GB:.2f} GB predicted at the peak {known}")
+        log(f"memory: {prediction.total / GB:.2f} GB predicted at the peak {known}{note}")
     if free is None:
         return {}
     if plan.cuda and is_wsl():

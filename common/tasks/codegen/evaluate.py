@@ -74,13 +74,13 @@ class WriterSettings:
     Attributes:
         source: where the model comes from.
         prompt_style: one of `writer.PROMPT_STYLES`.
-        max_batch_tokens: tokens in one forward pass.
+        max_batch_tokens: tokens in one forward pass; None: as `load_within_memory` chooses.
         auto_fit: where memory is short, take settings that fit.
     """
 
     source: ModelSource
     prompt_style: str
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     auto_fit: bool = False
 
     def identity(self) -> list[Any]:

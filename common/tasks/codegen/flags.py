@@ -8,7 +8,7 @@ from common import cli
 from common.data import task_record
 from common.generation.decoding import Decoding
 from common.generation.flags import add_lookup_flag
-from common.models.flags import add_engine_flag, add_model_flags, add_thinking_flag, source_of, thinks
+from common.models.flags import CHOSEN_BATCH, add_engine_flag, add_model_flags, add_thinking_flag, source_of, thinks
 from common.tasks.codegen.writer import PROMPT_STYLES, CodeWriter
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # of several samples a task (Chen et al. 2021, arXiv:2107.03374)
@@ -32,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: completion for a plain base model, which was not trained on turns; chat for all others",
     )
-    add_model_flags(parser)
+    add_model_flags(parser, chosen_batch=CHOSEN_BATCH)
     add_engine_flag(parser)
 
 

@@ -63,11 +63,12 @@ class CodeWriter:
 
     @classmethod
     def load(
-        cls, source: ModelSource, max_batch_tokens: int, *, prompt_style: str = "auto", auto_fit: bool = False
+        cls, source: ModelSource, max_batch_tokens: int | None, *, prompt_style: str = "auto", auto_fit: bool = False
     ) -> CodeWriter:
         """The writer of a model, with as many tokens in a forward pass as the memory allows.
 
         Args:
+            max_batch_tokens: None: as `load_within_memory` chooses.
             prompt_style: one of `PROMPT_STYLES`; "auto" is completion for a plain base model, chat for all others.
             auto_fit: where memory is short, take settings that fit.
         """

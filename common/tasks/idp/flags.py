@@ -10,7 +10,7 @@ from common.cli import UserError
 from common.data import task_record
 from common.generation import json_schema
 from common.generation.flags import add_lookup_flag
-from common.models.flags import add_engine_flag, add_model_flags, add_thinking_flag, thinks
+from common.models.flags import CHOSEN_BATCH, add_engine_flag, add_model_flags, add_thinking_flag, thinks
 from common.tasks.idp.answer_form import TYPED_FIELDS
 from common.tasks.idp.extractor import ExtractionSettings
 from common.tasks.idp.prompt import INSTRUCTION
@@ -50,7 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utc_offset", type=_offset, default="Z", help="of a time that is written without one: Z or e.g. +08:00"
     )
-    add_model_flags(parser)
+    add_model_flags(parser, chosen_batch=CHOSEN_BATCH)
     add_engine_flag(parser)
 
 
