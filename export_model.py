@@ -27,7 +27,7 @@ from pathlib import Path
 
 from common import cli, run_record
 from common.data import task_record
-from common.export.gguf_quants import QUANTS
+from common.export.formats import FORMATS, QUANTS
 from common.files import write_json
 from common.models import loading as models
 from common.models.flags import parse_args
@@ -35,7 +35,6 @@ from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.loading import load_task, mismatch, trained_for
 from common.tasks.ranking.task import LabelTask
 
-FORMATS = ("merged", "onnx", "int8", "onnx_genai", "gguf", "gguf_lora")
 SCALES = ("block", "channel")
 MAX_METRIC_DROP = 0.01
 DEV_ROWS = {task_record.IDP: "data/idp_dev.jsonl", task_record.CODEGEN: "data/codegen_dev.jsonl"}

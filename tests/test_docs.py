@@ -188,7 +188,7 @@ def test_requests_reach_a_route(routes):
 
 
 def test_fields_of_jobs_are_settings_of_their_method():
-    from common.jobs.request import ALIASES, METHODS, SWITCHES
+    from common.jobs.request import ALIASES, LISTED, METHODS, SWITCHES
 
     sent = [json.loads(words[words.index("-d") + 1]) for _, words in requests() if any("/distill" in w for w in words)]
     assert len(sent) >= 4
@@ -196,7 +196,7 @@ def test_fields_of_jobs_are_settings_of_their_method():
         script = METHODS[payload.pop("method", "distill")].script
         parser = generate.parsers()[f"python {script}"]
         flags = {flag[2:] for action in parser._actions for flag in action.option_strings}
-        assert payload.keys() <= flags | SWITCHES.keys() | ALIASES.keys()
+        assert payload.keys() <= flags | SWITCHES.keys() | ALIASES.keys() | {LISTED}
 
 
 def test_the_environment_of_the_servers_is_told():

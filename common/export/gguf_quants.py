@@ -19,7 +19,6 @@ from common.models.gguf_architectures import WHOLE
 if TYPE_CHECKING:
     import gguf
 
-QUANTS = ("Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q4_K_M")
 WITHOUT_LLAMA_CPP = ("Q8_0", "F16", "BF16")  # written by the gguf package alone
 DEFAULT = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of a mixture's tensors
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not made of blocks of 256 weights
@@ -31,7 +30,7 @@ class Mixture:
     """The kinds of a model's tensors, asked for in the order of the layers.
 
     Attributes:
-        quant: one of `QUANTS`.
+        quant: one of `formats.QUANTS`.
         layers: of the model.
         tied: the head is the embedding.
         is_70b: what llama.cpp calls so (`is_70b`): there, 8 heads share the values.

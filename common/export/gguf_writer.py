@@ -95,7 +95,7 @@ def write(
     """Write the plain model in `merged` as one GGUF file.
 
     Args:
-        quant: one of `gguf_quants.QUANTS`.
+        quant: one of `formats.QUANTS`.
         stops: every token that ends an answer, EOS first.
         importance: of the columns of weights, by transformers' names (see `gguf_quants.quantize`).
         task: what the model was trained for, which the file then tells wherever it goes.

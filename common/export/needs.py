@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from common.cli import UserError
 from common.export import genai_writer, gguf_writer
 from common.export import merge as merging
+from common.export.formats import GGUF, GGUF_LORA
 from common.export.gguf_quants import WITHOUT_LLAMA_CPP
 from common.models import adapters
 from common.models.source import ModelSource
@@ -37,7 +38,7 @@ WRITERS = {
 }
 PROVERS = {"onnx": ("onnxruntime",), "int8": ("onnxruntime",), "onnx_genai": ("onnxruntime_genai",)}
 OPTIONAL = ("onnxruntime_genai",)  # packages of requirements/export.txt
-GGUFS = ("gguf", "gguf_lora")
+GGUFS = (GGUF, GGUF_LORA)
 
 
 def check(settings: ExportSettings, save_dir: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from common.jobs import within_reach
 from common.jobs.checks import Reach
-from common.jobs.request import METHODS, Planner, described
+from common.jobs.request import EXPORTS, METHODS, Planner, described
 
 DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".csv.gz", ".json.gz")
 OF_RUNS = {"config.json", "run.json", "task.json", "tokenizer.json", "tokenizer_config.json"}  # no data
@@ -14,7 +14,8 @@ MOST = 200
 
 
 def choices(reach: Reach, planner: Planner) -> dict[str, Any]:
-    """{"models": [path], "data": [{"path", "bytes"}], "defaults": {method: {setting: default}}}; blocking.
+    """{"models": [path], "data": [{"path", "bytes"}], "defaults": {method: {setting: default}},
+    "exports": [format]}; blocking.
 
     Paths are as a request may name them, the newest first, of each kind at most `MOST`.
     """
@@ -29,6 +30,7 @@ def choices(reach: Reach, planner: Planner) -> dict[str, Any]:
         "models": [within_reach.named(path) for path in sorted(models, key=within_reach.changed, reverse=True)[:MOST]],
         "data": [{"path": within_reach.named(path), "bytes": path.stat().st_size} for path in newest if path.is_file()],
         "defaults": {method: defaults(planner, method) for method in METHODS},
+        "exports": list(EXPORTS),
     }
 
 

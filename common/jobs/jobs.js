@@ -9,7 +9,7 @@ const FIELDS = [  // name, label, whether a text, methods that have it
   ["temperature", "Temperature", false, "distill"], ["forward_kl", "Weight of the KL divergence", false, "distill"],
   ["teacher_ce", "Weight of the teacher's argmax", false, "distill"], ["beta", "Beta", false, "dpo"]];
 const PICKED = {teacher: "models", student: "models", data: "data-files", eval_data: "data-files"}, LOG_LINES = 1000;
-let chosen = null, stream = null, pages = 1, choices = {models: [], data: [], defaults: {}, serve_url: null};
+let chosen = null, stream = null, pages = 1, choices = {models: [], data: [], defaults: {}, exports: [], serve_url: null};
 
 function isOver(job) { return ["succeeded", "failed", "cancelled"].includes(job.state); }
 
@@ -239,10 +239,15 @@ function showFields() {
   if (focused && FIELDS.some(([name]) => name === focused)) $(focused)?.focus();
 }
 
+function checked() { return [...$("formats").querySelectorAll(":checked")].map(box => box.value); }
+
 async function showChoices() {
   try { choices = (await ask("choices")).answer; } catch (error) { return; }  // the list of jobs says what is wrong
   $("models").replaceChildren(...choices.models.map(path => element("option", {value: path})));
   $("data-files").replaceChildren(...choices.data.map(file => element("option", {value: file.path, label: size(file.bytes)})));
+  const kept = checked();
+  $("formats").replaceChildren(...choices.exports.map(format => element("label", {},
+    Object.assign(element("input", {type: "checkbox", value: format}), {checked: kept.includes(format)}), format)));
   showFields();
 }
 
@@ -254,7 +259,7 @@ onSubmit($("new").querySelector("form"), async () => {
       const value = $(name)?.value.trim();
       if (value) body[name] = isText ? value : Number(value);
     }
-    for (const name of ["post_training_quant", "export_onnx"]) if ($(name).checked) body[name] = true;
+    if (checked().length) body.exports = checked();
     let further;
     try { further = JSON.parse($("settings").value.trim() || "{}"); } catch (error) {
       throw Object.assign(new Error("The further settings are not JSON: " + error.message), {param: "settings"});

@@ -20,6 +20,7 @@ from common import cli
 from common.cli import UserError
 from common.distillation import flags as distillation_flags
 from common.distillation.settings import OF_DATASET, DistillSettings
+from common.export.formats import FORMATS, GGUF, GGUF_LORA, QUANTS
 from common.jobs.checks import CACHES, NAME, Reach
 from common.jobs.files import TEXT
 from common.training import flags as training_flags
@@ -45,7 +46,12 @@ METHODS = {
     "dpo": Method("dpo_train.py", training_flags.add_dpo_flags, training_flags.dpo_settings, DpoSettings),
 }
 EXPORTER = "export_model.py"
-EXPORTS = {"post_training_quant": "int8", "export_onnx": "onnx"}  # field: format of the exporter
+EXPORTS = {  # what a request may list, which is also the folder among the artifacts: the exporter's flags
+    **{name: [f"--format={name}"] for name in FORMATS if name != GGUF},
+    **{f"{GGUF}-{quant}": [f"--format={GGUF}", f"--quant={quant}"] for quant in QUANTS},
+}
+LISTED = "exports"
+EXPORT_SWITCHES = {"post_training_quant": "int8", "export_onnx": "onnx"}  # names of the llm2slm payload
 NO_PROOF = "no_proof"
 SWITCHES = {
     "use_qat": "train all weights with int8 rounding simulated, as --quantization_aware int8 does",
@@ -150,17 +156,19 @@ class Planner:
             argv.append("--lora_r=0")  # a whole model, unless an adapter is asked for
         settings = self._parse(method, argv, names)
         script = str(self.scripts / METHODS[method].script)
-        formats = [format for field, format in EXPORTS.items() if switch(payload, field)]
+        exports = wanted_exports(payload)
+        if GGUF_LORA in exports and settings.full:
+            raise Problem(422, f"{LISTED}: {GGUF_LORA} is an adapter alone, and lora_r 0 trains all weights", LISTED)
         proof, unproven = save_dir.with_name("proof.jsonl"), switch(payload, NO_PROOF)
-        if unproven and not formats:
-            raise Problem(422, f"{NO_PROOF}: goes with {' or '.join(EXPORTS)}; set one, or leave it out", NO_PROOF)
-        proves = bool(formats) and not unproven
+        if unproven and not exports:
+            raise Problem(422, f"{NO_PROOF}: goes with {LISTED}; list some, or leave it out", NO_PROOF)
+        proves = bool(exports) and not unproven
         commands = [{"argv": proof_command(settings, proof), "output": None}] * proves  # what has none fails at once
         commands.append({"argv": [script, *argv], "output": ""})
-        for format in formats:
-            words = [f"--model_dir={save_dir}", f"--format={format}", f"--save_dir={save_dir / format}"]
+        for name in exports:
+            words = [f"--model_dir={save_dir}", *EXPORTS[name], f"--save_dir={save_dir / name}"]
             words.append(f"--proof_data={proof}" if proves else f"--{NO_PROOF}")
-            commands.append({"argv": [str(self.scripts / EXPORTER), *words], "output": format})
+            commands.append({"argv": [str(self.scripts / EXPORTER), *words], "output": name})
         return PlannedJob(method, settings, commands)
 
     def _settings(self, method: str, payload: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
@@ -168,7 +176,7 @@ class Planner:
         fields = self.fields(method)
         given: dict[str, tuple[str, Any]] = {}
         for field, value in payload.items():
-            if field in ("method", NO_PROOF) or field in EXPORTS or value is None:
+            if field in ("method", LISTED, NO_PROOF, *EXPORT_SWITCHES) or value is None:
                 continue
             if field == JOB_NAME:
                 check_name(value)
@@ -238,6 +246,12 @@ class Planner:
             "pattern": f"^{NAME.pattern}$",
             "description": "What the job is called",
         }
+        properties[LISTED] = {
+            "type": "array",
+            "items": {"type": "string", "enum": list(EXPORTS)},
+            "minItems": 1,
+            "description": "Formats to export the model in after the training, each into a folder of that name",
+        }
         for field, words in SWITCHES.items():
             properties[field] = {"type": "boolean", "default": False, "description": words}
         return {"type": "object", "properties": properties, "additionalProperties": False}
@@ -294,6 +308,15 @@ def proof_command(settings: TrainSettings, output: Path) -> list[str]:
 def shown(name: str) -> str:
     """A name from a request as it may stand in a message."""
     return name[:60].encode("ascii", "backslashreplace").decode()
+
+
+def wanted_exports(payload: Mapping[str, Any]) -> list[str]:
+    """Of `EXPORTS` those that a request asks for. Raises Problem 422."""
+    listed = payload.get(LISTED)
+    if listed is not None and not (isinstance(listed, list) and listed and all(name in [*EXPORTS] for name in listed)):
+        raise Problem(422, f"{LISTED}: must be a list of some of {', '.join(EXPORTS)}", LISTED)
+    switched = [name for field, name in EXPORT_SWITCHES.items() if switch(payload, field)]
+    return list(dict.fromkeys([*switched, *(listed or [])]))
 
 
 def switch(payload: Mapping[str, Any], field: str) -> bool:

@@ -109,6 +109,7 @@ class Choices(BaseModel):
     models: list[str] = Field(description="Folders and GGUF files, the newest first")
     data: list[DataFile]
     defaults: dict[str, dict[str, Any]] = Field(description="By method: what a setting is where it is left out")
+    exports: list[str] = Field(description="Formats that a model can be exported in after its training")
     serve_url: str | None = Field(description="Where the page of the inference server is, with which a model is tried")
 
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.cli import UserError
 from common.data import task_record
-from common.export import gguf_quants, parity
+from common.export import parity
+from common.export.formats import QUANTS
 from common.export.gguf_quants import Mixture, quantize
 from common.export.gguf_vocabulary import pre_tokenizer_name
 from common.export.importance import importance_of
@@ -133,7 +134,7 @@ def test_importance_is_the_mean_square_of_a_layers_inputs(tiny_base, tokenizer):
 # In llama.cpp.
 
 
-@pytest.mark.parametrize("quant", gguf_quants.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 def test_gguf_in_llama_cpp(quant, run, dev, tmp_path, monkeypatch):
     pytest.importorskip("xllamacpp")
     if quant == "F16":

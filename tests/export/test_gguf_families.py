@@ -19,7 +19,8 @@ from support.served import make_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.cli import UserError
-from common.export import gguf_lora, gguf_quants, gguf_writer
+from common.export import gguf_lora, gguf_writer
+from common.export.formats import QUANTS
 from common.models import gguf_import, tokenizers
 from common.models import loading as models
 from common.models.gguf_file import GgufFile
@@ -152,7 +153,7 @@ def test_the_same_model_again(family, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", [*KINDS, "llama 3"])
-@pytest.mark.parametrize("quant", gguf_quants.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 def test_its_bytes_are_known_beforehand(family, quant, tokenizer, tmp_path):
     base = build(family, tokenizer, tmp_path / "base", intermediate_size=512)
     gguf_writer.write(base, tmp_path / "model.gguf", quant, tokenizer, [tokenizer.eos_token_id])

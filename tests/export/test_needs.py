@@ -15,6 +15,7 @@ import export_model
 from common.cli import UserError
 from common.export import genai_writer, gguf_writer, needs, parity
 from common.export import merge as merging
+from common.export.formats import FORMATS
 from common.export.parity import ProofRows
 from common.export.pipeline import ExportSettings
 from common.models import adapters, llama_cpp
@@ -22,7 +23,6 @@ from common.vram import preflight as vram
 
 pytestmark = pytest.mark.exports
 ROWS = ProofRows("dev.jsonl", ["prompt"], ["output"])
-FORMATS = ("merged", "onnx", "int8", "onnx_genai", "gguf", "gguf_lora")
 
 
 @pytest.fixture

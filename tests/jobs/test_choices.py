@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.jobs import choices, within_reach
 from common.jobs.checks import Reach
-from common.jobs.request import Planner
+from common.jobs.request import EXPORTS, Planner
 
 SENT = "file-" + "0" * 16
 
@@ -26,6 +26,7 @@ def test_what_is_in_reach_is_suggested(tmp_path, monkeypatch):
     assert all(reach.local(path) for path in found["models"])
     assert found["defaults"]["dpo"]["beta"] == 0.1 and "beta" not in found["defaults"]["sft"]
     assert found["defaults"]["sft"]["learning_rate"] == 2e-4
+    assert found["exports"] == list(EXPORTS)
 
 
 def test_a_great_tree_is_not_walked_to_its_end(tmp_path, monkeypatch):

@@ -52,7 +52,8 @@ def test_nothing_comes_from_elsewhere(served):
 def test_a_job_from_the_form_to_its_files(page, served):
     write_data(served.data / "slower.jsonl", {"seconds": 0.1})  # so that the page is seen at work
     fill(page, served, "slower", 30)
-    page.get_by_label("Export an int8 model afterwards").check()
+    page.get_by_label("int8", exact=True).check()
+    page.get_by_label("gguf-Q4_K_M", exact=True).check()
     page.get_by_role("button", name="Submit").click()
     page.get_by_role("progressbar").first.wait_for()
     job_id = page.locator("#detail-title").inner_text().removeprefix("Job ")
@@ -61,7 +62,7 @@ def test_a_job_from_the_form_to_its_files(page, served):
     assert "training from step 0" in page.locator("#log").inner_text()
     page.get_by_role("heading", name="Files").wait_for()
     status = served.status(job_id)
-    assert status["state"] == "succeeded"
+    assert (status["state"], status["request"]["exports"]) == ("succeeded", ["int8", "gguf-Q4_K_M"])
     assert page.locator("#about .tag").inner_text() == "succeeded"
     drawn = page.locator("#panes svg")
     assert [pane.get_attribute("aria-label") for pane in drawn.all()] == [

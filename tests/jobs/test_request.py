@@ -14,11 +14,12 @@ from support.processes import LONGEST
 
 import export_model
 from common.cli import UserError
+from common.export.formats import FORMATS, QUANTS
 from common.jobs import checks as job_checks
 from common.jobs import proof_rows as job_proof
 from common.jobs.backend import Device
 from common.jobs.checks import DoesNotFit, Reach, Vocabularies, check_memory
-from common.jobs.request import METHODS, RANGES, Planner
+from common.jobs.request import EXPORTS, METHODS, RANGES, Planner
 from common.jobs.routes import EXAMPLE
 from common.training.settings import TrainSettings
 from common.web.app import Problem
@@ -164,10 +165,23 @@ def test_exports_without_a_proof(planner, data):
     for command in commands[1:]:
         assert command["argv"][-1] == "--no_proof" and not any("proof_data" in word for word in command["argv"])
         export_model.build_parser().parse_args(command["argv"][1:])
-    with pytest.raises(
-        Problem, match="no_proof: goes with post_training_quant or export_onnx; set one, or leave it out"
-    ):
+    with pytest.raises(Problem, match="no_proof: goes with exports; list some, or leave it out"):
         planner.plan(payload(data, no_proof=True), Path("run"))
+
+
+def test_all_that_the_exporter_writes_can_be_asked_for(planner, data):
+    """Each of its formats, and a GGUF in each of its quantisations; what two names ask for is made once."""
+    listed = list(EXPORTS)
+    body = payload(data, exports=[*listed, "int8"], post_training_quant=True, lora_r=4)
+    _, _, *commands = planner.plan(body, Path("job/artifacts")).commands
+    assert [command["output"] for command in commands] == ["int8", *(name for name in listed if name != "int8")]
+    made = [export_model.build_parser().parse_args(command["argv"][1:]) for command in commands]
+    assert {args.format for args in made} == set(FORMATS)
+    assert {args.quant for args in made if args.format == "gguf"} == set(QUANTS)
+    assert [args.save_dir for args in made] == [f"job/artifacts/{command['output']}" for command in commands]
+    schema = planner.schema()["properties"]["exports"]
+    assert schema["items"]["enum"] == listed and "gguf-Q4_K_M" in listed
+    assert "gguf_lora is an adapter alone" in refused(planner, payload(data, exports=["gguf_lora"]))[1]
 
 
 def test_a_distilled_student_is_a_whole_model_unless_an_adapter_is_asked_for(planner, data):
@@ -234,6 +248,10 @@ def test_the_command_is_one_that_the_script_takes(planner, data, method):
         ({"text_column": " "}, "text_column", "printable"),
         ({"text_column": "x" * 5000}, "text_column", "printable"),
         ({"subset": "../../etc"}, "subset", "must not be a path"),
+        ({"exports": "gguf-Q8_0"}, "exports", "must be a list of some of merged, onnx, int8"),
+        ({"exports": []}, "exports", "must be a list"),
+        ({"exports": ["gguf"]}, "exports", "must be a list"),
+        ({"exports": [{}]}, "exports", "must be a list"),
         ({"post_training_quant": "yes"}, "post_training_quant", "must be true or false"),
         ({"dataset": None}, "data", "give data or dataset"),
         ({"data": "rows.jsonl"}, "data", "give data or dataset, one of the two"),

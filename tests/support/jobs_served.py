@@ -108,6 +108,7 @@ def main(argv=None):
     parser = cli.parser("A stand-in.")
     for name in ("--model_dir", "--format", "--save_dir", "--proof_data"):
         parser.add_argument(name, required=True)
+    parser.add_argument("--quant")
     args = cli.parse_args(parser, argv)
     if not (Path(args.model_dir) / "model.safetensors").is_file():
         raise cli.UserError("no model")
