@@ -10,6 +10,7 @@ import onnx as onnx_format
 import pytest
 import torch
 from support.exported import LINES, export_run
+from support.families import WIDER
 from support.label_tasks import AWKWARD, TEXTS
 
 import export_model
@@ -28,16 +29,6 @@ from common.tasks.ranking.torch_ranker import naive_scores
 pytest.importorskip("onnxruntime_genai")
 pytestmark = pytest.mark.exports
 WINDOW = 8
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 512,
-}
 SLIDING = ["sliding_attention", "full_attention"]
 ROPE = {  # other frequencies than the builder takes where it is told of none
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
@@ -63,7 +54,14 @@ def build(architecture: str, folder: Path, tokenizer, **more):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    settings = SHAPE | tokens | FAMILIES[architecture] | more | {"vocab_size": -(-len(tokenizer) // 32) * 32}
+    settings = (
+        WIDER
+        | {"head_dim": 16}
+        | tokens
+        | FAMILIES[architecture]
+        | more
+        | {"vocab_size": -(-len(tokenizer) // 32) * 32}
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings), dtype=torch.float32)
     model.save_pretrained(folder)

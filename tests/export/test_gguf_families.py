@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.exported import export_run
+from support.families import WIDER
 from support.inputs import CORPUS
 from support.sentencepiece import PLAIN, gemma_tokenizer
 from support.served import make_run
@@ -31,15 +32,7 @@ from common.models.torch_runtime import TorchRuntime
 pytestmark = pytest.mark.exports
 pytest.importorskip("xllamacpp")
 
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
+SHAPE = WIDER | {"max_position_embeddings": 256, "tie_word_embeddings": False}
 WINDOW = 8
 GEMMA = {
     "num_hidden_layers": 7,

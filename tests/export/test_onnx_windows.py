@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.families import SHAPE
 from support.label_tasks import AWKWARD, TEXTS
 
 from common.export import onnx_writer
@@ -21,13 +22,6 @@ pytestmark = pytest.mark.exports
 WINDOW = 6
 LONG = [3 + number * 7 % 40 for number in range(3 * WINDOW)]
 SHORT = LONG[: WINDOW - 2]
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {  # layers, and what makes them what they are; an export takes seconds a layer
     "gemma3_text": (2, GEMMA | {"sliding_window": WINDOW}),
@@ -43,7 +37,8 @@ def build(architecture: str, vocabulary: int, **more):
 
     layers, settings = FAMILIES[architecture]
     tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    config = AutoConfig.for_model(architecture, num_hidden_layers=layers, **SHAPE | tokens | settings | more)
+    shape = SHAPE | {"num_hidden_layers": layers}
+    config = AutoConfig.for_model(architecture, **shape | tokens | settings | more)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 

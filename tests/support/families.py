@@ -13,6 +13,7 @@ SHAPE = {
     "max_position_embeddings": 1024,
     "initializer_range": 0.2,
 }
+WIDER = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}  # of files for a runtime
 HYBRID = {"num_hidden_layers": 4}
 GEMMA = HYBRID | {
     "head_dim": 8,

@@ -14,18 +14,10 @@ import gguf
 import numpy as np
 import torch
 
-SHAPE = {
-    "vocab_size": 288,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+from support.families import WIDER
+
+TOKENS = {"vocab_size": 288, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SHAPE = WIDER | TOKENS | {"intermediate_size": 128}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # architecture of the file: (model_type, more of its config)
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
