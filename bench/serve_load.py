@@ -2,6 +2,9 @@
 
     python bench/serve_load.py --runs_dir runs --data data/creditmix_val.jsonl --seconds 60
     python bench/serve_load.py --data rows.jsonl --adapters creditmix_sft creditmix_kd --clients 16 --seconds 10
+    python bench/serve_load.py --data rows.jsonl --base models/smollm2-135m --seconds 600
+
+With --base the adapters are four of random weights on that model, which need no training.
 
 Starts serve_creditmix.py itself, twice: first to weigh what further adapters add to its resident memory, then for the
 load, where every answer is compared with the script's for the same row and adapter. Contestants take turns on the same
@@ -14,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +42,7 @@ WARM_ROWS = 64  # requests to each adapter before memory is weighed
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="bench/serve_load.py")
     parser.add_argument("--runs_dir", default="runs", help="folder of the runs")
+    parser.add_argument("--base", help="a model; four adapters of random weights on it take the place of --runs_dir")
     parser.add_argument("--adapters", nargs="+", help="runs to ask; default: the first four adapters there")
     parser.add_argument("--data", required=True, help='JSONL rows with their features under "features" or "question"')
     parser.add_argument("--rows", type=cli.positive_int, default=512, help="rows of it that are asked about")
@@ -48,6 +54,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse_args(build_parser(), argv)
+    with contextlib.ExitStack() as until_done:
+        if args.base:
+            args.runs_dir = until_done.enter_context(tempfile.TemporaryDirectory())
+            make_adapters(args.base, Path(args.runs_dir))
+        return measure(args)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Prints the table and the JSON line. Returns the exit code."""
     names = args.adapters or adapters_in(args.runs_dir)
     texts = read_texts(args.data)[: args.rows]
     memory = weigh_adapters(args, names, texts)
@@ -91,6 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
               "ratios": ratios, "counts": counts, "memory": memory, "second_start": second_start}  # fmt: skip
     print(json.dumps(result))
     return cli.FAILED if load.wrong or load.failed else cli.DONE
+
+
+def make_adapters(base: str, runs_dir: Path) -> None:
+    """Four adapters of a rank that people train, far enough from one another for a mix-up to show."""
+    from support.served import make_run
+
+    for number in range(4):
+        make_run(runs_dir / f"adapter_{number}", base, seed=number, r=16, spread=0.02)
 
 
 def adapters_in(runs_dir: str) -> list[str]:

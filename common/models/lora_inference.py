@@ -3,11 +3,17 @@
 PEFT's own layers make BAx, s BAx and their sum each as a tensor as wide as the layer's output, and pass four modules on
 the way. For inference one matrix product with an accumulator does (`addmm_`): less time, and at the widest place of a
 decoder layer, its MLP, two of four tensors less memory. Whatever else PEFT's layers can do, they still do.
+
+Rows of several adapters can share a pass: Wx is one product for all of them, and each adapter adds its own to its rows
+(as in Punica, Chen et al. 2023, arXiv:2310.18547, and S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 """
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +22,10 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+
+Segment = tuple[str | None, int]  # an adapter's name within PEFT, or None for the base alone; how many rows it has
+
+_segments: ContextVar[Sequence[Segment] | None] = ContextVar("segments", default=None)
 
 
 def install(model: PeftModel) -> None:
@@ -27,19 +37,68 @@ def install(model: PeftModel) -> None:
             module.forward = types.MethodType(forward, module)
 
 
+@contextlib.contextmanager
+def segments(parts: Sequence[Segment]) -> Iterator[None]:
+    """While it lasts, the rows of a pass have these adapters, one segment of them after another, whatever is active.
+
+    A pass without gradients; each adapter `can_share` it.
+    """
+    token = _segments.set(parts)
+    try:
+        yield
+    finally:
+        _segments.reset(token)
+
+
+def can_share(model: PeftModel, name: str) -> bool:
+    """Whether rows of an adapter can be a segment: all that it changes are layers that take the short way."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _adapts(module, name)]
+    short = all(getattr(layer.forward, "__func__", None) is forward and _is_plain(layer, name) for layer in layers)
+    return bool(layers) and short
+
+
+def _adapts(layer: LoraLayer, name: str) -> bool:
+    return name in layer.lora_A or name in layer.lora_embedding_A
+
+
+def _is_plain(layer: LoraLayer, name: str) -> bool:
+    """Whether an adapter is matrices alone, and at hand: an offloaded one is fetched when its module is called."""
+    rest = layer.lora_bias.get(name) or name in layer.lora_variant
+    return not (rest or layer.merged or hasattr(layer.lora_A[name], "_hf_hook"))
+
+
 def forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Of a linear layer with its active adapters (Hu et al. 2021, arXiv:2106.09685, equation 3)."""
+    """Of a linear layer with its active adapters (Hu et al. 2021, arXiv:2106.09685, equation 3), or in `segments`."""
+    if (parts := _segments.get()) is not None:
+        return _forward_in_segments(layer, x, parts)
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    plain = not (args or kwargs or layer.merged or layer.disable_adapters)
-    plain = plain and not any(layer.lora_bias.get(name) or name in layer.lora_variant for name in active)
-    offloaded = any(hasattr(layer.lora_A[name], "_hf_hook") for name in active)  # then calling the module fetches it
-    if torch.is_grad_enabled() or layer.training or offloaded or not plain:
+    plain = not (args or kwargs or layer.disable_adapters) and all(_is_plain(layer, name) for name in active)
+    if torch.is_grad_enabled() or layer.training or layer.merged or not plain:
         return type(layer).forward(layer, x, *args, **kwargs)
     result = layer.base_layer(x)
-    rows = result.view(-1, result.shape[-1])
     for name in active:
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        low = functional.linear(x.to(down.dtype), down)
-        low = low.view(-1, low.shape[-1]).to(rows.dtype)
-        rows.addmm_(low, up.to(rows.dtype).t(), alpha=layer.scaling[name])
+        _add(layer, name, x, result)
     return result
+
+
+def _forward_in_segments(layer: LoraLayer, x: torch.Tensor, parts: Sequence[Segment]) -> torch.Tensor:
+    if len(x) != sum(rows for _, rows in parts):
+        raise ValueError(f"a layer has {len(x)} rows, in segments of {[rows for _, rows in parts]}")
+    result = layer.base_layer(x)
+    start = 0
+    for name, rows in parts:
+        if name in layer.lora_A:
+            _add(layer, name, x[start : start + rows], result[start : start + rows])
+        start += rows
+    return result
+
+
+def _add(layer: LoraLayer, name: str, x: torch.Tensor, result: torch.Tensor) -> None:
+    """Add an adapter's product with `x` to `result`, in place."""
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    rows = result.view(-1, result.shape[-1])
+    low = functional.linear(x.to(down.dtype), down)
+    low = low.view(-1, low.shape[-1]).to(rows.dtype)
+    rows.addmm_(low, up.to(rows.dtype).t(), alpha=layer.scaling[name])

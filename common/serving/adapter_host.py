@@ -7,9 +7,8 @@ gives wrong answers without an error. So each base model belongs to one process 
 to itself that way, and so does the model; memory is given back when a process ends, and one that is killed takes
 nobody along.
 
-A batch has one adapter. PEFT can mix them in one pass, but on two cores with the miniature and four adapters that was
-faster only with few rows of each (4 rows: 28 ms against 30 for a pass per adapter; 16 rows, as with 64 clients: 94
-against 78; 32 rows: 190 against 139).
+A batch of texts has one adapter. Rows of labels of several LoRA adapters, and of the base, share forward passes
+(`lora_inference.segments`); an adapter of another kind has passes of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from common.cli import UserError, log, prepare_process
 from common.files import sha256_file
 from common.models import adapters, gguf_import, onnx_runtime, tokenizers, unproven
 from common.models import loading as models
+from common.models.batching import CPU_BATCH_TOKENS
 from common.models.onnx_runtime import is_onnx
 from common.models.source import LLAMA_CPP, ModelSource
 from common.serving import shared_adapters
@@ -58,7 +59,7 @@ from common.serving.messages import (
     Withdraw,
 )
 from common.serving.run_registry import Version, signature_of
-from common.serving.view import TextWork, View
+from common.serving.view import RankingWork, TextWork, View, rank_together
 from common.vram import preflight as vram
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Host:
 
     def __init__(self, base: str, settings: HostSettings, adapters: int, channel: Channel) -> None:
         self.base, self.settings, self.adapters, self.channel = base, settings, adapters, channel
-        self.queue = BatchQueue(settings.max_batch_tokens, settings.max_wait)
+        self.queue = BatchQueue(settings.max_batch_tokens, settings.max_wait, self._kin)
         self.model: Any = None
         self.batch: list[QueuedRequest] = []  # what is being worked on
         self._taken: list[list[QueuedRequest]] = []  # batches that were begun, one within the other
@@ -95,6 +96,7 @@ class Host:
         self._layers: list[Any] = []  # those that adapters are in
         self._last_beat = 0.0
         self._attached = 0
+        self._mixes = True  # several adapters may share a pass
 
     def serve(self) -> None:
         """Load the base, then work until the server closes the channel or goes away."""
@@ -165,7 +167,7 @@ class Host:
             names = {"MAX_BATCH_TOKENS": "max_batch_tokens", "LOAD_IN_4BIT": "load_in_4bit"}
             fitting = {names[name]: value for name, value in changed.items() if name in names}
             self.settings = replace(self.settings, **fitting)
-            self.queue.max_batch_tokens = self.settings.max_batch_tokens
+            self.queue.max_batch_tokens = self.queue.pass_tokens = self.settings.max_batch_tokens
 
     def load(self) -> None:
         """Load the base. Raises UserError."""
@@ -186,6 +188,8 @@ class Host:
         self.model = models.load_base(ModelSource(self.base, load_in_4bit=self.settings.load_in_4bit)).eval()
         self._base_hash = adapters.fingerprint(self.model)
         models.align_model(self.model, self._tokenizer(self.base))
+        if self.model.device.type == "cpu":
+            self.queue.pass_tokens = min(self.queue.max_batch_tokens, CPU_BATCH_TOKENS)
         # Runs before every forward pass, also those within `generate`, whoever calls it.
         self.model.register_forward_pre_hook(lambda module, inputs: self.between_steps())
 
@@ -197,31 +201,32 @@ class Host:
     def _answer(self, batch: list[QueuedRequest], *, joins: bool = True) -> None:
         """Do a batch and send its answers, those of texts as they end; what is answered leaves `batch`.
 
-        Where it fails the rest is done one by one, so that a bad request harms itself alone.
+        Where it fails the rest is done one by one, so that a bad request harms itself alone; of several adapters,
+        each's by themselves first.
 
         Args:
             joins: requests that come meanwhile may enter a batch of texts.
         """
         outer, self.batch = self.batch, batch
         self._taken.append(batch)
-        version, work = batch[0].key
+        parts = _by_key(batch)
+        batch[:] = itertools.chain(*parts)
         try:
-            view = self._view(version)
-            self._activate(view.adapter)
-            warm = view.warm
-            if isinstance(work, TextWork):
+            view = self._view(batch[0].key[0])
+            if isinstance(work := batch[0].key[1], TextWork):
+                self._activate(view.adapter)
                 work.write(view, _TextRequests(self, batch, joins))
                 return
-            answers = work.run(view, [request.payload for request in batch])
-            if view.warm != warm:
-                self._send_state()
+            answers = self._answers_to(parts)
         except Exception as error:
-            if len(batch) > 1 and not isinstance(error, Unusable | Abandoned):
+            if len(parts) > 1 or (len(batch) > 1 and not isinstance(error, Unusable | Abandoned)):
                 self.batch = outer
-                for request in [*batch]:
-                    self._answer([request], joins=False)
+                if len(parts) > 1 and not (isinstance(error, UserError) or _is_out_of_memory(error)):
+                    self._stop_mixing()
+                for part in parts if len(parts) > 1 else [[request] for request in batch]:
+                    self._answer(part, joins=False)
                 return
-            if type(error).__name__ == "OutOfMemoryError":  # torch's, of a card; a batch was tried row by row
+            if _is_out_of_memory(error):  # a batch was tried row by row
                 error = UserError(
                     "the device ran out of memory; send less text in one request, or lower MAX_BATCH_TOKENS"
                 )
@@ -231,6 +236,39 @@ class Host:
             self.batch = outer
             self._taken.pop()
         self.channel.send(Answers([request.number for request in batch], answers))
+
+    def _answers_to(self, parts: list[list[QueuedRequest]]) -> list[Any]:
+        """An answer per request, in their order; several parts, which are `_kin`, are ranked together."""
+        asked = [(self._view(part[0].key[0]), part[0].key[1], [request.payload for request in part]) for part in parts]
+        warm = [view.warm for view, _, _ in asked]
+        if len(asked) == 1:
+            ((view, work, payloads),) = asked
+            self._activate(view.adapter)
+            answers = work.run(view, payloads)
+        else:
+            rankings = []
+            for view, work, payloads in asked:
+                self._activate(view.adapter)  # its prior may have to be asked for
+                rankings.append((view, work.ranking(view, payloads)))
+            self._activate(None)
+            answers = rank_together(rankings)
+        if warm != [view.warm for view, _, _ in asked]:
+            self._send_state()
+        return answers
+
+    def _kin(self, key: tuple[Version, Any]) -> Hashable:
+        """What the keys of requests have in common that may share a batch: the same rows of labels are asked for of
+        adapters that can share a pass. Other keys are kin to themselves alone."""
+        version, work = key
+        view = self.views.get(version)
+        if self._mixes and view and isinstance(work, RankingWork) and view.shares_passes:
+            return work, view.tokenizer
+        return key
+
+    def _stop_mixing(self) -> None:
+        """A pass over several adapters has failed for no fault of a request: each has its own from now on."""
+        log(f"rows of several adapters on {self.base} have passes of their own from now on:\n{traceback.format_exc()}")
+        self._mixes = False
 
     def between_steps(self) -> None:
         """Within a longer piece of work: let short ones go first, and show that the process is alive.
@@ -260,7 +298,7 @@ class Host:
                 self.views[version] = View(self, version, *self._attach(version))
                 self.report_loaded("adapter", version.name, time.perf_counter() - started)
             except Exception as error:  # whatever a library makes of files that are not what they should be
-                if type(error).__name__ == "OutOfMemoryError":
+                if _is_out_of_memory(error):
                     raise
                 reason = str(error)
                 if not isinstance(error, UserError):
@@ -383,6 +421,17 @@ class _TextRequests:
             self.host.channel.send(Taken([request.number for request in joining]))
             self.batch += joining
         return joining
+
+
+def _by_key(batch: list[QueuedRequest]) -> list[list[QueuedRequest]]:
+    parts: dict[Hashable, list[QueuedRequest]] = {}
+    for request in batch:
+        parts.setdefault(request.key, []).append(request)
+    return [*parts.values()]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, of a card; an export's runtime needs no torch
 
 
 def _tokenizer_key(folder: str) -> str:

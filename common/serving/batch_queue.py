@@ -37,15 +37,25 @@ class QueuedRequest:
 class BatchQueue:
     """First come, first served by the oldest request; everything with its key comes along, up to a token budget.
 
+    Where those with its key are less than half a forward pass, and others wait that may share their batch, it is one
+    pass of those that came first, whatever their key.
+
     For one thread alone: the worker fills it between two batches and, while it writes a text, between two tokens.
 
     Args:
         max_batch_tokens: of a batch; one request always goes.
         max_wait: seconds that a batch short of its budget waits for company.
+        kin: requests may share a batch whose keys it makes the same; by default those with equal keys.
+
+    Attributes:
+        pass_tokens: of a batch of several keys.
     """
 
-    def __init__(self, max_batch_tokens: int, max_wait: float = 0.0) -> None:
-        self.max_batch_tokens, self.max_wait = max_batch_tokens, max_wait
+    def __init__(
+        self, max_batch_tokens: int, max_wait: float = 0.0, kin: Callable[[Hashable], Hashable] = lambda key: key
+    ) -> None:
+        self.max_batch_tokens, self.max_wait, self._kin = max_batch_tokens, max_wait, kin
+        self.pass_tokens = max_batch_tokens
         self._lanes: dict[Hashable, deque[QueuedRequest]] = {}
 
     def __len__(self) -> int:
@@ -69,7 +79,10 @@ class BatchQueue:
         lane = self._oldest()
         if lane is None:
             return None
-        if not self.max_wait or sum(request.tokens for request in lane) >= self.max_batch_tokens:
+        if not self.max_wait:
+            return 0.0
+        lanes = self._kindred(lane)
+        if sum(request.tokens for lane in lanes for request in lane) >= self._most(lanes):
             return 0.0
         return max(0.0, lane[0].arrived + self.max_wait - time.monotonic())
 
@@ -78,12 +91,16 @@ class BatchQueue:
         lane = self._oldest((lambda request: request.urgent) if urgent else lambda request: True)
         if lane is None:
             return []
-        batch = [lane.popleft()]
-        tokens = batch[0].tokens
-        while lane and tokens + lane[0].tokens <= self.max_batch_tokens:
-            tokens += lane[0].tokens
+        lanes = self._kindred(lane)
+        batch, room = [], self._most(lanes)
+        while lanes:
+            lane = min(lanes, key=lambda lane: lane[0].arrived)
+            if batch and lane[0].tokens > room:
+                break
+            room -= lane[0].tokens
             batch.append(lane.popleft())
-        self._tidy(batch[0].key)
+            self._tidy(batch[-1].key)
+            lanes = [lane for lane in lanes if lane]
         return batch
 
     def join(self, key: Hashable, room: int) -> list[QueuedRequest]:
@@ -100,6 +117,18 @@ class BatchQueue:
             joining.append(lane.popleft())
             self._tidy(key)
         return joining
+
+    def _kindred(self, lane: deque[QueuedRequest]) -> list[deque[QueuedRequest]]:
+        """The lanes that are to share a batch with this one, itself included; a pass that is half full by itself gains
+        nothing by company."""
+        if 2 * sum(request.tokens for request in lane) >= self.pass_tokens:
+            return [lane]
+        kin = self._kin(lane[0].key)
+        return [other for key, other in self._lanes.items() if other is lane or self._kin(key) == kin]
+
+    def _most(self, lanes: list[deque[QueuedRequest]]) -> int:
+        """Tokens of a batch of these lanes."""
+        return self.max_batch_tokens if len(lanes) == 1 else self.pass_tokens
 
     def _oldest(self, fits: Callable[[QueuedRequest], bool] = lambda request: True) -> deque[QueuedRequest] | None:
         lanes = [lane for lane in self._lanes.values() if fits(lane[0])]

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.tasks.ranking.classifier import Classifier
+    from common.tasks.ranking.ranker import Ranker
 
 MAX_ASKED = 256  # questions of requests that a view keeps ready
 MAX_PREFIX_TOKENS = 4 * KEPT_TOKENS  # of the beginnings of their prompts whose keys and values are kept
@@ -59,6 +60,45 @@ class Requests(Protocol):
 
     def answer(self, number: int, answer: Any) -> None:
         """Send the answer to one, which can be a UserError that is the fault of its payload alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Prompts that a work has ranked.
+
+    Attributes:
+        ranker: of the view.
+        prompts: as token ids.
+        answers: makes of their raw scores [prompts, labels] an answer per payload.
+    """
+
+    ranker: Ranker
+    prompts: list[list[int]]
+    answers: Callable[[np.ndarray], list[Any]]
+
+    def run(self) -> list[Any]:
+        """One answer per payload; the view's adapter is active."""
+        return self.answers(self.ranker.scores_of(self.prompts))
+
+
+def rank_together(rankings: Sequence[tuple[View, Ranking]]) -> list[Any]:
+    """The answers to what several views of a base are asked for, one view's after another's, from common passes."""
+    from common.tasks.ranking.torch_ranker import Share, scores_together
+
+    scores = scores_together([Share(view.adapter, ranking.ranker, ranking.prompts) for view, ranking in rankings])
+    return [answer for (_, ranking), raw in zip(rankings, scores, strict=True) for answer in ranking.answers(raw)]
+
+
+@runtime_checkable
+class RankingWork(Protocol):
+    """A `Work` that ranks rows: equal works of several adapters may share a batch, too."""
+
+    name: str
+    urgent: bool
+
+    def ranking(self, view: View, payloads: Sequence[Any]) -> Ranking:
+        """What `run` ranks for the payloads. The view's adapter is active."""
         ...
 
 
@@ -205,6 +245,16 @@ class View:
             if room < 0 and key != asked.classifier.task.text:
                 prefixes.clear()  # read again when it is needed; the prior stays
         return self._asked[key]
+
+    @cached_property
+    def shares_passes(self) -> bool:
+        """Whether its rows can share forward passes with those of others on the base, as `scores_together` has them."""
+        from common.models import lora_inference
+        from common.tasks.ranking.torch_ranker import is_stateful
+
+        if self.adapter is None:  # others may come
+            return True
+        return lora_inference.can_share(self.host.model, self.adapter) and not is_stateful(self.host.model)
 
     @property
     def warm(self) -> bool:

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,10 +22,11 @@ from common.models.source import CannotDo, LoadedModel
 from common.serving import label_tasks
 from common.serving.messages import Unusable
 from common.serving.run_registry import file_signature
-from common.serving.view import Requests, View
+from common.serving.view import Ranking, Requests, View
 from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers.generation.streamers import BaseStreamer
 
     from common.generation.generate import TextBatch
@@ -57,11 +58,17 @@ class Classify:
     urgent: ClassVar[bool] = True
 
     def run(self, view: View, payloads: Sequence[list[str | list[int]]]) -> list[list[dict[str, Any]]]:
+        return self.ranking(view, payloads).run()
+
+    def ranking(self, view: View, payloads: Sequence[list[str | list[int]]]) -> Ranking:
+        """See `view.RankingWork`."""
         classifier, calibration = _ready(view, self.task)
-        prompts = [tokenizers.encode_prompt(view.tokenizer, row) if isinstance(row, str) else row
-                   for rows in payloads for row in rows]  # fmt: skip
-        answers = iter(classifier.answers_to(prompts, calibration))
-        return [[next(answers) for _ in rows] for rows in payloads]
+
+        def answers(raw: np.ndarray) -> list[list[dict[str, Any]]]:
+            each = iter(classifier.answers_of(raw, calibration))
+            return [[next(each) for _ in rows] for rows in payloads]
+
+        return Ranking(classifier.ranker, _encoded(view, itertools.chain(*payloads)), answers)
 
 
 @dataclass(frozen=True)
@@ -101,27 +108,33 @@ class Decide:
     urgent: ClassVar[bool] = True
 
     def run(self, view: View, payloads: Sequence[str | list[int]]) -> list[Decided]:
-        prompts = [tokenizers.encode_prompt(view.tokenizer, prompt) if isinstance(prompt, str) else prompt
-                   for prompt in payloads]  # fmt: skip
+        return self.ranking(view, payloads).run()
+
+    def ranking(self, view: View, payloads: Sequence[str | list[int]]) -> Ranking:
+        """See `view.RankingWork`."""
+        prompts = _encoded(view, payloads)
         if self.calibration == "own":
-            classifier, calibration = _ready(view, self.task)
-            raw = classifier.ranker.scores_of(prompts)
+            classifier, own = _ready(view, self.task)
         else:
             asked = view.asked(label_tasks.read(self.task))
-            raw = asked.classifier.ranker.scores_of(prompts)
-            calibration = asked.calibration(self.calibration, raw)
-        result = calibration.apply(raw)
-        return [
-            Decided(
-                [round(float(probability), DIGITS) for probability in result.probabilities[row]],
-                int(result.predictions[row]),
-                not result.answered[row],
-                calibration.method,
-                float(result.top2_margin[row]),
-                len(prompt),
-            )
-            for row, prompt in enumerate(prompts)
-        ]
+            classifier, own = asked.classifier, None
+
+        def answers(raw: np.ndarray) -> list[Decided]:
+            calibration = own or asked.calibration(self.calibration, raw)
+            result = calibration.apply(raw)
+            return [
+                Decided(
+                    [round(float(probability), DIGITS) for probability in result.probabilities[row]],
+                    int(result.predictions[row]),
+                    not result.answered[row],
+                    calibration.method,
+                    float(result.top2_margin[row]),
+                    len(prompt),
+                )
+                for row, prompt in enumerate(prompts)
+            ]
+
+        return Ranking(classifier.ranker, prompts, answers)
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,12 @@ class WarmUp:
         if self.prior:
             _ready(view, self.task)
         return [None for _ in payloads]
+
+
+def _encoded(view: View, prompts: Iterable[str | list[int]]) -> list[list[int]]:
+    """Prompts as token ids, those included that are so already."""
+    return [tokenizers.encode_prompt(view.tokenizer, prompt) if isinstance(prompt, str) else prompt
+            for prompt in prompts]  # fmt: skip
 
 
 def _ready(view: View, text: str | None) -> tuple[Classifier, Any]:

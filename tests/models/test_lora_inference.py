@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import pytest
@@ -62,6 +63,54 @@ def test_rows_with_adapters_of_their_own_are_left_to_peft(base, tokenizer):
         torch.testing.assert_close(model(input_ids=ids, adapter_names=names).logits, wanted)
 
 
+@pytest.mark.parametrize("four_bit", ["off", "on"])
+def test_rows_in_segments_have_the_logits_of_their_adapters(four_bit, base, tokenizer):
+    model = adapted(base, load_in_4bit=four_bit)
+    texts = [tokenizer.encode(text)[:12] for text in CORPUS[:6]]
+    parts = [("other", 2), (None, 1), ("default", 2), ("other", 1)]
+    lean_lora.install(model)
+    with torch.inference_mode():
+        wanted = []
+        for name in ("other", "other", None, "default", "default", "other"):
+            ids = torch.tensor(texts[len(wanted)])[None]
+            model.set_adapter(name or "default")
+            with contextlib.nullcontext() if name else model.disable_adapter():
+                wanted.append(model(input_ids=ids).logits[0].float())
+        model.set_adapter("default")
+        with lean_lora.segments(parts):
+            logits = model(input_ids=torch.tensor(texts)).logits.float()
+        close = {"atol": 1e-4, "rtol": 1e-5} if four_bit == "off" else {"atol": 0.1, "rtol": 0.1}
+        torch.testing.assert_close(logits, torch.stack(wanted), **close)
+        after = model(input_ids=torch.tensor(texts[3:4])).logits.float()  # the active one is so again
+        torch.testing.assert_close(after[0], wanted[3], **close)
+
+
+def test_segments_that_are_not_the_rows_are_an_error(base, tokenizer):
+    model = adapted(base)
+    lean_lora.install(model)
+    with torch.inference_mode(), lean_lora.segments([("default", 2)]), pytest.raises(ValueError, match="has 1 rows"):
+        logits(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({}, True),
+        ({"use_rslora": True, "rank_pattern": {"q_proj": 2}}, True),
+        ({"use_dora": True}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    ],
+    ids=["plain", "scaled", "dora", "embedding"],
+)
+def test_which_adapters_can_share_a_pass(base, tmp_path, settings, shares):
+    from support.served import make_adapter
+
+    folder = str(make_adapter(tmp_path / "adapter", base, **settings))
+    model = adapters.load_adapter(models.load_base(ModelSource(base)), folder, name="a1")
+    assert lean_lora.can_share(model, "a1") is shares
+    assert not lean_lora.can_share(model, "a2")
+
+
 def test_offloaded_adapters_are_fetched(base, tokenizer):
     from accelerate import cpu_offload
 
@@ -71,6 +120,7 @@ def test_offloaded_adapters_are_fetched(base, tokenizer):
         lean_lora.install(model)
         cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
         torch.testing.assert_close(logits(model, tokenizer), wanted)
+        assert not lean_lora.can_share(model, "default")
 
 
 def test_gradients_go_the_usual_way(base, tokenizer):

@@ -35,6 +35,51 @@ def test_a_batch_keeps_to_its_tokens():
     assert queue.take() == large  # one always goes
 
 
+def like(key: str) -> str:
+    """Keys of one letter, in upper and lower case, are kin."""
+    return key.lower()
+
+
+def test_requests_of_kin_keys_make_one_pass_in_the_order_they_came_in():
+    queue = BatchQueue(1000, kin=like)
+    queue.pass_tokens = 50
+    a1, b1, other, a2, *rest, last = put(queue, *"abAaAAA")
+    assert queue.take() == [a1, other, a2, *rest]
+    assert [queue.take(), queue.take()] == [[b1], [last]]
+
+
+def test_requests_of_one_key_that_are_half_a_pass_need_no_company():
+    queue = BatchQueue(100, kin=like)
+    queue.pass_tokens = 50
+    put(queue, "A")
+    requests = put(queue, "a", "a", "a", arrived=time.monotonic() - 1)
+    assert queue.take() == requests
+    assert len(queue.take()) == 1
+
+
+def test_requests_of_one_key_make_a_batch_as_large_as_ever():
+    queue = BatchQueue(60, kin=like)
+    queue.pass_tokens = 90
+    requests = put(queue, *"aaaaaaa")
+    assert [queue.take(), queue.take()] == [requests[:6], requests[6:]]
+
+
+def test_urgent_requests_take_their_kin_along():
+    queue = BatchQueue(1000, kin=like)
+    (slow,) = put(queue, "s", urgent=False)
+    quick = put(queue, "a", "A")
+    assert [queue.take(urgent=True), queue.take(urgent=True), queue.take()] == [quick, [], [slow]]
+
+
+def test_a_batch_of_kin_keys_waits_for_company_until_it_is_a_pass():
+    queue = BatchQueue(1000, max_wait=30, kin=like)
+    queue.pass_tokens = 50
+    put(queue, *"abAA")
+    assert queue.due() == pytest.approx(30, abs=5)
+    put(queue, *"aA")
+    assert queue.due() == 0
+
+
 def test_a_withdrawn_job_is_not_handed_out():
     queue = BatchQueue(1000)
     first, second, other = put(queue, "a", "a", "b")

@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from support.served import NAMES, ROWS, make_run, same, serve
+from support.served import NAMES, ROWS, make_adapter, make_run, same, serve
 
-from common.models import adapters, loading, tokenizers
+from common.models import adapters
 from common.models.source import ModelSource
 from common.serving import shared_adapters
 from common.tasks.ranking import creditmix
@@ -99,24 +98,6 @@ def test_refused_adapters_leave_the_others_bit_equal(own):
             assert served.ask("POST", f"/infer/{name}", ROW)[0] == 409, name
             assert scores() == before, name
         assert served.refused(409, "/infer/torn", ROW) == first_refused
-
-
-def make_adapter(folder: Path, base: str, **settings: object) -> Path:
-    """An adapter of random weights with settings of PEFT's."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(5)
-    model = loading.load_base(ModelSource(base, dtype="float32"))
-    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], **settings)
-    adapted = get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape) * 0.3
-        elif "lora_magnitude" in name:
-            parameter.data = parameter.data * (1 + 0.1 * torch.rand(parameter.shape))
-    adapted.save_pretrained(str(folder))
-    tokenizers.load_tokenizer(base).save_pretrained(folder)
-    return folder
 
 
 KINDS = {

@@ -46,8 +46,8 @@ LONG = {  # a chat whose answer cannot be short
 }
 
 
-def make_run(folder: Path, base: str, seed: int, method: str = "sft") -> Path:
-    """An adapter of random weights, as a trainer leaves it."""
+def make_run(folder: Path, base: str, seed: int, method: str = "sft", *, r: int = 4, spread: float = 0.3) -> Path:
+    """An adapter of random weights, those of B so far from 0, as a trainer leaves it."""
     import torch
 
     from common.models import adapters, tokenizers
@@ -55,15 +55,36 @@ def make_run(folder: Path, base: str, seed: int, method: str = "sft") -> Path:
 
     model = models.load_base(ModelSource(base, dtype="float32"))
     fingerprint = adapters.fingerprint(model)
-    adapted = adapters.add_lora(model, r=4, alpha=8, dropout=0.0, seed=seed)
+    adapted = adapters.add_lora(model, r=r, alpha=2 * r, dropout=0.0, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data = torch.randn(parameter.shape, generator=generator) * spread
     adapted.save_pretrained(str(folder))
     tokenizers.load_tokenizer(base).save_pretrained(folder)
     record = {"method": method, "started": "2026-01-02T03:04:05Z", "state": "done", "base_fingerprint": fingerprint}
     (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def make_adapter(folder: Path, base: str, **settings: Any) -> Path:
+    """An adapter of random weights with settings of PEFT's, and no record of a training."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from common.models import loading, tokenizers
+
+    torch.manual_seed(5)
+    model = loading.load_base(ModelSource(base, dtype="float32"))
+    chosen = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | settings
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **chosen))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+        elif "lora_magnitude" in name:
+            parameter.data = parameter.data * (1 + 0.1 * torch.rand(parameter.shape))
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)  # the base has them
+    tokenizers.load_tokenizer(base).save_pretrained(folder)
     return folder
 
 

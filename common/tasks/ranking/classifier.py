@@ -132,14 +132,11 @@ class Classifier:
 
         The answer to a text that is not of the task has a "warning" (see `LabelTask.warning`).
         """
-        answers = self._answers(self.raw_scores(texts) if raw is None else raw, calibration)
+        answers = self.answers_of(self.raw_scores(texts) if raw is None else raw, calibration)
         return [warned(self.task, text, answer) for text, answer in zip(texts, answers, strict=True)]
 
-    def answers_to(self, prompts: Sequence[list[int]], calibration: Calibration) -> list[dict]:
-        """As `answers`, to prompts that are token ids already."""
-        return self._answers(self.ranker.scores_of(prompts), calibration)
-
-    def _answers(self, raw: np.ndarray, calibration: Calibration) -> list[dict]:
+    def answers_of(self, raw: np.ndarray, calibration: Calibration) -> list[dict]:
+        """As `answers`, of raw scores [rows, labels] alone, without a warning."""
         result = calibration.apply(raw)
 
         def named(vector: Sequence[float]) -> dict[str, float]:

@@ -106,9 +106,7 @@ class Ranker:
         prefix = self._shared_prefix(prompts)
         for rows in self._batches([len(prompt) - len(prefix) for prompt in prompts]):
             scores[rows] = self._score(prefix, [prompts[row][len(prefix) :] for row in rows])
-        if not np.isfinite(scores).all():
-            row = start + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
-            raise UserError(f"the model answers NaN for row {row}; use --dtype float32, or train the adapter again")
+        self._check_scores(scores, start)
         return scores
 
     def prior(self, num_null_prompts: int | None = None) -> np.ndarray:
@@ -124,6 +122,11 @@ class Ranker:
         for row, prompt in enumerate(prompts, start=start + 1):
             if len(prompt) > most:
                 raise UserError(f"row {row} {length_fault(len(prompt), self.context)}; shorten the row")
+
+    def _check_scores(self, scores: np.ndarray, start: int) -> None:
+        if not np.isfinite(scores).all():
+            row = start + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
+            raise UserError(f"the model answers NaN for row {row}; use --dtype float32, or train the adapter again")
 
     def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
         """Tokens that all prompts start with, short of the last one; () where a cache would not pay.

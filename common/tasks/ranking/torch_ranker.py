@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from accelerate.utils import send_to_device
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from common.cli import UserError
-from common.models import tokenizers
+from common.models import lora_inference, tokenizers
 from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS, context_of, layer_kinds, window_of
 from common.models.heads import exact_logits
 from common.tasks.ranking.label_tree import LabelTree, label_tokens
@@ -36,22 +37,27 @@ ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers that see 
 
 
 class PrefixLayer(DynamicLayer):
-    """A layer's keys and values [1, heads, tokens, width] of what all rows start with.
+    """A layer's keys and values [1, heads, tokens, width] of what all rows start with; or [adapters, heads, ...], where
+    the same tokens are read by several.
 
     A batch's own are appended for its attention alone and not kept: no token comes after them, and those of all layers
     would be most of what scoring needs beside the weights.
+
+    Args:
+        of_row: [rows] which of the adapters' each row starts with, where there are several.
     """
 
-    def __init__(self, prefix: DynamicLayer) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, of_row: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.lazy_initialization(prefix.keys, prefix.values)
-        self.keys, self.values = prefix.keys, prefix.values
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.of_row = keys, values, of_row
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """The prefix of every row with the `keys` and `values` [rows, heads, tokens, width] behind it."""
 
         def joined(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-            return torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=-2)
+            begun = prefix.expand(len(own), -1, -1, -1) if self.of_row is None else prefix[self.of_row]
+            return torch.cat([begun, own], dim=-2)
 
         return joined(self.keys, keys), joined(self.values, values)
 
@@ -99,19 +105,25 @@ class TorchRanker(Ranker):
         ids = torch.tensor([prefix], device=self.model.device)
         cache = self._empty_cache() if self.stateful else DynamicCache()
         decoder_of(self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
-        return cache if self.stateful else Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
+        if self.stateful:
+            return cache
+        return Cache(layers=[PrefixLayer(layer.keys, layer.values) for layer in cache.layers])
 
     def _empty_cache(self) -> Cache:
         """One with a place for each layer's state."""
         return DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
-    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
+    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]], cache: Cache | None = None) -> np.ndarray:
+        """See `Ranker`; `cache` holds the prefix, where it is not this ranker's own."""
+        if prefix and cache is None:
+            cache = self._cached(prefix)
         with exact_logits(self.model, self.label_ids):
-            logits = self._apart(prefix, suffixes) if self.stateful else self._together(prefix, suffixes)
+            score = self._apart if self.stateful else self._together
+            logits = score(prefix, suffixes, cache)
         return label_scores(self.tree, logits.float(), self.task.aggregate).cpu().numpy()
 
-    def _together(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> torch.Tensor:
+    def _together(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]], cache: Cache | None) -> torch.Tensor:
         """Logits [rows, 1 + columns, vocabulary] of one pass: at the prompts' ends and the tree's columns."""
         ids, positions, real = tree_columns(self.tree, suffixes, self.tokenizer.pad_token_id, len(prefix))
         inputs = {"input_ids": ids, "position_ids": positions}
@@ -126,7 +138,7 @@ class TorchRanker(Ranker):
             inputs["attention_mask"] = visible.long()
         inputs = send_to_device(inputs, self.model.device)
         if prefix:
-            inputs["past_key_values"] = self._cached(prefix)
+            inputs["past_key_values"] = cache
         return self.model(**inputs, use_cache=bool(prefix), logits_to_keep=self.tree.columns + 1).logits
 
     def _windowed(self, sees: torch.Tensor, positions: torch.Tensor, shared: int) -> Any:
@@ -138,10 +150,10 @@ class TorchRanker(Ranker):
             return windowed
         return {"full_attention": additive(sees, self.model.dtype), "sliding_attention": windowed}
 
-    def _apart(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> torch.Tensor:
+    def _apart(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]], cache: Cache | None) -> torch.Tensor:
         """As `_together`, for suffixes of one length, branch by branch."""
         rows, branches = len(suffixes), self.tree.branches()
-        cache = copy.deepcopy(self._cached(prefix)) if prefix else self._empty_cache()
+        cache = copy.deepcopy(cache) if prefix else self._empty_cache()
         if prefix:
             cache.reorder_cache(torch.zeros(rows, dtype=torch.long, device=self.model.device))  # one copy for each row
         ends = self._continue(cache, torch.tensor(suffixes), 1)
@@ -157,6 +169,59 @@ class TorchRanker(Ranker):
         """Logits of the last `keep` of `ids` [rows, tokens], read after what the cache holds."""
         ids = ids.to(self.model.device)
         return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows of one adapter in passes that it shares with others.
+
+    Attributes:
+        adapter: its name within PEFT, by which `lora_inference.can_share` it; None for the base itself.
+        ranker: scores them alone; all shares have the same base, tokenizer and task, and no state (`is_stateful`).
+        prompts: as token ids.
+    """
+
+    adapter: str | None
+    ranker: TorchRanker
+    prompts: Sequence[list[int]]
+
+
+def scores_together(shares: Sequence[Share]) -> list[np.ndarray]:
+    """What `Ranker.scores_of` has of each share's prompts alone, from passes over the rows of all.
+
+    Raises:
+        UserError: see `Ranker.scores_of`; some row is at fault.
+    """
+    first = shares[0].ranker
+    prompts = [prompt for share in shares for prompt in share.prompts]
+    owners = np.repeat(np.arange(len(shares)), [len(share.prompts) for share in shares])
+    scores = np.empty((len(prompts), len(first.task.labels)), dtype=np.float32)
+    first._check_lengths(prompts, 0)
+    prefix = first._shared_prefix(prompts)
+    for batch in first._batches([len(prompt) - len(prefix) for prompt in prompts]):
+        rows = sorted(batch, key=lambda row: owners[row])
+        counts = np.bincount(owners[rows])
+        cache = _prefixes_of(shares, prefix, owners[rows]) if prefix else None
+        with lora_inference.segments([(shares[owner].adapter, int(counts[owner])) for owner in np.flatnonzero(counts)]):
+            scores[rows] = first._score(prefix, [prompts[row][len(prefix) :] for row in rows], cache)
+    first._check_scores(scores, 0)
+    return np.split(scores, np.cumsum([len(share.prompts) for share in shares])[:-1])
+
+
+def _prefixes_of(shares: Sequence[Share], prefix: tuple[int, ...], owners: np.ndarray) -> Cache:
+    """A cache that holds, for each row, what its adapter (one of `shares`, by number) made of `prefix`."""
+    present, of_row = np.unique(owners, return_inverse=True)
+    caches = []
+    for share in (shares[owner] for owner in present):
+        with lora_inference.segments([(share.adapter, 1)]):
+            caches.append(share.ranker._cached(prefix))
+    index = torch.from_numpy(of_row).to(caches[0].layers[0].keys.device)
+    return Cache(
+        layers=[
+            PrefixLayer(torch.cat([own.keys for own in layers]), torch.cat([own.values for own in layers]), index)
+            for layers in zip(*(cache.layers for cache in caches), strict=True)
+        ]
+    )
 
 
 def is_stateful(model: PreTrainedModel | PeftModel) -> bool:
