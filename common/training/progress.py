@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,8 +78,38 @@ def live_log_callback(save_dir: str | Path, before: int = 0, rounds: int = 1) ->
     return LiveLog()
 
 
-def interruption_callback() -> TrainerCallback:
+class SignalsAtOnce:
+    """Signals that have handlers, by number, to `hear` in a thread the moment they come.
+
+    Python's handlers run between two of its own steps, and a backward pass is one of these: most of a training step.
+    """
+
+    def __init__(self, hear: Callable[[int], None]) -> None:
+        reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._before: int | None = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reading, hear), daemon=True).start()
+
+    @staticmethod
+    def _listen(reading: socket.socket, hear: Callable[[int], None]) -> None:
+        with reading:
+            while numbers := reading.recv(64):
+                for number in numbers:
+                    hear(number)
+
+    def close(self) -> None:
+        """Hear no more; what has come already is still heard."""
+        if self._before is not None:
+            signal.set_wakeup_fd(self._before)
+            self._before = None
+            self._writing.close()
+
+
+def interruption_callback(clock: Callable[[], float] = time.monotonic) -> TrainerCallback:
     """Save a checkpoint and stop after the running step on SIGINT or SIGTERM; a second signal kills as usual.
+
+    A checkpoint is of the end of a step: one in the middle would lack the gradients so far and the state of the random
+    numbers. So it is said at once, and about how long it takes.
 
     With several processes all stop after the same step, whichever got the signal, and further signals change nothing:
     torchrun passes on what a terminal has sent to every process already, and kills for good after half a minute.
@@ -88,22 +120,44 @@ def interruption_callback() -> TrainerCallback:
     class Interruption(TrainerCallback):
         def __init__(self):
             self.received, self.previous = None, {}
+            self.heard, self.at_once = 0, None
+            self.unsaid = threading.Lock()  # until it is taken
+            self.begun = self.took = None
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.at_once = SignalsAtOnce(self._hear)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.begun = clock()
+
+        def _hear(self, number):
+            if number in self.previous:
+                self.heard += 1
+                self._say()
+
+        def _say(self):
+            if self.unsaid.acquire(blocking=False):
+                left = None if self.took is None else self.begun + self.took - clock()
+                when = f", in about {left:.0f} s" if left and left >= 1 else ""
+                log(f"stopping after this step{when}; a checkpoint will be saved (again to stop at once)")
 
         def _note(self, number, frame):
-            if self.received is None:
-                log("stopping after this step; a checkpoint will be saved (again to stop at once)")
+            self._say()
             self.received = number
             if not torch.distributed.is_initialized():
                 self.restore()
+                if self.heard > 1:  # both came while this handler could not run
+                    signal.raise_signal(number)
 
         def restore(self):
+            if self.at_once:
+                self.at_once.close()
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
 
         def on_step_end(self, args, state, control, **kwargs):
+            self.took = clock() - self.begun
             if torch.distributed.is_initialized():
                 number = torch.tensor(self.received or 0, device=args.device)
                 torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import signal
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import sft_train
 from common import cli
 from common.cli import UserError
 from common.models import adapters
-from common.training import checkpoints
+from common.training import checkpoints, progress
 from common.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.processes
@@ -79,6 +81,67 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, spawn, tmp_path):
     assert distance(save_dir, unbroken("sft")) <= 1e-6
     assert loss_curve(save_dir) == pytest.approx(loss_curve(unbroken("sft")), abs=1e-6)
     assert run_json(save_dir)["state"] == "done"
+
+
+class Step:
+    """A callback in the middle of a step, whose last one took 60 s, in a call that Python's handlers wait for."""
+
+    def __init__(self, monkeypatch):
+        self.said, times = [], iter((0.0, 60.0, 100.0, 120.0))
+        monkeypatch.setattr(progress, "log", self.said.append)
+        self.callback = progress.interruption_callback(lambda: next(times))
+        self.callback.on_train_begin(None, None, None)
+        self.callback.on_step_begin(None, None, None)
+        self.callback.on_step_end(None, None, None)
+        self.callback.on_step_begin(None, None, None)
+
+    def compute(self, during):
+        """Returns when another thread has done `during`, with this one in a system call."""
+        reading, writing = os.pipe()
+        running = Path("/proc/self/task", str(threading.get_native_id()), "syscall")
+
+        def other():
+            wait_for(lambda: f" {reading:#x} " in running.read_text())
+            during()
+            os.write(writing, b".")
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        ctypes.CDLL(None).read(reading, ctypes.create_string_buffer(1), 1)
+        thread.join()
+
+
+@pytest.fixture
+def step(monkeypatch):
+    step = Step(monkeypatch)
+    yield step
+    step.callback.restore()
+
+
+def test_a_signal_is_answered_before_what_is_computed_ends(step):
+    heard = []
+
+    def during():
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        wait_for(lambda: step.said)
+        heard.append(step.callback.received)
+
+    step.compute(during)
+    assert heard == [None]  # the handler has not run, and it does not say it again
+    assert step.callback.received == signal.SIGTERM
+    assert step.said == ["stopping after this step, in about 40 s; a checkpoint will be saved (again to stop at once)"]
+    assert signal.getsignal(signal.SIGTERM) == step.callback.previous[signal.SIGTERM]  # the next one kills
+
+
+def test_a_second_signal_counts_though_the_first_has_not_been_handled(step):
+    def during():
+        for count in (1, 2):
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            wait_for(lambda count=count: step.callback.heard == count)
+
+    with pytest.raises(KeyboardInterrupt):
+        step.compute(during)
+    assert len(step.said) == 1
 
 
 @pytest.mark.parametrize("damage", [
