@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from support.families import ARCHITECTURES, build_architecture
 from support.host import Messages
 from support.served import ROWS, make_adapter, make_run, make_runs, replace_adapter, same, settings
 
@@ -32,6 +33,9 @@ SHARING = {
     "first_layer": {"layers_to_transform": [0]},
     "with_head": {"target_modules": ["q_proj", "lm_head"]},
 }
+# Batches of two rows of two adapters and of the base: layers with a state, GPT-2's transposed matrices, and a base
+# whose tokenizer transformers saves as another class beside the adapters.
+OWN_PASSES = {"qwen3.5": [2, 2, 2], "lfm2": [2, 2, 2], "gpt2": [2, 2, 2], "mistral": [4, 2]}
 ALONE = {"dora": {"use_dora": True}, "embedding": {"target_modules": ["q_proj", "embed_tokens"]}}
 
 
@@ -225,3 +229,20 @@ def test_a_base_on_which_it_fails_goes_on_adapter_by_adapter(runs, base, wanted,
             same(answer, wanted[name][row])
     assert asked.batches() == [2, 1, 1]  # it is tried once
     assert "have passes of their own from now on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_share_passes_or_keep_their_own(tmp_path, tokenizer, name):
+    base = build_architecture(name, tmp_path / "base", tokenizer)
+    names = ["one", "two", "base"]
+    for seed, run in enumerate(names[:2]):
+        make_run(tmp_path / "runs" / run, base, seed, r=2 + seed)
+    expected = {run: script(base if run == "base" else str(tmp_path / "runs" / run)) for run in names}
+    asked = Asked(base, tmp_path / "runs")
+    asked.rows(names)
+    asked.batches()
+    rows = names * 2
+    for row, (run, answer) in enumerate(zip(rows, asked.rows(rows), strict=True)):
+        same(answer, expected[run][row])
+    assert asked.batches() == OWN_PASSES.get(name, [6])
+    assert len({expected[run][0]["raw_scores"]["Good"] for run in names}) == 3
