@@ -84,6 +84,7 @@ class JsonGrammar:
         spaced: bool = False,
     ) -> None:
         self.tokens, self.not_starting = _engine_tokenizer(tokenizer, columns)
+        self._tokenized = functools.lru_cache(maxsize=64)(self.tokens.tokenize_bytes)
         self.eos = tokenizer.eos_token_id
         self.columns = columns
         self.bounds = (bounds or Bounds()).for_schema(schema)
@@ -115,7 +116,11 @@ class JsonGrammar:
         fits = scanner.in_string and scanner.key is None and known.startswith(b'"')
         if not fits or matcher.validate_tokens([*known, END_OF_BYTES]) <= len(known):
             text = find_closing(matcher, scanner, self.hints)
-        return None if text is None else Closing(text, [*self.tokens.tokenize_bytes(text), self.eos])
+        return None if text is None else self.closing_of(text)
+
+    def closing_of(self, text: bytes) -> Closing:
+        """The end of a document that these bytes are; the long ends of long documents are asked for again and again."""
+        return Closing(text, [*self._tokenized(text), self.eos])
 
 
 @dataclass(frozen=True)
@@ -278,7 +283,11 @@ class JsonRow(Steering):
             after, scanner = self.bytes.deep_copy(), self.scanner.copy()
             after.consume_tokens(list(text))
             scanner.feed(text)
-            closing = self.grammar.closing_from(after, scanner, self.closing.text)
+            known = self.closing.text
+            if known.startswith(text) and not scanner.length:  # a search from there would find the rest of it
+                closing = self.grammar.closing_of(known[len(text) :])
+            else:
+                closing = self.grammar.closing_from(after, scanner, known)
             if closing is not None and len(closing.tokens) <= self.remaining - 1:
                 self.closings[token] = closing
                 yield token, text

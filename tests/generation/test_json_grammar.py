@@ -216,6 +216,19 @@ def test_the_masks_of_several_rows_are_those_of_each(tokenizer, model):
     assert len({tuple((masked > float("-inf")).tolist()) for masked in alone}) == len(rows)
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_is_left_of_an_end_is_the_end_from_there(tokenizer, model, name):
+    """Outside of what is begun, so that a long end need not be searched for again behind each token that may come."""
+    grammar = grammar_of(SCHEMAS[name], tokenizer, model)
+    matcher, scanner, known = grammar.byte_matcher.deep_copy(), Scanner(), grammar.shortest_closing.text
+    for index, byte in enumerate(known):
+        if not scanner.length:
+            assert find_closing(matcher, scanner, grammar.hints) == known[index:]
+        matcher.consume_tokens([byte])
+        scanner.feed(bytes([byte]))
+    assert grammar.closing_of(known) == grammar.shortest_closing
+
+
 def test_scores_of_another_width_are_refused(tokenizer, model):
     row = JsonRow(grammar_of(INVOICE, tokenizer, model), 50)
     with pytest.raises(ValueError, match=r"scores have 7 columns, the grammar was made for"):
