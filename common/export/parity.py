@@ -80,7 +80,8 @@ def read_proof_rows(
     """Rows with a text and a label of `task`, training rows with an answer, labelled documents of an IDP run, or a
     coder's problems with their tests.
 
-    Of a chat the last answer is compared, which follows all turns before it.
+    What the model was trained for says which task they are of; of a base, which was trained for none, their manifest or
+    their form. Of a chat the last answer is compared, which follows all turns before it.
 
     Args:
         model_dir: the model, which may have a fitted calibration, and may say what it was trained for.
@@ -93,8 +94,8 @@ def read_proof_rows(
     """
     unit, numbered, _ = records.iter_rows(path)
     number, first = next(numbered, (1, None))
-    record = task_record.read(model_dir) or {}
-    kind = record.get("kind")
+    record = task_record.read(model_dir) or task_record.beside(path) or {}
+    kind = record.get("kind") or (task_record.CODEGEN if code_rows.is_problem(first) else None)
     if shapes.shape_of(first, (shapes.COMPLETION,)):
         rows = _spaced(training_files.read(path, shapes.SFT), most)
         prompts, outputs = [row["input"] for row in rows], [row["output"] for row in rows]

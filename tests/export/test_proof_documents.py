@@ -43,6 +43,14 @@ def test_they_are_asked_and_answered_as_in_training(prepared):
     assert len(dev.prompts) == 2 and asked.issuperset(zip(dev.prompts, dev.outputs, strict=True))
 
 
+def test_a_base_is_asked_what_the_manifest_of_the_rows_says(prepared, tmp_path):
+    _, data, run = prepared
+    dev = str(data / "idp_dev.jsonl")
+    of_run, of_base = (parity.read_proof_rows(dev, CREDITMIX, str(model), None) for model in (run, tmp_path / "base"))
+    assert (of_base.prompts, of_base.outputs) == (of_run.prompts, of_run.outputs)
+    assert of_base.text_metric.name == "field_f1"
+
+
 def test_a_run_that_does_not_know_its_schema_takes_rows_of_text(prepared):
     file, _, run = prepared
     task_record.write(run, task_record.of_prompts(task_record.IDP, "idp", []))

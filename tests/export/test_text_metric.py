@@ -51,6 +51,8 @@ def test_programs(tmp_path):
         parity.read_proof_rows(path, CREDITMIX, coder, None)
     rows = parity.read_proof_rows(path, CREDITMIX, coder, None, runs_code=True)
     assert rows.text_metric.name == "pass_at_1" and rows.outputs[0] == f"<CODE>\n{PROBLEM['code']}\n</CODE>"
+    of_base = parity.read_proof_rows(path, CREDITMIX, str(tmp_path), None, runs_code=True)  # which has no task
+    assert (of_base.prompts, of_base.text_metric.name) == (rows.prompts, "pass_at_1")
     right, wrong = rows.outputs[0], "<CODE>\ndef add(a, b):\n    return a - b\n</CODE>"
     assert rows.text_metric.parts([right, wrong, "I do not know."]).tolist() == [[1, 1], [0, 1], [0, 1]]
 

@@ -65,6 +65,11 @@ def read(path: str | Path, skip_bad_rows: bool = False) -> list[CodeProblem]:
     return problems_of(records.check_rows(path, numbered, (), skip_bad_rows, unit, fault_of=_fault).rows)
 
 
+def is_problem(row: object) -> bool:
+    """Whether a row has the form of a problem, whatever its code is worth."""
+    return isinstance(row, dict) and _form_fault(row) is None
+
+
 def problems_of(rows: Sequence[dict]) -> list[CodeProblem]:
     """Good rows of any of `FORMATS` as problems, with the groups that they form together."""
     fields = [_fields(row) for row in rows]
