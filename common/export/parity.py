@@ -265,7 +265,8 @@ def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRo
     "metric" is macro-F1 of label rows; of text rows that of the task, field F1, F1 of words or pass@1, and where there
     is none the inverse perplexity, exp(-NLL per token), the likelihood of a token. Its "difference" is that of the
     export from the reference, with a paired bootstrap interval: one minus the other; of likelihoods the share by which
-    they change, which means the same whatever the perplexity.
+    they change, which means the same whatever the perplexity. Where the reference gets no row right, its metric cannot
+    fall, and likelihood is judged as where there is none; "nothing_right" names the metric.
     "changed" are answers that are other than before. KL is that of the export's next-token distribution from the
     reference's, in nats.
     """
@@ -296,7 +297,9 @@ def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRo
     else:
         proof |= _compare_nll(reference.nll, export.nll)
     if proof_rows.text_metric:
-        proof |= {"likelihood": proof["metric"], "metric": _compare_texts(reference, export, proof_rows.text_metric)}
+        of_task = _compare_texts(reference, export, proof_rows.text_metric)
+        can_fall = of_task["reference"]["value"] > 0
+        proof |= {"likelihood": proof["metric"], "metric": of_task} if can_fall else {"nothing_right": of_task["name"]}
     proof["changed"] = (_changed_labels if proof_rows.task else _changed_texts)(reference, export, proof_rows)
     return proof | {"speed": {"reference": reference.speed(), "export": export.speed()}}
 

@@ -67,6 +67,11 @@ def table(record: dict[str, Any]) -> str:
         lines.append(f"labels that agree {proof['label_agreement']['value']:.2%} of {proof['rows']:,} rows")
     lines.append(f"logits differ by at most {logits['max_difference']:.3g}, mean KL {logits['mean_kl']:.3g} nats")
     lines.append(f"greedy texts that are equal {generated['equal']} of {generated['prompts']}")
+    if "nothing_right" in proof:
+        lines.append(
+            f"the run gets none of these rows right, so that its {proof['nothing_right']} cannot fall: likelihood is "
+            "judged; give it rows that it gets right with --proof_data, or more of them"
+        )
     for changed in proof["changed"]:
         before, after = (json.dumps(changed[key], ensure_ascii=False)[:MAX_SHOWN] for key in ("before", "after"))
         lines.append(f"row {changed['row']}: {before} -> {after}")

@@ -13,7 +13,7 @@ from support.inputs import write_rows
 
 from common.cli import UserError
 from common.data import task_record
-from common.export import parity, text_metric
+from common.export import parity, proof_table, text_metric
 from common.export.parity import RuntimeResult
 from common.tasks.ranking.creditmix import CREDITMIX
 
@@ -84,11 +84,17 @@ def test_the_difference_is_paired(tmp_path):
     assert proof["metric"]["difference"]["low"] < -1 / 8 < proof["metric"]["difference"]["high"] <= 0
     assert proof["likelihood"]["difference"]["value"] == pytest.approx(np.exp(-0.1) - 1)
 
+    wrong = [FIELDS | {"company": "x", "total": 9}] * 4
+    blind = parity.compare(measured(wrong, 1.0), measured(wrong, 1.1), rows)
+    assert (blind["metric"]["name"], blind["nothing_right"]) == (proof_table.LIKELIHOOD, "field_f1")
+    assert blind["metric"]["difference"]["value"] == pytest.approx(np.exp(-0.1) - 1)  # an export can still fail
+
 
 @pytest.mark.exports
-def test_an_export_is_judged_by_it(run, tmp_path):
+def test_a_run_that_gets_nothing_right_is_judged_by_likelihood(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     task_record.write(copy, task_record.of_prompts(task_record.IDP, "idp", []))
     path = write_rows(tmp_path / "rows.jsonl", [{"input": "Anna, 3", "output": json.dumps(FIELDS)}] * 3)
     record = export_run(str(copy), "merged", tmp_path / "merged", path)
-    assert record["proof"]["metric"]["name"] == "field_f1" and record["proof"]["generated"]["prompts"] == 3
+    assert record["proof"]["nothing_right"] == "field_f1" and record["proof"]["generated"]["prompts"] == 3
+    assert "the run gets none of these rows right, so that its field_f1 cannot fall" in capsys.readouterr().out
