@@ -155,7 +155,7 @@ def test_a_rounds_seed_is_one_that_all_generators_take(tmp_path):
 def test_a_student_that_fits_in_4_bits_alone_writes_in_them(lora_r, base, teacher, tmp_path, monkeypatch):
     """And is trained in them, the same base."""
 
-    def preflight(plan, flags, *, auto_fit):
+    def preflight(plan, flags, *, auto_fit, **of_the_line):
         return {"load_in_4bit": "on", "max_batch_tokens": 512} if flags is on_policy.preflight.INFERENCE else {}
 
     monkeypatch.setattr(on_policy.preflight, "preflight", preflight)
