@@ -56,19 +56,31 @@ class Step:
     Args:
         begun: how many tokens each row has.
         counts: how many it gets.
+        order: of the rows, in which their tokens stand; None: their own.
 
     Attributes:
         row: [tokens] of each.
         column: [tokens] where each goes.
         until: the last of these columns, and one.
         first: [rows] the first token of each row.
+        ends: the place behind the last token of each row.
         mask: [rows, 1, 1, columns] to add to the scores of these: each sees its row up to itself.
         longer: (row, its first token, how many it has, the columns up to its last) of the rows with several tokens.
     """
 
-    def __init__(self, begun: Sequence[int], counts: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        firsts = [0, *accumulate(counts)][:-1]
-        tokens = [(row, place) for row, count in enumerate(counts) for place in range(count)]
+    def __init__(
+        self,
+        begun: Sequence[int],
+        counts: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        order = range(len(counts)) if order is None else order
+        tokens = [(row, place) for row in order for place in range(counts[row])]
+        behind = dict(zip(order, accumulate(counts[row] for row in order), strict=True))
+        self.ends = [behind[row] for row in range(len(counts))]
+        firsts = [end - count for end, count in zip(self.ends, counts, strict=True)]
         self.row = torch.tensor([row for row, _ in tokens], device=device)
         self.column = torch.tensor([begun[row] + place for row, place in tokens], device=device)
         self.until = max(start + count for start, count in zip(begun, counts, strict=True))

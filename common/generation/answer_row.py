@@ -29,6 +29,20 @@ class Drawn:
 
 
 @dataclass(frozen=True, eq=False)
+class Asker:
+    """Who asks for answers.
+
+    Attributes:
+        ends: the tokens that end an answer.
+        adapter: the name within PEFT of the one that writes, which `can_share` passes; None: what is active.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: Collection[int]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Wanted:
     """An answer that is to be written.
 
@@ -43,6 +57,7 @@ class Wanted:
         logprobs: with the log-probability of each token.
         streamer: gets its tokens as they come, but for the one that ends it.
         lookup: how many tokens are looked up at a time; see `Decoding.prompt_lookup_num_tokens`.
+        asker: None: that of the batch.
     """
 
     key: Any
@@ -55,13 +70,13 @@ class Wanted:
     logprobs: bool = False
     streamer: BaseStreamer | None = None
     lookup: int = 0
+    asker: Asker | None = None
 
 
 class Row:
     """An answer so far.
 
     Args:
-        ends: the tokens that end it.
         drafts: what is known of the drafts of its batch.
 
     Attributes:
@@ -72,16 +87,14 @@ class Row:
         ended: None while it is written; True where it ended by itself, False where its budget did.
     """
 
-    def __init__(
-        self, wanted: Wanted, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], drafts: Record
-    ) -> None:
-        self.wanted, self.ends = wanted, ends
+    def __init__(self, wanted: Wanted, asker: Asker, drafts: Record) -> None:
+        self.wanted, self.asker, self.ends = wanted, asker, asker.ends
         self._drafts = drafts
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.read = 0
         self.ended: bool | None = None
-        self._text = GrowingText(tokenizer)
+        self._text = GrowingText(asker.tokenizer)
         self._undrawn = 0  # forced tokens since the last one that was drawn
 
     @cached_property

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.generation.answer_row import Drawn, Row, Wanted
+from common.generation.answer_row import Asker, Drawn, Row, Wanted
 from common.generation.prompt_lookup import Record
 from common.generation.result import Generation
 from common.generation.rows import rows_of
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from common.models.gguf_model import GgufModel
 
-__all__ = ["ContinuousBatch", "Drawn", "Wanted"]
+__all__ = ["Asker", "ContinuousBatch", "Drawn", "Wanted"]
 EXPECTED_TOKENS = 128  # of an answer, until some have ended
 
 
@@ -49,6 +49,7 @@ class ContinuousBatch:
         max_batch_tokens: bounds rows x columns of the answers that are written together; one always goes.
 
     Attributes:
+        asker: of the answers that name no other; several adapters write only where a model's rows can be revised.
         steps: forward passes so far that went on with each row.
         prompts_read: forward passes so far that read a prompt.
         drafted, right: tokens of drafts so far, and how many of them stayed.
@@ -60,9 +61,9 @@ class ContinuousBatch:
         tokenizer: PreTrainedTokenizerBase,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
-        self.tokenizer, self.max_batch_tokens = tokenizer, max_batch_tokens
+        self.max_batch_tokens = max_batch_tokens
         self._in_model = rows_of(model)
-        self.ends = set(stop_ids(tokenizer, model.generation_config))
+        self.asker = asker_of(model, tokenizer)
         self.steps = self.prompts_read = self.drafted = self.right = 0
         self._drafts = Record()
         self._waiting: deque[Row] = deque()
@@ -75,7 +76,7 @@ class ContinuousBatch:
         Args:
             first: before all that wait.
         """
-        row = Row(wanted, self.tokenizer, self.ends, self._drafts)
+        row = Row(wanted, wanted.asker or self.asker, self._drafts)
         if wanted.streamer:
             wanted.streamer.put(torch.tensor([list(wanted.prompt)]))
         (self._waiting.appendleft if first else self._waiting.append)(row)
@@ -93,6 +94,13 @@ class ContinuousBatch:
             if self._rows:
                 yield from self._step()
             between()
+
+    def drop(self, asker: Asker) -> None:
+        """Write no more of what one has asked for: called between steps."""
+        self._waiting = deque(row for row in self._waiting if row.asker is not asker)
+        kept = [row for row in self._rows if row.asker is not asker]
+        if len(kept) < len(self._rows):
+            self._keep(kept)
 
     # What of the answers is in the batch.
 
@@ -127,10 +135,10 @@ class ContinuousBatch:
             if self._in_model.several:
                 entering[-1].take_forced()
         read: dict[tuple[Any, ...], tuple[Any, torch.Tensor]] = {}  # once for several samples of a prompt
-        keys = {row: (row.ids, row.owed) for row in entering if not row.done}
+        keys = {row: (row.asker.adapter, row.ids, row.owed) for row in entering if not row.done}
         for row, key in keys.items():
             if key not in read:
-                read[key] = self._in_model.read(row.ids, 1 + row.owed)
+                read[key] = self._in_model.read(row.ids, 1 + row.owed, row.asker.adapter)
                 self.prompts_read += 1
             row.read = row.length
         if keys:
@@ -163,7 +171,8 @@ class ContinuousBatch:
         drafts = self._drafts_of_rows()
         tokens = [[*row.unread, *drafts.get(row, ())] for row in self._rows]
         wanted = [1 + row.owed + len(drafts.get(row, ())) for row in self._rows]
-        logits = self._in_model.step(tokens, [row.read for row in self._rows], wanted)
+        adapters = [row.asker.adapter for row in self._rows]
+        logits = self._in_model.step(tokens, [row.read for row in self._rows], wanted, adapters)
         for row in self._rows:
             row.read = row.length
         self._go_on(self._rows, drafts, logits.split(wanted))
@@ -243,11 +252,16 @@ class ContinuousBatch:
                 row.wanted.streamer.end()
             self._ended += 1
             self._ended_tokens += len(row.tokens)
-            tokens = row.tokens[:-1] if row.tokens[-1] in self.ends else row.tokens
+            tokens = row.tokens[:-1] if row.tokens[-1] in row.ends else row.tokens
             cut = not row.ended or bool(row.steering and row.steering.closed)
-            text = row.wanted.text_of(decode(self.tokenizer, tokens))
+            text = row.wanted.text_of(decode(row.asker.tokenizer, tokens))
             answers.append((row.wanted, Generation(text, tokens, row.logprobs[: len(tokens)], row.ended, cut)))
         return answers
+
+
+def asker_of(model: PreTrainedModel | PeftModel | GgufModel, tokenizer: PreTrainedTokenizerBase, **how) -> Asker:
+    """Who asks a model in a tokenizer's tokens."""
+    return Asker(tokenizer, set(stop_ids(tokenizer, model.generation_config)), **how)
 
 
 def _same(tokens: Sequence[int], others: Sequence[int]) -> int:
@@ -257,10 +271,10 @@ def _same(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 def _steered(rows: Sequence[Row], scores: torch.Tensor) -> torch.Tensor:
-    """The scores [rows, columns] as each row's steering changes them, those of a kind together."""
-    kinds = {type(row.steering) for row in rows if row.steering}
-    for kind in kinds:
-        indices = [index for index, row in enumerate(rows) if type(row.steering) is kind]
+    """The scores [rows, columns] as each row's steering changes them, those of a kind and a tokenizer together."""
+    of_rows = [row.steering and (type(row.steering), row.asker.tokenizer) for row in rows]
+    for kind, tokenizer in {of_row for of_row in of_rows if of_row}:
+        indices = [index for index, of_row in enumerate(of_rows) if of_row == (kind, tokenizer)]
         steerings = [rows[index].steering for index in indices]
         if len(indices) == len(rows):
             scores = kind.change_all(steerings, scores)

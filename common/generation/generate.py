@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
-from common.generation.continuous_batch import ContinuousBatch, Drawn, Wanted
+from common.generation.continuous_batch import ContinuousBatch, Drawn, Wanted, asker_of
 from common.generation.decoding import Decoding
 from common.generation.result import THINKING_ENDS, Generation, final_answer
 from common.generation.steering import Steering
@@ -100,13 +100,21 @@ class TextBatch:
 
     Args:
         max_batch_tokens: see `ContinuousBatch`.
+        shared: a batch that others ask, too. Whoever runs it gives each answer to the `take` of its asker.
+        adapter: see `Asker`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch_tokens: int = MAX_BATCH_TOKENS
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        *,
+        shared: ContinuousBatch | None = None,
+        adapter: str | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.batch = ContinuousBatch(model, tokenizer, max_batch_tokens)
+        self.tokenizer, self.asker = tokenizer, asker_of(model, tokenizer, adapter=adapter)
+        self.batch = shared or ContinuousBatch(model, tokenizer, max_batch_tokens)
 
     def ask(
         self,
@@ -131,7 +139,7 @@ class TextBatch:
             UserError: the model is to think before JSON, and its chat template knows no thinking.
         """
         how = {"steering": steering, "stop": stop, "streamer": streamer, "logprobs": logprobs}
-        how["lookup"] = decoding.prompt_lookup_num_tokens
+        how |= {"lookup": decoding.prompt_lookup_num_tokens, "asker": self.asker}
         asked = _Asked(key, prompt, decoding, how | {"text_of": self._reader(prompt, decoding, whole or steering)})
         if decoding.thinking and steering is not None:
             self.batch.add(self._thought(asked), first=first)
@@ -145,11 +153,15 @@ class TextBatch:
             between: called before each step, and before the end; may ask for more.
         """
         for wanted, answer in self.batch.run(between):
-            asked, sample = wanted.key
-            if sample is None:
-                self._add_samples(asked, self._thought_through(asked.prompt, answer.text), first=True)
-            else:
-                yield asked.key, sample, answer
+            yield from self.take(wanted, answer)
+
+    def take(self, wanted: Wanted, answer: Generation) -> list[tuple[Any, int, Generation]]:
+        """As in `run`, of what the batch has written; none where it goes on from that, since it was a thought."""
+        asked, sample = wanted.key
+        if sample is not None:
+            return [(asked.key, sample, answer)]
+        self._add_samples(asked, self._thought_through(asked.prompt, answer.text), first=True)
+        return []
 
     def _reader(self, prompt: Sequence[int], decoding: Decoding, whole: Any) -> Callable[[str], str]:
         """What tells the answer from the thinking before it, which the prompt may have begun."""
@@ -180,6 +192,7 @@ class TextBatch:
             drawn,
             stop=lambda text: bool(THINKING_ENDS.search(text)),
             lookup=decoding.prompt_lookup_num_tokens,
+            asker=self.asker,
         )
 
     def _thought_through(self, prompt: Sequence[int], thought: str) -> list[int]:

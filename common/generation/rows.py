@@ -7,16 +7,17 @@ values and states in transformers' caches, `GgufRows` in llama.cpp.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.generation import aligned_cache, row_cache
-from common.models import packed_weights
+from common.models import lora_inference, packed_weights
 from common.models.batching import layer_kinds
 from common.models.gguf_model import GgufModel, Sequences, rounded
 
@@ -60,8 +61,12 @@ class Rows(ABC):
         return True
 
     @abstractmethod
-    def read(self, ids: Sequence[int], wanted: int = 1) -> tuple[Any, torch.Tensor]:
-        """(what `join` takes of a text, the logits [wanted, columns] of what follows its last `wanted` tokens)."""
+    def read(self, ids: Sequence[int], wanted: int = 1, adapter: str | None = None) -> tuple[Any, torch.Tensor]:
+        """(what `join` takes of a text, the logits [wanted, columns] of what follows its last `wanted` tokens).
+
+        Args:
+            adapter: see `Asker`; others than the active one are for `RevisableRows` alone.
+        """
 
     @abstractmethod
     def join(self, states: Sequence[Any]) -> None:
@@ -72,8 +77,17 @@ class Rows(ABC):
         """Forget a text that was read and does not join."""
 
     @abstractmethod
-    def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+    def step(
+        self,
+        tokens: Sequence[Sequence[int]],
+        begun: Sequence[int],
+        wanted: Sequence[int],
+        adapters: Sequence[str | None],
+    ) -> torch.Tensor:
         """Go on by the tokens of each row, which has `begun` so far; one token each, unless `several` go.
+
+        Args:
+            adapters: of each row; see `read`.
 
         Returns:
             The logits [sum of wanted, columns] of what follows the last `wanted` tokens of each row, row by row.
@@ -100,7 +114,7 @@ class TorchRows(Rows):
         self._cache: Cache | None = None  # of the rows, without the newest token of each
         self._inputs = _inputs_of(model)
 
-    def read(self, ids: Sequence[int], wanted: int = 1) -> tuple[Cache, torch.Tensor]:
+    def read(self, ids: Sequence[int], wanted: int = 1, adapter: str | None = None) -> tuple[Cache, torch.Tensor]:
         """See `Rows`."""
         cache = self._empty_cache()
         tokens = torch.tensor([ids], device=self.model.device)
@@ -119,7 +133,13 @@ class TorchRows(Rows):
     def drop(self, state: Cache) -> None:
         """See `Rows`."""
 
-    def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+    def step(
+        self,
+        tokens: Sequence[Sequence[int]],
+        begun: Sequence[int],
+        wanted: Sequence[int],
+        adapters: Sequence[str | None],
+    ) -> torch.Tensor:
         """See `Rows`."""
         device = self.model.device
         positions = torch.tensor(begun, device=device)[:, None]
@@ -150,7 +170,10 @@ class TorchRows(Rows):
 
 
 class RevisableRows(TorchRows):
-    """See `Rows`; in a torch model whose caches are `aligned_cache`s: of several tokens of each row at a time."""
+    """See `Rows`; in a torch model whose caches are `aligned_cache`s: of several tokens of each row at a time.
+
+    Rows may have several adapters (`lora_inference.segments`): a step has the tokens of an adapter's rows side by side.
+    """
 
     several = True
 
@@ -166,15 +189,29 @@ class RevisableRows(TorchRows):
         self._lengths += [state.get_seq_length() for state in states]
         super().join(states)
 
-    def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+    def read(self, ids: Sequence[int], wanted: int = 1, adapter: str | None = None) -> tuple[Cache, torch.Tensor]:
+        """See `Rows`."""
+        with _adapted([(adapter, len(ids))]):
+            return super().read(ids, wanted)
+
+    def step(
+        self,
+        tokens: Sequence[Sequence[int]],
+        begun: Sequence[int],
+        wanted: Sequence[int],
+        adapters: Sequence[str | None],
+    ) -> torch.Tensor:
         """See `Rows`."""
         device, counts = self.model.device, [len(own) for own in tokens]
-        step = aligned_cache.Step(begun, counts, self.model.dtype, device)
+        order = sorted(range(len(tokens)), key=lambda row: adapters[row] or "")
+        step = aligned_cache.Step(begun, counts, self.model.dtype, device, order)
         self._lengths = [start + count for start, count in zip(begun, counts, strict=True)]
-        ends = accumulate(counts)
-        places = [place for end, count in zip(ends, wanted, strict=True) for place in range(end - count, end)]
-        flat = torch.tensor([[token for own in tokens for token in own]], device=device)
-        with aligned_cache.stepping(self.model, step, flat, places):
+        places = [place for end, count in zip(step.ends, wanted, strict=True) for place in range(end - count, end)]
+        flat = torch.tensor([[token for row in order for token in tokens[row]]], device=device)
+        parts = [
+            (adapter, sum(counts[row] for row in rows)) for adapter, rows in groupby(order, lambda row: adapters[row])
+        ]
+        with aligned_cache.stepping(self.model, step, flat, places), _adapted(parts):
             return self._forward(flat, step.column[None], step.mask, self._cache, wanted=0)[0]
 
     def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -215,7 +252,7 @@ class GgufRows(Rows):
         """See `Rows`."""
         return length <= self._texts.columns
 
-    def read(self, ids: Sequence[int], wanted: int = 1) -> tuple[int, torch.Tensor]:
+    def read(self, ids: Sequence[int], wanted: int = 1, adapter: str | None = None) -> tuple[int, torch.Tensor]:
         """See `Rows`."""
         sequence = self._free.pop()
         return sequence, torch.from_numpy(self._texts.read(sequence, ids, wanted=wanted))
@@ -232,7 +269,13 @@ class GgufRows(Rows):
         """See `Rows`; what a sequence had goes when it begins anew."""
         self._free.append(state)
 
-    def step(self, tokens: Sequence[Sequence[int]], begun: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+    def step(
+        self,
+        tokens: Sequence[Sequence[int]],
+        begun: Sequence[int],
+        wanted: Sequence[int],
+        adapters: Sequence[str | None],
+    ) -> torch.Tensor:
         """See `Rows`."""
         logits = self._read_on(tokens, begun)
         if sum(wanted) == len(logits):
@@ -259,6 +302,13 @@ class GgufRows(Rows):
         self._of_rows = kept
         for sequence, length in zip(kept, lengths, strict=True) if self.several else ():
             self._texts.cut(sequence, length)
+
+
+def _adapted(parts: Sequence[lora_inference.Segment]) -> contextlib.AbstractContextManager[None]:
+    """`segments` of a pass's tokens, where some of them have an adapter that need not be active."""
+    if not any(name for name, _ in parts):
+        return contextlib.nullcontext()
+    return lora_inference.segments(parts, of_tokens=True)
 
 
 def _inputs_of(model: PreTrainedModel | PeftModel) -> set[str]:

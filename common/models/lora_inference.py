@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Segment = tuple[str | None, int]  # an adapter's name within PEFT, or None for the base alone; how many rows it has
 
-_segments: ContextVar[Sequence[Segment] | None] = ContextVar("segments", default=None)
+_segments: ContextVar[tuple[Sequence[Segment], bool] | None] = ContextVar("segments", default=None)
 
 
 def install(model: PeftModel) -> None:
@@ -38,12 +38,16 @@ def install(model: PeftModel) -> None:
 
 
 @contextlib.contextmanager
-def segments(parts: Sequence[Segment]) -> Iterator[None]:
+def segments(parts: Sequence[Segment] | None, *, of_tokens: bool = False) -> Iterator[None]:
     """While it lasts, the rows of a pass have these adapters, one segment of them after another, whatever is active.
 
     A pass without gradients; each adapter `can_share` it.
+
+    Args:
+        parts: None: passes are as ever, also within another `segments`.
+        of_tokens: the parts count tokens, all of them, and not rows.
     """
-    token = _segments.set(parts)
+    token = _segments.set(None if parts is None else (parts, of_tokens))
     try:
         yield
     finally:
@@ -71,8 +75,8 @@ def _is_plain(layer: LoraLayer, name: str) -> bool:
 
 def forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Of a linear layer with its active adapters (Hu et al. 2021, arXiv:2106.09685, equation 3), or in `segments`."""
-    if (parts := _segments.get()) is not None:
-        return _forward_in_segments(layer, x, parts)
+    if (segmented := _segments.get()) is not None:
+        return _forward_in_segments(layer, x, *segmented)
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = not (args or kwargs or layer.disable_adapters) and all(_is_plain(layer, name) for name in active)
     if torch.is_grad_enabled() or layer.training or layer.merged or not plain:
@@ -83,14 +87,17 @@ def forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
     return result
 
 
-def _forward_in_segments(layer: LoraLayer, x: torch.Tensor, parts: Sequence[Segment]) -> torch.Tensor:
-    if len(x) != sum(rows for _, rows in parts):
-        raise ValueError(f"a layer has {len(x)} rows, in segments of {[rows for _, rows in parts]}")
+def _forward_in_segments(layer: LoraLayer, x: torch.Tensor, parts: Sequence[Segment], of_tokens: bool) -> torch.Tensor:
     result = layer.base_layer(x)
+    if not any(name in layer.lora_A for name, _ in parts):
+        return result
+    read, written = (x.flatten(0, -2), result.flatten(0, -2)) if of_tokens else (x, result)
+    if len(read) != sum(rows for _, rows in parts):
+        raise ValueError(f"a layer has {len(read)} rows, in segments of {[rows for _, rows in parts]}")
     start = 0
     for name, rows in parts:
         if name in layer.lora_A:
-            _add(layer, name, x[start : start + rows], result[start : start + rows])
+            _add(layer, name, read[start : start + rows], written[start : start + rows])
         start += rows
     return result
 

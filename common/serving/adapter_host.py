@@ -7,7 +7,7 @@ gives wrong answers without an error. So each base model belongs to one process 
 to itself that way, and so does the model; memory is given back when a process ends, and one that is killed takes
 nobody along.
 
-A batch of texts has one adapter. Rows of labels of several LoRA adapters, and of the base, share forward passes
+Texts of several LoRA adapters, and of the base, share forward passes, and so do rows of labels
 (`lora_inference.segments`); an adapter of another kind has passes of its own.
 """
 
@@ -54,11 +54,11 @@ from common.serving.messages import (
     Start,
     State,
     Taken,
-    Text,
     Unusable,
     Withdraw,
 )
 from common.serving.run_registry import Version, signature_of
+from common.serving.texts import TextSession
 from common.serving.view import RankingWork, TextWork, View, rank_together
 from common.vram import preflight as vram
 
@@ -128,10 +128,6 @@ class Host:
         """Say how long something took to load; see `messages.Loaded`."""
         self.channel.send(Loaded(kind, name, seconds))
 
-    def emit(self, text: str) -> None:
-        """Send a part of the answer that is being written; its request is alone in its batch."""
-        self.channel.send(Text(self.batch[0].number, text))
-
     def receive(self, wait: float | None) -> None:
         """Take in what has arrived; wait for it up to `wait` seconds, None without end."""
         for message in self.channel.receive(0.0 if self._closing else wait):
@@ -198,7 +194,7 @@ class Host:
         self.channel.send(Taken([request.number for request in batch]))
         self._answer(batch)
 
-    def _answer(self, batch: list[QueuedRequest], *, joins: bool = True) -> None:
+    def _answer(self, batch: list[QueuedRequest], *, joins: bool = True) -> bool:
         """Do a batch and send its answers, those of texts as they end; what is answered leaves `batch`.
 
         Where it fails the rest is done one by one, so that a bad request harms itself alone; of several adapters,
@@ -206,26 +202,33 @@ class Host:
 
         Args:
             joins: requests that come meanwhile may enter a batch of texts.
+
+        Returns:
+            Whether one of them has failed even by itself.
         """
         outer, self.batch = self.batch, batch
         self._taken.append(batch)
         parts = _by_key(batch)
         batch[:] = itertools.chain(*parts)
+        mixed = len(parts) > 1
         try:
             view = self._view(batch[0].key[0])
-            if isinstance(work := batch[0].key[1], TextWork):
-                self._activate(view.adapter)
-                work.write(view, _TextRequests(self, batch, joins))
-                return
+            if isinstance(batch[0].key[1], TextWork):
+                mixed = joins and self._mixes and view.shares_steps
+                self._activate(None if mixed else view.adapter)
+                TextSession(self, view, batch, mixes=mixed, joins=joins).write()
+                return False
             answers = self._answers_to(parts)
         except Exception as error:
-            if len(parts) > 1 or (len(batch) > 1 and not isinstance(error, Unusable | Abandoned)):
+            parts = _by_key(batch)  # of what is not answered yet
+            several = mixed or len(parts) > 1 or (len(batch) > 1 and not isinstance(error, Unusable))
+            if several and not isinstance(error, Abandoned):
                 self.batch = outer
-                if len(parts) > 1 and not (isinstance(error, UserError) or _is_out_of_memory(error)):
+                alone = parts if len(parts) > 1 else [[request] for request in batch]
+                failed = any([self._answer(part, joins=False) for part in alone])
+                if mixed and not (failed or isinstance(error, UserError) or _is_out_of_memory(error)):
                     self._stop_mixing()
-                for part in parts if len(parts) > 1 else [[request] for request in batch]:
-                    self._answer(part, joins=False)
-                return
+                return failed
             if _is_out_of_memory(error):  # a batch was tried row by row
                 error = UserError(
                     "the device ran out of memory; send less text in one request, or lower MAX_BATCH_TOKENS"
@@ -236,6 +239,7 @@ class Host:
             self.batch = outer
             self._taken.pop()
         self.channel.send(Answers([request.number for request in batch], answers))
+        return any(isinstance(answer, Fault) for answer in answers)
 
     def _answers_to(self, parts: list[list[QueuedRequest]]) -> list[Any]:
         """An answer per request, in their order; several parts, which are `_kin`, are ranked together."""
@@ -257,17 +261,20 @@ class Host:
         return answers
 
     def _kin(self, key: tuple[Version, Any]) -> Hashable:
-        """What the keys of requests have in common that may share a batch: the same rows of labels are asked for of
-        adapters that can share a pass. Other keys are kin to themselves alone."""
+        """What the keys of requests have in common that may share a batch: texts are asked for of one adapter, or of
+        several that can share steps; the same rows of labels, of adapters that can share a pass. Other keys are kin to
+        themselves alone."""
         version, work = key
         view = self.views.get(version)
+        if view and isinstance(work, TextWork):
+            return TextWork if self._mixes and view.shares_steps else (TextWork, version)
         if self._mixes and view and isinstance(work, RankingWork) and view.shares_passes:
             return work, view.tokenizer
         return key
 
     def _stop_mixing(self) -> None:
         """A pass over several adapters has failed for no fault of a request: each has its own from now on."""
-        log(f"rows of several adapters on {self.base} have passes of their own from now on:\n{traceback.format_exc()}")
+        log(f"the adapters on {self.base} have passes of their own from now on:\n{traceback.format_exc()}")
         self._mixes = False
 
     def between_steps(self) -> None:
@@ -284,7 +291,10 @@ class Host:
         self.receive(0.0)
         active = self._active
         if batch := self.queue.take(urgent=True):  # one batch a step, so that the longer work goes on, too
-            self.begin(batch)
+            from common.models import lora_inference
+
+            with lora_inference.segments(None):
+                self.begin(batch)
             self._activate(active)
         if all(request.abandoned for request in self.batch):
             raise Abandoned
@@ -383,44 +393,6 @@ class Host:
         if key not in self._tokenizers:
             self._tokenizers[key] = tokenizers.load_tokenizer(folder)
         return self._tokenizers[key]
-
-
-class _TextRequests:
-    """See `view.Requests`.
-
-    Args:
-        batch: what there is at first; from then on always what is not answered yet.
-        joins: others may enter.
-    """
-
-    def __init__(self, host: Host, batch: list[QueuedRequest], joins: bool) -> None:
-        self.host, self.batch, self.joins = host, batch, joins
-        self.key = batch[0].key
-        self.open: dict[int, QueuedRequest] = {}
-        self.came = 0
-
-    def arriving(self) -> list[Any]:
-        """See `view.Requests`."""
-        new = self._joining() if self.came else [*self.batch]
-        self.open.update(enumerate(new, start=self.came))
-        self.came += len(new)
-        return [request.payload for request in new]
-
-    def answer(self, number: int, answer: Any) -> None:
-        """See `view.Requests`."""
-        request = self.open.pop(number)
-        self.batch.remove(request)
-        self.host.channel.send(Answers([request.number], [answer], len(self.batch)))
-
-    def _joining(self) -> list[QueuedRequest]:
-        if not self.joins:
-            return []
-        room = self.host.settings.max_batch_tokens - sum(request.tokens for request in self.batch)
-        joining = self.host.queue.join(self.key, room)
-        if joining:
-            self.host.channel.send(Taken([request.number for request in joining]))
-            self.batch += joining
-        return joining
 
 
 def _by_key(batch: list[QueuedRequest]) -> list[list[QueuedRequest]]:

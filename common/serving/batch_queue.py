@@ -22,6 +22,7 @@ class QueuedRequest:
         urgent: may be taken while the worker is in the middle of something longer.
         arrived: by the machine's monotonic clock, which all its processes share.
         abandoned: nobody waits for its answer any more.
+        sent: so many characters of its answer have left as they came, and do not once more when it is tried again.
     """
 
     number: int
@@ -32,6 +33,7 @@ class QueuedRequest:
     urgent: bool = True
     arrived: float = field(default_factory=time.monotonic)
     abandoned: bool = False
+    sent: int = 0
 
 
 class BatchQueue:
@@ -104,18 +106,18 @@ class BatchQueue:
         return batch
 
     def join(self, key: Hashable, room: int) -> list[QueuedRequest]:
-        """Requests that may enter a batch of their key which is being worked on, up to so many tokens.
+        """Requests that may enter a batch which is being worked on, as kin of a key in it, up to so many tokens.
 
         None once a request waits that came before them and needs a batch of its own: it has its turn when this one has
         ended.
         """
-        joining = []
-        while (lane := self._oldest(lambda request: not request.urgent)) and lane[0].key == key:
-            if lane[0].tokens > room:
+        joining: list[QueuedRequest] = []
+        while lane := self._oldest(lambda request: not request.urgent):
+            if lane[0].tokens > room or self._kin(lane[0].key) != self._kin(key):
                 break
             room -= lane[0].tokens
             joining.append(lane.popleft())
-            self._tidy(key)
+            self._tidy(joining[-1].key)
         return joining
 
     def _kindred(self, lane: deque[QueuedRequest]) -> list[deque[QueuedRequest]]:

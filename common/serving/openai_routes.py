@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from common.serving.server import Server, estimate
-from common.serving.work import Chat, ChatAnswer, ChatTurn, alone
+from common.serving.work import Chat, ChatAnswer, ChatTurn
 from common.web import app as web
 from common.web.app import Problem, responses
 
@@ -163,7 +163,6 @@ def _work(body: ChatRequest, schema: dict[str, Any] | bool | None) -> Chat:
         seed=seed,
         stop=tuple(stop),
         schema=None if schema is None else json.dumps(schema),
-        alone=alone() if body.stream else 0,
         thinking=body.chat_template_kwargs.enable_thinking or body.chat_template_kwargs.thinking,
     )
 

@@ -22,7 +22,7 @@ from common.serving.fields import RunName, Text, Tokens, check_task
 from common.serving.openai_routes import add_chat, chained
 from common.serving.server import Server, estimate
 from common.serving.settings import ServerSettings
-from common.serving.work import ANSWER_TOKENS, Classify, WriteCode, alone
+from common.serving.work import ANSWER_TOKENS, Classify, WriteCode
 from common.tasks.codegen.answer import compile_error
 from common.tasks.ranking.task import hinted, warned
 from common.web import app as web
@@ -206,8 +206,7 @@ def _add_code(app: FastAPI, server: Server) -> None:
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("code"))
         check_task(version, task_record.CODEGEN, None, "writing code")
-        number = alone() if body.stream else 0
-        work = WriteCode(body.plan_then_code, body.max_new_tokens, body.thinking, number)
+        work = WriteCode(body.plan_then_code, body.max_new_tokens, body.thinking, body.stream)
 
         def shown(written: CodeAnswer) -> dict[str, Any]:
             facts = {"finished": written.finished, "tokens": written.tokens}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from common.generation.generate import TextBatch
+    from common.generation.result import Generation
     from common.tasks.ranking.classifier import Classifier
     from common.tasks.ranking.ranker import Ranker
 
@@ -48,18 +50,17 @@ class Work(Protocol):
         ...
 
 
-class Requests(Protocol):
-    """Requests of a text that share a batch: they come and are answered one by one."""
+class TextRequest(Protocol):
+    """A request of a text, a `texts._OpenRequest`."""
 
-    def arriving(self) -> Sequence[Any]:
-        """The payloads that have come since the last call, as far as there is room; the first ones are there at once.
+    payload: Any
 
-        They are numbered in their order, from 0 on.
-        """
+    def batch(self, tokenizer: PreTrainedTokenizerBase) -> TextBatch:
+        """Where its texts are asked for, once and before the first `yield`; others ask there, too."""
         ...
 
-    def answer(self, number: int, answer: Any) -> None:
-        """Send the answer to one, which can be a UserError that is the fault of its payload alone."""
+    def emit(self, text: str) -> None:
+        """Send a part of the answer that is being written."""
         ...
 
 
@@ -104,13 +105,16 @@ class RankingWork(Protocol):
 
 @runtime_checkable
 class TextWork(Protocol):
-    """A `Work` that writes texts, and answers each request as its text ends."""
+    """A `Work` that writes texts: of works and adapters that share steps, and of one adapter always, in one batch."""
 
     name: str
     urgent: bool
 
-    def write(self, view: View, requests: Requests) -> None:
-        """Answer all requests that come before the last one is answered. The view's adapter is active."""
+    def write(self, view: View, request: TextRequest) -> Generator[None, tuple[Any, int, Generation], Any]:
+        """Ask for texts, take each that ends as what `yield` gives (see `TextBatch.run`), and return the answer.
+
+        What it raises is the answer to this request alone.
+        """
         ...
 
 
@@ -122,10 +126,6 @@ class ModelHost(Protocol):
 
     def report_loaded(self, kind: str, name: str, seconds: float) -> None:
         """Say how long something took to load; see `messages.Loaded`."""
-        ...
-
-    def emit(self, text: str) -> None:
-        """Send a part of the answer that is being written."""
         ...
 
     def between_steps(self) -> None:
@@ -255,6 +255,19 @@ class View:
         if self.adapter is None:  # others may come
             return True
         return lora_inference.can_share(self.host.model, self.adapter) and not is_stateful(self.host.model)
+
+    @cached_property
+    def shares_steps(self) -> bool:
+        """Whether its texts can be written in common steps with those of others on the base (`RevisableRows`)."""
+        import torch
+
+        from common.generation import aligned_cache
+
+        model = self.host.model
+        if not (isinstance(model, torch.nn.Module) and self.shares_passes and aligned_cache.revisable(model)):
+            return False
+        head = model.get_output_embeddings()  # which a step asks for some tokens only, whosever they are
+        return self.adapter not in getattr(head, "lora_A", {})
 
     @property
     def warm(self) -> bool:

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,27 +22,22 @@ from common.models.source import CannotDo, LoadedModel
 from common.serving import label_tasks
 from common.serving.messages import Unusable
 from common.serving.run_registry import file_signature
-from common.serving.view import Ranking, Requests, View
+from common.serving.view import Ranking, TextRequest, View
 from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers.generation.streamers import BaseStreamer
 
-    from common.generation.generate import TextBatch
     from common.generation.result import Generation
     from common.generation.steering import Steering
     from common.tasks.codegen.writer import CodeWriter
     from common.tasks.ranking.classifier import Classifier
 
+    Written = Generator[None, tuple[Any, int, Generation], Any]
+
 DIGITS = 6  # of a probability
 ANSWER_TOKENS = 512  # the budget of an answer, where the request gives none
-_alone = itertools.count(1)
-
-
-def alone() -> int:
-    """A number for a work that is to share its batch with no other, since its text is sent as it comes."""
-    return next(_alone)
 
 
 @dataclass(frozen=True)
@@ -182,10 +177,11 @@ class Extract:
     name: ClassVar[str] = "idp"
     urgent: ClassVar[bool] = False
 
-    def write(self, view: View, requests: Requests) -> None:
+    def write(self, view: View, request: TextRequest) -> Written:
         from common.generation import json_schema
         from common.tasks.idp import calibration
         from common.tasks.idp.answer_form import form_of
+        from common.tasks.idp.document_batch import DocumentBatch
         from common.tasks.idp.extractor import ExtractionSettings, Extractor
 
         model_dir = view.version.model_dir
@@ -206,52 +202,51 @@ class Extract:
 
         fitted_file = file_signature(os.path.join(model_dir, calibration.FILE)) if self.confidence else None
         extractor: Extractor = view.keep((self, fitted_file), make)
-        each = extractor.extract_each(requests.arriving(), self.confidence, view.host.between_steps, requests.arriving)
-        for number, extraction in each:
-            requests.answer(number, extraction)
+        texts = request.batch(extractor.tokenizer)
+        work = DocumentBatch(extractor, self.confidence, view.host.between_steps, texts)
+        done = work.begin(work.reading(0, request.payload))
+        while not done:
+            done = work.take(*(yield))
+        return done[0][1]
 
 
 @dataclass(frozen=True)
 class WriteCode:
-    """Tasks to code. A payload is a task.
-
-    Attributes:
-        alone: a number that no other request has, for one whose code is sent as it comes; else 0.
-    """
+    """Tasks to code. A payload is a task; `stream`: its code is sent as it comes."""
 
     plan_then_code: bool
     max_new_tokens: int
     thinking: bool = False
-    alone: int = 0
+    stream: bool = False
     name: ClassVar[str] = "codegen"
     urgent: ClassVar[bool] = False
 
-    def write(self, view: View, requests: Requests) -> None:
+    def write(self, view: View, request: TextRequest) -> Written:
+        from common.tasks.codegen.code_batch import CodeBatch
+
         writer: CodeWriter = view.keep("code writer", lambda: _code_writer(view))
+        task, streamer = request.payload, None
+        if self.stream:
+            streamer = writer.streamer(task, Emitted(request), thinking=self.thinking)
         decoding = Decoding(self.max_new_tokens, thinking=self.thinking)
-        tasks = requests.arriving()
-        streamer = writer.streamer(tasks[0], Emitted(view), thinking=self.thinking) if self.alone else None
-        each = writer.write_each(
-            tasks,
-            decoding,
-            self.plan_then_code,
-            arriving=requests.arriving,
-            refuse=requests.answer,
-            streamer=streamer,
-        )
-        for number, samples in each:
-            requests.answer(number, samples[0])
+        work = CodeBatch(writer, {0: task}, decoding, streamer, numbered=False, batch=request.batch(writer.tokenizer))
+        (work.ask_plan if self.plan_then_code else work.ask_code)(0)
+        while True:
+            for _, sample, written in work.take(*(yield)):
+                if not isinstance(written, str):
+                    return written
+                work.ask_code(0, sample, written, first=True)
 
 
 class Emitted(io.TextIOBase):
-    """A file whose texts are parts of the answer that is being written."""
+    """A file whose texts are parts of the answer to a request."""
 
-    def __init__(self, view: View) -> None:
-        self.view = view
+    def __init__(self, request: TextRequest) -> None:
+        self.request = request
 
     def write(self, text: str) -> int:
         if text:
-            self.view.host.emit(text)
+            self.request.emit(text)
         return len(text)
 
 
@@ -290,7 +285,6 @@ class Chat:
         max_tokens: None: `ANSWER_TOKENS`, or what the context leaves.
         stop: texts that end an answer and are no part of it.
         schema: as JSON; None lets the model write freely.
-        alone: a number that no other request has, for one whose text is sent as it comes.
         thinking: let a model that reasons think first; what it thinks is no part of the answer.
     """
 
@@ -301,38 +295,20 @@ class Chat:
     seed: int
     stop: tuple[str, ...]
     schema: str | None
-    alone: int = 0
     thinking: bool = False
     name: ClassVar[str] = "chat"
     urgent: ClassVar[bool] = False
 
-    def write(self, view: View, requests: Requests) -> None:
-        from common.generation.generate import TextBatch
+    def write(self, view: View, request: TextRequest) -> Written:
+        prompt = tokenizers.encode_chat(view.tokenizer, request.payload.messages, thinking=self.thinking)
+        self._ask(view, request, prompt)
+        choices: dict[int, Generation] = {}
+        while len(choices) < self.samples:
+            _, sample, answer = yield
+            choices[sample] = answer
+        return ChatAnswer([choices[sample] for sample in range(self.samples)], len(prompt))
 
-        batch = TextBatch(view.model, view.tokenizer, view.host.settings.max_batch_tokens)
-        prompts: dict[int, list[int]] = {}
-        choices: dict[int, dict[int, Generation]] = {}
-        numbers = itertools.count()
-
-        def enter() -> None:
-            for turn in requests.arriving():
-                number = next(numbers)
-                try:
-                    prompt = tokenizers.encode_chat(view.tokenizer, turn.messages, thinking=self.thinking)
-                    self._ask(view, batch, number, prompt, turn.stream)
-                except UserError as error:
-                    requests.answer(number, error)
-                else:
-                    prompts[number], choices[number] = prompt, {}
-
-        for number, sample, answer in batch.run(enter):
-            choices[number][sample] = answer
-            if len(choices[number]) == self.samples:
-                written = choices.pop(number)
-                in_order = [written[index] for index in range(self.samples)]
-                requests.answer(number, ChatAnswer(in_order, len(prompts.pop(number))))
-
-    def _ask(self, view: View, batch: TextBatch, number: int, prompt: list[int], stream: bool) -> None:
+    def _ask(self, view: View, request: TextRequest, prompt: list[int]) -> None:
         from common.generation.generate import check_context
 
         context = context_of(view.model.config)
@@ -340,13 +316,14 @@ class Chat:
         budget = self.max_tokens or max(1, min(ANSWER_TOKENS, (context - len(prompt)) // budgets))
         steering = self._steering(view, budget)
         check_context([prompt], budget * budgets, context, "max_tokens")
-        batch.ask(
-            number,
+        streams, all_answer = request.payload.stream, self.schema is not None
+        request.batch(view.tokenizer).ask(
+            None,
             prompt,
             Decoding(budget, self.temperature, self.top_p, self.samples, self.seed, self.thinking),
-            steering=(lambda: steering(number)) if steering else None,
+            steering=(lambda: steering(0)) if steering else None,
             stop=(lambda text: any(stop in text for stop in self.stop)) if self.stop else None,
-            streamer=_streamer(view, prompt, self.schema is not None) if stream else None,
+            streamer=_streamer(view, request, prompt, all_answer) if streams else None,
         )
 
     def _steering(self, view: View, budget: int) -> Callable[[int], Steering] | None:
@@ -372,7 +349,7 @@ class Chat:
         return text[: min((start for stop in self.stop if (start := text.find(stop)) >= 0), default=len(text))]
 
 
-def _streamer(view: View, prompt: Sequence[int], all_answer: bool) -> BaseStreamer:
+def _streamer(view: View, request: TextRequest, prompt: Sequence[int], all_answer: bool) -> BaseStreamer:
     """Sends a text as it comes; unless it is `all_answer`, without the thinking before its answer."""
     from common.generation.answer_streamer import AnswerStreamer
     from common.generation.result import AnswerStream
@@ -382,6 +359,6 @@ def _streamer(view: View, prompt: Sequence[int], all_answer: bool) -> BaseStream
         answer.feed(chat_template.THINK)
 
     def emit(text: str, end: bool) -> None:
-        view.host.emit(text if all_answer else answer.feed(text, end=end))
+        request.emit(text if all_answer else answer.feed(text, end=end))
 
     return AnswerStreamer(view.tokenizer, emit)

@@ -85,6 +85,27 @@ def test_rows_in_segments_have_the_logits_of_their_adapters(four_bit, base, toke
         torch.testing.assert_close(after[0], wanted[3], **close)
 
 
+def test_segments_of_tokens_count_those_of_all_texts(base):
+    model = adapted(base)
+    lean_lora.install(model)
+    layer = next(module for name, module in model.named_modules() if name.endswith("gate_proj"))
+    x = torch.randn(1, 7, layer.in_features)
+    parts = {"default": slice(0, 2), None: slice(2, 6), "other": slice(6, 7)}
+    with torch.inference_mode():
+        wanted = []
+        for name, tokens in parts.items():
+            with lean_lora.segments([(name, 1)]):
+                wanted.append(layer(x[:, tokens]))
+        model.set_adapter("other")
+        active = layer(x)
+        with lean_lora.segments([("default", 2), (None, 4), ("other", 1)], of_tokens=True):
+            torch.testing.assert_close(layer(x), torch.cat(wanted, dim=1))
+            torch.testing.assert_close(layer(x[0]), torch.cat(wanted, dim=1)[0])  # a layer that has no rows
+            with lean_lora.segments(None):
+                torch.testing.assert_close(layer(x), active)
+    assert len({float(part.sum()) for part in (*wanted, active)}) == 4
+
+
 def test_segments_that_are_not_the_rows_are_an_error(base, tokenizer):
     model = adapted(base)
     lean_lora.install(model)

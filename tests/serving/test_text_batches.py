@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
-from support.host import Messages
+from support.host import Later
 from support.models import build_base
 from support.served import settings
 
@@ -17,6 +18,7 @@ from common.serving.adapter_host import Host
 from common.serving.batch_queue import QueuedRequest
 from common.serving.messages import Answers, Taken, Withdraw
 from common.serving.run_registry import Registry
+from common.serving.texts import TextSession
 from common.serving.work import Chat, ChatTurn, Extract, WriteCode
 from common.tasks.codegen.writer import CodeAnswer
 
@@ -24,19 +26,6 @@ pytestmark = pytest.mark.processes
 
 ASKED = {"temperature": 0.0, "top_p": 1.0, "samples": 1, "seed": 0, "stop": (), "schema": None}
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "string", "maxLength": 40}}, "required": ["a"]})
-
-
-class Later(Messages):
-    """What comes once it was looked so many times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.later, self.looks = {}, 0
-
-    def receive(self, wait):
-        self.looks += 1
-        self.coming += self.later.pop(self.looks, [])
-        return super().receive(wait)
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +92,19 @@ def test_requests_enter_while_others_are_written(host, channel, version):
 
 
 def test_what_waits_for_a_batch_of_its_own_has_its_turn(host, channel, version):
+    """A version that is not loaded yet."""
     first = chat(0, version, "one", 30)
-    other = QueuedRequest(1, (version, WriteCode(False, 8)), "add", urgent=False)
-    late = chat(2, version, "late", 30)
-    channel.later[3] = [other]
-    channel.later[4] = [late]
+    channel.later[3] = [chat(1, replace(version, name="other"), "two", 30)]
+    channel.later[4] = [chat(2, version, "late", 30)]
     begin(host, first)
     assert [number for number, _ in channel.numbered()] == [0, 1, 2]
+
+
+def test_other_works_and_settings_enter_too(host, channel, version):
+    channel.later[3] = [QueuedRequest(1, (version, WriteCode(False, 8)), "add", urgent=False)]
+    channel.later[5] = [chat(2, version, "late", 4, temperature=1.0)]
+    assert begin(host, chat(0, version, "one", 30)).keys() == {0, 1, 2}
+    assert channel.numbered()[-1][0] == 0
 
 
 def test_there_is_no_more_in_a_batch_than_its_tokens_allow(host, channel, version):
@@ -154,15 +149,16 @@ def test_a_chat_that_the_template_refuses_disturbs_no_other(host, channel, versi
 
 
 def test_a_batch_that_is_done_again_one_by_one_lets_nobody_in(host, channel, version, monkeypatch):
-    works, write = [], Chat.write
+    works, write = [], TextSession.write
 
-    def failing(self, view, requests):
-        works.append(len(requests.batch))
+    def failing(self):
+        works.append(len(self.requests))
         if len(works) == 1:
             raise RuntimeError("no kernel")
-        write(self, view, requests)
+        write(self)
 
-    monkeypatch.setattr(Chat, "write", failing)
+    monkeypatch.setattr(TextSession, "write", failing)
+    monkeypatch.setattr(host, "_mixes", True)  # and not so any more then
     channel.later[3] = [chat(2, version, "late", 30)]
     answers = begin(host, chat(0, version, "one", 30), chat(1, version, "two", 30))
     assert works == [2, 1, 1, 1] and all(answers[number].choices for number in range(3))

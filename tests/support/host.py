@@ -37,6 +37,19 @@ class Messages:
         return [answer for _, answer in self.numbered()]
 
 
+class Later(Messages):
+    """What comes once it was looked so many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later, self.looks = {}, 0
+
+    def receive(self, wait):
+        self.looks += 1
+        self.coming += self.later.pop(self.looks, [])
+        return super().receive(wait)
+
+
 def run_host(base: str, settings: HostSettings, asked: Sequence[tuple[Any, Any]], adapters: int = 3) -> Messages:
     """The messages of a process that is asked all at once, and closed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from common.tasks.codegen.prompt import PLAN_AGAIN_REQUEST, plan_prompt
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
+    from common.generation.generate import TextBatch
+    from common.generation.result import Generation
     from common.tasks.codegen.writer import CodeAnswer, CodeWriter
 
 PLAN, PLAN_AGAIN, CODE = "plan", "plan again", "code"
@@ -38,6 +41,7 @@ class CodeBatch:
         decoding: the second of several samples that are asked for by themselves has the next seed, and so on.
         streamer: gets the tokens of the code; for one task and one sample.
         numbered: a sentence about a task says which one it is.
+        batch: where texts are asked for, if others ask there, too; who runs it gives each answer to `take`.
     """
 
     def __init__(
@@ -48,12 +52,13 @@ class CodeBatch:
         streamer: BaseStreamer | None = None,
         *,
         numbered: bool = True,
+        batch: TextBatch | None = None,
     ) -> None:
         from common.generation.generate import TextBatch
 
         self.writer, self.tasks, self.decoding, self.streamer = writer, tasks, decoding, streamer
         self.numbered = numbered
-        self.batch = TextBatch(writer.model, writer.tokenizer, writer.max_batch_tokens)
+        self.batch = batch or TextBatch(writer.model, writer.tokenizer, writer.max_batch_tokens)
         self.plans = self.asked_again = self.stayed_empty = 0
 
     def ask_plan(self, index: int) -> None:
@@ -73,37 +78,35 @@ class CodeBatch:
         text = style.code(task, plan) if plan else style.direct(task)
         self._ask(_Question(CODE, index, sample, plan), text, partial(style.ends, task), first=first)
 
-    def run(self, between: Callable[[], None] = lambda: None) -> Iterator[tuple[int, int, str | CodeAnswer]]:
+    def run(self) -> Iterator[tuple[int, int, str | CodeAnswer]]:
         """(index of a task, number of a sample, a plan or code) of each, as it ends.
 
         A plan that is empty is asked for once more, of a model that takes turns; then "" is what there is.
-
-        Args:
-            between: called before each step, and before the end; may ask for more.
         """
-        for question, number, generation in self.batch.run(between):
-            sample = number if question.sample is None else question.sample
-            if question.kind == CODE:
-                yield question.index, sample, self.writer.read(self.tasks[question.index], question.plan, generation)
-                continue
-            plan = self.writer.style.read_plan(generation.text)
-            self.plans += question.kind == PLAN
-            if not plan and question.kind == PLAN and self.writer.style.chat:
-                self.asked_again += 1
-                text = plan_prompt(self.tasks[question.index], PLAN_AGAIN_REQUEST)
-                try:
-                    self._ask(_Question(PLAN_AGAIN, question.index, sample), text, self._plan_ends, first=True)
-                except UserError:  # the longer request does not fit
-                    self.stayed_empty += 1
-                    yield question.index, sample, plan
-            else:
-                self.stayed_empty += not plan
-                yield question.index, sample, plan
+        for written in self.batch.run():
+            yield from self.take(*written)
         if self.asked_again:
             log(
                 f"{self.asked_again} of {self.plans} plans came back empty and were asked for once more; "
                 f"{self.stayed_empty} stayed empty, and their code is written without one"
             )
+
+    def take(self, question: _Question, number: int, generation: Generation) -> list[tuple[int, int, str | CodeAnswer]]:
+        """As in `run`, of what the batch has written; none where a plan is asked for once more."""
+        sample = number if question.sample is None else question.sample
+        if question.kind == CODE:
+            code = self.writer.read(self.tasks[question.index], question.plan, generation)
+            return [(question.index, sample, code)]
+        plan = self.writer.style.read_plan(generation.text)
+        self.plans += question.kind == PLAN
+        if not plan and question.kind == PLAN and self.writer.style.chat:
+            self.asked_again += 1
+            text = plan_prompt(self.tasks[question.index], PLAN_AGAIN_REQUEST)
+            with suppress(UserError):  # the longer request may not fit
+                self._ask(_Question(PLAN_AGAIN, question.index, sample), text, self._plan_ends, first=True)
+                return []
+        self.stayed_empty += not plan
+        return [(question.index, sample, plan)]
 
     def _plan_ends(self, text: str) -> bool:
         return self.writer.style.plan_ends(text)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, Any, TextIO
 
 from common import run_record
@@ -116,54 +115,26 @@ class CodeWriter:
         tasks: Sequence[str],
         decoding: Decoding,
         plan_first: bool = False,
-        *,
-        arriving: Callable[[], Sequence[str]] = lambda: (),
-        refuse: Callable[[int, UserError], None] | None = None,
-        streamer: BaseStreamer | None = None,
     ) -> Iterator[tuple[int, list[CodeAnswer]]]:
         """(index of a task, its answers) of each task, as they have been written; the longest tasks are begun first.
 
         Args:
             plan_first: write plans, and the code after them.
-            arriving: called between steps; tasks that have come meanwhile, which are done along, and numbered on.
-            refuse: gets the index of a task that does not fit the model's context, and why.
-            streamer: see `write`.
 
         Raises:
-            UserError: a prompt does not fit the model's context, and there is no `refuse`.
+            UserError: a prompt does not fit the model's context.
         """
-        waiting: dict[int, str] = {}
-        work = CodeBatch(self, waiting, decoding, streamer, numbered=refuse is None)  # `refuse` is told the index
-        answers: dict[int, dict[int, CodeAnswer]] = {}
-        refused: set[int] = set()
-        indices = count(len(tasks))
-
-        def ask(asked: Callable[..., None], index: int, *details, **how) -> None:
-            try:
-                asked(index, *details, **how)
-            except UserError as error:
-                if refuse is None:
-                    raise
-                if index not in refused:  # it may have several samples
-                    refused.add(index)
-                    refuse(index, error)
-
-        def enter(index: int, task: str) -> None:
-            waiting[index], answers[index] = task, {}
-            ask(work.ask_plan if plan_first else work.ask_code, index)
-
+        work = CodeBatch(self, dict(enumerate(tasks)), decoding)
+        answers: list[dict[int, CodeAnswer]] = [{} for _ in tasks]
         for index in sorted(range(len(tasks)), key=lambda index: -len(tasks[index])):
-            enter(index, tasks[index])
-        for index, sample, written in work.run(lambda: [enter(next(indices), task) for task in arriving()]):
-            if index in refused:
-                continue
+            (work.ask_plan if plan_first else work.ask_code)(index)
+        for index, sample, written in work.run():
             if isinstance(written, str):
-                ask(work.ask_code, index, sample, written, first=True)
+                work.ask_code(index, sample, written, first=True)
                 continue
-            answers[index][sample] = written
-            if len(answers[index]) == decoding.num_samples:
-                of_task = answers.pop(index)
-                del waiting[index]
+            of_task = answers[index]
+            of_task[sample] = written
+            if len(of_task) == decoding.num_samples:
                 yield index, [of_task[number] for number in range(decoding.num_samples)]
 
     def streamer(self, task: str, out: TextIO, *, thinking: bool = False) -> BaseStreamer | None:

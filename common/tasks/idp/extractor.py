@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property, partial
-from itertools import count
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.generation import json_schema
-from common.generation.decoding import LOOKUP, Decoding
+from common.generation.decoding import LOOKUP
 from common.models import tokenizers
 from common.models.batching import context_of
 from common.models.source import LoadedModel
 from common.processes import OutOfTime, time_limit
 from common.tasks.idp import confidence as confidences
-from common.tasks.idp import documents, long_documents, prompt, wholeness
+from common.tasks.idp import long_documents, prompt, wholeness
 from common.tasks.idp.alignment import Haystack
 from common.tasks.idp.answer_form import UNTRAINED, AnswerForm
+from common.tasks.idp.document_batch import DocumentBatch, Reading
 from common.tasks.idp.field_metrics import leaves, path_name
 from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 from common.tasks.idp.written_values import TypedFields
 
 if TYPE_CHECKING:
-    from common.generation.generate import TextBatch
-    from common.generation.json_grammar import JsonGrammar, JsonRow
+    from common.generation.json_grammar import JsonGrammar
     from common.generation.result import Generation
     from common.tasks.idp.calibration import ConfidenceCalibration
 
@@ -99,49 +98,6 @@ class Extraction:
     def written_leaves(self) -> dict[str, Any]:
         """Each leaf as the model wrote it, by its path."""
         return {path_name(path): leaf for path, leaf in leaves(self.as_written)}
-
-
-@dataclass(eq=False)
-class _Reading:
-    """A document while it is read.
-
-    Attributes:
-        left: answers that are still to come.
-        tries: at each piece; the last one counts.
-        earlier: the same of when the pieces were first asked, where they were asked twice.
-        merged, error: of the answers to several pieces.
-    """
-
-    number: int
-    text: str
-    pieces: list[str]
-    left: int = 0
-    tries: list[list[Generation]] = field(default_factory=list)
-    earlier: list[list[Generation]] = field(default_factory=list)
-    merged: Any = None
-    error: str | None = None
-
-    @property
-    def answers(self) -> list[Generation]:
-        """The last try at each piece."""
-        return [of_piece[-1] for of_piece in self.tries]
-
-
-@dataclass(frozen=True, eq=False)
-class _Question:
-    """What a piece of a document is asked; `grammar` makes what holds the answer, `scored`: with log-probabilities."""
-
-    reading: _Reading
-    index: int
-    prompt: list[int]
-    grammar: Callable[[], JsonGrammar]
-    scored: bool
-
-
-def _hold(question: _Question, budget: int) -> JsonRow:
-    from common.generation.json_grammar import JsonRow
-
-    return JsonRow(question.grammar(), budget)
 
 
 class Extractor:
@@ -228,7 +184,6 @@ class Extractor:
         texts: Sequence[str],
         confidence: bool = False,
         between: Callable[[], None] = lambda: None,
-        arriving: Callable[[], Sequence[str]] = lambda: (),
     ) -> Iterator[tuple[int, Extraction]]:
         """(number of a document, its extraction) of each document, as it has been read.
 
@@ -236,46 +191,12 @@ class Extractor:
             confidence: with each leaf's.
             between: called again and again while long documents are cut and their answers are merged, which takes
                 seconds for a million characters; what it raises ends the work.
-            arriving: called between steps; texts that have come meanwhile, which are read along, and numbered on.
         """
-        from common.generation.generate import TextBatch
-
-        batch = TextBatch(self.model, self.tokenizer, self.max_batch_tokens)
-        readings = [
-            _Reading(number, text, self.pieces(documents.clean(text), between)) for number, text in enumerate(texts)
-        ]
-        numbers, refused = count(len(texts)), []
-
-        def begin(readings: Iterable[_Reading]) -> None:
-            for reading in readings:
-                if reading.pieces:
-                    self._ask(batch, reading, confidence, between)
-                else:
-                    refused.append((reading.number, self._refused(reading.text)))
-
-        def enter() -> None:
-            for text in arriving():
-                begin([_Reading(next(numbers), text, self.pieces(documents.clean(text), between))])
-
-        begin(sorted(readings, key=lambda reading: -max(map(len, reading.pieces), default=0)))
-        yield from refused
-        refused.clear()
-        for question, _, answer in batch.run(enter):
-            yield from refused  # of those that came meanwhile
-            refused.clear()
-            reading = question.reading
-            reading.tries[question.index].append(answer)
-            budget = self._longer_budget(question, answer)
-            if budget:
-                self._put(batch, question, budget, first=True)
-                continue
-            reading.left -= 1
-            if not reading.left:
-                if len(reading.pieces) > 1 and self._lacks(reading, between):
-                    self._ask(batch, reading, confidence, between)
-                else:
-                    yield reading.number, self._read(reading, confidence)
-        yield from refused
+        work = DocumentBatch(self, confidence, between)
+        readings = [work.reading(number, text) for number, text in enumerate(texts)]
+        for reading in sorted(readings, key=lambda reading: -max(map(len, reading.pieces), default=0)):
+            yield from work.begin(reading)
+        yield from work.run()
 
     def grammar_for(
         self, piece: str, between: Callable[[], None] = lambda: None, part: bool = False
@@ -299,41 +220,8 @@ class Extractor:
 
         return JsonGrammar(schema, self.tokenizer, self.columns, spaced=self.form.spaced)
 
-    def _ask(self, batch: TextBatch, reading: _Reading, confidence: bool, between: Callable[[], None]) -> None:
-        """Ask for the answers to the pieces of a document; a second time for what none of them has given."""
-        again = bool(reading.tries)
-        part = len(reading.pieces) > 1 and not again
-        reading.left = len(reading.pieces)
-        reading.earlier, reading.tries = reading.tries, [[] for _ in reading.pieces]
-        for number, piece in enumerate(reading.pieces):
-            grammar = cache(partial(self.grammar_for, piece, between, part))  # made when its answer begins
-            scored = confidence or len(reading.pieces) > 1
-            question = _Question(reading, number, self.encode(piece, part), grammar, scored)
-            self._put(batch, question, self.settings.max_new_tokens, first=again)
-
-    def _put(self, batch: TextBatch, question: _Question, budget: int, *, first: bool) -> None:
-        batch.ask(
-            question,
-            question.prompt,
-            Decoding(
-                budget,
-                thinking=self.settings.thinking,
-                prompt_lookup_num_tokens=self.settings.prompt_lookup_num_tokens,
-            ),
-            steering=partial(_hold, question, budget) if self.grammar else None,
-            logprobs=question.scored,
-            first=first,
-        )
-
-    def _longer_budget(self, question: _Question, answer: Generation) -> int | None:
-        """What an answer that was cut is tried again with: twice the budget, or what the context leaves of it."""
-        if self.settings.on_cut != "retry" or not answer.cut or len(question.reading.tries[question.index]) > 1:
-            return None
-        left = (self.limit - len(question.prompt)) // (1 + self.settings.thinking)
-        budget = min(2 * self.settings.max_new_tokens, left)
-        return budget if budget > self.settings.max_new_tokens else None
-
-    def _refused(self, text: str) -> Extraction:
+    def refused(self, text: str) -> Extraction:
+        """What becomes of a document that does not fit."""
         remedy = "pass --long split" if self.settings.long == "refuse" else "lower --max_new_tokens"
         return Extraction(
             None,
@@ -343,7 +231,8 @@ class Extractor:
             pieces=0,
         )
 
-    def _read(self, reading: _Reading, confidence: bool) -> Extraction:
+    def read(self, reading: Reading, confidence: bool) -> Extraction:
+        """What the answers to a document's pieces make of it."""
         if len(reading.pieces) > 1:
             value, error, scores = self._merged(reading)
         else:
@@ -377,7 +266,7 @@ class Extractor:
         tree = confidences.scored(answer, self.tokenizer, self.calibrate) if scored else {}
         return value, error, confidences.confidences(tree)
 
-    def _lacks(self, reading: _Reading, between: Callable[[], None]) -> bool:
+    def lacks(self, reading: Reading, between: Callable[[], None]) -> bool:
         """Whether the answers to the pieces leave out what is required, so that it is to be asked for once more.
 
         Merges them into `reading.merged`, or puts why they cannot be into `reading.error`.
@@ -389,7 +278,7 @@ class Extractor:
             return False
         return bool(json_schema.errors(confidences.plain(merged), self.asked))
 
-    def _merged(self, reading: _Reading) -> tuple[Any, str | None, dict[str, float]]:
+    def _merged(self, reading: Reading) -> tuple[Any, str | None, dict[str, float]]:
         """(value, why it is no valid answer or None, confidences) of the answers to the pieces of a document."""
         if reading.error:
             return None, reading.error, {}

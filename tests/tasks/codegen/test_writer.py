@@ -148,7 +148,7 @@ def test_an_empty_plan_is_asked_for_again_and_then_done_without(base, capsys, mo
             asked.append(self.tokenizer.decode(prompt))
             self.waiting = [*getattr(self, "waiting", ()), (key, asked[-1], decoding)]
 
-        def run(self, between):
+        def run(self):
             while self.waiting:
                 key, text, decoding = self.waiting.pop(0)
                 plans = {"Add": "1. Add.\n2. Return.", "Sort": "```python\nsort()\n```"}
