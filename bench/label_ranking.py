@@ -8,9 +8,10 @@
 Contestants, on the same rows and labels: one full forward pass per row, label and form (`naive`);
 lm-evaluation-harness's HF model class on the same token ids (`lm_eval`, where it is installed: pip install -r
 requirements/bench.txt); transformers' own pipeline("decision"), with its generic prompt, where labels are single tokens
-(`decision`); the ranker (`ours`); and a bare forward pass over the tokens in which the rows differ, unpadded, head at
-one position (`limit`). Weights are in --dtype, not in 4 bits. They take turns; figures are rows a second, the median of
-the rounds, after one that does not count. The last line is JSON.
+(`decision`); the ranker (`ours`); the ranker on rows that come one by one, as a server's do, behind the start that is
+kept (`single`) and from their first token on (`single_whole`); and a bare forward pass over the tokens in which the
+rows differ, unpadded, head at one position (`limit`). Weights are in --dtype, not in 4 bits. They take turns; figures
+are rows a second, the median of the rounds, after one that does not count. The last line is JSON.
 
 `vllm` is vLLM's offline engine with its prefix cache, on a plain model (merge an adapter first), where a Python has it:
 python -m venv .venv-gpu-peers, then .venv-gpu-peers/bin/pip install -r requirements/bench-gpu.txt, as its pins are not
@@ -92,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     contestants: dict[str, tuple[int, Callable[[], object]]] = {
         "naive": (len(few), lambda: naive_scores(model, tokenizer, CREDITMIX, few)),
         "ours": (len(texts), lambda: ranker.raw_scores(texts)),
+        "single": (len(few), one_by_one(TorchRanker(model, tokenizer, CREDITMIX), few, kept=True)),
+        "single_whole": (len(few), one_by_one(TorchRanker(model, tokenizer, CREDITMIX), few, kept=False)),
         "limit": (len(texts), bare_forward(model, tokenizer, texts, args.max_batch_tokens)),
     }
     if importlib.util.find_spec("lm_eval"):
@@ -110,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     medians = {name: entry["rows_per_s"] for name, entry in table.items()}
     peers = [peer for peer in ("naive", "lm_eval", "decision", "vllm") if peer in medians]
     ratios = {f"vs_{peer}": round(medians["ours"] / medians[peer], 2) for peer in peers}
+    ratios["single_vs_whole"] = round(medians["single"] / medians["single_whole"], 2)
     ratios["of_limit"] = round(medians["ours"] / medians["limit"], 3)
     agreement = {
         "max_difference": float(np.abs(exact - ranked).max()),
@@ -119,6 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [{"name": name, **entry} for name, entry in table.items()]
     result = {"bench": "label_ranking", "settings": settings, "rows": rows, "ratios": ratios, "vs_naive": agreement}
     print(json.dumps(result))
+
+
+def one_by_one(ranker: Ranker, texts: Sequence[str], *, kept: bool) -> Callable[[], object]:
+    """Ranks rows that come by themselves, as a server has them; without `kept`, each from its first token on."""
+    ranker.one_by_one = kept
+    return lambda: [ranker.raw_scores([text]) for text in texts]
 
 
 def timed(count: int, run: Callable[[], object]) -> Callable[[], float]:

@@ -15,7 +15,7 @@ from common.cli import UserError
 from common.serving import decision_shapes as shapes
 from common.serving import label_tasks
 from common.serving.run_registry import Version
-from common.serving.server import Server, estimate
+from common.serving.server import Server, estimate_row
 from common.serving.work import DIGITS, Decide, Decided
 from common.tasks.ranking import questions
 from common.tasks.ranking.questions import PREDICATE, SCORE, Question
@@ -32,12 +32,18 @@ class Plan:
 
     Attributes:
         labels: of `task`, in the order of the question's options.
+        text: the input as the task reads it.
     """
 
     task: LabelTask
     labels: tuple[str, ...]
     work: Decide
-    prompt: str
+    text: str
+
+    @property
+    def prompt(self) -> str:
+        """What the model reads."""
+        return self.task.prompt(self.text)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ async def decide(
     plans = [_plan(question, own, text, row, calibration) for question in asked]
     prompts = server.encode(version, [plan.prompt for plan in plans])
     tasks = [
-        asyncio.ensure_future(server.answer(request, version, plan.work, prompt, tokens=estimate(plan.prompt)))
+        asyncio.ensure_future(server.answer(request, version, plan.work, prompt, tokens=estimate_row(plan.text)))
         for plan, prompt in zip(plans, prompts, strict=True)
     ]
     try:
@@ -182,9 +188,9 @@ def _plan(
     if own is not None and row is not None and (labels := question.own_labels(own)):
         clean = own.clean(row) if isinstance(row, str) else own.text_of(row)
         if clean is not None:
-            return Plan(own, labels, Decide(own.text, "own"), own.prompt(clean))
+            return Plan(own, labels, Decide(own.text, "own"), clean)
     task = question.task()
-    return Plan(task, task.labels, Decide(task.text, calibration), task.prompt(text))
+    return Plan(task, task.labels, Decide(task.text, calibration), text)
 
 
 def _response(content: dict[str, Any], verdicts: Sequence[Verdict]) -> Response:

@@ -20,7 +20,7 @@ from common.serving.decision_routes import add_decisions
 from common.serving.document_routes import PDF_PATH, add_extraction
 from common.serving.fields import RunName, Text, Tokens, check_task
 from common.serving.openai_routes import add_chat, chained
-from common.serving.server import Server, estimate
+from common.serving.server import Server, estimate, estimate_row
 from common.serving.settings import ServerSettings
 from common.serving.work import ANSWER_TOKENS, Classify, WriteCode
 from common.tasks.codegen.answer import compile_error
@@ -267,7 +267,7 @@ def _add_classification(app: FastAPI, server: Server) -> None:
     ) -> list[dict[str, Any]]:
         started = time.perf_counter()
         version = await server.find(run)
-        tokens = sum(map(estimate, texts))
+        tokens = sum(map(estimate_row, texts))
         task = await server.label_task(version, task_name)
         cleaned = [task.clean(text) async for text in in_turns(texts)]
         prompts = server.encode(version, [task.prompt(text) for text in cleaned])

@@ -36,6 +36,7 @@ PDF_SECONDS = 20.0  # that the text of a PDF may take
 POLL = 0.25  # seconds between looks whether the client is still there
 CHARACTERS_A_TOKEN = 3  # about; how many rows make a batch is decided before they are encoded
 FRAME_TOKENS = 40  # about, of the instruction and the chat template
+TURN_TOKENS = 12  # about, of what stands behind the text of a row: the template, and columns of the labels
 
 
 class Server:
@@ -321,3 +322,8 @@ def outcome(answer: Any) -> Any:
 def estimate(text: str) -> int:
     """About how many tokens a prompt with this text has."""
     return FRAME_TOKENS + len(text) // CHARACTERS_A_TOKEN
+
+
+def estimate_row(text: str) -> int:
+    """About how many tokens of a row with this text are read; what stands before it is kept (`Ranker.prefixes`)."""
+    return TURN_TOKENS + len(text) // CHARACTERS_A_TOKEN

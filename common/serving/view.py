@@ -198,6 +198,7 @@ class View:
                 model_hash=self.version.sha256,
                 prior_dir=self.prior_dir(),
             )
+            self._classifiers[key].ranker.one_by_one = True
             self.calibration(task)  # which asks for the prior, where it takes one
             self.host.report_loaded("prior", self.version.name, time.perf_counter() - started)
         return self._classifiers[key]
@@ -235,6 +236,8 @@ class View:
             ranker = ranker_of(self.host.model, self.tokenizer, task, self.host.settings.max_batch_tokens)
             prior = partial(ranker.prior, self._null_prompts(task))
             self._asked[key] = Asked(Classifier(self.version.model_dir, task, ranker, prior))
+        else:  # not for a question that is asked once
+            self._asked[key].classifier.ranker.one_by_one = True
         self._asked.move_to_end(key)
         if len(self._asked) > MAX_ASKED:
             self._asked.popitem(last=False)

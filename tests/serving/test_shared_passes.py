@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 from support.families import ARCHITECTURES, build_architecture
 from support.host import Messages
 from support.served import ROWS, make_adapter, make_run, make_runs, replace_adapter, same, settings
@@ -119,6 +120,16 @@ def test_other_kinds_have_passes_of_their_own(loaded, wanted):
     for row, (name, answer) in enumerate(zip(names, loaded.rows(names), strict=True)):
         same(answer, wanted[name][row])
     assert sorted(loaded.batches()) == [1, 2, 3]
+
+
+def test_rows_by_themselves_are_read_behind_what_their_adapter_made_of_the_start(loaded, wanted):
+    for row, name in enumerate([*wanted] * 2):
+        (answer,) = loaded.all([loaded.request(name, [PROMPTS[row]])], first=True)
+        same(answer, wanted[name][row])
+    kept = [view.classifier(CREDITMIX).ranker.prefixes for view in loaded.host.views.values()]
+    firsts = [next(iter(prefixes.values())).layers[1].keys for prefixes in kept]
+    assert len(firsts) == len(wanted)
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(firsts, 2))
 
 
 def test_many_rows_in_a_request_and_several_passes(loaded, wanted, monkeypatch):

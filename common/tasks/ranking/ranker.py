@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on long files
 MIN_PREFIX = 4  # a shorter shared start is not worth a cache
+LEAST_SHARE = 8  # a start of less than an eighth of a prompt by itself costs more than it spares, too
 PRIOR = "prior"  # what a model's folder keeps of a task, by `LabelTask.file_in`
 
 
@@ -48,6 +50,7 @@ class Ranker:
         context: tokens that a prompt and its longest label may have.
         vocabulary: columns of the logits.
         prefixes: what is kept of token sequences that prompts start with (`_read_prefix`), used last at the end.
+        one_by_one: prompts keep coming by themselves, so that their start is worth to be read and kept for one, too.
 
     Raises:
         UserError: a label without text, or two labels that are the same tokens.
@@ -68,6 +71,7 @@ class Ranker:
         self.max_batch_tokens = max_batch_tokens
         self.tree = LabelTree(label_tokens(tokenizer, task))
         self.prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self.one_by_one = False
 
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         """[rows, labels] of prompts that are `prefix` and then each of `suffixes`."""
@@ -133,20 +137,47 @@ class Ranker:
 
         A shorter start that is at hand is taken instead, where reading this one would take more tokens than it saves.
         """
-        first, last = min(prompts), max(prompts)
-        limit = min(map(len, prompts)) - 1
-        shared = 0
-        while shared < limit and first[shared] == last[shared]:
-            shared += 1
-        at_hand = [len(known) for known in self.prefixes if known == tuple(first[: min(len(known), shared)])]
+        first = prompts[0]
+        if len(prompts) == 1:
+            return self._start_of(first)
+        shared = common_start(prompts)
+        at_hand = [len(known) for known in self.prefixes if len(known) <= shared and starts_with(first, known)]
         if at_hand and (shared - max(at_hand)) * len(prompts) <= shared:
             shared = max(at_hand)
-        return tuple(first[:shared]) if len(prompts) > 1 and shared >= MIN_PREFIX else ()
+        return tuple(first[:shared]) if shared >= MIN_PREFIX else ()
+
+    def _start_of(self, prompt: list[int]) -> tuple[int, ...]:
+        """What a prompt by itself is read behind: the longest start at hand, or, where it pays (`one_by_one`), the one
+        that it has in common with a null prompt, as most texts have."""
+        starts = [known for known in self.prefixes if starts_with(prompt, known)]
+        if self.one_by_one:
+            starts += [tuple(prompt[: common_start([prompt, null])]) for null in self._null_prompts]
+        start = max(starts, key=len, default=())
+        return start if len(start) * LEAST_SHARE >= len(prompt) else ()
+
+    @cached_property
+    def _null_prompts(self) -> list[list[int]]:
+        return [tokenizers.encode_prompt(self.tokenizer, self.task.prompt(text)) for text in self.task.null_inputs]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Rows sorted by length, cut where rows x longest would pass the token budget, or the logits theirs."""
         most_rows = LOGITS_AT_ONCE // (self.vocabulary * (1 + self.tree.columns))
         return by_token_budget(lengths, self.max_batch_tokens, added=self.tree.columns, most_rows=most_rows)
+
+
+def common_start(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts start with, short of the last one of each."""
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    shared = 0
+    while shared < limit and first[shared] == last[shared]:
+        shared += 1
+    return shared
+
+
+def starts_with(prompt: list[int], prefix: tuple[int, ...]) -> bool:
+    """Whether a prompt is `prefix` and more."""
+    return len(prompt) > len(prefix) and tuple(prompt[: len(prefix)]) == prefix
 
 
 def sizes_of(config: PreTrainedConfig) -> tuple[int, int]:

@@ -24,6 +24,11 @@ class RowRanker(Ranker):
         super().__init__(tokenizer, task, model.context, model.vocabulary)
         self.model, self.name, self.precision = model, model.name, (model.dtype, False)
 
+    def _start_of(self, prompt: list[int]) -> tuple[int, ...]:
+        """None: llama.cpp's scores differ in their fourth digit by what a row is read behind, and a row by itself is to
+        have the same ones in a script and in the server."""
+        return ()
+
     def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
         rows = []
         if prefix:

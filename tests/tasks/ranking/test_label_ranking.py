@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from support.label_tasks import AWKWARD, TEXTS
 
 from common.cli import UserError
 from common.models import loading as models
+from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import ranker
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -21,6 +23,11 @@ from common.tasks.ranking.task import LabelTask
 from common.tasks.ranking.torch_ranker import TorchRanker, label_scores, naive_scores
 
 SIXTY = LabelTask("sixty", tuple(f"class number {i}" for i in range(60)), "Which class?", ("N/A",))
+
+# The tests' tokenizer has phrases of CREDITMIX's prompts, each as a token: the start of one is a few tokens.
+PLAIN = dataclasses.replace(
+    CREDITMIX, instruction="Which of Good, Standard and Bad is it?", null_inputs=("N/A", "none")
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +129,63 @@ def test_prefixes_at_hand_are_few(model, tokenizer):
         assert len(kept) == 1 or sum(kept) <= 512
     assert len(kept) == 1  # of the long ones there is room for one
     assert np.abs(ranker.raw_scores(["Age: 1", "Age: 2"]) - once).max() < 1e-5
+
+
+@pytest.fixture
+def read(model) -> Iterator[list[int]]:
+    """Tokens of a row in each pass."""
+    passes: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: passes.append(inputs[0].shape[1])
+    )
+    yield passes
+    hook.remove()
+
+
+@pytest.mark.parametrize("task", [PLAIN, AWKWARD], ids=lambda task: task.name)
+def test_a_row_by_itself_is_read_behind_the_start_that_is_at_hand(model, tokenizer, task, read):
+    """Kept of a batch, or of the prior; where nothing is, nothing is read for it."""
+    prompts = [tokenizers.encode_prompt(tokenizer, task.prompt(text)) for text in TEXTS]
+    ranker = TorchRanker(model, tokenizer, task)
+    whole = [ranker.scores_of([prompt]) for prompt in prompts]
+    assert read == [len(prompt) + ranker.tree.columns for prompt in prompts] and not ranker.prefixes
+    expected = naive_scores(model, tokenizer, task, TEXTS)
+    for ask in (lambda: ranker.raw_scores(TEXTS), ranker.prior):
+        ranker.prefixes.clear()
+        ask()
+        (start,) = ranker.prefixes
+        assert len(start) > 10
+        read.clear()
+        behind = [ranker.scores_of([prompt]) for prompt in prompts]
+        assert read == [len(prompt) - len(start) + ranker.tree.columns for prompt in prompts]
+        assert [*ranker.prefixes] == [start]
+        assert np.abs(np.concatenate(behind) - expected).max() < 1e-4
+        assert np.abs(np.concatenate(behind) - np.concatenate(whole)).max() < 1e-4
+    long = " ".join(TEXTS) * 3  # a start of so little of it is not used
+    read.clear()
+    assert np.abs(ranker.raw_scores([long]) - naive_scores(model, tokenizer, task, [long])).max() < 1e-4
+    assert read[0] == len(tokenizers.encode_prompt(tokenizer, task.prompt(long))) + ranker.tree.columns
+
+
+def test_rows_one_by_one_have_a_start_that_null_prompts_have(model, tokenizer, read):
+    """It is read once, from the first row on; what was asked before changes no answer."""
+    ranker = TorchRanker(model, tokenizer, CREDITMIX)
+    ranker.one_by_one = True
+    rows = [f"Age: 23, Occupation: {kind}, Annual Income: 1" for kind in ("Writer", "Doctor", "Lawyer")]
+    first = [ranker.raw_scores([row]) for row in rows]
+    (start,) = ranker.prefixes
+    whole = [len(tokenizers.encode_prompt(tokenizer, CREDITMIX.prompt(row))) for row in rows]
+    assert len(start) > min(whole) / 3
+    assert read == [len(start), *(length - len(start) + ranker.tree.columns for length in whole)]
+    assert np.abs(np.concatenate(first) - naive_scores(model, tokenizer, CREDITMIX, rows)).max() < 1e-4
+    ranker.raw_scores(rows)
+    ranker.raw_scores(rows[:1] * 9)
+    ranker.prior()
+    assert max(map(len, ranker.prefixes)) > len(start)  # the row itself is at hand
+    for row, scores in zip(rows, first, strict=True):
+        assert np.abs(ranker.raw_scores([row]) - scores).max() < 1e-5
+    for row in ("", "N/A", "(", *CREDITMIX.null_inputs):
+        assert np.abs(ranker.raw_scores([row]) - naive_scores(model, tokenizer, CREDITMIX, [row])).max() < 1e-4
 
 
 def test_prior_cache(model, tokenizer, tmp_path, capsys):
