@@ -162,7 +162,8 @@ def keep_freed_memory() -> None:
     """Have the C library keep what torch frees on a CPU, for its next tensor.
 
     It gives large blocks back to the kernel, which hands out zeroed pages again one fault at a time: without that a
-    training step takes 6 % less, a forward pass of 8,192 tokens a third (docs/results.md). The peak stays the peak.
+    training step takes 6 % less, a forward pass of 8,192 tokens a third (docs/results.md). What lies between blocks is
+    kept, too, so that many batches of unlike shapes raise the peak of a training.
     """
     import ctypes
 
