@@ -192,7 +192,11 @@ def within_memory(settings: Settings, record: RunRecord | None, longest: int, co
         return settings
     changes = preflight.preflight(plan, settings.memory_flags(plan.batch), auto_fit=settings.auto_fit)
     note_fit(record, changes)
-    return replace(settings, **changes)
+    fitted = replace(settings, **changes)
+    if record:
+        plan = fitted.plan(longest=longest, completion_len=completion_len)
+        record.write(predicted_peak_bytes=round(preflight.predict(plan).total))
+    return fitted
 
 
 def note_fit(record: RunRecord | None, changes: dict[str, Any]) -> None:
@@ -299,6 +303,8 @@ def watched_train(trainer: Trainer, settings: TrainSettings, record: RunRecord |
         trainer.add_callback(callback)
     if settings.save_minutes:
         trainer.add_callback(progress.timed_save_callback(settings.save_minutes))
+    if trainer.args.use_cpu and record and (predicted := record.facts.get("predicted_peak_bytes")):
+        trainer.add_callback(progress.memory_callback(predicted))
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if interruption.received is not None:

@@ -52,6 +52,14 @@ def free_machine_bytes(folder: Path = CONTROL_GROUPS) -> int | None:
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes here share it
 
 
+def resident_bytes() -> int | None:
+    """Memory of the machine that this process holds now; None if unknown."""
+    try:
+        return _number_of(Path("/proc/self/status"), "VmRSS:") * 1024
+    except (OSError, StopIteration):
+        return None
+
+
 def _limited(folder: Path) -> tuple[int, int] | None:
     """(bytes that the container may have, what is left of them); None without a limit."""
     for group in VERSIONS:
