@@ -81,7 +81,7 @@ def test_out_of_memory_all_the_same(auto_fit, base, rows, tmp_path, milder, monk
 def test_a_run_keeps_what_was_predicted(base, rows, tmp_path):
     run = train(sft_train.main, base, rows["sft"], tmp_path / "run", "--max_steps", 1)
     record = run_json(run)
-    assert 0.5 < record["peak_memory_bytes"]["resident"] / record["predicted_peak_bytes"]
+    assert record["peak_memory_bytes"]["resident"] > 0.5 * record["predicted_peak_bytes"]
 
 
 @pytest.mark.parametrize(("limit", "given_back"), [(0, 8), (1 << 50, 0)])
