@@ -27,7 +27,7 @@ import torch
 from common.generation.answer_row import Asker, Drawn, Row, Wanted
 from common.generation.prompt_lookup import Record
 from common.generation.result import Generation
-from common.generation.rows import rows_of
+from common.generation.rows import Advance, rows_of
 from common.generation.steering import draw
 from common.models.batching import MAX_BATCH_TOKENS
 from common.models.tokenizers import decode, stop_ids
@@ -169,13 +169,14 @@ class ContinuousBatch:
         """Go on with each row; the answers that end with it."""
         self.steps += 1
         drafts = self._drafts_of_rows()
-        tokens = [[*row.unread, *drafts.get(row, ())] for row in self._rows]
-        wanted = [1 + row.owed + len(drafts.get(row, ())) for row in self._rows]
-        adapters = [row.asker.adapter for row in self._rows]
-        logits = self._in_model.step(tokens, [row.read for row in self._rows], wanted, adapters)
+        going = []
+        for row in self._rows:
+            draft = drafts.get(row, [])
+            going.append(Advance([*row.unread, *draft], row.read, 1 + row.owed + len(draft), row.asker.adapter))
+        logits = self._in_model.step(going).split([row.wanted for row in going])
         for row in self._rows:
             row.read = row.length
-        self._go_on(self._rows, drafts, logits.split(wanted))
+        self._go_on(self._rows, drafts, logits)
         done = [row for row in self._rows if row.done]
         if done or drafts:
             self._keep([row for row in self._rows if not row.done])

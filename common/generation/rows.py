@@ -11,6 +11,7 @@ import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,23 @@ SECOND_TOKEN = 0.8  # in float32 on a CPU, where from there on a weight is put i
 PACKED_STEP_TOKENS = 0.5  # in llama.cpp, which multiplies each token for itself: few drafts are worth it
 PACKED_AT_ONCE = 128  # tokens that any of its contexts takes in a call
 GPU_STEP_TOKENS = 256  # on a card that is busy with reading its weights
+
+
+@dataclass(frozen=True)
+class Advance:
+    """How a row goes on in a step.
+
+    Attributes:
+        tokens: those that come next.
+        begun: how many it has before them.
+        wanted: behind how many of them, the last ones, logits are asked for.
+        adapter: see `Asker`; others than the active one are for `RevisableRows` alone.
+    """
+
+    tokens: Sequence[int]
+    begun: int
+    wanted: int
+    adapter: str | None
 
 
 class Rows(ABC):
@@ -65,7 +83,7 @@ class Rows(ABC):
         """(what `join` takes of a text, the logits [wanted, columns] of what follows its last `wanted` tokens).
 
         Args:
-            adapter: see `Asker`; others than the active one are for `RevisableRows` alone.
+            adapter: see `Advance`.
         """
 
     @abstractmethod
@@ -77,17 +95,8 @@ class Rows(ABC):
         """Forget a text that was read and does not join."""
 
     @abstractmethod
-    def step(
-        self,
-        tokens: Sequence[Sequence[int]],
-        begun: Sequence[int],
-        wanted: Sequence[int],
-        adapters: Sequence[str | None],
-    ) -> torch.Tensor:
-        """Go on by the tokens of each row, which has `begun` so far; one token each, unless `several` go.
-
-        Args:
-            adapters: of each row; see `read`.
+    def step(self, rows: Sequence[Advance]) -> torch.Tensor:
+        """Go on with each row; by one token each, unless `several` go.
 
         Returns:
             The logits [sum of wanted, columns] of what follows the last `wanted` tokens of each row, row by row.
@@ -133,19 +142,14 @@ class TorchRows(Rows):
     def drop(self, state: Cache) -> None:
         """See `Rows`."""
 
-    def step(
-        self,
-        tokens: Sequence[Sequence[int]],
-        begun: Sequence[int],
-        wanted: Sequence[int],
-        adapters: Sequence[str | None],
-    ) -> torch.Tensor:
+    def step(self, rows: Sequence[Advance]) -> torch.Tensor:
         """See `Rows`."""
         device = self.model.device
-        positions = torch.tensor(begun, device=device)[:, None]
-        columns = torch.arange(max(begun) + 1, device=device)
+        tokens = torch.tensor([row.tokens for row in rows], device=device)
+        positions = torch.tensor([[row.begun] for row in rows], device=device)
+        columns = torch.arange(max(row.begun for row in rows) + 1, device=device)
         mask = (columns >= len(columns) - 1 - positions).long()
-        return self._forward(torch.tensor(tokens, device=device), positions, mask, self._cache)[:, -1]
+        return self._forward(tokens, positions, mask, self._cache)[:, -1]
 
     def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """See `Rows`."""
@@ -194,23 +198,17 @@ class RevisableRows(TorchRows):
         with _adapted([(adapter, len(ids))]):
             return super().read(ids, wanted)
 
-    def step(
-        self,
-        tokens: Sequence[Sequence[int]],
-        begun: Sequence[int],
-        wanted: Sequence[int],
-        adapters: Sequence[str | None],
-    ) -> torch.Tensor:
+    def step(self, rows: Sequence[Advance]) -> torch.Tensor:
         """See `Rows`."""
-        device, counts = self.model.device, [len(own) for own in tokens]
-        order = sorted(range(len(tokens)), key=lambda row: adapters[row] or "")
-        step = aligned_cache.Step(begun, counts, self.model.dtype, device, order)
-        self._lengths = [start + count for start, count in zip(begun, counts, strict=True)]
-        places = [place for end, count in zip(step.ends, wanted, strict=True) for place in range(end - count, end)]
-        flat = torch.tensor([[token for row in order for token in tokens[row]]], device=device)
-        parts = [
-            (adapter, sum(counts[row] for row in rows)) for adapter, rows in groupby(order, lambda row: adapters[row])
-        ]
+        device, counts = self.model.device, [len(row.tokens) for row in rows]
+        order = sorted(range(len(rows)), key=lambda number: rows[number].adapter or "")
+        step = aligned_cache.Step([row.begun for row in rows], counts, self.model.dtype, device, order)
+        self._lengths = [row.begun + len(row.tokens) for row in rows]
+        places = [place for end, row in zip(step.ends, rows, strict=True) for place in range(end - row.wanted, end)]
+        in_order = [rows[number] for number in order]
+        flat = torch.tensor([[token for row in in_order for token in row.tokens]], device=device)
+        by_adapter = groupby(in_order, lambda row: row.adapter)
+        parts = [(adapter, sum(len(row.tokens) for row in own)) for adapter, own in by_adapter]
         with aligned_cache.stepping(self.model, step, flat, places), _adapted(parts):
             return self._forward(flat, step.column[None], step.mask, self._cache, wanted=0)[0]
 
@@ -269,26 +267,20 @@ class GgufRows(Rows):
         """See `Rows`; what a sequence had goes when it begins anew."""
         self._free.append(state)
 
-    def step(
-        self,
-        tokens: Sequence[Sequence[int]],
-        begun: Sequence[int],
-        wanted: Sequence[int],
-        adapters: Sequence[str | None],
-    ) -> torch.Tensor:
+    def step(self, rows: Sequence[Advance]) -> torch.Tensor:
         """See `Rows`."""
-        logits = self._read_on(tokens, begun)
-        if sum(wanted) == len(logits):
+        logits = self._read_on(rows)
+        if sum(row.wanted for row in rows) == len(logits):
             return logits
-        ends = accumulate(map(len, tokens))
-        return logits[[place for end, count in zip(ends, wanted, strict=True) for place in range(end - count, end)]]
+        ends = accumulate(len(row.tokens) for row in rows)
+        return logits[[place for end, row in zip(ends, rows, strict=True) for place in range(end - row.wanted, end)]]
 
-    def _read_on(self, tokens: Sequence[Sequence[int]], begun: Sequence[int]) -> torch.Tensor:
+    def _read_on(self, rows: Sequence[Advance]) -> torch.Tensor:
         """The logits [tokens, columns] of what follows each of the rows' next tokens."""
         every = [
-            (sequence, token, start + place)
-            for sequence, own, start in zip(self._of_rows, tokens, begun, strict=True)
-            for place, token in enumerate(own)
+            (sequence, token, row.begun + place)
+            for sequence, row in zip(self._of_rows, rows, strict=True)
+            for place, token in enumerate(row.tokens)
         ]
         parts = [every[start : start + PACKED_AT_ONCE] for start in range(0, len(every), PACKED_AT_ONCE)]
         read = [self._texts.step(*map(list, zip(*part, strict=True))) for part in parts]

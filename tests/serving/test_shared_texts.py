@@ -234,11 +234,11 @@ def test_one_that_fails_harms_itself_alone(asked, wanted, monkeypatch):
 def test_a_base_whose_shared_steps_fail_goes_on_adapter_by_adapter(asked, wanted, monkeypatch, capsys):
     step, shared = RevisableRows.step, []
 
-    def failing(self, tokens, begun, count, adapters):
-        shared.append(len({*adapters}) > 1)
+    def failing(self, rows):
+        shared.append(len({row.adapter for row in rows}) > 1)
         if shared[-1] and len(shared) > 4:
             raise ValueError("a layer has 40 rows, in segments of [1, 1]")
-        return step(self, tokens, begun, count, adapters)
+        return step(self, rows)
 
     monkeypatch.setattr(RevisableRows, "step", failing)
     monkeypatch.setattr(asked.host, "_mixes", True)  # and not so any more then
