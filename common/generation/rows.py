@@ -7,7 +7,6 @@ values and states in transformers' caches, `GgufRows` in llama.cpp.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -195,7 +194,7 @@ class RevisableRows(TorchRows):
 
     def read(self, ids: Sequence[int], wanted: int = 1, adapter: str | None = None) -> tuple[Cache, torch.Tensor]:
         """See `Rows`."""
-        with _adapted([(adapter, len(ids))]):
+        with lora_inference.adapted([(adapter, len(ids))], of_tokens=True):
             return super().read(ids, wanted)
 
     def step(self, rows: Sequence[Advance]) -> torch.Tensor:
@@ -209,7 +208,8 @@ class RevisableRows(TorchRows):
         flat = torch.tensor([[token for row in in_order for token in row.tokens]], device=device)
         by_adapter = groupby(in_order, lambda row: row.adapter)
         parts = [(adapter, sum(len(row.tokens) for row in own)) for adapter, own in by_adapter]
-        with aligned_cache.stepping(self.model, step, flat, places), _adapted(parts):
+        adapted = lora_inference.adapted(parts, of_tokens=True)
+        with aligned_cache.stepping(self.model, step, flat, places), adapted:
             return self._forward(flat, step.column[None], step.mask, self._cache, wanted=0)[0]
 
     def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -294,13 +294,6 @@ class GgufRows(Rows):
         self._of_rows = kept
         for sequence, length in zip(kept, lengths, strict=True) if self.several else ():
             self._texts.cut(sequence, length)
-
-
-def _adapted(parts: Sequence[lora_inference.Segment]) -> contextlib.AbstractContextManager[None]:
-    """`segments` of a pass's tokens, where some of them have an adapter that need not be active."""
-    if not any(name for name, _ in parts):
-        return contextlib.nullcontext()
-    return lora_inference.segments(parts, of_tokens=True)
 
 
 def _inputs_of(model: PreTrainedModel | PeftModel) -> set[str]:

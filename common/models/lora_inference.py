@@ -54,6 +54,11 @@ def segments(parts: Sequence[Segment] | None, *, of_tokens: bool = False) -> Ite
         _segments.reset(token)
 
 
+def adapted(parts: Sequence[Segment], *, of_tokens: bool = False) -> contextlib.AbstractContextManager[None]:
+    """`segments`, where one of them has an adapter; else passes are as ever, and what is active answers."""
+    return segments(parts if any(name for name, _ in parts) else None, of_tokens=of_tokens)
+
+
 def can_share(model: PeftModel, name: str) -> bool:
     """Whether rows of an adapter can be a segment: all that it changes are layers that take the short way."""
     from peft.tuners.lora import LoraLayer

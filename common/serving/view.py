@@ -85,9 +85,10 @@ class Ranking:
 
 def rank_together(rankings: Sequence[tuple[View, Ranking]]) -> list[Any]:
     """The answers to what several views of a base are asked for, one view's after another's, from common passes."""
-    from common.tasks.ranking.torch_ranker import Share, scores_together
+    from common.tasks.ranking.ranker import Ranker, Share
 
-    scores = scores_together([Share(view.adapter, ranking.ranker, ranking.prompts) for view, ranking in rankings])
+    shares = [Share(ranking.ranker, ranking.prompts, view.adapter) for view, ranking in rankings]
+    scores = Ranker.scores_together(shares)
     return [answer for (_, ranking), raw in zip(rankings, scores, strict=True) for answer in ranking.answers(raw)]
 
 
@@ -251,7 +252,7 @@ class View:
 
     @cached_property
     def shares_passes(self) -> bool:
-        """Whether its rows can share forward passes with those of others on the base, as `scores_together` has them."""
+        """Whether its rows can share forward passes with those of others on the base (`Ranker.scores_together`)."""
         from common.models import lora_inference
         from common.tasks.ranking.torch_ranker import is_stateful
 

@@ -10,7 +10,7 @@ import numpy as np
 from common.models.batching import MAX_BATCH_TOKENS, window_of
 from common.models.onnx_runtime import OnnxModel, left_padded
 from common.tasks.ranking.label_tree import label_scores
-from common.tasks.ranking.ranker import Ranker, sizes_of
+from common.tasks.ranking.ranker import Ranker, Share, sizes_of
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ class OnnxRanker(Ranker):
         self.model, self.name, self.precision = model, model.name, (model.dtype, False)
         self.window = window_of(model.config)
 
-    def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
+    def _shared_prefix(self, prompts: Sequence[list[int]], readers: int = 1) -> tuple[int, ...]:
         """None where rows reach beyond a window: padding stands between a shared start and a row, and an exported
         window counts it."""
         longest = max(map(len, prompts)) + max(self.tree.depths)
-        return super()._shared_prefix(prompts) if longest <= self.window else ()
+        return super()._shared_prefix(prompts, readers) if longest <= self.window else ()
 
     def _read_prefix(self, prefix: tuple[int, ...]) -> list[np.ndarray]:
         return [value.numpy() for value in self.model.forward(*left_padded([prefix], 0), None, 1)[1]]
@@ -47,9 +47,9 @@ class OnnxRanker(Ranker):
     def _cache(self, prefix: tuple[int, ...], rows: int) -> list[OrtValue] | None:
         if not prefix:
             return None
-        return self.model.cache([array.repeat(rows, axis=0) for array in self._cached(prefix)])
+        return self.model.cache([array.repeat(rows, axis=0) for array in self.kept(prefix)])
 
-    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
+    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]], owners: Sequence[Share]) -> np.ndarray:
         rows = len(suffixes)
         ids, mask, positions = left_padded(suffixes, self.tokenizer.pad_token_id, len(prefix))
         logits, past = self.model.forward(ids, mask, positions, self._cache(prefix, rows), 1)

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,21 @@ WINDOW_ROWS = 4096  # rows that are sorted by length together; bounds memory on 
 MIN_PREFIX = 4  # a shorter shared start is not worth a cache
 LEAST_SHARE = 8  # a start of less than an eighth of a prompt by itself costs more than it spares, too
 PRIOR = "prior"  # what a model's folder keeps of a task, by `LabelTask.file_in`
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """Rows that a ranker scores in passes which it may share with others.
+
+    Attributes:
+        prompts: as token ids.
+        adapter: the name within PEFT of the one that scores, which `lora_inference.can_share` passes; None: what is
+            active.
+    """
+
+    ranker: Ranker
+    prompts: Sequence[list[int]]
+    adapter: str | None = None
 
 
 class Ranker:
@@ -73,16 +89,20 @@ class Ranker:
         self.prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self.one_by_one = False
 
-    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
-        """[rows, labels] of prompts that are `prefix` and then each of `suffixes`."""
+    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]], owners: Sequence[Share]) -> np.ndarray:
+        """[rows, labels] of prompts that are `prefix` and then each of `suffixes`.
+
+        Args:
+            owners: of each row, those of one side by side; several are for `TorchRanker` alone.
+        """
         raise NotImplementedError
 
     def _read_prefix(self, prefix: tuple[int, ...]) -> Any:
         """Keys and values of the tokens that prompts start with, for `_score`."""
         raise NotImplementedError
 
-    def _cached(self, prefix: tuple[int, ...]) -> Any:
-        """`_read_prefix`, kept."""
+    def kept(self, prefix: tuple[int, ...]) -> Any:
+        """What this ranker makes of a prefix (`_read_prefix`); read once, and then kept."""
         if prefix not in self.prefixes:
             self.prefixes[prefix] = self._read_prefix(prefix)
         self.prefixes.move_to_end(prefix)
@@ -105,13 +125,31 @@ class Ranker:
 
     def scores_of(self, prompts: Sequence[list[int]], start: int = 0) -> np.ndarray:
         """As `raw_scores`, of prompts that are token ids already; in errors, the first is row `start` + 1."""
-        scores = np.empty((len(prompts), len(self.task.labels)), dtype=np.float32)
-        self._check_lengths(prompts, start)
-        prefix = self._shared_prefix(prompts)
-        for rows in self._batches([len(prompt) - len(prefix) for prompt in prompts]):
-            scores[rows] = self._score(prefix, [prompts[row][len(prefix) :] for row in rows])
-        self._check_scores(scores, start)
+        (scores,) = self.scores_together([Share(self, prompts)], start)
         return scores
+
+    @staticmethod
+    def scores_together(shares: Sequence[Share], start: int = 0) -> list[np.ndarray]:
+        """`scores_of` each share's prompts, from passes over the rows of all.
+
+        Args:
+            shares: several are for torch models without a state (`torch_ranker.is_stateful`), and have the same base,
+                tokenizer and task.
+
+        Raises:
+            UserError: see `raw_scores`; some row is at fault.
+        """
+        first, prompts = shares[0].ranker, [prompt for share in shares for prompt in share.prompts]
+        owner = [number for number, share in enumerate(shares) for _ in share.prompts]
+        scores = np.empty((len(prompts), len(first.task.labels)), dtype=np.float32)
+        first._check_lengths(prompts, start)
+        prefix = first._shared_prefix(prompts, len(shares))
+        for batch in first._batches([len(prompt) - len(prefix) for prompt in prompts]):
+            rows = sorted(batch, key=owner.__getitem__)
+            suffixes = [prompts[row][len(prefix) :] for row in rows]
+            scores[rows] = first._score(prefix, suffixes, [shares[owner[row]] for row in rows])
+        first._check_scores(scores, start)
+        return np.split(scores, np.cumsum([len(share.prompts) for share in shares])[:-1])
 
     def prior(self, num_null_prompts: int | None = None) -> np.ndarray:
         """Mean raw score of the task's first content-free inputs [labels] (contextual calibration, Zhao et al. 2021).
@@ -132,17 +170,20 @@ class Ranker:
             row = start + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
             raise UserError(f"the model answers NaN for row {row}; use --dtype float32, or train the adapter again")
 
-    def _shared_prefix(self, prompts: Sequence[list[int]]) -> tuple[int, ...]:
+    def _shared_prefix(self, prompts: Sequence[list[int]], readers: int = 1) -> tuple[int, ...]:
         """Tokens that all prompts start with, short of the last one; () where a cache would not pay.
 
         A shorter start that is at hand is taken instead, where reading this one would take more tokens than it saves.
+
+        Args:
+            readers: how many rankers would have to read it.
         """
         first = prompts[0]
         if len(prompts) == 1:
             return self._start_of(first)
         shared = common_start(prompts)
         at_hand = [len(known) for known in self.prefixes if len(known) <= shared and starts_with(first, known)]
-        if at_hand and (shared - max(at_hand)) * len(prompts) <= shared:
+        if at_hand and (shared - max(at_hand)) * len(prompts) <= shared * readers:
             shared = max(at_hand)
         return tuple(first[:shared]) if shared >= MIN_PREFIX else ()
 

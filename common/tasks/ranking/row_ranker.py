@@ -10,7 +10,7 @@ import numpy as np
 from common.models.genai_model import GenaiModel
 from common.models.gguf_model import GgufModel
 from common.tasks.ranking.label_tree import label_scores
-from common.tasks.ranking.ranker import Ranker
+from common.tasks.ranking.ranker import Ranker, Share
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class RowRanker(Ranker):
         have the same ones in a script and in the server."""
         return ()
 
-    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]]) -> np.ndarray:
+    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]], owners: Sequence[Share]) -> np.ndarray:
         rows = []
         if prefix:
             self.model.after(0, prefix, 1)

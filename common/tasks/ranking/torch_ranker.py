@@ -9,11 +9,12 @@ applied at the scoring columns alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from common.models import lora_inference, tokenizers
 from common.models.batching import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS, context_of, layer_kinds, window_of
 from common.models.heads import exact_logits
 from common.tasks.ranking.label_tree import LabelTree, label_tokens
-from common.tasks.ranking.ranker import Ranker, sizes_of
+from common.tasks.ranking.ranker import Ranker, Share, sizes_of
 from common.tasks.ranking.task import LabelTask
 
 if TYPE_CHECKING:
@@ -114,12 +115,12 @@ class TorchRanker(Ranker):
         return DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
-    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]], cache: Cache | None = None) -> np.ndarray:
-        """See `Ranker`; `cache` holds the prefix, where it is not this ranker's own."""
-        if prefix and cache is None:
-            cache = self._cached(prefix)
-        with exact_logits(self.model, self.label_ids):
-            score = self._apart if self.stateful else self._together
+    def _score(self, prefix: tuple[int, ...], suffixes: Sequence[list[int]], owners: Sequence[Share]) -> np.ndarray:
+        """See `Ranker`."""
+        parts = [(share, len([*own])) for share, own in groupby(owners)]
+        cache = _kept_by_each(parts, prefix) if prefix else None
+        score = self._apart if self.stateful else self._together
+        with exact_logits(self.model, self.label_ids), _adapted(parts):
             logits = score(prefix, suffixes, cache)
         return label_scores(self.tree, logits.float(), self.task.aggregate).cpu().numpy()
 
@@ -171,57 +172,30 @@ class TorchRanker(Ranker):
         return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
 
 
-@dataclass(frozen=True)
-class Share:
-    """Rows of one adapter in passes that it shares with others.
+def _kept_by_each(parts: Sequence[tuple[Share, int]], prefix: tuple[int, ...]) -> Cache:
+    """A cache that holds, for each row, what its share's adapter made of `prefix`.
 
-    Attributes:
-        adapter: its name within PEFT, by which `lora_inference.can_share` it; None for the base itself.
-        ranker: scores them alone; all shares have the same base, tokenizer and task, and no state (`is_stateful`).
-        prompts: as token ids.
+    Args:
+        parts: the shares in the order of their rows, and how many each has.
     """
-
-    adapter: str | None
-    ranker: TorchRanker
-    prompts: Sequence[list[int]]
-
-
-def scores_together(shares: Sequence[Share]) -> list[np.ndarray]:
-    """What `Ranker.scores_of` has of each share's prompts alone, from passes over the rows of all.
-
-    Raises:
-        UserError: see `Ranker.scores_of`; some row is at fault.
-    """
-    first = shares[0].ranker
-    prompts = [prompt for share in shares for prompt in share.prompts]
-    owners = np.repeat(np.arange(len(shares)), [len(share.prompts) for share in shares])
-    scores = np.empty((len(prompts), len(first.task.labels)), dtype=np.float32)
-    first._check_lengths(prompts, 0)
-    prefix = first._shared_prefix(prompts)
-    for batch in first._batches([len(prompt) - len(prefix) for prompt in prompts]):
-        rows = sorted(batch, key=lambda row: owners[row])
-        counts = np.bincount(owners[rows])
-        cache = _prefixes_of(shares, prefix, owners[rows]) if prefix else None
-        with lora_inference.segments([(shares[owner].adapter, int(counts[owner])) for owner in np.flatnonzero(counts)]):
-            scores[rows] = first._score(prefix, [prompts[row][len(prefix) :] for row in rows], cache)
-    first._check_scores(scores, 0)
-    return np.split(scores, np.cumsum([len(share.prompts) for share in shares])[:-1])
-
-
-def _prefixes_of(shares: Sequence[Share], prefix: tuple[int, ...], owners: np.ndarray) -> Cache:
-    """A cache that holds, for each row, what its adapter (one of `shares`, by number) made of `prefix`."""
-    present, of_row = np.unique(owners, return_inverse=True)
     caches = []
-    for share in (shares[owner] for owner in present):
-        with lora_inference.segments([(share.adapter, 1)]):
-            caches.append(share.ranker._cached(prefix))
-    index = torch.from_numpy(of_row).to(caches[0].layers[0].keys.device)
+    for share, _ in parts:
+        with _adapted([(share, 1)]):
+            caches.append(share.ranker.kept(prefix))
+    if len(caches) == 1:
+        return caches[0]
+    device = caches[0].layers[0].keys.device
+    of_row = torch.repeat_interleave(torch.tensor([rows for _, rows in parts], device=device))
     return Cache(
         layers=[
-            PrefixLayer(torch.cat([own.keys for own in layers]), torch.cat([own.values for own in layers]), index)
+            PrefixLayer(torch.cat([own.keys for own in layers]), torch.cat([own.values for own in layers]), of_row)
             for layers in zip(*(cache.layers for cache in caches), strict=True)
         ]
     )
+
+
+def _adapted(parts: Sequence[tuple[Share, int]]) -> contextlib.AbstractContextManager[None]:
+    return lora_inference.adapted([(share.adapter, rows) for share, rows in parts])
 
 
 def is_stateful(model: PreTrainedModel | PeftModel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -12,13 +13,13 @@ import torch
 from support.label_tasks import AWKWARD, TEXTS
 
 from common.cli import UserError
+from common.models import adapters, tokenizers
 from common.models import loading as models
-from common.models import tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking import ranker
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.label_tree import LabelTree
-from common.tasks.ranking.ranker import cached_prior
+from common.tasks.ranking.ranker import Ranker, Share, cached_prior
 from common.tasks.ranking.task import LabelTask
 from common.tasks.ranking.torch_ranker import TorchRanker, label_scores, naive_scores
 
@@ -186,6 +187,58 @@ def test_rows_one_by_one_have_a_start_that_null_prompts_have(model, tokenizer, r
         assert np.abs(ranker.raw_scores([row]) - scores).max() < 1e-5
     for row in ("", "N/A", "(", *CREDITMIX.null_inputs):
         assert np.abs(ranker.raw_scores([row]) - naive_scores(model, tokenizer, CREDITMIX, [row])).max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def rankers(tiny_base, tokenizer, tmp_path_factory) -> dict[str | None, TorchRanker]:
+    """Of two adapters on one model, and of it as it is."""
+    from support.served import make_run
+
+    model = models.load_base(ModelSource(tiny_base))
+    for seed, name in enumerate(("one", "two")):
+        folder = make_run(tmp_path_factory.mktemp("adapters") / name, tiny_base, seed)
+        model = adapters.load_adapter(model, str(folder), name=name)
+    return {name: TorchRanker(model.eval(), tokenizer, PLAIN) for name in ("one", "two", None)}
+
+
+@pytest.fixture
+def alone(rankers, tokenizer) -> dict[str | None, np.ndarray]:
+    """The scores of `TEXTS` by each adapter, read by itself."""
+    scores, model = {}, rankers[None].model
+    for name in rankers:
+        model.set_adapter(name or "one")
+        with contextlib.nullcontext() if name else model.disable_adapter():
+            scores[name] = naive_scores(model, tokenizer, PLAIN, TEXTS)
+    assert np.abs(scores["one"] - scores["two"]).max() > 0.01
+    return scores
+
+
+def test_rows_of_several_rankers_have_the_scores_of_each(rankers, alone, tokenizer):
+    prompts = [tokenizers.encode_prompt(tokenizer, PLAIN.prompt(text)) for text in TEXTS]
+    shares = [Share(ranker, prompts[:count], name) for count, (name, ranker) in enumerate(rankers.items(), start=4)]
+    with rankers[None].model.disable_adapter():
+        for _ in range(2):  # the second time with what each has kept
+            for share, scores in zip(shares, Ranker.scores_together(shares), strict=True):
+                assert np.abs(scores - alone[share.adapter][: len(share.prompts)]).max() < 1e-4
+    kept = [list(ranker.prefixes) for ranker in rankers.values()]
+    assert kept[0] and kept == kept[:1] * 3
+
+
+def test_a_row_that_several_rankers_read_is_read_once_by_each(rankers, alone, tokenizer):
+    """And its longer start is no reason to read that by itself for each of them first."""
+    prompts = [tokenizers.encode_prompt(tokenizer, PLAIN.prompt(text)) for text in TEXTS]
+    for name in ("one", "two"):
+        rankers[name].prefixes.clear()
+        Ranker.scores_together([Share(rankers[name], prompts, name)])
+    (start,) = rankers["one"].prefixes
+    passes: list[tuple[int, ...]] = []
+    embeddings = rankers["one"].model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, inputs, output: passes.append(tuple(inputs[0].shape)))
+    scores = Ranker.scores_together([Share(rankers[name], prompts[-1:], name) for name in ("one", "two")])
+    hook.remove()
+    assert passes == [(2, len(prompts[-1]) - len(start) + rankers["one"].tree.columns)]
+    for name, own in zip(("one", "two"), scores, strict=True):
+        assert np.abs(own - alone[name][-1:]).max() < 1e-4
 
 
 def test_prior_cache(model, tokenizer, tmp_path, capsys):
