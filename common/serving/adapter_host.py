@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ from common.serving.messages import (
     Withdraw,
 )
 from common.serving.run_registry import Version, signature_of
-from common.serving.texts import TextSession
+from common.serving.texts import TextSession, Unloaded
 from common.serving.view import RankingWork, TextWork, View, rank_together
 from common.vram import preflight as vram
 
@@ -95,7 +95,7 @@ class Host:
         self._active: str | None = None
         self._layers: list[Any] = []  # those that adapters are in
         self._last_beat = 0.0
-        self._attached = 0
+        self._attached = self._unloads = 0
         self._mixes = True  # several adapters may share a pass
 
     def serve(self) -> None:
@@ -169,8 +169,6 @@ class Host:
         """Load the base. Raises UserError."""
         models.check_model_dir(self.base)
         self._signature = signature_of(self.base)
-        self.views.clear()
-        self._active, self._layers = None, []
         if is_onnx(self.base):
             self.model, self._tokenizers[_tokenizer_key(self.base)] = onnx_runtime.load(self.base)
             return
@@ -188,6 +186,13 @@ class Host:
             self.queue.pass_tokens = min(self.queue.max_batch_tokens, CPU_BATCH_TOKENS)
         # Runs before every forward pass, also those within `generate`, whoever calls it.
         self.model.register_forward_pre_hook(lambda module, inputs: self.between_steps())
+
+    def _unload(self) -> None:
+        """Let go of the base, since something was left on it; it is loaded anew when it is needed next."""
+        self._unloads += 1
+        self.model = None
+        self.views.clear()
+        self._active, self._layers = None, []
 
     def begin(self, batch: list[QueuedRequest]) -> None:
         """Answer a batch, also within a longer one."""
@@ -208,6 +213,15 @@ class Host:
         """
         outer, self.batch = self.batch, batch
         self._taken.append(batch)
+        try:
+            failure = self._do(batch, joins)
+            return bool(failure) and self._answer_alone(batch, failure, joins)
+        finally:
+            self.batch = outer
+            self._taken.pop()
+
+    def _do(self, batch: list[QueuedRequest], joins: bool) -> _Failure | None:
+        """Do a batch as one, and send its answers; where it fails, what is not answered stays in `batch`."""
         parts = _by_key(batch)
         batch[:] = itertools.chain(*parts)
         mixed = len(parts) > 1
@@ -217,29 +231,34 @@ class Host:
                 mixed = joins and self._mixes and view.shares_steps
                 self._activate(None if mixed else view.adapter)
                 TextSession(self, view, batch, mixes=mixed, joins=joins).write()
-                return False
+                return None
             answers = self._answers_to(parts)
         except Exception as error:
-            parts = _by_key(batch)  # of what is not answered yet
-            several = mixed or len(parts) > 1 or (len(batch) > 1 and not isinstance(error, Unusable))
-            if several and not isinstance(error, Abandoned):
-                self.batch = outer
-                alone = parts if len(parts) > 1 else [[request] for request in batch]
-                failed = any([self._answer(part, joins=False) for part in alone])
-                if mixed and not (failed or isinstance(error, UserError) or _is_out_of_memory(error)):
-                    self._stop_mixing()
-                return failed
-            if _is_out_of_memory(error):  # a batch was tried row by row
-                error = UserError(
-                    "the device ran out of memory; send less text in one request, or lower MAX_BATCH_TOKENS"
-                )
-            known = isinstance(error, UserError | Abandoned)
-            answers = [error if known else Fault(traceback.format_exc()) for _ in batch]
-        finally:
-            self.batch = outer
-            self._taken.pop()
+            return _Failure.of(error, mixed)
         self.channel.send(Answers([request.number for request in batch], answers))
-        return any(isinstance(answer, Fault) for answer in answers)
+        return None
+
+    def _answer_alone(self, batch: list[QueuedRequest], failure: _Failure, joins: bool) -> bool:
+        """See `_answer`: of a batch that has failed as one."""
+        error = failure.error
+        out_of_memory = _is_out_of_memory(error)
+        if out_of_memory or isinstance(error, Unloaded):
+            gc.collect()  # what the batch had in memory holds on to itself
+        if isinstance(error, Unloaded):
+            return self._answer(batch, joins=joins)
+        parts = _by_key(batch)
+        several = failure.mixed or len(parts) > 1 or (len(batch) > 1 and not isinstance(error, Unusable))
+        if several and not isinstance(error, Abandoned):
+            alone = parts if len(parts) > 1 else [[request] for request in batch]
+            failed = any([self._answer(part, joins=False) for part in alone])
+            if failure.mixed and not (failed or out_of_memory or isinstance(error, UserError)):
+                self._stop_mixing(failure.report)
+            return failed
+        if out_of_memory:  # a batch was tried row by row
+            error = UserError("the device ran out of memory; send less text in one request, or lower MAX_BATCH_TOKENS")
+        answer = error if isinstance(error, UserError | Abandoned) else Fault(failure.report)
+        self.channel.send(Answers([request.number for request in batch], [answer] * len(batch)))
+        return isinstance(answer, Fault)
 
     def _answers_to(self, parts: list[list[QueuedRequest]]) -> list[Any]:
         """An answer per request, in their order; several parts, which are `_kin`, are ranked together."""
@@ -272,9 +291,9 @@ class Host:
             return work, view.tokenizer
         return key
 
-    def _stop_mixing(self) -> None:
+    def _stop_mixing(self, report: str) -> None:
         """A pass over several adapters has failed for no fault of a request: each has its own from now on."""
-        log(f"the adapters on {self.base} have passes of their own from now on:\n{traceback.format_exc()}")
+        log(f"the adapters on {self.base} have passes of their own from now on:\n{report}")
         self._mixes = False
 
     def between_steps(self) -> None:
@@ -282,6 +301,7 @@ class Host:
 
         Raises:
             Abandoned: nobody waits for the longer one any more.
+            Unloaded: the base that the longer one is on has gone.
         """
         if time.monotonic() - self._last_beat > BEAT:
             self._last_beat = time.monotonic()
@@ -289,12 +309,17 @@ class Host:
         if not self.batch or self.batch[0].urgent:
             return
         self.receive(0.0)
-        active = self._active
+        active, unloads = self._active, self._unloads
         if batch := self.queue.take(urgent=True):  # one batch a step, so that the longer work goes on, too
+            import torch
+
             from common.models import lora_inference
 
-            with lora_inference.segments(None):
+            # what it loads is there for longer than the pass that it goes before
+            with lora_inference.segments(None), torch.inference_mode(False):
                 self.begin(batch)
+            if self._unloads != unloads:
+                raise Unloaded
             self._activate(active)
         if all(request.abandoned for request in self.batch):
             raise Abandoned
@@ -302,6 +327,11 @@ class Host:
     def _view(self, version: Version) -> View:
         if version in self._refused:
             raise Unusable(self._refused[version])
+        if self.model is None:
+            try:
+                self.load()
+            except UserError as error:
+                raise Unusable(str(error)) from error
         if version not in self.views:
             try:
                 started = time.perf_counter()
@@ -348,15 +378,19 @@ class Host:
             self.model = adapters.load_adapter(self.model, version.model_dir, name=name).eval()
         except BaseException:
             self._active = ""  # PEFT may have switched
-            if self._shape() != before:  # it has left something on the base
-                self.load()
+            if self._shape() != before:
+                self._unload()
             raise
         self._active = ""  # PEFT has switched
         self._layers = [module for module in self.model.modules() if hasattr(module, "_active_adapter")]
-        if signature_of(version.model_dir) != version.signature:
-            raise UserError(f"{version.model_dir} changed while it was being loaded; send the request again")
-        tokenizer = self._tokenizer(adapters.tokenizer_folder(version.model_dir, self.base))
-        tokenizers.fit_to_embedding(tokenizer, self.model.get_input_embeddings().weight.shape[0])
+        try:
+            if signature_of(version.model_dir) != version.signature:
+                raise UserError(f"{version.model_dir} changed while it was being loaded; send the request again")
+            tokenizer = self._tokenizer(adapters.tokenizer_folder(version.model_dir, self.base))
+            tokenizers.fit_to_embedding(tokenizer, self.model.get_input_embeddings().weight.shape[0])
+        except BaseException:
+            self._detach(name)
+            raise
         return name, tokenizer
 
     def _shape(self) -> list[tuple[str, torch.Size]]:
@@ -371,10 +405,15 @@ class Host:
             if version.name == name and version not in current and version not in running:
                 del self.views[version]
                 if view.adapter:
-                    with warnings.catch_warnings():  # that PEFT makes another one active
-                        warnings.simplefilter("ignore")
-                        self.model.delete_adapter(view.adapter)
-                    self._active = ""
+                    self._detach(view.adapter)
+
+    def _detach(self, adapter: str) -> None:
+        """Give an adapter's memory back; the last one stays, without which PEFT's model computes nothing."""
+        if len(self.model.peft_config) > 1:
+            with warnings.catch_warnings():  # that PEFT makes another one active
+                warnings.simplefilter("ignore")
+                self.model.delete_adapter(adapter)
+            self._active = ""
 
     def _activate(self, adapter: str | None) -> None:
         """Make one adapter active, or none (then the base answers).
@@ -393,6 +432,28 @@ class Host:
         if key not in self._tokenizers:
             self._tokenizers[key] = tokenizers.load_tokenizer(folder)
         return self._tokenizers[key]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a batch could not be done as one.
+
+    Attributes:
+        error: without its traceback, which would keep all that the batch had in memory.
+        report: that traceback, as text.
+        mixed: several adapters had a part in it.
+    """
+
+    error: Exception
+    report: str
+    mixed: bool
+
+    @classmethod
+    def of(cls, error: Exception, mixed: bool) -> _Failure:
+        """Of an exception that is being handled."""
+        report = traceback.format_exc()
+        error.__cause__ = error.__context__ = None
+        return cls(error.with_traceback(None), report, mixed)
 
 
 def _by_key(batch: list[QueuedRequest]) -> list[list[QueuedRequest]]:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from common.serving.view import View
 
 
+class Unloaded(Exception):
+    """The base has gone between two steps: what was being written on it begins again on a new one."""
+
+
 class TextSession:
     """Answers requests of texts, and those that may join them meanwhile.
 
@@ -76,6 +80,8 @@ class TextSession:
             return
         except StopIteration as end:
             answer = end.value
+        except Unloaded:
+            raise
         except Exception as error:  # of this request alone
             known = isinstance(error, UserError | Abandoned)
             answer = error if known else Fault(traceback.format_exc())
