@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -201,18 +202,20 @@ class Extractor:
     def grammar_for(
         self, piece: str, between: Callable[[], None] = lambda: None, part: bool = False
     ) -> JsonGrammar | None:
-        """What holds the answer to a piece of a document: typed fields that are copied are copied from there."""
+        """What holds the answer to a piece of a document: typed fields that are copied are copied from there, where the
+        grammar of all of them is not too large to be compiled."""
         if self.grammar is None:
             return None
-        if self.typed is None:
-            return self.part_grammar if part else self.grammar
-        between()
-        schema = self.typed.grammar_schema(piece)
-        return self._grammar(long_documents.optional(schema) if part else schema)
+        if self.typed is not None:
+            between()
+            schema = self.typed.grammar_schema(piece)
+            with contextlib.suppress(UserError):
+                return self._grammar(long_documents.optional(schema) if part else schema)
+        return self.part_grammar if part else self.grammar
 
     @cached_property
     def part_grammar(self) -> JsonGrammar:
-        """What holds the answer to a piece where nothing is copied."""
+        """What holds the answer to a piece of which nothing is copied."""
         return self._grammar(long_documents.optional(self.whole))
 
     def _grammar(self, schema: dict[str, Any]) -> JsonGrammar:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.inputs import SHARED, read_rows, write_rows
+from transformers import Qwen2Config
 
 import infer_idp
 from common import cli
 from common.generation import json_schema
+from common.models.source import LoadedModel
 from common.tasks.idp import amounts, dates, languages, written_values
 from common.tasks.idp.copies import copies
 from common.tasks.idp.copying import Copyist
+from common.tasks.idp.extractor import ExtractionSettings, Extractor
 from common.tasks.idp.readers import Conventions, ReadingSettings, read
 from common.tasks.idp.written_values import TypedFields
 
@@ -417,6 +421,23 @@ def test_a_copy_is_one_of_the_documents_dates_and_numbers():
     assert schema["note"] == SCHEMA["properties"]["note"]
     bare = TYPED.grammar_schema("no dates, 7")["properties"]
     assert (bare["date"]["type"], bare["total"]["enum"]) == ("string", ["7", "", None])
+
+
+def test_fields_and_copies_that_are_too_many_together_are_any_text(tokenizer):
+    """Each field of its own may have as many; together they are no grammar that could be compiled."""
+    names = [f"amount_{number}" for number in range(50)]
+    fields = {name: {"type": "number"} for name in names}
+    schema = {"type": "object", "properties": fields, "required": names, "additionalProperties": False}
+    config = Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=32_768)
+    loaded = LoadedModel(SimpleNamespace(config=config), tokenizer, 8192)
+    extractor = Extractor(loaded, schema, json_schema.preflight(schema), ExtractionSettings(4096))
+    document = " ".join(f"{1_000_000 + 7 * number}.{10 + number % 90}" for number in range(395))
+    assert len(extractor.typed.grammar_schema(document)["properties"]["amount_0"]["enum"]) > 395
+    assert extractor.grammar_for(document) is extractor.grammar
+    assert extractor.grammar_for(document, part=True) is extractor.part_grammar
+    few = extractor.grammar_for("1.50 and 2.50").rows(4096)(0)
+    tokens = tokenizer.encode('{"amount_0": "9')
+    assert few.fitting(tokens) < len(tokens) == extractor.grammar.rows(4096)(0).fitting(tokens)
 
 
 @pytest.mark.processes
