@@ -13,6 +13,7 @@ from fastapi import Request
 from common.data import task_record
 from common.serving import label_tasks
 from common.serving.run_registry import Version
+from common.serving.sizes import estimate, estimate_row
 from common.serving.work import Classify, Extract
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp.answer_form import form_of
@@ -115,7 +116,8 @@ class ServedCascade:
         async def ask() -> Extraction:
             version = await self.server.find(run)
             label_tasks.check(version, task_record.IDP, idp_prompt.INSTRUCTION, "extracting fields from documents")
-            return await self.server.answer(request, version, replace(work, typed_fields=None), text)
+            work_of_run = replace(work, typed_fields=None)
+            return await self.server.answer(request, version, work_of_run, text, tokens=estimate(text))
 
         extraction = await self._in_time(ask())
         if extraction is None or isinstance(extraction, Reply):
@@ -145,4 +147,5 @@ class ServedCascade:
             raise Problem(409, f"{run} was trained for {own.name}, not for {task.name}")
         asked = own if version.task is not None else task
         prompts = server.encode(version, [asked.prompt(text) for text in texts])
-        return await server.answer(request, version, Classify(asked.text), prompts, rows=len(texts))
+        tokens = sum(map(estimate_row, texts))
+        return await server.answer(request, version, Classify(asked.text), prompts, rows=len(texts), tokens=tokens)

@@ -15,7 +15,8 @@ from common.cli import UserError
 from common.serving import decision_shapes as shapes
 from common.serving import label_tasks
 from common.serving.run_registry import Version
-from common.serving.server import Server, estimate_row
+from common.serving.server import Server
+from common.serving.sizes import estimate_row
 from common.serving.work import DIGITS, Decide, Decided
 from common.tasks.ranking import questions
 from common.tasks.ranking.questions import PREDICATE, SCORE, Question

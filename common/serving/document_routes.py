@@ -20,7 +20,8 @@ from common.generation import json_schema
 from common.serving.fields import MAX_TEXT, RunName, Text, Tokens, check_task, with_fields
 from common.serving.helpers import HelperEnded
 from common.serving.model_process import QueueFull
-from common.serving.server import Server, estimate
+from common.serving.server import Server
+from common.serving.sizes import estimate
 from common.serving.work import ANSWER_TOKENS, Extract
 from common.tasks.idp import documents
 from common.tasks.idp import prompt as idp_prompt

@@ -14,7 +14,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from common.serving.server import Server, estimate
+from common.serving.server import Server
+from common.serving.sizes import estimate
 from common.serving.work import Chat, ChatAnswer, ChatTurn
 from common.web import app as web
 from common.web.app import Problem, responses
@@ -208,7 +209,9 @@ async def _events(
         choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": reason}
         return event(choices=[choice])
 
-    async with aclosing(server.stream(request, version, work, ChatTurn(turn.messages, stream=True))) as parts:
+    text = "\n".join(message["content"] for message in turn.messages)
+    streamed = ChatTurn(turn.messages, stream=True)
+    async with aclosing(server.stream(request, version, work, streamed, tokens=estimate(text))) as parts:
         part = await anext(parts)  # raises what went wrong before the first token, if anything did
         yield delta({"role": "assistant", "content": ""})
         whole = sent = ""
@@ -234,7 +237,6 @@ async def _events(
     if body.stream_options and body.stream_options.include_usage:
         yield event(choices=[], usage=_usage(answer))
     yield "data: [DONE]\n\n"
-    text = "\n".join(message["content"] for message in turn.messages)
     _record(server, request, version, work, started, text, answer)
 
 

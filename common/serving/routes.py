@@ -20,8 +20,9 @@ from common.serving.decision_routes import add_decisions
 from common.serving.document_routes import PDF_PATH, add_extraction
 from common.serving.fields import RunName, Text, Tokens, check_task
 from common.serving.openai_routes import add_chat, chained
-from common.serving.server import Server, estimate, estimate_row
+from common.serving.server import Server
 from common.serving.settings import ServerSettings
+from common.serving.sizes import estimate, estimate_row
 from common.serving.work import ANSWER_TOKENS, Classify, WriteCode
 from common.tasks.codegen.answer import compile_error
 from common.tasks.ranking.task import hinted, warned
@@ -220,10 +221,10 @@ def _add_code(app: FastAPI, server: Server) -> None:
                 "error": compile_error(written.code),
             }
 
+        asked = {"payload": body.prompt, "tokens": estimate(body.prompt)}
         if not body.stream:
-            written = await server.answer(request, version, work, body.prompt, tokens=estimate(body.prompt))
-            return JSONResponse(shown(written))
-        events = code_events(server.stream(request, version, work, body.prompt), shown)
+            return JSONResponse(shown(await server.answer(request, version, work, **asked)))
+        events = code_events(server.stream(request, version, work, **asked), shown)
         first = await anext(events)  # an error before the first token has a status of its own
         return StreamingResponse(chained(first, events), media_type="text/event-stream")
 

@@ -34,9 +34,6 @@ KINDS = {"idp": task_record.IDP, "code": task_record.CODEGEN}  # by what is in t
 GRACE = 30.0  # seconds beyond REQUEST_TIMEOUT until a model's process that does not answer is ended
 PDF_SECONDS = 20.0  # that the text of a PDF may take
 POLL = 0.25  # seconds between looks whether the client is still there
-CHARACTERS_A_TOKEN = 3  # about; how many rows make a batch is decided before they are encoded
-FRAME_TOKENS = 40  # about, of the instruction and the chat template
-TURN_TOKENS = 12  # about, of what stands behind the text of a row: the template, and columns of the labels
 
 
 class Server:
@@ -138,14 +135,14 @@ class Server:
         work: Work,
         payload: Any,
         *,
+        tokens: int,
         rows: int = 1,
-        tokens: int = 0,
         emit: Callable[[str], None] | None = None,
     ) -> Any:
         """What the model makes of `payload`.
 
         Args:
-            rows, tokens: about what it takes of a queue and of a batch.
+            tokens, rows: about what it takes of a batch and of a queue.
             emit: called with the parts of a text as they are written, where `work` streams.
 
         Raises:
@@ -162,8 +159,13 @@ class Server:
         self.metrics.child(self.metrics.seconds, version.name, work.name).observe(time.monotonic() - started)
         return outcome(answer)
 
-    async def stream(self, request: Request, version: Version, work: Work, payload: Any) -> AsyncIterator[Any]:
+    async def stream(
+        self, request: Request, version: Version, work: Work, payload: Any, *, tokens: int
+    ) -> AsyncIterator[Any]:
         """The parts of a text as they are written, and last, as what is no str, the whole answer.
+
+        Args:
+            tokens: see `answer`.
 
         Raises:
             Problem: as `answer`.
@@ -172,7 +174,7 @@ class Server:
 
         async def run() -> Any:
             try:
-                return await self.answer(request, version, work, payload, emit=parts.put_nowait)
+                return await self.answer(request, version, work, payload, tokens=tokens, emit=parts.put_nowait)
             finally:
                 parts.put_nowait(None)  # after all parts: they and the answer come through one channel, in order
 
@@ -317,13 +319,3 @@ def outcome(answer: Any) -> Any:
     if isinstance(answer, BaseException):
         raise answer
     return answer
-
-
-def estimate(text: str) -> int:
-    """About how many tokens a prompt with this text has."""
-    return FRAME_TOKENS + len(text) // CHARACTERS_A_TOKEN
-
-
-def estimate_row(text: str) -> int:
-    """About how many tokens of a row with this text are read; what stands before it is kept (`Ranker.prefixes`)."""
-    return TURN_TOKENS + len(text) // CHARACTERS_A_TOKEN

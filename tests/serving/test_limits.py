@@ -48,6 +48,23 @@ def test_a_backlog_of_bytes_counts_as_a_full_queue(runs, monkeypatch):
         assert statuses[-1] == 503
 
 
+def test_a_text_that_is_streamed_takes_as_much_of_a_batch(served, monkeypatch):
+    """Else any number of them would be worked on at once, and the queue would never be full."""
+    put, told = model_process.ModelProcess.put, []
+
+    def telling(process, *request, tokens, **more):
+        told.append(tokens)
+        return put(process, *request, tokens=tokens, **more)
+
+    monkeypatch.setattr(model_process.ModelProcess, "put", telling)
+    chat = {"model": "sft", "messages": [chat_turn("user") | {"content": "Age: 23, " * 30}], "max_tokens": 1}
+    code = {"run": "sft", "prompt": "Add two numbers. " * 20, "max_new_tokens": 1}
+    for path, body in (("/v1/chat/completions", chat), ("/infer/codegen", code)):
+        for stream in (False, True):
+            assert served.ask("POST", path, body | {"stream": stream})[0] == 200
+    assert told[::2] == told[1::2] and min(told) > 100
+
+
 def test_the_time_limit_frees_the_place(runs, monkeypatch):
     with ThreadPoolExecutor(2) as pool, serve(runs) as served:
         row = {"features": ROWS[0]}
