@@ -27,16 +27,47 @@ prepare_process()
 gc.disable()  # until the tests are collected, which leaves what stays
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items) -> None:
-    """A test that starts a process or a browser by a fixture is of the tier `processes`."""
+def is_slow(item) -> bool:
+    """Whether a test is of the tiers that `pytest` alone leaves out."""
+    return any(map(item.get_closest_marker, ("processes", "exports")))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """A test that starts a process or a browser by a fixture is of the tier `processes`.
+
+    Each worker begins with its share of the slow files: what is left to be shared out in the end is quick.
+    """
     for item in items:
         if not {"spawn", "browser"}.isdisjoint(item.fixturenames):
             item.add_marker("processes")
+    found = yield
+    slow = {item.path for item in items if is_slow(item)}
+    kinds = [[item for item in items if (item.path in slow) is kind] for kind in (True, False)]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # xdist gives each as many consecutive tests
+
+    def share(tests: list, worker: int) -> list:
+        return tests[len(tests) * worker // workers : len(tests) * (worker + 1) // workers]
+
+    if workers > 1:
+        items[:] = [item for worker in range(workers) for tests in kinds for item in share(tests, worker)]
+    return found
 
 
 def pytest_collection_finish(session) -> None:
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session):
+    """The process that others are forked from is forked itself before the first test; what it says is captured."""
+    slow = list(filter(is_slow, session.items))
+    if (slow and "support.served" in sys.modules) or any("spawn" in item.fixturenames for item in slow):
+        capture = session.config.pluginmanager.getplugin("capturemanager")
+        capture.resume_global_capture()
+        fork_server()
+        capture.suspend_global_capture()
+    return (yield)
 
 
 def pytest_runtest_setup(item) -> None:

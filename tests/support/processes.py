@@ -7,9 +7,11 @@ import gc
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
+from importlib import import_module
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 
 import pytest
@@ -51,18 +53,44 @@ def run_child(
 
 @functools.cache
 def fork_server():
-    """Where processes are forked from one that has the heavy imports: a start in some milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.preloaded"])
+    """Where processes are forked from a fork of this one, with all that it has imported: a start in some milliseconds.
+
+    It is to be forked before the first test: what this process does in a test, no other inherits.
+    """
+    import_module("support.preloaded")
+    resource_tracker.ensure_running()  # not by a fork
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it looks for them
+
+        def fork(_, words: Sequence[str], kept: Sequence[int]) -> int:
+            sys.stdout.flush()
+            if pid := os.fork():
+                return pid
+            try:
+                patch.undo()
+                leave_pytest(kept)
+                exec(words[-1], {})  # python -c
+            finally:
+                os._exit(0)
+
+        patch.setattr(util, "spawnv_passfds", fork)
         forkserver.ensure_running()
-    return context
+    return multiprocessing.get_context("forkserver")
+
+
+def leave_pytest(kept: Sequence[int]) -> None:
+    """In a fork: hold none of the files that are open, whose other ends wait for their last holder, and report to none
+    of pytest's hooks."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > sys.__stderr__.fileno() and number not in kept:
+            os.dup2(null, number)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
 
 
 @functools.cache
 def import_for_forks() -> None:
-    """Wait until that one has its imports."""
+    """Wait until that one can be forked."""
     child = fork_server().Process(target=int)
     child.start()
     child.join()
