@@ -111,7 +111,7 @@ def test_labels_of_rows_on_either_side_of_a_window(tokenizer, tmp_path):
     """Rows within it share a start that is read once; with one beyond it, all are read from their first token."""
     longest = max(len(tokenizers.encode_prompt(tokenizer, AWKWARD.prompt(text))) for text in TEXTS)
     within = longest + max(LabelTree(label_tokens(tokenizer, AWKWARD)).depths)
-    model = build("gemma3_text", len(tokenizer), sliding_window=within, pad_token_id=tokenizer.pad_token_id)
+    model = build("mistral", len(tokenizer), sliding_window=within, pad_token_id=tokenizer.pad_token_id)
     onnx = exported(model, tmp_path)
     for texts in (TEXTS, [*TEXTS, f"{TEXTS[0]} " * 6]):
         ranker = OnnxRanker(onnx, tokenizer, AWKWARD)
