@@ -398,11 +398,13 @@ class Host:
         return [(name, weight.shape) for name, weight in self.model.named_parameters()]
 
     def _detach_old(self, name: str) -> None:
-        """Drop the versions of a run that are too old to be asked for."""
+        """Drop the versions of a run that are too old to be asked for, and runs that were deleted."""
         current = self._versions.get(name, ())
         running = {request.key[0] for request in itertools.chain(*self._taken)}
         for version, view in list(self.views.items()):
-            if version.name == name and version not in current and version not in running:
+            old = version.name == name and version not in current
+            deleted = version.adapter and not Path(version.model_dir).is_dir()
+            if (old or deleted) and version not in running:
                 del self.views[version]
                 if view.adapter:
                     self._detach(view.adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -194,3 +195,11 @@ def test_an_adapter_that_changes_while_it_is_loaded_takes_no_memory(process, run
     first, second = process.answers(process.row(0, "one"), process.row(1, "two"))
     same(*first, wanted(runs, "one"))
     same(*second, wanted(runs, "two"))
+
+
+def test_an_adapter_whose_run_was_deleted_takes_no_memory_beside_the_next(process, runs):
+    process.answers(process.row(0, "one"))
+    shutil.rmtree(runs / "one")
+    (row,) = process.answers(process.row(0, "two"))
+    same(*row, wanted(runs, "two"))
+    assert len(process.host.model.peft_config) == len(process.host.views) == 1
