@@ -2,8 +2,12 @@
 
     python bench/code_control.py --gguf qwen2.5-coder-0.5b.gguf --data sanitized-mbpp.json --split all \\
         --report_dir runs/mbpp --confirm_run_unsafe_code
+    llama-server --model qwen2.5-coder-0.5b.gguf --parallel 16 --ctx-size 16384 --port 8080
+    python bench/code_control.py --gguf qwen2.5-coder-0.5b.gguf --data sanitized-mbpp.json --split all --slots 16 \\
+        --url http://127.0.0.1:8080 --report_dir runs/mbpp --confirm_run_unsafe_code
 
-llama.cpp (requirements/export.txt) reads the file as it is, packed; this toolkit reads it as plain weights. Both get
+llama.cpp (requirements/export.txt; or a llama-server that is running, as one built for this processor) reads the file
+as it is, packed; this toolkit reads it as plain weights. Both get
 the same token ids, take the likeliest token each time, and stop at the same ones. Answers and verdicts are kept in
 --report_dir, where `eval_codegen.py --model_dir GGUF --report_dir ...` with the same settings finds this toolkit's, and
 leaves them. The last line is JSON.
@@ -46,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_problems", type=cli.positive_int, help="a draw of this many problems")
     parser.add_argument("--max_new_tokens", type=cli.positive_int, default=512)
     parser.add_argument("--slots", type=cli.positive_int, default=8, help="answers that llama.cpp writes at a time")
-    parser.add_argument("--threads", type=cli.positive_int, default=2, help="of llama.cpp")
+    parser.add_argument("--threads", type=cli.positive_int, default=2, help="of llama.cpp; not with --url")
+    parser.add_argument("--url", help="of a llama-server with --gguf and as many --slots; default: the wheel's")
     parser.add_argument("--max_batch_tokens", type=cli.positive_int, default=MAX_BATCH_TOKENS, help="of this toolkit")
     parser.add_argument("--report_dir", type=cli.folder, required=True, help="answers.jsonl goes here")
     parser.add_argument("--confirm_run_unsafe_code", action="store_true", help="yes, run it, in the sandbox")
@@ -108,45 +113,51 @@ def _written(
     tokenizer = tokenizers.load_tokenizer(folder)
     style, _ = style_of(folder, tokenizer)
     prompts = [tokenizers.encode_prompt(tokenizer, style.direct(task)) for _, task in tasks]
-    server = LlamaServer(args.gguf, args.slots, args.max_new_tokens + max(map(len, prompts)), args.threads)
+    context = args.max_new_tokens + max(map(len, prompts))
+    server = None if args.url else start_server(args.gguf, args.slots, context, args.threads)
+    ask = partial(complete, args.url or server.listening_address, args.max_new_tokens)
     with ThreadPoolExecutor(args.slots) as pool, evaluate.progress_bar(len(tasks), "llama.cpp") as progress:
-        texts = pool.map(partial(server.complete, args.max_new_tokens), prompts)
+        texts = pool.map(ask, prompts)
         for (key, task), (text, finished, tokens) in zip(tasks, texts, strict=True):
             code, cut = style.read(task, final_answer(text), finished)
             yield key, CodeAnswer(code, "", finished, tokens, cut)
             progress.update()
 
 
-class LlamaServer:
+def start_server(path: str, slots: int, context: int, threads: int) -> Any:
     """llama.cpp's server in this process.
 
     Args:
         context: tokens of a prompt and its answer.
     """
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise cli.UserError("llama.cpp is missing; pip install -r requirements/export.txt") from error
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = path
+    parameters.n_ctx, parameters.n_parallel = slots * (context + 8), slots
+    parameters.warmup, parameters.verbosity = False, -1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    return xllamacpp.Server(parameters)
 
-    def __init__(self, path: str, slots: int, context: int, threads: int) -> None:
-        try:
-            import xllamacpp
-        except ImportError as error:
-            raise cli.UserError("llama.cpp is missing; pip install -r requirements/export.txt") from error
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = path
-        parameters.n_ctx, parameters.n_parallel = slots * (context + 8), slots
-        parameters.warmup, parameters.verbosity = False, -1
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-        self._server = xllamacpp.Server(parameters)
 
-    def complete(self, max_new_tokens: int, prompt: Sequence[int]) -> tuple[str, bool, int]:
-        """(text, whether it ended by itself, its tokens): the likeliest token each time."""
-        body: dict[str, Any] = {"prompt": list(prompt), "n_predict": max_new_tokens, "temperature": 0.0}
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/completion",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
+def complete(url: str, max_new_tokens: int, prompt: Sequence[int]) -> tuple[str, bool, int]:
+    """(text, whether it ended by itself, its tokens) of llama.cpp's server: the likeliest token each time.
+
+    Raises:
+        UserError: no server answers.
+    """
+    body: dict[str, Any] = {"prompt": list(prompt), "n_predict": max_new_tokens, "temperature": 0.0}
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
         with urllib.request.urlopen(request) as response:
             answer = json.load(response)
-        return answer["content"], answer["stop_type"] == "eos", answer["tokens_predicted"]
+    except OSError as error:
+        raise cli.UserError(f"no llama-server answers at {url}: {cli.reason(error)}") from error
+    return answer["content"], answer["stop_type"] == "eos", answer["tokens_predicted"]
 
 
 if __name__ == "__main__":

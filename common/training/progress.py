@@ -208,13 +208,21 @@ def memory_callback(limit: int) -> TrainerCallback:
     """On a CPU, give freed memory back after a backward pass that leaves the process larger than `limit` bytes.
 
     What is freed is kept for the next tensors (`loading.keep_freed_memory`); between batches of unlike lengths parts of
-    it fit none, so that a training of an hour would hold a fifth more than it was predicted to.
+    it fit none, so that a training of an hour would hold a fifth more than it was predicted to. A pass that is as large
+    as that right after memory was given back needs it, and the limit becomes what it needed, and a twentieth.
     """
     from transformers import TrainerCallback
 
     class Memory(TrainerCallback):
+        def __init__(self):
+            self.limit, self.given_back = limit, False
+
         def on_substep_end(self, args, state, control, **kwargs):
-            if (resident := machine.resident_bytes()) is not None and resident > limit:
+            resident = machine.resident_bytes() or 0
+            if self.given_back:
+                self.limit = max(self.limit, int(1.05 * resident))
+            self.given_back = resident > self.limit
+            if self.given_back:
                 loading.give_back_freed_memory()
 
         on_step_end = on_substep_end
