@@ -66,6 +66,12 @@ def made(names=("runs/base", "runs/sft"), contamination=(0, 0), labels=LABELS, r
     return result
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Figures are any bytes: to draw them takes a second."""
+    monkeypatch.setattr(report, "images_of", lambda result: defaultdict(lambda: PNG))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("report")
@@ -115,14 +121,12 @@ def test_everything_from_outside_is_escaped(tmp_path):
     assert all("/" not in path.name and "<" not in path.name for path in tmp_path.iterdir())
 
 
-def test_contaminated_results_show_themselves(tmp_path):
-    undrawn = defaultdict(lambda: PNG)
-    page = report.render_html(made(contamination=(None, 119)), undrawn)
+def test_contaminated_results_show_themselves(tmp_path, undrawn):
+    page = report.write_report(tmp_path, made(contamination=(None, 119))).read_text()
     assert "<b>119 of 120 rows</b> share a customer with the training rows of sft" in page
     assert "memory, not skill" in page and "Nobody recorded what base was trained on" in page
     assert "<em>base</em> is the most accurate" in page  # a model that trained on these rows cannot win
-    alone = made(("runs/sft",), contamination=(119,))
-    page = report.render_html(alone, undrawn)
+    page = report.write_report(tmp_path, made(("runs/sft",), contamination=(119,))).read_text()
     assert "119 of them of customers that it was trained on</h1>" in page
 
 
@@ -165,7 +169,7 @@ def rows() -> list[dict]:
     ]
 
 
-def test_the_rows_stand_beside_and_in_the_page(tmp_path, rows):
+def test_the_rows_stand_beside_and_in_the_page(tmp_path, rows, undrawn):
     page = report.write_report(tmp_path, made(), rows).read_text()
     assert [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()] == rows
     (data,) = re.findall(r'<script type="application/json" id="rows-data">(.*?)</script>', page, re.S)
@@ -187,7 +191,7 @@ def test_a_large_report_holds_the_mistakes_first(rows, monkeypatch):
     assert "The page holds 3 of the 120, mistakes first." in page
 
 
-def test_one_warning_once(tmp_path):
+def test_one_warning_once(tmp_path, undrawn):
     page = report.write_report(tmp_path, made(contamination=(119, 119))).read_text()
     assert page.count("memory, not skill") == 1
     assert "training rows of base, sft: their figures measure memory, not skill" in page
@@ -209,11 +213,16 @@ def test_names_that_end_alike_are_told_apart():
     assert results.model_names(made(("a/sft", "b/sft"))) == ["a/sft", "b/sft"]
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, rows):
+    """The page with its rows."""
+    return report.write_report(tmp_path_factory.mktemp("rows"), made(), rows)
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_cell_opens_its_rows_and_axe_finds_nothing(browser, tmp_path, rows, scheme, size):
-    file = report.write_report(tmp_path, made(), rows)
+def test_a_cell_opens_its_rows_and_axe_finds_nothing(browser, file, scheme, size):
     page = new_page(browser, viewport=SIZES[size], color_scheme=scheme)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))

@@ -109,6 +109,7 @@ FAILURES = [
 ]
 
 
+@pytest.mark.processes  # it waits for seconds
 def test_failures_that_pass_are_tried_again(stub, files):
     """Every row meets two kinds of failure before it is answered."""
     rows = numbered(len(FAILURES))

@@ -69,6 +69,7 @@ def test_beyond_the_budget_nothing_is_asked(stub):
     assert len(stub.asked) == 3
 
 
+@pytest.mark.processes  # it waits for seconds
 def test_a_late_answer_is_none(stub):
     stub.reply = lambda body: HANG if question_of(body).endswith("21") else "Good"
     found = cascade(stub, timeout=2.0).ask(TASK, items(3))
