@@ -56,6 +56,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session) -> None:
+    MODULES_FROZEN[0] = len(sys.modules)
+    gc.freeze()
     gc.enable()
 
 

@@ -20,6 +20,7 @@ OF_LOGITS = ("--forward_kl", 1, "--reverse_kl", 0.1, "--jsd", 0.1, "--ce", 0.5, 
 ALL_TERMS = (*OF_LOGITS, "--hidden_mse", 0.1, "--hidden_cosine", 0.1)
 
 
+@pytest.mark.processes
 def test_a_teacher_that_is_the_student_has_nothing_to_say(base, uneven, tmp_path):
     run = distill(base, tmp_path / "run", "--teacher", base, "--data", uneven, "--max_steps", 1, *ALL_TERMS,
                   "--attention_mse", 1)  # fmt: skip
@@ -28,6 +29,7 @@ def test_a_teacher_that_is_the_student_has_nothing_to_say(base, uneven, tmp_path
     assert loss_column(run, "ce")[0] > 1
 
 
+@pytest.mark.processes
 def test_the_terms_are_their_definitions(base, teacher, uneven, tmp_path):
     """The first logged losses against plain full-logit computations on the same rows."""
     run = distill(base, tmp_path / "run", "--teacher", teacher, "--data", uneven, "--max_steps", 1,
@@ -84,6 +86,7 @@ def test_gradient_checkpointing_and_chunks_change_nothing(base, teacher, uneven,
     assert distance(plain, chunked) < 5e-5
 
 
+@pytest.mark.processes
 def test_padded_vocabularies(base, uneven, tokenizer, tmp_path):
     """The teacher's LM head is wider, as Qwen2.5's 7B is beside its 3B; its weights are the student's otherwise."""
     wide = models.load_base(ModelSource(base, dtype="float32"))

@@ -42,6 +42,7 @@ def test_without_torchao(base, rows, tmp_path, monkeypatch):
         sft_train.main([*argv, "--quantization_aware", "int8"])
 
 
+@pytest.mark.processes
 @TORCHAO
 @pytest.mark.parametrize("kind", quantization_aware.KINDS)
 def test_training_sees_the_quantised_model(kind, base, rows, tmp_path):
@@ -60,6 +61,7 @@ def test_training_sees_the_quantised_model(kind, base, rows, tmp_path):
     assert (rounded - logits(quantization_aware.quantized(plain, kind))).abs().max() < 1e-5
 
 
+@pytest.mark.processes
 @TORCHAO
 def test_distillation_and_dpo_learn_to_bear_it_too(base, rows, tmp_path):
     more = ["--student", base, "--lora_r", "0", "--max_steps", "2", "--quantization_aware", "int8"]
