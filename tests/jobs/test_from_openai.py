@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 from openai import NotFoundError, OpenAI
+from support import served
 from support.http_server import free_port
 from support.inputs import ROOT
 from support.openai_jobs import preferences, until
 from support.processes import LONGEST, wait_for
 
+import serve_all
+from common.serving import model_process
 from common.web import launch
 
 pytestmark = pytest.mark.processes
 
 
-@contextlib.contextmanager
-def serve_all(place: Path, base: str) -> Iterator[str]:
-    """The URL of both servers in a process group of their own."""
+def started(argv: list[str]) -> int | None:
+    """`serve_all.main`, whose models have processes as everywhere."""
+    os.environ.pop("API_KEY", None)
+    model_process.launch = served.launch
+    return serve_all.main(argv)
+
+
+@pytest.fixture
+def url(spawn, base, tmp_path) -> Iterator[str]:
+    """Where both servers are, in a process of their own."""
     port = free_port()
     settings = {
-        "RUNS_DIR": str(place / "runs"),
-        "DATA_DIR": str(place / "jobs"),
-        "ALLOWED_ROOTS": os.pathsep.join((base, str(place))),
+        "RUNS_DIR": str(tmp_path / "runs"),
+        "DATA_DIR": str(tmp_path / "jobs"),
+        "ALLOWED_ROOTS": os.pathsep.join((base, str(tmp_path))),
         "FINE_TUNING_MODELS": f"gpt-*={base}",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    environment = {name: value for name, value in os.environ.items() if name != "API_KEY"}
-    log = open(place / "server.log", "wb")  # noqa: SIM115 (closed below)
-    words = [sys.executable, "serve_all.py", "--port", str(port)]
-    server = subprocess.Popen(words, cwd=ROOT, env=environment | settings, stdout=log, stderr=log)
-    try:
-        wait_for(lambda: server.poll() is not None or not launch.is_alive(port))
-        assert server.poll() is None, (place / "server.log").read_text()
-        yield f"http://localhost:{port}"
-    finally:
-        server.terminate()
-        server.wait(LONGEST)
-        log.close()
+    server = spawn(started, ["--port", str(port)], tmp_path / "server.log", **settings)
+    wait_for(lambda: not server.is_alive() or not launch.is_alive(port))
+    assert server.is_alive(), (tmp_path / "server.log").read_text()
+    yield f"http://localhost:{port}"
+    server.terminate()
+    server.join(LONGEST)
 
 
 def printed_script(url: str) -> str:
@@ -67,31 +68,30 @@ def write_chats(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_script_changes_its_base_url_alone(base, tmp_path, monkeypatch):
+def test_a_script_changes_its_base_url_alone(url, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     write_chats(Path("train.jsonl"), 48)
     write_chats(Path("val.jsonl"), 12)
-    with serve_all(tmp_path, base) as url:
-        names: dict = {}
-        exec(printed_script(url), names)
-        job, answer, client = names["job"], names["answer"], names["client"]
-        assert isinstance(client, OpenAI)
-        assert (job.status, job.error, job.model) == ("succeeded", None, base)
-        assert job.fine_tuned_model.startswith("ft-base-tickets-")
-        assert answer.model == job.fine_tuned_model
-        assert answer.choices[0].message.content in ("Good", "Bad")  # it has learnt which answers there are
-        assert job.trained_tokens > 48 * 8
-        check_figures(job.validation)
-        check_checkpoints(client, job)
-        header, *lines = client.files.content(job.result_files[0]).text.splitlines()
-        assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
-        assert sum(line.split(",")[3] != "" for line in lines) == 8  # an epoch each
-        accuracies = [float(cells[2]) for line in lines if (cells := line.split(","))[1]]  # wherever there is a loss
-        assert 0 <= accuracies[0] < accuracies[-1] <= 1
-        with urlopen(f"{url}/training/") as page:
-            assert b"distill-slm jobs" in page.read()
-        go_on_with_preferences(client, job, base)
+    names: dict = {}
+    exec(printed_script(url), names)
+    job, answer, client = names["job"], names["answer"], names["client"]
+    assert isinstance(client, OpenAI)
+    assert (job.status, job.error, job.model) == ("succeeded", None, base)
+    assert job.fine_tuned_model.startswith("ft-base-tickets-")
+    assert answer.model == job.fine_tuned_model
+    assert answer.choices[0].message.content in ("Good", "Bad")  # it has learnt which answers there are
+    assert job.trained_tokens > 48 * 8
+    check_figures(job.validation)
+    check_checkpoints(client, job)
+    header, *lines = client.files.content(job.result_files[0]).text.splitlines()
+    assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert sum(line.split(",")[3] != "" for line in lines) == 8  # an epoch each
+    accuracies = [float(cells[2]) for line in lines if (cells := line.split(","))[1]]  # wherever there is a loss
+    assert 0 <= accuracies[0] < accuracies[-1] <= 1
+    with urlopen(f"{url}/training/") as page:
+        assert b"distill-slm jobs" in page.read()
+    go_on_with_preferences(client, job, base)
 
 
 def check_figures(figures: dict) -> None:

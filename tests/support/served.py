@@ -187,6 +187,7 @@ class Served(Client):
             yield
 
 
+launch = model_process.launch  # as it is
 model_process.launch = fork
 
 
