@@ -20,6 +20,7 @@ from common.models import loading
 from common.models.batching import MAPS_AT_ONCE
 from common.models.tokenizers import Encoded
 from common.training import batches
+from common.training.tree_attention import TreeAttention, in_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +60,10 @@ class Siblings:
         return sum(end - start for start, end in self.ancestors)
 
     def parts(self, heads: int) -> Iterator[Siblings]:
-        """The same in groups whose attention maps have at most MAPS_AT_ONCE numbers, unless a single one has more."""
+        """The same in groups whose attention maps have at most MAPS_AT_ONCE numbers, where there are maps."""
+        if in_blocks(self):
+            yield self
+            return
         size = max(1, MAPS_AT_ONCE // (heads * self.longest * (self.before + self.longest)))
         start = self.start
         for first in range(0, len(self.lengths), size):
@@ -200,128 +204,6 @@ def attend(
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     parts = prefix_tree.parts(query.shape[1])
     return TreeAttention.apply(query[0], key[0], value[0], parts, scaling).transpose(0, 1)[None], None
-
-
-class TreeAttention(torch.autograd.Function):
-    """softmax(s Q K^T) V of the segments of a tree, each over its ancestors and itself.
-
-    Keys of ancestors are multiplied with the queries of all siblings at once, so that they are never repeated, and the
-    sum over siblings that their gradient is happens inside a product, in float32. Probabilities are made again in the
-    backward pass (Dao et al. 2022, FlashAttention, arXiv:2205.14135, appendix B.2), a group of siblings at a time.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        groups: Sequence[Siblings],
-        scaling: float,
-    ) -> torch.Tensor:
-        """
-        Args:
-            query: [heads, tokens, width].
-            key, value: [key heads, tokens, width]; neighbouring heads share a key head.
-
-        Returns:
-            [heads, tokens, width].
-        """
-        out = torch.empty_like(query)
-        for group in groups:
-            part = _Part(group, query, key, value, scaling)
-            out[:, group.start : group.end] = part.unpadded(part.weighted_values(part.probabilities()))
-        ctx.save_for_backward(query, key, value)
-        ctx.groups, ctx.scaling = groups, scaling
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of query, key and value."""
-        query, key, value = ctx.saved_tensors
-        d_query = torch.empty_like(query)
-        d_key, d_value = (torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (key, value))
-        for group in ctx.groups:
-            part = _Part(group, query, key, value, ctx.scaling)
-            d_query[:, group.start : group.end] = part.backward(gradient, d_key, d_value)
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
-
-
-class _Part:
-    """The attention of one group of siblings: "own" is what a sibling sees of itself, "old" what of the ancestors.
-
-    Shapes: g key heads, m siblings, c queries a key (heads that share it times the longest sibling), w width.
-    """
-
-    def __init__(
-        self, group: Siblings, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> None:
-        self.group, self.scaling, self.key_heads = group, scaling, len(key)
-        self.query, self.key, self.value = map(self.by_sibling, (query, key, value))
-        self.old_key, self.old_value = (
-            torch.cat([tensor[:, start:end] for start, end in group.ancestors], dim=1) if group.ancestors else None
-            for tensor in (key, value)
-        )
-
-    def by_sibling(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[g, m, c, w] of queries [heads, tokens, w], or of keys or values, where c is the longest sibling."""
-        rows = tensor.index_select(1, self.group.padded)
-        rows = rows.view(self.key_heads, -1, len(self.group.lengths), self.group.longest, tensor.shape[-1])
-        return rows.transpose(1, 2).flatten(2, 3)
-
-    def unpadded(self, rows: torch.Tensor) -> torch.Tensor:
-        """[heads, tokens of the group, w] of [g, m, c, w], or of the same of keys."""
-        rows = rows.unflatten(2, (-1, self.group.longest)).transpose(1, 2)  # g, heads that share it, m, longest, w
-        return rows.reshape(-1, len(self.group.padded), rows.shape[-1]).index_select(1, self.group.real)
-
-    def products(self, left: torch.Tensor, own: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
-        """[g, m, c, before + longest]: `left` [g, m, c, w] with each of the `old` and the `own` keys (or values)."""
-        by_own = left @ own.transpose(-1, -2)
-        if old is None:
-            return by_own
-        by_old = left.flatten(1, 2) @ old.transpose(-1, -2)
-        return torch.cat([by_old.unflatten(1, left.shape[1:3]), by_own], dim=-1)
-
-    def probabilities(self) -> torch.Tensor:
-        """[g, m, c, before + longest], float32."""
-        scores = self.products(self.query, self.key, self.old_key).float().mul_(self.scaling)
-        own = scores[..., self.group.before :].unflatten(2, (-1, self.group.longest))
-        own.masked_fill_(self.group.hidden, -torch.inf)
-        return scores.softmax(dim=-1)
-
-    def weighted_values(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """[g, m, c, w]"""
-        probabilities = probabilities.to(self.value.dtype)
-        return self._sums(probabilities, self.value, self.old_value)
-
-    def _sums(self, weights: torch.Tensor, own: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
-        before = self.group.before
-        sums = weights[..., before:] @ own
-        if old is not None:
-            sums += (weights[..., :before].flatten(1, 2) @ old).unflatten(1, weights.shape[1:3])
-        return sums
-
-    def backward(self, gradient: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor) -> torch.Tensor:
-        """The gradient of the group's queries [heads, tokens, w]; those of keys and values are added to `d_*`."""
-        group, before = self.group, self.group.before
-        probabilities = self.probabilities()
-        d_out = gradient.new_zeros(len(gradient), len(group.padded), gradient.shape[-1])  # padding has no gradient
-        d_out[:, group.real] = gradient[:, group.start : group.end]
-        d_out = d_out.view(self.key_heads, -1, len(group.lengths), group.longest, gradient.shape[-1])
-        d_out = d_out.transpose(1, 2).flatten(2, 3)
-        d_probabilities = self.products(d_out, self.value, self.old_value).float()
-        mean = (d_probabilities * probabilities).sum(dim=-1, keepdim=True)
-        d_scores = d_probabilities.sub_(mean).mul_(probabilities).mul_(self.scaling).to(self.key.dtype)
-        probabilities = probabilities.to(self.value.dtype)
-        for weights, right, total in ((d_scores, self.query, d_key), (probabilities, d_out, d_value)):
-            own = weights[..., before:].transpose(-1, -2) @ right
-            total[:, group.start : group.end] += self.unpadded(own)
-            if before:
-                old = weights[..., :before].flatten(1, 2).transpose(-1, -2) @ right.flatten(1, 2)
-                for start, end in group.ancestors:
-                    total[:, start:end] += old[:, : end - start]
-                    old = old[:, end - start :]
-        return self.unpadded(self._sums(d_scores, self.key, self.old_key))
 
 
 def understood_by(model: PreTrainedModel) -> bool:

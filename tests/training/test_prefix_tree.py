@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from common.models import adapters, loading, lora_training
 from common.models.tokenizers import Encoded
-from common.training import batches, prefix_tree
+from common.training import batches, prefix_tree, tree_attention
 from common.training.hidden_states import predicted, scored
 from common.training.prefix_tree import LEAST_SHARED, PrefixTree, Siblings
 
@@ -97,9 +97,11 @@ def adapted(model: torch.nn.Module):
     return student
 
 
+@pytest.mark.parametrize("long", [1, 45, 1000], ids=["blocks", "blocks and maps", "maps"])
 @pytest.mark.parametrize("kind", loading.READ_PREFIX_TREES)
 @pytest.mark.parametrize("mix", MIXES)
-def test_the_tree_has_the_gradients_of_the_rows(kind, mix):
+def test_the_tree_has_the_gradients_of_the_rows(kind, mix, long, monkeypatch):
+    monkeypatch.setattr(tree_attention, "LONG", long)
     model = model_of(kind, **({"sliding_window": None} if kind == "mistral" else {}))
     student = adapted(model)
     plain = loss_and_gradients(student, batches.collate(MIXES[mix], 0))
@@ -193,3 +195,10 @@ def test_an_adapter_is_short_and_a_tree_at_once():
     lora_training.install(student)
     prefix_tree.install(model)
     equal(loss_and_gradients(student, prefix_tree.collate(rows, 0)), plain)
+
+
+def test_a_long_group_is_never_cut(monkeypatch):
+    monkeypatch.setattr(prefix_tree, "MAPS_AT_ONCE", 1)
+    tree = PrefixTree.of(MIXES["three levels"])
+    monkeypatch.setattr(tree_attention, "LONG", 1)
+    assert tree.parts(4) == tree.groups
