@@ -241,9 +241,9 @@ class Host:
     def _answer_alone(self, batch: list[QueuedRequest], failure: _Failure, joins: bool) -> bool:
         """See `_answer`: of a batch that has failed as one."""
         error = failure.error
+        if not isinstance(error, UserError):
+            gc.collect()  # what the batch had in memory holds on to itself, on a process that may be idle next
         out_of_memory = _is_out_of_memory(error)
-        if out_of_memory or isinstance(error, Unloaded):
-            gc.collect()  # what the batch had in memory holds on to itself
         if isinstance(error, Unloaded):
             return self._answer(batch, joins=joins)
         parts = _by_key(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import weakref
@@ -14,12 +15,13 @@ from support.models import build_base
 from support.served import ROWS, make_run, replace_adapter, same, settings
 
 from common.cli import UserError
+from common.generation import aligned_cache
 from common.generation.rows import RevisableRows
 from common.models import adapters, loading
 from common.models.source import ModelSource
 from common.serving.adapter_host import Host
 from common.serving.batch_queue import QueuedRequest
-from common.serving.messages import KeepVersions, Text, Unusable
+from common.serving.messages import Abandoned, KeepVersions, Text, Unusable, Withdraw
 from common.serving.run_registry import Registry, Version
 from common.serving.work import Chat, ChatTurn, Classify
 from common.tasks.ranking import creditmix
@@ -175,6 +177,31 @@ def test_what_ran_out_of_memory_has_given_it_back_when_it_is_tried_again(process
     _, text = process.answers(process.text(0, "one"), process.text(1, "base"))
     assert text.choices[0].text == of_base
     assert held and not any(held)
+
+
+@pytest.mark.parametrize("withdrawn", [[0], [0, 1]], ids=["one", "all"])
+def test_what_nobody_waits_for_any_more_gives_its_memory_back(process, of_base, monkeypatch, withdrawn):
+    """At once, and not when Python next looks for what holds on to itself."""
+    process.answers(process.row(0, "one"), process.row(1, "base"))
+    make, caches = aligned_cache.empty_cache, []
+
+    def watched(config):
+        cache = make(config)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(aligned_cache, "empty_cache", watched)
+    later = {8: [Withdraw(number) for number in withdrawn]}
+    gc.collect()
+    gc.disable()
+    try:
+        answers = process.answers(process.text(0, "one"), process.text(1, "base"), later=later)
+    finally:
+        gc.enable()
+    assert [isinstance(answer, Abandoned) for answer in answers] == [True, len(withdrawn) > 1]
+    if len(withdrawn) == 1:
+        assert answers[1].choices[0].text == of_base
+    assert len(caches) == 2 and not any(cache() for cache in caches)
 
 
 def test_an_adapter_that_changes_while_it_is_loaded_takes_no_memory(process, runs, tmp_path, base, monkeypatch):
