@@ -37,7 +37,10 @@ def run(script: str, argv: Sequence[str]) -> dict[str, Any]:
 
     Trainer.training_step = timed
     wall, cpu = time.perf_counter(), time.process_time()
-    main(list(argv))
+    try:
+        main(list(argv))
+    finally:
+        Trainer.training_step = training_step
     return {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,

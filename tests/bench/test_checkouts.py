@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import checkouts
 import pytest
+from harness import run_script
 from support.inputs import CORPUS, read_rows, write_rows
 
 from common import cli
@@ -52,17 +51,14 @@ def test_medians_without_the_first_step_and_rows_without_loading(data, monkeypat
 @pytest.mark.processes
 def test_a_script_and_its_steps_are_measured(base, rows, tmp_path):
     flags = ["--student", base, "--data", rows["sft"], "--save_dir", str(tmp_path / "run"), "--max_steps", "3"]
-    found = checkouts.measured(checkouts.ROOT, "sft_train", flags)
+    found = run_script.run("sft_train", flags)
     assert len(found["steps"]) >= 3 and all(wall > 0 for wall, _ in found["steps"])
     assert sum(wall for wall, _ in found["steps"]) < found["seconds"] and found["peak_bytes"] > 50e6
-    with pytest.raises(cli.UserError, match=r"cannot be measured: .*--overwrite"):
-        checkouts.measured(checkouts.ROOT, "sft_train", flags)
 
 
 @pytest.mark.processes
-def test_it_calls_only_what_checkouts_of_before_have(tmp_path):
-    """A checkout with a script of that name is enough."""
-    (tmp_path / "train.py").write_text("def main(argv):\n    print(argv)\n")
-    command = [sys.executable, str(checkouts.WORKER), str(tmp_path), "train", "--x"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert done[0] == "['--x']" and json.loads(done[-1])["steps"] == []
+def test_a_checkout_that_fails_is_named(tmp_path):
+    """A checkout with a script of that name is enough, and it is that checkout's."""
+    (tmp_path / "sft_train.py").write_text("def main(argv):\n    raise SystemExit(f'error: {argv}')\n")
+    with pytest.raises(cli.UserError, match=r"sft_train.py of .* cannot be measured: error: \['--x'\]"):
+        checkouts.measured(tmp_path, "sft_train", ["--x"])
