@@ -166,16 +166,21 @@ def keep_freed_memory() -> None:
     training step takes 6 % less, a forward pass of 8,192 tokens a third (docs/results.md). What lies between blocks is
     kept, too, and grows with batches of unlike shapes: `give_back_freed_memory`.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        libc = ctypes.CDLL("libc.so.6")
-        for option, size in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 1 << 30)):  # the most it takes; bytes
-            libc.mallopt(option, size)
+    _set_allocator(mmap_threshold=32 << 20, trim_threshold=1 << 30)  # the most that it takes
 
 
 def give_back_freed_memory() -> None:
-    """Have the C library give the kernel every page that no tensor lies on; the next ones come back zeroed, slowly."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    """Have the C library give the kernel what is free, and from now on each block of a megabyte as soon as it is."""
+    _set_allocator(mmap_threshold=1 << 20, trim_threshold=1 << 20)
+
+
+def _set_allocator(mmap_threshold: int, trim_threshold: int) -> None:
+    """glibc's mallopt, in bytes, and a trim; nothing where there is another C library."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+        libc.mallopt(M_TRIM_THRESHOLD, trim_threshold)
+        libc.malloc_trim(0)
 
 
 def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel:
