@@ -348,3 +348,11 @@ def test_a_shell_completes_flags(tmp_path):
         [sys.executable, "sft_train.py"], cwd=ROOT, env=os.environ | environment, check=False, timeout=LONGEST
     )
     assert out.read_text().split() == ["--learning_rate"]
+
+
+def test_what_onednn_keeps_of_each_shape_is_bounded(monkeypatch):
+    """Unless the user says how much it may keep; before torch reads it."""
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    cli.prepare_process()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128" and os.environ["LRU_CACHE_CAPACITY"] == "7"
