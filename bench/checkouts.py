@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, root in checkouts.items():
             few, many = (
                 measured(root, "infer_creditmix", [
-                    *("--model_dir", str(place / f"{name}_sft"), "--calibration", "prior"),
+                    *("--model_dir", str(place / f"{name}_sft"), "--calibration", "none"),
                     *("--input", str(data), "--output", str(place / f"{name}_{count}_answers.jsonl")),
                 ])
                 for count, data in rows.items()
@@ -81,17 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what, entries in found.items():
         ratio = entries["baseline"]["seconds"] / entries["ours"]["seconds"]
         print(f"{what:24}", *(f"{name} {words(entry)}" for name, entry in entries.items()), f"{ratio:.2f}x", sep="   ")
-    about = {"machine": run_record.machine(), "commit": run_record.git_commit(), "settings": cli_facts(args)}
-    print(json.dumps({"bench": "checkouts", **about, "found": found}))
-
-
-def cli_facts(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    about = {"machine": run_record.machine(), "commit": run_record.git_commit(), "settings": vars(args)}
+    print(json.dumps({"bench": "checkouts", **about, "found": found}, default=str))
 
 
 def first_rows(data: Path, count: int, copy: Path) -> Path:
     """The first rows of a JSONL file, in one of their own."""
-    lines = list(islice(read_text(data).splitlines(keepends=True), count))
+    lines = read_text(data).splitlines(keepends=True)[:count]
     if len(lines) < count:
         raise cli.UserError(f"{data} has {len(lines)} rows, {count} are needed; take fewer --steps or --rows")
     copy.write_text("".join(lines))

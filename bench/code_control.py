@@ -7,10 +7,10 @@
         --url http://127.0.0.1:8080 --report_dir runs/mbpp --confirm_run_unsafe_code
 
 llama.cpp (requirements/export.txt; or a llama-server that is running, as one built for this processor) reads the file
-as it is, packed; this toolkit reads it as plain weights. Both get
-the same token ids, take the likeliest token each time, and stop at the same ones. Answers and verdicts are kept in
---report_dir, where `eval_codegen.py --model_dir GGUF --report_dir ...` with the same settings finds this toolkit's, and
-leaves them. The last line is JSON.
+as it is, packed; this toolkit reads it as plain weights. Both get the same token ids, take the likeliest token each
+time, and stop at the same ones. Answers and verdicts are kept in --report_dir, where
+`eval_codegen.py --model_dir GGUF --report_dir ...` with the same settings finds this toolkit's, and leaves them. The
+last line is JSON.
 """
 
 from __future__ import annotations

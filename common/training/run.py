@@ -193,8 +193,9 @@ def within_memory(settings: Settings, record: RunRecord | None, longest: int, co
     changes = preflight.preflight(plan, settings.memory_flags(plan.batch), auto_fit=settings.auto_fit)
     note_fit(record, changes)
     fitted = replace(settings, **changes)
-    if record:
+    if changes:
         plan = fitted.plan(longest=longest, completion_len=completion_len)
+    if record:
         record.write(predicted_peak_bytes=round(preflight.predict(plan).total))
     return fitted
 

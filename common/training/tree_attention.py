@@ -74,6 +74,25 @@ def _kind(group: Siblings) -> type[_Blocks] | type[_Maps]:
     return _Blocks if in_blocks(group) else _Maps
 
 
+def _ancestors(group: Siblings, tensor: torch.Tensor) -> torch.Tensor:
+    """[heads, before, width] of [heads, tokens, width]: what lies before each of the siblings."""
+    return torch.cat([tensor[:, start:end] for start, end in group.ancestors], dim=1)
+
+
+def _add_to_ancestors(group: Siblings, total: torch.Tensor, part: torch.Tensor) -> None:
+    """Add `part` [heads, before, width] to `total` [heads, tokens, width], where `_ancestors` came from."""
+    for start, end in group.ancestors:
+        total[:, start:end] += part[:, : end - start]
+        part = part[:, end - start :]
+
+
+def _padded_gradient(group: Siblings, gradient: torch.Tensor) -> torch.Tensor:
+    """[heads, siblings * longest, width] of [heads, tokens, width]: padding has no gradient."""
+    padded = gradient.new_zeros(len(gradient), len(group.padded), gradient.shape[-1])
+    padded[:, group.real] = gradient[:, group.start : group.end]
+    return padded
+
+
 class _Blocks:
     """The attention of a group of long siblings by torch's kernel, which has no whole maps and skips what comes later.
 
@@ -113,9 +132,7 @@ class _Blocks:
             d_key, d_value: [key heads, tokens, w], float32.
         """
         group = self.group
-        d_out = gradient.new_zeros(len(gradient), len(group.padded), gradient.shape[-1])  # padding has no gradient
-        d_out[:, group.real] = gradient[:, self.span]
-        d_out = d_out.unflatten(1, (len(group.lengths), group.longest)).transpose(0, 1)
+        d_out = _padded_gradient(group, gradient).unflatten(1, (len(group.lengths), group.longest)).transpose(0, 1)
         own = _blocks_backward(
             d_out, *self._own(), *map(self._padded, (out, sums)), 0.0, True, scale=self.scaling
         )  # fmt: skip
@@ -129,10 +146,7 @@ class _Blocks:
             )  # fmt: skip
             d_query = d_query + d_old_query[0]
             for total, part in zip((d_key, d_value), old, strict=True):
-                part = self._by_key_head(part[0])
-                for start, end in group.ancestors:
-                    total[:, start:end] += part[:, : end - start]
-                    part = part[:, end - start :]
+                _add_to_ancestors(group, total, self._by_key_head(part[0]))
         return d_query
 
     def _own(self) -> tuple[torch.Tensor, ...]:
@@ -142,10 +156,7 @@ class _Blocks:
 
     def _old(self) -> tuple[torch.Tensor, ...]:
         """Queries [1, h, n, w] of the siblings, keys and values [1, h, before, w] of their ancestors."""
-        old = (
-            torch.cat([tensor[:, start:end] for start, end in self.group.ancestors], dim=1)
-            for tensor in (self.key, self.value)
-        )
+        old = (_ancestors(self.group, tensor) for tensor in (self.key, self.value))
         return self.query[None, :, self.span], *(tensor.repeat_interleave(self.sharing, 0)[None] for tensor in old)
 
     def _padded(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -174,8 +185,7 @@ class _Maps:
         self.group, self.scaling, self.key_heads = group, scaling, len(key)
         self.query, self.key, self.value = map(self.by_sibling, (query, key, value))
         self.old_key, self.old_value = (
-            torch.cat([tensor[:, start:end] for start, end in group.ancestors], dim=1) if group.ancestors else None
-            for tensor in (key, value)
+            _ancestors(group, tensor) if group.ancestors else None for tensor in (key, value)
         )
 
     def by_sibling(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -226,8 +236,7 @@ class _Maps:
         """See `_Blocks.backward`."""
         group, before = self.group, self.group.before
         probabilities = self.probabilities()
-        d_out = gradient.new_zeros(len(gradient), len(group.padded), gradient.shape[-1])  # padding has no gradient
-        d_out[:, group.real] = gradient[:, group.start : group.end]
+        d_out = _padded_gradient(group, gradient)
         d_out = d_out.view(self.key_heads, -1, len(group.lengths), group.longest, gradient.shape[-1])
         d_out = d_out.transpose(1, 2).flatten(2, 3)
         d_probabilities = self.products(d_out, self.value, self.old_value).float()
@@ -239,7 +248,5 @@ class _Maps:
             total[:, group.start : group.end] += self.unpadded(own)
             if before:
                 old = weights[..., :before].flatten(1, 2).transpose(-1, -2) @ right.flatten(1, 2)
-                for start, end in group.ancestors:
-                    total[:, start:end] += old[:, : end - start]
-                    old = old[:, end - start :]
+                _add_to_ancestors(group, total, old)
         return self.unpadded(self._sums(d_scores, self.key, self.old_key))

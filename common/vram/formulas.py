@@ -211,7 +211,7 @@ def kept_by_layer(plan: Training) -> float:
     Where weights are rounded, so is the input of each projection, which is kept beside the input itself.
     Eager attention keeps its map, in float32 and in the type it goes on with.
     By hand (`lora_training`) the adapter keeps the input that all matrices that read it share; the attention of a
-    `prefix_tree` keeps its queries, keys and values alone.
+    `prefix_tree` keeps its queries, keys and values, besides the output, which o's adapter keeps anyway.
     """
     shape, element = plan.student, plan.stream
     d, q, f = shape.hidden, shape.query, shape.intermediate

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.host import Later
+from support.host import Later, answers_to
 from support.models import build_base
 from support.served import ROWS, make_run, replace_adapter, same, settings
 
@@ -66,18 +66,8 @@ class Process:
         return QueuedRequest(number, (self.find(name), Classify()), [CREDITMIX.prompt(TEXT)], tokens=10)
 
     def answers(self, *requests: QueuedRequest, later: dict[int, list] | None = None) -> list:
-        """In the order of their numbers.
-
-        Args:
-            later: what comes once it was looked so many times.
-        """
-        self.host.channel = Later()
-        self.host.channel.later = later or {}
-        for request in requests:
-            self.host.queue.put(request)
-        while self.host.queue:
-            self.host.begin(self.host.queue.take())
-        return [answer for _, answer in sorted(self.host.channel.numbered(), key=lambda pair: pair[0])]
+        """See `answers_to`; in the order of their numbers."""
+        return [answer for _, answer in sorted(answers_to(self.host, requests, later).items())]
 
     def streamed(self) -> str:
         return "".join(message.text for message in self.host.channel.sent if isinstance(message, Text))

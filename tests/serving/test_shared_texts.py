@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.families import ARCHITECTURES, build_architecture
-from support.host import Later
+from support.host import Later, answers_to
 from support.models import build_base
 from support.served import ROWS, make_adapter, make_run, same, settings
 
@@ -141,14 +141,8 @@ class Asked:
         return QueuedRequest(number, (self.registry.find(name), WORKS[kind]), payload, urgent=False, **changes)
 
     def all(self, requests: Sequence[QueuedRequest], later: dict[int, list] | None = None) -> dict[int, Any]:
-        """The answers by number, to what waits at once and to what comes later."""
-        self.host.channel = Later()
-        self.host.channel.later = later or {}
-        for request in requests:
-            self.host.queue.put(request)
-        while self.host.queue:
-            self.host.begin(self.host.queue.take())
-        return dict(self.host.channel.numbered())
+        """See `answers_to`."""
+        return answers_to(self.host, requests, later)
 
     def sent(self, *kinds: type) -> list:
         return [message for message in self.host.channel.sent if isinstance(message, kinds)]

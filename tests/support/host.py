@@ -37,6 +37,21 @@ class Messages:
         return [answer for _, answer in self.numbered()]
 
 
+def answers_to(host: Host, requests: Sequence[QueuedRequest], later: dict[int, list] | None = None) -> dict[int, Any]:
+    """The answers by number, to what waits at once and to what comes later.
+
+    Args:
+        later: what comes once it was looked so many times.
+    """
+    host.channel = Later()
+    host.channel.later = later or {}
+    for request in requests:
+        host.queue.put(request)
+    while host.queue:
+        host.begin(host.queue.take())
+    return dict(host.channel.numbered())
+
+
 class Later(Messages):
     """What comes once it was looked so many times."""
 
