@@ -17,7 +17,7 @@ KEPT_TOKENS = 512  # of prefixes whose keys and values are kept
 REFERENCE_TOKENS = 2048  # of a batch that DPO's reference scores before training
 CHUNK_LOGITS = 1 << 26  # of a distillation loss: 256 MB in float32
 EFFECTIVE_BATCH = 16  # rows an optimizer step, unless flags say otherwise
-MAPS_AT_ONCE = 1 << 24  # numbers of attention maps made at a time where they are made: 64 MB in float32
+MAPS_AT_ONCE = 1 << 22  # numbers of attention maps made at a time where they are made: 16 MB in float32
 CPU_TOKENS_PER_BATCH = 16_384  # of a training batch on a CPU
 UNLIMITED = 1 << 30  # tokens that a model can read whose config names no limit
 

@@ -75,9 +75,9 @@ class HiddenStateReader:
     def read(self, model: Any, batch: dict[str, torch.Tensor], attentions: bool = False) -> HiddenStates:
         """A forward pass through `model` (this one, or the wrapper it trains in) with the LM head at a single token.
 
-        On a CPU torch copies a frozen head for each row of a slice of the hidden states.
+        On a CPU torch copies a frozen head whole for hidden states that learn, unless they have two dimensions.
         """
-        shortened = self.head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:1, :1].contiguous(),))
+        shortened = self.head.register_forward_pre_hook(lambda _, inputs: (inputs[0][0, :1].contiguous(),))
         try:
             output = model(
                 input_ids=batch["input_ids"],

@@ -20,13 +20,14 @@ from common.models import loading
 from common.models.batching import MAPS_AT_ONCE
 from common.models.tokenizers import Encoded
 from common.training import batches
-from common.training.tree_attention import TreeAttention, in_blocks
+from common.training.tree_attention import QUERIES, TreeAttention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "prefix_tree"  # of the attention, in transformers' registry
 LEAST_SHARED = 16  # tokens; a shorter common beginning is not worth a segment of its own
+LONG = 192  # tokens of a sibling whose attention gains nothing from company (docs/results.md)
 LONGEST = 2048  # tokens of a row; beyond, SDPA, which never has a whole map, is the better choice
 
 
@@ -60,16 +61,22 @@ class Siblings:
         return sum(end - start for start, end in self.ancestors)
 
     def parts(self, heads: int) -> Iterator[Siblings]:
-        """The same in groups whose attention maps have at most MAPS_AT_ONCE numbers, where there are maps."""
-        if in_blocks(self):
-            yield self
-            return
-        size = max(1, MAPS_AT_ONCE // (heads * self.longest * (self.before + self.longest)))
-        start = self.start
-        for first in range(0, len(self.lengths), size):
-            lengths = self.lengths[first : first + size]
+        """The same in groups of neighbours whose attention maps at a time have at most MAPS_AT_ONCE numbers.
+
+        A sibling that is LONG is alone, as it fills a product by itself.
+        """
+        first, start = 0, self.start
+        while first < len(self.lengths):
+            last, longest = first + 1, self.lengths[first]
+            for length in self.lengths[last:]:
+                longest = max(longest, length)
+                maps = (last + 1 - first) * heads * min(longest, QUERIES) * (self.before + longest)
+                if longest >= LONG or maps > MAPS_AT_ONCE:
+                    break
+                last += 1
+            lengths = self.lengths[first:last]
             yield Siblings(self.ancestors, start, lengths)
-            start += sum(lengths)
+            first, start = last, start + sum(lengths)
 
     @cached_property
     def padded(self) -> torch.Tensor:
@@ -83,11 +90,6 @@ class Siblings:
         """Which of `padded` are no padding: their numbers [tokens], in the order of the sequence."""
         inside = torch.arange(self.longest) < torch.tensor(self.lengths)[:, None]
         return inside.flatten().nonzero()[:, 0]
-
-    @cached_property
-    def hidden(self) -> torch.Tensor:
-        """Boolean [longest, longest]: what comes later in the sibling itself; its padding is at the end."""
-        return torch.ones(self.longest, self.longest, dtype=torch.bool).triu(1)
 
 
 @dataclass
@@ -130,18 +132,16 @@ class PrefixTree:
             beginning = tuple(row.input_ids[start : min(start + LEAST_SHARED, row.prompt_length)])
             key = beginning if len(beginning) == LEAST_SHARED else (number,)  # which no other row has
             buckets.setdefault(key, []).append((number, row))
-        members = sorted(buckets.values(), key=len)  # those that branch no further come first
-        ends = [
-            common_length([row for _, row in bucket], start) if len(bucket) > 1 else len(bucket[0][1].input_ids)
-            for bucket in members
-        ]
-        self.groups.append(Siblings(ancestors, len(self.ids), tuple(end - start for end in ends)))
+        members = [(bucket, end_of(bucket, start)) for bucket in buckets.values()]
+        # Those that branch no further come first, and the shorter ones, so that neighbours need little padding.
+        members.sort(key=lambda member: (len(member[0]), member[1]))
+        self.groups.append(Siblings(ancestors, len(self.ids), tuple(end - start for _, end in members)))
         spans = []
-        for bucket, end in zip(members, ends, strict=True):
+        for bucket, end in members:
             spans.append((len(self.ids), len(self.ids) + end - start))
             self.ids += bucket[0][1].input_ids[start:end]
             self.positions += range(start, end)
-        for bucket, end, span in zip(members, ends, spans, strict=True):
+        for (bucket, end), span in zip(members, spans, strict=True):
             if len(bucket) > 1:
                 self._grow(bucket, end, (*ancestors, span), sources)
                 continue
@@ -168,6 +168,12 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         NAME: tree,
     }
+
+
+def end_of(bucket: Sequence[tuple[int, Encoded]], start: int) -> int:
+    """Where the segment of rows ends that are alike from token `start` on; of a lone row at its own end."""
+    rows = [row for _, row in bucket]
+    return common_length(rows, start) if len(rows) > 1 else len(rows[0].input_ids)
 
 
 def common_length(rows: Sequence[Encoded], start: int) -> int:

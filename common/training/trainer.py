@@ -86,10 +86,11 @@ def prepare_student(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase)
         )
     student.enable_input_require_grads()
     if base.device.type == "cpu" and loading.is_large(base.config):
-        from common.models import lora_training
+        from common.models import lora_training, norm_training
         from common.training import prefix_tree
 
         lora_training.install(student)
+        norm_training.install(student)
         prefix_tree.install(student.get_base_model())
     return student
 

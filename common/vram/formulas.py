@@ -201,7 +201,8 @@ def kept_by_layer(plan: Training) -> float:
 
     By autograd's own list (torch.autograd.graph.saved_tensors_hooks) these are, with d hidden, q and k the widths of
     queries and keys, f intermediate:
-    - both RMSNorms: their input in float32 (d) and its scale; where norms are trained, the normed input (d), too.
+    - both RMSNorms: their input in float32 (d) and its scale; where norms are trained, the normed input (d), too; by
+      hand (`norm_training`) their input as it is.
     - what LoRA's A multiplies: the input of each of the seven projections after dropout, with dropout's mask, and A's
       result. A frozen matrix keeps nothing. Without dropout q, k and v share one input, as do gate and up, and o's is
       the attention's output; unless it has to be cast to another type, which makes copies again.
@@ -221,7 +222,7 @@ def kept_by_layer(plan: Training) -> float:
         separate, per_input = plan.cuda, element  # autocast casts the input once a matrix
     elif plan.by_hand:
         separate, per_input = False, element
-        norms += 7 * plan.lora_r * element
+        norms = 2 * (d * element + FLOAT32) + 7 * plan.lora_r * element
     else:
         in_adapter = BFLOAT16 if plan.cuda else FLOAT32  # autocast; without it LoRA casts to its own type
         mask = (BOOL if plan.cuda else in_adapter) if plan.lora_dropout else 0  # a CPU keeps it as numbers
@@ -250,7 +251,7 @@ def layer_work(plan: Training) -> float:
     d, f = shape.hidden, shape.intermediate
     if plan.by_hand:
         maps = min(MAPS_AT_ONCE, plan.tokens * shape.heads * plan.max_len) if plan.as_tree else 0
-        return max(plan.tokens * (3 * f + 2 * d) * plan.stream, maps * (2 * FLOAT32 + plan.stream))
+        return max(plan.tokens * (3 * f + 2 * d) * plan.stream, maps * 3 * plan.stream)
     if plan.lora_dropout and not plan.full:
         work = (f + (4 if plan.checkpointing else 2) * d) * plan.stream
         work += f * FLOAT32 if plan.stream == BFLOAT16 and not (plan.cuda and plan.four_bit) else 0

@@ -97,16 +97,13 @@ def adapted(model: torch.nn.Module):
     return student
 
 
-LONG = {"maps": 1000, "blocks": 1, "blocks and maps": 45}  # tokens of a sibling from which there are no whole maps
-
-
 @pytest.mark.parametrize(
-    ("kind", "long"),
-    [*((kind, "maps") for kind in loading.READ_PREFIX_TREES), ("llama", "blocks"), ("llama", "blocks and maps")],
+    ("kind", "queries"),
+    [*((kind, 128) for kind in loading.READ_PREFIX_TREES), ("llama", 32), ("llama", 64)],
 )
 @pytest.mark.parametrize("mix", MIXES)
-def test_the_tree_has_the_gradients_of_the_rows(kind, mix, long, monkeypatch):
-    monkeypatch.setattr(tree_attention, "LONG", LONG[long])
+def test_the_tree_has_the_gradients_of_the_rows(kind, mix, queries, monkeypatch):
+    monkeypatch.setattr(tree_attention, "QUERIES", queries)
     model = model_of(kind, **({"sliding_window": None} if kind == "mistral" else {}))
     student = adapted(model)
     plain = loss_and_gradients(student, batches.collate(MIXES[mix], 0))
@@ -114,14 +111,15 @@ def test_the_tree_has_the_gradients_of_the_rows(kind, mix, long, monkeypatch):
     equal(loss_and_gradients(student, prefix_tree.collate(MIXES[mix], 0)), plain)
 
 
-@pytest.mark.parametrize("maps", [1, 4 * 60 * 60 * 2])
-def test_maps_in_parts_change_nothing(maps, monkeypatch):
+@pytest.mark.parametrize(("maps", "long"), [(1, 1000), (4 * 60 * 60 * 2, 1000), (1 << 22, 40), (1 << 22, 1)])
+def test_attention_in_parts_changes_nothing(maps, long, monkeypatch):
     model = model_of("llama")
     student = adapted(model)
     rows = MIXES["three levels"] + MIXES["pairs of answers"]
     plain = loss_and_gradients(student, batches.collate(rows, 0))
     prefix_tree.install(model)
     monkeypatch.setattr(prefix_tree, "MAPS_AT_ONCE", maps)
+    monkeypatch.setattr(prefix_tree, "LONG", long)
     batch = prefix_tree.collate(rows, 0)
     assert len(batch["prefix_tree"].parts(4)) > len(batch["prefix_tree"].groups)
     equal(loss_and_gradients(student, batch), plain)
@@ -202,8 +200,13 @@ def test_an_adapter_is_short_and_a_tree_at_once():
     equal(loss_and_gradients(student, prefix_tree.collate(rows, 0)), plain)
 
 
-def test_a_long_group_is_never_cut(monkeypatch):
-    monkeypatch.setattr(prefix_tree, "MAPS_AT_ONCE", 1)
-    tree = PrefixTree.of(MIXES["three levels"])
-    monkeypatch.setattr(tree_attention, "LONG", 1)
-    assert tree.parts(4) == tree.groups
+def test_long_siblings_are_alone():
+    parts = list(Siblings(((0, 20),), 20, (30, 40, 50, prefix_tree.LONG, 400)).parts(4))
+    assert [part.lengths for part in parts] == [(30, 40, 50), (prefix_tree.LONG,), (400,)]
+    assert [(part.start, part.end) for part in parts] == [(20, 140), (140, 332), (332, 732)]
+    assert {part.ancestors for part in parts} == {((0, 20),)}
+
+
+def test_neighbours_are_of_like_length():
+    rows = [Encoded(list(range(1, 21)) + [30 + i] * n, 20) for i, n in enumerate((9, 2, 5))]
+    assert [group.lengths for group in PrefixTree.of(rows).groups] == [(20,), (2, 5, 9)]
