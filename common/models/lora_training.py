@@ -13,7 +13,6 @@ import types
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,9 +42,11 @@ class LoraProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         down, up = down.to(x.dtype), (up * scaling).to(x.dtype)
         low = rows @ down.t()
-        # One product of [x, x A^T] and [W, s B], so that the sum is rounded once. Added to a product that is rounded
+        # The adapter's word first, and x W^T summed up with it before it is rounded. Added to a product that is rounded
         # already, what a young adapter says would be less than half a step of bfloat16, and always lost.
-        y = functional.linear(torch.cat([rows, low], dim=1), torch.cat([weight, up], dim=1), bias)
+        y = (low @ up.t()).addmm_(rows, weight.t())
+        if bias is not None:
+            y += bias
         ctx.save_for_backward(rows, low, weight, down, up)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], -1)
@@ -58,9 +59,9 @@ class LoraProduct(torch.autograd.Function):
         d_low = dy @ up
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(d_low, down).view(*gradient.shape[:-1], -1)
+            dx = (d_low @ down).addmm_(dy, weight).view(*gradient.shape[:-1], -1)
         d_down = (d_low.t() @ rows).float()
-        d_up = (dy.t() @ low).float() * ctx.scaling
+        d_up = (low.t() @ dy).t().float() * ctx.scaling
         return dx, None, None, d_down, d_up, None
 
 
