@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAME = "prefix_tree"  # of the attention, in transformers' registry
 LEAST_SHARED = 16  # tokens; a shorter common beginning is not worth a segment of its own
 LONG = 192  # tokens of a sibling whose attention gains nothing from company (docs/results.md)
+MULTIPLE = 32  # tokens of a sequence; for each number of them oneDNN compiles its products anew (2 ms) and keeps them
 LONGEST = 2048  # tokens of a row; beyond, SDPA, which never has a whole map, is the better choice
 
 
@@ -155,16 +156,18 @@ class PrefixTree:
 def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
     """`batches.collate`'s `labels` [rows, longest], and the tree with its `input_ids` and `position_ids` [1, tokens].
 
+    Behind the tree there are tokens that nothing sees, up to a MULTIPLE.
     `attention_mask` says nothing, and keeps transformers from making one of the positions. Rows that are very long make
     a batch without a tree.
     """
     if max(len(row.input_ids) for row in rows) > LONGEST:
         return batches.collate(rows, pad_id)
     tree = PrefixTree.of(rows)
+    padding = -len(tree.ids) % MULTIPLE
     return {
         "labels": batches.collate(rows, pad_id)["labels"],
-        "input_ids": torch.tensor([tree.ids]),
-        "position_ids": torch.tensor([tree.positions]),
+        "input_ids": torch.tensor([tree.ids + [pad_id] * padding]),
+        "position_ids": torch.tensor([tree.positions + [0] * padding]),
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         NAME: tree,
     }

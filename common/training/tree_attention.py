@@ -36,12 +36,14 @@ class TreeAttention(torch.autograd.Function):
         Args:
             query: [heads, tokens, width].
             key, value: [key heads, tokens, width]; neighbouring heads share a key head.
+            groups: in the order of the sequence; what is behind the last one attends to nothing.
 
         Returns:
             [heads, tokens, width], where the heads of a token lie side by side.
         """
         heads, tokens, width = query.shape
         out = query.new_empty(tokens, heads, width).transpose(0, 1)
+        out[:, groups[-1].end :] = 0
         for group in groups:
             out[:, group.start : group.end] = _Attention(group, query, key, value, scaling).values()
         ctx.save_for_backward(query, key, value)
@@ -53,6 +55,7 @@ class TreeAttention(torch.autograd.Function):
         """Gradients of query, key and value."""
         query, key, value = ctx.saved_tensors
         d_query = torch.empty_like(query)
+        d_query[:, ctx.groups[-1].end :] = 0
         d_key, d_value = (torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (key, value))
         for group in ctx.groups:
             part = _Attention(group, query, key, value, ctx.scaling)
