@@ -30,7 +30,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CACHES = "caches"  # of teachers, in the service's folder; they are asked for by name
 TABLE, OTHERS = "jobs.db", ("runner.lock", "reserve", CACHES)  # the service's own; how the table's files begin
-HUB_SECONDS = 8.0  # a question to the Hub may take
+HUB_SECONDS = hub.SECONDS  # a question to the Hub may take
 TOKENIZER_SECONDS = 60.0  # two tokenizers may take to be loaded, the first time also downloaded
 REMEMBER = 600.0  # seconds that a yes of the Hub holds
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import UserError, log, reason
 from common.data import task_record
 from common.files import sha256_file, write_json
+from common.models import hub
 from common.models.gguf_file import (
     TASK_KEY,
     UNPROVEN_KEY,
@@ -155,13 +156,13 @@ def model_folder(name: str, *, weights: bool = True) -> str:
     Raises:
         UserError: the GGUF cannot be had or read, or the disk is too small.
     """
-    hub = _on_hub(name)
-    path = hub_gguf(*hub.groups()) if hub else local_gguf(name)
+    named = _on_hub(name)
+    path = hub_gguf(*named.groups()) if named else local_gguf(name)
     if path is None:
         return name
     sha256 = sha256_of(path)
     folder = cache_folder() / (f"{path.stem}-{sha256[:16]}" + ("" if weights else PACKED))
-    source = {"path": name if hub and weights else os.path.abspath(path), "sha256": sha256}
+    source = {"path": name if named and weights else os.path.abspath(path), "sha256": sha256}
     if not (folder / ORIGIN).is_file():
         file = GgufFile(path)
         with _turn(folder):
@@ -231,15 +232,17 @@ def hub_gguf(repo: str, quant: str) -> Path:
     Raises:
         UserError: there is none; the message names those that there are.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
+    kept = None
     try:
-        files = HfApi().list_repo_files(repo)
-    except Exception as error:  # of the network, the Hub, or whatever its HTTP library makes of them
+        files = hub.files(repo)
+    except UserError as error:
         try:
             kept = Path(snapshot_download(repo, allow_patterns="*.gguf", local_files_only=True))
         except Exception:
-            raise UserError(f"{repo} cannot be listed ({reason(error)}); download its GGUF, give the file") from error
+            raise UserError(f"{error}; download its GGUF, give the file") from error
+        log(f"{error}; what is cached is used")
         files = [str(file.relative_to(kept)) for file in kept.rglob("*.gguf")]
     files = [file for file in files if file.endswith(".gguf") and "mmproj" not in file]
     wanted = re.compile(rf"(^|[-._/]){re.escape(quant)}([-._/]|$)", re.IGNORECASE)
@@ -249,6 +252,8 @@ def hub_gguf(repo: str, quant: str) -> Path:
         raise UserError(f"{repo} has {quant} in parts; join them (llama-gguf-split --merge) and give the file")
     if not whole:
         raise UserError(f"{repo} has no GGUF in {quant}; it has {', '.join(files) or 'none at all'}")
+    if kept:
+        return kept / whole[0]
     try:
         return Path(hf_hub_download(repo, whole[0]))
     except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.cli import UserError, log
 
-SECONDS = 4.0  # that a question may take
+SECONDS = 3.0  # that a question may take; a command has said what is wrong within five
 _reached: set[str] = set()
 
 
@@ -45,24 +45,46 @@ def is_cached(name: str) -> bool:
 
 def why_not(name: str, kind: str = "model", seconds: float = SECONDS) -> str | None:
     """Why the Hub does not give a "model" or "dataset"; None when it does."""
-    from huggingface_hub import HfApi, errors
+    try:
+        _info(name, kind, seconds)
+    except Exception as error:
+        return _in_words(error, seconds)
+    return None
+
+
+def files(name: str) -> list[str]:
+    """The names of a model's files on the Hub. Raises UserError with the reason where they cannot be had."""
+    try:
+        return [file.rfilename for file in _info(name, "model", SECONDS).siblings]
+    except Exception as error:
+        raise UserError(f"the files of {name} cannot be listed: {_in_words(error, SECONDS)}") from error
+
+
+def _info(name: str, kind: str, seconds: float) -> Any:
+    """What the Hub says of a "model" or "dataset", asked once: whatever else reads from it asks again for half a
+    minute."""
+    from huggingface_hub import HfApi
 
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-    try:
-        within(seconds, lambda: ask(name, timeout=seconds))
-    except errors.OfflineModeIsEnabled:
-        return "this machine is offline by HF_HUB_OFFLINE"
-    except errors.GatedRepoError:
-        return "it is gated; set HF_TOKEN to one that may read it"
-    except errors.RepositoryNotFoundError:
-        return "there is none on the Hub"
-    except errors.HFValidationError:
-        return "that is no name of the Hub"
-    except TimeoutError:
-        return f"the Hub did not answer within {seconds:g} s"
-    except Exception as error:  # whatever its HTTP library makes of a network that is not there
-        return f"the Hub cannot be asked ({type(error).__name__})"
-    return None
+    return within(seconds, lambda: ask(name, timeout=seconds))
+
+
+def _in_words(error: Exception, seconds: float) -> str:
+    """Why the Hub has not answered."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.OfflineModeIsEnabled():
+            return "this machine is offline by HF_HUB_OFFLINE"
+        case errors.GatedRepoError():
+            return "it is gated; set HF_TOKEN to one that may read it"
+        case errors.RepositoryNotFoundError():
+            return "there is none on the Hub"
+        case errors.HFValidationError():
+            return "that is no name of the Hub"
+        case TimeoutError():
+            return f"the Hub did not answer within {seconds:g} s"
+    return f"the Hub cannot be asked ({type(error).__name__})"  # whatever its HTTP library makes of no network
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:

@@ -62,18 +62,20 @@ def load_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedCo
     """A language model's shape, of an adapter that of its base; nothing else is loaded.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the Hub cannot be asked for it.
     """
     return whole_config(model_dir, trust_remote_code).get_text_config()
 
 
 def whole_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """As `load_config`, with what a model has beside its language model: a vision tower, say."""
-    from transformers import AutoConfig
-
     name = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
     if gguf := gguf_import.local_gguf(name):
         return gguf_import.config_of(gguf)
+    if not looks_local(name):
+        hub.check(name)
+    from transformers import AutoConfig  # seconds, which a name that is not there is not to wait for
+
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -102,6 +102,7 @@ class Host:
         """Load the base, then work until the server closes the channel or goes away."""
         try:
             started = time.perf_counter()
+            models.check_model_dir(self.base)
             self._check_memory()
             self.load()
         except Exception as error:  # of a library, too: the server has to know

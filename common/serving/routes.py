@@ -139,7 +139,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watch = asyncio.create_task(server.watch())
         if server.settings.preload:
-            server.preload()
+            server.preload(server.wanted())
         yield
         watch.cancel()
         await server.models.close()
@@ -185,8 +185,8 @@ def _add_about(app: FastAPI, server: Server) -> None:
     @app.get("/readyz", responses=responses(503))
     async def ready() -> dict[str, str]:
         """The base is loaded and its prior known: at the first request, or soon after the start with PRELOAD=1."""
-        if not server.ready():
-            raise Problem(503, "the base is not loaded yet; PRELOAD=1 loads it at the start", retry_after=1)
+        if fault := server.unready():
+            raise Problem(503, fault, retry_after=1)
         return {"status": "ready"}
 
     @app.get("/models", response_model=ModelsAnswer)

@@ -34,6 +34,7 @@ KINDS = {"idp": task_record.IDP, "code": task_record.CODEGEN}  # by what is in t
 GRACE = 30.0  # seconds beyond REQUEST_TIMEOUT until a model's process that does not answer is ended
 PDF_SECONDS = 20.0  # that the text of a PDF may take
 POLL = 0.25  # seconds between looks whether the client is still there
+PRELOAD_AGAIN = 30.0  # seconds until what PRELOAD asks for is tried again where the base could not be loaded
 
 
 class Server:
@@ -54,6 +55,8 @@ class Server:
         )
         self.cascade = ServedCascade(settings.cascade, self) if settings.cascade else None
         self._preloading: list[Pending] = []
+        self._preloaded = 0.0  # when that was last begun
+        self._faults: dict[str, str] = {}  # why what is to be loaded in advance cannot be, by its address
         self._ready = False
         self.waiting: dict[Pending, tuple[Request, float]] = {}  # until when
 
@@ -195,6 +198,8 @@ class Server:
             await asyncio.sleep(min(POLL, self.settings.request_timeout / 4))
             for process in self.models.running():
                 process.end_if_silent(self.settings.request_timeout + GRACE)
+            if self._preloaded and time.monotonic() - self._preloaded > PRELOAD_AGAIN and not self.ready():
+                self.preload(await asyncio.to_thread(self.wanted))
             late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
             for pending, (request, deadline) in list(self.waiting.items()):
                 problem = None
@@ -216,19 +221,48 @@ class Server:
         except Gone as error:
             raise Problem(503, str(error), retry_after=10) from None
 
-    def preload(self) -> None:
-        """Load the base and the runs behind the short names, with their priors."""
+    def wanted(self) -> list[tuple[str, Version, WarmUp]]:
+        """What PRELOAD asks for: the base and the runs behind the short names, with their priors; blocking."""
         addresses = [(BASE, True), *((name, True) for name in self.registry.short)]
         addresses += [(self.newest(part), False) for part in ("idp", "code")]
+        found = []
         for address, prior in addresses:
             try:
                 version = self.registry.find(address)
                 task = label_tasks.task_of(version, self.settings.host.task).text if prior else None
-                self._preloading.append(self._enqueue(version, WarmUp(prior, task), None)[1])
+                found.append((address, version, WarmUp(prior, task)))
             except UnknownRun:
                 continue  # not trained yet
-            except (UserError, Problem) as error:
-                log(f"{address} cannot be loaded in advance: {error}")
+            except UserError as error:
+                self._tell_fault(address, str(error))
+        return found
+
+    def preload(self, wanted: Sequence[tuple[str, Version, WarmUp]]) -> None:
+        """Load what is `wanted`; where the base cannot be, it is tried again later: the Hub may have been out of reach,
+        or the runs not there yet, and nobody sends a request to a server that is not ready."""
+        self._preloaded = time.monotonic()
+        self._preloading.clear()
+        for address, version, work in wanted:
+            try:
+                self._preloading.append(self._enqueue(version, work, None)[1])
+            except Problem as error:
+                self._tell_fault(address, str(error))
+
+    def _tell_fault(self, address: str, fault: str) -> None:
+        """Log why something cannot be loaded in advance, once."""
+        if self._faults.get(address) != fault:
+            self._faults[address] = fault
+            log(f"{address} cannot be loaded in advance: {fault}")
+
+    def unready(self) -> str | None:
+        """Why it is not ready, in a sentence; None when it is."""
+        if self.ready():
+            return None
+        if not self.settings.preload:
+            return "the base is not loaded yet; PRELOAD=1 loads it at the start"
+        if all(pending.answer.done() for pending in self._preloading):
+            return "the base could not be loaded, and is tried again; the server's log says why"
+        return "the base is being loaded"
 
     def ready(self) -> bool:
         """The base has been loaded and its prior is known, and so is all that PRELOAD asks for.

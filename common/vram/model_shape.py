@@ -174,14 +174,10 @@ def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
         config = gguf_import.config_of(gguf).to_dict()
         shape = from_config(config)
     else:
-        from transformers import AutoConfig
-
         try:
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code).to_dict()
-        except (OSError, ValueError) as error:
-            raise UnknownShape(
-                f"no config of {name_or_path} ({reason(error)}); give a model folder or a Hub id"
-            ) from error
+            config = loading.whole_config(name_or_path, trust_remote_code).to_dict()
+        except UserError as error:
+            raise UnknownShape(str(error)) from error
         shape = from_config(config)
     if config.get("model_type") not in DENSE:
         _check_by_counting(name_or_path, shape, trust_remote_code)

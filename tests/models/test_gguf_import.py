@@ -141,9 +141,10 @@ def test_known_without_its_weights(file, cache):
     assert not list(cache.glob("small*"))
 
 
-def test_a_name_on_the_hub(file, monkeypatch):
+def test_a_name_on_the_hub(file, monkeypatch, capsys):
     files = ["README.md", "x-Q4_K_M.gguf", "x-UD-Q4_K_M.gguf", "x-Q8_0-00001-of-00002.gguf", "mmproj-Q5_0.gguf"]
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: files)
+    found = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, timeout: found)
     fetched = []
 
     def fetch(repo, name):
@@ -160,15 +161,17 @@ def test_a_name_on_the_hub(file, monkeypatch):
     with pytest.raises(UserError, match=r"owner/x has no GGUF in Q5_0; it has x-Q4_K_M\.gguf, x-UD-Q4_K_M\.gguf"):
         model_folder("owner/x:Q5_0")
 
-    def offline(self, repo):
+    def offline(self, repo, timeout):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **how: str(file.parent))
-    assert model_folder("owner/x:Q8_0") == folder  # the file that the Hub's cache has
+    fetched.clear()
+    assert model_folder("owner/x:Q8_0") == folder and not fetched  # the file that the Hub's cache has
+    assert "what is cached is used" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    with pytest.raises(UserError, match=r"owner/x cannot be listed \(no network\); download its GGUF"):
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
+    with pytest.raises(UserError, match=r"owner/x cannot be listed: .*\(ConnectionError\); download its GGUF"):
         model_folder("owner/x:Q8_0")
 
 

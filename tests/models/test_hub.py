@@ -12,6 +12,7 @@ from support.processes import LONGEST
 
 from common.cli import UserError
 from common.models import hub, loading
+from common.vram import model_shape
 
 
 @pytest.fixture
@@ -88,3 +89,12 @@ def test_what_the_hub_refuses(online, monkeypatch):
 def test_a_server_that_looks_for_a_run_asks_nobody(online, monkeypatch):
     fails(monkeypatch, NO_NETWORK)
     loading.check_model_dir("some/model", ask_hub=False)
+
+
+@pytest.mark.parametrize("of", [loading.whole_config, model_shape.of])
+def test_a_config_is_not_asked_for_again_and_again(of, online, monkeypatch):
+    """Nothing but the one question reaches the network: transformers would go on asking for half a minute."""
+    fails(monkeypatch, NO_NETWORK)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *args, **more: pytest.fail("asked again"))
+    with pytest.raises(UserError, match=r"some/model cannot be had from the Hub: .*ConnectError"):
+        of("some/model")

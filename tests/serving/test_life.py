@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,27 @@ def test_a_second_start_computes_no_prior(own):
         assert list(process.state.views.values()) == [True] * 4
         for name in NAMES[1:]:
             assert served.post(f"/infer/{name}", {"features": ROWS[0]})["prior"] == made_up
+
+
+def test_a_base_that_comes_later_is_loaded_all_the_same(base, tmp_path, monkeypatch):
+    """Nobody sends a request to a pod that is not ready: it has to see by itself that the runs are there now."""
+    monkeypatch.setattr(server, "PRELOAD_AGAIN", 0.1)
+    place = tmp_path / "later"
+    with serve(tmp_path, preload=True, base_model=str(place)) as served:
+        wait_for(lambda: "tried again" in served.refused(503, "/readyz", None, "GET"))
+        shutil.copytree(base, place)
+        wait_for(lambda: served.ask("GET", "/readyz")[0] == 200)
+
+
+def test_a_base_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
+    """The Hub is asked once, before anything reads a config from it."""
+    monkeypatch.setattr(adapter_host.vram, "before_serving", lambda *args, **more: pytest.fail("asked again"))
+    sent = []
+    host = adapter_host.Host("some/model", settings("none").host, 0, SimpleNamespace(send=sent.append))
+    host._closing = True
+    host.serve()
+    (broken,) = sent
+    assert broken.reason.startswith("some/model cannot be had from the Hub: this machine is offline")
 
 
 def test_the_prior_of_a_base_without_a_folder_is_kept_beside_the_runs(tmp_path):
