@@ -29,7 +29,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     ALLOWED_ROOTS=/data \
     RUNS_DIR=/data/runs
 WORKDIR /app
-COPY *.py LICENSE ./
+COPY *.py pyproject.toml LICENSE ./
 COPY common common
 COPY recipes recipes
 COPY k8s k8s

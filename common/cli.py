@@ -17,11 +17,13 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
+FLAG = re.compile(r"--|-[a-zA-Z]")  # how one begins; -1 is a number
+VARIABLE = re.compile(r"\b[A-Z]+(?:_[A-Z]+)+\b")
 DONE, FAILED, BAD_INPUT, CUT, INTERRUPTED = 0, 1, 2, 4, 130  # 3: drift, of eval_creditmix.py
 LARGEST_SEED = 2**32 - 1  # NumPy's
 
@@ -34,16 +36,21 @@ class NothingToDo(Exception):
     """All that was asked for is done already: one sentence that says so, exit code 0."""
 
 
-# What other trainers, evaluators and servers call a flag: what it may be called here, the first that a script has.
+MODEL = ("student", "model_dir", "teacher", "base_model")
+# What other trainers, evaluators and servers call a flag: what it may be called here, the first that a script has, as a
+# flag or (BASE_MODEL) as a variable of the environment.
 ELSEWHERE = {
-    "model": ("student", "model_dir"),
-    "model_name": ("student", "model_dir"),
-    "model_id": ("student", "model_dir"),
-    "model_path": ("student", "model_dir"),
-    "model_name_or_path": ("student", "model_dir"),
-    "pretrained_model_name_or_path": ("student", "model_dir"),
-    "base_model": ("student", "model_dir"),
-    "adapter": ("model_dir",),
+    "model": MODEL,
+    "model_name": MODEL,
+    "model_id": MODEL,
+    "model_path": MODEL,
+    "model_name_or_path": MODEL,
+    "pretrained_model_name_or_path": MODEL,
+    "base_model": MODEL,
+    "student": MODEL,
+    "model_dir": ("runs_dir", *MODEL),
+    "adapter": ("model_dir", "runs_dir"),
+    "lora_modules": ("runs_dir",),
     "adapter_name_or_path": ("init_adapter", "model_dir"),
     "peft_model": ("model_dir",),
     "teacher_model_name_or_path": ("teacher",),
@@ -59,9 +66,11 @@ ELSEWHERE = {
     "output_dir": ("save_dir", "outdir", "report_dir"),
     "num_train_epochs": ("epochs",),
     "num_epochs": ("epochs",),
+    "max_epochs": ("epochs",),
     "steps": ("max_steps",),
     "iters": ("max_steps",),
     "warmup_ratio": ("warmup_steps",),
+    "warmup": ("warmup_steps",),
     "batch_size": ("per_device_train_batch_size", "max_batch_tokens"),
     "train_batch_size": ("per_device_train_batch_size",),
     "micro_batch_size": ("per_device_train_batch_size",),
@@ -71,6 +80,7 @@ ELSEWHERE = {
     "max_seq_length": ("max_len",),
     "max_seq_len": ("max_len",),
     "max_source_length": ("max_len",),
+    "max_prompt_length": ("max_len",),
     "max_model_len": ("max_len",),
     "model_max_length": ("max_len",),
     "cutoff_len": ("max_len",),
@@ -103,6 +113,17 @@ NOT_NEEDED = {
     "target_modules": "all linear layers but the head are adapted",
     "template": "the model's own chat template is used",
     "chat_template": "the model's own chat template is used",
+    "eval_strategy": "what --eval_data names is judged after every epoch",
+    "eval_steps": "what --eval_data names is judged after every epoch",
+    "save_strategy": "checkpoints come by --save_steps and --save_minutes",
+    "attn_implementation": "attention is chosen for the device",
+    "deepspeed": "several cards go through torchrun or accelerate (docs/scale.md)",
+    "fsdp": "several cards go through torchrun or accelerate (docs/scale.md)",
+    "no_cuda": "without a card the CPU is used; CUDA_VISIBLE_DEVICES= hides those that there are",
+    "use_cpu": "without a card the CPU is used; CUDA_VISIBLE_DEVICES= hides those that there are",
+    "do_train": "each script does one thing: train, infer or evaluate",
+    "do_eval": "each script does one thing: train, infer or evaluate",
+    "push_to_hub": "export_model.py puts a proven export on the Hub",
     "packing": "batches have a budget of tokens, and nothing is packed",
     "apply_chat_template": "the model's own chat template is always used",
 }
@@ -175,27 +196,36 @@ def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
     """An unknown flag is said before a missing one, which it may stand for."""
     if {"-h", "--help"} & set(argv):
         return
-    known = parser._option_string_actions
     for token in argv:
         if token == "--":
             return
         flag = token.partition("=")[0]
-        if flag.startswith("--") and " " not in token and flag not in known:
-            raise UserError(f"unknown flag {flag}{_instead(flag[2:], known)} (see: python {parser.prog} --help)")
+        if FLAG.match(flag) and " " not in token and flag not in parser._option_string_actions:
+            raise UserError(
+                f"unknown flag {flag}{_instead(flag.lstrip('-'), parser)} (see: python {parser.prog} --help)"
+            )
 
 
-def _instead(name: str, known: Mapping[str, argparse.Action]) -> str:
-    """What somebody may have meant by a flag that there is not."""
+def _instead(name: str, parser: argparse.ArgumentParser) -> str:
+    """What somebody may have meant by a flag that there is not: another one, a variable of the environment that the
+    script's help tells of, or nothing that is needed here."""
     plain = name.replace("-", "_")
-    meant = next((other for other in (plain, *ELSEWHERE.get(plain, ())) if f"--{other}" in known), None)
-    if meant is None and plain in NOT_NEEDED:
-        return f": {NOT_NEEDED[plain]}"
-    if meant is None:
-        words = set(plain.split("_"))  # gguf_quant has those of quant
-        within = [flag for flag in known if flag.startswith("--") and set(flag[2:].split("_")) < words]
-        near = difflib.get_close_matches(f"--{plain}", known, n=1, cutoff=0.75) or sorted(within, key=len)[-1:]
-        meant = near[0].removeprefix("--") if near else None
-    return f"; did you mean --{meant}?" if meant else ""
+    flags = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
+    variables = [word.lower() for word in VARIABLE.findall(parser.description or "")]
+
+    def called_here(name: str) -> str | None:
+        for other in (name, *ELSEWHERE.get(name, ())):
+            if other in flags:
+                return f"; did you mean --{other}?"
+            if other in variables:
+                return f"; did you mean {other.upper()} in the environment?"
+        return f": {NOT_NEEDED[name]}" if name in NOT_NEEDED else None
+
+    words = set(plain.split("_"))  # gguf_quant has those of quant
+    within = sorted((flag for flag in flags if set(flag.split("_")) < words), key=len)[-1:]
+    near = [other[2:] for other in difflib.get_close_matches(f"--{plain}", [f"--{flag}" for flag in flags], 1, 0.75)]
+    of_others = difflib.get_close_matches(plain, [*variables, *ELSEWHERE, *NOT_NEEDED], 3, 0.9)  # a letter or so
+    return next(filter(None, map(called_here, (plain, *of_others, *near, *within))), "")
 
 
 def _flags_from_yaml(parser: argparse.ArgumentParser, path: str) -> list[str]:
@@ -212,7 +242,7 @@ def _flags_from_yaml(parser: argparse.ArgumentParser, path: str) -> list[str]:
     for key, value in settings.items():
         if key not in known or key in ("help", "config", "version"):
             raise UserError(
-                f"--config {path}: unknown key '{key}'{_instead(key, parser._option_string_actions)}; the keys are the "
+                f"--config {path}: unknown key '{key}'{_instead(key, parser)}; the keys are the "
                 f"flags of {parser.prog} without --"
             )
         if known[key].nargs == 0:  # a switch: present or absent

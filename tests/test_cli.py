@@ -16,7 +16,9 @@ from support.inputs import ROOT
 from support.processes import LONGEST
 
 import infer_creditmix
+import serve_creditmix
 import sft_train
+import teacher_generate
 from common import cli
 from common.cli import UserError
 from common.files import atomic_write, read_json, write_json
@@ -296,6 +298,11 @@ def asked(main, *argv: str) -> str:
         (["--gguf_eval_data", "x"], "unknown flag --gguf_eval_data; did you mean --eval_data?"),
         (["--bf16"], "unknown flag --bf16: the precision follows the device"),
         (["--lora_target_modules", "q_proj"], "--lora_target_modules: all linear layers but the head are adapted"),
+        (["--num_train_epoch", "3"], "unknown flag --num_train_epoch; did you mean --epochs?"),  # nearly another's
+        (["--eval_steps", "5"], "unknown flag --eval_steps: what --eval_data names is judged after every epoch"),
+        (["-lr", "1"], "unknown flag -lr; did you mean --lr?"),
+        (["-e=3"], "unknown flag -e (see"),
+        (["--local_rank", "0"], "unknown flag --local_rank (see"),
         (["--something"], "unknown flag --something (see"),
     ],
 )
@@ -306,6 +313,15 @@ def test_an_unknown_flag_is_said_first_and_what_it_is_called_here(argv, sentence
 def test_one_name_means_what_a_script_has():
     assert "did you mean --model_dir?" in asked(infer_creditmix.main, "--model_name_or_path", "x")
     assert "did you mean --dtype?" in asked(infer_creditmix.main, "--bf16")
+    assert "did you mean --teacher?" in asked(teacher_generate.main, "--model_name_or_path", "x")
+    assert "did you mean BASE_MODEL in the environment?" in asked(serve_creditmix.main, "--model", "x")
+    assert "did you mean RUNS_DIR in the environment?" in asked(serve_creditmix.main, "--model_dir", "runs/x")
+
+
+def test_a_number_is_no_flag():
+    parser = cli.parser("doc", prog="x.py")
+    parser.add_argument("--numbers", nargs="*", type=float)
+    assert cli.parse_args(parser, ["--numbers", "-1", "-.5"]).numbers == [-1, -0.5]
 
 
 def test_what_is_behind_two_dashes_or_has_spaces_is_no_flag():

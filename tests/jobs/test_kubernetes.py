@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,8 @@ def test_the_inference_servers_pod_starts_it_with_its_own_settings(monkeypatch):
     (deployment,) = (body for name, body in MANIFESTS if name == "serve-deployment.yaml")
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert (container["command"], container["args"][0]) == (["python"], "serve_creditmix.py")
+    assert (container["command"], container["args"][0]) == (["python"], "/app/serve_creditmix.py")
+    assert container["workingDir"] == "/data"  # from where a base such as models/tiny_student is named
     parsed = cli.parse_args(load_script("serve_creditmix").build_parser(), container["args"][1:])
     assert (parsed.host, parsed.port) == ("0.0.0.0", container["ports"][0]["containerPort"])
     assert pod["automountServiceAccountToken"] is False
@@ -240,6 +242,22 @@ def test_the_image():
                 assert list(ROOT.glob(source)), source
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", "runs", "data", ".venv"} <= set(ignored)
+
+
+def test_a_script_runs_on_what_the_image_holds_of_the_repository(tmp_path):
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        step, _, words = line.partition(" ")
+        if step == "COPY" and "--from" not in words and "/tmp" not in words:
+            *sources, target = shlex.split(words)
+            for source in (path for pattern in sources for path in ROOT.glob(pattern)):
+                if source.is_dir():
+                    shutil.copytree(source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(source, tmp_path / target)
+    words = [sys.executable, "-I", "-c", "import runpy, sys; sys.path.insert(0, '.'); sys.argv = ['x', '--version']; "
+             "runpy.run_path('serve_creditmix.py', run_name='__main__')"]  # fmt: skip
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=LONGEST)
+    assert (result.returncode, result.stdout) == (0, f"distill-slm {cli.version()}\n"), result.stderr
 
 
 def test_the_health_check_of_the_image(tmp_path):

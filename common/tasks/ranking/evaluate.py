@@ -213,7 +213,7 @@ def evaluate_model(
         "predictions": calibrated.predictions.tolist(),
         "rows_per_s": round(len(rows) / seconds, 1),
     }
-    default = classifier.calibration(classifier.default_method)
-    if default != calibration:
+    if calibration.method == "fitted":  # of the others there is no before: nothing was learnt on other rows
+        default = classifier.calibration(classifier.default_method)
         entry["uncalibrated"] = {"calibration": default.method, **measured(default.apply(raw))}
     return entry, calibrated

@@ -77,6 +77,7 @@ def test_figures_are_those_of_the_scores(evaluate, fitted, dataset):
     for method, expected in scores.items():
         (model,) = evaluate(fitted, "--val_per_class", "20", "--seed", "3", "--calibration", method)["models"]
         assert model["calibration"] == method
+        assert ("uncalibrated" in model) == (method == "fitted")  # a before and an after there is of a fit alone
         assert model["accuracy"]["value"] == pytest.approx((expected.argmax(1) == y).mean(), abs=1e-6)
         best = np.sort(expected, axis=1)
         assert model["mean_margin"]["value"] == pytest.approx((best[:, 2] - best[:, 1]).mean(), abs=1e-3)
