@@ -7,6 +7,8 @@
 # bitsandbytes wherever it is installed, 4 bits or not. A program that loads a LoRA adapter on a CPU pays 2 to 3 s of a
 # core for a compiler that it never calls.
 #
+# Here flags are parsed before anything imports peft (common/cli.py); what loads a model pays.
+#
 # Seen 2026-11-29 with peft 0.21.2, transformers 5.23.0, CPython 3.11, x86-64, CPU. Exits 1 when that changes.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -6,6 +6,8 @@
 # "multipleOf": 0.1 rules out "12.50" but not "12.5". So a model that copies an amount from a document ("0.50") cannot
 # under a schema that says "above 0": it is led to another spelling, or another number.
 #
+# Here numbers, dates and times are copied as the document writes them, as text, and read by code (common/tasks/idp/copies.py).
+#
 # Seen 2026-11-28 on CPython 3.11, x86-64. Exits 1 when a later release would print something else.
 set -euo pipefail
 folder=$(mktemp -d)

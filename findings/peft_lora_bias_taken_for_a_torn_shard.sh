@@ -5,6 +5,8 @@
 # one-dimensional LoRA tensors are incomplete shards of DeepSpeed ZeRO-3 or FSDP and tells how to gather them, on one
 # process and without either. Nothing is missing: it loads without a warning, and the outputs are bit-equal.
 #
+# Here adapters are made without a bias (common/models/adapters.py), and read with one (common/models/lora_inference.py).
+#
 # Seen 2026-11-28 with torch 2.13.0, transformers 5.23.0, CPython 3.11, x86-64, CPU. Exits 1 when that changes.
 set -euo pipefail
 folder=$(mktemp -d)

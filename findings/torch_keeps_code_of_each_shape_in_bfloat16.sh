@@ -2,10 +2,13 @@
 # torch 2.13.0: products in bfloat16 on a CPU keep what oneDNN compiled for each number of rows, in two caches of 1,024.
 #
 # Batches of texts have another number of tokens nearly each time. A loop of products with four matrices of a model of
-# 135 million parameters, 60 numbers of rows, grew the process by 790 MB on an Intel Xeon with AMX. Nothing is leaked: oneDNN's own cache keeps a primitive for each shape, and so does torch's bridge to it
-# (ideep), so that to bound either alone leaves the memory where it is. Both have a variable, ONEDNN_PRIMITIVE_CACHE_CAPACITY
+# 135 million parameters, 60 numbers of rows, grew the process by 790 MB on an Intel Xeon with AMX. Nothing is leaked:
+# oneDNN's own cache keeps a primitive for each shape, and so does torch's bridge to it (ideep), so that to bound either
+# alone leaves the memory where it is. Both have a variable, ONEDNN_PRIMITIVE_CACHE_CAPACITY
 # and LRU_CACHE_CAPACITY; the second is in no documentation of torch. In float32 the products go elsewhere and grow by
 # nothing. glibc's heap looks like the culprit and is not: malloc_trim gives none of it back.
+#
+# Here both keep 128, unless the environment says otherwise (common/cli.py).
 #
 # Seen 2026-12-01 on CPython 3.11, x86-64 with AMX. Megabytes are printed, and judged by thirds: exits 1 when bounding
 # both no longer spares two thirds of the growth, or bounding one does. Without AVX512-BF16 or AMX it has nothing to show.

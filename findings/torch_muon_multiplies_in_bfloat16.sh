@@ -7,6 +7,9 @@
 # 128 x 512 matrix took 86 ms of a core, the same products in float32 3.3 ms, and the optimizer was more than half of
 # the training of a small model. Nothing is said; autocast does not matter either.
 #
+# Here the miniature is taught by an optimizer that multiplies in float32 where the CPU has no bfloat16
+# (common/training/muon.py).
+#
 # Seen 2026-11-29 on CPython 3.11, x86-64. The times are printed, not judged. Exits 1 when the data types change.
 set -euo pipefail
 folder=$(mktemp -d)

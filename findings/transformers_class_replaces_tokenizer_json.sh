@@ -7,6 +7,8 @@
 # gives the text back. llama.cpp normalizes nothing for a qwen2 GGUF, so a folder made of one and a llama.cpp that reads
 # it disagree on such text unless the class is left out of the config.
 #
+# Here the tokenizer of a GGUF names no class of a model (common/models/gguf_tokenizer.py).
+#
 # Seen 2026-11-28 with tokenizers 0.23.3, CPython 3.11, x86-64. Exits 1 when a later release prints something else.
 set -euo pipefail
 folder=$(mktemp -d)

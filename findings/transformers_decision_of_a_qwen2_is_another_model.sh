@@ -7,6 +7,8 @@
 # what a Qwen2 folder does not say, are a Qwen3.5 of 7.9 billion parameters. Whoever wants the labels of a folder's own
 # model scored has to load it (AutoModelForCausalLM) and hand the model over.
 #
+# Here docs/decisions.md has the model loaded first.
+#
 # Seen 2026-11-29 with torch 2.13.0, CPython 3.11, x86-64, on the meta device: nothing is allocated. Exits 1 when a
 # later release prints something else.
 set -euo pipefail

