@@ -8,7 +8,7 @@ import random
 
 import pytest
 from support.documents import ROW, SCHEMA, pdf
-from support.inputs import SHARED, read_rows, write_rows
+from support.inputs import ROOT, SHARED, read_rows, write_rows
 from support.models import run_json
 
 import dpo_train
@@ -31,6 +31,7 @@ from common.tasks.idp.written_values import TypedFields
 @pytest.mark.processes
 def test_what_prepare_writes(data):
     schema = json_schema.load(data / "idp_schema.json")
+    assert (data / "idp_schema.json").read_bytes() == (ROOT / "data/idp_schema.json").read_bytes()  # a clone has it
     sft, kd, dpo = (read_rows(data / f"idp_{what}.jsonl") for what in ("sft", "kd", "dpo"))
     dev, validation = (read_rows(data / f"idp_{what}.jsonl") for what in ("dev", "val"))
     assert len(sft) + len(dev) + len(validation) == 300
