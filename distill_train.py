@@ -38,7 +38,7 @@ from common.distillation import rows as distill_rows
 from common.export import model_card
 from common.models.flags import parse_args
 from common.tasks import recognition
-from common.tasks.ranking.loading import load_task
+from common.tasks.ranking.loading import task_of_rows
 from common.training import run
 
 
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     settings = flags.settings_of(parse_args(build_parser(), argv))
-    task = load_task(settings.task)
+    task = task_of_rows(settings.task, settings.data)
     if settings.dry_run:
         return dry_run.show(settings, task)
     rows, held_out = distill_rows.read_both(settings, task)

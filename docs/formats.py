@@ -242,8 +242,9 @@ def _files_section() -> list[str]:
         *(f"| {script} | {files} |" for script, files in FILES),
         "",
         "What is written for label tasks has the form of its ending: `infer_creditmix.py --output answers.csv` or",
-        "`answers.parquet`, in which each entry of an object has a column (`scores.Good`), and `creditmix_prepare.py",
-        "--format csv|parquet|jsonl` for the rows that the trainers take.",
+        "`answers.parquet`, `teacher_generate.py --out rows.csv`, and `creditmix_prepare.py --format",
+        "csv|parquet|jsonl` for the rows that the trainers take. In a table each entry of an object has a column of",
+        "its own (`scores.Good`, `probabilities.Good`).",
     ]
 
 
@@ -251,7 +252,10 @@ ROWS = "JSONL, a JSON list, CSV or Parquet"
 FILES = (
     ("`sft_train.py`, `kd_train.py`, `dpo_train.py`", f"{ROWS} of [training rows](#training-rows)"),
     ("`distill_train.py`", "the same; SQuAD's JSON; text (`.txt`); `--dataset`: the Hub, or a folder"),
-    ("`distill_train.py --labels`", "JSONL, a JSON list or Parquet; CSV of gold labels"),
+    (
+        "`distill_train.py --labels`",
+        f"{ROWS}; in a table each label's probability has a column",
+    ),
     ("`creditmix_prepare.py`, `infer_creditmix.py`, `eval_creditmix.py`", ROWS),
     ("`idp_prepare.py`, `eval_idp.py`", "JSONL or a JSON list; a folder of PDF or text files with JSON beside them"),
     ("`codegen_prepare.py`, `eval_codegen.py`", "JSONL or a JSON list: MBPP, HumanEval, own rows"),

@@ -47,7 +47,8 @@ def numbered_rows(path: str | Path) -> tuple[str, list[tuple[int, Any]], list[st
 def iter_rows(path: str | Path) -> tuple[str, Iterator[tuple[int, Any]], list[str] | None]:
     """The same one after the other; but for a JSON list, in memory that does not grow with the file."""
     if tables.is_parquet(path):
-        return "row", tables.parquet_rows(path), tables.parquet_columns(path)
+        rows = ((number, tables.folded(row)) for number, row in tables.parquet_rows(path))
+        return "row", rows, tables.parquet_columns(path)
     with open_text(path) as handle:
         start = handle.read(4096).lstrip()
     if not start:
@@ -62,7 +63,7 @@ def iter_rows(path: str | Path) -> tuple[str, Iterator[tuple[int, Any]], list[st
         return "line", iter_jsonl(path), None
     numbered = _csv_rows(path)
     _, header = next(numbered)
-    return "line", numbered, header
+    return "line", ((number, tables.folded(row)) for number, row in numbered), header
 
 
 def _csv_rows(path: str | Path) -> Iterator[tuple[int, Any]]:

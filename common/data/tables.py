@@ -25,6 +25,7 @@ NOT_ROWS = {  # how files begin that hold rows, too, but in a form that is not r
     b"ORC": "an ORC file",
     b"SQLite format 3": "an SQLite database",
 }
+PROBABILITIES = "probabilities."  # how columns begin that are entries of one object
 BLOCK = 1 << 24  # bytes of JSONL that are made columns at a time; no line may be longer
 
 
@@ -170,9 +171,43 @@ def packed(rows: Sequence[dict], form: str) -> bytes:
     Args:
         form: one of `FORMATS`.
     """
+    if form == "jsonl":
+        return jsonl_text(rows).encode()
     from pyarrow import Table
 
-    return jsonl_text(rows).encode() if form == "jsonl" else _packed(Table.from_pylist(list(rows)), form)
+    flat = [dict(_columns(row)) for row in rows]
+    names = dict.fromkeys(name for row in flat for name in row)  # of all rows: the first may lack some
+    return _packed(Table.from_pydict({name: [row.get(name) for row in flat] for name in names}), form)
+
+
+def _columns(row: dict) -> Iterator[tuple[str, Any]]:
+    """The cells of a row: each entry of an object has one of its own, "probabilities.Good"."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{entry}", inner) for entry, inner in value.items())
+        else:
+            yield name, value
+
+
+def folded(row: Any) -> Any:
+    """A row of a table whose columns "probabilities.Good", "probabilities.Bad" are one object again, and, of CSV,
+    numbers; what is empty in all of them is not there."""
+    if not isinstance(row, dict):
+        return row
+    own = {name: value for name, value in row.items() if name.startswith(PROBABILITIES) and name != PROBABILITIES}
+    if not own:
+        return row
+    others = {name: value for name, value in row.items() if name not in own}
+    if all(value in (None, "") for value in own.values()):
+        return others
+    return others | {PROBABILITIES[:-1]: {name[len(PROBABILITIES) :]: _number(value) for name, value in own.items()}}
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):  # which is said where the row is read
+        return value
 
 
 def put_in_place(answers: Path, output: str, texts: Sequence[str]) -> None:

@@ -181,13 +181,13 @@ def read_labelled(path: str, task: LabelTask, skip_bad_rows: bool = False) -> li
             if not row.get("output"):
                 return f"neither {PROBABILITIES} nor an output"
         elif not isinstance(given, dict) or set(given) != set(task.labels):
-            return f"{PROBABILITIES} must have the labels {', '.join(task.labels)}"
+            return f"{PROBABILITIES} must have the labels {', '.join(task.labels)} (--task names another label set)"
         elif not all(isinstance(p, int | float) and 0 <= p <= 1 for p in given.values()):
             return f"{PROBABILITIES} must be numbers from 0 to 1"
         elif not math.isclose(sum(given.values()), 1, abs_tol=MASS):
             return f"{PROBABILITIES} add up to {sum(given.values()):g}, not to 1"
         if row.get("output") and row["output"] not in task.labels:
-            return f"'{row['output']}' is none of the labels {', '.join(task.labels)}"
+            return f"'{row['output']}' is none of the labels {', '.join(task.labels)} (--task names another label set)"
         return None
 
     rows = training_files.read(path, shapes.LABELS, skip_bad_rows, fault)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json, write_jsonl
+from common.data import tables
+from common.files import atomic_write, write_json, write_jsonl
 from common.teachers import preferences
 from common.teachers.interview import Answer, Interview, Question, until_usable
 from common.teachers.label_probabilities import distribution
@@ -162,8 +163,10 @@ def _read_probabilities(task: Labels, answer: Answer) -> ParsedAnswer:
 
 
 def save(out: str, written: Written, record: dict[str, Any]) -> list[str]:
-    """Write OUT, its rejects where there are any, and its record last; returns the paths of a run's files."""
-    write_jsonl(out, written.rows)
+    """Write OUT in the form of its name, its rejects where there are any, and its record last; returns the paths of a
+    run's files."""
+    with atomic_write(out, "wb") as handle:
+        handle.write(tables.packed(written.rows, tables.form_of(out)))
     rejects = Path(f"{out}.rejects.jsonl")
     rejects.unlink(missing_ok=True)
     if written.rejects:

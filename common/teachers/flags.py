@@ -11,6 +11,7 @@ from typing import Any
 
 from common import cli
 from common.cli import UserError
+from common.data import tables
 from common.generation import json_schema
 from common.generation.decoding import Decoding
 from common.generation.flags import add_lookup_flag
@@ -37,7 +38,10 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of teacher_generate.py."""
     parser.add_argument("--data", required=True, help="rows to answer: JSONL, a JSON list, CSV or Parquet")
     parser.add_argument(
-        "--out", type=cli.output_file, required=True, help="JSONL to write, for kd_train.py (or dpo_train.py)"
+        "--out",
+        type=cli.output_file,
+        required=True,
+        help="rows to write, for kd_train.py (or dpo_train.py): .jsonl, of label tasks also .csv or .parquet",
     )
     parser.add_argument(
         "--task", default="creditmix", metavar="creditmix|idp|codegen|FILE.yaml", help="default: creditmix"
@@ -147,6 +151,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for suffix in ("", ".raw.jsonl", ".rejects.jsonl", ".run.json"):
         if Path(args.out + suffix).resolve() == Path(args.data).resolve():
             raise UserError(f"--out {args.out} would replace --data; choose another name")
+    if tables.form_of(args.out) != "jsonl" and args.task in ("idp", "codegen"):
+        raise UserError(f"--out {args.out}: rows of --task {args.task} are written as JSONL; name it .jsonl")
     _check_teacher(args)
     _check_task(args)
     if args.top_logprobs and not args.probabilities:

@@ -14,6 +14,8 @@ from pyarrow import parquet
 
 from common.cli import UserError
 from common.data import rows, tables
+from common.distillation.rows import read_labelled
+from common.tasks.ranking.task import LabelTask
 
 ROWS = [
     {"input": 'Rate it.\n\nfine, but "slow"', "output": "good; really", "group": "00"},
@@ -148,6 +150,29 @@ def test_answers_are_put_in_place_in_the_form_of_their_name(form, tmp_path):
     else:
         assert first == ["2024-01-01", 0.25, -1, 1.25, None]
         assert second == [None, 1, 0.1, 0.9, 'not "it", perhaps']
+
+
+@pytest.mark.parametrize("form", tables.FORMATS)
+def test_label_probabilities_come_back_from_every_form(form, tmp_path):
+    """Also where only some rows have them; what one form says, all say."""
+    given = [
+        {"input": "a", "output": "Bad"},
+        {"input": "b", "probabilities": {"Good, or so": 0.75, "Bad": 0.25}, "output": "Bad"},
+    ]
+    path = tmp_path / f"rows.{form}"
+    path.write_bytes(tables.packed(given, form))
+    _, numbered, _ = rows.numbered_rows(path)
+    assert [{key: value for key, value in row.items() if value is not None} for _, row in numbered] == given
+    task = LabelTask("own", ("Good, or so", "Bad"), "Which?")
+    read = read_labelled(str(path), task)
+    assert [row.get("probabilities") for row in read] == [None, given[1]["probabilities"]]
+
+
+def test_a_probability_that_is_no_number_is_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("input,probabilities.Good,probabilities.Bad\na,0.5,half\n")
+    with pytest.raises(UserError, match=r"rows.csv, line 2: probabilities must be numbers from 0 to 1"):
+        read_labelled(str(path), LabelTask("own", ("Good", "Bad"), "Which?"))
 
 
 def test_answers_that_are_no_table_are_not_named_as_one():

@@ -8,13 +8,18 @@ from support.distillation import distill, loss_column
 from support.inputs import LABELS, PROMPTS, write_rows
 
 from common.cli import UserError
+from common.data import task_record
 from common.distillation.label_objective import LabelDistillation
 from common.distillation.objective import Objective
+from common.distillation.rows import read_labelled
+from common.files import sha256_file, write_json
 from common.models import chats
 from common.models import loading as models
 from common.models.source import ModelSource
 from common.tasks.ranking import torch_ranker
 from common.tasks.ranking.creditmix import CREDITMIX
+from common.tasks.ranking.loading import task_of_rows
+from common.tasks.ranking.task import LabelTask
 from common.training import batches, losses
 
 pytestmark = pytest.mark.processes
@@ -75,6 +80,17 @@ def test_a_term_that_no_row_feeds_is_refused(term, key, base, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     distill(base, tmp_path / "run", *more, "--dry_run")
     assert f"{term} learns from 0 of 3 rows" in capsys.readouterr().err
+
+
+def test_the_label_set_is_that_of_the_manifest_beside_the_rows(tmp_path):
+    own = LabelTask("own", ("Low", "High"), "Rate this.")
+    data = write_rows(tmp_path / "own_sft.jsonl", [{"input": own.prompt("text"), "output": "High"}])
+    assert task_of_rows(None, str(data)) == CREDITMIX  # as nothing says otherwise
+    files = {"own_sft.jsonl": {"sha256": sha256_file(data)}}
+    write_json(tmp_path / "own_manifest.json", {"files": files, task_record.MANIFEST_KEY: own.record()})
+    assert (task_of_rows(None, str(data)).labels, task_of_rows(CREDITMIX.name, str(data))) == (own.labels, CREDITMIX)
+    with pytest.raises(UserError, match=r"'High' is none of the labels .* \(--task names another label set\)"):
+        read_labelled(str(data), CREDITMIX)
 
 
 def test_every_row_says_something(base, labelled, tmp_path):

@@ -11,6 +11,7 @@ from support.teacher import SCHEMA, generate, lines, numbered, question_of, reje
 import teacher_generate
 from common.cli import UserError
 from common.data import rows as records
+from common.distillation.rows import read_labelled
 from common.models.source import ModelSource
 from common.tasks.ranking.creditmix import CREDITMIX
 from common.tasks.ranking.task import LabelTask
@@ -164,6 +165,12 @@ def test_probabilities_of_a_local_model(base, files):
     assert [row["teacher_output"] for row in found] == [answer["prediction"] for answer in wanted]
     for row, answer in zip(found, wanted, strict=True):
         assert row["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-5)
+    for form in ("csv", "parquet"):  # as distill_train.py --labels reads them
+        table = str(files.out.with_suffix(f".{form}"))
+        assert teacher_generate.main([*argv, "--out", table]) is None
+        assert read_labelled(table, CREDITMIX) == read_labelled(str(files.out), CREDITMIX)
+    with pytest.raises(UserError, match=r"out.csv: rows of --task codegen are written as JSONL; name it .jsonl"):
+        teacher_generate.main(["--teacher", base, "--data", "x", "--task", "codegen", "--out", "out.csv"])
     with pytest.raises(UserError, match="row 1: the input does not begin with the instruction of creditmix"):
         teacher_generate.main(["--teacher", base, *files([{"input": "Age: 3"}]), "--probabilities"])
 

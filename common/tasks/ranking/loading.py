@@ -22,6 +22,16 @@ def load_task(path: str | None) -> LabelTask:
     return CREDITMIX if path in (None, CREDITMIX.name) else from_yaml(path)
 
 
+def task_of_rows(path: str | None, data: str | None) -> LabelTask:
+    """The task of prepared rows: the one that is named, else the one of the manifest beside them, else CreditMix.
+
+    Raises:
+        UserError: see `task.from_yaml`.
+    """
+    record = task_record.beside(data) if path is None and data else None
+    return (record and from_record(record, data)) or load_task(path)
+
+
 def task_for(path: str | None, *model_dirs: str) -> LabelTask:
     """The task that models are asked for: the one that is named, else the one that they were trained for, else
     CreditMix.
