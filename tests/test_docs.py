@@ -19,7 +19,7 @@ from common.cli import UserError
 from common.generation import json_schema
 from docs import formats, generate, pictures
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("common/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("common/*.md"), *ROOT.glob("findings/*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 WRITTEN = [name for name in NAMES if name not in ("docs/cli.md", "docs/results.md", "CHANGELOG.md")]
 KEPT = ("common", "bench", "recipes", "requirements", "tests", "docs", "k8s")  # folders of the repository itself
