@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,8 @@ class Row:
         logprobs: of the first of them, where they are wanted; of forced ones they are known only once the model has
             read what stands before them.
         read: how many tokens of prompt and answer the model has read.
-        ended: None while it is written; True where it ended by itself, False where its budget did.
+        ended: None while it is written; True where it ended by itself, False where its budget did, or a failure.
+        failure: what its own steering, stop or streamer raised, which ended it (`alone`).
     """
 
     def __init__(self, wanted: Wanted, asker: Asker, drafts: Record) -> None:
@@ -94,6 +96,7 @@ class Row:
         self.logprobs: list[float] = []
         self.read = 0
         self.ended: bool | None = None
+        self.failure: Exception | None = None
         self._text = GrowingText(asker.tokenizer)
         self._undrawn = 0  # forced tokens since the last one that was drawn
 
@@ -136,7 +139,19 @@ class Row:
     @property
     def done(self) -> bool:
         """It has ended, and what is not known of it belongs to the token that ended it."""
+        if self.failure:
+            return True
         return self.ended is not None and self.owed <= (self.tokens[-1] in self.ends)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """What is raised within ends this answer, and no other; but for a lack of memory, which is everybody's."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.failure, self.ended = error, False
 
     def take(self, token: int) -> None:
         """Go on by a token."""

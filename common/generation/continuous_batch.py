@@ -18,6 +18,7 @@ writes a token of each answer, or several, and the same ones.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,10 @@ class ContinuousBatch:
             wanted.streamer.put(torch.tensor([list(wanted.prompt)]))
         (self._waiting.appendleft if first else self._waiting.append)(row)
 
-    def run(self, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Wanted, Generation]]:
+    def run(self, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Wanted, Generation | Exception]]:
         """Each answer that was added, as it ends; those that are added meanwhile, too.
+
+        In place of one whose own steering, stop or streamer has raised something, that: the others go on.
 
         Args:
             between: called before each step, and before the end; may add more.
@@ -125,15 +128,16 @@ class ContinuousBatch:
         self._rows = kept
 
     @torch.inference_mode()
-    def _enter(self) -> list[tuple[Wanted, Generation]]:
+    def _enter(self) -> list[tuple[Wanted, Generation | Exception]]:
         """Read the prompts of as many as there is room for; those that end with what follows at once."""
         if self._waiting and not self._rows:
             self._in_model.make_room([row.longest for row in self._waiting], self.max_batch_tokens)
         entering: list[Row] = []
         while self._waiting and self._has_room(entering):
-            entering.append(self._waiting.popleft())
-            if self._in_model.several:
-                entering[-1].take_forced()
+            entering.append(row := self._waiting.popleft())
+            with row.alone():
+                if row.steering and self._in_model.several:
+                    row.take_forced()
         read: dict[tuple[Any, ...], tuple[Any, torch.Tensor]] = {}  # once for several samples of a prompt
         keys = {row: (row.asker.adapter, row.ids, row.owed) for row in entering if not row.done}
         for row, key in keys.items():
@@ -165,7 +169,7 @@ class ContinuousBatch:
     # Forward passes, and what comes of them.
 
     @torch.inference_mode()
-    def _step(self) -> list[tuple[Wanted, Generation]]:
+    def _step(self) -> list[tuple[Wanted, Generation | Exception]]:
         """Go on with each row; the answers that end with it."""
         self.steps += 1
         drafts = self._drafts_of_rows()
@@ -195,8 +199,12 @@ class ContinuousBatch:
             room = room // rows - max(row.length for row in self._rows)
         least_right = self._in_model.second_token if rows == len(self._rows[0].unread) == 1 else 0.0
         least_share = rows / (rows + self._in_model.step_tokens)
-        drafts = {row: row.draft(room, least_share, least_right) for row in self._rows}
-        return {row: draft for row, draft in drafts.items() if draft}
+        drafts: dict[Row, list[int]] = {}
+        for row in self._rows:
+            with row.alone():
+                if draft := row.draft(room, least_share, least_right):
+                    drafts[row] = draft
+        return drafts
 
     def _go_on(self, rows: Sequence[Row], drafts: dict[Row, list[int]], logits: Sequence[torch.Tensor]) -> None:
         """Take the next token of each row, and go on as far as its draft is right.
@@ -210,14 +218,15 @@ class ContinuousBatch:
         left = {row: drafts.get(row, []) for row in rows}
         active = [row for row in rows if row.ended is None]
         while active:
-            scores = torch.stack([own[row][at[row]] for row in active]).float()
-            chosen = _chosen(active, _steered(active, scores))
+            chosen = _chosen(active, _steered(active, [own[row][at[row]] for row in active]))
             going = []
             for row, token in zip(active, chosen.tolist(), strict=True):
                 before = len(row.tokens)
-                row.take(token)
-                if self._in_model.several:
-                    row.take_forced()
+                with row.alone():
+                    if not row.failure:
+                        row.take(token)
+                        if self._in_model.several:
+                            row.take_forced()
                 taken = row.tokens[before:]
                 right = _same(taken, left[row])
                 row.read, at[row], left[row] = row.read + right, at[row] + right, left[row][right:]
@@ -246,18 +255,25 @@ class ContinuousBatch:
             for row, new in zip((row for row in rows if row.wanted.logprobs), tokens, strict=True):
                 row.logprobs += [next(found) for _ in new]
 
-    def _answers(self, done: Sequence[Row]) -> list[tuple[Wanted, Generation]]:
-        answers = []
+    def _answers(self, done: Sequence[Row]) -> list[tuple[Wanted, Generation | Exception]]:
+        answers: list[tuple[Wanted, Generation | Exception]] = []
         for row in done:
-            if row.wanted.streamer:
-                row.wanted.streamer.end()
-            self._ended += 1
-            self._ended_tokens += len(row.tokens)
-            tokens = row.tokens[:-1] if row.tokens[-1] in row.ends else row.tokens
-            cut = not row.ended or bool(row.steering and row.steering.closed)
-            text = row.wanted.text_of(decode(row.asker.tokenizer, tokens))
-            answers.append((row.wanted, Generation(text, tokens, row.logprobs[: len(tokens)], row.ended, cut)))
+            with row.alone():
+                if not row.failure:
+                    answers.append((row.wanted, self._answer_of(row)))
+            if row.failure:
+                answers.append((row.wanted, row.failure))
         return answers
+
+    def _answer_of(self, row: Row) -> Generation:
+        if row.wanted.streamer:
+            row.wanted.streamer.end()
+        self._ended += 1
+        self._ended_tokens += len(row.tokens)
+        tokens = row.tokens[:-1] if row.tokens[-1] in row.ends else row.tokens
+        cut = not row.ended or bool(row.steering and row.steering.closed)
+        text = row.wanted.text_of(decode(row.asker.tokenizer, tokens))
+        return Generation(text, tokens, row.logprobs[: len(tokens)], row.ended, cut)
 
 
 def asker_of(model: PreTrainedModel | PeftModel | GgufModel, tokenizer: PreTrainedTokenizerBase, **how) -> Asker:
@@ -271,16 +287,25 @@ def _same(tokens: Sequence[int], others: Sequence[int]) -> int:
     return next(unlike, min(len(tokens), len(others)))
 
 
-def _steered(rows: Sequence[Row], scores: torch.Tensor) -> torch.Tensor:
-    """The scores [rows, columns] as each row's steering changes them, those of a kind and a tokenizer together."""
+def _steered(rows: Sequence[Row], logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The scores [rows, columns] that each row's steering makes of its logits [columns].
+
+    Rows of a kind and a tokenizer are steered together; where that fails, each by itself, so that one fails alone.
+    """
+    scores = torch.stack([*logits]).float()
     of_rows = [row.steering and (type(row.steering), row.asker.tokenizer) for row in rows]
     for kind, tokenizer in {of_row for of_row in of_rows if of_row}:
         indices = [index for index, of_row in enumerate(of_rows) if of_row == (kind, tokenizer)]
         steerings = [rows[index].steering for index in indices]
-        if len(indices) == len(rows):
-            scores = kind.change_all(steerings, scores)
-        else:
-            scores[indices] = kind.change_all(steerings, scores[indices])
+        with contextlib.suppress(Exception):  # it comes again from the row that it is of
+            if len(indices) == len(rows):
+                scores = kind.change_all(steerings, scores)
+            else:
+                scores[indices] = kind.change_all(steerings, scores[indices])
+            continue
+        for index, steering in zip(indices, steerings, strict=True):
+            with rows[index].alone():
+                scores[index] = steering.change(logits[index].to(torch.float32, copy=True))
     return scores
 
 

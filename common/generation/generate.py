@@ -155,8 +155,14 @@ class TextBatch:
         for wanted, answer in self.batch.run(between):
             yield from self.take(wanted, answer)
 
-    def take(self, wanted: Wanted, answer: Generation) -> list[tuple[Any, int, Generation]]:
-        """As in `run`, of what the batch has written; none where it goes on from that, since it was a thought."""
+    def take(self, wanted: Wanted, answer: Generation | Exception) -> list[tuple[Any, int, Generation]]:
+        """As in `run`, of what the batch has written; none where it goes on from that, since it was a thought.
+
+        Raises:
+            Exception: the answer is one (see `ContinuousBatch.run`).
+        """
+        if isinstance(answer, Exception):
+            raise answer
         asked, sample = wanted.key
         if sample is not None:
             return [(asked.key, sample, answer)]

@@ -23,7 +23,10 @@ class Steering(ABC):
 
     @abstractmethod
     def change(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores [columns] of the next token as they are to be; may work in place."""
+        """The scores [columns] of the next token as they are to be; may work in place.
+
+        It can be asked twice for one token, where another answer's steering has failed.
+        """
 
     def consume(self, token: int) -> None:  # noqa: B027 (many need not know)
         """The token that was chosen, also the one that ends the answer."""

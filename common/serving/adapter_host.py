@@ -234,7 +234,7 @@ class Host:
                 TextSession(self, view, batch, mixes=mixed, joins=joins).write()
                 return None
             answers = self._answers_to(parts)
-        except Exception as error:
+        except (Exception, Unloaded) as error:
             return _Failure.of(error, mixed)
         self.channel.send(Answers([request.number for request in batch], answers))
         return None
@@ -447,12 +447,12 @@ class _Failure:
         mixed: several adapters had a part in it.
     """
 
-    error: Exception
+    error: BaseException
     report: str
     mixed: bool
 
     @classmethod
-    def of(cls, error: Exception, mixed: bool) -> _Failure:
+    def of(cls, error: BaseException, mixed: bool) -> _Failure:
         """Of an exception that is being handled."""
         report = traceback.format_exc()
         error.__cause__ = error.__context__ = None
@@ -466,7 +466,7 @@ def _by_key(batch: list[QueuedRequest]) -> list[list[QueuedRequest]]:
     return [*parts.values()]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError"  # torch's, of a card; an export's runtime needs no torch
 
 

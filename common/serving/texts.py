@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from common.serving.view import View
 
 
-class Unloaded(Exception):
-    """The base has gone between two steps: what was being written on it begins again on a new one."""
+class Unloaded(BaseException):
+    """The base has gone between two steps: what was being written on it begins again on a new one.
+
+    Not a failure of the request within whose work it is noticed, so that nothing there takes it for one.
+    """
 
 
 class TextSession:
@@ -53,8 +56,7 @@ class TextSession:
         self._begin(sorted(self.requests, key=lambda request: -request.tokens))
         for wanted, text in self.batch.run(self._between):
             if opened := self.of_asker.get(wanted.asker):  # its request may have been answered meanwhile
-                for written in opened.texts.take(wanted, text):
-                    self._go_on(opened, written)
+                self._go_on(opened, wanted, text)
 
     def _between(self) -> None:
         for request in [request for request in self.open if request.abandoned]:
@@ -69,22 +71,20 @@ class TextSession:
     def _begin(self, requests: Sequence[QueuedRequest]) -> None:
         for request in requests:
             self.open[request] = _OpenRequest(self, request)
-            self._go_on(self.open[request], None)
+            self._go_on(self.open[request])
 
-    def _go_on(self, opened: _OpenRequest, written: Any) -> None:
-        """Send a request's work what was written; its first call begins it."""
-        if opened.request not in self.open:
-            return
+    def _go_on(self, opened: _OpenRequest, *text: Any) -> None:
+        """Send a request's work what was written, `TextBatch.take`'s arguments; its first call, without, begins it."""
         try:
-            opened.steps.send(written)
+            for written in opened.texts.take(*text) if text else [None]:
+                opened.steps.send(written)
             return
         except StopIteration as end:
             answer = end.value
-        except Unloaded:
-            raise
         except Exception as error:  # of this request alone
             known = isinstance(error, UserError | Abandoned)
             answer = error if known else Fault(traceback.format_exc())
+            error.__traceback__ = None  # which would keep all that the batch has in memory
         self._answer(opened.request, answer)
 
     def _answer(self, request: QueuedRequest, answer: Any) -> None:

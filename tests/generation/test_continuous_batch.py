@@ -12,6 +12,7 @@ from support.answers import run
 from support.families import ARCHITECTURES, build_architecture
 from support.inputs import CORPUS
 from support.logits import Only
+from transformers.generation.streamers import BaseStreamer
 
 from common.generation import continuous_batch, json_schema, row_cache
 from common.generation.continuous_batch import ContinuousBatch, Drawn, Wanted
@@ -165,6 +166,76 @@ def test_more_can_be_asked_for_meanwhile(model, tokenizer, prompts):
         again = found[f"again {number}"]
         assert again.tokens[:2] == found[number].tokens
         same({0: again}, {0: generate(model, tokenizer, [prompts[number]], Decoding(6))[0][0]})
+
+
+class Broken(JsonRow):
+    """One that raises at the fourth call of a method; what is called in a batch of others, in whatever company."""
+
+    def __init__(self, grammar: JsonGrammar, budget: int, method: str) -> None:
+        super().__init__(grammar, budget)
+        self.calls = 0
+        setattr(self, method, partial(self.failing, getattr(self, method)))
+
+    def failing(self, method, *given):
+        self.calls += 1
+        if self.calls > 3:
+            raise RuntimeError("a bug")
+        return method(*given)
+
+
+class BrokenStreamer(BaseStreamer):
+    def __init__(self, method: str) -> None:
+        setattr(self, method, self.fail)
+
+    def put(self, value) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def fail(self, *value) -> None:
+        if not value or value[0].dim() == 1:  # not the prompt
+            raise RuntimeError("a bug")
+
+
+def fail(*text):
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"steering": method} for method in ("narrow", "consume", "forced", "fitting")),
+        {"steering": fail},
+        {"stop": fail},
+        {"text_of": fail},
+        {"streamer": BrokenStreamer("put")},
+        {"streamer": BrokenStreamer("end")},
+    ],
+    ids=lambda how: "_".join(how) + f" {how.get('steering')}" * isinstance(how.get("steering"), str),
+)
+def test_what_is_raised_within_one_leaves_the_others_as_they_are(model, tokenizer, prompts, how):
+    grammar = JsonGrammar(json_schema.preflight(SCHEMA).grammar_schema, tokenizer, model.config.vocab_size)
+    wanted = [
+        Wanted(n, prompt, 40, drawn=Drawn(1.0, 1.0, n), steering=partial(JsonRow, grammar, 40), lookup=8)
+        for n, prompt in enumerate(prompts[:4])
+    ] + [Wanted("free", prompts[0], 9, logprobs=True)]
+    if isinstance(how.get("steering"), str):
+        how = {"steering": partial(Broken, grammar, 40, how["steering"])}
+    bad = Wanted("bad", prompts[1], 40, **{"logprobs": True, "lookup": 8} | how)
+    batch, together = run(model, tokenizer, [*wanted[:2], bad, *wanted[2:]])
+    assert str(together.pop("bad")) == "a bug"
+    same(together, run(model, tokenizer, wanted)[1])
+    assert batch.prompts_read <= 1 + len(wanted)  # none of them was begun again
+
+
+def test_a_lack_of_memory_is_no_fault_of_one_of_them(model, tokenizer, prompts):
+    class Large(Steering):
+        def change(self, scores):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, tokenizer, [Wanted(0, prompts[0], 4), Wanted(1, prompts[1], 4, steering=Large)])
 
 
 def test_log_probabilities_are_for_those_who_ask(model, tokenizer, prompts):

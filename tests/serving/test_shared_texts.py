@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,10 +16,12 @@ from support.host import Later, answers_to
 from support.models import build_base
 from support.served import ROWS, make_adapter, make_run, same, settings
 
+from common.generation import aligned_cache
+from common.generation.answer_streamer import AnswerStreamer
 from common.generation.continuous_batch import ContinuousBatch
 from common.generation.decoding import Decoding
 from common.generation.generate import generate
-from common.generation.json_grammar import JsonGrammar
+from common.generation.json_grammar import JsonGrammar, JsonRow
 from common.generation.json_schema import preflight
 from common.generation.rows import RevisableRows
 from common.models import loading, tokenizers
@@ -26,6 +30,7 @@ from common.serving.adapter_host import Host
 from common.serving.batch_queue import QueuedRequest
 from common.serving.messages import Abandoned, Answers, Fault, Taken, Text, Withdraw
 from common.serving.run_registry import Registry
+from common.serving.texts import TextSession
 from common.serving.work import Chat, ChatTurn, Classify, Extract, WriteCode
 from common.tasks.codegen.code_batch import CodeBatch
 from common.tasks.codegen.writer import CodeWriter, style_of
@@ -223,6 +228,38 @@ def test_one_that_fails_harms_itself_alone(asked, wanted, monkeypatch):
     assert isinstance(answers[0], Fault) and "a bug" in str(answers[0])
     same_texts({number: answers[number + 1] for number in range(2)}, pairs[1:], wanted)
     assert asked.batches() == [3] and asked.host._mixes
+
+
+@pytest.mark.parametrize("broken", [(JsonRow, "narrow"), (JsonRow, "consume"), (AnswerStreamer, "end")])
+def test_one_whose_grammar_or_stream_fails_leaves_the_others_going(asked, wanted, monkeypatch, broken):
+    """And has given back what it had in memory when they have ended."""
+
+    def fail(*given):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(*broken, fail)
+    begun, make, caches = [], aligned_cache.empty_cache, []
+    write = TextSession.write
+    monkeypatch.setattr(TextSession, "write", lambda self: (begun.append(len(self.requests)), write(self)))
+
+    def watched(config):
+        cache = make(config)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(aligned_cache, "empty_cache", watched)
+    pairs = [("plain", "json"), ("plain", "chat"), ("wide", "code")]
+    requests = [asked.request(number, *pair) for number, pair in enumerate(pairs)]
+    requests[0].payload = ChatTurn(MESSAGES, stream=True)
+    gc.collect()
+    gc.disable()
+    try:
+        answers = asked.all(requests)
+    finally:
+        gc.enable()
+    assert isinstance(answers[0], Fault) and "a bug" in str(answers[0])
+    same_texts({number: answers[number + 1] for number in range(2)}, pairs[1:], wanted)
+    assert begun == [3] and caches and not any(cache() for cache in caches)
 
 
 def test_a_base_whose_shared_steps_fail_goes_on_adapter_by_adapter(asked, wanted, monkeypatch, capsys):
