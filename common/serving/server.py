@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,23 +193,37 @@ class Server:
     async def watch(self) -> None:
         """End the wait of requests that are late or whose client has gone, and processes that do not answer.
 
-        One round for all costs each of them nothing.
+        One round for all costs each of them nothing. What goes wrong with a request is its answer, and what goes wrong
+        beside is said, once while it stays the same: the next round comes all the same.
         """
+        said = ""
         while True:
             await asyncio.sleep(min(POLL, self.settings.request_timeout / 4))
-            for process in self.models.running():
-                process.end_if_silent(self.settings.request_timeout + GRACE)
-            if self._preloaded and time.monotonic() - self._preloaded > PRELOAD_AGAIN and not self.ready():
-                self.preload(await asyncio.to_thread(self.wanted))
-            late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
-            for pending, (request, deadline) in list(self.waiting.items()):
-                problem = None
-                if time.monotonic() > deadline:
-                    problem = Problem(504, late)
-                elif time.monotonic() - pending.queued.arrived > POLL and await request.is_disconnected():
-                    problem = Problem(499, "the client went away")
-                if problem and not pending.answer.done():
-                    pending.answer.set_exception(problem)
+            try:
+                for pending, (request, deadline) in list(self.waiting.items()):
+                    problem = await self._problem(pending, request, deadline)
+                    if problem and not pending.answer.done():
+                        pending.answer.set_exception(problem)
+                for process in self.models.running():
+                    process.end_if_silent(self.settings.request_timeout + GRACE)
+                if self._preloaded and time.monotonic() - self._preloaded > PRELOAD_AGAIN and not self.ready():
+                    self.preload(await asyncio.to_thread(self.wanted))
+            except Exception:
+                if (report := traceback.format_exc()) != said:
+                    log(f"a look for late requests and silent processes failed; trying again:\n{report}")
+                said = report
+
+    async def _problem(self, pending: Pending, request: Request, deadline: float) -> Exception | None:
+        """Why nobody is to wait for a request any more."""
+        try:
+            if time.monotonic() > deadline:
+                late = f"no answer within {self.settings.request_timeout:g} s; send less, or raise REQUEST_TIMEOUT"
+                return Problem(504, late)
+            if time.monotonic() - pending.queued.arrived > POLL and await request.is_disconnected():
+                return Problem(499, "the client went away")
+        except Exception as error:
+            return error
+        return None
 
     def _enqueue(self, version: Version, work: Work, payload: Any, **more: Any) -> tuple[ModelProcess, Pending]:
         process = self.models.get(version.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -32,12 +33,15 @@ from support.served import (
 from common.data import task_record
 from common.models.source import ModelSource
 from common.serving import adapter_host, model_process, routes, server
+from common.serving.batch_queue import QueuedRequest
 from common.serving.messages import Abandoned, State
+from common.serving.model_process import Pending
 from common.serving.run_registry import Registry, Version
 from common.serving.view import View
 from common.serving.work import Classify
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
+from common.web.app import Problem
 
 pytestmark = pytest.mark.processes
 
@@ -182,6 +186,42 @@ def test_long_work_that_shows_signs_of_life_is_not_ended(runs, expected, monkeyp
         monkeypatch.setattr(served.server, "settings", settings(runs))
         same(served.post("/infer/sft", row), expected["sft"][0])
         assert served.processes == [process]
+
+
+def test_the_watching_goes_on_whatever_a_round_brings(tmp_path, monkeypatch, capsys):
+    watching, rounds = server.Server(settings(tmp_path, request_timeout=0.02)), []
+
+    class Broken:
+        async def is_disconnected(self):
+            raise RuntimeError("a connection of an unknown kind")
+
+    def running():
+        rounds.append(len(rounds))
+        if rounds[-1] < 3:
+            raise RuntimeError("no list of processes")
+        return []
+
+    def waiting(request, deadline: float) -> Pending:
+        queued = QueuedRequest(len(watching.waiting), None, None, arrived=time.monotonic() - 1)
+        pending = Pending(queued, asyncio.get_running_loop().create_future(), None)
+        watching.waiting[pending] = (request, deadline)
+        return pending
+
+    async def watch() -> None:
+        watcher = asyncio.create_task(watching.watch())
+        broken, late = waiting(Broken(), float("inf")), waiting(None, 0.0)
+        with pytest.raises(RuntimeError, match="unknown kind"):
+            await broken.answer
+        with pytest.raises(Problem, match="504"):
+            await late.answer
+        while len(rounds) < 5:
+            await asyncio.sleep(0.001)
+        assert not watcher.done()
+        watcher.cancel()
+
+    monkeypatch.setattr(watching.models, "running", running)
+    asyncio.run(watch())
+    assert capsys.readouterr().err.count("; trying again:\n") == 1  # said once
 
 
 @pytest.fixture
