@@ -399,16 +399,19 @@ class Host:
         return [(name, weight.shape) for name, weight in self.model.named_parameters()]
 
     def _detach_old(self, name: str) -> None:
-        """Drop the versions of a run that are too old to be asked for, and runs that were deleted."""
+        """Drop the versions of a run that are too old to be asked for, runs that were deleted, and what stayed of an
+        adapter that was the only one when it failed."""
         current = self._versions.get(name, ())
         running = {request.key[0] for request in itertools.chain(*self._taken)}
-        for version, view in list(self.views.items()):
+        for version in list(self.views):
             old = version.name == name and version not in current
             deleted = version.adapter and not Path(version.model_dir).is_dir()
             if (old or deleted) and version not in running:
                 del self.views[version]
-                if view.adapter:
-                    self._detach(view.adapter)
+        wanted = {view.adapter for view in self.views.values()}
+        for adapter in [*getattr(self.model, "peft_config", ())]:
+            if adapter not in wanted:
+                self._detach(adapter)
 
     def _detach(self, adapter: str) -> None:
         """Give an adapter's memory back; the last one stays, without which PEFT's model computes nothing."""

@@ -194,8 +194,11 @@ def test_what_nobody_waits_for_any_more_gives_its_memory_back(process, of_base, 
     assert len(caches) == 2 and not any(cache() for cache in caches)
 
 
-def test_an_adapter_that_changes_while_it_is_loaded_takes_no_memory(process, runs, tmp_path, base, monkeypatch):
-    process.answers(process.row(0, "one"))
+@pytest.mark.parametrize("before", [["one"], []], ids=["beside_another", "as_the_only_one"])
+def test_an_adapter_that_changes_while_it_is_loaded_takes_no_memory(process, runs, tmp_path, base, monkeypatch, before):
+    """One that is alone leaves when the next one comes: a model of adapters without any computes nothing."""
+    for name in before:
+        process.answers(process.row(0, name))
     load = adapters.load_adapter
 
     def changing(model, folder, **how):
@@ -212,6 +215,7 @@ def test_an_adapter_that_changes_while_it_is_loaded_takes_no_memory(process, run
     first, second = process.answers(process.row(0, "one"), process.row(1, "two"))
     same(*first, wanted(runs, "one"))
     same(*second, wanted(runs, "two"))
+    assert len(process.host.model.peft_config) == 2
 
 
 def test_an_adapter_whose_run_was_deleted_takes_no_memory_beside_the_next(process, runs):
