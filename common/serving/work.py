@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from common.generation.steering import Steering
     from common.tasks.codegen.writer import CodeWriter
     from common.tasks.ranking.classifier import Classifier
+    from common.tasks.ranking.ranker import Ranker
 
     Written = Generator[None, tuple[Any, int, Generation], Any]
 
@@ -59,11 +60,11 @@ class Classify:
         """See `view.RankingWork`."""
         classifier, calibration = _ready(view, self.task)
 
-        def answers(raw: np.ndarray) -> list[list[dict[str, Any]]]:
+        def answers(raw: np.ndarray, kept: Sequence[list[list[int]]]) -> list[list[dict[str, Any]]]:
             each = iter(classifier.answers_of(raw, calibration))
-            return [[next(each) for _ in rows] for rows in payloads]
+            return [[next(each) for _ in rows] for rows in kept]
 
-        return Ranking(classifier.ranker, _encoded(view, itertools.chain(*payloads)), answers)
+        return _ranking(classifier.ranker, [_encoded(view, rows) for rows in payloads], answers)
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,13 @@ class Decide:
 
     def ranking(self, view: View, payloads: Sequence[str | list[int]]) -> Ranking:
         """See `view.RankingWork`."""
-        prompts = _encoded(view, payloads)
         if self.calibration == "own":
             classifier, own = _ready(view, self.task)
         else:
             asked = view.asked(label_tasks.read(self.task))
             classifier, own = asked.classifier, None
 
-        def answers(raw: np.ndarray) -> list[Decided]:
+        def answers(raw: np.ndarray, kept: Sequence[list[list[int]]]) -> list[Decided]:
             calibration = own or asked.calibration(self.calibration, raw)
             result = calibration.apply(raw)
             return [
@@ -126,10 +126,10 @@ class Decide:
                     float(result.top2_margin[row]),
                     len(prompt),
                 )
-                for row, prompt in enumerate(prompts)
+                for row, (prompt,) in enumerate(kept)
             ]
 
-        return Ranking(classifier.ranker, prompts, answers)
+        return _ranking(classifier.ranker, [_encoded(view, [prompt]) for prompt in payloads], answers)
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,26 @@ def _encoded(view: View, prompts: Iterable[str | list[int]]) -> list[list[int]]:
     """Prompts as token ids, those included that are so already."""
     return [tokenizers.encode_prompt(view.tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in prompts]  # fmt: skip
+
+
+def _ranking(
+    ranker: Ranker,
+    payloads: Sequence[list[list[int]]],
+    answers: Callable[[np.ndarray, Sequence[list[list[int]]]], list[Any]],
+) -> Ranking:
+    """Of the prompts of all payloads but those with a row that is too long, to which the answer is that.
+
+    Args:
+        answers: makes of the raw scores of what is left, and of that, an answer to each.
+    """
+    faults = [ranker.too_long(prompts) for prompts in payloads]
+    kept = [prompts for prompts, fault in zip(payloads, faults, strict=True) if fault is None]
+
+    def all_answers(raw: np.ndarray) -> list[Any]:
+        each = iter(answers(raw, kept) if kept else ())
+        return [fault or next(each) for fault in faults]
+
+    return Ranking(ranker, list(itertools.chain(*kept)), all_answers)
 
 
 def _ready(view: View, text: str | None) -> tuple[Classifier, Any]:

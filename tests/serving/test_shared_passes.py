@@ -16,7 +16,7 @@ from common.models.source import ModelSource
 from common.serving import work
 from common.serving.adapter_host import Host
 from common.serving.batch_queue import QueuedRequest
-from common.serving.messages import KeepVersions, State, Taken
+from common.serving.messages import Answers, KeepVersions, State, Taken
 from common.serving.run_registry import Registry, Version
 from common.serving.work import Classify, Decide
 from common.tasks.ranking import creditmix
@@ -203,11 +203,29 @@ def test_a_bad_row_harms_itself_alone(loaded, wanted):
     requests += [loaded.request("wide", [PROMPTS[2]]), loaded.request("base", [PROMPTS[3]])]
     answers = loaded.all(requests)
     assert isinstance(answers[1], UserError) and "shorten the row" in str(answers[1])
+    (sent,) = [message for message in loaded.messages.sent if isinstance(message, Answers)]
+    assert len(sent.numbers) == 4  # none was begun again by itself
     for row, name in ((0, "plain"), (2, "wide"), (3, "base")):
         same(*answers[row], wanted[name][row])
     loaded.batches()
     loaded.rows(["plain", "wide"])
     assert loaded.batches() == [2]  # they share passes as before
+
+
+def test_rows_that_are_too_long_are_refused_and_no_others(loaded, wanted):
+    decide = Decide(CREDITMIX.text, "prior")
+    long = "x " * 20_000
+    loaded.batches()
+    asked = [([PROMPTS[0], PROMPTS[1]], None), ([PROMPTS[2], long], None), ([long], None), ([PROMPTS[3]], None)]
+    asked += [(PROMPTS[0], decide), (long, decide), (PROMPTS[1], decide)]
+    answers = loaded.all([loaded.request("plain", *each) for each in asked])
+    assert [isinstance(answer, UserError) for answer in answers] == [False, True, True, False, False, True, False]
+    assert [str(answers[row]).split(" has")[0] for row in (1, 2, 5)] == ["row 2", "row 1", "row 1"]
+    for answer, row in zip([*answers[0], *answers[3]], (0, 1, 3), strict=True):
+        same(answer, wanted["plain"][row])
+    assert answers[4].tokens != answers[6].tokens
+    assert len([message for message in loaded.messages.sent if isinstance(message, Answers)]) == 2
+    assert all(isinstance(each, UserError) for each in loaded.all([loaded.request(n, [long]) for n in SHARING]))
 
 
 def test_a_run_that_cannot_be_used_harms_itself_alone(runs, base, wanted, monkeypatch):

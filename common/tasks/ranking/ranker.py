@@ -142,8 +142,9 @@ class Ranker:
         first, prompts = shares[0].ranker, [prompt for share in shares for prompt in share.prompts]
         owner = [number for number, share in enumerate(shares) for _ in share.prompts]
         scores = np.empty((len(prompts), len(first.task.labels)), dtype=np.float32)
-        first._check_lengths(prompts, start)
-        prefix = first._shared_prefix(prompts, len(shares))
+        if fault := first.too_long(prompts, start):
+            raise fault
+        prefix = first._shared_prefix(prompts, len(shares)) if prompts else ()
         for batch in first._batches([len(prompt) - len(prefix) for prompt in prompts]):
             rows = sorted(batch, key=owner.__getitem__)
             suffixes = [prompts[row][len(prefix) :] for row in rows]
@@ -159,11 +160,13 @@ class Ranker:
         """
         return self.raw_scores(self.task.null_inputs[:num_null_prompts]).mean(axis=0)
 
-    def _check_lengths(self, prompts: Sequence[list[int]], start: int) -> None:
+    def too_long(self, prompts: Sequence[list[int]], start: int = 0) -> UserError | None:
+        """What `scores_of` these would raise for the first of them that does not fit the context; None where all do."""
         most = longest_prompt(self.tree, self.context)
         for row, prompt in enumerate(prompts, start=start + 1):
             if len(prompt) > most:
-                raise UserError(f"row {row} {length_fault(len(prompt), self.context)}; shorten the row")
+                return UserError(f"row {row} {length_fault(len(prompt), self.context)}; shorten the row")
+        return None
 
     def _check_scores(self, scores: np.ndarray, start: int) -> None:
         if not np.isfinite(scores).all():
