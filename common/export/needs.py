@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
-from common.export import genai_writer, gguf_writer
+from common.export import genai_writer, gguf_writer, packages
 from common.export import merge as merging
-from common.export.formats import GGUF, GGUF_LORA
-from common.export.gguf_quants import WITHOUT_LLAMA_CPP
+from common.export.packages import GGUFS, WRITERS
 from common.models import adapters
 from common.models.source import ModelSource
 from common.vram import preflight as vram
@@ -31,14 +29,6 @@ SPOOL = 256_000_000  # bytes of a GGUF that wait in memory before its temporary 
 ONNX_COPIES = 4  # of the weights while a graph is made: torch's, the graph's, its protobuf and what is written
 ONNX_READ = 2  # copies of the file while ONNX Runtime opens it
 GENAI_COPIES = 2  # of the weights while the builder works: torch's, and those that it rounds
-WRITERS = {
-    "onnx": ("onnx", "onnx_ir", "onnxscript"),
-    "int8": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
-    "onnx_genai": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"),
-}
-PROVERS = {"onnx": ("onnxruntime",), "int8": ("onnxruntime",), "onnx_genai": ("onnxruntime_genai",)}
-OPTIONAL = ("onnxruntime_genai",)  # packages of requirements/export.txt
-GGUFS = (GGUF, GGUF_LORA)
 
 
 def check(settings: ExportSettings, save_dir: Path) -> None:
@@ -60,30 +50,7 @@ def check_runtime(form: str, model_dir: str, quant: str, *, proves: bool = True)
     """
     if form == "gguf_lora" and not adapters.is_adapter(model_dir):
         raise UserError(f"{model_dir} is a whole model; use --format gguf")
-    for package in WRITERS.get(form, ()):
-        if not _installed(package):
-            raise UserError(f"--format {form} is written with {package}, which is not installed; {_remedy(package)}")
-    for package in PROVERS.get(form, ()) if proves else ():
-        if not _installed(package):
-            raise UserError(
-                f"--format {form} is proven in {package}, which is not installed; {_remedy(package)}, or pass "
-                "--no_proof"
-            )
-    if form in GGUFS and (proves or (form == "gguf" and quant not in WITHOUT_LLAMA_CPP)):
-        from common.models import llama_cpp
-
-        llama_cpp.library()
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # what a test has put in its place
-        return False
-
-
-def _remedy(package: str) -> str:
-    return f"pip install -r requirements{'/export' if package in OPTIONAL else ''}.txt"
+    packages.check(form, quant, proves=proves)
 
 
 # The disk.

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from common.cli import UserError
 from common.distillation import flags as distillation_flags
 from common.distillation.settings import OF_DATASET, DistillSettings
 from common.export.formats import FORMATS, GGUF, GGUF_LORA, QUANTS
+from common.jobs import export_check
 from common.jobs.checks import CACHES, NAME, Reach
 from common.jobs.files import TEXT
 from common.training import flags as training_flags
@@ -115,10 +116,11 @@ class Planner:
     Args:
         scripts: folder of the scripts.
         data_dir: of the service; caches of a teacher are kept there by name.
+        elsewhere: jobs run with other packages than the service.
     """
 
-    def __init__(self, scripts: Path, data_dir: Path, reach: Reach) -> None:
-        self.scripts, self.data_dir, self.reach = scripts, data_dir, reach
+    def __init__(self, scripts: Path, data_dir: Path, reach: Reach, *, elsewhere: bool = False) -> None:
+        self.scripts, self.data_dir, self.reach, self.elsewhere = scripts, data_dir, reach, elsewhere
 
     @cache  # noqa: B019 (one planner lives as long as the server)
     def parser(self, method: str) -> argparse.ArgumentParser:
@@ -163,13 +165,30 @@ class Planner:
         if unproven and not exports:
             raise Problem(422, f"{NO_PROOF}: goes with {LISTED}; list some, or leave it out", NO_PROOF)
         proves = bool(exports) and not unproven
-        commands = [{"argv": proof_command(settings, proof), "output": None}] * proves  # what has none fails at once
+        commands = self._checked(exports, proves)
+        if proves:
+            commands.append({"argv": proof_command(settings, proof), "output": None})  # what has none fails at once
         commands.append({"argv": [script, *argv], "output": ""})
         for name in exports:
             words = [f"--model_dir={save_dir}", *EXPORTS[name], f"--save_dir={save_dir / name}"]
             words.append(f"--proof_data={proof}" if proves else f"--{NO_PROOF}")
             commands.append({"argv": [str(self.scripts / EXPORTER), *words], "output": name})
         return PlannedJob(method, settings, commands)
+
+    def _checked(self, exports: Sequence[str], proves: bool) -> list[dict[str, Any]]:
+        """What asks, where the jobs run, for the packages that exports need; nothing where that is here.
+
+        Raises:
+            Problem: 422 where it is here, and one is not installed.
+        """
+        if self.elsewhere:
+            words = ["-m", "common.jobs.export_check", *exports, *[f"--{NO_PROOF}"] * (not proves)]
+            return [{"argv": words, "output": None}] * bool(exports)
+        try:
+            export_check.check(exports, proves=proves)
+        except UserError as error:
+            raise Problem(422, str(error), LISTED) from error
+        return []
 
     def _settings(self, method: str, payload: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         """{name of the setting: (name it was given under, value)}; null counts as not given."""

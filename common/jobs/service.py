@@ -177,7 +177,8 @@ class Service:
         # held while a job is taken, with the name, the files and the models that it needs, and while one is deleted
         self._in_use = threading.Lock()
         self.vocabularies = Vocabularies()
-        self.planner = Planner(settings.scripts, settings.data_dir, self.reach)
+        elsewhere = settings.backend == "kubernetes"  # in images of their own
+        self.planner = Planner(settings.scripts, settings.data_dir, self.reach, elsewhere=elsewhere)
         backend, at_once = self.make_backend()
         self.runner = Runner(
             self.store,

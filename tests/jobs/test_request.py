@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ import export_model
 from common.cli import UserError
 from common.export.formats import FORMATS, QUANTS
 from common.jobs import checks as job_checks
+from common.jobs import export_check
 from common.jobs import proof_rows as job_proof
 from common.jobs.backend import Device
 from common.jobs.checks import DoesNotFit, Reach, Vocabularies, check_memory
 from common.jobs.request import EXPORTS, METHODS, RANGES, Planner
 from common.jobs.routes import EXAMPLE
+from common.models import llama_cpp
 from common.training.settings import TrainSettings
 from common.web.app import Problem
 
@@ -169,8 +172,41 @@ def test_exports_without_a_proof(planner, data):
         planner.plan(payload(data, no_proof=True), Path("run"))
 
 
+@pytest.mark.parametrize(
+    ("export", "package", "file"),
+    [
+        ("gguf-Q8_0", "xllamacpp", "requirements/export.txt"),
+        ("onnx_genai", "onnxruntime_genai", "requirements/export.txt"),
+        ("int8", "onnxruntime", "requirements.txt"),
+    ],
+)
+def test_an_export_that_lacks_a_package_is_refused_before_the_training(data, monkeypatch, export, package, file):
+    """At once where jobs run with the service's packages; elsewhere by a command that comes first there."""
+    monkeypatch.setitem(sys.modules, package, None)
+    llama_cpp.library.cache_clear()
+    body = payload(data, exports=[export])
+    field, message = refused(Planner(ROOT, data / "service", Reach([data])), body)
+    assert field == "exports" and message.startswith("exports: ") and "--" not in message
+    assert f"which is not installed; pip install -r {file}" in message
+    planner = Planner(ROOT, data / "service", Reach([data]), elsewhere=True)
+    for more in ({}, {"no_proof": True}):
+        first, *_, training, exporting = planner.plan(body | more, Path("run")).commands
+        assert (training["output"], exporting["output"]) == ("", export)
+        module, name, *words = first["argv"]
+        assert (module, name, first["output"]) == ("-m", "common.jobs.export_check", None)
+        if export != "gguf-Q8_0" or not more:  # which llama.cpp proves, and does not write
+            with pytest.raises(UserError, match=f"pip install -r {file}"):
+                export_check.main(words)
+        else:
+            export_check.main(words)
+    assert planner.plan(payload(data), Path("run")).commands[0]["output"] == ""
+    llama_cpp.library.cache_clear()
+
+
 def test_all_that_the_exporter_writes_can_be_asked_for(planner, data):
     """Each of its formats, and a GGUF in each of its quantisations; what two names ask for is made once."""
+    pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("xllamacpp")
     listed = list(EXPORTS)
     body = payload(data, exports=[*listed, "int8"], post_training_quant=True, lora_r=4)
     _, _, *commands = planner.plan(body, Path("job/artifacts")).commands
