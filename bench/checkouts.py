@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import harness  # noqa: F401 (which finds the repository)
+from harness.workers import found_with
 
 from common import cli, run_record
 from common.files import read_text
 
 ROOT = Path(__file__).parents[1]
-WORKER = Path(__file__).parent / "harness" / "run_script.py"
 FEW = 32  # rows of the call that is taken off
 
 
@@ -99,12 +96,7 @@ def measured(root: Path, script: str, argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: its process failed.
     """
-    command = [sys.executable, str(WORKER), str(root), script, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise cli.UserError(f"{script}.py of {root} cannot be measured: {last[:500]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return found_with(root, "run_script", [script, *argv], what=f"{script}.py of ")
 
 
 def step_of(run: dict[str, Any]) -> dict[str, float]:

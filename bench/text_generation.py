@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from harness.interleave import every_round
+from harness.workers import found_with
 
 from common import cli, run_record
 from common.data import rows as records
@@ -31,7 +30,6 @@ from common.models.batching import MAX_BATCH_TOKENS
 from common.tasks.codegen import rows as code_rows
 
 ROOT = Path(__file__).parents[1]
-WORKER = Path(__file__).parent / "harness" / "write_text.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,13 +111,7 @@ def written_by(root: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: its process failed.
     """
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(root)], input=json.dumps(settings), capture_output=True, text=True, cwd=root
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise cli.UserError(f"{root} cannot be measured: {last[:500]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return found_with(root, "write_text", given=settings)
 
 
 def figures(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
