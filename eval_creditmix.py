@@ -38,6 +38,7 @@ from common.tasks.ranking.task import LabelTask
 from common.teachers.cascade.flags import add_judged_flags, judged_cascade
 
 if TYPE_CHECKING:
+    from common.models.source import ModelSource
     from common.tasks.ranking.calibration import Scores
 
 DRIFTED = 3  # exit code of --fail_on_drift
@@ -97,7 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     settings = scoring_settings(args, task)
     sources = [source_of(args, model_dir) for model_dir in args.model_dir]
-    checks = [RowCheck(task, PromptRoom.of(source, task, settings.max_batch_tokens)) for source in sources]
+
+    def check_of(source: ModelSource) -> RowCheck:
+        return RowCheck(task, PromptRoom.of(source, task, settings.max_batch_tokens))
+
+    checks = [check_of(source) for source in sources]
+    cascade = judged_cascade(args)
+    teacher = [cascade.local_teacher] if cascade and cascade.local_teacher else []
+    teacher = [source for source in teacher if source.model_dir not in args.model_dir]
+    if args.data:  # which is read before the minutes of a fit
+        read_by = [*checks, *map(check_of, teacher)]
+        labelled, _ = task.read(args.data, args.features, args.skip_bad_rows, fits_all(read_by))
+        draw = evaluate.Draw(args.split, args.val_per_class, args.val_frac, args.seed)
+        rows, class_counts = draw.rows(task, labelled, args.data)
+        training = baseline.training_rows(args.controls, args.model_dir, task)
     if args.fit_calibration:
         goal = decision_goal(args, task)
         dev, _ = task.read(args.fit_calibration, args.features, args.skip_bad_rows, fits_all(checks))
@@ -106,13 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         model_card.refresh(args.model_dir)
         if not args.data:
             return None
-    draw = evaluate.Draw(args.split, args.val_per_class, args.val_frac, args.seed)
-    cascade = judged_cascade(args)
-    if cascade and cascade.local_teacher and cascade.local_teacher.model_dir not in args.model_dir:
-        sources.append(cascade.local_teacher)
-        checks.append(RowCheck(task, PromptRoom.of(cascade.local_teacher, task, settings.max_batch_tokens)))
-    labelled, _ = task.read(args.data, args.features, args.skip_bad_rows, fits_all(checks))
-    rows, class_counts = draw.rows(task, labelled, args.data)
+    sources += teacher
     result = {
         "evaluator": task.name,
         "version": 1,
@@ -127,7 +135,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **run_record.provenance("eval_creditmix.py", argv),
     }
     store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
-    training = baseline.training_rows(args.controls, args.model_dir, task)
     entries, differences, scores = evaluate.evaluate_models(sources, task, settings, rows, args.seed, training, store)
     result["baseline"] = baseline.facts(training)
     if cascade:

@@ -69,19 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     schema = idp_flags.schema_of(args.schema, *args.model_dir)
     preflight = json_schema.preflight(schema, args.best_effort or args.decoding == "unconstrained")
 
-    from common.tasks.idp import evaluate, metrics, report
+    from common.tasks.idp import metrics, report
 
+    evaluation = _evaluation(args, schema, preflight) if args.data else None  # before the minutes of a fit
     if args.fit_calibration:
         _fit_calibration(args, schema, preflight)
-        if not args.data:
-            return
-    settings = idp_flags.extraction_settings(args)
-    selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows)
-    rows = evaluate.choose_rows(selection, schema)
-    decodings = ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,)
-    store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
-    evaluation = evaluate.Evaluation(rows, schema, preflight, settings, decodings, args.seed, args.evidence, store)
-    groups = [row["group"] for row in rows]
+    if evaluation is None:
+        return
+    groups = [row["group"] for row in evaluation.rows]
     entries, judged = [], []
     for model_dir in args.model_dir:
         entry, answers = _measured(args, evaluation, model_dir)
@@ -93,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": args.data,
         "data_sha256": None if Path(args.data).is_dir() else sha256_file(args.data),
         "split": args.split,
-        "n": len(rows),
+        "n": len(evaluation.rows),
         "group_name": "document",
         "contamination": run_record.worst_contamination([entry["contamination"] for entry in entries]),
         "models": entries,
@@ -112,6 +107,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.log(f"report: {report.write_report(args.report_dir, result)}")
     model_card.refresh(args.model_dir)
     print(report.json_line(result))
+
+
+def _evaluation(args: argparse.Namespace, schema: json_schema.Schema, preflight: json_schema.Preflight) -> Evaluation:
+    """What the models are judged by, on the documents of --data. Raises UserError: one of them is bad."""
+    from common.tasks.idp import evaluate
+
+    settings = idp_flags.extraction_settings(args)
+    selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows)
+    rows = evaluate.choose_rows(selection, schema)
+    decodings = ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,)
+    store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
+    return evaluate.Evaluation(rows, schema, preflight, settings, decodings, args.seed, args.evidence, store)
 
 
 def _measured(args: argparse.Namespace, evaluation: Evaluation, model_dir: str) -> tuple[dict, list[JudgedDocument]]:

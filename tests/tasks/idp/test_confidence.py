@@ -210,6 +210,11 @@ def test_fitted_by_eval_and_used_by_infer(capsys, answers, tiny_base, schema_fil
     file.write_text(json.dumps(fitted | {"fitted_on": fitted["fitted_on"] | {"load_in_4bit": True}}))
     with pytest.raises(UserError, match=r"with the same .* --load_in_4bit"):  # known when the model is loaded
         infer_idp.main(asked)
+    file.unlink()
+    bad = write_rows(tmp_path / "bad.jsonl", [rows[0], {"document": "no fields"}])
+    with pytest.raises(UserError, match=r"bad.jsonl, line 2"):
+        eval_idp.main([*model, "--fit_calibration", data, "--data", bad])
+    assert not file.exists()  # both files are read before anything is fitted
     file.write_text(json.dumps(fitted))
     report = tmp_path / "report"
     eval_idp.main([*model, "--data", data, "--split", "all", "--report_dir", str(report), "--decoding", "constrained"])

@@ -221,6 +221,9 @@ def test_a_row_beyond_the_context_is_a_bad_row_before_the_model_loads(
         for flag in ("--data", "--fit_calibration"):
             with pytest.raises(UserError, match=r"val.jsonl, line 2: the row has \d+ tokens"):
                 eval_creditmix.main(["--model_dir", base, flag, held_out])
+        dev = str(data / "creditmix_dev.jsonl")
+        with pytest.raises(UserError, match=r"val.jsonl, line 2: the row has \d+ tokens"):  # before anything is fitted
+            eval_creditmix.main(["--model_dir", base, "--fit_calibration", dev, "--data", held_out])
     found = answers(base, rows, tmp_path / "answers.jsonl", "--skip_bad_rows")
     assert len(found) == 4
     (reject,) = [json.loads(line) for line in (tmp_path / "answers.jsonl.rejects.jsonl").read_text().splitlines()]
