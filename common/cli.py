@@ -438,3 +438,10 @@ def reason(error: BaseException) -> str:
 def log(message: str) -> None:
     """Progress and notices: stderr, so that stdout stays results only."""
     print(message, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours, as one would say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

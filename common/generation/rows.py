@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.generation import aligned_cache, row_cache
+from common.generation.reading_time import ReadingTime
 from common.models import lora_inference, packed_weights
 from common.models.batching import layer_kinds
 from common.models.gguf_model import GgufModel, Sequences, rounded
@@ -121,13 +122,15 @@ class TorchRows(Rows):
         self.most = MOST_ROWS if row_cache.joinable(model.config) else 1
         self._cache: Cache | None = None  # of the rows, without the newest token of each
         self._inputs = _inputs_of(model)
+        self._reading_time = ReadingTime(model)
 
     def read(self, ids: Sequence[int], wanted: int = 1, adapter: str | None = None) -> tuple[Cache, torch.Tensor]:
         """See `Rows`."""
         cache = self._empty_cache()
         tokens = torch.tensor([ids], device=self.model.device)
         positions = torch.arange(len(ids), device=self.model.device)[None]
-        return cache, self._forward(tokens, positions, torch.ones_like(tokens), cache, wanted)[0]
+        with self._reading_time.said(len(ids)):
+            return cache, self._forward(tokens, positions, torch.ones_like(tokens), cache, wanted)[0]
 
     def make_room(self, lengths: Sequence[int], budget: int) -> None:
         """See `Rows`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from common import cli, run_record
 from common import distributed as launch
-from common.cli import UserError
+from common.cli import UserError, duration
 from common.data import shapes, training_files
 from common.models import gguf_import, loading, tokenizers
 from common.training import preview, trainer
@@ -221,10 +221,3 @@ def is_like(settings: TrainSettings, run: tuple[Path, dict[str, Any]]) -> bool:
         )
     except (KeyError, TypeError):  # of an earlier version
         return False
-
-
-def duration(seconds: float) -> str:
-    """In seconds, minutes or hours, as one would say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
