@@ -6,15 +6,17 @@ place in the model, and every weight of the model must be in it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import mmap
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.files import grant, write_json
 from common.models.gguf_architectures import ARCHITECTURES, WHOLE
 
@@ -74,7 +76,7 @@ class GgufFile:
         self.tensors: dict[str, Tensor] = {}
         try:
             self._read_header()
-        except (struct.error, IndexError, KeyError, ValueError) as error:
+        except (struct.error, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{path} is cut short or damaged; download or copy it again") from error
         end = max((tensor.offset + tensor.size for tensor in self.tensors.values()), default=0)
         if end > len(self._bytes):
@@ -120,6 +122,8 @@ class GgufFile:
         start = -(-self._at // alignment) * alignment
         for name, shape, kind, offset in described:
             numbers, size = gguf.GGML_QUANT_SIZES[kind]
+            if not shape or shape[-1] % numbers:
+                raise ValueError(name)
             self.tensors[name] = Tensor(kind, shape, start + offset, math.prod(shape) // numbers * size)
 
     def _number(self, code: str) -> Any:
@@ -179,18 +183,42 @@ class GgufFile:
         return FLOATS[kinds.pop()] if len(kinds) == 1 else "float32"
 
 
+@contextlib.contextmanager
+def reading(file: GgufFile, what: str) -> Iterator[None]:
+    """Raises UserError where libraries refuse what a file says of a model: its header is whole, and damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers knows only this one, transformers' checks raise many
+        sentence = f"{file.path} has {what} that cannot be ({reason(error)}); download or copy it again"
+        raise UserError(sentence) from error
+
+
 def read_config(file: GgufFile) -> PreTrainedConfig:
-    """The config of the model in a file."""
+    """The config of the model in a file.
+
+    Raises:
+        UserError: the file describes none.
+    """
+    with reading(file, "a shape"):
+        return _config(file)
+
+
+def _config(file: GgufFile) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    architecture = ARCHITECTURES[file.architecture]
+    architecture, layers = ARCHITECTURES[file.architecture], file.own("block_count")
+    for tensor in ("token_embd.weight", f"blk.{layers - 1}.attn_norm.weight"):  # before so many layers are made
+        if not file.has(tensor):
+            raise UserError(f"{file.path} lacks {tensor}, which its architecture has; give a GGUF of the whole model")
     heads, hidden = file.own("attention.head_count"), file.own("embedding_length")
     kv_heads = file.own("attention.head_count_kv", heads)
     config = {
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": file.own("feed_forward_length"),
-        "num_hidden_layers": file.own("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": max(kv_heads) if isinstance(kv_heads, list) else kv_heads,
         "head_dim": file.own("attention.key_length", hidden // heads),
@@ -252,7 +280,11 @@ def read_weight(file: GgufFile, name: str, shape: tuple[int, ...], config: PreTr
     import torch
 
     architecture, tensor, dtype = ARCHITECTURES[file.architecture], file.tensors[name], getattr(torch, file.dtype)
-    rows, size = file.rows(tensor), tensor.shape
+    size, turned = tensor.shape, re.fullmatch(architecture.transposed, name)
+    wanted = shape[::-1] if turned else shape
+    if math.prod(size) != math.prod(wanted) or (len(size) == len(wanted) and size != wanted):
+        raise UserError(f"{file.path}: {name} is {[*size]}, not {[*wanted]} as its header says; give another GGUF")
+    rows = file.rows(tensor)
     step = max(1, CHUNK_NUMBERS // math.prod(size[1:]))
     pieces = []
     try:
@@ -267,11 +299,7 @@ def read_weight(file: GgufFile, name: str, shape: tuple[int, ...], config: PreTr
     if re.fullmatch(architecture.rotated, name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         weight = weight.reshape(heads, size[0] // heads // 2, 2, *size[1:]).transpose(1, 2).reshape(size)
-    if re.fullmatch(architecture.transposed, name):
-        weight = weight.T
-    if weight.numel() != math.prod(shape) or (weight.ndim == len(shape) and tuple(weight.shape) != shape):
-        raise UserError(f"{file.path}: {name} is {list(size)}, not {list(shape)} as its header says; give another GGUF")
-    return weight.reshape(shape).contiguous()
+    return (weight.T if turned else weight).reshape(shape).contiguous()
 
 
 def _numbers(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:

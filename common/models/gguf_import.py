@@ -26,6 +26,7 @@ from common.models.gguf_file import (
     GgufFile,
     empty_model,
     read_config,
+    reading,
     size_of_weights,
     write_weights,
 )
@@ -319,9 +320,10 @@ def write_model(file: GgufFile, folder: Path, *, weights: bool = True) -> None:
     from transformers import GenerationConfig
 
     config, tokenizer, ends = read_config(file), read_tokenizer(file), end_ids(file)
+    with reading(file, "a shape"):
+        config.architectures = [type(empty_model(config)).__name__]
     if weights:
         write_weights(file, config, folder)
-    config.architectures = [type(empty_model(config)).__name__]
     ids: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
     ids |= {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
     GenerationConfig(**ids).save_pretrained(folder)

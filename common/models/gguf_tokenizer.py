@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
-from common.models.gguf_file import GgufFile
+from common.models.gguf_file import GgufFile, reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -69,8 +69,13 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     """The tokenizer of a file, with its chat template and its BOS, EOS, PAD and unknown tokens.
 
     Raises:
-        UserError: of a kind that cannot be read.
+        UserError: of a kind that cannot be read, or damaged.
     """
+    with reading(file, "a tokenizer"):
+        return _tokenizer(file)
+
+
+def _tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     tokens = file.get("tokenizer.ggml.tokens") or []

@@ -137,6 +137,14 @@ def test_names_of_the_config(tmp_path):
         ({"keys": {"llama.rope.scaling.type": "longrope"}}, "scales its positions by longrope"),
         ({"keys": {"tokenizer.ggml.pre": "klingon"}}, "cuts texts in the way of klingon, which is not known"),
         ({"keys": {"tokenizer.ggml.model": "rwkv"}}, "a tokenizer of the kind rwkv"),
+        ({"keys": {"llama.block_count": 2_000_000_000}}, r"lacks blk\.1999999999\."),
+        ({"keys": {"llama.attention.head_count": 0}}, "has a shape that cannot be .*zero"),
+        ({"keys": {"llama.attention.head_count": 3}}, "has a shape that cannot be .*heads"),
+        ({"keys": {"tokenizer.ggml.merges": ["t h", "th ere"]}}, "has a tokenizer that cannot be .*`ere` out of vocab"),
+        ({"keys": {"tokenizer.ggml.merges": ["th"]}}, "has a tokenizer that cannot be .*; download or copy it again"),
+        ({"keys": {"tokenizer.ggml.token_type": [1, 3]}}, "has a tokenizer that cannot be .*shorter"),
+        ({"keys": {"tokenizer.ggml.model": "llama"}}, "has a tokenizer that cannot be"),  # without scores
+        ({"keys": {"general.alignment": 0}}, "is cut short or damaged"),
         ({"extra": {"rope_freqs.weight": torch.full((8,), 3.5).numpy()}}, "scales its positions in an unknown way"),
     ],
 )
