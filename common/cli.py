@@ -431,8 +431,12 @@ def _write_failure(error: Exception) -> OSError | None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing, to stand in a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what an error says, or its kind where it says nothing, to stand in a sentence.
+
+    With the second one where the first announces it: transformers' checks of a config do.
+    """
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def log(message: str) -> None:

@@ -16,6 +16,7 @@ from common.cli import UserError, reason
 from common.files import grant, read_json, write_json
 from common.models import adapters
 from common.models import loading as models
+from common.models.source import unreadable
 from common.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def empty_model(base: Path, trust_remote_code: bool = False) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(
                 models.without_stray_pad(config), trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (*unreadable(), KeyError) as error:
         raise UserError(
             f"{base} is of no known architecture ({reason(error)}); give a causal language model"
         ) from error

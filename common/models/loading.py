@@ -16,7 +16,7 @@ from common import distributed as launch
 from common.cli import UserError, log, reason
 from common.models import adapters, gguf_import, hub
 from common.models.genai_model import is_genai
-from common.models.source import ModelSource, looks_local
+from common.models.source import ModelSource, looks_local, unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def whole_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedC
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise UserError(
             f"{name} has no readable config.json ({reason(error)}); give a model folder or a Hub id"
         ) from error
@@ -194,9 +194,11 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
     for training under it the 4-bit numbers lie in bfloat16 ones.
 
     Raises:
-        UserError: no model under this name or path, or the 4-bit library is missing.
+        UserError: no model under this name or path, one whose weights are not all there or of other sizes than its
+            config says, or the 4-bit library is missing.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     from common.models.heads import multiply_once
@@ -226,20 +228,49 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
     try:
         config = AutoConfig.from_pretrained(source.model_dir, trust_remote_code=source.trust_remote_code)
         chosen = torch.bfloat16 if four_bit and source.dtype == "auto" else fastest_dtype(source, config)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.model_dir, config=without_stray_pad(config), dtype=chosen, **settings
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.model_dir,
+            config=without_stray_pad(config),
+            dtype=chosen,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **settings,
         )
     except ImportError as error:
         raise UserError(f"4-bit loading needs bitsandbytes ({error}); pip install -r requirements.txt") from error
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:  # a RuntimeError, and no fault of the model's
+        raise
+    except (*unreadable(), RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot load {source.model_dir} ({reason(error)}); give a model folder or a Hub id, "
             "or build the offline base with: python tiny_student.py"
         ) from error
+    _check_weights(source.model_dir, model, found)
     if four_bit:
         _keep_weights_unpacked(model)
     multiply_once(model)
     return model
+
+
+def _check_weights(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Raises UserError unless a model has all its weights from its files: transformers makes up what they lack.
+
+    Args:
+        found: what `from_pretrained` tells with `output_loading_info`.
+    """
+    if others := sorted(found["mismatched_keys"]):
+        key, stored, wanted = others[0]
+        raise UserError(
+            f"the weights of {name} do not fit its config.json: {key} is {list(stored)}, not {list(wanted)}; "
+            "give the model that the two belong to"
+        )
+    if missing := found["missing_keys"]:
+        raise UserError(
+            f"{name} lacks {len(missing)} of the weights that its config.json asks for, such as {min(missing)}; "
+            "give the whole model, of an architecture for causal language modelling"
+        )
+    if left := found["unexpected_keys"]:
+        log(f"{name} has {len(left)} weights that {type(model).__name__} has no place for, such as {min(left)}")
 
 
 def _keep_weights_unpacked(model: torch.nn.Module) -> None:
@@ -345,7 +376,13 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_no_table_of_weights)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+
+
+def _no_table_of_weights(record: logging.LogRecord) -> bool:
+    """Not that of weights without a place, or places without weights: `_check_weights` says it in a sentence."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def describe_device() -> str:

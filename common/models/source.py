@@ -59,6 +59,13 @@ class LoadedModel:
     max_batch_tokens: int
 
 
+def unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises where a model's files are not there or its config.json describes no model."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, TypeError, AttributeError, StrictDataclassError
+
+
 def looks_local(name: str) -> bool:
     """Whether a model name is meant as a folder here, not as a Hub id (`owner/name` or `name`)."""
     return Path(name).exists() or name.startswith(("/", ".", "~", "runs/", "models/")) or name.count("/") > 1

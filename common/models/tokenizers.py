@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from common.cli import UserError, reason
 from common.models import chat_template, gguf_import
 from common.models.gguf_tokenizer import is_from_gguf
+from common.models.source import unreadable
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -157,16 +158,16 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     reader = PreTrainedTokenizerFast if is_from_gguf(name_or_path) else AutoTokenizer
     try:
         tokenizer = reader.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise UserError(
             f"no tokenizer can be loaded from {name_or_path} ({reason(error)}); give a model folder or a Hub id, "
             "or build the offline base with: python tiny_student.py"
         ) from error
     rows, declared = None, []
-    with suppress(OSError, ValueError):  # beside an adapter there is no config
+    with suppress(*unreadable()):  # beside an adapter there is no config
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         rows = getattr(config.get_text_config(), "vocab_size", None)
-    with suppress(OSError, ValueError):
+    with suppress(*unreadable()):
         declared = token_ids(GenerationConfig.from_pretrained(name_or_path).eos_token_id)
     return align(tokenizer, declared=declared, embedding_rows=rows)
 

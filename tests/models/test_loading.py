@@ -179,6 +179,59 @@ def test_offload_is_not_for_training(base, rows, run, tmp_path, monkeypatch, cap
     assert distance(tmp_path / "again", run) == 0
 
 
+# A config.json and weights that do not belong together.
+
+
+def changed(base: str, folder: Path, **changes) -> Path:
+    """A copy of a base whose config.json says something else."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def layers(number: int) -> dict:
+    return {"num_hidden_layers": number, "layer_types": ["full_attention"] * number}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (layers(3), r"lacks 12 of the weights .*, such as model\.layers\.2\.input_layernorm\.weight;"),
+        ({"tie_word_embeddings": False}, r"lacks 1 of the weights .*, such as lm_head\.weight; give the whole model"),
+        ({"intermediate_size": 40}, r"model\.layers\.0\.mlp\.down_proj\.weight is \[32, 96\], not \[32, 40\]; give"),
+        ({"num_hidden_layers": 3}, r"cannot load .*`num_hidden_layers` \(3\) must be equal to"),
+        ({"num_hidden_layers": "two"}, r"cannot load .*'num_hidden_layers' expected int"),
+    ],
+)
+def test_weights_that_are_made_up_are_refused(changes, message, base, tmp_path):
+    folder = changed(base, tmp_path / "changed", **changes)
+    with pytest.raises(UserError, match=message) as error:
+        models.load_base(ModelSource(str(folder)))
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_that_are_left_over_are_told(base, tmp_path, capsys):
+    folder = changed(base, tmp_path / "changed", **layers(1))
+    assert models.load_base(ModelSource(str(folder))).config.num_hidden_layers == 1
+    assert f"{folder} has 12 weights that Qwen2ForCausalLM has no place for, such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("read", [models.load_config, tokenizers.load_tokenizer], ids=["config", "tokenizer"])
+def test_a_config_of_no_model(read, base, tmp_path):
+    folder = changed(base, tmp_path / "changed", num_hidden_layers=3)
+    with pytest.raises(UserError, match=rf"{folder}.* `num_hidden_layers` \(3\) must be equal to"):
+        read(str(folder))
+
+
+def test_weights_cut_short(base, tmp_path):
+    folder = Path(shutil.copytree(base, tmp_path / "cut"))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"cannot load {folder} "):
+        models.load_base(ModelSource(str(folder)))
+
+
 # Stop tokens.
 
 
