@@ -142,7 +142,7 @@ def _check_by_counting(name: str, shape: ModelShape, trust_remote_code: bool) ->
 
     expected = sum(shape.parameters().values())
     try:
-        config = loading.whole_config(name, trust_remote_code)
+        config = loading.without_stray_pad(loading.whole_config(name, trust_remote_code))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any model's code

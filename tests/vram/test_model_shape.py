@@ -85,6 +85,10 @@ def test_another_family_of_the_same_matrices(tmp_path):
     config.save_pretrained(tmp_path)
     assert "olmo2" not in DENSE
     parts = model_shape.of(str(tmp_path)).parameters()
+    config.pad_token_id = config.vocab_size  # with which no model can be built
+    config.save_pretrained(tmp_path)
+    assert model_shape.of(str(tmp_path)).parameters() == parts
+    config.pad_token_id = None
     assert parts["embeddings"] + parts["head"] + parts["linear"] == matrices(config)
 
 
