@@ -37,20 +37,27 @@ def distribution(top: Sequence[tuple[str, float]], task: LabelTask) -> tuple[dic
     """({label: probability}, the mass that the labels did not cover) from the first token of an answer.
 
     A token counts for a label when it begins one of its words and no word of another label, white space, marks and
-    case aside. What the top tokens leave over (1 minus their sum) is an upper bound of what all absent labels have
-    together, and is given to them in equal parts; then the labels' masses are scaled to sum to 1.
+    case aside. Tokens that begin several ("Low" of Low and Low risk) count for none; where they weigh as much as the
+    likeliest label, nobody knows which that is. What the top tokens leave over (1 minus their sum) is an upper bound of
+    what all absent labels have together, and is given to them in equal parts; then the labels' masses are scaled to sum
+    to 1.
 
     Args:
         top: the likeliest first tokens with their log-probabilities in nats.
 
     Raises:
-        UnusableAnswer: no label is among them.
+        UnusableAnswer: no label is among them, or which one is likeliest hangs on tokens that begin several.
     """
-    mass = dict.fromkeys(task.labels, 0.0)
+    mass, shared = dict.fromkeys(task.labels, 0.0), dict[str, float]()
     for token, logprob in top:
         owners = [label for label in task.labels if any(begins(word, token) for word in task.words(label))]
         if len(owners) == 1:
             mass[owners[0]] += math.exp(logprob)
+        elif owners:
+            shared[token] = shared.get(token, 0.0) + math.exp(logprob)
+    if shared and sum(shared.values()) >= max(mass.values()):
+        token = max(shared, key=shared.__getitem__)
+        raise UnusableAnswer(f"the first token {token!r} begins several labels; ask a local model, or a decisions API")
     covered = sum(mass.values())
     if not covered:
         shown = ", ".join(repr(token) for token, _ in top[:3]) or "none"

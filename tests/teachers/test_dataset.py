@@ -120,10 +120,17 @@ def test_label_distribution():
     found, uncovered = distribution(top(Bad=0.9), CREDITMIX)
     assert found == pytest.approx({"Good": 0.05, "Standard": 0.05, "Bad": 0.9}) and uncovered == pytest.approx(0.1)
     severities = LabelTask("s", ("Low", "Lower"), "?", verbalizers={"Low": ["Minor"]})
-    found, uncovered = distribution(top(Low=0.5, Lower=0.3, Minor=0.2), severities)
-    assert found == pytest.approx({"Low": 0.4, "Lower": 0.6}) and uncovered == pytest.approx(0.5)  # Low may go on
+    found, uncovered = distribution(top(Low=0.2, Lower=0.6, Minor=0.2), severities)
+    assert found == pytest.approx({"Low": 0.25, "Lower": 0.75}) and uncovered == pytest.approx(0.2)  # Low may go on
     with pytest.raises(UnusableAnswer, match=r"no label is among the likeliest first tokens \('The', ' '\)"):
         distribution([("The", -0.1), (" ", -3.0)], CREDITMIX)
+
+
+@pytest.mark.parametrize("found", [{"Low": 0.9, "High": 0.1}, {"Low": 0.5, "High": 0.5}, {"Low": 0.9}])
+def test_where_the_first_token_begins_several_labels_no_label_is_the_likeliest(found):
+    risks = LabelTask("risks", ("Low", "Low risk", "High"), "Rate the customer.")
+    with pytest.raises(UnusableAnswer, match=r"the first token 'Low' begins several labels; ask a local model"):
+        distribution([(token, math.log(probability)) for token, probability in found.items()], risks)
 
 
 def test_probabilities_of_an_endpoint(stub, files, capsys):

@@ -47,6 +47,6 @@ def test_parts_of_a_character_count_for_the_label_that_they_begin():
 
 def test_a_part_that_begins_two_labels_counts_for_none():
     task = LabelTask("walk", ("良い", "行く"), "?")  # their first bytes are the same
-    probabilities, uncovered = distribution([("bytes:\\xe8", math.log(0.5)), ("良", math.log(0.5))], task)
+    probabilities, uncovered = distribution([("bytes:\\xe8", math.log(0.4)), ("良", math.log(0.6))], task)
     assert probabilities == pytest.approx({"良い": 1.0, "行く": 0.0})
-    assert uncovered == pytest.approx(0.5)
+    assert uncovered == pytest.approx(0.4)
