@@ -86,6 +86,16 @@ def local_gguf(name: str) -> Path | None:
     return None
 
 
+def named_gguf(name: str) -> Path | None:
+    """The GGUF that a name stands for: here (`local_gguf`), or on the Hub, from where it is fetched.
+
+    Raises:
+        UserError: see `local_gguf` and `hub_gguf`.
+    """
+    named = _on_hub(name)
+    return hub_gguf(*named.groups()) if named else local_gguf(name)
+
+
 def _holds_other_weights(folder: Path) -> bool:
     """Whether a folder is a model without its GGUF; repositories of GGUF files may have the original's config.json."""
     if not any((folder / file).is_file() for file in MODEL_FILES):
@@ -157,8 +167,7 @@ def model_folder(name: str, *, weights: bool = True) -> str:
     Raises:
         UserError: the GGUF cannot be had or read, or the disk is too small.
     """
-    named = _on_hub(name)
-    path = hub_gguf(*named.groups()) if named else local_gguf(name)
+    path, named = named_gguf(name), _on_hub(name)
     if path is None:
         return name
     sha256 = sha256_of(path)

@@ -70,7 +70,7 @@ def load_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedCo
 def whole_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """As `load_config`, with what a model has beside its language model: a vision tower, say."""
     name = adapters.base_of(model_dir) if adapters.is_adapter(model_dir) else model_dir
-    if gguf := gguf_import.local_gguf(name):
+    if gguf := gguf_import.named_gguf(name):
         return gguf_import.config_of(gguf)
     if not looks_local(name):
         hub.check(name)

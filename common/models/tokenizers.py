@@ -152,7 +152,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
     own = (Path(name_or_path) / "tokenizer_config.json").is_file()
-    if not own and (gguf := gguf_import.local_gguf(name_or_path)):
+    if not own and (gguf := gguf_import.named_gguf(name_or_path)):
         declared, rows = gguf_import.ends_and_rows(gguf)
         return align(gguf_import.tokenizer_of(gguf), declared=declared, embedding_rows=rows)
     reader = PreTrainedTokenizerFast if is_from_gguf(name_or_path) else AutoTokenizer

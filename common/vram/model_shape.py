@@ -156,7 +156,7 @@ def _check_by_counting(name: str, shape: ModelShape, trust_remote_code: bool) ->
 
 
 def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
-    """The shape of a model folder or GGUF, of one of the KNOWN, or of a Hub id whose config can be had.
+    """The shape of a model folder, a GGUF (here or on the Hub), one of the KNOWN, or a Hub id whose config can be had.
 
     Raises:
         UnknownShape: see there.
@@ -170,7 +170,7 @@ def of(name_or_path: str, *, trust_remote_code: bool = False) -> ModelShape:
             raise UnknownShape(f"{path} is not a model's config ({error})") from error
     elif name_or_path in KNOWN:
         return from_config(KNOWN[name_or_path])
-    elif gguf := gguf_import.local_gguf(name_or_path):
+    elif gguf := gguf_import.named_gguf(name_or_path):
         config = gguf_import.config_of(gguf).to_dict()
         shape = from_config(config)
     else:

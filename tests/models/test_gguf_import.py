@@ -175,6 +175,15 @@ def test_a_name_on_the_hub(file, monkeypatch, capsys):
         model_folder("owner/x:Q8_0")
 
 
+def test_a_name_on_the_hub_known_without_its_weights(file, monkeypatch, cache):
+    monkeypatch.setattr(gguf_import, "hub_gguf", lambda *name: {("owner/x", "Q4_K_M"): file}[name])
+    name = "hf.co/owner/x:Q4_K_M"
+    assert model_shape.of(name) == model_shape.of(str(file))
+    assert loading.load_config(name).to_dict() == loading.load_config(str(file)).to_dict()
+    assert tokenizers.load_tokenizer(name).get_vocab() == tokenizers.load_tokenizer(str(file)).get_vocab()
+    assert not cache.exists()
+
+
 def test_flags(file):
     parser = cli.parser("")
     for flag, settings in {"student": {}, "teacher": {}, "base": {}, "model_dir": {"nargs": "+"}}.items():
