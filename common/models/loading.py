@@ -237,6 +237,8 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
             **settings,
         )
     except ImportError as error:
+        if not four_bit:  # it is stored in a way of its own: GPTQ, AWQ
+            raise UserError(f"cannot load {source.model_dir} ({reason(error)}); give its 16-bit original") from error
         raise UserError(f"4-bit loading needs bitsandbytes ({error}); pip install -r requirements.txt") from error
     except torch.OutOfMemoryError:  # a RuntimeError, and no fault of the model's
         raise
@@ -246,7 +248,7 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
             "or build the offline base with: python tiny_student.py"
         ) from error
     _check_weights(source.model_dir, model, found)
-    if four_bit:
+    if getattr(model, "is_loaded_in_4bit", False):  # as asked, or as it is stored
         _keep_weights_unpacked(model)
     multiply_once(model)
     return model

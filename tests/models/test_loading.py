@@ -201,6 +201,7 @@ def layers(number: int) -> dict:
         ({"tie_word_embeddings": False}, r"lacks 1 of the weights .*, such as lm_head\.weight; give the whole model"),
         ({"intermediate_size": 40}, r"model\.layers\.0\.mlp\.down_proj\.weight is \[32, 96\], not \[32, 40\]; give"),
         ({"num_hidden_layers": 3}, r"cannot load .*`num_hidden_layers` \(3\) must be equal to"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"cannot load .*; give its 16-bit original"),
         ({"num_hidden_layers": "two"}, r"cannot load .*'num_hidden_layers' expected int"),
     ],
 )

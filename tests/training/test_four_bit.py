@@ -40,6 +40,17 @@ def test_4bit_training_learns(four_bit):
     assert run_json(run)["settings"]["load_in_4bit"] == "on"
 
 
+def test_a_base_that_is_stored_in_4_bits_stays_unpacked(tokenizer, tmp_path, monkeypatch):
+    """As one that is loaded in 4 bits does, whatever is asked for; on a CPU that would have repacked it."""
+    base = build_base(tmp_path / "base", tokenizer, hidden=64)
+    models.load_base(ModelSource(base, load_in_4bit="on")).save_pretrained(tmp_path / "stored")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    for load_in_4bit in ("off", "on"):
+        stored = models.load_base(ModelSource(str(tmp_path / "stored"), load_in_4bit=load_in_4bit))
+        layers = [module for module in stored.modules() if type(module).__name__ == "Linear4bit"]
+        assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
 def test_a_4bit_adapter_loads_in_either_precision(four_bit):
     base, run = four_bit
     mean = {}
