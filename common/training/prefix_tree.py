@@ -53,8 +53,9 @@ class Siblings:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest one."""
-        return max(self.lengths)
+        """Tokens of the longest one, filled up so that products have few shapes."""
+        longest = max(self.lengths)
+        return longest + -longest % (QUERIES // 2 if longest > QUERIES else 8)
 
     @property
     def before(self) -> int:
