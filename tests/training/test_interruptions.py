@@ -104,7 +104,7 @@ class Step:
 
         def other():
             try:
-                wait_for(lambda: f" {reading:#x} " in running.read_text())
+                wait_for(lambda: running.read_text().split()[1:2] == [f"{reading:#x}"])  # the call's first argument
                 during()
             finally:
                 os.write(writing, b".")
