@@ -451,7 +451,7 @@ demo_real() {
   settings=recipes/idp_small_sft.yaml
   train_sft_of idp
   evaluate_of idp "documents that it was not trained on, held to the schema" \
-    --schema "${schema:-$place/data/idp_schema.json}" "${share[@]}" --max_new_tokens 200
+    --schema "${schema:-$place/data/idp_schema.json}" "${share[@]}" --decoding constrained --max_new_tokens 200
 
   mapfile -t arguments < <(source_of codegen 3000)
   make_data_of codegen "problems with tests, held out by problem" "${arguments[@]}"
