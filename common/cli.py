@@ -359,9 +359,9 @@ def prepare_process() -> None:
     third of the time of a short command (measured with torch 2.13). What torchao says when it is imported (peft does
     so wherever it is installed), of kernels for cards that are not there, is nothing to act on.
 
-    On a CPU oneDNN keeps, and torch's bridge to it does as well, what it has compiled for the last 1,024 shapes of a
-    product: 1.5 MB for each number of tokens, in bfloat16, so that 60 lengths of four
-    matrices were 720 MB. A pass has a few dozen shapes, the same in each of its layers.
+    On a CPU oneDNN keeps what it has compiled for the last 1,024 shapes of a product, and torch's bridge to it does as
+    well: 1.5 MB for each number of tokens in bfloat16, so that 60 lengths of four matrices were 720 MB. A pass has a
+    few dozen shapes, the same in each of its layers.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")

@@ -40,11 +40,13 @@ class Siblings:
         ancestors: spans (start, end) of the sequence that come before each of them, from the root on.
         start: position in the sequence of the first one.
         lengths: tokens of each.
+        queries: how attention cuts them, by the type of its numbers; it fills this in.
     """
 
     ancestors: tuple[tuple[int, int], ...]
     start: int
     lengths: tuple[int, ...]
+    queries: dict[torch.dtype, list] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def end(self) -> int:

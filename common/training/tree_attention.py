@@ -115,24 +115,37 @@ class _Attention:
         padded[:, self.group.real] = gradient[:, self.group.start : self.group.end]  # padding has no gradient
         d_out = self._by_sibling(padded)
         d_query = torch.empty_like(self.query)
-        d_seen = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (self.key, self.value)]
-        for queries in self._queries():
+        d_seen: list[torch.Tensor] = []
+        for queries in reversed(self._queries()):
             end = self.before + queries.end
             probabilities, d_values = self._probabilities(queries), queries.of(d_out)
             d_probabilities = d_values @ self.value[:, :end].transpose(1, 2)
             d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
             self._write(d_query, queries, _scaled_product(d_scores, self.key[:, :end], self.scaling))
             # As transposes of transposes: what is copied to lie in a product's order is the small factor, not the map.
-            d_seen[0][:, :end] += _scaled_product(
-                queries.of(self.query).transpose(1, 2), d_scores, self.scaling
-            ).transpose(1, 2)
-            d_seen[1][:, :end] += (d_values.transpose(1, 2) @ probabilities).transpose(1, 2)
+            parts = (
+                _scaled_product(queries.of(self.query).transpose(1, 2), d_scores, self.scaling).transpose(1, 2),
+                (d_values.transpose(1, 2) @ probabilities).transpose(1, 2),
+            )
+            if not d_seen:  # the last queries, which see all that any does
+                d_seen = [part.float() for part in parts]
+                continue
+            for total, part in zip(d_seen, parts, strict=True):
+                total[:, :end] += part
         for total, part in zip((d_key, d_value), d_seen, strict=True):
             self._add(total, part)
         return self._unpadded(d_query)
 
-    def _queries(self) -> Iterator[_Queries]:
-        """Those of all tokens; the first are the fewest, so that the keys of each are a multiple of VECTOR."""
+    def _queries(self) -> list[_Queries]:
+        """Those of all tokens, made once for all layers and both directions."""
+        made = self.group.queries
+        dtype = self.query.dtype
+        if dtype not in made:
+            made[dtype] = list(self._cut())
+        return made[dtype]
+
+    def _cut(self) -> Iterator[_Queries]:
+        """The first queries are the fewest, so that the keys of each are a multiple of VECTOR."""
         longest = self.group.longest
         for end in range((longest - 1) % QUERIES + 1, longest + 1, QUERIES):
             start = max(0, end - QUERIES)
