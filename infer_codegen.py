@@ -4,13 +4,17 @@
     python infer_codegen.py --model_dir runs/kd_code --prompt "Write a function that sorts a list."
     python infer_codegen.py --model_dir runs/kd_code --prompt "Write a function that sorts a list." --plan_then_code
     python infer_codegen.py --model_dir runs/kd_code --input tasks.jsonl --output answers.jsonl
+    python infer_codegen.py --model_dir runs/kd_code --input tasks.jsonl --output answers.jsonl \\
+        --cascade https://api.openai.com/v1 --cascade_model gpt-4o --cascade_per_hour 500
 
 With --plan_then_code the model writes a plan first, shown on stderr, and then the code for task and plan. With --test
 "assert ..." the code is run on these tests, in the sandbox and only with --confirm_run_unsafe_code, and asked for again
 with the error until it passes, --max_tries times at most; nothing else is run. Rows of --input have the task under
 "prompt" or "input", rows of --output model_name, prompt and answers: each with plan, code and error (null where the
 code compiles), and "cut": true where the tokens ran out before the code was whole. An interrupted run goes on where it
-stopped. The exit code is 1 where code does not compile, is cut off or fails --test; it is kept all the same.
+stopped. With --cascade a teacher is asked for code that does not compile, is cut off or fails --test, which the
+teacher's has to pass as well; "answered_by" says who answered. The exit code is 1 where code does not compile, is cut
+off or fails --test in the end; it is kept all the same.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from common import cli
 from common.data import rows as records
@@ -29,10 +34,16 @@ from common.models.flags import parse_args, source_of
 from common.tasks.codegen import flags as codegen_flags
 from common.tasks.codegen.answer import compile_error
 from common.tasks.codegen.writer import CodeAnswer, CodeWriter, check_lengths
+from common.teachers.cascade.flags import add_cascade_flags, cascade_settings
+
+if TYPE_CHECKING:
+    from common.teachers.cascade.programs import AnsweredCode, CodeCascade
+    from common.teachers.cascade.settings import CascadeSettings
 
 NOT_DECIDING = (  # flags that do not decide the answers to --input; thinking does, with the rest of the decoding
     *("output", "max_batch_tokens", "thinking", "prompt_lookup_num_tokens"),
     *("test", "max_tries", "confirm_run_unsafe_code", "allow_no_sandbox"),
+    *("cascade_per_hour", "cascade_timeout", "cascade_keep"),
 )
 
 
@@ -51,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     trial.add_argument("--allow_no_sandbox", action="store_true", help="where no sandbox works, run it without one")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     codegen_flags.add_flags(parser)
+    add_cascade_flags(parser)
     return parser
 
 
@@ -65,15 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise cli.UserError("--show_plan goes with --plan_then_code and --prompt; rows of --output have their plan")
     decoding = codegen_flags.decoding(args)
     check_trial(args)
+    handing = check_cascade(args)
     models.check_model_dir(args.model_dir, args.base)
     codegen_flags.check_trained(args.model_dir)
     tasks = [args.prompt] if args.prompt else read_tasks(args.input, args.skip_bad_rows)
 
     check_lengths(source_of(args, args.model_dir), tasks, decoding.max_new_tokens)
     writer = codegen_flags.load_writer(args, args.model_dir)
+    cascade = None
+    if handing:
+        from common.teachers.cascade.handing import cascade_of
+        from common.teachers.cascade.programs import CodeCascade
+
+        cascade = CodeCascade(cascade_of(handing, None), args.model_dir, allow_no_sandbox=args.allow_no_sandbox)
     if args.test:
-        return write_tried(args, writer, decoding)
-    return write_one(args, writer, decoding) if args.prompt else write_file(args, writer, decoding, tasks)
+        return write_tried(args, writer, decoding, cascade)
+    if args.prompt:
+        return write_one(args, writer, decoding, cascade)
+    return write_file(args, writer, decoding, tasks, cascade)
 
 
 def check_trial(args: argparse.Namespace) -> None:
@@ -92,6 +113,16 @@ def check_trial(args: argparse.Namespace) -> None:
         )
 
 
+def check_cascade(args: argparse.Namespace) -> CascadeSettings | None:
+    """The cascade that is asked for; refuse one to which code cannot be handed on."""
+    settings = cascade_settings(args)
+    if settings and settings.below is not None:
+        raise cli.UserError("--cascade_below is of a probability, which code has none of; leave it out")
+    if settings and args.num_samples > 1:
+        raise cli.UserError("--cascade goes with one answer to a task; leave --num_samples out")
+    return settings
+
+
 def read_tasks(path: str, skip_bad_rows: bool) -> list[str]:
     """The tasks of a JSONL file."""
 
@@ -107,26 +138,40 @@ def task_of(row: dict) -> str:
     return next((row[key] for key in ("prompt", "input") if records.row_fault(row, (key,)) is None), "")
 
 
-def write_one(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) -> int | None:
+def write_one(
+    args: argparse.Namespace, writer: CodeWriter, decoding: Decoding, cascade: CodeCascade | None
+) -> int | None:
     """Print the code for --prompt, line by line where a person looks on."""
     plans = writer.plan([args.prompt], decoding) if args.plan_then_code else None
     streamer = None
-    if sys.stdout.isatty() and args.num_samples == 1:
+    if sys.stdout.isatty() and args.num_samples == 1 and not cascade:
         if plans:
             show_plan(plans[0][0], args.show_plan)
         streamer = writer.streamer(args.prompt, sys.stdout, thinking=decoding.thinking)
     (answers,) = writer.write([args.prompt], decoding, plans, streamer=streamer)
+    if cascade:
+        ((_, answered),) = cascade.in_turn([args.prompt], [(0, answers[0])])
+        answers = [said(answered)]
     if streamer is None:
         for number, answer in enumerate(answers, start=1):
             if args.num_samples > 1:
                 print(f"# sample {number} of {args.num_samples}")
-            if plans:
+            if answer.plan:
                 show_plan(answer.plan, args.show_plan)
             print(answer.code)
     return report_errors(answers)
 
 
-def write_tried(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding) -> int | None:
+def said(answered: AnsweredCode) -> CodeAnswer:
+    """The answer; who gave it goes to stderr."""
+    who, why = answered.facts["answered_by"], answered.facts.get("cascade")
+    cli.log(f"answered by {who}" + (f"; the teacher was asked: {why}" if why else ""))
+    return answered.answer
+
+
+def write_tried(
+    args: argparse.Namespace, writer: CodeWriter, decoding: Decoding, cascade: CodeCascade | None
+) -> int | None:
     """Print the first code for --prompt that passes --test, or the last that does not."""
     from common.sandbox.grading import Tests
     from common.tasks.codegen import repair
@@ -138,8 +183,12 @@ def write_tried(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding
     for number, trial in enumerate(trials, start=1):
         outcome = "passes" if trial.verdict.passed else f"fails ({repair.described(trial.verdict)})"
         cli.log(f"try {number} of {args.max_tries} {outcome}")
-    print(trials[-1].answer.code)
-    return None if trials[-1].verdict.passed else cli.FAILED
+    answer, passed = trials[-1].answer, trials[-1].verdict.passed
+    if cascade and not passed:
+        answered = cascade.tried(args.prompt, args.test, answer)
+        answer, passed = said(answered), "unsure" not in answered.facts
+    print(answer.code)
+    return None if passed else cli.FAILED
 
 
 def show_plan(plan: str, on_stdout: bool) -> None:
@@ -163,7 +212,13 @@ def report_errors(answers: Sequence[CodeAnswer]) -> int | None:
     return cli.FAILED if failed else None
 
 
-def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding, tasks: Sequence[str]) -> int | None:
+def write_file(
+    args: argparse.Namespace,
+    writer: CodeWriter,
+    decoding: Decoding,
+    tasks: Sequence[str],
+    cascade: CodeCascade | None,
+) -> int | None:
     """Answer --input into --output."""
     from common.data.resumable import write_each
 
@@ -175,8 +230,13 @@ def write_file(args: argparse.Namespace, writer: CodeWriter, decoding: Decoding,
         return {"model_name": args.model_dir, "prompt": task, "answers": rows}
 
     def answer(tasks: list[str]) -> Iterator[tuple[int, dict]]:
-        for number, of_task in writer.write_each(tasks, decoding, args.plan_then_code):
-            yield number, answer_row(tasks[number], of_task)
+        written = writer.write_each(tasks, decoding, args.plan_then_code)
+        if not cascade:
+            for number, of_task in written:
+                yield number, answer_row(tasks[number], of_task)
+            return
+        for number, answered in cascade.in_turn(tasks, ((number, of_task[0]) for number, of_task in written)):
+            yield number, answer_row(tasks[number], [answered.answer]) | answered.facts
 
     settings = {key: value for key, value in vars(args).items() if key not in NOT_DECIDING} | decoding.as_dict()
     decided_by = [settings, sha256_file(args.input), adapters.adapter_hash(args.model_dir)]

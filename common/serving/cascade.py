@@ -14,17 +14,20 @@ from common.data import task_record
 from common.serving import label_tasks
 from common.serving.run_registry import Version
 from common.serving.sizes import estimate, estimate_row
-from common.serving.work import Classify, Extract
+from common.serving.work import Classify, Extract, WriteCode
+from common.tasks.codegen.prompt import code_answer
+from common.tasks.codegen.writer import CodeAnswer
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp.answer_form import form_of
 from common.tasks.idp.extractor import Extraction
 from common.tasks.ranking.task import LabelTask
+from common.teachers.cascade import programs
 from common.teachers.cascade.documents import Answered, DocumentCascade, is_unsure
 from common.teachers.cascade.handing import Cascade, Reply, cascade_of, read
 from common.teachers.cascade.labels import LabelAnswer, LabelCascade
 from common.teachers.cascade.settings import CascadeSettings, RunTeacher
 from common.teachers.interview import Answer
-from common.teachers.tasks import Documents, Item
+from common.teachers.tasks import Code, Documents, Item
 from common.web.app import Problem
 
 if TYPE_CHECKING:
@@ -79,6 +82,23 @@ class ServedCascade:
         (answered,) = await asyncio.to_thread(documents.joined, [text], [extraction], {0: replies[0]})
         return answered
 
+    async def code(
+        self, request: Request, version: Version, work: WriteCode, task: str, answer: CodeAnswer
+    ) -> programs.AnsweredCode:
+        """Code by a run, or the teacher's where that is no whole program, within the time-out."""
+        cascade = programs.CodeCascade(self.cascade, version.model_dir)
+        if self._is_teacher(version) or not programs.is_unsure(answer):
+            return cascade.own(answer)
+        item = cascade.item(0, task)
+        if isinstance(self.teacher, RunTeacher):
+            (reply,), granted = self.cascade.opened(1)
+            if granted:
+                reply = await self._code_of_run(request, self.teacher.run, work, cascade.task, item, task) or reply
+        else:
+            (reply,) = await self.cascade.replies_in_time(cascade.task, [item])
+        self._count(version, [reply])
+        return await asyncio.to_thread(cascade.joined, answer, item, reply)
+
     def _count(self, version: Version, replies: Sequence[Reply]) -> None:
         metrics = self.server.metrics
         for reply in replies:
@@ -125,6 +145,24 @@ class ServedCascade:
         if extraction.error or extraction.cut:
             return Reply(reason="the teacher has no whole, valid answer, either")
         return await asyncio.to_thread(read, task, item, Answer(extraction.text))
+
+    async def _code_of_run(
+        self, request: Request, run: str, work: WriteCode, task: Code, item: Item, asked: str
+    ) -> Reply | None:
+        """What a run of this server programs, as a training row would have it; None where it is late."""
+
+        async def ask() -> CodeAnswer:
+            version = await self.server.find(run)
+            label_tasks.check(version, task_record.CODEGEN, None, "writing code")
+            work_of_run = replace(work, plan_then_code=False, stream=False)
+            return await self.server.answer(request, version, work_of_run, asked, tokens=estimate(asked))
+
+        answer = await self._in_time(ask())
+        if answer is None or isinstance(answer, Reply):
+            return answer
+        if programs.is_unsure(answer):
+            return Reply(reason="the teacher has no whole program, either")
+        return await asyncio.to_thread(read, task, item, Answer(code_answer(answer.code)))
 
     async def _in_time(self, asked: Coroutine[Any, Any, Any]) -> Any:
         """What a run answers; None where it is late, a Reply that says why where it cannot be asked."""

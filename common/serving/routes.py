@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -85,6 +85,9 @@ class CodeAnswerBody(BaseModel):
     finished: bool = Field(description="False where the token budget ended it")
     cut: bool = Field(description="The token budget ended before all that was asked for was there")
     error: str | None = Field(description="Why the code is no Python program")
+    answered_by: str | None = Field(None, description="With a cascade: the run, or the teacher")
+    unsure: bool | None = Field(None, description="True where the teacher was to answer, and did not")
+    cascade: str | None = Field(None, description="Why it did not")
 
 
 class RunEntry(BaseModel):
@@ -202,14 +205,19 @@ def _add_code(app: FastAPI, server: Server) -> None:
     async def write_code(body: CodeRequest, request: Request) -> Response:
         """Code for a task, as infer_codegen.py writes it; it is not run here.
 
-        With `stream` server-sent events: `text` as it comes, `answer` with the whole of it, or `error`.
+        With `stream` server-sent events: `text` as it comes, `answer` with the whole of it, or `error`. With a cascade
+        the `answer` may be the teacher's, where what has come is no whole program.
         """
         started = time.perf_counter()
         version = await server.find(body.run or server.newest("code"))
         check_task(version, task_record.CODEGEN, None, "writing code")
         work = WriteCode(body.plan_then_code, body.max_new_tokens, body.thinking, body.stream)
 
-        def shown(written: CodeAnswer) -> dict[str, Any]:
+        async def shown(written: CodeAnswer) -> dict[str, Any]:
+            who: dict[str, Any] = {}
+            if server.cascade:
+                answered = await server.cascade.code(request, version, work, body.prompt, written)
+                written, who = answered.answer, answered.facts
             facts = {"finished": written.finished, "tokens": written.tokens}
             server.record(request, version, work.name, started, body.prompt, **facts)
             return {
@@ -219,17 +227,18 @@ def _add_code(app: FastAPI, server: Server) -> None:
                 "finished": written.finished,
                 "cut": written.cut,
                 "error": compile_error(written.code),
+                **who,
             }
 
         asked = {"payload": body.prompt, "tokens": estimate(body.prompt)}
         if not body.stream:
-            return JSONResponse(shown(await server.answer(request, version, work, **asked)))
+            return JSONResponse(await shown(await server.answer(request, version, work, **asked)))
         events = code_events(server.stream(request, version, work, **asked), shown)
         first = await anext(events)  # an error before the first token has a status of its own
         return StreamingResponse(chained(first, events), media_type="text/event-stream")
 
 
-async def code_events(parts: AsyncGenerator[Any], shown: Callable[[CodeAnswer], dict]) -> AsyncIterator[str]:
+async def code_events(parts: AsyncGenerator[Any], shown: Callable[[CodeAnswer], Awaitable[dict]]) -> AsyncIterator[str]:
     """Server-sent events of what `Server.stream` gives. Raises Problem before the first of them."""
 
     def event(kind: str, data: Any) -> str:
@@ -239,7 +248,7 @@ async def code_events(parts: AsyncGenerator[Any], shown: Callable[[CodeAnswer], 
     async with aclosing(parts):
         try:
             async for part in parts:
-                yield event("text", part) if isinstance(part, str) else event("answer", shown(part))
+                yield event("text", part) if isinstance(part, str) else event("answer", await shown(part))
                 begun = True
         except Problem as problem:
             if not begun:

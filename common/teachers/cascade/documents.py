@@ -16,11 +16,9 @@ from common.tasks.idp.extractor import Extraction, Extractor
 from common.tasks.idp.readers import AS_SHOWN, ReadingSettings
 from common.tasks.idp.written_values import TypedFields
 from common.teachers.cascade import kept_rows
-from common.teachers.cascade.handing import Cascade, Reply, cascade_of
+from common.teachers.cascade.handing import Cascade, Reply, cascade_of, in_turn
 from common.teachers.cascade.settings import CascadeSettings
 from common.teachers.tasks import Documents, Item
-
-ASKED_TOGETHER = 16  # unsure documents that a teacher is asked about at a time
 
 
 @dataclass(frozen=True)
@@ -129,20 +127,23 @@ def answers(
     """
     texts = [document.text for document in read]
     confidence = shown.needs_confidence or (cascade is not None and cascade.below is not None)
-    unsure: list[tuple[int, Extraction]] = []
-    for number, extraction in extractor.extract_each(texts, confidence):
-        if cascade is None:
+    extractions = extractor.extract_each(texts, confidence)
+    if cascade is None:
+        for number, extraction in extractions:
             yield number, extraction, shown.answer(extraction, read[number])
-        elif is_unsure(extraction, cascade.below):
-            unsure.append((number, extraction))
-            if len(unsure) == ASKED_TOGETHER:
-                yield from _asked(cascade, shown, read, unsure)
-                unsure = []
-        else:
-            (answered,) = cascade.joined([texts[number]], [extraction], {})
-            yield number, extraction, shown.answer(extraction, read[number]) | answered.facts
-    if cascade is not None and unsure:
-        yield from _asked(cascade, shown, read, unsure)
+        return
+
+    def stands(numbered: tuple[int, Extraction]) -> tuple[int, Extraction, dict[str, Any]]:
+        number, extraction = numbered
+        (answered,) = cascade.joined([texts[number]], [extraction], {})
+        return number, extraction, shown.answer(extraction, read[number]) | answered.facts
+
+    yield from in_turn(
+        extractions,
+        lambda numbered: is_unsure(numbered[1], cascade.below),
+        stands,
+        lambda unsure: _asked(cascade, shown, read, unsure),
+    )
 
 
 def _asked(

@@ -6,9 +6,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from common.cli import UserError, log
 from common.generation.decoding import Decoding
@@ -21,6 +22,10 @@ from common.teachers.tasks import Item, TeacherTask, understand
 HOUR = 3600.0  # seconds
 PAUSE = 30.0  # seconds in which a teacher that has failed is not asked
 AT_ONCE = 8  # calls; each asks about the rows of one request
+ASKED_TOGETHER = 16  # unsure answers of a file that a teacher is asked about at a time
+
+Own = TypeVar("Own")
+Answered = TypeVar("Answered")
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,31 @@ class Cascade:
             if self._teacher is None:
                 self._teacher = self._make()
             return self._teacher
+
+
+def in_turn(
+    answers: Iterable[Own],
+    is_unsure: Callable[[Own], bool],
+    stands: Callable[[Own], Answered],
+    asked: Callable[[list[Own]], Iterable[Answered]],
+) -> Iterator[Answered]:
+    """A student's answers as they come; unsure ones wait until a teacher can be asked about several together.
+
+    Args:
+        stands: what a sure answer becomes.
+        asked: what unsure ones become, after the teacher was asked.
+    """
+    unsure: list[Own] = []
+    for answer in answers:
+        if not is_unsure(answer):
+            yield stands(answer)
+            continue
+        unsure.append(answer)
+        if len(unsure) == ASKED_TOGETHER:
+            yield from asked(unsure)
+            unsure = []
+    if unsure:
+        yield from asked(unsure)
 
 
 def read(task: TeacherTask, item: Item, answer: Answer | NoAnswer) -> Reply:
