@@ -7,8 +7,8 @@
 # all are zeros. Where the switch is the first thing that a process does, before anything ran in parallel, its workers
 # begin with it, and all numbers are zeros. So the same line changes a result or its first half, by what ran before it.
 #
-# Found while looking for what makes a training step slow on a CPU: timed with and without the switch in the middle of a
-# process, only one thread differs.
+# Here it is not set: results would depend on the number of threads and on what ran before, and a training step of a real
+# base has no denormal numbers to lose time with (docs/results.md).
 #
 # Seen 2026-12-01 on CPython 3.11, x86-64. Exits 1 when a late switch flushes all numbers, or an early one does not.
 set -euo pipefail
