@@ -1,4 +1,8 @@
-"""Numbers as documents write them: "1.234,56 €", "RM31.00", "(12.00)", "12.00-", "29 995,00", "21 %"."""
+"""Numbers as documents write them: "1.234,56 €", "RM31.00", "(12.00)", "12.00-", "29 995,00", "21 %", "1,2 Mio.".
+
+What a number may not be told from is none: "12.5O" and "O.50" have a letter that was taken for a digit, "1.2k" is more
+than 1.2, "2 1/2" more than 2.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,19 @@ _SPACE = "[ \u00a0\u2009\u202f]"
 _CORE = rf"(?:\d+(?:[.,'’]\d+|{_SPACE}\d{{3}}(?!\d))*|[.,]\d+)"
 _SPACELESS = r"(?:\d+(?:[.,'’]\d+)*|[.,]\d+)"
 _MINUS = r"\-–"
+_GAP = r"[^\S\n]?"  # within a line
+_LINE_ENDS = r"(?=[^\S\n]*(?:\n|\)|\Z))"
+_FRACTION = re.compile(rf"{_SPACE}(?:[¼-¾⅐-⅞]|\d/\d{{1,2}}(?![\w/]))")
+_TAKEN_FOR_A_DIGIT = re.compile(r"(?:\d[^\W\d_]*|(?<!\w)[OoIl])[.,]\Z")
+_SCALE = re.compile(rf"{_GAP}([^\W\d_]+)\.?")
+_CLOSE = re.compile(rf"{_GAP}[^\s()\d]{{0,4}}{_GAP}\)")
+YEN = ("円", "元", "원")
+LINE = 200  # characters that a line is looked back on
+LIKE_DIGITS, MULTIPLES = "OoQDIlSsBZ", "KkMmBbTt"  # single letters that are no unit: of 12.5S, and of 1.2M
+NO_UNITS = (  # of "3rd", "9am" and "1.2bn", and what a bank writes behind credits and debits
+    "st", "nd", "rd", "th", "er", "re", "e", "o", "º", "ª", "eme", "ste", "de", "am", "pm", "bn", "mn", "md", "tn",
+    "cr", "dr",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,10 +63,12 @@ def _forms() -> tuple[re.Pattern, re.Pattern]:
     money = rf"(?:[^\W\d_]{{1,4}}\.?)?[{signs}]|[^\W\d_]{{1,4}}\.?"
     return tuple(
         re.compile(
-            rf"(?:(?<!\w)|(?<=(?<!\w)[xX]))(?<![{_MINUS}])(?<!\d[.,:/*x])(?P<open>\(\s*)?(?P<before>[{_MINUS}+]\s?)?"
-            rf"(?:(?P<money>{money})\s?)?(?P<open2>\(\s*)?(?P<inner>[{_MINUS}+]\s?)?"
-            rf"(?P<core>{core})(?P<dashes>[.,][{_MINUS}—]{{1,2}})?(?P<after>\s?[{_MINUS}](?![\w(]))?"
-            rf"(?:\s?(?P<unit>%|{money})(?!\w))?(?P<last>[{_MINUS}](?![\w(]))?(?P<close>\s*\))?(?:(?=[xX](?!\w))|(?![\w/{_MINUS}]|[.,:'’]\d))"
+            rf"(?:(?<!\w)|(?<=(?<!\w)[xX]))(?<![{_MINUS}])(?<![^\W\d_]\+)(?<!\d[.,:/*x])"
+            rf"(?P<open>\(\s*)?(?P<before>[{_MINUS}+]{_GAP})?(?:(?P<money>{money}){_GAP})?"
+            rf"(?P<open2>\(\s*)?(?P<inner>[{_MINUS}+]{_GAP})?(?P<core>{core})"
+            rf"(?P<dashes>[.,:][{_MINUS}—]{{1,2}})?(?P<after>[{_MINUS}](?![\w(])|[^\S\n][{_MINUS}]{_LINE_ENDS})?"
+            rf"(?:{_GAP}(?P<unit>%|{money})(?!\w))?(?P<last>[{_MINUS}](?![\w(]))?(?P<close>\s*\))?"
+            rf"(?![\w{_MINUS}]|/(?![^\W\d_]{{2}})|[.,:'’]\d)"
         )
         for core in (_CORE, _SPACELESS)
     )
@@ -75,7 +94,9 @@ def find(text: str, spaces: bool = True) -> list[FoundAmount]:
 def only(text: str) -> FoundAmount | None:
     """The one number that a text has, whatever words stand around it; None where there is none or are several."""
     amounts = find(text)
-    return amounts[0] if len({amount.readings for amount in amounts}) == 1 else None
+    if len({amount.readings for amount in amounts}) != 1 or _FRACTION.match(text, amounts[-1].end):
+        return None
+    return amounts[0]
 
 
 def whole(text: str) -> FoundAmount | None:
@@ -86,30 +107,71 @@ def whole(text: str) -> FoundAmount | None:
 
 
 def _read(match: re.Match) -> FoundAmount | None:
-    """A match as a number, without the words beside it that are no currency; None where such a word is glued to it."""
-    parts = match.groupdict()
+    """A match as a number, without the words beside it that are no currency; None where it may well be another."""
+    parts, text = match.groupdict(), match.string
     start, end = match.span()
-    lone = not match.string[:start].strip()
+    lone = not text[:start].strip() or _is_cell(text, start)
+    if _TAKEN_FOR_A_DIGIT.search(text, max(0, start - 4), start):
+        return None
     if parts["money"] and not _is_money(parts["money"]):
-        if match.end("money") == match.start("inner" if parts["inner"] else "core"):
+        first = next(name for name in ("open2", "inner", "core") if parts[name])
+        if match.end("money") == match.start(first):
             return None
-        lone, start = False, match.start("inner" if parts["inner"] else "core")
+        lone, start = False, match.start(first)
     closed = bool(parts["close"])
+    number_end = max(match.end(name) for name in ("core", "dashes", "after"))
     if parts["unit"] and not _is_money(parts["unit"]):
-        if match.start("unit") == max(match.end(name) for name in ("core", "dashes", "after")):
+        if match.start("unit") == number_end and not _is_unit(parts["unit"], parts["core"]):
             return None
-        closed, end = False, match.start("unit") - 1
-    core = _read_core(parts["core"])
+        closed, end, parts["last"] = False, number_end, None
+    core = _read_core(parts["core"], bool(parts["dashes"]))
     if core is None:
         return None
     readings, mark, grouping = core
+    bare = match.span("core")
+    if scale := _scale(text, number_end):
+        if len(scale[0]) != 1:  # a billion has nine zeros or twelve
+            return None
+        (power,), end = scale
+        readings, bare = tuple(reading.scaleb(power) for reading in readings), (bare[0], end)
+        if close := _CLOSE.match(text, end):
+            closed, end = True, close.end()
     signs = [parts[name] or "" for name in ("before", "inner", "after", "last")]
     # A dash with space around it may well stand between a word and a number.
-    minus = any(sign.strip(" +") and (lone or not sign.endswith(" ")) for sign in signs)
-    bracketed = closed and (parts["open"] or parts["open2"])
+    minus = any(sign.strip(" +") and (lone or not sign[-1].isspace()) for sign in signs)
+    counts = parts["unit"] == "%" or parts["core"].isdecimal()  # behind a word, "(6%)" and "(2)" are no debts
+    bracketed = closed and (parts["open"] or parts["open2"]) and (lone or not counts)
     sign = -1 if minus or bracketed else 1
-    bare = (start, end) if sign < 0 else match.span("core")
-    return FoundAmount(start, end, bare, tuple(sign * reading for reading in readings), mark, grouping)
+    return FoundAmount(
+        start, end, (start, end) if sign < 0 else bare, tuple(sign * reading for reading in readings), mark, grouping
+    )
+
+
+def _is_cell(text: str, start: int) -> bool:
+    """Whether white space that is wide separates what begins there from the text before it on its line."""
+    line = text[max(0, start - LINE) : start].rpartition("\n")[2]
+    return line[-2:].isspace() and len(line[-2:]) == 2 and not line.isspace()
+
+
+def _is_unit(word: str, number: str) -> bool:
+    """Whether letters that are glued to a number leave it what it is: those of "5kg", "2x" or "12.50SR" do."""
+    if not word.rstrip(".").isalpha() or languages.fold(word) in NO_UNITS:
+        return False
+    if len(word) > 1:
+        return True
+    return word not in MULTIPLES and (word not in LIKE_DIGITS or re.search(r"[.,]\d\d\Z", number) is not None)
+
+
+def _scale(text: str, start: int) -> tuple[frozenset[int], int] | None:
+    """(the powers of ten that the word there may stand for, its end): "million", "Mrd.", "lakh", "万"."""
+    if not (word := _SCALE.match(text, start)):
+        return None
+    scales = languages.scales()
+    if powers := scales.get(languages.fold(word[1])):
+        return powers, word.end()
+    if powers := scales.get(word[1][0]):  # 万円 is money, 万人 are people
+        return powers if word[1][1:] in YEN else frozenset(), word.start(1) + 1
+    return None
 
 
 def _is_money(word: str) -> bool:
@@ -120,8 +182,12 @@ def _is_money(word: str) -> bool:
     return letters in languages.currency_words()
 
 
-def _read_core(core: str) -> tuple[tuple[Decimal, ...], str | None, str | None] | None:
-    """(readings, decimal mark, mark that may group) of digits and marks between them; None where they are no number."""
+def _read_core(core: str, dashes: bool) -> tuple[tuple[Decimal, ...], str | None, str | None] | None:
+    """(readings, decimal mark, mark that may group) of digits and marks between them; None where they are no number.
+
+    Args:
+        dashes: they stand for the decimals, as in "1.200,-".
+    """
     marks = re.findall(r"\D", core)
     groups = re.split(r"\D", core)
     kinds = list(dict.fromkeys("'" if mark not in ".," else mark for mark in marks))
@@ -142,7 +208,8 @@ def _read_core(core: str) -> tuple[tuple[Decimal, ...], str | None, str | None] 
         return (Decimal(digits),), None, None
     value = Decimal(f"{digits}.{decimals}")
     if len(decimals) == 3 and len(marks) == 1 and 1 <= len(whole_groups[0]) <= 3 and whole_groups[0][0] != "0":
-        return (value, Decimal(digits + decimals)), None, mark
+        grouped = Decimal(digits + decimals)
+        return ((grouped,), None, None) if dashes else ((value, grouped), None, mark)
     return (value,), mark, None
 
 

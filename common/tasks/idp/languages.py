@@ -21,6 +21,7 @@ LANGUAGES = (
 SURE = 0.9  # probability from which on a document's language counts as known
 SAMPLE = 4000  # characters of a document that its language is told from
 PREFIX = 3  # letters of a month's name that stand for it
+SHORT_SCALES = ("mio", "mill", "milj", "tis", "тыс", "тис")  # abbreviations that have a vowel and no other meaning
 
 
 def fold(word: str) -> str:
@@ -154,3 +155,25 @@ def currency_words() -> frozenset[str]:
         for code, sign in Locale.parse(language).currency_symbols.items():
             words |= {fold(code), fold("".join(letter for letter in sign if letter.isalpha()))}
     return frozenset(word for word in words if len(word) > 1)
+
+
+@functools.cache
+def scales() -> dict[str, frozenset[int]]:
+    """{folded word: the powers of ten that it stands for in some language}: "million", "mrd", "lakh", "crore", "万".
+
+    Abbreviations that may be another word ("bin", "bill", "T") are left out.
+    """
+    powers: dict[str, set[int]] = defaultdict(set)
+    for language in (*(language for language in LANGUAGES if language != "ga"), "en_IN"):  # Irish has a "mile"
+        for width, plurals in Locale.parse(language).compact_decimal_formats.items():
+            for size, pattern in (form for forms in plurals.values() for form in forms.items()):
+                word = fold(re.sub(r"[0'\u200e\u200f]", "", pattern.pattern).strip())
+                if re.fullmatch(r"[^\W\d_]+", word) and _stands_for_one_thing(word, width):
+                    powers[word].add(len(size) - pattern.pattern.count("0"))
+    return {word: frozenset(found) for word, found in powers.items()}
+
+
+def _stands_for_one_thing(word: str, width: str) -> bool:
+    if word.upper() == word.lower() or word in SHORT_SCALES:  # of a script without small letters
+        return True
+    return len(word) > 3 if width == "long" else len(word) > 2 and not re.search("[aeiouаеиоуыіαειουω]", word)

@@ -96,7 +96,7 @@ def _number(text: str, conventions: Conventions) -> Reading:
         # Without any other: 1,234 is a thousand and more, 1.234 is one and more.
         decimal = amount.grouping == mark if mark else amount.grouping == "."
         value = amount.readings[0 if decimal else 1]
-        note = None if mark else f"could also be {amount.readings[1 if decimal else 0]}"
+        note = None if mark else f"could also be {amount.readings[1 if decimal else 0]:f}"
     return Reading(_plain(value), note)
 
 
@@ -114,7 +114,7 @@ def _integer(text: str, conventions: Conventions) -> Reading:
 
 def _plain(value: Decimal) -> int | float:
     """A number as JSON has it: whole where it is written so."""
-    return int(value) if value.as_tuple().exponent >= 0 else float(value)
+    return int(value) if value.as_tuple().exponent >= 0 else float(value + 0)  # -0.00 is 0
 
 
 def _date(text: str, conventions: Conventions) -> Reading:

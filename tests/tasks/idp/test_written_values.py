@@ -178,6 +178,32 @@ def test_where_nothing_decides_it_is_said(document, value, other):
         ("x4 @ tea", 4),
         ("Total EUR 717,97", 717.97),
         ("Total - 30", 30),
+        ("1.200,-", 1200),  # the dash stands for decimals, so the point groups
+        ("1 200:-", 1200),
+        ("12,50:-", 12.5),
+        ("1.200:-", 1200),
+        ("5pcs", 5),
+        ("0.545kg", 0.545),
+        ("2x", 2),
+        ("12.50SR", 12.5),
+        ("12.50S", 12.5),
+        ("1.250,50円", 1250.5),
+        ("12.50/kg", 12.5),
+        ("1,2 Mio. €", 1200000),
+        ("$1.5 million", 1500000),
+        ("(3 Mrd. €)", -3000000000),
+        ("12 lakh", 1200000),
+        ("5万円", 50000),
+        ("5 mile", 5),
+        ("Discount      - 45.00", -45),  # a cell of a table
+        ("Total 45.00 - thank you", 45),
+        ("Subtotal -\n45.00", 45),
+        ("45.00\n- Coffee", 45),
+        ("45.00 -", -45),
+        ("GST (6%)", 6),
+        ("Adults (2)", 2),
+        ("Loss (12.50)", -12.5),
+        ("75G- WHITE", 75),
     ],
 )
 def test_amounts(text, value):
@@ -188,7 +214,8 @@ def test_amounts(text, value):
 @pytest.mark.parametrize(
     "text",
     ["", "n/a", "INV-12", "A12", "L12", "31/12/2017", "31.12.2017", "10:30", "12.345.67", "1.1.1.1", "1e5", "½", "12²",
-     "774-00-01-454", "3 x 9.99", "6 of 7", "29.995.0024.99", "1280x720"],
+     "774-00-01-454", "3 x 9.99", "6 of 7", "29.995.0024.99", "1280x720", "12.5O", "12.5S", "O.50", "1O.50", "RM1OO.50",
+     "1.5E+6", "GMT+8", "2 1/2", "2 ½", "1.2k", "$1.2M", "2 billion", "5万人", "1er", "9am"],
 )  # fmt: skip
 def test_no_amounts(text):
     assert read("number", text, NOWHERE).value is None
@@ -212,6 +239,16 @@ def test_what_decides_between_decimals_and_thousands(text, document, value):
 def test_an_amount_that_nothing_decides_is_said():
     assert read("number", "1,234", NOWHERE).note == "could also be 1.234"
     assert read("number", "1.234", NOWHERE).note == "could also be 1234"
+
+
+@pytest.mark.parametrize("text", ["-0.00", "(0.00)", "0.00-"])
+def test_nothing_has_no_sign(text):
+    assert json.dumps(read("number", text, NOWHERE).value) == "0.0"
+
+
+def test_amounts_of_a_line():
+    document = "5 - 12.00\nGST (6%)      0.72\n4 1/4 CHICKEN   3.10 -"
+    assert [*dict.fromkeys(copies("number", Conventions(document)))] == ["5", "12.00", "6", "0.72", "4", "3.10 -"]
 
 
 def test_integers_and_times():
