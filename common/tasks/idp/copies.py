@@ -25,10 +25,20 @@ def copies(kind: str, conventions: Conventions) -> Iterator[str]:
     elif kind == "time":
         yield from (document[time.start : time.end].strip() for time in dates.find_times(document))
     else:
-        for date in dates.find(document) or dates.find(document, conventions.language):
-            if kind == "date":
-                yield document[date.start : date.end]
-                continue
-            for time in dates.find_times(document[date.end : date.end + NEAR + LONGEST_TIME]):
-                if time.start < NEAR:
-                    yield document[date.start : date.end + time.end].strip()
+        found = [(date.start, date.end) for date in dates.find(document, conventions.language)]
+        if kind == "date":
+            spans = sorted([*found, *dates.unmarked(document)]) if found else ()
+            yield from (document[start:end] for start, end in spans)
+        else:
+            for span in found:
+                yield from _with_times(document, *span)
+
+
+def _with_times(document: str, start: int, end: int) -> list[str]:
+    """A date with each of the times behind it, or where there are none, in front of it."""
+    times = dates.find_times(document[end : end + NEAR + LONGEST_TIME])
+    if behind := [document[start : end + time.end].strip() for time in times if time.start < NEAR]:
+        return behind
+    first = max(0, start - NEAR - LONGEST_TIME)
+    times = dates.find_times(dates.masked(document)[first:start])
+    return [document[first + time.start : end] for time in times if first + time.end > start - NEAR]

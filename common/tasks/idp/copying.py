@@ -57,7 +57,7 @@ def _texts_of(value: Any, kind: str, conventions: Conventions) -> Iterator[str]:
     for text in copies(kind, conventions):
         if kind.startswith("date") and (date := dates.only(text, conventions.language)):
             days = {reading.isoformat() for reading in date.readings}
-            rest = "" if kind == "date" else read("time", text[date.end :], conventions).value
+            rest = "" if kind == "date" else read("time", dates.masked(text), conventions).value
             if value in {day + (rest and f"T{rest}") for day in days if rest is not None}:
                 yield text
         elif read(kind, text, conventions).value == value:

@@ -15,6 +15,13 @@ from dataclasses import dataclass
 from common.tasks.idp import languages
 
 YEARS = range(1900, 2200)
+AFTERNOON = ("下午", "午後", "오후")
+SHARED = ("CST", "CDT", "IST", "BST", "AST", "ADT", "MST")  # names that several zones have
+OFFSETS = {  # of those that one has
+    "EST": "-05:00", "EDT": "-04:00", "MDT": "-06:00", "PST": "-08:00", "PDT": "-07:00", "WET": "Z", "CET": "+01:00",
+    "CEST": "+02:00", "EET": "+02:00", "EEST": "+03:00", "MYT": "+08:00", "SGT": "+08:00", "HKT": "+08:00",
+    "JST": "+09:00", "KST": "+09:00", "AEST": "+10:00", "AEDT": "+11:00", "NZST": "+12:00", "NZDT": "+13:00",
+}  # fmt: skip
 TURN = 69  # two digits of a year from here on are of 19xx, as POSIX has it
 
 _WORD = r"[^\s\d.,;:/()\[\]'\"-]+"
@@ -36,6 +43,7 @@ _NAMED = [
     rf"(?P<y>\d{{4}})[.\s,]{{1,3}}{_FILLER}(?P<d>\d{{1,2}})\.?\s+(?P<name>{_WORD})",
 ]
 _NUMBERED = [
+    r"(?P<y>\d{4})-?W(?P<week>\d\d)-?(?P<weekday>[1-7])(?![\d-])",  # of ISO 8601
     r"(?P<y>\d{4})\s*[年년]\s*(?P<m>\d{1,2})\s*[月월]\s*(?P<d>\d{1,2})(?:\s*[日일])?(?!\d)",
     r"(?P<y>\d{4})\s?(?P<s>[-/.])\s?(?P<m>\d{1,2})\s?(?P=s)\s?(?P<d>\d{1,2})(?!\d|[-/]\d)",
     r"(?P<a>\d{1,2})\s?(?P<s>[-/.])\s?(?P<b>\d{1,2})\s?(?P=s)\s?(?P<y>\d{4}|\d{2})(?!\d|[-/]\d|\.\d)",
@@ -47,16 +55,18 @@ _ALONE = [
         r"(?P<y>\d{4}) (?P<m>\d{1,2}) (?P<d>\d{1,2})",
         r"(?P<a>\d{1,2}) (?P<b>\d{1,2}) (?P<y>\d{4})",
         r"(?P<y>(?:19|20)\d\d)(?P<m>\d\d)(?P<d>\d\d)",
+        r"(?P<a>\d\d)(?P<b>\d\d)(?P<y>(?:19|20)\d\d)",
     )
 ]
 _ZONE = (
-    r"(?:UTC|GMT)\s?[+-](?:1[0-4]|0?\d)(?::?[0-5]\d)?|(?:Z|UTC|GMT)(?![\w+])|\+(?:0\d|1[0-4]):?[0-5]\d"
+    r"(?:UTC|GMT)\s?[+-](?:1[0-4]|0?\d)(?::?[0-5]\d)?|(?:Z|UTC|GMT)(?![\w+])|\+(?:0\d|1[0-4])(?::?[0-5]\d)?(?!\d)"
     r"|-(?:0\d|1[0-4])(?(sec):?|(?(iso):?))[0-5]\d"  # "09:00-10:30" is from one time to another
 )
+_NAMED_ZONE = re.compile(rf"\s?(?P<name>{'|'.join((*OFFSETS, *SHARED))})(?!\w)")
 _TIME = re.compile(
     r"(?:(?<![\w.,:/+-])|(?<=[:.h]\d\d-)|(?<=[ap]m-)|(?P<iso>(?<=(?<![^\W\d_])T)(?=\d\d:)))"  # "9:00-10:30", "9am-5pm"
-    r"(?P<h>\d{1,2})(?:(?P<s>[:.h])(?P<m>\d\d)(?:(?P=s)(?P<sec>\d\d)(?:\.\d+)?)?)?"
-    rf"\s*(?P<half>[ap]\.?m\b\.?)?\s*(?P<zone>{_ZONE})?(?![\w:/]|-(?!\d\d?(?:[:.h]\d\d|[ap]m)))",
+    r"(?P<before>(?:上午|午前|오전|下午|午後|오후)\s?)?(?P<h>\d{1,2})(?:(?P<s>[:.h])(?P<m>\d\d)(?:(?P=s)(?P<sec>\d\d)(?:\.\d+)?)?)?"
+    rf"\s*(?P<half>[ap]\.?\s?m\b\.?)?\s*(?P<zone>{_ZONE})?(?![\w:/]|-(?!\d\d?(?:[:.h]\d\d|[ap]m)))",
     re.IGNORECASE,
 )
 
@@ -119,6 +129,11 @@ def find(text: str, language: str | None = None) -> list[FoundDate]:
     return sorted(dates, key=lambda date: date.start)
 
 
+def unmarked(text: str) -> list[tuple[int, int]]:
+    """Where eight digits in a text could be a date, "20180402". Many a number is none, so `find` leaves them out."""
+    return [match.span() for match in re.finditer(r"(?<![\w.,/-])\d{8}(?![\w/-]|[.,]\d)", text) if only(match[0])]
+
+
 def whole(text: str) -> FoundDate | None:
     """A text that is a date and nothing else."""
     text = text.strip()
@@ -151,6 +166,8 @@ def _read(match: re.Match, language: str | None) -> FoundDate | None:
         readings = [_date(year, month, int(parts["d"])) for month in languages.months(name, language)]
         if len(readings) != 1:
             return None
+    elif "week" in parts:
+        readings = [_date_of_week(year, int(parts["week"]), int(parts["weekday"]))]
     else:
         readings = [_date(year, int(parts["m"]), int(parts["d"]))]
     real = tuple(dict.fromkeys(reading for reading in readings if reading))
@@ -164,6 +181,13 @@ def _date(year: int, month: int, day: int) -> datetime.date | None:
         return None
 
 
+def _date_of_week(year: int, week: int, weekday: int) -> datetime.date | None:
+    try:
+        return datetime.date.fromisocalendar(year, week, weekday) if year in YEARS else None
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class FoundTime:
     """A time of the day.
@@ -172,12 +196,14 @@ class FoundTime:
         start, end: its characters.
         clock: HH:MM:SS.
         offset: from UTC as "Z" or "+08:00", where one is given.
+        zone: the name of its zone, where that is one of `SHARED`.
     """
 
     start: int
     end: int
     clock: str
     offset: str | None
+    zone: str | None = None
 
 
 def find_times(text: str) -> list[FoundTime]:
@@ -193,18 +219,26 @@ def only_time(text: str) -> FoundTime | None:
 
 def _time(match: re.Match) -> FoundTime | None:
     parts = match.groupdict()
-    if parts["m"] is None and parts["half"] is None:
+    before = (parts["before"] or "").strip()
+    if parts["m"] is None and parts["half"] is None and not before:
         return None
-    hour, half = int(parts["h"]), (parts["half"] or "").lower()[:1]
-    if half:
-        if not 1 <= hour <= 12:
+    hour, half = int(parts["h"]), (parts["half"] or "").lower()[:1] or (before and "ap"[before in AFTERNOON])
+    if half and hour <= 12:
+        if hour == 0 and not before:
             return None
         hour = hour % 12 + (12 if half == "p" else 0)
+    elif parts["half"]:
+        return None
     try:
         clock = datetime.time(hour, int(parts["m"] or 0), int(parts["sec"] or 0)).isoformat()
     except ValueError:
         return None
-    return FoundTime(*match.span(), clock, _offset(parts["zone"]) if parts["zone"] else None)
+    if parts["zone"]:
+        return FoundTime(*match.span(), clock, _offset(parts["zone"]))
+    if named := _NAMED_ZONE.match(match.string, match.end()):
+        offset = OFFSETS.get(named["name"])
+        return FoundTime(match.start(), named.end(), clock, offset, None if offset else named["name"])
+    return FoundTime(*match.span(), clock, None)
 
 
 def _offset(zone: str) -> str:

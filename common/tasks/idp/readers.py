@@ -123,7 +123,7 @@ def _date(text: str, conventions: Conventions) -> Reading:
 
 
 def _read_date(text: str, conventions: Conventions) -> tuple[datetime.date | None, str | None]:
-    date = dates.only(text) or dates.only(text, conventions.language)
+    date = dates.only(text, conventions.language)
     if date is None:
         return None, "is no date"
     if len(date.readings) == 1:
@@ -163,7 +163,8 @@ def _offset(time: dates.FoundTime, conventions: Conventions) -> str:
 
 def _offset_note(time: dates.FoundTime, conventions: Conventions) -> str | None:
     offset = conventions.settings.utc_offset
-    return None if time.offset else f"has no time zone and is taken as of {offset}; --utc_offset decides it"
+    lacks = f"has a time zone that several places call {time.zone}" if time.zone else "has no time zone"
+    return None if time.offset else f"{lacks} and is taken as of {offset}; --utc_offset decides it"
 
 
 READERS: dict[str, Callable[[str, Conventions], Reading]] = {
