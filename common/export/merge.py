@@ -120,25 +120,23 @@ class Deltas:
     """What a LoRA adapter adds to its base's weights: `alpha / r` x B A for each of its layers (Hu et al. 2021).
 
     Raises:
-        UserError: an adapter of another kind.
+        UserError: an adapter of another kind, or damaged weights.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config = read_json(Path(folder) / adapters.ADAPTER_CONFIG)
-        other = [
-            key for key in ("use_dora", "use_qalora", "modules_to_save", "trainable_token_indices") if config.get(key)
-        ]
-        other += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-        if config.get("init_lora_weights", True) not in adapters.BASE_KEEPING_STARTS:  # it rebuilds the base
-            other.append("init_lora_weights")
-        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or other:
-            what = other[0] if other else f"{config.get('peft_type')} with bias {config.get('bias')}"
-            raise UserError(f"the adapter {folder} has {what}, which cannot be merged here; train a plain LoRA adapter")
+        config = adapters.check_mergeable(folder)
         self.scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
         self.transposed = bool(config.get("fan_in_fan_out"))  # GPT-2 stores its weights as [in, out]
-        weights = load_file(Path(folder) / adapters.ADAPTER_WEIGHTS)
+        file = Path(folder) / adapters.ADAPTER_WEIGHTS
+        try:
+            weights = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} is damaged or missing ({error}); copy it again, or train the adapter again"
+            ) from error
         self._factors = {}
         for name in [name for name in weights if name.endswith(".lora_A.weight")]:
             layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -230,12 +228,8 @@ def merge(
     empty, tokenizer = texts_of(model_dir, base, trust_remote_code)
     quantised = _quantised_in_4bit(empty) if from_nf4 else set()
     checkpoint = Checkpoint(base)
-    deltas = Deltas(model_dir) if adapters.is_adapter(model_dir) else None
     places = places_in(empty, checkpoint.shapes)
-    if deltas and (missing := deltas.names.difference(places.values())):
-        raise UserError(
-            f"the adapter {model_dir} has {min(missing)}, which its base has not; give its base with --base"
-        )
+    deltas = deltas_on(model_dir, places.values())
 
     def merged(name: str) -> torch.Tensor:
         weight, place = checkpoint.read(name), places[name]
@@ -249,6 +243,20 @@ def merge(
     empty.config.save_pretrained(target)
     empty.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def deltas_on(model_dir: str, weights: Iterable[str]) -> Deltas | None:
+    """What an adapter adds to its base's weights, which are given by name; None for a whole model.
+
+    Raises:
+        UserError: an adapter of another kind, or of another base.
+    """
+    deltas = Deltas(model_dir) if adapters.is_adapter(model_dir) else None
+    if deltas and (missing := deltas.names.difference(weights)):
+        raise UserError(
+            f"the adapter {model_dir} has {min(missing)}, which its base has not; give its base with --base"
+        )
+    return deltas
 
 
 def places_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

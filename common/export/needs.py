@@ -35,9 +35,12 @@ def check(settings: ExportSettings, save_dir: Path) -> None:
     """All that can be known beforehand, the quickest first.
 
     Raises:
-        UserError: no known architecture, or room or memory is short; it says how much, and what to do.
+        UserError: no known architecture, an adapter that cannot be merged, or room or memory is short; it says how
+            much, and what to do.
     """
-    merging.empty_model(settings.base, settings.trust_remote_code)  # an architecture that is not known is said first
+    empty = merging.empty_model(settings.base, settings.trust_remote_code)
+    places = merging.places_in(empty, merging.Checkpoint(settings.base).shapes)
+    merging.deltas_on(settings.model_dir, places.values())
     check_room(settings, save_dir)
     check_memory(settings)
 

@@ -43,6 +43,8 @@ NEIGHBOURLY = frozenset(
      "use_dora", "init_lora_weights", "loftq_config", "eva_config", "ensure_weight_tying", "megatron_core",
      "qalora_group_size"}
 )  # fmt: skip
+# Of those, what changes the sum alpha / r x B A that merging adds.
+_MORE_THAN_A_SUM = frozenset({"use_dora", "lora_bias", "rank_pattern", "alpha_pattern"})
 # Ways to begin a LoRA that do not subtract the beginning from the base.
 BASE_KEEPING_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -101,6 +103,31 @@ def check_kind(folder: str | Path) -> None:
         )
 
 
+def check_mergeable(folder: str | Path) -> dict[str, Any]:
+    """The settings of an adapter that adds alpha / r x B A to its base's weights and does nothing else, with rslora
+    alpha over r's root.
+
+    Raises:
+        UserError: it does more, or something that is not known here; or its config is broken.
+    """
+    settings = read_config(folder)
+    other = _settings_beyond(settings, NEIGHBOURLY - _MORE_THAN_A_SUM)
+    if settings.get("init_lora_weights", True) not in BASE_KEEPING_STARTS:  # it rebuilds the base
+        other.append("init_lora_weights")
+    if (kind := settings.get("peft_type")) != "LORA":
+        fault = f"is of the kind {str(kind)[:40]}"
+    elif other:
+        fault = f"has {other[0][:60]}={str(settings[other[0]])[:60]}"
+    else:
+        return settings
+    raise UserError(f"the adapter {folder} {fault}, which cannot be exported; train a plain LoRA adapter")
+
+
+def _settings_beyond(settings: dict[str, Any], known: frozenset[str]) -> list[str]:
+    """The settings of a LoRA that are set and are not among `known`."""
+    return [name for name, value in settings.items() if name not in known and value and value != "none"]
+
+
 def check_sharing(folder: str | Path) -> None:
     """Refuse an adapter that would change the answers of others on the same base: only a LoRA leaves it alone, and
     only where none of its settings says otherwise; one that is not known here does.
@@ -116,8 +143,7 @@ def check_sharing(folder: str | Path) -> None:
     elif settings.get("init_lora_weights") not in BASE_KEEPING_STARTS:
         reason = f"it has init_lora_weights={str(settings['init_lora_weights'])[:60]}"
     else:
-        changing = [name for name, value in settings.items() if name not in NEIGHBOURLY and value and value != "none"]
-        if changing:
+        if changing := _settings_beyond(settings, NEIGHBOURLY):
             reason = f"it has {changing[0][:60]}={str(settings[changing[0]])[:60]}"
     if reason:
         raise UserError(

@@ -15,12 +15,14 @@ import safetensors.torch
 import torch
 from support.exported import export_run
 from support.models import build_base, weights
-from support.served import make_run
+from support.served import make_adapter, make_run
 
+import export_model
 from common.cli import UserError
+from common.export import genai_writer, model_card, packages, parity
 from common.export import merge as merging
-from common.export import model_card
 from common.export import pipeline as export
+from common.export.formats import FORMATS
 from common.files import sha256_file
 from common.models import adapters, tokenizers
 from common.models import loading as models
@@ -147,15 +149,51 @@ def test_how_a_run_was_trained(run, tmp_path):
     assert export.trained_in_4bit(str(copy), "on") and not export.trained_in_4bit(str(copy), "off")
 
 
-def test_other_adapters_are_refused(run, dev, tmp_path):
-    for change, what in (
-        ({"use_dora": True}, "has use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
-        ({"bias": "all"}, "LORA with bias all"),
-        ({"rank_pattern": {"q_proj": 2}}, "has rank_pattern"),
-    ):
-        copy = Path(shutil.copytree(run, tmp_path / what))
-        config = json.loads((copy / adapters.ADAPTER_CONFIG).read_text())
-        (copy / adapters.ADAPTER_CONFIG).write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=what):
-            merging.Deltas(copy)
+def test_rslora_is_merged_as_pefts(base, tmp_path):
+    run = str(make_adapter(tmp_path / "run", base, use_rslora=True))
+    (tmp_path / "merged").mkdir()
+    merging.merge(run, Path(base), tmp_path / "merged", dtype="float32", from_nf4=False, max_shard_bytes=1 << 30)
+    whole = models.load_base(ModelSource(base, dtype="float32"))
+    expected = adapters.load_adapter(whole, run).merge_and_unload().state_dict()
+    merged = models.load_base(ModelSource(str(tmp_path / "merged"), dtype="float32")).state_dict()
+    assert all((merged[name] - tensor).abs().max() < 1e-5 for name, tensor in expected.items())
+
+
+OTHER_ADAPTERS = [
+    ({"use_dora": True}, "has use_dora=True"),
+    ({"modules_to_save": ["lm_head"]}, "has modules_to_save="),
+    ({"bias": "all"}, "has bias=all"),
+    ({"lora_bias": True}, "has lora_bias=True"),
+    ({"rank_pattern": {"q_proj": 2}}, "has rank_pattern="),
+    ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens="),
+    ({"target_parameters": ["experts"]}, "has target_parameters="),
+    ({"some_later_setting": True}, "has some_later_setting=True"),
+    ({"init_lora_weights": "pissa"}, "has init_lora_weights=pissa"),
+    ({"peft_type": "ADALORA"}, "is of the kind ADALORA"),
+]
+
+
+@pytest.mark.parametrize(("change", "what"), OTHER_ADAPTERS)
+def test_other_adapters_are_refused(change, what, run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    config = json.loads((copy / adapters.ADAPTER_CONFIG).read_text())
+    (copy / adapters.ADAPTER_CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=f"{what}.*, which cannot be exported; train a plain LoRA adapter"):
+        merging.Deltas(copy)
+
+
+@pytest.mark.parametrize("proof", [True, False])
+@pytest.mark.parametrize("form", FORMATS)
+def test_they_are_refused_before_anything_is_measured(form, proof, base, run, dev, tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "check", lambda *args, **more: None)
+    monkeypatch.setattr(genai_writer, "check", lambda folder: None)
+    monkeypatch.setattr(parity, "measure", None)
+    rows = ["--proof_data", dev] if proof else ["--no_proof"]
+    dora = str(make_adapter(tmp_path / "dora", base, use_dora=True))
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    (damaged / adapters.ADAPTER_WEIGHTS).write_bytes(b"0")
+    for model_dir, sentence in ((dora, "has use_dora=True, which"), (damaged, "is damaged or missing .*; copy it")):
+        argv = ["--model_dir", str(model_dir), "--format", form, "--save_dir", str(tmp_path / "out"), *rows]
+        with pytest.raises(UserError, match=sentence):
+            export_model.main(argv)
+        assert not list(tmp_path.glob("*out*"))
