@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import cli, run_record
 from common.data import task_record
-from common.export.formats import FORMATS, QUANTS
+from common.export.formats import FORMATS, QUANTS, WITHOUT_LLAMA_CPP
 from common.files import write_json
+from common.models import adapters
 from common.models import loading as models
 from common.models.flags import parse_args
 from common.tasks.ranking.creditmix import CREDITMIX
@@ -63,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_shard_gb", type=float, default=2.0, help="of one file of weights; bounds the memory")
     parser.add_argument("--quant", choices=QUANTS, help="of gguf, or of gguf_lora's base; default: Q8_0")
-    parser.add_argument("--imatrix", metavar="DATA", help="gguf: rows as of --proof_data; which weights matter")
+    parser.add_argument("--imatrix", metavar="DATA", help="of K-quants: rows as of --proof_data; which weights matter")
     parser.add_argument(
         "--scales",
         choices=SCALES,
@@ -122,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_lm_head=args.keep_lm_head,
         max_shard_bytes=int(args.max_shard_gb * 1e9),
         trust_remote_code=args.trust_remote_code,
-        imatrix=parity.read_proof_rows(args.imatrix, task, args.model_dir, None) if args.imatrix else None,
+        imatrix=args.imatrix
+        and parity.read_proof_rows(args.imatrix, task, args.model_dir, None, flag="--imatrix", runs_code=True),
         proof_rows=data
         and parity.read_proof_rows(data, task, args.model_dir, args.proof_rows, runs_code=args.confirm_run_unsafe_code),
     )
@@ -135,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rejected = record["passed"] is False
         target = pipeline.rejected_dir(save_dir) if rejected else save_dir
         pipeline.put_in_place(folder, target)
-    model_card.write(target)
+    model_card.write(target, args.push_to_hub)
     print(proof_table.table(record))
     print(json.dumps({"export": args.format, "save_dir": str(target), **proof_table.summary(record)}))
     if rejected:
@@ -178,7 +181,12 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("scales", "keep_lm_head"):
         if getattr(args, flag) and args.format != "int8":
             raise cli.UserError(f"--{flag} is for --format int8; leave it out with {args.format}")
-    if args.max_shard_gb <= 0:
+    if args.imatrix and (quant := args.quant or QUANTS[0]) in WITHOUT_LLAMA_CPP:
+        others = " or ".join(sorted(set(QUANTS).difference(WITHOUT_LLAMA_CPP)))
+        raise cli.UserError(f"--imatrix changes nothing in {quant}; leave it out, or give --quant {others}")
+    if args.base and not adapters.is_adapter(args.model_dir):
+        raise cli.UserError(f"--base is for an adapter, and {args.model_dir} is a whole model; leave it out")
+    if not 0 < args.max_shard_gb < math.inf:
         raise cli.UserError("--max_shard_gb must be above 0")
     for flag in ("proof_data", "proof_rows", "max_metric_drop", "confirm_run_unsafe_code", "push_to_hub"):
         if args.no_proof and getattr(args, flag) is not None and getattr(args, flag) is not False:

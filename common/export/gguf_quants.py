@@ -19,7 +19,6 @@ from common.models.gguf_architectures import WHOLE
 if TYPE_CHECKING:
     import gguf
 
-WITHOUT_LLAMA_CPP = ("Q8_0", "F16", "BF16")  # written by the gguf package alone
 DEFAULT = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of a mixture's tensors
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not made of blocks of 256 weights
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"

@@ -16,6 +16,7 @@ from common import cli, distributed, run_record
 from common.data import task_record
 from common.evaluation import run_figures
 from common.evaluation.tables import contamination_text, interval_text
+from common.export import proof_table
 from common.files import atomic_write, parse_json
 from common.models import adapters, gguf_import
 from common.models.gguf_file import GgufFile
@@ -56,6 +57,41 @@ generator.append_tokens(tokenizer.encode(prompt))
 while not generator.is_done():
     generator.generate_next_token()
     print(tokenizer.decode(generator.get_next_tokens()), end="", flush=True)"""
+ONNX = """import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+session = onnxruntime.InferenceSession("model.onnx")
+{ask}
+tokens, answer, ends, cache = prompt, [], {ends}, {{}}
+for entry in session.get_inputs():
+    if entry.name.startswith("past_key_values"):
+        number = np.float16 if entry.type == "tensor(float16)" else np.float32
+        cache[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype=number)
+while len(answer) < 256 and (not answer or answer[-1] not in ends):
+    seen = len(prompt) + len(answer)
+    feed = {{
+        "input_ids": np.array([tokens]),
+        "attention_mask": np.ones((1, seen), dtype=np.int64),
+        "position_ids": np.arange(seen - len(tokens), seen)[None],
+    }}
+    logits, *kept = session.run(None, feed | cache)
+    cache = dict(zip(cache, kept))
+    tokens = [int(logits[0, -1].argmax())]
+    answer += tokens
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+TRANSFORMERS = """from {package} import {auto}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
+{ask}
+written = model.generate(torch.tensor([prompt]), max_new_tokens=256, do_sample=False)
+print(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))"""
+ASK_CHAT = """messages = [{"role": "user", "content": "..."}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"""
+ASK_PLAIN = 'prompt = tokenizer.encode("...\\n")'
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "weight_decay", "max_len", "seed"),
     *("lora_r", "lora_alpha", "lora_dropout"),
@@ -75,8 +111,11 @@ def refresh(folders: Iterable[str | Path]) -> None:
                 cli.log(f"{folder} gets no model card: {error}")
 
 
-def write(folder: str | Path) -> Path:
+def write(folder: str | Path, hub_name: str | None = None) -> Path:
     """Write the card of a run or an export; returns its path. One that somebody else has written stays as it is.
+
+    Args:
+        hub_name: where others will find it.
 
     Raises:
         UserError: a record in the folder is broken, or it has none.
@@ -88,11 +127,11 @@ def write(folder: str | Path) -> Path:
         if MARK not in before and FOREIGN not in before:
             return path
     with atomic_write(path) as handle:
-        handle.write(card(folder))
+        handle.write(card(folder, hub_name))
     return path
 
 
-def card(folder: str | Path) -> str:
+def card(folder: str | Path, hub_name: str | None = None) -> str:
     """The text of the card: metadata as the Hub reads it, and what there is to say.
 
     Raises:
@@ -118,7 +157,7 @@ def card(folder: str | Path) -> str:
         _figures_section(folder, export),
         _calibration_section(folder, task),
         _proof_section(export),
-        _use_section(folder, base, task, export),
+        _use_section(folder, base, task, export, hub_name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -294,10 +333,13 @@ def _proof_section(export: dict) -> str:
     if not proof:
         return ""
     metric, logits, generated = proof["metric"], proof["logits"], proof["generated"]
+    judged = proof_table.judged(export)
+    by_likelihood = [["change of the likelihood, which is judged", interval_text(judged["difference"], signed=True)]]
     rows = [
         [f"{metric['name']} of the run", f"{metric['reference']['value']:.4f}"],
         [f"{metric['name']} of the export", f"{metric['export']['value']:.4f}"],
         ["difference, paired", interval_text(metric["difference"], signed=True)],
+        *(by_likelihood if judged is not metric else []),
         ["mean KL from the run's next tokens", f"{logits['mean_kl']:.3g} nats"],
         ["greedy texts that are equal", f"{generated['equal']} of {generated['prompts']}"],
         ["bytes", f"{proof['speed']['export']['bytes']:,}"],
@@ -309,15 +351,22 @@ def _proof_section(export: dict) -> str:
     )
 
 
-def _use_section(folder: Path, base: str | None, task: dict | None, export: dict) -> str:
+def _use_section(folder: Path, base: str | None, task: dict | None, export: dict, hub_name: str | None) -> str:
     form, name = export.get("format"), folder.resolve().name
     blocks = []
-    if form in (None, "merged", "onnx", "int8") and task and task["kind"] in ASKED_BY:
-        blocks.append(("distill-slm", "bash", f"python {ASKED_BY[task['kind']].format(name)}"))
+    if form in (None, "merged", "onnx", "int8", "gguf") and task and task["kind"] in ASKED_BY:
+        packed = " --engine llama_cpp" if form == "gguf" else ""
+        blocks.append(("distill-slm", "bash", f"python {ASKED_BY[task['kind']].format(name)}{packed}"))
     if form in (None, "merged"):
-        blocks.append(("transformers", "python", _transformers(folder, name)))
+        blocks.append(("transformers", "python", _transformers(folder, hub_name or name, base)))
+        made = "\n".join(
+            f"python export_model.py --model_dir {name} --format {other} --save_dir exports/{name}_{other}"
+            for other in ("gguf", "onnx", "onnx_genai")
+        )
+        title = "llama.cpp and Ollama, ONNX Runtime, onnxruntime-genai, from an export whose card says how"
+        blocks.append((title, "bash", made))
     if form in ("onnx", "int8"):
-        code = 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")'
+        code = ONNX.format(ask=_ask(folder), ends=_ends(folder))
         blocks.append(("ONNX Runtime", "python", code))
     if form == "onnx_genai":
         blocks.append(("onnxruntime-genai", "python", GENAI))
@@ -330,16 +379,25 @@ def _use_section(folder: Path, base: str | None, task: dict | None, export: dict
     return "## Use\n\n" + "\n\n".join(f"{title}:\n\n```{kind}\n{code}\n```" for title, kind, code in blocks)
 
 
-def _transformers(folder: Path, name: str) -> str:
-    auto = "AutoPeftModelForCausalLM" if adapters.is_adapter(str(folder)) else "AutoModelForCausalLM"
-    package = "peft" if auto.startswith("AutoPeft") else "transformers"
-    return (
-        f"from {package} import {auto}\nfrom transformers import AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\nmodel = {auto}.from_pretrained("{name}")\n'
-        'messages = [{"role": "user", "content": "..."}]\n'
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
-        "return_dict=True)\nprint(tokenizer.decode(model.generate(**inputs)[0]))"
-    )
+def _transformers(folder: Path, name: str, base: str | None) -> str:
+    adapter = adapters.is_adapter(str(folder))
+    auto = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    texts = Path(adapters.tokenizer_folder(str(folder), base))
+    package = "peft" if adapter else "transformers"
+    return "import torch\n" + TRANSFORMERS.format(package=package, auto=auto, name=name, ask=_ask(texts))
+
+
+def _ask(folder: Path) -> str:
+    """How a question becomes the tokens of a prompt, by the tokenizer in a folder."""
+    files = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
+    plain = files[1].is_file() and not files[0].is_file() and not _json(files[1]).get("chat_template")
+    return ASK_PLAIN if plain else ASK_CHAT
+
+
+def _ends(folder: Path) -> list[int]:
+    """The tokens that end an answer, as a model's own files say."""
+    ends = _json(folder / "generation_config.json").get("eos_token_id", [])
+    return ends if isinstance(ends, list) else [ends]
 
 
 def _shown(value: Any) -> str:

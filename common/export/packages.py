@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from common.cli import UserError
-from common.export.formats import GGUF, GGUF_LORA
-from common.export.gguf_quants import WITHOUT_LLAMA_CPP
+from common.export.formats import GGUF, GGUF_LORA, WITHOUT_LLAMA_CPP
 
 WRITERS = {
     "onnx": ("onnx", "onnx_ir", "onnxscript"),

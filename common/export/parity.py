@@ -31,6 +31,7 @@ from common.tasks.idp.training_rows import TrainingRowBuilder
 from common.tasks.ranking import loading, metrics
 from common.tasks.ranking.calibration import Calibration, Scores
 from common.tasks.ranking.classifier import CALIBRATION
+from common.tasks.ranking.decision import log_probabilities
 from common.tasks.ranking.rankers import ranker_of
 from common.tasks.ranking.task import LabelTask
 
@@ -75,7 +76,13 @@ class ProofRows:
 
 
 def read_proof_rows(
-    path: str, task: LabelTask, model_dir: str, most: int | None, *, runs_code: bool = False
+    path: str,
+    task: LabelTask,
+    model_dir: str,
+    most: int | None,
+    *,
+    flag: str = "--proof_data",
+    runs_code: bool = False,
 ) -> ProofRows:
     """Rows with a text and a label of `task`, training rows with an answer, labelled documents of an IDP run, or a
     coder's problems with their tests.
@@ -86,14 +93,17 @@ def read_proof_rows(
     Args:
         model_dir: the model, which may have a fitted calibration, and may say what it was trained for.
         most: rows to use, evenly spaced in the file; None: all.
-        runs_code: code that a model wrote may be run, in the sandbox.
+        flag: that named the file, for the messages.
+        runs_code: code that a model wrote may be run, in the sandbox, or none will be.
 
     Raises:
         UserError: missing or bad rows, by file and line, or rows of another task than the model was trained for;
             problems where no code may be run.
     """
     unit, numbered, _ = records.iter_rows(path)
-    number, first = next(numbered, (1, None))
+    number, first = next(numbered, (None, None))
+    if number is None:
+        raise UserError(f"{path} has no rows; give some with {flag}")
     record = task_record.read(model_dir) or task_record.beside(path) or {}
     kind = record.get("kind") or (task_record.CODEGEN if code_rows.is_problem(first) else None)
     if shapes.shape_of(first, (shapes.COMPLETION,)):
@@ -102,13 +112,13 @@ def read_proof_rows(
         task_record.check_prompts(model_dir, map(turns.last_text, prompts), path)
         return ProofRows(path, prompts, outputs, text_metric=text_metric.of_outputs(kind, outputs))
     if kind == task_record.IDP:
-        return _read_documents(path, most, record)
+        return _read_documents(path, most, record, flag)
     if kind == task_record.CODEGEN:
         return _read_problems(path, most, runs_code)
     if records.row_fault(first, (task.text_field, task.label_field)) is not None:
         raise UserError(
-            f"{path}, {unit} {number}: a row of a proof has {task.text_field} and {task.label_field}, or input and "
-            "output; give such rows with --proof_data"
+            f"{path}, {unit} {number}: a row of {flag} has {task.text_field} and {task.label_field}, or input and "
+            "output; give such rows"
         )
     loading.check(task, model_dir)
     rows = _spaced(task.read(path)[0], most)
@@ -126,11 +136,11 @@ def read_proof_rows(
     )
 
 
-def _read_documents(path: str, most: int | None, record: task_record.Record) -> ProofRows:
+def _read_documents(path: str, most: int | None, record: task_record.Record, flag: str) -> ProofRows:
     if "schema" not in record:
         raise UserError(
             f"{path} holds documents, and the run does not say for which JSON Schema it was trained; give rows of "
-            "input and output like those of its training with --proof_data"
+            f"input and output like those of its training with {flag}"
         )
     rows = _spaced(idp_rows.read(path, record["schema"]), most)
     builder = TrainingRowBuilder(record["schema"], record["typed_fields"], seed=0)
@@ -263,10 +273,9 @@ def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRo
     """What has changed from `reference` to `export`, for export.json.
 
     "metric" is macro-F1 of label rows; of text rows that of the task, field F1, F1 of words or pass@1, and where there
-    is none the inverse perplexity, exp(-NLL per token), the likelihood of a token. Its "difference" is that of the
-    export from the reference, with a paired bootstrap interval: one minus the other; of likelihoods the share by which
-    they change, which means the same whatever the perplexity. Where the reference gets no row right, its metric cannot
-    fall, and likelihood is judged as where there is none; "nothing_right" names the metric.
+    is none "likelihood": the inverse perplexity, exp(-NLL per token), the likelihood of a token, and of label rows that
+    of the right label. Its "difference" is that of the export from the reference, with a paired bootstrap interval: one
+    minus the other; of likelihoods the share by which they change, which means the same whatever the perplexity.
     "changed" are answers that are other than before. KL is that of the export's next-token distribution from the
     reference's, in nats.
     """
@@ -293,13 +302,12 @@ def compare(reference: RuntimeResult, export: RuntimeResult, proof_rows: ProofRo
         },
     }
     if proof_rows.task:
-        proof |= _compare_labels(reference.scores, export.scores, proof_rows)
+        nll = [_label_nll(scores, proof_rows.y) for scores in (reference.scores, export.scores)]
+        proof |= {"likelihood": _compare_nll(*nll)} | _compare_labels(reference.scores, export.scores, proof_rows)
     else:
-        proof |= _compare_nll(reference.nll, export.nll)
-    if proof_rows.text_metric:
-        of_task = _compare_texts(reference, export, proof_rows.text_metric)
-        can_fall = of_task["reference"]["value"] > 0
-        proof |= {"likelihood": proof["metric"], "metric": of_task} if can_fall else {"nothing_right": of_task["name"]}
+        proof |= {"likelihood": _compare_nll(reference.nll, export.nll), "perplexity": _perplexities(reference, export)}
+        of_task = proof_rows.text_metric and _compare_texts(reference, export, proof_rows.text_metric)
+        proof["metric"] = of_task or proof["likelihood"]
     proof["changed"] = (_changed_labels if proof_rows.task else _changed_texts)(reference, export, proof_rows)
     return proof | {"speed": {"reference": reference.speed(), "export": export.speed()}}
 
@@ -355,19 +363,27 @@ def _compare_texts(reference: RuntimeResult, export: RuntimeResult, metric: Text
     }
 
 
+def _label_nll(scores: Scores, y: np.ndarray) -> np.ndarray:
+    """The negative log-probability of each row's label in nats, beside 1 [rows, 2]."""
+    log_p = log_probabilities(scores.probabilities)
+    return np.stack([-log_p[np.arange(len(y)), y], np.ones(len(y))], axis=1)
+
+
+def _perplexities(reference: RuntimeResult, export: RuntimeResult) -> dict[str, Any]:
+    return {
+        name: {key: float(np.exp(value)) for key, value in bootstrap.ratio_interval(result.nll).items()}
+        for name, result in (("reference", reference), ("export", export))
+    }
+
+
 def _compare_nll(reference: np.ndarray, export: np.ndarray) -> dict[str, Any]:
+    """The likelihood of a token, or of a label, from NLLs [rows, 2] beside how many each is of."""
     nlls = [bootstrap.ratio_interval(sums) for sums in (reference, export)]
     change = bootstrap.ratio_interval(np.concatenate([export, reference], axis=1))
     ends = {"value": "value", "low": "high", "high": "low"}  # more NLL is less probability
     return {
-        "perplexity": {
-            name: {key: float(np.exp(value)) for key, value in nll.items()}
-            for name, nll in zip(("reference", "export"), nlls, strict=True)
-        },
-        "metric": {
-            "name": LIKELIHOOD,
-            "reference": {key: float(np.exp(-nlls[0][of])) for key, of in ends.items()},
-            "export": {key: float(np.exp(-nlls[1][of])) for key, of in ends.items()},
-            "difference": {key: float(np.expm1(-change[of])) for key, of in ends.items()},
-        },
+        "name": LIKELIHOOD,
+        "reference": {key: float(np.exp(-nlls[0][of])) for key, of in ends.items()},
+        "export": {key: float(np.exp(-nlls[1][of])) for key, of in ends.items()},
+        "difference": {key: float(np.expm1(-change[of])) for key, of in ends.items()},
     }

@@ -11,7 +11,7 @@ REMEDY = "log in with `hf auth login`, or set HF_TOKEN to a token that may write
 
 
 def check(repo: str) -> None:
-    """Refuse, before minutes are spent, a name that is none, or a Hub that would not take the files.
+    """Refuse, before minutes are spent, a name that is none or not of the login, or a Hub that takes no files of it.
 
     Raises:
         UserError: it says which.
@@ -21,7 +21,7 @@ def check(repo: str) -> None:
 
     try:
         validate_repo_id(repo)
-        within(SECONDS, HfApi().whoami)
+        login = within(SECONDS, HfApi().whoami)
     except errors.HFValidationError as error:
         raise UserError(f"--push_to_hub {repo} is no name of the Hub; give OWNER/NAME") from error
     except errors.OfflineModeIsEnabled as error:
@@ -32,6 +32,13 @@ def check(repo: str) -> None:
         raise UserError(f"--push_to_hub: the Hub did not answer within {SECONDS:g} s; try later") from error
     except Exception as error:  # whatever its HTTP library makes of a refusal, or of a network that is not there
         raise UserError(f"--push_to_hub: {_reason(error)}; {REMEDY}") from error
+    owner, slash, name = repo.rpartition("/")
+    owners = [login["name"], *(one["name"] for one in login.get("orgs", ()))]
+    if not slash or owner.lower() not in map(str.lower, owners):
+        who = f"is not of {' or '.join(owners)}, who may write by this login" if slash else "names no owner"
+        raise UserError(f"--push_to_hub {repo} {who}; give {owners[0]}/{name}")
+    if login.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"--push_to_hub: the login of {owners[0]} may only read; {REMEDY}")
 
 
 def push(folder: Path, repo: str) -> str:

@@ -38,6 +38,8 @@ def check_model_dir(model_dir: str, base: str | None = None, *, ask_hub: bool = 
     not on the Hub (which is asked unless `ask_hub` is False)."""
     if adapters.is_adapter(model_dir):
         base = base or adapters.base_of(model_dir)
+        if looks_local(base) and not Path(base).exists():
+            raise UserError(f"the base {base} does not exist; give its folder with --base")
         if ask_hub and not looks_local(base):
             hub.check(base)
     elif gguf := gguf_import.local_gguf(model_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from common.export import merge as merging
 from common.export import parity
 from common.export import pipeline as export
 from common.models import adapters
+from common.tasks.ranking.creditmix import CREDITMIX
 
 pytestmark = pytest.mark.exports
 
@@ -80,7 +82,7 @@ def refused(run: str, dev: str, tmp_path: Path, *more: str, form: str = "merged"
     return str(error.value)
 
 
-def test_flags_that_do_not_go_together(run, dev, tmp_path):
+def test_flags_that_do_not_go_together(run, base, dev, tmp_path):
     assert "--dtype bfloat16 is not for --format onnx" in refused(
         run, dev, tmp_path, "--dtype", "bfloat16", form="onnx"
     )
@@ -90,7 +92,14 @@ def test_flags_that_do_not_go_together(run, dev, tmp_path):
     assert "--imatrix none.jsonl does not exist" in refused(run, dev, tmp_path, "--imatrix", "none.jsonl", form="gguf")
     assert "--scales is for --format int8" in refused(run, dev, tmp_path, "--scales", "channel")
     assert "--keep_lm_head is for --format int8" in refused(run, dev, tmp_path, "--keep_lm_head")
-    assert "--max_shard_gb must be above 0" in refused(run, dev, tmp_path, "--max_shard_gb", "0")
+    for size in ("0", "nan", "inf"):
+        assert "--max_shard_gb must be above 0" in refused(run, dev, tmp_path, "--max_shard_gb", size)
+    for quant in ("Q8_0", "F16", "BF16"):
+        assert (
+            f"--imatrix changes nothing in {quant}; leave it out, or give --quant Q4_K_M or Q5_K_M or Q6_K"
+            in refused(run, dev, tmp_path, "--imatrix", dev, "--quant", quant, form="gguf")
+        )
+    assert "is a whole model; leave it out" in refused(base, dev, tmp_path, "--base", base)
     assert "--max_metric_drop must be 0 or above" in refused(run, dev, tmp_path, "--max_metric_drop", "nan")
     for flag, value in (("--proof_rows", ["3"]), ("--max_metric_drop", ["0"]), ("--push_to_hub", ["o/n"])):
         assert f"{flag} goes with a proof; leave it out, or --no_proof" in refused(
@@ -134,6 +143,7 @@ def test_an_adapter_without_its_base(run, dev, tmp_path, tokenizer):
     config = json.loads((lost / adapters.ADAPTER_CONFIG).read_text())
     (lost / adapters.ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "/not/there"}))
     assert "needs its base /not/there, which is not there" in refused(str(lost), dev, tmp_path)
+    assert "the base /not/there does not exist" in refused(run, dev, tmp_path, "--base", "/not/there")
     other = build_base(tmp_path / "other", tokenizer, seed=5)
     assert "was trained on other base weights" in refused(run, dev, tmp_path, "--base", other)
     export_run(str(lost), "merged", tmp_path / "found", dev, "--base", adapters.base_of(run))
@@ -142,11 +152,16 @@ def test_an_adapter_without_its_base(run, dev, tmp_path, tokenizer):
 def test_proof_rows_that_cannot_be(run, dev, tmp_path):
     assert "does not exist; give rows to compare on" in refused(run, "none.jsonl", tmp_path)
     bad = write_rows(tmp_path / "bad.jsonl", [{"text": "x"}])
-    assert "bad.jsonl, line 1: a row of a proof has question and answer, or input and output" in refused(
-        run, bad, tmp_path
-    )
-    empty = write_rows(tmp_path / "empty.jsonl", [])
-    assert "is empty; give a file with rows" in refused(run, empty, tmp_path)
+    empty, none = write_rows(tmp_path / "empty.jsonl", []), tmp_path / "none.json"
+    none.write_text("[]")
+    for rows, sentence in (
+        (bad, "bad.jsonl, line 1: a row of {0} has question and answer, or input and output; give such rows"),
+        (empty, "is empty; give a file with rows"),
+        (str(none), "none.json has no rows; give some with {0}"),
+    ):
+        assert sentence.format("--proof_data") in refused(run, rows, tmp_path)
+        with pytest.raises(UserError, match=re.escape(sentence.format("--imatrix"))):
+            parity.read_proof_rows(rows, CREDITMIX, run, None, flag="--imatrix", runs_code=True)
 
 
 # A pretrained model that nobody here made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from common.cli import UserError
 from common.export import model_card
 from common.export.pipeline import RECORD
 from common.files import read_json
+from common.models import loading as models
+from common.models import tokenizers
+from common.models.source import ModelSource
+from common.models.torch_runtime import TorchRuntime
 
 FIGURE = {"value": 0.664, "low": 0.65, "high": 0.678}
 METRICS = {
@@ -79,6 +84,7 @@ def test_all_that_is_known_is_said(risk):
         "in `calibration.json`",
         "python infer_creditmix.py --model_dir risk",
         'AutoPeftModelForCausalLM.from_pretrained("risk")',
+        "python export_model.py --model_dir risk --format gguf",
     ):
         assert said in text, said
     assert "/home/ann" not in text and "More Information Needed" not in text and "0.100 [" not in text
@@ -159,6 +165,25 @@ def test_an_export_tells_its_proof_and_its_use(run, dev, tmp_path, form, said, r
         assert each in text, each
     assert all(f"`{about['sha256']}`" in text for about in record["files"].values())
     assert str(out.parent) not in text and metadata_load(out / "README.md")["pipeline_tag"]
+
+
+@pytest.mark.exports
+@pytest.mark.parametrize("form", ["run", "merged", "onnx"])
+def test_what_it_says_of_running_it_runs(form, run, onnx, dev, tmp_path, monkeypatch, capsys):
+    """Pasted into a Python, it writes what the toolkit writes."""
+    folder = {"run": Path(run), "onnx": onnx}.get(form, tmp_path / "out")
+    if form == "merged":
+        export_run(run, "merged", folder, dev)
+    model, tokenizer = models.load_for_inference(ModelSource(run, dtype="float32"))
+    prompt = tokenizers.encode_prompt(tokenizer, "Age: 23")
+    ends = tokenizers.stop_ids(tokenizer, model.generation_config)
+    answer = TorchRuntime(model).generate([prompt], 12, ends)[0]
+    (code,) = re.findall(r"```python\n(.*?)\n```", model_card.card(folder), re.DOTALL)
+    monkeypatch.chdir(folder if form == "onnx" else folder.parent)
+    capsys.readouterr()
+    exec(code.replace("256", "12").replace("...", "Age: 23"), {})
+    assert capsys.readouterr().out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+    assert len(answer) > 2
 
 
 def test_rows_are_a_table_whatever_they_hold(risk, tmp_path):

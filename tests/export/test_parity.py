@@ -18,6 +18,7 @@ from common.export import parity
 from common.export.parity import RuntimeResult
 from common.models import chats, tokenizers
 from common.models.source import ModelSource
+from common.tasks.ranking.calibration import Scores
 from common.tasks.ranking.classifier import Classifier
 from common.tasks.ranking.creditmix import CREDITMIX
 
@@ -70,6 +71,20 @@ def test_a_token_that_is_less_likely_shows_at_any_perplexity(tmp_path, nll):
     after = measured([[0.0, 0.0]], [[1]], nll=np.array([[10 * (nll + 0.05), 10]] * 2))
     difference = parity.compare(before, after, proof_rows)["metric"]["difference"]
     assert difference["value"] == pytest.approx(np.exp(-0.05) - 1, abs=1e-5)
+
+
+def test_the_likelihood_of_a_label(run, dev):
+    """Beside macro-F1, in whose place it is judged where that could not fall."""
+    rows = parity.read_proof_rows(dev, CREDITMIX, run, None)
+
+    def given(right: float) -> RuntimeResult:
+        probabilities = np.full((len(rows.y), 3), (1 - right) / 2)
+        probabilities[np.arange(len(rows.y)), rows.y] = right
+        return measured([[0.0, 0.0]], [[1]], scores=Scores.of(probabilities))
+
+    proof = parity.compare(given(0.8), given(0.5), rows)
+    assert (proof["metric"]["name"], proof["metric"]["difference"]["value"]) == ("macro_f1", 0.0)
+    assert proof["likelihood"]["difference"]["value"] == pytest.approx(0.5 / 0.8 - 1)
 
 
 def test_text_rows(run, tmp_path, torch_model):

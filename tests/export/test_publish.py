@@ -34,9 +34,12 @@ class StandIn:
         self.app.post("/api/models/{owner}/{name}/commit/main")(self.commit)
 
     async def who(self, request: Request):
-        if request.headers.get("authorization") != "Bearer hf_good":
+        roles = {"Bearer hf_good": "write", "Bearer hf_read": "read"}
+        role = roles.get(request.headers.get("authorization"))
+        if role is None:
             return JSONResponse({"error": "Invalid token"}, 401)
-        return {"name": "ann", "type": "user"}
+        who = {"name": "ann", "type": "user", "orgs": [{"name": "Acme", "type": "org"}]}
+        return who | {"auth": {"type": "access_token", "accessToken": {"displayName": "mine", "role": role}}}
 
     async def info(self, owner: str, name: str):
         if f"{owner}/{name}" not in self.repos:
@@ -79,6 +82,7 @@ def test_an_export_is_put_on_the_hub(hub, run, dev, tmp_path):
     assert export_model.main([*argv, "--push_to_hub", "ann/risk"]) == cli.DONE
     assert hub.repos["ann/risk"]["visibility"] == "private"
     assert hub.files.keys() == {path.name for path in (tmp_path / "out").iterdir()}
+    assert b'AutoModelForCausalLM.from_pretrained("ann/risk")' in hub.files["README.md"]
     assert b"## Proof" in hub.files["README.md"] and hub.files["README.md"].startswith(b"---\n")
     assert hub.files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
     publish.push(tmp_path / "out", "ann/risk")  # once more, where it is
@@ -90,6 +94,9 @@ def test_an_export_is_put_on_the_hub(hub, run, dev, tmp_path):
         ("a/b/c", "hf_good", "a/b/c is no name of the Hub"),
         ("ann/risk", "hf_bad", "log in with `hf auth login`"),
         ("ann/risk", "", "nobody is logged in to the Hub"),
+        ("ann/risk", "hf_read", "the login of ann may only read; log in with"),
+        ("risk", "hf_good", "--push_to_hub risk names no owner; give ann/risk"),
+        ("bob/risk", "hf_good", "bob/risk is not of ann or Acme, who may write by this login; give ann/risk"),
     ],
 )
 def test_refused_before_anything_is_done(hub, run, dev, tmp_path, monkeypatch, name, token, sentence):
@@ -99,6 +106,10 @@ def test_refused_before_anything_is_done(hub, run, dev, tmp_path, monkeypatch, n
     with pytest.raises(UserError, match=sentence):
         export_model.main([*argv, "--push_to_hub", name])
     assert not (tmp_path / "out").exists() and not hub.repos
+
+
+def test_an_organisation_of_the_login(hub):
+    publish.check("acme/risk")
 
 
 def test_offline_is_said(hub, monkeypatch):

@@ -84,10 +84,30 @@ def test_the_difference_is_paired(tmp_path):
     assert proof["metric"]["difference"]["low"] < -1 / 8 < proof["metric"]["difference"]["high"] <= 0
     assert proof["likelihood"]["difference"]["value"] == pytest.approx(np.exp(-0.1) - 1)
 
-    wrong = [FIELDS | {"company": "x", "total": 9}] * 4
-    blind = parity.compare(measured(wrong, 1.0), measured(wrong, 1.1), rows)
-    assert (blind["metric"]["name"], blind["nothing_right"]) == (proof_table.LIKELIHOOD, "field_f1")
-    assert blind["metric"]["difference"]["value"] == pytest.approx(np.exp(-0.1) - 1)  # an export can still fail
+
+def judged(reference: float, export: float, likelihood: float, most: float) -> tuple[str, bool]:
+    def metric(name: str, before: float, change: float) -> dict:
+        return {"name": name, "reference": {"value": before}, "difference": {"value": change}}
+
+    proof = {"metric": metric("field_f1", reference, export - reference)}
+    proof["likelihood"] = metric(proof_table.LIKELIHOOD, 0.5, likelihood)
+    said = proof_table.verdict({"proof": proof}, most)
+    return said["judged_by"], said["passed"]
+
+
+@pytest.mark.parametrize("reference", [0.0, 0.001, 0.01, 0.0101, 0.5, 1.0])
+def test_an_export_that_has_lost_everything_fails_whatever_the_metric_was(reference):
+    assert judged(reference, 0.0, -0.9, 0.01)[1] is False
+    assert judged(reference, reference, 0.0, 0.01)[1] is True
+
+
+def test_what_is_judged():
+    """One right answer of 125 is no more than the fall that is allowed."""
+    assert judged(0.008, 0.0, -0.005, 0.01) == (proof_table.LIKELIHOOD, True)
+    assert judged(0.008, 0.0, -0.02, 0.01) == (proof_table.LIKELIHOOD, False)
+    assert judged(0.008, 0.0, -0.02, 0.001) == ("field_f1", False)
+    assert judged(0.5, 0.495, -0.2, 0.01) == ("field_f1", True)
+    assert judged(0.5, 0.0, -0.9, 1.0) == ("field_f1", True)  # which lets all pass
 
 
 @pytest.mark.exports
@@ -96,5 +116,5 @@ def test_a_run_that_gets_nothing_right_is_judged_by_likelihood(run, tmp_path, ca
     task_record.write(copy, task_record.of_prompts(task_record.IDP, "idp", []))
     path = write_rows(tmp_path / "rows.jsonl", [{"input": "Anna, 3", "output": json.dumps(FIELDS)}] * 3)
     record = export_run(str(copy), "merged", tmp_path / "merged", path)
-    assert record["proof"]["nothing_right"] == "field_f1" and record["proof"]["generated"]["prompts"] == 3
-    assert "the run gets none of these rows right, so that its field_f1 cannot fall" in capsys.readouterr().out
+    assert record["judged_by"] == proof_table.LIKELIHOOD and record["proof"]["generated"]["prompts"] == 3
+    assert "field_f1 of the run is 0.0000 on these rows, which cannot fall by more than" in capsys.readouterr().out

@@ -128,7 +128,7 @@ def test_a_proof_takes_rows_of_the_runs_own_task(run, tmp_path, monkeypatch):
     task_record.write(run, TICKETS.record())
     with pytest.raises(UserError, match=r"data/ticket_severity_dev\.jsonl does not exist"):
         export_model.main(export)
-    with pytest.raises(UserError, match=r"a row of a proof has ticket and severity"):
+    with pytest.raises(UserError, match=r"a row of --proof_data has ticket and severity"):
         export_model.main([*export, "--proof_data", credit])
     with pytest.raises(UserError, match=r"trained for ticket_severity .*, not for creditmix .*--task"):
         export_model.main([*export, "--task", "creditmix", "--proof_data", credit])
