@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Names of llama.cpp's pre-tokenizers that are tried, a family's own first; others cut as one of these.
 FAMILIES = ("qwen2", "llama-bpe", "smollm", "gpt-2", "qwen35", "smaug-bpe", "tekken", "gpt-4o", "default")
+OTHER_STOPS = 2
 PROBE = (
     "Invoice No. 00123-A\nTOTAL  1,234.50 EUR\t(incl. 19% VAT)\r\n\r\n  don't I'LL they've\n\n\n"
     "def f(x):\n    return x**2  # naïve café é\n| a | b |\n"
@@ -56,7 +57,7 @@ def add_tokenizer(
     writer.add_token_types(types)
     writer.add_add_bos_token(adds_bos(tokenizer))
     writer.add_add_eos_token(False)
-    others = [token for token in stops[1:] if token != tokenizer.pad_token_id]
+    others = other_stops(tokenizer, stops)
     for number, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
         (tokenizer.eos_token_id, writer.add_eos_token_id),
@@ -69,6 +70,11 @@ def add_tokenizer(
             add(number)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def other_stops(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[int]:
+    """The tokens that end an answer beside EOS and PAD; a file has room for `OTHER_STOPS` of them, EOT and EOM."""
+    return [token for token in stops if token not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

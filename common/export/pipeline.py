@@ -385,6 +385,7 @@ class Export:
         marked = not self.settings.proves
         gguf_writer.write(merged, file, quant, self.tokenizer, self.stops, importance, self.task, unproven=marked)
         self._write_modelfile(folder, file.name)
+        self._tell_lost_stops()
         facts |= {"dtype": quant, **self._imatrix_facts(), "runtime": _runtime("xllamacpp")}
         return folder, facts | self._proven_in_llama_cpp([file])
 
@@ -439,6 +440,18 @@ class Export:
 
         log(f"measuring what matters on {len(rows.prompts):,} rows of {rows.path}")
         return importance_of(merged, parity.encode(self.tokenizer, rows))
+
+    def _tell_lost_stops(self) -> None:
+        """Say which tokens that end an answer a GGUF has no place for."""
+        from common.export import gguf_vocabulary
+
+        lost = gguf_vocabulary.other_stops(self.tokenizer, self.stops)[gguf_vocabulary.OTHER_STOPS :]
+        if lost:
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(lost))
+            log(
+                f"a GGUF has no place for {names}, at which answers end, too: Ollama stops there by the Modelfile, "
+                "llama.cpp only where it knows the token by its name"
+            )
 
     def _write_modelfile(self, folder: Path, gguf_file: str, adapter: str | None = None) -> None:
         from common.export.modelfile import MODELFILE, modelfile

@@ -18,6 +18,8 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as bpe
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import export_model
+from common import cli
 from common.cli import UserError
 from common.data import task_record
 from common.export import parity
@@ -59,6 +61,22 @@ def test_every_stop_token_survives(tmp_path, tokenizer, dev):
     model = GgufModel(tmp_path / "gguf" / "model-Q8_0.gguf", 64)
     assert {tokenizer.eos_token_id, other} <= model.ends()
     model.close()
+
+
+def test_stops_that_a_gguf_has_no_place_for_are_named(tmp_path, tokenizer, capsys):
+    base = Path(build_base(tmp_path / "base", tokenizer))
+    settings = json.loads((base / "generation_config.json").read_text())
+    words = [token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids][50:54]
+    settings["eos_token_id"] = [tokenizer.eos_token_id, *words]
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    argv = ["--model_dir", str(base), "--format", "gguf", "--save_dir", str(tmp_path / "gguf"), "--no_proof"]
+    assert export_model.main(argv) == cli.DONE
+    names = tokenizer.convert_ids_to_tokens(words)
+    assert f"a GGUF has no place for {names[2]}, {names[3]}, at which answers end" in capsys.readouterr().err
+    written = (tmp_path / "gguf" / "Modelfile").read_text()
+    assert all(f"PARAMETER stop {json.dumps(name)}\n" in written for name in names)
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model-Q8_0.gguf").fields
+    assert [fields[f"tokenizer.ggml.{key}_token_id"].contents() for key in ("eot", "eom")] == words[:2]
 
 
 def test_a_file_alone_tells_its_task(tmp_path, base, dev, monkeypatch):

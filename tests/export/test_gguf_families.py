@@ -14,9 +14,10 @@ import pytest
 import torch
 from support.exported import export_run
 from support.families import WIDER
+from support.http_server import Client
 from support.inputs import CORPUS
 from support.sentencepiece import PLAIN, gemma_tokenizer
-from support.served import make_run
+from support.served import make_adapter, make_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.cli import UserError
@@ -30,7 +31,7 @@ from common.models.source import ModelSource
 from common.models.torch_runtime import TorchRuntime
 
 pytestmark = pytest.mark.exports
-pytest.importorskip("xllamacpp")
+xllamacpp = pytest.importorskip("xllamacpp")
 
 SHAPE = WIDER | {"max_position_embeddings": 256, "tie_word_embeddings": False}
 WINDOW = 8
@@ -123,6 +124,33 @@ def test_in_llama_cpp(family, tokenizer, tmp_path):
         assert (followed[np.arange(len(followed)), answers[-1]] > followed.max(axis=1) - near).all()
         exported.close()
     assert answers[0] != answers[1]
+
+
+def test_several_adapters_in_llama_cpps_server(tokenizer, tmp_path):
+    """Each request names the one that it wants, and is answered as by PEFT; so is one that wants none."""
+    base = build("llama", tokenizer, tmp_path / "base")
+    runs = [make_run(tmp_path / "run", base, seed=2), make_adapter(tmp_path / "rslora", base, use_rslora=True)]
+    gguf_writer.write(base, tmp_path / "base.gguf", "F16", tokenizer, tokenizers.stop_ids(tokenizer))
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(tmp_path / "base.gguf")
+    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.warmup = 512, 1, 0, False
+    settings.verbosity = 0
+    for run in runs:
+        gguf_lora.write(run, Path(base), run / "adapter.gguf")
+    settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(run / "adapter.gguf"), 0.0) for run in runs]
+    server = xllamacpp.Server(settings)
+    client = Client(int(server.listening_address.rpartition(":")[2]))
+    ids, answers = tokenizer.encode("Age: 23, Occupation: Writer", add_special_tokens=False), []
+    for chosen, source in ((None, base), *enumerate(runs)):
+        asked = {"prompt": ids, "n_predict": 12, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+        wanted = [] if chosen is None else [{"id": chosen, "scale": 1.0}]
+        answer = client.post("/completion", asked | {"lora": wanted})
+        answers.append(answer["tokens"])
+        followed = in_torch(str(source)).logits(ids + answers[-1])[len(ids) - 1 : -1]
+        near = 0.01 * np.abs(followed).max()
+        assert (followed[np.arange(len(followed)), answers[-1]] > followed.max(axis=1) - near).all()
+    assert len({tuple(answer) for answer in answers}) == 3
+    del server
 
 
 @pytest.mark.parametrize("family", FAMILIES)

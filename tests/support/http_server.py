@@ -56,7 +56,7 @@ class Client:
         content = answer.read()
         connection.close()
         received = dict(answer.getheaders())
-        is_json = received.get("content-type", "").startswith("application/json")
+        is_json = answer.getheader("content-type", "").startswith("application/json")
         return answer.status, json.loads(content) if is_json else content.decode(), received
 
     def post(self, path: str, body: Any) -> Any:
