@@ -117,9 +117,11 @@ class Step:
 
 @pytest.fixture
 def step(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     step = Step(monkeypatch)
     yield step
     step.callback.restore()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_is_answered_before_what_is_computed_ends(step):
