@@ -40,6 +40,11 @@ def check_model_dir(model_dir: str, base: str | None = None, *, ask_hub: bool = 
         base = base or adapters.base_of(model_dir)
         if looks_local(base) and not Path(base).exists():
             raise UserError(f"the base {base} does not exist; give its folder with --base")
+        if adapters.is_adapter(base):
+            raise UserError(
+                f"the base {base} is an adapter itself; give the model that {model_dir} was trained on with --base, or "
+                "merge the one below into its own base first (export_model.py --format merged)"
+            )
         if ask_hub and not looks_local(base):
             hub.check(base)
     elif gguf := gguf_import.local_gguf(model_dir):

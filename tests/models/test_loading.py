@@ -124,6 +124,11 @@ def test_an_adapter_without_weights(copy):
         models.load_for_inference(ModelSource(str(copy)))
 
 
+def test_an_adapter_is_no_base_of_another(copy):
+    with pytest.raises(UserError, match=r"is an adapter itself; give the model that .* was trained on with --base"):
+        models.check_model_dir(str(copy), str(copy))
+
+
 def test_a_folder_that_is_not_there():
     with pytest.raises(UserError, match="runs/nothing does not exist; train it first or check the path"):
         models.check_model_dir("runs/nothing")
