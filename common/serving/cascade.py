@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -91,9 +91,7 @@ class ServedCascade:
             return cascade.own(answer)
         item = cascade.item(0, task)
         if isinstance(self.teacher, RunTeacher):
-            (reply,), granted = self.cascade.opened(1)
-            if granted:
-                reply = await self._code_of_run(request, self.teacher.run, work, cascade.task, item, task) or reply
+            reply = await self._code_of_run(request, self.teacher.run, work, cascade.task, item, task)
         else:
             (reply,) = await self.cascade.replies_in_time(cascade.task, [item])
         self._count(version, [reply])
@@ -129,9 +127,6 @@ class ServedCascade:
         self, request: Request, run: str, work: Extract, task: Documents, item: Item, text: str
     ) -> Reply:
         """What a run of this server makes of a document, as a training row would have it."""
-        (reply,), granted = self.cascade.opened(1)
-        if not granted:
-            return reply
 
         async def ask() -> Extraction:
             version = await self.server.find(run)
@@ -139,17 +134,17 @@ class ServedCascade:
             work_of_run = replace(work, typed_fields=None)
             return await self.server.answer(request, version, work_of_run, text, tokens=estimate(text))
 
-        extraction = await self._in_time(ask())
-        if extraction is None or isinstance(extraction, Reply):
-            return extraction or reply
-        if extraction.error or extraction.cut:
-            return Reply(reason="the teacher has no whole, valid answer, either")
-        return await asyncio.to_thread(read, task, item, Answer(extraction.text))
+        def row(extraction: Extraction) -> str | Reply:
+            if extraction.error or extraction.cut:
+                return Reply(reason="the teacher has no whole, valid answer, either")
+            return extraction.text
+
+        return await self._written_by_run(ask, row, task, item)
 
     async def _code_of_run(
         self, request: Request, run: str, work: WriteCode, task: Code, item: Item, asked: str
-    ) -> Reply | None:
-        """What a run of this server programs, as a training row would have it; None where it is late."""
+    ) -> Reply:
+        """What a run of this server programs, as a training row would have it."""
 
         async def ask() -> CodeAnswer:
             version = await self.server.find(run)
@@ -157,12 +152,33 @@ class ServedCascade:
             work_of_run = replace(work, plan_then_code=False, stream=False)
             return await self.server.answer(request, version, work_of_run, asked, tokens=estimate(asked))
 
-        answer = await self._in_time(ask())
-        if answer is None or isinstance(answer, Reply):
-            return answer
-        if programs.is_unsure(answer):
-            return Reply(reason="the teacher has no whole program, either")
-        return await asyncio.to_thread(read, task, item, Answer(code_answer(answer.code)))
+        def row(answer: CodeAnswer) -> str | Reply:
+            if programs.is_unsure(answer):
+                return Reply(reason="the teacher has no whole program, either")
+            return code_answer(answer.code)
+
+        return await self._written_by_run(ask, row, task, item)
+
+    async def _written_by_run(
+        self,
+        ask: Callable[[], Coroutine[Any, Any, Any]],
+        row: Callable[[Any], str | Reply],
+        task: Documents | Code,
+        item: Item,
+    ) -> Reply:
+        """What comes of asking a run, within budget and time.
+
+        Args:
+            row: of what it has written the text as in a training row, or a reply that says why there is none.
+        """
+        (reply,), granted = self.cascade.opened(1)
+        if not granted:
+            return reply
+        written = await self._in_time(ask())
+        if written is None or isinstance(written, Reply):
+            return written or reply
+        text = row(written)
+        return text if isinstance(text, Reply) else await asyncio.to_thread(read, task, item, Answer(text))
 
     async def _in_time(self, asked: Coroutine[Any, Any, Any]) -> Any:
         """What a run answers; None where it is late, a Reply that says why where it cannot be asked."""

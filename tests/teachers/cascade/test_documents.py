@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,6 @@ pytestmark = pytest.mark.processes
 
 DOCUMENTS = ["Acme Ltd, total USD 12.50", "Bar LLC, total USD 1,250.00", "Foo Inc, total USD 7"]
 FIELDS = {"company": "Acme Ltd", "total": 12.5}
-
-
-@pytest.fixture(scope="module")
-def made(base, tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "student", base, seed=1)
-
-
-@pytest.fixture
-def student(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "runs" / "student"))
 
 
 def reply_of(body: dict) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,16 +23,6 @@ from common.teachers.cascade.labels import LabelCascade
 pytestmark = pytest.mark.processes
 
 ROWS = [text.partition("\n\n")[2] for text in CORPUS[:24]]
-
-
-@pytest.fixture(scope="module")
-def made(base, tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "student", base, seed=1)
-
-
-@pytest.fixture
-def student(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "student"))
 
 
 def classify(student: Path, rows: list[str], *more: object) -> list[dict]:

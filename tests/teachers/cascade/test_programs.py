@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,16 +26,6 @@ TASKS = [
 ADD = "def add(a, b):\n    return a + b"
 WRONG = "def add(a, b):\n    return a - b"
 TEST = ("--test", "assert add(1, 2) == 3", "--max_tries", 1, "--confirm_run_unsafe_code")
-
-
-@pytest.fixture(scope="module")
-def made(base, tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "student", base, seed=1)
-
-
-@pytest.fixture
-def student(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "runs" / "student"))
 
 
 def write(student: Path, *more: object) -> int:
