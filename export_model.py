@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if data and not Path(data).is_file():
         raise cli.UserError(f"{data} does not exist; give rows to compare on with --proof_data")
 
-    from common.export import model_card, needs, parity, pipeline, proof_table, publish
+    from common.export import model_card, needs, pipeline, proof_table, publish
+    from common.export.proof_rows import read_proof_rows
 
     quant = args.quant or QUANTS[0]
     needs.check_runtime(args.format, args.model_dir, quant, proves=data is not None)
@@ -125,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_shard_bytes=int(args.max_shard_gb * 1e9),
         trust_remote_code=args.trust_remote_code,
         imatrix=args.imatrix
-        and parity.read_proof_rows(args.imatrix, task, args.model_dir, None, flag="--imatrix", runs_code=True),
+        and read_proof_rows(args.imatrix, task, args.model_dir, None, flag="--imatrix", runs_code=True),
         proof_rows=data
-        and parity.read_proof_rows(data, task, args.model_dir, args.proof_rows, runs_code=args.confirm_run_unsafe_code),
+        and read_proof_rows(data, task, args.model_dir, args.proof_rows, runs_code=args.confirm_run_unsafe_code),
     )
     needs.check(settings, save_dir)
     with pipeline.staging(save_dir) as stage:

@@ -54,10 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
 
-    from common.export import parity
     from common.export import pipeline as export
+    from common.export.proof_rows import encode, read_proof_rows
 
-    proof_rows = parity.read_proof_rows(args.data, CREDITMIX, "", max(args.rows, args.together))
+    proof_rows = read_proof_rows(args.data, CREDITMIX, "", max(args.rows, args.together))
     texts = proof_rows.texts[: args.rows]
     turns: dict[str, dict[str, Callable[[], float]]] = {"rows": {}, "tokens": {}, "tokens_together": {}}
     limit_of: dict[tuple[str, str], str] = {}
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if isinstance(runtime, TorchRuntime) and not forward:
                 forward = "bare forward"
                 turns["rows"][forward] = speed(len(texts), merged_forward(model_dir, texts))
-        prompts = [row.input_ids[: row.prompt_length] for row in parity.encode(tokenizer, proof_rows)]
+        prompts = [row.input_ids[: row.prompt_length] for row in encode(tokenizer, proof_rows)]
         size = weight_bytes(model_dir, runtime)
         for unit, batches in (
             ("tokens", [[prompt] for prompt in prompts[:ALONE]]),

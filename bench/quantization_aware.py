@@ -37,19 +37,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if adapters.is_adapter(model_dir):
             raise cli.UserError(f"{model_dir} is an adapter; give a whole model, trained with --lora_r 0 or merged")
 
-    from common.export import parity
+    from common.export.proof_rows import ProofRows, read_proof_rows
     from common.tasks.ranking import metrics
     from common.tasks.ranking.calibration import Calibration, Scores
     from common.tasks.ranking.torch_ranker import TorchRanker
 
-    def judge(model, tokenizer, proof_rows: parity.ProofRows) -> Scores:
+    def judge(model, tokenizer, proof_rows: ProofRows) -> Scores:
         ranker = TorchRanker(model, tokenizer, CREDITMIX)
         calibration = proof_rows.calibration or Calibration(CREDITMIX.labels, "prior", tuple(ranker.prior()))
         return calibration.apply(ranker.raw_scores(proof_rows.texts))
 
     rows = []
     for model_dir in args.model_dir:
-        proof_rows = parity.read_proof_rows(args.data, CREDITMIX, model_dir, None)
+        proof_rows = read_proof_rows(args.data, CREDITMIX, model_dir, None)
         model, tokenizer = models.load_for_inference(ModelSource(model_dir, load_in_4bit="off", dtype="float32"))
         exact = judge(model, tokenizer, proof_rows)
         rounded = judge(quantization_aware.quantized(model, args.kind), tokenizer, proof_rows)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
+from common.models.gguf_file import STOPS_KEY
 from common.models.gguf_tokenizer import PRE_TOKENIZERS, WHOLE_WORDS
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def add_tokenizer(
     ):
         if number is not None:
             add(number)
+    if len(others) > OTHER_STOPS:
+        writer.add_array(STOPS_KEY, [tokenizer.eos_token_id, *others])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 

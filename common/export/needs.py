@@ -167,7 +167,7 @@ def _process(size: int) -> int:
 
 
 def _in_torch(what: str, source: ModelSource, remedy: str) -> list[Phase]:
-    plan = vram.if_known(lambda: vram.inference_plan(source, generates=False))
+    plan = vram.if_known(lambda: vram.inference_plan(source))
     return [Phase(what, predict(plan).total, remedy, on_device=True)] if plan else []
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,8 @@ from common.data import task_record
 from common.export import merge as merging
 from common.export import parity
 from common.export.model_card import EXPORT_FILE
-from common.export.parity import ProofRows, RuntimeResult
+from common.export.parity import Measurement, Speed
+from common.export.proof_rows import ProofRows, encode
 from common.files import atomic_write, lies_in, read_json, sha256_file
 from common.models import adapters, chats, gguf_import, unproven
 from common.models import loading as models
@@ -199,7 +200,7 @@ class Export:
         settings, rows = self.settings, self.proof_rows
         log(f"measuring {settings.model_dir} on {len(rows.prompts):,} rows of {rows.path}")
         load = functools.cache(lambda: self._load_torch(settings.model_dir, settings.four_bit))
-        self.reference = self._measure(load, {Path(settings.model_dir), settings.base})
+        self.reference = self._loaded(load, {Path(settings.model_dir), settings.base}).result()
         return "NF4" if settings.four_bit else str(load().model.dtype).removeprefix("torch.")
 
     def _gguf_origin(self) -> dict[str, Any]:
@@ -238,17 +239,20 @@ class Export:
         files = {"files": describe_files(folder)}
         return folder, {"format": settings.format, "origin": self.origin, task_record.KEY: self.task, **facts, **files}
 
-    def _measure(self, load: Callable[[], Runtime], files: Collection[Path]) -> RuntimeResult:
+    def _loaded(self, load: Callable[[], Runtime], files: Collection[Path]) -> Measurement:
         """`files`: of the model, or folders of them."""
         started = time.perf_counter()
         runtime = load()
-        seconds = time.perf_counter() - started
-        return parity.measure(
-            runtime, self.tokenizer, self.proof_rows, seconds_to_load=seconds, size=sum(map(weight_bytes, files))
-        )
+        speed = Speed(sum(map(weight_bytes, files)), round(time.perf_counter() - started, 3))
+        return Measurement(runtime, self.tokenizer, self.proof_rows, self.stops, speed)
+
+    def _speed(self, load: Callable[[], Runtime], files: Collection[Path]) -> Speed:
+        measurement = self._loaded(load, files)
+        measurement.time()
+        return measurement.speed
 
     def _prove(self, load: Callable[[], Runtime], files: Collection[Path]) -> dict[str, Any]:
-        return parity.compare(self.reference, self._measure(load, files), self.proof_rows)
+        return parity.compare(self.reference, self._loaded(load, files).result(), self.proof_rows)
 
     def _proven(self, load: Callable[[], Runtime], files: Collection[Path]) -> dict[str, Any]:
         """ "proof", or without rows for one "unproven"."""
@@ -326,14 +330,14 @@ class Export:
         from common.models.onnx_runtime import OnnxModel
 
         graph, facts = self._graph(stage, "float32")
-        float32 = self._measure(lambda: OnnxModel(str(graph)), [graph]) if self.settings.proves else None
+        float32 = self._speed(lambda: OnnxModel(str(graph)), [graph]) if self.settings.proves else None
         scales = self.settings.scales
         log(f"quantising to INT8, a scale for each {scales}")
         folder = _with_texts(graph, stage / "int8")
         onnx_writer.quantize(graph, folder, scales=scales, keep_lm_head=self.settings.keep_lm_head)
         proven = self._proven_in_onnx(folder)
         if float32:
-            proven["proof"]["speed"]["float32_onnx"] = float32.speed()
+            proven["proof"]["speed"]["float32_onnx"] = asdict(float32)
         return folder, facts | {"dtype": "int8", "scales": scales} | proven
 
     def _proven_in_onnx(self, folder: Path) -> dict[str, Any]:
@@ -366,7 +370,7 @@ class Export:
 
         if not self.settings.proves:
             return {unproven.RECORD_KEY: True}
-        context = self._context()
+        context = parity.context(self.tokenizer, self.proof_rows)
         alike = self._check_tokens(GenaiModel(folder, context).tokenize, "onnxruntime-genai")
         return {
             "proof": self._prove(lambda: GenaiModel(folder, context), [folder]) | {"prompts_tokenized_alike": alike}
@@ -412,7 +416,7 @@ class Export:
 
         if not self.settings.proves:
             return {unproven.RECORD_KEY: True}
-        context = self._context()
+        context = parity.context(self.tokenizer, self.proof_rows)
 
         def load() -> GgufModel:
             return GgufModel(files[0], context, *files[1:])
@@ -420,10 +424,6 @@ class Export:
         with contextlib.closing(load()) as model:
             alike = self._check_tokens(model.tokenize, "llama.cpp")
         return {"proof": self._prove(load, files) | {"prompts_tokenized_alike": alike}}
-
-    def _context(self) -> int:
-        """Tokens that a runtime has to have room for in the proof."""
-        return parity.longest(self.tokenizer, self.proof_rows) + parity.TIMED_TOKENS
 
     def _imatrix_facts(self) -> dict[str, Any]:
         """ "imatrix": the rows that it was measured on."""
@@ -439,7 +439,7 @@ class Export:
         from common.export.importance import importance_of
 
         log(f"measuring what matters on {len(rows.prompts):,} rows of {rows.path}")
-        return importance_of(merged, parity.encode(self.tokenizer, rows))
+        return importance_of(merged, encode(self.tokenizer, rows))
 
     def _tell_lost_stops(self) -> None:
         """Say which tokens that end an answer a GGUF has no place for."""
@@ -450,7 +450,7 @@ class Export:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(lost))
             log(
                 f"a GGUF has no place for {names}, at which answers end, too: Ollama stops there by the Modelfile, "
-                "llama.cpp only where it knows the token by its name"
+                "scripts and server here by a key of its own, llama.cpp only where it knows the token by its name"
             )
 
     def _write_modelfile(self, folder: Path, gguf_file: str, adapter: str | None = None) -> None:

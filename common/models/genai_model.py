@@ -92,9 +92,9 @@ class GenaiModel:
         logits = self._row.get_output("logits")[0]
         return logits[len(logits) - (wanted or len(logits)) :].astype(np.float32)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits after each of the tokens [tokens, vocabulary]."""
-        return self.after(0, ids)
+    def logits(self, ids: Sequence[int], wanted: int | None = None) -> np.ndarray:
+        """Logits after each of the tokens [tokens, vocabulary], or after this many last ones."""
+        return self.after(0, ids, wanted)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
         """The greedy continuation of each prompt, as the package itself writes it, without the token that ended it.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 TASK_KEY = "distill_slm.task"  # metadata of our own exports: `data.task_record` as JSON
 UNPROVEN_KEY = "distill_slm.unproven"  # true: exported without a proof
+STOPS_KEY = "distill_slm.stop_token_ids"  # all that end an answer, where some have no place
 TEXT, LIST = 8, 9  # types of a metadata value; the others are numbers, by struct's codes
 NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 SHARD_BYTES = 2_000_000_000  # of one file of weights, and so about half of the memory that a conversion takes

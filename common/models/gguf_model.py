@@ -115,9 +115,9 @@ class GgufModel:
             kept, tokens = 0, self._row_ids
         return self._row.read(0, tokens, kept=kept, wanted=wanted)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits after each of the tokens [tokens, vocabulary]."""
-        return self.after(0, ids)
+    def logits(self, ids: Sequence[int], wanted: int | None = None) -> np.ndarray:
+        """Logits after each of the tokens [tokens, vocabulary], or after this many last ones."""
+        return self.after(0, ids, wanted)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
         """The greedy continuation of each prompt, without the token of `ends` that ended it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
-from common.models.gguf_file import GgufFile, reading
+from common.models.gguf_file import STOPS_KEY, GgufFile, reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -110,7 +110,8 @@ def is_from_gguf(folder: str | Path) -> bool:
 
 def end_ids(file: GgufFile) -> list[int]:
     """The tokens that end an answer, the EOS first."""
-    ids = (file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    ids = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids += file.get(STOPS_KEY) or []
     return list(dict.fromkeys(number for number in ids if number is not None))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.cli import UserError, reason
-from common.models import tokenizers, unproven
+from common.models import greedy, tokenizers, unproven
 from common.models.genai_model import is_genai
 from common.models.gguf_file import UNPROVEN_KEY
 
@@ -94,40 +94,21 @@ class OnnxModel:
 
         return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in arrays]
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits after each of the tokens [tokens, vocabulary]."""
-        return self.forward(*left_padded([ids], 0), None, len(ids))[0][0]
+    def logits(self, ids: Sequence[int], wanted: int | None = None) -> np.ndarray:
+        """Logits after each of the tokens [tokens, vocabulary], or after this many last ones."""
+        return self.forward(*greedy.left_padded([ids], 0), None, wanted or len(ids))[0][0]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
         """The greedy continuation of each prompt, without the token of `ends` that ended it."""
-        ids, mask, positions = left_padded(prompts, 0)
-        answers: list[list[int]] = [[] for _ in prompts]
-        open_rows, past = set(range(len(prompts))), None
-        for _ in range(max_new_tokens):
-            logits, past = self.forward(ids, mask, positions, past, 1)
-            ids = logits[:, -1].argmax(axis=1)[:, None]
-            open_rows -= {row for row in open_rows if ids[row, 0] in ends}
-            if not open_rows:
-                break
-            for row in open_rows:
-                answers[row].append(int(ids[row, 0]))
-            positions = positions[:, -1:] + 1
-            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        return answers
 
+        past = None
 
-def left_padded(
-    prompts: Sequence[Sequence[int]], pad_id: int, shared: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids and positions [rows, longest], mask [rows, shared + longest]) of what follows a shared start."""
-    longest = max(map(len, prompts))
-    ids = np.full((len(prompts), longest), pad_id)
-    mask = np.ones((len(prompts), shared + longest), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, shared : shared + longest - len(prompt)] = 0
-    positions = (mask.cumsum(axis=1) - 1).clip(min=0)[:, shared:]
-    return ids, mask, positions
+        def step(*arrays: np.ndarray) -> np.ndarray:
+            nonlocal past
+            logits, past = self.forward(*arrays, past, 1)
+            return logits[:, -1]
+
+        return greedy.answers(step, prompts, max_new_tokens, ends)
 
 
 def load(folder: str) -> tuple[OnnxModel, PreTrainedTokenizerBase]:

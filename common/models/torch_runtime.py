@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from common.models import greedy
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -14,8 +16,12 @@ if TYPE_CHECKING:
 class Runtime(Protocol):
     """A model at work, whatever runs it."""
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits after each of the tokens [tokens, vocabulary]."""
+    def logits(self, ids: Sequence[int], wanted: int | None = None) -> np.ndarray:
+        """Logits after each of the tokens [tokens, vocabulary].
+
+        Args:
+            wanted: of this many last tokens only; None: of all.
+        """
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
@@ -29,28 +35,25 @@ class TorchRuntime:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
+    def logits(self, ids: Sequence[int], wanted: int | None = None) -> np.ndarray:
         """See `Runtime`."""
         import torch
 
+        given = torch.tensor([ids], device=self.model.device)
         with torch.inference_mode():
-            return self.model(torch.tensor([ids], device=self.model.device)).logits[0].float().cpu().numpy()
+            return self.model(given, logits_to_keep=wanted or len(ids)).logits[0].float().cpu().numpy()
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
         """See `Runtime`."""
-        return [self._continue(prompt, max_new_tokens, ends) for prompt in prompts]
-
-    def _continue(self, prompt: Sequence[int], max_new_tokens: int, ends: Collection[int]) -> list[int]:
         import torch
         from transformers import DynamicCache
 
-        answer, ids = [], torch.tensor([prompt], device=self.model.device)
         cache = DynamicCache(config=self.model.config)  # by which it knows of layers that keep a state
+
+        def step(*arrays: np.ndarray) -> np.ndarray:
+            ids, mask, positions = (torch.from_numpy(array).to(self.model.device) for array in arrays)
+            read = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+            return self.model(ids, **read, logits_to_keep=1).logits[:, -1].float().cpu().numpy()
+
         with torch.inference_mode():
-            while len(answer) < max_new_tokens:
-                logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                ids = logits[:, -1].argmax(dim=-1, keepdim=True)
-                if int(ids) in ends:
-                    break
-                answer.append(int(ids))
-        return answer
+            return greedy.answers(step, prompts, max_new_tokens, ends)

@@ -20,6 +20,7 @@ from common.cli import UserError
 from common.export import merge as merging
 from common.export import parity
 from common.export import pipeline as export
+from common.export.proof_rows import read_proof_rows
 from common.models import adapters
 from common.tasks.ranking.creditmix import CREDITMIX
 
@@ -161,7 +162,7 @@ def test_proof_rows_that_cannot_be(run, dev, tmp_path):
     ):
         assert sentence.format("--proof_data") in refused(run, rows, tmp_path)
         with pytest.raises(UserError, match=re.escape(sentence.format("--imatrix"))):
-            parity.read_proof_rows(rows, CREDITMIX, run, None, flag="--imatrix", runs_code=True)
+            read_proof_rows(rows, CREDITMIX, run, None, flag="--imatrix", runs_code=True)
 
 
 # A pretrained model that nobody here made.

@@ -138,7 +138,7 @@ def test_every_stop_ends_a_text(tokenizer, tmp_path):
 
 
 def test_one_without_a_proof(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(parity, "Measurement", None)
     argv = ["--model_dir", plain, "--format", "onnx_genai", "--save_dir", str(tmp_path / "out"), "--no_proof"]
     assert export_model.main([*argv, "--dtype", "float32"]) == cli.DONE
     assert unproven.is_unproven(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -77,6 +78,9 @@ def test_stops_that_a_gguf_has_no_place_for_are_named(tmp_path, tokenizer, capsy
     assert all(f"PARAMETER stop {json.dumps(name)}\n" in written for name in names)
     fields = gguf.GGUFReader(tmp_path / "gguf" / "model-Q8_0.gguf").fields
     assert [fields[f"tokenizer.ggml.{key}_token_id"].contents() for key in ("eot", "eom")] == words[:2]
+    read, _ = models.load_gguf(ModelSource(gguf_import.packed_folder(str(tmp_path / "gguf")), engine="llama_cpp"), 64)
+    with contextlib.closing(read):
+        assert read.generation_config.eos_token_id == [tokenizer.eos_token_id, *words]
 
 
 def test_a_file_alone_tells_its_task(tmp_path, base, dev, monkeypatch):
@@ -259,7 +263,7 @@ def test_other_tokens_are_refused(run, dev, tmp_path, monkeypatch):
 
 def test_gguf_without_llama_cpp(run, dev, tmp_path, monkeypatch):
     """It is asked before anything is measured."""
-    monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(parity, "Measurement", None)
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     llama_cpp.library.cache_clear()
     with pytest.raises(UserError, match=r"pip install -r requirements/export.txt"):

@@ -187,7 +187,7 @@ def test_other_adapters_are_refused(change, what, run, tmp_path):
 def test_they_are_refused_before_anything_is_measured(form, proof, base, run, dev, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "check", lambda *args, **more: None)
     monkeypatch.setattr(genai_writer, "check", lambda folder: None)
-    monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(parity, "Measurement", None)
     rows = ["--proof_data", dev] if proof else ["--no_proof"]
     dora = str(make_adapter(tmp_path / "dora", base, use_dora=True))
     damaged = shutil.copytree(run, tmp_path / "damaged")

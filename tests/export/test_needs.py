@@ -16,8 +16,8 @@ from common.cli import UserError
 from common.export import genai_writer, gguf_writer, needs, parity
 from common.export import merge as merging
 from common.export.formats import FORMATS
-from common.export.parity import ProofRows
 from common.export.pipeline import ExportSettings
+from common.export.proof_rows import ProofRows
 from common.models import adapters, llama_cpp
 from common.vram import preflight as vram
 
@@ -74,7 +74,7 @@ def test_the_bytes_of_a_gguf_are_known_beforehand(quant, plan, tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 def test_no_room(form, run, dev, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime_genai" if form == "onnx_genai" else "xllamacpp")
-    monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(parity, "Measurement", None)
     monkeypatch.setattr(genai_writer, "HEAD_STEP", 1)  # it would refuse the miniature's heads
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     said = refused(run, dev, tmp_path, form)
@@ -98,7 +98,7 @@ def test_no_room_for_temporary_files(plan, tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", FORMATS)
 def test_no_memory(form, run, dev, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime_genai" if form == "onnx_genai" else "xllamacpp")
-    monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(parity, "Measurement", None)
     monkeypatch.setattr(genai_writer, "HEAD_STEP", 1)  # it would refuse the miniature's heads
     for name in ("free_bytes", "free_machine_bytes"):
         monkeypatch.setattr(vram, name, lambda: 1 << 20)
@@ -142,7 +142,7 @@ def test_each_part_of_an_export_is_asked_for(plan):
     ],
 )
 def test_a_runtime_that_is_not_there(form, package, sentence, run, dev, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(parity, "Measurement", None)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=sentence):
         needs.check_runtime(form, run, "Q8_0")

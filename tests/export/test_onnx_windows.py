@@ -13,7 +13,8 @@ from support.label_tasks import AWKWARD, TEXTS
 
 from common.export import onnx_writer
 from common.models import tokenizers
-from common.models.onnx_runtime import OnnxModel, left_padded
+from common.models.greedy import left_padded
+from common.models.onnx_runtime import OnnxModel
 from common.tasks.ranking.label_tree import LabelTree, label_tokens
 from common.tasks.ranking.onnx_ranker import OnnxRanker
 from common.tasks.ranking.torch_ranker import naive_scores

@@ -15,7 +15,8 @@ from support.inputs import LABELS, PROMPTS, write_rows
 
 import eval_creditmix
 from common.export import parity
-from common.export.parity import RuntimeResult
+from common.export.parity import RuntimeResult, Speed
+from common.export.proof_rows import encode, read_proof_rows
 from common.models import chats, tokenizers
 from common.models.source import ModelSource
 from common.tasks.ranking.calibration import Scores
@@ -27,13 +28,13 @@ pytestmark = pytest.mark.exports
 
 def measured(logits: list, answers: list, **more) -> RuntimeResult:
     texts = [" ".join(map(str, answer)) for answer in answers]
-    return RuntimeResult(1.0, 10, np.array(logits, dtype=np.float32), answers, texts, 5.0, **more)
+    return RuntimeResult(np.array(logits, dtype=np.float32), answers, texts, Speed(10, 1.0, 5.0), **more)
 
 
 def test_a_proof_by_hand(tmp_path):
     """KL and the inverse perplexity of two rows, computed with pencil and paper."""
     path = write_rows(tmp_path / "rows.jsonl", [{"input": "a", "output": "b"}] * 2)
-    proof_rows = parity.read_proof_rows(path, CREDITMIX, str(tmp_path), None)
+    proof_rows = read_proof_rows(path, CREDITMIX, str(tmp_path), None)
     even, skewed = np.log([0.5, 0.5]), np.log([0.8, 0.2])
     one = measured([even, even], [[1, 2, 3], [4]], nll=np.array([[2.0, 2], [1.0, 1]]))
     other = measured([even, skewed], [[1, 9, 3], [4]], nll=np.array([[2.0, 2], [1.3, 1]]))
@@ -55,18 +56,27 @@ def test_of_a_chat_its_last_answer_is_compared_behind_all_that_came_before(tmp_p
     said = (("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c"))
     turns = [{"role": role, "content": text} for role, text in said]
     rows = [{"messages": [*turns, {"role": "assistant", "content": "d"}]}, {"instruction": "e", "output": "f"}]
-    proof_rows = parity.read_proof_rows(write_rows(tmp_path / "rows.jsonl", rows), CREDITMIX, str(tmp_path), None)
+    proof_rows = read_proof_rows(write_rows(tmp_path / "rows.jsonl", rows), CREDITMIX, str(tmp_path), None)
     assert (proof_rows.prompts, proof_rows.outputs) == ([turns, "e"], ["d", "f"])
-    chat, question = parity.encode(tokenizer, proof_rows)
+    chat, question = encode(tokenizer, proof_rows)
     assert chat.input_ids[: chat.prompt_length] == tokenizers.encode_chat(tokenizer, turns)
     assert chat.input_ids[chat.prompt_length :] == tokenizers.encode_completion(tokenizer, "d") and not chat.read_only
     assert question == chats.encode(tokenizer, "e", "f")
 
 
+def test_there_is_room_for_a_long_answer_to_the_longest_prompt(tmp_path, tokenizer):
+    """Which has a short right one: what the model writes may be as long as any."""
+    rows = [{"input": "a, " * 60, "output": "b"}, {"input": "c", "output": "1, 2, " * 60}]
+    proof_rows = read_proof_rows(write_rows(tmp_path / "rows.jsonl", rows), CREDITMIX, str(tmp_path), None)
+    asked, answered = encode(tokenizer, proof_rows)
+    answer = len(answered.input_ids) - answered.prompt_length
+    assert parity.context(tokenizer, proof_rows) >= asked.prompt_length + answer > len(asked.input_ids) + 64
+
+
 @pytest.mark.parametrize("nll", [0.01, 1.0, 9.0])  # perplexities of 1.01, 2.7 and 8,100
 def test_a_token_that_is_less_likely_shows_at_any_perplexity(tmp_path, nll):
     path = write_rows(tmp_path / "rows.jsonl", [{"input": "a", "output": "b"}] * 2)
-    proof_rows = parity.read_proof_rows(path, CREDITMIX, str(tmp_path), None)
+    proof_rows = read_proof_rows(path, CREDITMIX, str(tmp_path), None)
     before = measured([[0.0, 0.0]], [[1]], nll=np.array([[10 * nll, 10]] * 2))
     after = measured([[0.0, 0.0]], [[1]], nll=np.array([[10 * (nll + 0.05), 10]] * 2))
     difference = parity.compare(before, after, proof_rows)["metric"]["difference"]
@@ -75,7 +85,7 @@ def test_a_token_that_is_less_likely_shows_at_any_perplexity(tmp_path, nll):
 
 def test_the_likelihood_of_a_label(run, dev):
     """Beside macro-F1, in whose place it is judged where that could not fall."""
-    rows = parity.read_proof_rows(dev, CREDITMIX, run, None)
+    rows = read_proof_rows(dev, CREDITMIX, run, None)
 
     def given(right: float) -> RuntimeResult:
         probabilities = np.full((len(rows.y), 3), (1 - right) / 2)
@@ -107,8 +117,8 @@ def test_text_rows(run, tmp_path, torch_model):
 
 
 def test_rows_are_taken_evenly(dev):
-    every = parity.read_proof_rows(dev, CREDITMIX, "none", None)
-    some = parity.read_proof_rows(dev, CREDITMIX, "none", 3)
+    every = read_proof_rows(dev, CREDITMIX, "none", None)
+    some = read_proof_rows(dev, CREDITMIX, "none", 3)
     assert len(every.prompts) == 48
     assert some.texts == [every.texts[index] for index in (0, 24, 47)] and some.y.tolist() == [0, 0, 2]
 

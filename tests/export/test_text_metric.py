@@ -14,7 +14,8 @@ from support.inputs import write_rows
 from common.cli import UserError
 from common.data import task_record
 from common.export import parity, proof_table, text_metric
-from common.export.parity import RuntimeResult
+from common.export.parity import RuntimeResult, Speed
+from common.export.proof_rows import read_proof_rows
 from common.tasks.ranking.creditmix import CREDITMIX
 
 FIELDS = {"company": "Anna", "total": 3}
@@ -48,10 +49,10 @@ def test_programs(tmp_path):
     path = write_rows(tmp_path / "problems.jsonl", [PROBLEM | TESTS] * 3)
     coder = of_task(tmp_path / "run", task_record.CODEGEN)
     with pytest.raises(UserError, match="pass --confirm_run_unsafe_code, or give rows of input and output"):
-        parity.read_proof_rows(path, CREDITMIX, coder, None)
-    rows = parity.read_proof_rows(path, CREDITMIX, coder, None, runs_code=True)
+        read_proof_rows(path, CREDITMIX, coder, None)
+    rows = read_proof_rows(path, CREDITMIX, coder, None, runs_code=True)
     assert rows.text_metric.name == "pass_at_1" and rows.outputs[0] == f"<CODE>\n{PROBLEM['code']}\n</CODE>"
-    of_base = parity.read_proof_rows(path, CREDITMIX, str(tmp_path), None, runs_code=True)  # which has no task
+    of_base = read_proof_rows(path, CREDITMIX, str(tmp_path), None, runs_code=True)  # which has no task
     assert (of_base.prompts, of_base.text_metric.name) == (rows.prompts, "pass_at_1")
     right, wrong = rows.outputs[0], "<CODE>\ndef add(a, b):\n    return a - b\n</CODE>"
     assert rows.text_metric.parts([right, wrong, "I do not know."]).tolist() == [[1, 1], [0, 1], [0, 1]]
@@ -60,20 +61,22 @@ def test_programs(tmp_path):
 @pytest.mark.parametrize(("kind", "name"), [("idp", "field_f1"), ("squad", "f1"), ("rows", None)])
 def test_a_run_knows_its_metric(kind, name, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"input": "Anna, 3", "output": json.dumps(FIELDS)}] * 2)
-    rows = parity.read_proof_rows(path, CREDITMIX, of_task(tmp_path / "run", kind), None)
+    rows = read_proof_rows(path, CREDITMIX, of_task(tmp_path / "run", kind), None)
     assert (rows.text_metric and rows.text_metric.name) == name
 
 
 def test_the_difference_is_paired(tmp_path):
     """Four documents of two fields; the export loses one field of the eight."""
     path = write_rows(tmp_path / "rows.jsonl", [{"input": "Anna, 3", "output": json.dumps(FIELDS)}] * 4)
-    rows = parity.read_proof_rows(path, CREDITMIX, of_task(tmp_path / "run", task_record.IDP), None)
+    rows = read_proof_rows(path, CREDITMIX, of_task(tmp_path / "run", task_record.IDP), None)
 
     def measured(answers: list[dict], nll: float) -> RuntimeResult:
         texts = [json.dumps(answer) for answer in answers]
         parts = rows.text_metric.parts(texts)
         logits, tokens = np.zeros((4, 2), dtype=np.float32), [[1]] * 4
-        return RuntimeResult(1.0, 1, logits, tokens, texts, 1.0, nll=np.array([[nll, 1]] * 4), metric_parts=parts)
+        return RuntimeResult(
+            logits, tokens, texts, Speed(1, 1.0, 1.0), nll=np.array([[nll, 1]] * 4), metric_parts=parts
+        )
 
     before = measured([FIELDS] * 4, 1.0)
     after = measured([*[FIELDS] * 3, FIELDS | {"total": 9}], 1.1)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.exports
 
 @pytest.fixture(autouse=True)
 def nothing_is_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(parity, "measure", None)
+    monkeypatch.setattr(parity, "Measurement", None)
     monkeypatch.setenv("GGUF_CACHE", str(tmp_path / "cache"))
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.models.batching import MAX_BATCH_TOKENS, window_of
-from common.models.onnx_runtime import OnnxModel, left_padded
+from common.models.greedy import left_padded
+from common.models.onnx_runtime import OnnxModel
 from common.tasks.ranking.label_tree import label_scores
 from common.tasks.ranking.ranker import Ranker, Share, sizes_of
 from common.tasks.ranking.task import LabelTask
