@@ -7,8 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError
-from common.export.gguf_writer import architecture_of, as_llama_cpp, tensor_names
+from common.export.gguf_writer import (
+    TOWER,
+    architecture_of,
+    columns_as_llama_cpp,
+    rows_as_llama_cpp,
+    tensor_names,
+    text_config,
+)
 from common.export.merge import Deltas
+from common.models.gguf_architectures import place
 from common.models.gguf_file import UNPROVEN_KEY
 
 ADAPTER_FILE = "adapter.gguf"
@@ -23,9 +31,8 @@ def write(model_dir: str | Path, base: Path, path: Path, unproven: bool = False)
         UserError: an adapter of another kind, or a layer that the architecture does not have there.
     """
     import gguf
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base)
+    config = text_config(base)
     deltas = Deltas(model_dir)
     writer = gguf.GGUFWriter(path, architecture_of(config))
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -34,7 +41,7 @@ def write(model_dir: str | Path, base: Path, path: Path, unproven: bool = False)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     names, alpha = tensor_names(config), None
     for name in sorted(deltas.names):
-        target = names.get_name(name, try_suffixes=(".weight",))
+        target = place(names, name.replace(TOWER, ""))
         if target is None:
             raise UserError(f"{name} has no place in a GGUF of {config.model_type}; choose another format")
         a, b = (factor.float().numpy() for factor in deltas.factors(name))
@@ -43,8 +50,11 @@ def write(model_dir: str | Path, base: Path, path: Path, unproven: bool = False)
         if alpha is None:
             alpha = deltas.scale * len(a)
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_tensor(f"{target}.lora_a", np.ascontiguousarray(a))  # [rank, in]
-        writer.add_tensor(f"{target}.lora_b", np.ascontiguousarray(as_llama_cpp(target, b, config)))  # [out, rank]
+        for side, factor in (  # [rank, in], [out, rank]
+            ("a", columns_as_llama_cpp(target, a, config)),
+            ("b", rows_as_llama_cpp(target, b, config)),
+        ):
+            writer.add_tensor(f"{target}.lora_{side}", np.ascontiguousarray(factor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

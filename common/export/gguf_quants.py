@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # of a mixture's tensors
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not made of blocks of 256 weights
+VALUES = ("attn_v", "attn_qkv")  # llama.cpp counts both alike
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
 
 
@@ -33,7 +34,7 @@ class Mixture:
         layers: of the model.
         tied: the head is the embedding.
         is_70b: what llama.cpp calls so (`is_70b`): there, 8 heads share the values.
-        values: layers that have an attn_v, which count by themselves; None: all of them.
+        values: layers that have one of VALUES, which count by themselves; None: all of them.
     """
 
     quant: str
@@ -67,13 +68,14 @@ class Mixture:
         if name == OUTPUT or (self.tied and name == EMBEDDING):
             return "Q6_K"
         part = name.removesuffix(".weight").rpartition(".")[2]
-        if part in ("attn_v", "ffn_down"):
-            index = self.seen.get(part, 0)
-            self.seen[part] = index + 1
+        if part == "ffn_down" or part in VALUES:
+            counted = "ffn_down" if part == "ffn_down" else "values"
+            index = self.seen.get(counted, 0)
+            self.seen[counted] = index + 1
             of = self.layers if part == "ffn_down" or self.values is None else self.values
             if _needs_more_bits(index, of):
                 return "Q6_K"
-            if part == "attn_v" and self.is_70b and self.quant == "Q4_K_M":
+            if part in VALUES and self.is_70b and self.quant == "Q4_K_M":
                 return "Q5_K"
         return DEFAULT[self.quant]
 

@@ -8,21 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from common.cli import UserError
 from common.data import task_record
-from common.export.gguf_quants import Mixture, is_70b, quantize
+from common.export.gguf_quants import VALUES, Mixture, is_70b, quantize
 from common.export.gguf_vocabulary import add_tokenizer
-from common.export.merge import Checkpoint, check_architecture
-from common.models import gguf_architectures
+from common.export.merge import Checkpoint, check_architecture, empty_model, places_in
+from common.models import gguf_architectures, gguf_file
 from common.models.batching import head_size
 from common.models.gguf_architectures import Architecture
 from common.models.gguf_file import TASK_KEY, UNPROVEN_KEY
 
 if TYPE_CHECKING:
     import gguf
-    import numpy as np
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+VALUE_WEIGHTS = tuple(f".{part}.weight" for part in VALUES)
+TOWER = "language_model."  # in the names of weights beside which there are others than a language model's
 # transformers' model type: llama.cpp's architecture
 ARCHITECTURES = {
     kind: name
@@ -51,10 +54,24 @@ def check(folder: Path, form: str) -> None:
     Raises:
         UserError: of another architecture, or one of these with something that llama.cpp's does not have.
     """
+    check_architecture(folder, form, ARCHITECTURES, text=True)
+    own_keys(text_config(folder))
+
+
+def text_config(folder: str | Path) -> PreTrainedConfig:
+    """Of the language model in a folder, whatever it has beside that."""
     from transformers import AutoConfig
 
-    check_architecture(folder, form, ARCHITECTURES)
-    own_keys(AutoConfig.from_pretrained(folder))
+    return AutoConfig.from_pretrained(folder).get_text_config()
+
+
+def text_names(checkpoint: Checkpoint, config: PreTrainedConfig) -> dict[str, str]:
+    """{name of a tensor in a checkpoint: of the weight in its language model}, without what that does not read: a
+    vision tower, heads for further tokens."""
+    places = places_in(empty_model(checkpoint.folder, trust_remote_code=False), checkpoint.shapes)
+    names = {name: place.replace(TOWER, "") for name, place in places.items()}
+    read = gguf_file.empty_model(config).state_dict().keys()
+    return {name: weight for name, weight in names.items() if weight in read}
 
 
 def own_keys(config: PreTrainedConfig) -> dict[str, Any]:
@@ -106,11 +123,11 @@ def write(
     """
     import gguf
     import torch
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(merged)
+    config = text_config(merged)
     checkpoint = Checkpoint(merged)
-    plan = planned(checkpoint, config, quant)
+    plan, weights = planned(checkpoint, config, quant), text_names(checkpoint, config)
+    importance = {name.replace(TOWER, ""): matters for name, matters in (importance or {}).items()}
     writer = gguf.GGUFWriter(path, architecture_of(config), use_temp_file=True)  # or all weights are in memory at once
     width = next(checkpoint.shapes[name][0] for name, target, _ in plan if target == "blk.0.ffn_up.weight")
     for key, value in (shape_keys(config) | {"feed_forward_length": width} | own_keys(config)).items():
@@ -124,7 +141,10 @@ def write(
     add_tokenizer(writer, config, tokenizer, stops)
     for name, target, kind in plan:
         array = as_llama_cpp(target, checkpoint.read(name).to(torch.float32).numpy(), config)
-        writer.add_tensor(target, quantize(array, kind, (importance or {}).get(name)), raw_dtype=kind)
+        matters = importance.get(weights[name])
+        if matters is not None:
+            matters = columns_as_llama_cpp(target, matters, config)
+        writer.add_tensor(target, quantize(array, kind, matters), raw_dtype=kind)
     if (divisors := gguf_architectures.rope_divisors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", divisors)
     writer.write_header_to_file()
@@ -143,10 +163,10 @@ def planned(
     """
     names = tensor_names(config)
     targets = {}
-    for name in checkpoint.shapes:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+    for name, weight in text_names(checkpoint, config).items():
+        if weight == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        targets[name] = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        targets[name] = gguf_architectures.place(names, weight)
         if targets[name] is None:
             raise UserError(f"{name} has no place in a GGUF of {config.model_type}; choose another format")
     layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
@@ -155,7 +175,7 @@ def planned(
         layers,
         tied="output.weight" not in targets.values(),
         is_70b=is_70b(architecture_of(config), layers, heads, kv_heads),
-        values=sum(target.endswith(".attn_v.weight") for target in targets.values()),
+        values=sum(target.endswith(VALUE_WEIGHTS) for target in targets.values()),
     )
     ordered = sorted(targets, key=_layer_first)
     return [(name, targets[name], mixture.kind_of(targets[name], checkpoint.shapes[name])) for name in ordered]
@@ -164,9 +184,8 @@ def planned(
 def predicted_bytes(folder: str | Path, quant: str) -> int:
     """Of the file that `write` would make of a plain model, or of the base of an adapter; without its metadata."""
     import gguf
-    from transformers import AutoConfig
 
-    checkpoint, config = Checkpoint(folder), AutoConfig.from_pretrained(folder)
+    checkpoint, config = Checkpoint(folder), text_config(folder)
     divisors = gguf_architectures.rope_divisors(config)
     total = 0 if divisors is None else divisors.nbytes
     for name, _, kind in planned(checkpoint, config, quant):
@@ -182,7 +201,7 @@ def _layer_first(name: str) -> tuple[int, str]:
 
 
 def as_llama_cpp(target: str, array: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
-    """A tensor, or the B of a LoRA on it, as llama.cpp has it.
+    """A tensor as llama.cpp has it.
 
     Args:
         target: its name in GGUF.
@@ -191,10 +210,27 @@ def as_llama_cpp(target: str, array: np.ndarray, config: PreTrainedConfig) -> np
     facts = _facts_of(config)
     if re.fullmatch(facts.ones_added, target):
         array = array + 1
+    if re.fullmatch(facts.decays, target):
+        array = -np.exp(array)
+    return columns_as_llama_cpp(target, rows_as_llama_cpp(target, array, config), config)
+
+
+def rows_as_llama_cpp(target: str, array: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
+    """A tensor, or the B of a LoRA on it [out, ...], with llama.cpp's order of rows."""
+    facts = _facts_of(config)
     if re.fullmatch(facts.rotated, target):
         heads = config.num_attention_heads if ".attn_q." in target else config.num_key_value_heads
         array = _interleave(array, heads)
+    if re.fullmatch(facts.tiled, target):
+        array = array[gguf_architectures.tiled_order(config, len(array))]
     return array[:, 0] if array.ndim == 3 else array  # a convolution of each column alone: [columns, 1, kernel]
+
+
+def columns_as_llama_cpp(target: str, array: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
+    """A tensor, the A of a LoRA on it or what its columns matter [..., in], with llama.cpp's order of columns."""
+    if re.fullmatch(_facts_of(config).tiled_columns, target):
+        array = array[..., gguf_architectures.tiled_order(config, array.shape[-1])]
+    return array
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:

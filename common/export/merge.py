@@ -29,13 +29,17 @@ NF4_BLOCK = 64  # weights that share a scale, as bitsandbytes has it in a model
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt")
 
 
-def check_architecture(folder: str | Path, form: str, known: Collection[str]) -> str:
+def check_architecture(folder: str | Path, form: str, known: Collection[str], *, text: bool = False) -> str:
     """The model type of a folder, which must be one of those that a format is `known` to be for.
+
+    Args:
+        text: of its language model, whatever it has beside that.
 
     Raises:
         UserError: it is another; the sentence names `form` and those.
     """
-    kind = read_json(Path(folder) / "config.json").get("model_type")
+    config = read_json(Path(folder) / "config.json")
+    kind = (text and config.get("text_config", {}).get("model_type")) or config.get("model_type")
     if kind not in known:
         raise UserError(
             f"{form} is for the architectures {', '.join(known)}, and {folder} is {kind}; use --format merged"

@@ -15,12 +15,18 @@ from common.cli import UserError
 from common.models.batching import UNLIMITED, window_of
 
 if TYPE_CHECKING:
+    import gguf
     import numpy as np
     from transformers import PreTrainedConfig
 
     from common.models.gguf_file import GgufFile
 
-FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"  # layers, as transformers names them
+FULL, SLIDING, CONV, LINEAR = (
+    "full_attention",
+    "sliding_attention",
+    "conv",
+    "linear_attention",
+)  # layers of transformers
 YARN, LLAMA3 = "yarn", "llama3"  # ways of stretching positions, as both name them
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN_ROPE = {
@@ -47,6 +53,10 @@ class Architecture:
         rotated: tensors whose rows llama.cpp orders by rotated pairs, transformers by halves of a head.
         transposed: tensors stored [out, in] that transformers keeps as [in, out].
         ones_added: tensors that llama.cpp stores with 1 added to each number.
+        decays: tensors that llama.cpp stores as -exp(x).
+        tiled: tensors in whose last rows, and
+        tiled_columns: in whose columns stand the value heads of a gated delta net: transformers has those together that
+            share a key head, llama.cpp has them as many times over as there are key heads.
     """
 
     model_type: str
@@ -57,11 +67,30 @@ class Architecture:
     rotated: str = r"(?!)"
     transposed: str = r"(?!)"
     ones_added: str = r"(?!)"
+    decays: str = r"(?!)"
+    tiled: str = r"(?!)"
+    tiled_columns: str = r"(?!)"
 
 
 def refusal(config: PreTrainedConfig, what: str) -> UserError:
     """Of a model that llama.cpp would run as another one."""
     return UserError(f"llama.cpp knows no {config.model_type} with {what}; use --format merged")
+
+
+def place(names: gguf.TensorNameMap, name: str) -> str | None:
+    """What llama.cpp calls a weight of transformers; None where it knows none such."""
+    return names.get_name(name.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
+
+
+def tiled_order(config: PreTrainedConfig, rows: int) -> np.ndarray:
+    """Which of transformers' rows (see `Architecture.tiled`) is each of llama.cpp's [rows]."""
+    import numpy as np
+
+    heads, keys = config.linear_num_value_heads, config.linear_num_key_heads
+    of_values = heads if rows == heads else heads * config.linear_value_head_dim
+    order = np.arange(rows)
+    order[rows - of_values :] = order[rows - of_values :].reshape(keys, heads // keys, -1).swapaxes(0, 1).ravel()
+    return order
 
 
 # Positions.
@@ -108,17 +137,18 @@ def rope_divisors(config: PreTrainedConfig) -> np.ndarray | None:
     return (plain / stretched).astype(np.float32)
 
 
-def _rope_keys(config: PreTrainedConfig, rope: dict[str, Any], *others: str) -> dict[str, Any]:
+def _rope_keys(config: PreTrainedConfig, rope: dict[str, Any], *others: str, part: float = 1.0) -> dict[str, Any]:
     """Metadata of positions.
 
     Args:
         others: the ways of stretching them, besides the linear one, that llama.cpp has for the architecture.
+        part: of each head that is turned there.
     """
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", *others):
         raise UserError(f"positions scaled by {kind} are not written to GGUF; choose another format")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refusal(config, "a part of each head turned")
+    if rope.get("partial_rotary_factor", 1.0) != part:
+        raise refusal(config, f"{rope.get('partial_rotary_factor', 1.0):g} of each head turned")
     keys = {"rope.freq_base": float(rope["rope_theta"])}
     if kind in ("linear", YARN):
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
@@ -228,6 +258,48 @@ def _lfm2_keys(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def _qwen35(file: GgufFile) -> dict[str, Any]:
+    layers, period, heads = file.own("block_count"), file.own("full_attention_interval"), file.own("ssm.time_step_rank")
+    rope = _rope(file)["rope_parameters"]
+    rope["partial_rotary_factor"] = file.own("rope.dimension_count") / file.own("attention.key_length")
+    return {
+        "rope_parameters": rope,
+        "layer_types": _qwen35_layers(layers, period),
+        "linear_conv_kernel_dim": file.own("ssm.conv_kernel"),
+        "linear_key_head_dim": file.own("ssm.state_size"),
+        "linear_value_head_dim": file.own("ssm.inner_size") // heads,
+        "linear_num_key_heads": file.own("ssm.group_count"),
+        "linear_num_value_heads": heads,
+    }
+
+
+def _qwen35_keys(config: PreTrainedConfig) -> dict[str, Any]:
+    layers, rope = config.num_hidden_layers, config.rope_parameters
+    periods = (p for p in range(1, layers + 1) if _qwen35_layers(layers, p) == config.layer_types)
+    if (period := next(periods, None)) is None:
+        raise refusal(config, "this order of recurrent layers and layers that see all")
+    if config.attention_bias:
+        raise refusal(config, "biases")
+    if config.linear_key_head_dim != config.linear_value_head_dim:
+        raise refusal(config, "value heads of another size than those of keys")
+    turned = rope.get("partial_rotary_factor", 1.0)
+    pairs = int(config.head_dim * turned) // 2
+    return _rope_keys(config, rope, part=turned) | {
+        "rope.dimension_count": 2 * pairs,
+        "rope.dimension_sections": [*rope.get("mrope_section", [pairs - 2 * (pairs // 3), *[pairs // 3] * 2]), 0],
+        "full_attention_interval": period,
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+    }
+
+
+def _qwen35_layers(layers: int, period: int) -> list[str]:
+    return [LINEAR if (layer + 1) % period else FULL for layer in range(layers)]
+
+
 def _phi3(file: GgufFile) -> dict[str, Any]:
     window = file.own("attention.sliding_window", 0)
     part = file.own("rope.dimension_count") / (file.own("embedding_length") // file.own("attention.head_count"))
@@ -243,7 +315,7 @@ def _gpt2(file: GgufFile) -> dict[str, Any]:
 
 
 # Matrices that stay in float32 whatever type the others have: no matrix product reads them.
-WHOLE = re.compile(r"blk\.\d+\.shortconv\.conv\.weight|position_embd\.weight")
+WHOLE = re.compile(r"blk\.\d+\.(shortconv\.conv|ssm_conv1d)\.weight|position_embd\.weight")
 PAIRED = r"blk\.\d+\.attn_[qk]\.(weight|bias)"
 ARCHITECTURES = {
     "llama": Architecture("llama", _llama, _llama_keys, also=("mistral",), rotated=PAIRED),
@@ -254,6 +326,15 @@ ARCHITECTURES = {
         "gemma3_text", _gemma3, _gemma3_keys, activation="gelu_pytorch_tanh", ones_added=r".*norm\.weight"
     ),
     "lfm2": Architecture("lfm2", _lfm2, _lfm2_keys),
+    "qwen35": Architecture(
+        "qwen3_5_text",
+        _qwen35,
+        _qwen35_keys,
+        ones_added=r"(?!.*ssm_norm).*norm\.weight",
+        decays=r"blk\.\d+\.ssm_a",
+        tiled=r"blk\.\d+\.(attn_qkv|attn_gate|ssm_alpha|ssm_beta|ssm_conv1d|ssm_dt|ssm_a)(\.weight|\.bias)?",
+        tiled_columns=r"blk\.\d+\.ssm_out\.weight",
+    ),
     "phi3": Architecture("phi3", _phi3),
     "gpt2": Architecture("gpt2", _gpt2, transposed=r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight"),
 }

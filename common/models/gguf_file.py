@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, reason
 from common.files import grant, write_json
-from common.models.gguf_architectures import ARCHITECTURES, WHOLE
+from common.models.gguf_architectures import ARCHITECTURES, WHOLE, place, tiled_order
 
 if TYPE_CHECKING:
     import gguf
@@ -258,7 +258,7 @@ def tensor_names(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[st
     places = gguf.get_tensor_name_map(key, config.num_hidden_layers)
     head = "lm_head.weight" if config.tie_word_embeddings else None
     names = {
-        name: (places.get_name(name, try_suffixes=(".weight", ".bias")) or name, tuple(weight.shape))
+        name: (place(places, name) or name, tuple(weight.shape))
         for name, weight in empty_model(config).state_dict().items()
         if name != head
     }
@@ -293,6 +293,8 @@ def read_weight(file: GgufFile, name: str, shape: tuple[int, ...], config: PreTr
             piece = torch.from_numpy(_numbers(rows[start : start + step], tensor.kind))
             if re.fullmatch(architecture.ones_added, name):
                 piece = piece - 1
+            if re.fullmatch(architecture.decays, name):
+                piece = (-piece).log()
             pieces.append(piece.to(dtype))
     except NotImplementedError as error:
         raise UserError(f"{file.path} is quantised as {tensor.kind.name}, which cannot be read") from error
@@ -300,6 +302,10 @@ def read_weight(file: GgufFile, name: str, shape: tuple[int, ...], config: PreTr
     if re.fullmatch(architecture.rotated, name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         weight = weight.reshape(heads, size[0] // heads // 2, 2, *size[1:]).transpose(1, 2).reshape(size)
+    if re.fullmatch(architecture.tiled, name):
+        weight = weight[torch.from_numpy(tiled_order(config, size[0]).argsort())]
+    if re.fullmatch(architecture.tiled_columns, name):
+        weight = weight[:, torch.from_numpy(tiled_order(config, size[1]).argsort())]
     return (weight.T if turned else weight).reshape(shape).contiguous()
 
 

@@ -33,8 +33,10 @@ MODELS = {  # architecture, layers, heads, heads of keys, hidden, of all heads, 
     "gemma3 1B": ("gemma3", 26, 4, 1, 1152, 1024, 6912, True),
     "smollm3 3B": ("smollm3", 36, 16, 4, 2048, 2048, 11008, True),
     "lfm2 350M": ("lfm2", 16, 16, 8, 1024, 1024, 4608, True),
+    "qwen3.5 0.8B": ("qwen35", 24, 8, 2, 1024, 2048, 3584, True),
 }
 ATTENTION = {"lfm2 350M": (2, 5, 8, 10, 12, 14)}  # layers that have it, where not all do
+DELTA_NET = {"qwen3.5 0.8B": [layer for layer in range(24) if layer % 4 != 3]}  # whose attn_qkv counts as an attn_v
 # (model, quant): output, token_embd, attn_q of every layer, attn_output of every layer, attn_v, ffn_down
 TABLE = {
     ("llama 8B", "Q4_K_M"): ("6", "4", "4", "4", LAYERS_32, LAYERS_32),
@@ -53,6 +55,8 @@ TABLE = {
     ("smollm3 3B", "Q4_K_M"): (None, "6", "4", "4", LAYERS_36, LAYERS_36),
     ("lfm2 350M", "Q4_K_M"): (None, "6", "4", "4", "446446", LAYERS_16),
     ("lfm2 350M", "Q5_K_M"): (None, "6", "5", "5", "556556", LAYERS_16.replace("4", "5")),
+    ("qwen3.5 0.8B", "Q4_K_M"): (None, "6", "4", "4", LAYERS_24, LAYERS_24),
+    ("qwen3.5 0.8B", "Q5_K_M"): (None, "6", "5", "5", LAYERS_24.replace("4", "5"), LAYERS_24.replace("4", "5")),
     ("lfm2 350M", "Q6_K"): (None, "6", "6", "6", "666666", "6" * 16),
 }  # fmt: skip
 
@@ -78,7 +82,13 @@ def test_every_tensor_is_stored_as_llama_cpp_stores_it(model, quant):
             assert kind(f"{at}{part}.weight", hidden) == KINDS[attn_q]
         assert mixture.kind_of(f"{at}shortconv.conv.weight", (hidden, 3)).name == "F32"
         assert kind(f"{at}attn_output.weight", queries) == KINDS[attn_output]
-        if layer in attention:
+        if layer in DELTA_NET.get(model, ()):
+            for part in ("attn_gate", "ssm_alpha", "ssm_beta"):
+                assert kind(f"{at}{part}.weight", hidden) == KINDS[attn_q]
+            assert kind(f"{at}ssm_out.weight", queries) == KINDS[attn_q]
+            assert mixture.kind_of(f"{at}ssm_conv1d.weight", (6144, 4)).name == "F32"
+            found["attn_v"] += letters[kind(f"{at}attn_qkv.weight", hidden)]
+        elif layer in attention:
             found["attn_v"] += letters[kind(f"{at}attn_v.weight", hidden)]
         found["ffn_down"] += letters[kind(f"{at}ffn_down.weight", intermediate)]
         for norm in ("attn_norm", "ffn_norm", "attn_q_norm", "post_attention_norm", "post_ffw_norm"):

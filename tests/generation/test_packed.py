@@ -45,7 +45,7 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama", "gemma3", "lfm2"])
+@pytest.fixture(scope="module", params=["qwen2", "llama", "gemma3", "lfm2", "qwen35"])
 def file(request, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("files") / f"{request.param}.gguf"
     return str(write(build(request.param), request.param, path, "F32"))

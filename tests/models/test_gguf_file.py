@@ -36,7 +36,8 @@ def test_equal_to_what_it_was_made_of(family, tmp_path):
     model = imported(write(source, family, tmp_path / "model.gguf"))
     assert model.dtype == torch.float32 and type(model) is type(source)
     assert model.config.architectures == [type(source).__name__]
-    assert torch.equal(logits(model), logits(source))
+    allowed = 1e-3 if family == "qwen35" else 0  # its decays go through exp and log
+    torch.testing.assert_close(logits(model), logits(source), rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

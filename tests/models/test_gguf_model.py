@@ -63,8 +63,9 @@ def test_what_cannot_be_read(tmp_path, pair):
         GgufModel(model.name, 10, path)
 
 
-def test_recurrent_layers_read_anew_what_they_cannot_go_back_to(tmp_path):
-    model = GgufModel(write(build("lfm2"), "lfm2", tmp_path / "model.gguf"), 100)
+@pytest.mark.parametrize("family", ["lfm2", "qwen35"])
+def test_recurrent_layers_read_anew_what_they_cannot_go_back_to(family, tmp_path):
+    model = GgufModel(write(build(family), family, tmp_path / "model.gguf"), 100)
     whole = model.logits(IDS)
     model.after(0, IDS[:5], 1)
     first = model.after(5, IDS[5:])

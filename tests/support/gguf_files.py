@@ -28,6 +28,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # architecture of the file:
         {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 7, "sliding_window": 8},
     ),
     "lfm2": ("lfm2", {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]}),
+    "qwen35": (
+        "qwen3_5_text",
+        {
+            "num_hidden_layers": 4,
+            **{"head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 6},
+        },
+    ),
     "phi3": ("phi3", {"num_key_value_heads": 4, "tie_word_embeddings": False, "sliding_window": None}),
     "gpt2": ("gpt2", {"n_inner": 128}),
 }
@@ -75,9 +83,11 @@ def write(
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        target = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        target = names.get_name(name.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias")) or name
         array = _as_llama_cpp(family, target, weight.float().numpy(), config)
-        whole = array.ndim == 1 or "conv.conv" in target or target == "position_embd.weight"  # as its converter does
+        whole = (
+            array.ndim == 1 or "conv.conv" in target or "conv1d" in target or target == "position_embd.weight"
+        )  # as its converter does
         number_type = gguf.GGMLQuantizationType["F32" if whole else kind]
         writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), number_type), raw_dtype=number_type)
     for name, array in (extra or {}).items():
@@ -95,11 +105,31 @@ def _as_llama_cpp(family: str, target: str, array: np.ndarray, config: Any) -> n
         array = array.reshape(heads, 2, len(array) // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
     if family == "gemma3" and target.endswith("norm.weight"):
         array = array + 1
-    if family == "lfm2" and "conv.conv" in target:
+    if family == "qwen35":
+        array = _qwen35(target, array, config)
+    if array.ndim == 3:
         array = array[:, 0]
     if family == "gpt2" and re.search(r"(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", target):
         array = array.T
     return array
+
+
+def _qwen35(target: str, array: np.ndarray, config: Any) -> np.ndarray:
+    """Value heads one of each key in turn, decays as they are multiplied with, norms with 1 added."""
+    keys, heads, size = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim
+    turn = [key * (heads // keys) + number for number in range(heads // keys) for key in range(keys)]
+    part = target.split(".")[2] if target.startswith("blk.") else target
+    if part in ("attn_qkv", "ssm_conv1d"):
+        apart = [array[(2 * keys + head) * size :][:size] for head in turn]
+        return np.concatenate([array[: 2 * keys * size], *apart])
+    if part == "attn_gate":
+        return np.concatenate([array[head * size :][:size] for head in turn])
+    if part == "ssm_out":
+        return np.concatenate([array[:, head * size :][:, :size] for head in turn], axis=1)
+    if part in ("ssm_alpha", "ssm_beta", "ssm_dt", "ssm_a"):
+        array = array[turn]
+        return -np.exp(array) if part == "ssm_a" else array
+    return array + 1 if "norm" in target and part != "ssm_norm" else array
 
 
 def _shape(config: Any, family: str) -> dict[str, Any]:
@@ -122,7 +152,7 @@ def _shape(config: Any, family: str) -> dict[str, Any]:
             "rope.freq_base": float((rope.get("full_attention") or rope)["rope_theta"]),
             "rope.dimension_count": head_dim,
         }
-    if family in ("qwen3", "gemma3"):
+    if family in ("qwen3", "qwen35", "gemma3"):
         keys |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if family == "gemma3":
         keys["attention.sliding_window"] = config.sliding_window
@@ -130,6 +160,11 @@ def _shape(config: Any, family: str) -> dict[str, Any]:
         per_layer = [config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types]
         keys |= {"attention.head_count_kv": per_layer, "shortconv.l_cache": config.conv_L_cache}
         keys["vocab_size"] = config.vocab_size
+    if family == "qwen35":
+        inner = config.linear_num_value_heads * config.linear_value_head_dim
+        keys |= {"full_attention_interval": 4, "rope.dimension_count": 8, "rope.dimension_sections": [2, 1, 1, 0]}
+        keys |= {"ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": config.linear_num_key_heads}
+        keys |= {"ssm.time_step_rank": config.linear_num_value_heads, "ssm.inner_size": inner}
     return {f"{family}.{key}": value for key, value in keys.items()}
 
 

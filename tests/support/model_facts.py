@@ -35,8 +35,9 @@ def architectures() -> str:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         read = {"mistral", *(each.model_type for each in gguf_file.ARCHITECTURES.values())}  # as llama's
-        known = (read, gguf_writer.ARCHITECTURES, model_shape.DENSE)
-        cells = ("yes" if config.model_type in names else "no" for names in known)
+        text = config.get_text_config().model_type  # a GGUF is of the language model
+        known = ((text, read), (text, gguf_writer.ARCHITECTURES), (config.model_type, model_shape.DENSE))
+        cells = ("yes" if kind in names else "no" for kind, names in known)
         lines.append((name, f"`{config.model_type}`", *cells, models.lora(model)))
     return _table(("architecture", "`model_type`", "GGUF in", "GGUF out", "memory predicted", "LoRA is put on"), lines)
 
