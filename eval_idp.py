@@ -30,6 +30,7 @@ from common.models import adapters
 from common.models import loading as models
 from common.models.flags import parse_args, source_of
 from common.tasks.idp import flags as idp_flags
+from common.tasks.idp import reading
 from common.vram import preflight as vram
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, prog="eval_idp.py")
     parser.add_argument("--model_dir", required=True, nargs="+", help="run folders, or base models (folder or Hub id)")
-    parser.add_argument("--data", help="labelled documents: JSONL, a JSON list, or a folder")
+    parser.add_argument("--data", help="labelled documents: JSONL, a JSON list, or a folder of documents")
+    idp_flags.add_ocr_flag(parser)
     parser.add_argument("--split", choices=("validation", "dev", "all"), default="validation")
     parser.add_argument("--val_frac", type=cli.fraction, help="a draw of this share of the split's documents")
     parser.add_argument(
@@ -114,10 +116,13 @@ def _evaluation(args: argparse.Namespace, schema: json_schema.Schema, preflight:
     from common.tasks.idp import evaluate
 
     settings = idp_flags.extraction_settings(args)
-    selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows)
+    answers_file = Path(args.report_dir, "answers.jsonl") if args.report_dir else None
+    recognise = idp_flags.recognise(args, args.data, args.fit_calibration)
+    kept = answers_file and reading.kept_beside(answers_file)
+    selection = evaluate.Selection(args.data, args.split, args.val_frac, args.seed, args.skip_bad_rows, recognise, kept)
     rows = evaluate.choose_rows(selection, schema)
     decodings = ("constrained", "unconstrained") if args.decoding == "both" else (args.decoding,)
-    store = AnswerStore(Path(args.report_dir, "answers.jsonl") if args.report_dir else None)
+    store = AnswerStore(answers_file)
     return evaluate.Evaluation(rows, schema, preflight, settings, decodings, args.seed, args.evidence, store)
 
 
@@ -149,7 +154,8 @@ def _fit_calibration(args: argparse.Namespace, schema: json_schema.Schema, prefl
     from common.tasks.idp import evaluate
     from common.tasks.idp import rows as idp_rows
 
-    dev = idp_rows.read(args.fit_calibration, schema, args.skip_bad_rows)
+    recognise = idp_flags.recognise(args, args.data, args.fit_calibration)
+    dev = idp_rows.read(args.fit_calibration, schema, args.skip_bad_rows, recognise)
     for model_dir in args.model_dir:
         evaluate.check_unseen(model_dir, dev, args.fit_calibration)
     for model_dir in args.model_dir:

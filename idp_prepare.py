@@ -5,9 +5,10 @@
     python idp_prepare.py --src scans/ --schema data/idp_schema.json --outdir data
     python idp_prepare.py --synthesize 3000 --outdir data
 
-Reads rows {"document", "fields"} (JSONL or a JSON list), a folder of name.pdf or name.txt with name.json beside it, or
-makes invoices up. Writes into --outdir: idp_sft.jsonl, idp_kd.jsonl and idp_dpo.jsonl (training documents),
-idp_dev.jsonl and idp_val.jsonl (other documents with their fields) and idp_manifest.json (counts, checksums); with
+Reads rows {"document", "fields"} (JSONL or a JSON list), or a folder of texts, PDFs and images with the fields of each
+in name.json beside it; or makes invoices up. Scans are read by text recognition, see --ocr. Writes into --outdir:
+idp_sft.jsonl, idp_kd.jsonl and idp_dpo.jsonl (training documents), idp_dev.jsonl and idp_val.jsonl (other documents,
+with their fields and, where they are known, the boxes of their words) and idp_manifest.json (counts, checksums); with
 --synthesize and no --schema also idp_schema.json, the schema of its invoices. The split is by the document's text, case
 and punctuation aside. The same input and seed give the same bytes.
 """
@@ -24,7 +25,7 @@ from common.data import rows as records
 from common.data import splits, task_record
 from common.files import json_text, jsonl_text, read_json, sha256_text, write_together
 from common.generation import json_schema
-from common.tasks.idp import documents
+from common.tasks.idp import documents, reading
 from common.tasks.idp import flags as idp_flags
 from common.tasks.idp import prompt as idp_prompt
 from common.tasks.idp import rows as idp_rows
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--schema", help="JSON Schema of the fields; --synthesize has one of its own")
     parser.add_argument("--outdir", type=cli.folder, default="data", help="folder to write into (default: data)")
     parser.add_argument("--seed", type=cli.seed, default=42, help="of the mistakes, the order and --synthesize")
+    idp_flags.add_ocr_flag(parser)
     idp_flags.add_form_flag(parser, default="written", meaning="written")
     parser.add_argument("--skip_bad_rows", action="store_true", help="name and count bad rows and go on without them")
     return parser
@@ -59,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     schema = _schema_of(args, outdir)
     texts = {} if args.schema else {SCHEMA_FILE: json_text(schema)}
     name = Path(args.src).name if args.src else f"--synthesize {args.synthesize} --seed {args.seed}"
-    rows = idp_rows.read(args.src, schema, args.skip_bad_rows) if args.src else _synthetic_rows(args, schema)
+    recognise, kept = idp_flags.recognise(args, args.src), reading.kept_beside(outdir / "idp")
+    rows = (
+        idp_rows.read(args.src, schema, args.skip_bad_rows, recognise, kept)
+        if args.src
+        else _synthetic_rows(args, schema)
+    )
 
     parts: dict[str, list[dict]] = {part: [] for part in splits.PARTS}
     for row in rows:
@@ -103,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "files": {file: {"sha256": sha256_text(text)} for file, text in texts.items()},
     }
     write_together(outdir, texts | {"idp_manifest.json": json_text(manifest)})
+    if args.src and Path(args.src).is_dir():
+        kept.unlink(missing_ok=True)
     _print_summary(manifest, outdir)
 
 

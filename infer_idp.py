@@ -59,12 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--document_file", help="a .txt, .pdf or image")
     source.add_argument("--input", help='JSONL rows {"document"[, "id", "lines"]}, or a folder of documents')
     parser.add_argument("--output", type=cli.output_file, help="JSONL answers, one per row or file of --input")
-    parser.add_argument(
-        "--ocr",
-        choices=reading.OCR,
-        default="auto",
-        help="text recognition of images and of PDF pages without text, of all pages, or of none (default: auto)",
-    )
+    idp_flags.add_ocr_flag(parser)
     parser.add_argument("--confidence", action="store_true", help="add each field's: the probability of its characters")
     parser.add_argument(
         "--accept_above",
@@ -89,13 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     models.check_model_dir(args.model_dir, args.base)
     schema = idp_flags.schema_of(args.schema, args.model_dir)
     preflight = json_schema.preflight(schema, args.best_effort or args.no_constraint)
+    recognise = idp_flags.recognise(args, args.document_file, args.input)
     if unenforced := [] if args.no_constraint else preflight.of("checked") + preflight.of("unsupported"):
         cli.log(f"checked after decoding, not enforced by it: {', '.join(keyword.path for keyword in unenforced)}")
     if args.input:
         # read through before a model loads: a bad row is found now, not in the middle of a night's work
-        checked, document = read_input(args), None
+        checked, document = read_input(args, recognise), None
     elif args.document_file:
-        document = reading.read_document(args.document_file, args.ocr)
+        document = reading.read_document(args.document_file, recognise)
     else:
         document = documents.Document(documents.clean(args.document))
         if not document.text.strip():
@@ -134,10 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return cli.CUT if extraction.cut else None
 
 
-def read_input(args: argparse.Namespace) -> records.CheckedRows:
+def read_input(args: argparse.Namespace, recognise: str) -> records.CheckedRows:
     """The documents of a folder, by file, or the rows of a file, by line."""
     if Path(args.input).is_dir():
-        rows, unit = reading.folder_rows(args.input, args.ocr, reading.kept_beside(args.output)), "file"
+        kept = reading.kept_beside(args.output)
+        found = reading.file_rows(reading.document_files(args.input), recognise, kept)
+        rows, unit = ((path.name, row) for path, row in found), "file"
     else:
         rows, unit = records.iter_jsonl(args.input), "line"
     return records.check_rows(args.input, rows, ("document",), args.skip_bad_rows, unit, documents.row_fault)

@@ -1,8 +1,10 @@
-"""Documents for tests: a schema, a row of its fields, and PDFs."""
+"""Documents for tests: a schema, a row of its fields, PDFs and scans."""
 
 from __future__ import annotations
 
 import io
+
+from PIL import Image, ImageDraw, ImageFont
 
 SCHEMA = {
     "type": "object",
@@ -34,3 +36,12 @@ def pdf(*lines: str) -> bytes:
     out.write(f"xref\n0 5\n0000000000 65535 f \n{table}trailer\n<< /Size 5 /Root 1 0 R >>\n".encode())
     out.write(f"startxref\n{start}\n%%EOF\n".encode())
     return out.getvalue()
+
+
+def scan(*lines: str) -> Image.Image:
+    """An image of text."""
+    image = Image.new("RGB", (900, 100 + 80 * len(lines)), "white")
+    font = ImageFont.load_default(size=48)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((60, 50 + 80 * number), line, "black", font)
+    return image

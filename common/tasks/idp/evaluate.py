@@ -36,6 +36,7 @@ class Selection:
         share: a random share of the split, between 0 and 1; None: all of it.
         seed: of that choice.
         skip_bad_rows: name and count bad rows, and go on without them.
+        recognise, kept: of a folder, as in `reading.file_rows`.
     """
 
     data: str
@@ -43,6 +44,8 @@ class Selection:
     share: float | None = None
     seed: int = 0
     skip_bad_rows: bool = False
+    recognise: str = "auto"
+    kept: Path | None = None
 
 
 def choose_rows(selection: Selection, schema: Schema) -> list[dict]:
@@ -51,7 +54,7 @@ def choose_rows(selection: Selection, schema: Schema) -> list[dict]:
     Raises:
         UserError: a bad row, or no document in the part that is asked for.
     """
-    rows = idp_rows.read(selection.data, schema, selection.skip_bad_rows)
+    rows = idp_rows.read(selection.data, schema, selection.skip_bad_rows, selection.recognise, selection.kept)
     if selection.split != "all":
         rows = [row for row in rows if splits.part_of(row["group"]) == selection.split]
         if not rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from common import cli
 from common.cli import UserError
@@ -11,6 +12,7 @@ from common.data import task_record
 from common.generation import json_schema
 from common.generation.flags import add_lookup_flag
 from common.models.flags import CHOSEN_BATCH, add_engine_flag, add_model_flags, add_thinking_flag, thinks
+from common.tasks.idp import reading
 from common.tasks.idp.answer_form import TYPED_FIELDS
 from common.tasks.idp.extractor import ExtractionSettings
 from common.tasks.idp.prompt import INSTRUCTION
@@ -72,6 +74,26 @@ def add_form_flag(
         help="dates, times and numbers: written, copied from the document as text and read by code, or held, written "
         f"by the model in the schema's types (default: {meaning})",
     )
+
+
+def add_ocr_flag(parser: argparse.ArgumentParser) -> None:
+    """--ocr, of everything that reads documents from files."""
+    parser.add_argument(
+        "--ocr",
+        choices=reading.OCR,
+        help="text recognition of images and of PDF pages without text, of all pages, or of none (default: auto)",
+    )
+
+
+def recognise(args: argparse.Namespace, *sources: str | None) -> str:
+    """What --ocr asks for. Raises UserError: it is given, and none of the files and folders can have a scan."""
+    if args.ocr and not any(source and _may_be_scanned(Path(source)) for source in sources):
+        raise UserError("--ocr is for a folder of documents, an image or a PDF, and there is none here; leave it out")
+    return args.ocr or "auto"
+
+
+def _may_be_scanned(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in (".pdf", *reading.IMAGES)
 
 
 def _offset(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -57,7 +58,11 @@ def recognise(image: Image, scale: float = 1.0) -> list[Word]:
 
 @cache
 def engine() -> Any:
-    """The library's recogniser. Raises UserError where there is none."""
+    """The library's recogniser; `OMP_NUM_THREADS` bounds its threads as it does torch's.
+
+    Raises:
+        UserError: there is none.
+    """
     if not installed():
         raise UserError(
             "reading scans needs text recognition: pip install -r requirements/ocr.txt; or run it first, "
@@ -65,4 +70,5 @@ def engine() -> Any:
         )
     from rapidocr import RapidOCR
 
-    return RapidOCR(params={"Global.log_level": "error"})
+    threads = int(os.environ.get("OMP_NUM_THREADS") or -1)
+    return RapidOCR(params={"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": threads})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,27 +20,28 @@ SUFFIXES = (".pdf", ".txt", *IMAGES)
 OCR = ("auto", "on", "off")
 
 
-def folder_rows(
-    folder: str | Path, recognise: str = "auto", kept: str | Path | None = None
-) -> Iterator[tuple[str, dict | ValueError]]:
-    """(file name, {"id": that name, "document"[, "lines"]} or what is wrong) of each document in a folder, by name.
+def file_rows(
+    paths: Sequence[Path], recognise: str = "auto", kept: str | Path | None = None
+) -> Iterator[tuple[Path, dict | ValueError]]:
+    """(file, {"id": its name, "document"[, "lines"]} or what is wrong) of each of some files, in their order.
 
     With a progress bar, as text recognition takes seconds a page.
 
     Args:
+        recognise: as in `read_document`.
         kept: a file that keeps what was read as it comes, so that an interruption loses one document; None: none does.
     """
     from tqdm import tqdm
 
     store = AnswerStore(kept)
-    for path in tqdm(document_files(folder), unit=" files"):
+    for path in tqdm(paths, unit=" files"):
         try:
             key = content_key(_content(path), recognise, ocr.installed())
             if key not in store:
                 store.add([(key, to_row(read_document(path, recognise)))])
-            yield path.name, {"id": path.name} | store[key]
+            yield path, {"id": path.name} | store[key]
         except UserError as error:
-            yield path.name, ValueError(str(error))
+            yield path, ValueError(str(error))
 
 
 def _content(path: Path) -> str:
@@ -51,8 +52,8 @@ def _content(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
-def kept_beside(output: str) -> Path:
-    """Where the texts of a folder's documents are kept until they are answered: recognising them takes long."""
+def kept_beside(output: str | Path) -> Path:
+    """Where the texts of a folder's documents are kept until `output` is there: recognising them takes long."""
     return Path(f"{output}.documents")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pypdfium2
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from support.documents import pdf as pdf_of
+from support.documents import scan
 from support.inputs import SHARED
 
 from common.cli import UserError
@@ -136,43 +137,19 @@ def test_a_page_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_an_image_beyond_all_bounds_is_named(tmp_path, monkeypatch):
-    scan_of("Total 12.50").save(tmp_path / "a.png")
+    scan("Total 12.50").save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match=r"a\.png cannot be read as an image \(Image size .* exceeds limit"):
         reading.read_document(tmp_path / "a.png")
-    ((name, fault),) = reading.folder_rows(tmp_path)
-    assert name == "a.png" and "cannot be read as an image" in str(fault)
-
-
-def test_what_was_recognised_in_a_folder_is_kept(tmp_path, monkeypatch):
-    folder, seen = tmp_path / "in", []
-    folder.mkdir()
-    for number in range(4):
-        scan_of(f"Total {number}").save(folder / f"{number}.png")
-
-    def recognise(image, scale=1.0):
-        seen.append(len(seen))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return [Word(f"text {len(seen)}", (0, 0, 9, 9))]
-
-    monkeypatch.setattr(ocr, "recognise", recognise)
-    with pytest.raises(KeyboardInterrupt):
-        list(reading.folder_rows(folder, "auto", tmp_path / "out.documents"))
-    rows = dict(reading.folder_rows(folder, "auto", tmp_path / "out.documents"))
-    assert [row["document"] for row in rows.values()] == ["text 1", "text 2", "text 4", "text 5"]
-    assert rows["0.png"]["lines"] == [{"text": "text 1", "box": [0, 0, 9, 9]}]
-    assert [*reading.folder_rows(folder, "auto", tmp_path / "out.documents")] == [*rows.items()]
-    assert len(seen) == 5
-    list(reading.folder_rows(folder, "on", tmp_path / "out.documents"))
-    assert len(seen) == 9  # read otherwise, it is read anew
+    ((path, fault),) = reading.file_rows(reading.document_files(tmp_path))
+    assert path.name == "a.png" and "cannot be read as an image" in str(fault)
 
 
 def test_a_file_of_a_folder_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "a.pdf").mkdir()
     (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
     (tmp_path / "c.txt").write_text("Total 12.50")
-    folder, link, text = [row for _, row in reading.folder_rows(tmp_path)]
+    folder, link, text = [row for _, row in reading.file_rows(reading.document_files(tmp_path))]
     remedy = "check the path and its permissions"
     assert str(folder) == f"{tmp_path}/a.pdf cannot be read: Is a directory; {remedy}"
     assert str(link) == f"{tmp_path}/b.txt cannot be read: No such file or directory; {remedy}"
@@ -185,45 +162,3 @@ def test_an_encrypted_pdf_is_named(tmp_path):
     (tmp_path / "locked.pdf").write_bytes(encrypted)
     with pytest.raises(UserError, match=r"locked.pdf is encrypted; decrypt it first"):
         reading.read_document(tmp_path / "locked.pdf")
-
-
-def scan_of(*lines: str) -> Image.Image:
-    """An image of text."""
-    image = Image.new("RGB", (900, 100 + 80 * len(lines)), "white")
-    font = ImageFont.load_default(size=48)
-    for number, line in enumerate(lines):
-        ImageDraw.Draw(image).text((60, 50 + 80 * number), line, "black", font)
-    return image
-
-
-def test_scans_are_recognised(tmp_path, monkeypatch):
-    seen = []
-
-    def recognise(image, scale=1.0):
-        seen.append((image.size, scale))
-        return [Word("Total 12.50", (60 / scale, 50, 300, 90))]
-
-    monkeypatch.setattr(ocr, "recognise", recognise)
-    monkeypatch.setattr(ocr, "installed", lambda: True)
-    scan_of("Total 12.50").save(tmp_path / "a.png")
-    image = reading.read_document(tmp_path / "a.png")
-    assert (image.text, image.segments[0].box) == ("Total 12.50", (60, 50, 300, 90))
-    (tmp_path / "scan.pdf").write_bytes(pdf_of())
-    (tmp_path / "text.pdf").write_bytes(pdf_of("Invoice 7"))
-    assert reading.read_document(tmp_path / "scan.pdf").text == "Total 12.50"
-    assert reading.read_document(tmp_path / "text.pdf").text == "Invoice 7"
-    assert reading.read_document(tmp_path / "text.pdf", "on").text == "Total 12.50"
-    page = (1700, 2200), pytest.approx(200 / 72)  # in 200 dots an inch
-    assert seen == [((900, 180), 1.0), page, page]
-    for name in ("a.png", "scan.pdf"):
-        with pytest.raises(UserError, match=f"{name} .*; pass --ocr auto"):
-            reading.read_document(tmp_path / name, "off")
-
-
-def test_what_is_recognised_stands_where_it_is_drawn(tmp_path):
-    pytest.importorskip("rapidocr", reason="requirements/ocr.txt is not installed")
-    scan_of("INVOICE 4711", "Total: 12.50").save(tmp_path / "a.pdf", resolution=100)
-    document = reading.read_document(tmp_path / "a.pdf")
-    assert document.text.split() == ["INVOICE", "4711", "Total:", "12.50"]
-    x0, y0, x1, y1 = document.segments[0].box
-    assert 0.72 * 40 < x0 < 0.72 * 70 and 0.72 * 40 < y0 < y1 < 0.72 * 120 < x1  # with some white around
