@@ -60,7 +60,9 @@ class ExtractOptions(BaseModel):
     typed_fields: Literal["written", "held"] | None = Field(
         None, description="As `--typed_fields` of infer_idp.py; default: as the run was trained, else written"
     )
-    dates: Literal["day", "month"] | None = Field(None, description="What comes first in 03/04/2019; default: as shown")
+    dates: Literal["day", "month", "year"] | None = Field(
+        None, description="What comes first in 03/04/2019 or 18-01-05; default: as shown"
+    )
     utc_offset: Annotated[str, Field(pattern=f"^(?:{OFFSET})$")] = "Z"
     evidence: bool = Field(False, description="Say where each field stands in the document")
     confidence: bool = Field(False, description="Say how sure the model is of each field")

@@ -87,8 +87,8 @@ class Haystack:
         return [Match(*place, "read") for place in sorted(places)[:MOST_PLACES]]
 
     def _find_date(self, wanted: dates.FoundDate) -> list[Match]:
-        """Every place of a date, whichever way it is written; where day and month could change places, either way."""
-        alike = [date for date in self._dates if set(date.readings) & set(wanted.readings)]
+        """Every place of a date, whichever way it is written; where its numbers could change places, either way."""
+        alike = [date for date in self._dates if date.meanings & wanted.meanings]
         return [Match(date.start, date.end, "read") for date in alike][:MOST_PLACES]
 
     @cached_property

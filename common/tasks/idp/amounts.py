@@ -1,4 +1,5 @@
-"""Numbers as documents write them: "1.234,56 €", "RM31.00", "(12.00)", "12.00-", "29 995,00", "21 %", "1,2 Mio.".
+"""Numbers as documents write them: "1.234,56 €", "RM31.00", "(12.00)", "12.00-", "29 995,00", "21 %", "1,2 Mio.", and
+as text recognition has them: "RM 12. 50".
 
 What a number may not be told from is none: "12.5O" and "O.50" have a letter that was taken for a digit, "1.2k" is more
 than 1.2, "2 1/2" more than 2.
@@ -18,7 +19,8 @@ from common.tasks.idp import dates, languages
 from common.tasks.idp.dates import plain_digits
 
 _SPACE = "[ \u00a0\u2009\u202f]"
-_CORE = rf"(?:\d+(?:[.,'’]\d+|{_SPACE}\d{{3}}(?!\d))*|[.,]\d+)"
+_JOINT = "\0"  # see `_joined`
+_CORE = rf"(?:\d+(?:{_JOINT}?[.,'’]\d+|{_SPACE}\d{{3}}(?!\d))*|[.,]\d+)"
 _SPACELESS = r"(?:\d+(?:[.,'’]\d+)*|[.,]\d+)"
 _MINUS = r"\-–"
 _GAP = r"[^\S\n]?"  # within a line
@@ -26,6 +28,11 @@ _LINE_ENDS = r"(?=[^\S\n]*(?:\n|\)|\Z))"
 _FRACTION = re.compile(rf"{_SPACE}(?:[¼-¾⅐-⅞]|\d/\d{{1,2}}(?![\w/]))")
 _TAKEN_FOR_A_DIGIT = re.compile(r"(?:\d[^\W\d_]*|(?<!\w)[OoIl])[.,]\Z")
 _SCALE = re.compile(rf"{_GAP}([^\W\d_]+)\.?")
+_SPLIT = re.compile(
+    r"(?<!\d)(?<!\d[.,:/-])(?P<whole>\d[\d,]*)\. "
+    r"(?=(?P<decimals>\d\d)(?:[^\S\n]?(?P<unit>[^\W\d_]{1,4}|[^\w\s)]))?(?:[^\S\n]*(?:\n|\Z)|[^\S\n]{2}|\)))"
+)
+_WORD_BEFORE = re.compile(r"(?<![^\W\d_])([^\W\d_]{1,4}\.?|[^\w\s])[^\S\n]*\Z")
 _CLOSE = re.compile(rf"{_GAP}[^\s()\d]{{0,4}}{_GAP}\)")
 YEN = ("円", "元", "원")
 LINE = 200  # characters that a line is looked back on
@@ -81,6 +88,8 @@ def find(text: str, spaces: bool = True) -> list[FoundAmount]:
         spaces: white space may group thousands.
     """
     plain = plain_digits(dates.masked(text))
+    if spaces:
+        plain = _joined(plain)
     form = _forms()[0 if spaces else 1]
     amounts, start = [], 0
     while match := form.search(plain, start):
@@ -104,6 +113,34 @@ def whole(text: str) -> FoundAmount | None:
     text = text.strip()
     amounts = find(text)
     return amounts[0] if len(amounts) == 1 and (amounts[0].start, amounts[0].end) == (0, len(text)) else None
+
+
+def _joined(text: str) -> str:
+    """A text of the same length without the white space that text recognition puts behind a decimal point: "12. 50".
+
+    That is the end of one sentence and the beginning of the next in "see page 12. 50 items", and an item of a list in
+    "1. 50 nails". So such a number has to end its line or cell, and to begin a cell that is not its line's first, or to
+    stand behind a currency, or to be all that there is.
+    """
+
+    def joined(match: re.Match) -> str:
+        unit, start = match["unit"], match.start()
+        lone = (start, match.end("unit" if unit else "decimals")) == everything
+        alone = lone or _is_cell(text, start) or _is_behind_money(text, start)
+        return f"{match['whole']}{_JOINT}." if alone and (unit is None or _is_currency(unit)) else match[0]
+
+    everything = len(text) - len(text.lstrip()), len(text.rstrip())
+    return _SPLIT.sub(joined, text)
+
+
+def _is_behind_money(text: str, start: int) -> bool:
+    """Whether a currency stands before a place; "all" and "try" are codes of some, but not where they are words."""
+    word = _WORD_BEFORE.search(text[max(0, start - LINE) : start].rpartition("\n")[2])
+    return word is not None and not word[1].islower() and _is_currency(word[1])
+
+
+def _is_currency(word: str) -> bool:
+    return word != "%" and _is_money(word)
 
 
 def _read(match: re.Match) -> FoundAmount | None:
@@ -188,6 +225,7 @@ def _read_core(core: str, dashes: bool) -> tuple[tuple[Decimal, ...], str | None
     Args:
         dashes: they stand for the decimals, as in "1.200,-".
     """
+    core = core.replace(_JOINT, "")
     marks = re.findall(r"\D", core)
     groups = re.split(r"\D", core)
     kinds = list(dict.fromkeys("'" if mark not in ".," else mark for mark in marks))

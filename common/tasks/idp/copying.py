@@ -52,11 +52,11 @@ class Copyist:
 def _texts_of(value: Any, kind: str, conventions: Conventions) -> Iterator[str]:
     """The texts in a document that a value can have been copied from.
 
-    Where day and month could change places, either may be meant: the value tells which.
+    Where day, month and year could change places, either may be meant: the value tells which.
     """
     for text in copies(kind, conventions):
         if kind.startswith("date") and (date := dates.only(text, conventions.language)):
-            days = {reading.isoformat() for reading in date.readings}
+            days = {meaning.isoformat() for meaning in date.meanings}
             rest = "" if kind == "date" else read("time", dates.masked(text), conventions).value
             if value in {day + (rest and f"T{rest}") for day in days if rest is not None}:
                 yield text

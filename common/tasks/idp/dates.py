@@ -1,7 +1,8 @@
 """Dates and times as documents write them: found in a text, and read without guessing.
 
 A date has a day, a month and a year; what lacks one of them, or names a day that no calendar has, is none. Where day
-and month could change places (09/01/2019), a date has both readings until something decides between them.
+and month could change places (09/01/2019), a date has both readings until something decides between them, and one with
+the year first where that could have lost its century (18-01-05).
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class FoundDate:
         readings: one, or where day and month could change places that with the day first and that with the month.
         numeric: without the name of a month.
         first: "day" or "month" where the numbers alone show which of them is first.
+        year_first: what it is where its year has two digits and stands first, as ISO 8601 once had it; None: cannot be.
+        year_last: its last number can only be the year.
     """
 
     start: int
@@ -87,6 +90,13 @@ class FoundDate:
     readings: tuple[datetime.date, ...]
     numeric: bool
     first: str | None = None
+    year_first: datetime.date | None = None
+    year_last: bool = False
+
+    @property
+    def meanings(self) -> set[datetime.date]:
+        """All that it may be."""
+        return {*self.readings, *([self.year_first] if self.year_first else [])}
 
 
 def plain_digits(text: str) -> str:
@@ -155,13 +165,15 @@ def _read(match: re.Match, language: str | None) -> FoundDate | None:
     """A match of one of the forms as a date; None where it has no day that there is, or a name of no or two months."""
     parts = match.groupdict()
     digits = parts["y"].lstrip("'")
-    year = int(digits) + (0 if len(digits) > 2 else 1900 if int(digits) >= TURN else 2000)
-    first = None
+    year = _year(digits)
+    first = year_first = None
     if "a" in parts:
         a, b = int(parts["a"]), int(parts["b"])
         readings = [_date(year, b, a), _date(year, a, b)]
         if (readings[0] is None) != (readings[1] is None):
             first = "day" if readings[0] else "month"
+        if parts.get("s") == "-" and len(parts["a"]) == len(parts["b"]) == len(digits) == 2:
+            year_first = _date(_year(parts["a"]), b, int(digits))
     elif name := parts.get("name"):
         readings = [_date(year, month, int(parts["d"])) for month in languages.months(name, language)]
         if len(readings) != 1:
@@ -171,7 +183,16 @@ def _read(match: re.Match, language: str | None) -> FoundDate | None:
     else:
         readings = [_date(year, int(parts["m"]), int(parts["d"]))]
     real = tuple(dict.fromkeys(reading for reading in readings if reading))
-    return FoundDate(*match.span(), real, "name" not in parts, first) if real else None
+    if not real:
+        return None
+    if year_first in real:
+        year_first = None
+    return FoundDate(*match.span(), real, "name" not in parts, first, year_first, "a" in parts and not year_first)
+
+
+def _year(digits: str) -> int:
+    """Two digits are of the years around 2000."""
+    return int(digits) + (0 if len(digits) > 2 else 1900 if int(digits) >= TURN else 2000)
 
 
 def _date(year: int, month: int, day: int) -> datetime.date | None:

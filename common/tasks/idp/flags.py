@@ -46,8 +46,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_form_flag(parser)
     parser.add_argument(
         "--dates",
-        choices=("day", "month"),
-        help="what comes first in 03/04/2019; default: as the document's other dates, its language or currency show",
+        choices=("day", "month", "year"),
+        help="what comes first in 03/04/2019 or 18-01-05; default: as other dates, the language or currency show",
     )
     parser.add_argument(
         "--utc_offset", type=_offset, default="Z", help="of a time that is written without one: Z or e.g. +08:00"

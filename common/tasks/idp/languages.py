@@ -94,14 +94,14 @@ def _language_of(text: str) -> str | None:
     return language if probability >= SURE else None
 
 
-def day_first(language: str | None, text: str) -> bool | None:
-    """Whether a text's short dates have the day before the month; None where neither language nor currency tells it.
+def first_in_dates(language: str | None, text: str) -> str | None:
+    """ "day", "month" or "year", with which a text's short dates begin; None where neither language nor currency tells.
 
-    English has both orders, by country: RM and £ are of countries that put the day first, $ is of many.
+    English has all three, by country: RM and £ are of countries that put the day first, $ is of many.
     """
     if language not in (None, "en"):
         try:
-            return _is_day_first(Locale.parse(language))
+            return _first_in_dates(Locale.parse(language))
         except ValueError:  # CLDR's UnknownLocaleError is one
             return None
     orders = [order for sign, order in _english_orders().items() if _has_sign(text, sign)]
@@ -115,22 +115,22 @@ def has_dollars_alone(text: str) -> bool:
     return bool(signs) and signs <= {"$", "US$", "USD"}
 
 
-def _is_day_first(locale: Locale) -> bool:
+def _first_in_dates(locale: Locale) -> str:
     pattern = locale.date_formats["short"].pattern
-    return pattern.index("d") < pattern.index("M")
+    return min(("day", "month", "year"), key=lambda part: pattern.index({"day": "d", "month": "M", "year": "y"}[part]))
 
 
 @functools.cache
-def _english_orders() -> dict[str, set[bool]]:
-    """{currency code or sign: whether the day comes first, in each English-speaking country that has it}."""
-    orders: dict[str, set[bool]] = defaultdict(set)
+def _english_orders() -> dict[str, set[str]]:
+    """{currency code or sign: with what dates begin, in each English-speaking country that has it}."""
+    orders: dict[str, set[str]] = defaultdict(set)
     for name in locale_identifiers():
         if not re.fullmatch(r"en_[A-Z]{2}", name):
             continue
         locale = Locale.parse(name)
         for code in get_territory_currencies(locale.territory):
             for sign in {code, locale.currency_symbols.get(code, code)}:
-                orders[sign].add(_is_day_first(locale))
+                orders[sign].add(_first_in_dates(locale))
     return dict(orders)
 
 

@@ -20,7 +20,8 @@ class ReadingSettings:
     """What is known of the documents before they are read.
 
     Attributes:
-        dates: "day" or "month", whichever comes first in a date of numbers; None: as each document shows it.
+        dates: "day", "month" or "year", whichever comes first in a date of numbers; None: as each document shows it. A
+            year of four digits needs no telling.
         utc_offset: of a time that is written without one, "Z" or as "+08:00".
     """
 
@@ -60,16 +61,32 @@ class Conventions:
 
     @functools.cached_property
     def first(self) -> str | None:
-        """ "day" or "month", whichever comes first; None where nothing decides it."""
-        if self.settings.dates:
+        """ "day" or "month", whichever comes before the other; None where nothing decides it."""
+        if self.settings.dates in ("day", "month"):
             return self.settings.dates
-        shown = {date.first for date in dates.find(self.document) if date.first}
+        shown = {date.first for date in self._dates if date.first and not (date.year_first and self.year_first)}
         if len(shown) == 1:
             return shown.pop()
         if shown:  # of both kinds
             return None
-        order = languages.day_first(self.language, self.document)
-        return None if order is None else "day" if order else "month"
+        order = languages.first_in_dates(self.language, self.document)
+        return None if order is None else "day" if order == "day" else "month"
+
+    @functools.cached_property
+    def year_first(self) -> bool | None:
+        """Whether a year of two digits comes first in a date of numbers; None where nothing decides it."""
+        if self.settings.dates:
+            return self.settings.dates == "year"
+        if any(date.year_last for date in self._dates):
+            return False
+        order = languages.first_in_dates(self.language, self.document)
+        if order == "year" and self.language in (None, "en"):  # a currency does not show that much
+            return None
+        return None if order is None else order == "year"
+
+    @functools.cached_property
+    def _dates(self) -> list[dates.FoundDate]:
+        return dates.find(self.document)
 
     @functools.cached_property
     def decimal_mark(self) -> str | None:
@@ -126,17 +143,20 @@ def _read_date(text: str, conventions: Conventions) -> tuple[datetime.date | Non
     date = dates.only(text, conventions.language)
     if date is None:
         return None, "is no date"
-    if len(date.readings) == 1:
-        return date.readings[0], None
-    by_day, by_month = date.readings
-    if conventions.first:
-        return (by_day if conventions.first == "day" else by_month), None
-    first, others = ("month", by_day) if languages.has_dollars_alone(conventions.document) else ("day", by_month)
-    value = by_month if first == "month" else by_day
-    return (
-        value,
-        f"is read with the {first} first, which nothing shows (else {others}); --dates day or month decides it",
-    )
+    if date.year_first and conventions.year_first:
+        return date.year_first, None
+    first = date.first or conventions.first
+    unsure = len(date.readings) > 1 and not first
+    first = first or ("month" if languages.has_dollars_alone(conventions.document) else "day")
+    value = date.readings[0 if first == "day" else -1]
+    others = [reading for reading in date.readings if unsure and reading != value]
+    if date.year_first and conventions.year_first is None:
+        others.append(date.year_first)
+    if not others:
+        return value, None
+    told = "day, month or year" if date.year_first else "day or month"
+    others = " or ".join(map(str, others))
+    return value, f"is read with the {first} first, which nothing shows (else {others}); --dates {told} decides it"
 
 
 def _time(text: str, conventions: Conventions) -> Reading:

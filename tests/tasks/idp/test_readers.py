@@ -137,6 +137,46 @@ def test_where_nothing_decides_it_is_said(document, value, other):
 
 
 @pytest.mark.parametrize(
+    ("text", "document", "order", "value", "others"),
+    [
+        ("18-01-05", "", None, "2005-01-18", "(else 2018-01-05); --dates day, month or year decides it"),
+        ("18-01-05", "paid 18-01-05", None, "2005-01-18", "(else 2018-01-05)"),  # it shows nothing itself
+        ("05-12-17", "", None, "2017-12-05", "(else 2017-05-12 or 2005-12-17)"),
+        ("05-12-17", "and 28-12-17", None, "2017-12-05", "(else 2005-12-17)"),
+        ("05-05-05", "", None, "2005-05-05", None),
+        ("18-01-05", "", "year", "2018-01-05", None),
+        ("05-12-17", "", "month", "2017-05-12", None),
+        ("18-01-05", "paid 03/04/2021", None, "2005-01-18", None),  # there the year is last
+        ("18-01-05", "and 31-12-98", None, "2005-01-18", None),
+        ("18-01-05", "TOTAL RM 12.00 CASH RM 20.00 CHANGE RM 8.00", None, "2005-01-18", None),
+        (
+            "18-01-05",
+            "Faktura med belopp och moms, att betala inom trettio dagar utan avdrag",
+            None,
+            "2018-01-05",
+            None,
+        ),
+        ("18/01/05", "", None, "2005-01-18", None),
+        ("18-01-2005", "", None, "2005-01-18", None),
+        ("18-13-05", "", None, None, "is no date"),
+    ],
+)
+def test_a_year_of_two_digits_may_be_first(text, document, order, value, others):
+    reading = read("date", text, Conventions(document, ReadingSettings(order)))
+    assert reading.value == value
+    assert (others is None) == (reading.note is None)
+    assert reading.note is None or others in reading.note
+
+
+def test_a_date_with_the_year_first_is_copied():
+    (date,) = dates.find("on 18-01-05")
+    assert {meaning.isoformat() for meaning in date.meanings} == {"2005-01-18", "2018-01-05"}
+    swedish = Conventions("Faktura med belopp och moms, att betala senast 18-01-31 utan avdrag")
+    assert read("date", "18-01-31", swedish).value == "2018-01-31"
+    assert swedish.first == "month"  # 31 is no day of it
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("717,97", 717.97),
@@ -199,6 +239,14 @@ def test_where_nothing_decides_it_is_said(document, value, other):
         ("Adults (2)", 2),
         ("Loss (12.50)", -12.5),
         ("75G- WHITE", 75),
+        ("12. 50", 12.5),  # as text recognition has it
+        ("RM 12. 50", 12.5),
+        ("RM1,234. 50", 1234.5),
+        ("€ 12. 50", 12.5),
+        ("12. 50 EUR", 12.5),
+        ("12. 50€", 12.5),
+        ("Total RM  12. 50", 12.5),
+        ("TOTAL          12. 50", 12.5),
     ],
 )
 def test_amounts(text, value):
@@ -244,6 +292,19 @@ def test_nothing_has_no_sign(text):
 def test_amounts_of_a_line():
     document = "5 - 12.00\nGST (6%)      0.72\n4 1/4 CHICKEN   3.10 -"
     assert [*dict.fromkeys(copies("number", Conventions(document)))] == ["5", "12.00", "6", "0.72", "4", "3.10 -"]
+
+
+def test_a_point_that_white_space_follows_ends_a_sentence():
+    sentences = ["see page 12. 50 items", "page 12. 50", "1. 50 nails\n2. 30 screws", "1. 50\n2. 30", "12, 50",
+                 "on all 12. 50\nmore", "It was RM 12. 50 items", "Weight 6% 12. 50", "  1. 50\n  2. 30",
+                 "RM 12. 500", "1.12. 50", "Items     12. 50 boxes"]  # fmt: skip
+    for sentence in sentences:
+        assert not [text for text in copies("number", Conventions(sentence)) if ". " in text], sentence
+        assert read("number", sentence, NOWHERE).value is None, sentence
+    table = "QTY     PRICE       AMOUNT\n2       12. 50      25. 00\nTOTAL           RM 25. 00\n(GST       1. 42)"
+    found = list(dict.fromkeys(copies("number", Conventions(table))))
+    assert found[:5] == ["2", "12. 50", "25. 00", "1. 42", "12"]
+    assert Conventions(table).decimal_mark == "."
 
 
 def test_integers_and_times():
@@ -335,7 +396,10 @@ def test_shared_cases():
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("junk", ["12 a ", "1 234 ", "1,", "(", "- ", "x", "31/12/2017", "31/12/2017 ", "5 mei 2017\n"])
+@pytest.mark.parametrize(
+    "junk",
+    ["12 a ", "1 234 ", "1,", "(", "- ", "x", "31/12/2017", "31/12/2017 ", "5 mei 2017\n", "RM 12. 50\n", "12. 50  "],
+)
 def test_long_texts_take_no_time(junk):
     amounts.find(junk * 20_000)
     dates.find(junk * 20_000)
