@@ -84,11 +84,30 @@ def whole_config(model_dir: str, trust_remote_code: bool = False) -> PreTrainedC
     from transformers import AutoConfig  # seconds, which a name that is not there is not to wait for
 
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except unreadable() as error:
         raise UserError(
             f"{name} has no readable config.json ({reason(error)}); give a model folder or a Hub id"
         ) from error
+    check_causal(name, config)
+    return config
+
+
+def check_causal(name: str, config: PreTrainedConfig) -> None:
+    """Raises UserError for a model that is no language model that writes from left to right.
+
+    transformers builds BERT's family as causal language models, too, whose tokens then see what comes after them.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    text = config.get_text_config(decoder=True)
+    if text.is_encoder_decoder:
+        kind = "an encoder with a decoder"
+    elif text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", True):
+        kind = "an encoder, whose tokens see what comes after them"
+    else:
+        return
+    raise UserError(f"{name} ({config.model_type}) is {kind}; give a causal language model, such as a Llama or a Qwen")
 
 
 def without_stray_pad(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -234,6 +253,7 @@ def load_base(source: ModelSource, *, training: bool = False) -> PreTrainedModel
         settings["device_map"] = {"": "cpu"}
     try:
         config = AutoConfig.from_pretrained(source.model_dir, trust_remote_code=source.trust_remote_code)
+        check_causal(source.model_dir, config)
         chosen = torch.bfloat16 if four_bit and source.dtype == "auto" else fastest_dtype(source, config)
         model, found = AutoModelForCausalLM.from_pretrained(
             source.model_dir,

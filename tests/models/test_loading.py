@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.inputs import PROMPTS, SHARED
 from support.models import build_base, distance
+from transformers import AutoConfig
 
 import sft_train
 from common.cli import UserError
@@ -228,6 +229,27 @@ def test_a_config_of_no_model(read, base, tmp_path):
     folder = changed(base, tmp_path / "changed", num_hidden_layers=3)
     with pytest.raises(UserError, match=rf"{folder}.* `num_hidden_layers` \(3\) must be equal to"):
         read(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("bert", "an encoder, whose tokens see what comes after them"),
+        ("t5", "an encoder with a decoder"),
+        ("bart", "an encoder with a decoder"),
+    ],
+)
+def test_what_does_not_write_from_left_to_right_is_refused(kind, what, tmp_path):
+    """Before its weights are asked for; transformers makes a causal model of a BERT whose attention is none."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+    for read in (models.load_config, lambda name: models.load_base(ModelSource(name))):
+        with pytest.raises(UserError, match=rf"\({kind}\) is {what}; give a causal language model"):
+            read(str(tmp_path / kind))
+
+
+def test_gpt_neox_is_causal_whose_config_is_marked_like_an_encoders(tmp_path):
+    AutoConfig.for_model("gpt_neox").save_pretrained(tmp_path)
+    assert models.load_config(str(tmp_path)).is_decoder is False
 
 
 def test_weights_cut_short(base, tmp_path):
