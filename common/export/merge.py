@@ -8,6 +8,7 @@ and de-quantised), on which the result stays closest to what was trained.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +22,13 @@ from common.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NF4_BLOCK = 64  # weights that share a scale, as bitsandbytes has it in a model
+# what an image is made ready by
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt")
 
 
@@ -243,10 +246,27 @@ def merge(
 
     number_type = getattr(torch, dtype)
     _write_weights(checkpoint, merged, target, number_type, max_shard_bytes)
-    empty.config.dtype = number_type
-    empty.config.save_pretrained(target)
+    config = _with_the_rest(empty.config, base, trust_remote_code)
+    config.dtype = number_type
+    config.save_pretrained(target)
+    for name in PROCESSORS:
+        if (base / name).is_file():
+            shutil.copy(base / name, target / name)
     empty.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _with_the_rest(config: PreTrainedConfig, base: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """A language model's config within its base's, where that has more: a vision tower, whose weights stay, too.
+
+    Some such families are loaded as their language model alone (Qwen3.5), others whole (Gemma 3).
+    """
+    whole = models.whole_config(str(base), trust_remote_code)
+    if config is not config.get_text_config() or whole is whole.get_text_config():
+        return config
+    part = next(name for name in whole.sub_configs if getattr(whole, name) is whole.get_text_config())
+    setattr(whole, part, config)
+    return whole
 
 
 def deltas_on(model_dir: str, weights: Iterable[str]) -> Deltas | None:

@@ -12,6 +12,7 @@ from support.families import ARCHITECTURES, build_architecture
 from support.host import run_host
 from support.inputs import CORPUS, write_rows
 from support.served import settings
+from transformers import AutoModelForImageTextToText
 
 import sft_train
 from common.export import merge
@@ -112,7 +113,7 @@ def test_memory_is_predicted(student):
     """From the right number of parameters, or not at all."""
     base = models.load_base(ModelSource(student["base"], dtype="float32"))
     counted = sum(parameter.numel() for parameter in base.parameters())
-    if student["name"] in ("qwen3.5", "lfm2", "gpt2", "phi", "gemma3 with images"):
+    if student["name"] in ("qwen3.5", "qwen3.5 with images", "lfm2", "gpt2", "phi", "gemma3 with images"):
         with pytest.raises(UnknownShape, match=r"the memory of .* cannot be predicted"):
             vram.inference_plan(ModelSource(student["base"]))
     else:
@@ -126,3 +127,17 @@ def test_a_merged_model_is_the_adapter_on_its_base(student, loaded, tmp_path):
     merged, tokenizer = models.load_for_inference(ModelSource(str(tmp_path), dtype="float32"))
     ids = tokenizers.encode_prompt(tokenizer, CORPUS[0])
     assert (last_logits(merged, ids) - last_logits(loaded[0], ids)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("student", [name for name in ARCHITECTURES if "images" in name], indirect=True)
+def test_a_merged_model_can_still_be_shown_images(student, loaded, tmp_path):
+    base = Path(student["base"])
+    (base / "preprocessor_config.json").write_text("{}")
+    settings = {"dtype": "float32", "from_nf4": False, "max_shard_bytes": 1 << 30}
+    merge.merge(student["run"], base, tmp_path, **settings)
+    (base / "preprocessor_config.json").unlink()
+    assert (tmp_path / "preprocessor_config.json").read_text() == "{}"
+    whole, found = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not (found["missing_keys"] or found["unexpected_keys"])
+    ids = list(range(5, 40))
+    assert (last_logits(whole.eval(), ids) - last_logits(loaded[0], ids)).abs().max() < 1e-3

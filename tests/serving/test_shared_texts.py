@@ -62,7 +62,7 @@ WORKS = {
     "document": Extract(json.dumps(SCHEMA), 40, confidence=True),
 }
 # Whose layers do not let several adapters share a step: tasks share one all the same.
-OWN_STEPS = {"mistral", "qwen3.5", "lfm2", "gemma3", "gemma3 with images", "gpt2"}
+OWN_STEPS = {"mistral", "qwen3.5", "qwen3.5 with images", "lfm2", "gemma3", "gemma3 with images", "gpt2"}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,13 @@ GEMMA = HYBRID | {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
 }
+QWEN35 = HYBRID | {
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 VISION = {  # of a model that can be shown images, too
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -34,17 +41,8 @@ ARCHITECTURES = {
     "mistral": ("MistralConfig", {"sliding_window": 16}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
-    "qwen3.5": (
-        "Qwen3_5TextConfig",
-        HYBRID
-        | {
-            "head_dim": 16,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        },
-    ),
+    "qwen3.5": ("Qwen3_5TextConfig", QWEN35),
+    "qwen3.5 with images": ("Qwen3_5Config", QWEN35),
     "lfm2": (
         "Lfm2Config",
         HYBRID | {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_auto_adjust_ff_dim": False},
@@ -82,6 +80,9 @@ def build_architecture(name: str, folder: Path, tokenizer) -> str:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    auto = transformers.AutoModelForCausalLM
+    if config is not config.get_text_config():
+        auto = transformers.AutoModelForImageTextToText
+    auto.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
