@@ -91,7 +91,7 @@ def diagram(curves: Sequence[Curve], what: str, rows: str = "rows") -> bytes:
         lefts = [i * width for i in range(len(bins["count"]))]
         below.stairs(bins["count"], [*lefts, 1.0], color=curve.colour, fill=curve.filled, alpha=0.75, linewidth=1.4)
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    legend = axes.legend(frameon=False, loc="upper left", labelcolor=plots.INK, fontsize=9)
+    legend = figure.legend(frameon=False, loc="outside upper left", labelcolor=plots.INK, fontsize=9)
     for handle in legend.legend_handles:
         handle.set_sizes([36])
     plots.tidy(axes, "", "share that is right")
