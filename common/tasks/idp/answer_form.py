@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import run_record
@@ -21,21 +21,24 @@ class AnswerForm:
         typed_fields: "written": dates, times and numbers are copied as the document has them, and read by code; "held":
             the model writes them in the schema's types itself.
         spaced: the JSON has a space after each comma and colon, as models write it that were not trained otherwise.
+        schema_last: the schema stands behind the document, next to the answer, where a model finds it that has not
+            learned to keep it in mind while it reads.
     """
 
     typed_fields: str = "written"
     spaced: bool = True
+    schema_last: bool = False
 
     @property
     def written(self) -> bool:
         return self.typed_fields == "written"
 
 
-UNTRAINED = AnswerForm()
+UNTRAINED = AnswerForm(schema_last=True)
 
 
 def form_of(model_dir: str, typed_fields: str | None = None) -> AnswerForm:
-    """The form for a model: that of the rows that it was trained on; for one that was trained on none, the default.
+    """The form for a model: that of the rows that it was trained on; for one that was trained on none, `UNTRAINED`.
 
     Args:
         typed_fields: "written" or "held", whatever it was trained on; None: as it was trained.
@@ -50,9 +53,10 @@ def form_of(model_dir: str, typed_fields: str | None = None) -> AnswerForm:
         earlier = record["kind"] == task_record.IDP and "typed_fields" not in record
     if earlier:  # trained when all rows were of one form
         return AnswerForm(typed_fields or "held", spaced=False)
-    trained = record or {}
+    if record is None:
+        return replace(UNTRAINED, typed_fields=typed_fields or UNTRAINED.typed_fields)
     return AnswerForm(
-        typed_fields or trained.get("typed_fields") or "written", trained.get("json_spacing") != "compact"
+        typed_fields or record.get("typed_fields") or "written", spaced=record.get("json_spacing") != "compact"
     )
 
 

@@ -153,7 +153,7 @@ class Extractor:
     def encode(self, document: str, part: bool = False) -> list[int]:
         """The token ids of the prompt for a document; or for a part of one, whose answer may leave fields out."""
         schema = self.asked_of_part if part else self.asked
-        asked = prompt.user_turn(document, schema, self.form.typed_fields)
+        asked = prompt.user_turn(document, schema, self.form.typed_fields, self.form.schema_last)
         return tokenizers.encode_prompt(self.tokenizer, asked, thinking=self.settings.thinking)
 
     def pieces(self, document: str, between: Callable[[], None] = lambda: None) -> list[str]:

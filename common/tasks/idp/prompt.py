@@ -15,16 +15,18 @@ SCHEMAS = {  # what stands before the schema, by how typed fields are asked for 
 DOCUMENT = "\n\nDocument:\n"  # what stands before the document
 
 
-def user_turn(document: str, schema: Schema, typed_fields: str) -> str:
+def user_turn(document: str, schema: Schema, typed_fields: str, schema_last: bool = False) -> str:
     """What the model is asked for one document.
 
     Args:
         schema: with text for typed fields where they are "written" (`written_values.TypedFields`).
         typed_fields: "written" or "held".
+        schema_last: the document comes before what is asked for; as training has it, it comes after.
     """
     described = {key: value for key, value in schema.items() if key != "$schema"} if schema is not True else {}
     compact = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
-    return f"{INSTRUCTION}\n\n{SCHEMAS[typed_fields]}{compact}{DOCUMENT}{documents.clean(document)}"
+    asked, read = f"{INSTRUCTION}\n\n{SCHEMAS[typed_fields]}{compact}", documents.clean(document)
+    return f"{DOCUMENT.lstrip()}{read}\n\n{asked}" if schema_last else f"{asked}{DOCUMENT}{read}"
 
 
 def shown(prompt: str) -> tuple[str, str] | None:
