@@ -54,9 +54,10 @@ messages = json.dumps([{"role": "user", "content": "..."}])
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 generator = og.Generator(model, og.GeneratorParams(model))
 generator.append_tokens(tokenizer.encode(prompt))
+stream = tokenizer.create_stream()  # a character may take several tokens
 while not generator.is_done():
     generator.generate_next_token()
-    print(tokenizer.decode(generator.get_next_tokens()), end="", flush=True)"""
+    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)"""
 ONNX = """import numpy as np
 import onnxruntime
 from transformers import AutoTokenizer
