@@ -133,8 +133,9 @@ def test_an_unknown_architecture(tiny_base, dev, tmp_path):
     assert "onnx_genai is for the architectures llama, mistral, qwen2, qwen3, gemma3_text, and" in refused(
         str(strange), dev, tmp_path, form="onnx_genai"
     )
-    assert "gguf is for the architectures llama, mistral, qwen2, qwen3, smollm3, gemma3_text, lfm2, and" in refused(
-        str(strange), dev, tmp_path, form="gguf"
+    assert (
+        "gguf is for the architectures llama, mistral, qwen2, qwen3, smollm3, gemma3_text, lfm2, qwen3_5_text, and"
+        in refused(str(strange), dev, tmp_path, form="gguf")
     )
     assert "is of no known architecture" in refused(str(strange), dev, tmp_path)
 
