@@ -36,10 +36,7 @@ SHARING = {
 }
 # Batches of two rows of two adapters and of the base: layers with a state, GPT-2's transposed matrices, and a base
 # whose tokenizer transformers saves as another class beside the adapters.
-OWN_PASSES = {
-    **dict.fromkeys(("qwen3.5", "qwen3.5 with images", "lfm2", "gpt2"), [2, 2, 2]),
-    "mistral": [4, 2],
-}
+OWN_PASSES = {name: [2, 2, 2] for name in ("qwen3.5", "qwen3.5 with images", "lfm2", "gpt2")} | {"mistral": [4, 2]}
 ALONE = {"dora": {"use_dora": True}, "embedding": {"target_modules": ["q_proj", "embed_tokens"]}}
 
 
