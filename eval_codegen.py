@@ -135,7 +135,7 @@ def check_flags(args: argparse.Namespace) -> tuple[list[int], Decoding]:
     if len(set(args.model_dir)) < len(args.model_dir):
         raise cli.UserError("--model_dir names the same model twice; name each once")
     for model_dir in args.model_dir:
-        models.check_model_dir(model_dir, args.base)
+        models.check_model_dir(model_dir, args.base, onnx=False)
         codegen_flags.check_trained(model_dir)
     try:
         ks = sorted({1, *(cli.positive_int(part) for part in args.k.split(","))})

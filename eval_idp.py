@@ -144,7 +144,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.report_dir and not args.data:
         raise cli.UserError("--report_dir needs --data with the documents to judge on")
     for model_dir in args.model_dir:
-        models.check_model_dir(model_dir, args.base)
+        models.check_model_dir(model_dir, args.base, onnx=False)
         if args.fit_calibration and not Path(model_dir).is_dir():
             raise cli.UserError(f"--fit_calibration writes into the model's folder, and {model_dir} is not one")
 

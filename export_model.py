@@ -169,7 +169,7 @@ def default_rows(task: LabelTask, args: argparse.Namespace) -> str:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded."""
-    models.check_model_dir(args.model_dir, args.base)
+    models.check_model_dir(args.model_dir, args.base, onnx=False)
     if args.dtype and args.dtype not in DTYPES.get(args.format, ()):
         those = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items())
         raise cli.UserError(f"--dtype {args.dtype} is not for --format {args.format}; there are {those}")

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     decoding = codegen_flags.decoding(args)
     check_trial(args)
     handing = check_cascade(args)
-    models.check_model_dir(args.model_dir, args.base)
+    models.check_model_dir(args.model_dir, args.base, onnx=False)
     codegen_flags.check_trained(args.model_dir)
     tasks = [args.prompt] if args.prompt else read_tasks(args.input, args.skip_bad_rows)
 

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if (args.input is None) != (args.output is None):
         raise cli.UserError("--input and --output go together")
     records.check_output(args.output, args.input)
-    models.check_model_dir(args.model_dir, args.base)
+    models.check_model_dir(args.model_dir, args.base, onnx=False)
     schema = idp_flags.schema_of(args.schema, args.model_dir)
     preflight = json_schema.preflight(schema, args.best_effort or args.no_constraint)
     recognise = idp_flags.recognise(args, args.document_file, args.input)

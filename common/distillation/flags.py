@@ -159,7 +159,7 @@ def checked(settings: DistillSettings) -> DistillSettings:
         raise UserError("--teacher_cache without --teacher; give both, or leave it out")
     if not settings.teacher:
         return settings
-    loading.check_model_dir(settings.teacher)
+    loading.check_model_dir(settings.teacher, onnx=False)
     if settings.teacher_cache and "attention_mse" in weights:
         raise UserError("--attention_mse needs a live teacher; leave --teacher_cache out, or the weight")
     if settings.keeps_own and settings.cache_k < 2:

@@ -33,9 +33,15 @@ READ_PREFIX_TREES = ("llama", "mistral", "qwen2", "qwen3")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def check_model_dir(model_dir: str, base: str | None = None, *, ask_hub: bool = True) -> None:
+def check_model_dir(model_dir: str, base: str | None = None, *, ask_hub: bool = True, onnx: bool = True) -> None:
     """Fail early, before torch is imported, on a folder without a model, an adapter without its base, or a name that is
-    not on the Hub (which is asked unless `ask_hub` is False)."""
+    not on the Hub (which is asked unless `ask_hub` is False).
+
+    Args:
+        onnx: an ONNX export will do, which ranks labels.
+    """
+    from common.models.onnx_runtime import is_onnx
+
     if adapters.is_adapter(model_dir):
         base = base or adapters.base_of(model_dir)
         if looks_local(base) and not Path(base).exists():
@@ -53,6 +59,11 @@ def check_model_dir(model_dir: str, base: str | None = None, *, ask_hub: bool = 
         raise UserError(
             f"{model_dir} is an export for onnxruntime-genai, which runs it as its README.md says; here give the run "
             "that it was made from, or an export of it in another format"
+        )
+    elif not onnx and is_onnx(model_dir):
+        raise UserError(
+            f"{model_dir} is an ONNX export, which ranks labels and no more here; give the run that it was made from, "
+            "or a GGUF of it"
         )
     elif Path(model_dir).is_dir() and not (Path(model_dir) / "config.json").is_file():
         raise UserError(

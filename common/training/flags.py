@@ -181,7 +181,7 @@ def checked(settings: Settings) -> Settings:
     quantization_aware.check(settings.quantization_aware, settings.lora_r)
     if settings.dry_run and not settings.student:
         return settings
-    loading.check_model_dir(settings.student)
+    loading.check_model_dir(settings.student, onnx=False)
     if adapters.is_adapter(settings.student):
         raise UserError(f"--student {settings.student} is an adapter; give its base, and this folder as --init_adapter")
     if settings.init_adapter and not adapters.is_adapter(settings.init_adapter):

@@ -17,7 +17,10 @@ from support.inputs import PROMPTS, ROOT
 from support.served import serve
 
 import eval_creditmix
+import export_model
+import infer_codegen
 import infer_creditmix
+import infer_idp
 from common.cli import UserError
 from common.export import onnx_writer
 from common.models import adapters, tokenizers
@@ -198,6 +201,21 @@ def test_the_scripts_answer_with_an_export(onnx, run, dev, tmp_path, capsys):
     eval_creditmix.main(["--model_dir", run, str(onnx), "--data", dev, "--split", "all"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["models"][0]["macro_f1"] == result["models"][1]["macro_f1"]
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        (infer_idp, ["--schema", "recipes/receipts_schema.json", "--document", "x"]),
+        (infer_codegen, ["--prompt", "x"]),
+        (export_model, ["--format", "gguf", "--save_dir", "nowhere"]),
+    ],
+)
+def test_what_an_export_cannot_do_is_said_before_anything_is_loaded(script, argv, onnx):
+    with pytest.raises(UserError, match="is an ONNX export, which ranks labels and no more here; give the run"):
+        script.main(["--model_dir", str(onnx), *argv])
+    with pytest.raises(UserError, match="is an ONNX export"):
+        models.check_model_dir(str(onnx), onnx=False)
 
 
 @pytest.mark.parametrize("flags", [("--dtype", "float32"), ("--load_in_4bit", "on"), ("--base", "x")])
