@@ -71,7 +71,7 @@ class ExtractOptions(BaseModel):
 class ExtractRequest(ExtractOptions):
     document: Text
     json_schema: dict[str, Any] | None = Field(
-        None, alias="schema", description="JSON Schema of the fields; default: IDP_SCHEMA"
+        None, alias="schema", description="JSON Schema of the fields; default: the run's own, else IDP_SCHEMA"
     )
     lines: Annotated[list[DocumentLine], Field(max_length=MAX_LINES)] = Field(
         [], description="What the document is made of, for the boxes of the evidence"
@@ -80,7 +80,7 @@ class ExtractRequest(ExtractOptions):
 
 class PdfOptions(ExtractOptions):
     json_schema: Annotated[str, Field(max_length=MAX_SCHEMA)] | None = Field(
-        None, alias="schema", description="JSON Schema of the fields, as JSON; default: IDP_SCHEMA"
+        None, alias="schema", description="JSON Schema of the fields, as JSON; default: the run's own, else IDP_SCHEMA"
     )
 
 
@@ -159,7 +159,9 @@ async def extract_fields(server: Server, request: Request, body: ExtractRequest)
     started = time.perf_counter()
     version = await server.find(body.run or server.newest("idp"))
     check_task(version, task_record.IDP, idp_prompt.INSTRUCTION, "extracting fields from documents")
-    schema = body.json_schema if body.json_schema is not None else default_schema(server.settings.idp_schema)
+    schema = body.json_schema
+    if schema is None:
+        schema = schema_of(version.model_dir, server.settings.idp_schema)
     await server.check_schema(schema, "schema")
     reading = ReadingSettings(body.dates, body.utc_offset)
     work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut, body.thinking, reading, body.typed_fields)
@@ -209,8 +211,18 @@ async def find_evidence(server: Server, body: ExtractRequest, extraction: Extrac
         return answer | {"notes": [*extraction.notes, late]}
 
 
-def default_schema(path: str) -> dict[str, Any]:
-    """The schema of requests that bring none. Raises Problem 422 where there is no such file."""
+def schema_of(model_dir: str, path: str) -> dict[str, Any]:
+    """The schema of requests that bring none: what the run was trained for; of one that does not say the default.
+
+    Args:
+        path: of the default.
+
+    Raises:
+        Problem: 422, there is no such file; 409, it holds no schema.
+    """
+    trained = (task_record.read(model_dir) or {}).get("schema")
+    if trained is not None:
+        return trained
     if not Path(path).is_file():
         raise Problem(422, f"send a schema: there is no {path}, where IDP_SCHEMA says the default one is", "schema")
     try:

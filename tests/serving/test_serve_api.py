@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import shutil
 
 import pytest
 from support import hostile
@@ -14,6 +15,7 @@ from support.models import build_base
 from support.processes import wait_for
 from support.served import ROWS, serve
 
+from common.data import task_record
 from common.generation import generate as generation
 from common.generation import json_schema
 from common.generation.decoding import Decoding
@@ -26,6 +28,7 @@ from common.tasks.codegen.answer import compile_error
 from common.tasks.idp import documents, evidence
 from common.tasks.idp.answer_form import form_of
 from common.tasks.idp.extractor import ExtractionSettings, Extractor
+from common.tasks.idp.prompt import INSTRUCTION
 
 pytestmark = pytest.mark.processes
 
@@ -131,6 +134,18 @@ def test_the_default_schema_and_run(runs, tmp_path):
         assert "the default schema cannot be used" in served.refused(409, "/infer/idp", {"document": DOCUMENT})
         answer = served.post("/infer/codegen", {"prompt": "add two numbers", "max_new_tokens": 3})
         assert answer["model_name"].endswith("kd_code")
+
+
+def test_a_run_knows_its_schema(runs, tmp_path):
+    run = shutil.copytree(runs / "creditmix_kd", tmp_path / "runs" / "receipts")
+    trained = {"type": "object", "properties": {"ok": {"const": 7}}, "required": ["ok"], "additionalProperties": False}
+    task_record.write(run, {"kind": "idp", "name": "idp", "instruction": INSTRUCTION, "schema": trained})
+    (tmp_path / "schema.json").write_text(json.dumps({"type": "object", "additionalProperties": False}))
+    with serve(tmp_path / "runs", idp_schema=str(tmp_path / "schema.json")) as served:
+        asked = {"document": DOCUMENT, "run": "receipts"}
+        assert served.post("/infer/idp", asked)["fields"] == {"ok": 7}
+        own = trained | {"properties": {"ok": {"const": 8}}}
+        assert served.post("/infer/idp", asked | {"schema": own})["fields"] == {"ok": 8}
 
 
 def test_an_answer_without_room_says_so(served):
