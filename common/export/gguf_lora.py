@@ -13,11 +13,11 @@ from common.export.gguf_writer import (
     columns_as_llama_cpp,
     rows_as_llama_cpp,
     tensor_names,
-    text_config,
 )
 from common.export.merge import Deltas
 from common.models.gguf_architectures import place
 from common.models.gguf_file import UNPROVEN_KEY
+from common.models.loading import load_config
 
 ADAPTER_FILE = "adapter.gguf"
 
@@ -32,7 +32,7 @@ def write(model_dir: str | Path, base: Path, path: Path, unproven: bool = False)
     """
     import gguf
 
-    config = text_config(base)
+    config = load_config(str(base))
     deltas = Deltas(model_dir)
     writer = gguf.GGUFWriter(path, architecture_of(config))
     writer.add_type(gguf.GGUFType.ADAPTER)

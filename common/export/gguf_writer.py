@@ -19,6 +19,7 @@ from common.models import gguf_architectures, gguf_file
 from common.models.batching import head_size
 from common.models.gguf_architectures import Architecture
 from common.models.gguf_file import TASK_KEY, UNPROVEN_KEY
+from common.models.loading import load_config
 
 if TYPE_CHECKING:
     import gguf
@@ -55,14 +56,7 @@ def check(folder: Path, form: str) -> None:
         UserError: of another architecture, or one of these with something that llama.cpp's does not have.
     """
     check_architecture(folder, form, ARCHITECTURES, text=True)
-    own_keys(text_config(folder))
-
-
-def text_config(folder: str | Path) -> PreTrainedConfig:
-    """Of the language model in a folder, whatever it has beside that."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder).get_text_config()
+    own_keys(load_config(str(folder)))
 
 
 def text_names(checkpoint: Checkpoint, config: PreTrainedConfig) -> dict[str, str]:
@@ -124,9 +118,10 @@ def write(
     import gguf
     import torch
 
-    config = text_config(merged)
+    config = load_config(str(merged))
     checkpoint = Checkpoint(merged)
-    plan, weights = planned(checkpoint, config, quant), text_names(checkpoint, config)
+    weights = text_names(checkpoint, config)
+    plan = planned(checkpoint, config, quant, weights)
     importance = {name.replace(TOWER, ""): matters for name, matters in (importance or {}).items()}
     writer = gguf.GGUFWriter(path, architecture_of(config), use_temp_file=True)  # or all weights are in memory at once
     width = next(checkpoint.shapes[name][0] for name, target, _ in plan if target == "blk.0.ffn_up.weight")
@@ -154,16 +149,19 @@ def write(
 
 
 def planned(
-    checkpoint: Checkpoint, config: PreTrainedConfig, quant: str
+    checkpoint: Checkpoint, config: PreTrainedConfig, quant: str, weights: Mapping[str, str]
 ) -> list[tuple[str, str, gguf.GGMLQuantizationType]]:
     """(name in transformers, name in GGUF, what it is stored in) of each tensor of a file, in its order.
+
+    Args:
+        weights: see `text_names`.
 
     Raises:
         UserError: a weight that the architecture does not have there.
     """
     names = tensor_names(config)
     targets = {}
-    for name, weight in text_names(checkpoint, config).items():
+    for name, weight in weights.items():
         if weight == "lm_head.weight" and config.tie_word_embeddings:
             continue
         targets[name] = gguf_architectures.place(names, weight)
@@ -185,10 +183,10 @@ def predicted_bytes(folder: str | Path, quant: str) -> int:
     """Of the file that `write` would make of a plain model, or of the base of an adapter; without its metadata."""
     import gguf
 
-    checkpoint, config = Checkpoint(folder), text_config(folder)
+    checkpoint, config = Checkpoint(folder), load_config(str(folder))
     divisors = gguf_architectures.rope_divisors(config)
     total = 0 if divisors is None else divisors.nbytes
-    for name, _, kind in planned(checkpoint, config, quant):
+    for name, _, kind in planned(checkpoint, config, quant, text_names(checkpoint, config)):
         numbers, size = gguf.GGML_QUANT_SIZES[kind]
         total += math.prod(checkpoint.shapes[name]) // numbers * size
     return total

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 
     from common.models.gguf_file import GgufFile
 
-FULL, SLIDING, CONV, LINEAR = (
-    "full_attention",
-    "sliding_attention",
-    "conv",
-    "linear_attention",
-)  # layers of transformers
+# Layers, as transformers names them.
+FULL, SLIDING, CONV, LINEAR = "full_attention", "sliding_attention", "conv", "linear_attention"
 YARN, LLAMA3 = "yarn", "llama3"  # ways of stretching positions, as both name them
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN_ROPE = {
