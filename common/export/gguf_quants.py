@@ -68,14 +68,14 @@ class Mixture:
         if name == OUTPUT or (self.tied and name == EMBEDDING):
             return "Q6_K"
         part = name.removesuffix(".weight").rpartition(".")[2]
-        if part == "ffn_down" or part in VALUES:
-            counted = "ffn_down" if part == "ffn_down" else "values"
-            index = self.seen.get(counted, 0)
-            self.seen[counted] = index + 1
+        part = "values" if part in VALUES else part
+        if part in ("values", "ffn_down"):
+            index = self.seen.get(part, 0)
+            self.seen[part] = index + 1
             of = self.layers if part == "ffn_down" or self.values is None else self.values
             if _needs_more_bits(index, of):
                 return "Q6_K"
-            if part in VALUES and self.is_70b and self.quant == "Q4_K_M":
+            if part == "values" and self.is_70b and self.quant == "Q4_K_M":
                 return "Q5_K"
         return DEFAULT[self.quant]
 

@@ -196,7 +196,7 @@ def _gemma3(file: GgufFile) -> dict[str, Any]:
     return {
         "rope_parameters": {FULL: _rope(file)["rope_parameters"], SLIDING: local},
         "sliding_window": file.own("attention.sliding_window"),
-        "layer_types": _gemma3_layers(layers, file.own("attention.sliding_window_pattern", GEMMA3_PERIOD)),
+        "layer_types": _periodic(SLIDING, layers, file.own("attention.sliding_window_pattern", GEMMA3_PERIOD)),
         "query_pre_attn_scalar": _gemma3_scalar(*shape),
     }
 
@@ -215,7 +215,7 @@ def _gemma3_keys(config: PreTrainedConfig) -> dict[str, Any]:
     if rope[SLIDING].get("rope_type", "default") != "default":
         raise refusal(config, "scaled positions in its sliding layers")
     periods = (GEMMA3_PERIOD, *range(2, layers + 2))
-    period = next((p for p in periods if _gemma3_layers(layers, p) == config.layer_types), None)
+    period = next((p for p in periods if _periodic(SLIDING, layers, p) == config.layer_types), None)
     if period is None:
         raise refusal(config, "this order of sliding layers and layers that see all")
     keys = _rope_keys(config, rope[FULL]) | {
@@ -225,8 +225,9 @@ def _gemma3_keys(config: PreTrainedConfig) -> dict[str, Any]:
     return keys if period == GEMMA3_PERIOD else keys | {"attention.sliding_window_pattern": period}
 
 
-def _gemma3_layers(layers: int, period: int) -> list[str]:
-    return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]
+def _periodic(kind: str, layers: int, period: int) -> list[str]:
+    """Layers of a kind, of which the last of every so many sees all."""
+    return [kind if (layer + 1) % period else FULL for layer in range(layers)]
 
 
 def _gemma3_scalar(layers: int, hidden: int, heads: int, head_dim: int) -> int:
@@ -260,7 +261,7 @@ def _qwen35(file: GgufFile) -> dict[str, Any]:
     rope["partial_rotary_factor"] = file.own("rope.dimension_count") / file.own("attention.key_length")
     return {
         "rope_parameters": rope,
-        "layer_types": _qwen35_layers(layers, period),
+        "layer_types": _periodic(LINEAR, layers, period),
         "linear_conv_kernel_dim": file.own("ssm.conv_kernel"),
         "linear_key_head_dim": file.own("ssm.state_size"),
         "linear_value_head_dim": file.own("ssm.inner_size") // heads,
@@ -271,7 +272,7 @@ def _qwen35(file: GgufFile) -> dict[str, Any]:
 
 def _qwen35_keys(config: PreTrainedConfig) -> dict[str, Any]:
     layers, rope = config.num_hidden_layers, config.rope_parameters
-    periods = (p for p in range(1, layers + 1) if _qwen35_layers(layers, p) == config.layer_types)
+    periods = (p for p in range(1, layers + 1) if _periodic(LINEAR, layers, p) == config.layer_types)
     if (period := next(periods, None)) is None:
         raise refusal(config, "this order of recurrent layers and layers that see all")
     if config.attention_bias:
@@ -290,10 +291,6 @@ def _qwen35_keys(config: PreTrainedConfig) -> dict[str, Any]:
         "ssm.time_step_rank": config.linear_num_value_heads,
         "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
     }
-
-
-def _qwen35_layers(layers: int, period: int) -> list[str]:
-    return [LINEAR if (layer + 1) % period else FULL for layer in range(layers)]
 
 
 def _phi3(file: GgufFile) -> dict[str, Any]:
