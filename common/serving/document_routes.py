@@ -20,6 +20,7 @@ from common.generation import json_schema
 from common.serving.fields import MAX_TEXT, RunName, Text, Tokens, check_task, with_fields
 from common.serving.helpers import HelperEnded
 from common.serving.model_process import QueueFull
+from common.serving.run_registry import Version
 from common.serving.server import Server
 from common.serving.sizes import estimate
 from common.serving.work import ANSWER_TOKENS, Extract
@@ -161,7 +162,7 @@ async def extract_fields(server: Server, request: Request, body: ExtractRequest)
     check_task(version, task_record.IDP, idp_prompt.INSTRUCTION, "extracting fields from documents")
     schema = body.json_schema
     if schema is None:
-        schema = schema_of(version.model_dir, server.settings.idp_schema)
+        schema = schema_of(version, server.settings.idp_schema)
     await server.check_schema(schema, "schema")
     reading = ReadingSettings(body.dates, body.utc_offset)
     work = Extract(json.dumps(schema), body.max_new_tokens, body.on_cut, body.thinking, reading, body.typed_fields)
@@ -211,7 +212,7 @@ async def find_evidence(server: Server, body: ExtractRequest, extraction: Extrac
         return answer | {"notes": [*extraction.notes, late]}
 
 
-def schema_of(model_dir: str, path: str) -> dict[str, Any]:
+def schema_of(version: Version, path: str) -> dict[str, Any]:
     """The schema of requests that bring none: what the run was trained for; of one that does not say the default.
 
     Args:
@@ -220,7 +221,7 @@ def schema_of(model_dir: str, path: str) -> dict[str, Any]:
     Raises:
         Problem: 422, there is no such file; 409, it holds no schema.
     """
-    trained = (task_record.read(model_dir) or {}).get("schema")
+    trained = json.loads(version.task).get("schema") if version.task else None
     if trained is not None:
         return trained
     if not Path(path).is_file():
